@@ -1,0 +1,1675 @@
+"""One-file entry for the Parameter Golf challenge: the best language model that fits in 16,000,000 bytes.
+
+    python train_gpt.py                                      # one process, on whatever device there is
+    torchrun --standalone --nproc_per_node=8 train_gpt.py    # 8 GPUs over FineWeb shards
+    python train_gpt.py --knobs                              # every knob, its meaning and its default per preset
+
+The run: check -> warm up -> train -> calibrate -> quantise -> pack -> reload -> score -> adapt -> report. The file reads
+in that order. Importing it reads no environment and needs neither a GPU nor an optional package. The system is that of PR
+#1530 (samacqua) and PR #1560; W1..W57 are weak points of the published script that are mended where they are named.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import hashlib
+import importlib.util
+import inspect
+import io
+import json
+import math
+import os
+import pickle
+import platform
+import random
+import re
+import struct
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+try:  # the plain reference beside the kernel runs everywhere else
+    import triton
+    import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:  # macOS, Windows
+    triton = None
+
+SOURCE = Path(__file__).read_bytes()  # the text that runs, taken before anyone can edit the file (W35)
+LIMIT_BYTES = 16_000_000  # code and model together, decimal
+
+class UsageError(ValueError):
+    """Wrong configuration, data or file. The message is all the user sees, one line per problem; exit status 2."""
+
+# === 1. Configuration: every knob is an environment variable; a field is its variable in lower case ===================
+def knob(default: Any, doc: str, lo: float | None = None, hi: float | None = None, choices: tuple = ()) -> Any:
+    return dataclasses.field(default=default, metadata=dict(doc=doc, lo=lo, hi=hi, choices=choices))
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Defaults are those of the `record` preset; `PRESETS` overrides them and the environment overrides both."""
+    # Run and data
+    preset: str = knob("record", "row of the preset table; default: record with CUDA, cpu without")
+    seed: int = knob(1337, "initial weights, adapter init, document sampling", 0, 2**31)
+    run_id: str = knob("", "names the log and the output folder; default: date, preset and seed")
+    artifact_dir: str = knob("", "output folder; default: runs/<RUN_ID>")
+    eval_only_path: str = knob("", "checkpoint (quantise, score, adapt) or artifact (score, adapt) instead of training")
+    data_dir: str = knob("./data", "holds datasets/ and tokenizers/")
+    dataset: str = knob("", "folder under datasets/; default: fineweb10B_sp<VOCAB_SIZE>")
+    tokenizer_path: str = knob("", "SentencePiece model; default: the manifest's, else fineweb_<VOCAB_SIZE>_bpe.model")
+    data_loader: str = knob("documents", "attention stays within documents, or rows", choices=("documents", "rows"))
+    compute_dtype: str = knob("bf16", "activations and products; parameters are fp32", choices=("bf16", "fp32"))
+    compile: bool = knob(True, "torch.compile the forwards and Newton-Schulz")
+    attention_backend: str = knob("auto", "or the first that is right", choices=("auto", "fa3", "fa4", "fa2", "torch", "sdpa"))
+    # Length and schedule of training
+    iterations: int = knob(20000, "step limit", 1)
+    max_wallclock_seconds: float = knob(600.0, "training, calibration, quantisation, packing; 0: ITERATIONS steps", 0)
+    gptq_reserve_seconds: float = knob(-1.0, "of that, kept for all after the last step; -1: measured in warm-up", -1)
+    warmup_steps: int = knob(3, "synthetic steps per graph, undone afterwards; 0: compile inside the run", 0)
+    warmdown_frac: float = knob(0.75, "last share of the budget, over which the rates fall linearly", 0, 1)
+    min_lr: float = knob(0.1, "floor of the learning-rate factor (PR #1787)", 0, 1)
+    enable_looping_at: float = knob(0.35, "share of the budget after which the loops run", 0, 1)
+    train_batch_tokens: int = knob(786432, "tokens per step, all ranks together", 1)
+    micro_batch_tokens: int = knob(98304, "tokens per row; a rank takes every WORLD_SIZE-th row of a step", 1)
+    train_seq_len: int = knob(2048, "longest segment; longer documents are cut", 2)
+    cu_seqlens_capacity: int = knob(512, "segments a row can hold: one shape, one graph (W25)", 2)
+    train_log_every: int = knob(500, "steps; besides, a line every 8 s; 0: only those", 0)
+    val_loss_every: int = knob(4000, "steps between validations, off the clock; 0: never", 0)
+    # Model
+    vocab_size: int = knob(8192, "must be the tokenizer's", 2, 65536)
+    num_layers: int = knob(11, "physical layers", 2)
+    model_dim: int = knob(512, "width", 8)
+    num_heads: int = knob(8, "query heads", 1)
+    num_kv_heads: int = knob(4, "key and value heads", 1)
+    mlp_mult: float = knob(4.0, "hidden width / MODEL_DIM", 0.01)
+    xsa_last_n: int = knob(11, "layers with XSA, counted from the top", 0)
+    skip_gates_enabled: bool = knob(True, "gated skips; 0: weighted add")
+    tied_embed_init_std: float = knob(0.005, "initial standard deviation of the embedding", 0)
+    logit_softcap: float = knob(30.0, "logits = cap * tanh(z / cap)", 0.01)
+    rope_base: float = knob(10000.0, "slowest wavelength / 2 pi", 1.01)
+    rope_dims: int = knob(16, "rotated dims per head; 0: all", 0)
+    ln_scale: bool = knob(True, "norm outputs times 1 / sqrt(layer + 1)")
+    qk_gain_init: float = knob(5.0, "query scale per head after QK norm, learned", 0)
+    num_loops: int = knob(2, "extra passes over LOOP_START..LOOP_END", 0)
+    loop_start: int = knob(3, "first looped layer", 0)
+    loop_end: int = knob(5, "last looped layer", 0)
+    parallel_start_layer: int = knob(8, "first layer with two lanes; 0: never", 0)
+    parallel_final_lane: str = knob("mean", "what leaves the two lanes", choices=("mean", "mlp", "attn"))
+    # Optimisers
+    tied_embed_lr: float = knob(0.03, "AdamW rate of the embedding", 0)
+    scalar_lr: float = knob(0.02, "AdamW rate of scales, gains, gates and lambdas", 0)
+    matrix_lr: float = knob(0.026, "Muon rate: spectral norm of an update of a square matrix (PR #1586)", 0)
+    muon_momentum: float = knob(0.97, "final momentum", 0, 0.9999)
+    muon_momentum_warmup_start: float = knob(0.92, "first momentum", 0, 0.9999)
+    muon_momentum_warmup_steps: int = knob(1500, "steps from the first to the final momentum", 0)
+    muon_backend_steps: int = knob(5, "Newton-Schulz iterations", 1, 20)
+    muon_row_normalize: bool = knob(True, "rows of the update to unit norm first (MuonEq-R)")
+    beta1: float = knob(0.9, "AdamW", 0, 0.9999)
+    beta2: float = knob(0.95, "AdamW", 0, 0.99999)
+    adam_eps: float = knob(1e-8, "AdamW", 1e-20)
+    grad_clip_norm: float = knob(0.3, "norm of the reduced gradient of all parameters; 0: off", 0)
+    adam_wd: float = knob(0.02, "decoupled decay of what SCALAR_LR moves", 0)
+    muon_wd: float = knob(0.095, "decoupled decay of the banks", 0)
+    embed_wd: float = knob(0.085, "decoupled decay of the embedding", 0)
+    ema_decay: float = knob(0.9965, "of the average of all parameters that is exported", 0, 0.999999)
+    # Artifact
+    gptq_calibration_batches: int = knob(64, "training rows for the Hessians, shared out over the ranks", 1)
+    matrix_bits: int = knob(6, "integer width of the bank matrices", 2, 8)
+    embed_bits: int = knob(7, "integer width of the embedding (PR #1586)", 2, 8)
+    matrix_clip_sigmas: float = knob(12.85, "range of the integers in standard deviations of a row", 0.1)
+    embed_clip_sigmas: float = knob(15.0, "the same for the embedding", 0.1)
+    compressor: str = knob("zstd", "of the container's streams", choices=("zstd", "lzma", "brotli"))
+    # Scoring and test-time training
+    val_batch_tokens: int = knob(524288, "eight rows of scoring; a row never cuts a window", 16)
+    eval_seq_len: int = knob(2048, "longest window of plain and sliding scoring", 2)
+    eval_stride: int = knob(64, "tokens scored by each sliding window but the first", 1)
+    sliding_window_enabled: bool = knob(False, "score with sliding windows as well")
+    val_doc_fraction: float = knob(1.0, "share of the validation documents, drawn with SEED, for quick looks", 1e-9, 1)
+    ttt_enabled: bool = knob(True, "adapt a LoRA per document, score first")
+    ttt_lora_rank: int = knob(96, "rank of every adapter", 1)
+    ttt_lora_lr: float = knob(1e-4, "rate of the adapters", 0)
+    ttt_chunk_size: int = knob(48, "tokens scored, then learnt from, at once (PR #1560)", 1)
+    ttt_eval_seq_len: int = knob(2048, "longest window", 2)
+    ttt_batch_size: int = knob(64, "documents at once on a rank", 1)
+    ttt_grad_steps: int = knob(1, "updates per scored chunk", 1)
+    ttt_weight_decay: float = knob(0.5, "decoupled", 0)
+    ttt_beta1: float = knob(0.0, "AdamW; momentum with sgd", 0, 0.9999)
+    ttt_beta2: float = knob(0.999, "AdamW", 0, 0.99999)
+    ttt_k_lora: bool = knob(True, "adapter on keys")
+    ttt_mlp_lora: bool = knob(True, "adapter beside the MLP")
+    ttt_o_lora: bool = knob(True, "adapter beside the attention output")
+    ttt_optimizer: str = knob("adam", "AdamW or SGD", choices=("adam", "sgd"))
+    dtype = property(lambda c: torch.bfloat16 if c.compute_dtype == "bf16" else torch.float32)
+    head_dim = property(lambda c: c.model_dim // c.num_heads)
+    mlp_dim = property(lambda c: int(c.mlp_mult * c.model_dim))
+    rows_per_step = property(lambda c: c.train_batch_tokens // c.micro_batch_tokens)
+    plans = property(lambda c: (layer_plan(c, looped=False), layer_plan(c, looped=True)))
+    dataset_dir = property(lambda c: Path(c.data_dir) / "datasets" / (c.dataset or f"fineweb10B_sp{c.vocab_size}"))
+    row_shape = property(lambda c: (c.micro_batch_tokens, c.cu_seqlens_capacity, c.train_seq_len))
+    val_row_shape = property(
+        lambda c: (c.val_batch_tokens // 8, c.val_batch_tokens // 8 // max(1, min(64, c.eval_seq_len // 4)), c.eval_seq_len)
+    )
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str], has_cuda: bool) -> tuple[Config, dict[str, str]]:
+        """The config of `environ`, and each field's origin: default, preset or env. UsageError names every problem."""
+        fields, problems = {f.name.upper(): f for f in dataclasses.fields(cls)}, []
+        for name in sorted(environ.keys() - fields.keys()):
+            near = difflib.get_close_matches(name, fields, n=1, cutoff=0.85)
+            if near or name in NOT_KNOBS:
+                hint = " of this program" if name in NOT_KNOBS else f"; did you mean {near[0]}?"
+                problems.append(f"{name}={environ[name]}: not a knob{hint}")
+        preset = environ.get("PRESET", "record" if has_cuda else "cpu")
+        if preset not in PRESETS:
+            raise UsageError("\n".join([*problems, f"PRESET={preset}: must be one of {', '.join(PRESETS)}"]))
+        values = {**PRESETS[preset], "preset": preset}
+        origin = {f.name: "preset" if f.name in values else "default" for f in fields.values()}
+        for name in sorted(fields.keys() & environ.keys()):
+            field, kind, text = name.lower(), type(fields[name].default), environ[name]
+            origin[field] = "env"
+            try:
+                values[field] = {"0": False, "1": True}[text] if kind is bool else kind(text)
+            except (KeyError, ValueError):
+                expected = {bool: "0 or 1", int: "a whole number", float: "a number"}[kind]
+                problems.append(f"{name}={text}: must be {expected}")
+        cfg = cls(**values)
+        if problems := problems + cfg.problems():
+            raise UsageError("\n".join(problems))
+        return cfg, origin
+    def problems(self) -> list[str]:
+        """Every value out of its range and, if there is none, every combination that cannot work (W7), one line each."""
+        def named(text: str) -> str:  # each variable in the text with its value
+            return re.sub(r"[A-Z0-9_]{6,}", lambda m: f"{m[0]}={getattr(self, m[0].lower(), '')}".rstrip("="), text)
+        found = []
+        for f in dataclasses.fields(self):
+            value, lo, hi, choices = getattr(self, f.name), *(f.metadata[key] for key in ("lo", "hi", "choices"))
+            if choices and value not in choices:
+                found.append(f"{f.name.upper()}={value}: must be one of {', '.join(choices)}")
+            elif isinstance(value, (int, float)) and not (lo or 0) <= value <= (sys.float_info.max if hi is None else hi):
+                found.append(f"{f.name.upper()}={value}: must be {lo or 0:g}.." + ("" if hi is None else f"{hi:g}"))
+        return found or [f"{named(name)}: must be {named(must)}" for name, fine, must in self.combinations() if not fine]
+    def combinations(self) -> list[tuple[str, bool, str]]:
+        """(variable, whether it is fine, what it must be) for every rule that involves more than one knob."""
+        c, loops, row, lanes = self, self.num_loops > 0, self.micro_batch_tokens, self.parallel_start_layer
+        output, package = Path(c.artifact_dir or "runs").absolute(), {"zstd": "zstandard"}.get(c.compressor, c.compressor)
+        folder = next(p for p in (output, *output.parents) if p.exists())
+        return [
+            ("MODEL_DIM", c.model_dim % (2 * c.num_heads) == 0, "a multiple of 2 * NUM_HEADS"),
+            ("NUM_KV_HEADS", c.num_heads % c.num_kv_heads == 0, "a divisor of NUM_HEADS"),
+            ("ROPE_DIMS", c.rope_dims % 2 == 0 and c.rope_dims <= c.head_dim, f"even and at most {c.head_dim}"),
+            ("MLP_MULT", c.mlp_dim >= 1, "enough for one hidden unit at MODEL_DIM"),
+            ("XSA_LAST_N", c.xsa_last_n <= c.num_layers, "at most NUM_LAYERS"),
+            ("LOOP_START", not loops or c.loop_start <= c.loop_end, "at most LOOP_END"),
+            ("LOOP_END", not loops or c.loop_end < c.num_layers, "below NUM_LAYERS"),
+            ("PARALLEL_START_LAYER", not lanes or not loops or lanes > c.loop_end, "0 or above LOOP_END (stale lanes)"),
+            ("PARALLEL_START_LAYER", lanes < c.num_layers, "below NUM_LAYERS"),
+            ("PARALLEL_START_LAYER", not any(v.parallel and v.push for plan in c.plans for v in plan), "in the decoder"),
+            ("TRAIN_BATCH_TOKENS", c.train_batch_tokens % row == 0, "a multiple of MICRO_BATCH_TOKENS"),
+            ("TRAIN_SEQ_LEN", c.train_seq_len <= row, "at most MICRO_BATCH_TOKENS"),
+            ("CU_SEQLENS_CAPACITY", c.cu_seqlens_capacity >= 2 + 2 * -(-row // c.train_seq_len),
+             "at least 2 + 2 * MICRO_BATCH_TOKENS / TRAIN_SEQ_LEN"),
+            ("VAL_BATCH_TOKENS", c.val_batch_tokens >= 8 * c.eval_seq_len, "at least 8 * EVAL_SEQ_LEN"),
+            ("EVAL_STRIDE", c.eval_stride <= c.eval_seq_len, "at most EVAL_SEQ_LEN"),
+            ("TTT_CHUNK_SIZE", c.ttt_chunk_size <= c.ttt_eval_seq_len, "at most TTT_EVAL_SEQ_LEN"),
+            ("GPTQ_RESERVE_SECONDS", not c.max_wallclock_seconds or c.gptq_reserve_seconds < c.max_wallclock_seconds,
+             "below MAX_WALLCLOCK_SECONDS"),
+            ("COMPRESSOR", importlib.util.find_spec(package) is not None, f"lzma, or {package} must be installed"),
+            ("ARTIFACT_DIR", folder.is_dir() and os.access(folder, os.W_OK), "a folder that can be written"),
+        ]  # fmt: skip
+
+# What defines the network and travels with its weights; a model file decides these, not the environment that reads it.
+MODEL_FIELDS = (
+    "vocab_size num_layers model_dim num_heads num_kv_heads mlp_mult xsa_last_n skip_gates_enabled logit_softcap rope_base "
+    "rope_dims ln_scale num_loops loop_start loop_end parallel_start_layer parallel_final_lane data_loader"
+).split()
+NOT_KNOBS = (  # read by the published scripts: here the head is the embedding, and to be silent would promise the rest
+    "EMBEDDING_DIM TIE_EMBEDDINGS EMBED_LR HEAD_LR ROPE_TRAIN_SEQ_LEN ROPE_YARN MUON_BETA2 CONTROL_TENSOR_NAME_PATTERNS "
+    "TTT_DEBUG_BYPASS TTT_EVAL_BATCHES TTT_OUTPUT_DIR"
+).split()
+PR1530 = dict(
+    warmdown_frac=0.72, min_lr=0.0, matrix_lr=0.022, gptq_reserve_seconds=13.0, embed_bits=8, embed_clip_sigmas=20.0,
+    compressor="brotli", ttt_chunk_size=32,
+)  # fmt: skip
+PRESETS: dict[str, dict[str, Any]] = {
+    "record": {},
+    "pr1530": PR1530,
+    "pr1560": {**PR1530, "warmdown_frac": 0.75, "ttt_chunk_size": 48},
+    "cpu": dict(
+        dataset="pydocs_sp1024", vocab_size=1024, compile=False, num_layers=7, model_dim=192, num_heads=6, num_kv_heads=3,
+        mlp_mult=3.0, xsa_last_n=7, num_loops=1, loop_start=2, loop_end=3, parallel_start_layer=5,
+        max_wallclock_seconds=125.0, train_batch_tokens=8192, micro_batch_tokens=8192, train_seq_len=1024,
+        cu_seqlens_capacity=256, train_log_every=0, val_loss_every=0, matrix_lr=0.03, tied_embed_lr=0.03,
+        muon_momentum=0.95, muon_momentum_warmup_start=0.85, muon_momentum_warmup_steps=60, ema_decay=0.96,
+        gptq_calibration_batches=16, val_batch_tokens=65536, eval_seq_len=1024, eval_stride=128,
+        ttt_lora_rank=8, ttt_lora_lr=1e-3, ttt_chunk_size=128, ttt_eval_seq_len=1024, ttt_batch_size=16,
+    ),
+}  # fmt: skip
+
+def print_knobs() -> None:
+    """The table behind `--knobs`: variable, default per preset, meaning."""
+    print(f"{'variable':28}" + "".join(f"{p:>14}" for p in PRESETS) + "  meaning")
+    for f in dataclasses.fields(Config):
+        values = [PRESETS[p].get(f.name, f.default) if f.name != "preset" else p for p in PRESETS]
+        cells = [f"{v:>14g}" if isinstance(v, (int, float)) else f"{v or '-':>14}" for v in values]
+        print(f"{f.name.upper():28}{''.join(cells)}  {f.metadata['doc']} {' | '.join(f.metadata['choices'])}")
+
+# === 2. Runtime: ranks, log, clock ====================================================================================
+class Ranks:
+    """This process among its peers. On one rank every method is the identity; else all ranks must call it together."""
+    def __init__(self, environ: Mapping[str, str]):
+        self.rank, self.world_size = int(environ.get("RANK", 0)), int(environ.get("WORLD_SIZE", 1))
+        self.is_main, self.distributed, self.tickets = self.rank == 0, "RANK" in environ, 0
+        self.device, cuda = torch.device("cpu"), torch.cuda.is_available()
+        if cuda:
+            self.device = torch.device("cuda", int(environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(self.device)
+        if self.distributed:
+            dist.init_process_group("nccl" if cuda else "gloo", device_id=self.device if cuda else None)
+    def sum(self, t: Tensor) -> Tensor:
+        """Adds `t` over ranks in place."""
+        if self.distributed:
+            dist.all_reduce(t)
+        return t
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's `value`, in rank order."""
+        values = [value] * self.world_size
+        if self.distributed:
+            dist.all_gather_object(values, value)
+        return values
+    def reduce_scatter(self, shard: Tensor, full: Tensor) -> None:
+        """shard (n, ...) <- this rank's part of the sum of `full` (world_size * n, ...) over ranks."""
+        if self.distributed and full.is_cuda:
+            dist.reduce_scatter_tensor(shard, full)
+        else:  # not every torch we support has it for gloo
+            shard.copy_(self.sum(full).unflatten(0, (self.world_size, -1))[self.rank])
+    def all_gather(self, shard: Tensor) -> Tensor:
+        """(world_size * n, ...): every rank's `shard` (n, ...), in rank order."""
+        if not self.distributed:
+            return shard
+        full = shard.new_empty(self.world_size * len(shard), *shard.shape[1:])
+        dist.all_gather_into_tensor(full, shard)
+        return full
+    def ticket(self) -> int:
+        """0, 1, 2, ..: the next number of one counter for all ranks; the only method a rank may call by itself (W49)."""
+        self.tickets += 1
+        store = self.distributed and dist.distributed_c10d._get_default_store()
+        return (store.add("train_gpt/ticket", 1) if store else self.tickets) - 1
+    def now(self) -> float:
+        """Seconds on a steady clock, once the device has done all it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.monotonic()
+
+class Log:
+    """Lines for people on rank 0: to the terminal and to a file."""
+    def __init__(self, path: Path, is_main: bool):
+        self.last, self.is_main = time.monotonic(), is_main
+        if is_main:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = path.open("a", encoding="utf-8")
+    def __call__(self, line: str, terminal: bool = True) -> None:
+        self.last = time.monotonic()
+        for file in [self.file, sys.stdout][: 1 + terminal] if self.is_main else []:
+            print(line, file=file, flush=True)
+    def due(self) -> bool:
+        """Whether the last line is 8 s ago: a long loop shows that it is alive."""
+        return time.monotonic() - self.last > 8
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Writes `data` so that `path` holds all of it or is untouched, whatever happens in between."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    with part.open("wb") as f:
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(part, path)
+
+# === 3. Data: shards of uint16 tokens -> rows of packed documents =====================================================
+SHARD_HEADER = [20240520, 1]  # magic, version; then the token count; 256 int32 in all
+
+def write_shard(path: Path, tokens: np.ndarray) -> None:
+    """Writes uint16 ids (n,) as one shard: 1024 bytes of header, then the ids, little-endian."""
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = (*SHARD_HEADER, len(tokens))
+    write_atomic(path, header.tobytes() + np.ascontiguousarray(tokens, dtype="<u2").tobytes())
+
+def read_shard(path: Path) -> np.ndarray:
+    """Memory-mapped uint16 ids (n,). Raises UsageError for a foreign, newer, truncated or empty file."""
+    size, header = path.stat().st_size, np.fromfile(path, dtype="<i4", count=256)
+    if len(header) < 256 or header[:2].tolist() != SHARD_HEADER:
+        raise UsageError(f"{path}: starts with {header[:2].tolist()}, a shard with {SHARD_HEADER}")
+    if size != 1024 + 2 * int(header[2]) or not header[2]:
+        raise UsageError(f"{path}: holds {size} bytes, its header promises 1024 + 2 * {header[2]}")
+    return np.memmap(path, dtype="<u2", mode="r", offset=1024, shape=(int(header[2]),))
+
+class TokenStream:
+    """All shards of a split end to end, so that a document or a transition may straddle two of them (W13)."""
+    def __init__(self, folder: Path, split: str):
+        self.paths = sorted(folder.glob(f"*_{split}_*.bin"))
+        if not self.paths:
+            raise UsageError(f"{folder}: holds no *_{split}_*.bin; run tools/prepare_data.py or set DATASET, DATA_DIR")
+        self.shards = [read_shard(p) for p in self.paths]
+        self.starts = np.cumsum([0] + [len(s) for s in self.shards])
+        self.size = int(self.starts[-1])
+    def read(self, start: int, count: int) -> np.ndarray:
+        """`count` ids (int64) from `start` on, beginning again at 0 past the end."""
+        parts = []
+        while count > 0:
+            i = int(np.searchsorted(self.starts, start % self.size, side="right")) - 1
+            parts.append(self.shards[i][start % self.size - self.starts[i] :][:count])
+            start, count = start + len(parts[-1]), count - len(parts[-1])
+        return np.concatenate(parts).astype(np.int64)
+
+class Batch(NamedTuple):
+    """One row of segments end to end; attention never crosses a segment, and positions count from its start."""
+    inputs: Tensor  # (T,) int64
+    targets: Tensor  # (T,) int64; -1 where nothing is predicted
+    cu_seqlens: Tensor  # (capacity + 1,) int32: segment starts, then T in every unused entry
+    max_seqlen: int  # bound on the length of a segment, constant over batches so that it compiles once (W26)
+
+Shape = tuple[int, int, int]  # of a row: tokens, capacity in segments, longest segment
+
+def pack_row(inputs: np.ndarray, targets: np.ndarray, starts: np.ndarray, shape: Shape, device: torch.device) -> Batch:
+    """ids (n,) and segment starts -> Batch of `shape`, n <= T; the rest of the row predicts nothing."""
+    (tokens, capacity, max_seqlen), n = shape, len(inputs)
+    ids = np.zeros((2, tokens), dtype=np.int32)  # half of what int64 would send over PCIe
+    ids[1], ids[0, :n], ids[1, :n] = -1, inputs, targets
+    segments = [*starts, *range(n, tokens, max_seqlen)]  # padding keeps to the bound too
+    assert len(segments) <= capacity, (len(segments), capacity)
+    cu_seqlens = np.full(capacity + 1, tokens, dtype=np.int32)
+    cu_seqlens[: len(segments)] = segments
+    sent = [torch.from_numpy(x) for x in (ids, cu_seqlens)]
+    if device.type == "cuda":
+        sent = [x.pin_memory().to(device, non_blocking=True) for x in sent]
+    return Batch(*sent[0].long(), sent[1], max_seqlen)
+
+def segment_starts(tokens: np.ndarray, bos_id: int, max_seqlen: int) -> np.ndarray:
+    """Starts of the segments of a row (n,): 0, every BOS, and every `max_seqlen` tokens after either."""
+    documents = np.flatnonzero(tokens == bos_id)
+    if not len(documents) or documents[0] != 0:
+        documents = np.concatenate([[0], documents])
+    pieces = -(-np.diff(documents, append=len(tokens)) // max_seqlen)
+    piece = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)  # 0, 1, .. within each document
+    return np.repeat(documents, pieces) + piece * max_seqlen
+
+class PackedLoader:
+    """Rows of the stream in order: every transition once an epoch, whatever the number of ranks (W13).
+
+    All ranks walk over all rows and build their own, rank, rank + W, ..; so a step holds the same rows for any world
+    size. A row takes MICRO_BATCH_TOKENS tokens, fewer if its segments exceed the capacity; the next goes on from there.
+    """
+    def __init__(self, stream: TokenStream, bos_id: int, cfg: Config, ranks: Ranks):
+        self.stream, self.cfg, self.ranks, self.cursor = stream, cfg, ranks, 0
+        self.bos_id = bos_id if cfg.data_loader == "documents" else -1
+    def rows(self, count: int) -> tuple[list[Batch], int]:
+        """This rank's share of the next `count` rows, and the number of targets in all `count` rows."""
+        mine, first, (size, capacity, max_seqlen) = [], self.cursor, self.cfg.row_shape
+        for row in range(count):
+            tokens, n = self.stream.read(self.cursor, size + 1), size
+            starts = segment_starts(tokens[:-1], self.bos_id, max_seqlen)
+            if len(starts) > capacity:  # leave room for the segments of the padding
+                starts, n = starts[: capacity // 2], int(starts[capacity // 2])
+            if row % self.ranks.world_size == self.ranks.rank:
+                mine.append(pack_row(tokens[:n], tokens[1 : n + 1], starts, self.cfg.row_shape, self.ranks.device))
+            self.cursor += n
+        return mine, self.cursor - first
+    def steps(self) -> Iterator[tuple[list[Batch], int]]:
+        """`rows` of one step after another; a thread prepares the next while one is used."""
+        with ThreadPoolExecutor(1) as pool:
+            ahead = pool.submit(self.rows, self.cfg.rows_per_step)
+            while True:
+                rows, ahead = ahead.result(), pool.submit(self.rows, self.cfg.rows_per_step)
+                yield rows
+
+class Documents(NamedTuple):
+    """Validation documents. The targets of one are the tokens after its first, the next document's BOS included, so that
+    the counts add up to N - 1 and every token but the first is predicted exactly once (W39)."""
+    tokens: np.ndarray  # (N,) int64
+    starts: np.ndarray  # (D,) of each document
+    counts: np.ndarray  # (D,) of its targets
+    @classmethod
+    def load(cls, stream: TokenStream, bos_id: int, cfg: Config) -> Documents:
+        tokens = stream.read(0, stream.size)
+        starts = np.flatnonzero(tokens == bos_id)
+        counts = np.diff(starts, append=len(tokens) - 1)
+        sample = random.Random(cfg.seed).sample(range(len(starts)), max(1, round(cfg.val_doc_fraction * len(starts))))
+        return cls(tokens, starts[sorted(sample)], counts[sorted(sample)])
+
+class Tokenizer(NamedTuple):
+    path: Path
+    model: Any  # SentencePieceProcessor
+    bos_id: int
+    sha256: str
+    manifest: dict[str, Any]  # of the data set; empty if it has none
+    @classmethod
+    def load(cls, cfg: Config) -> Tokenizer:
+        """The data set's tokenizer. Raises UsageError if it is not one, of another size, or not the manifest's."""
+        import sentencepiece  # here, so that what needs no text needs no package
+        named = cfg.dataset_dir / "manifest.json"
+        manifest = json.loads(named.read_text()) if named.is_file() else {}
+        default = manifest["tokenizer"]["file"] if manifest else f"fineweb_{cfg.vocab_size}_bpe.model"
+        path = Path(cfg.tokenizer_path or Path(cfg.data_dir) / "tokenizers" / default)
+        try:
+            data = path.read_bytes()
+            model = sentencepiece.SentencePieceProcessor(model_proto=data)
+        except (OSError, RuntimeError) as error:
+            raise UsageError(f"TOKENIZER_PATH={path}: not a SentencePiece model ({str(error).split(chr(10))[0]})") from error
+        loaded = cls(path, model, model.bos_id(), hashlib.sha256(data).hexdigest(), manifest)
+        if model.vocab_size() != cfg.vocab_size:
+            raise UsageError(f"VOCAB_SIZE={cfg.vocab_size}: {path} has {model.vocab_size()} pieces")
+        if loaded.bos_id < 0 or model.piece_to_id("\u2581") == model.unk_id():
+            raise UsageError(f"TOKENIZER_PATH={path}: needs BOS and the bare space mark, or bytes are miscounted")
+        if manifest and manifest["tokenizer"]["sha256"] != loaded.sha256:
+            raise UsageError(f"TOKENIZER_PATH={path}: not the tokenizer that {named} names")
+        return loaded
+
+def open_shards(cfg: Config, tokenizer: Tokenizer, ranks: Ranks, splits: list[str]) -> dict[str, TokenStream]:
+    """The streams of `splits`. Raises UsageError for what cannot be used; each rank scans its share of the ids."""
+    streams = {split: TokenStream(cfg.dataset_dir, split) for split in splits}
+    known = {f["name"]: f["tokens"] for s in tokenizer.manifest.get("splits", {}).values() for f in s["files"]}
+    for split, stream in streams.items():
+        for i, (path, shard) in enumerate(zip(stream.paths, stream.shards, strict=True)):
+            if known and known.get(path.name) != len(shard):
+                raise UsageError(f"{path}: holds {len(shard)} tokens, its manifest says {known.get(path.name, 'nothing')}")
+            if i % ranks.world_size == ranks.rank and (largest := int(shard.max())) >= cfg.vocab_size:
+                raise UsageError(f"{path}: holds id {largest}, VOCAB_SIZE={cfg.vocab_size}")
+        found = stream.shards[0] == tokenizer.bos_id
+        if not found.any() or (split == "val" and not found[0]):
+            raise UsageError(f"{stream.paths[0]}: no document starts at its beginning (BOS id {tokenizer.bos_id})")
+        if split == "train" and stream.size <= cfg.train_batch_tokens:
+            raise UsageError(f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens}: the training shards hold {stream.size} tokens")
+    return streams
+
+# === 4. Kernels: the fused MLP and variable-length attention, each beside a plain reference ===========================
+# --- Fused MLP: out = leaky_relu(x @ w_up.T)^2 @ w_down.T for x (T, C), w_up (F, C), w_down (C, F). ---
+# PR #1530; after modded-nanogpt. Both products with an activation epilogue are operators: PyTorch, or Triton on Hopper.
+MLP_SLOPE = 0.5  # a power of two: both branches, of the activation and of its derivative, are exact before one rounding
+MLP_TILE = (128, 256, 64)  # tokens, hidden units, summed width
+
+def leaky_relu_sq(pre: Tensor) -> Tensor:
+    """The activation, in the dtype given: pre^2 above zero, (MLP_SLOPE * pre)^2 below."""
+    return F.leaky_relu(pre, MLP_SLOPE).square()
+
+if triton is not None:
+    @triton.jit
+    def mlp_kernel(a, w, pre, out, BACKWARD: tl.constexpr, SLOPE: tl.constexpr):
+        """One product and its epilogue. Operands are tensor descriptors and bring their dtype; sums are fp32.
+
+        forward : a = x (T, C), w = w_up (F, C);    stores pre = a @ w.T and out = leaky_relu(pre)^2, both (T, F)
+        backward: a = dy (T, C), w = w_down (C, F); loads pre, stores out = (a @ w) * derivative of leaky_relu^2 at pre
+
+        A sum is rounded to the dtype before the epilogue, as between separate operators. TMA reads zeros and writes
+        nothing past an edge: no masks. Programs stride over tiles in groups of 8 row blocks (weights stay in L2).
+        `flatten` starts the next tile's loads before this epilogue, done by column halves so that staging fits beside.
+        """
+        BM: tl.constexpr = a.block_shape[0]
+        BH: tl.constexpr = out.block_shape[1]
+        row_blocks, col_blocks = tl.cdiv(out.shape[0], BM), tl.cdiv(out.shape[1], 2 * BH)
+        for tile in tl.range(tl.program_id(0), row_blocks * col_blocks, tl.num_programs(0), flatten=True):
+            i, j = tl.swizzle2d(tile // col_blocks, tile % col_blocks, row_blocks, col_blocks, 8)
+            row, col = i * BM, j * 2 * BH
+            acc = tl.zeros((BM, 2 * BH), tl.float32)
+            for k in range(0, a.shape[1], a.block_shape[1]):
+                b = w.load([k, col]) if BACKWARD else w.load([col, k]).T  # as stored: no transposed copy
+                acc = tl.dot(a.load([row, k]), b, acc)
+            halves = tl.split(tl.permute(tl.reshape(acc.to(out.dtype), (BM, 2, BH)), (0, 2, 1)))
+            for h in tl.static_range(2):
+                half, at = halves[h], [row, col + h * BH]
+                z = 2 * pre.load(at) if BACKWARD else half
+                out.store(at, half * tl.where(z > 0, z, SLOPE * SLOPE * z))
+                if not BACKWARD:
+                    pre.store(at, half)
+
+def launch_mlp(a: Tensor, w: Tensor, pre: Tensor, out: Tensor, programs: int, backward: bool, tile=MLP_TILE) -> None:
+    """Run mlp_kernel into `out` (forward also `pre`) with at most that many persistent programs; T must not be 0.
+
+    A new T compiles nothing. Descriptors are made per call (a cache would keep activations alive), never in a replayed
+    CUDA graph. Shared memory, of 227 KB: forward 224 (4 stages), backward with its staged `pre` 208 (3 stages).
+    """
+    bm, bn, bk = tile
+    boxes = [bm, bk], [bk, bn] if backward else [bn, bk], [bm, bn // 2], [bm, bn // 2]
+    args = [TensorDescriptor(t, t.shape, t.stride(), box) for t, box in zip((a, w, pre, out), boxes, strict=True)]
+    grid = (min(programs, triton.cdiv(out.shape[0], bm) * triton.cdiv(out.shape[1], bn)),)
+    mlp_kernel[grid](*args, BACKWARD=backward, SLOPE=MLP_SLOPE, num_warps=8, num_stages=3 if backward else 4)
+
+def mlp_up_reference(x: Tensor, w_up: Tensor) -> tuple[Tensor, Tensor]:
+    pre = F.linear(x, w_up)
+    return pre, leaky_relu_sq(pre)
+
+def mlp_dpre_reference(dy: Tensor, w_down: Tensor, pre: Tensor) -> Tensor:
+    return (dy @ w_down).mul_(F.leaky_relu(pre, MLP_SLOPE**2)).mul_(2)  # 1/12 of torch.where's time on a CPU in bf16
+
+def mlp_cuda(a: Tensor, w: Tensor, pre: Tensor | None = None) -> tuple[Tensor, Tensor] | Tensor:
+    """Either operator; the reference off Hopper, for dtypes that have not two bytes, or without TMA's alignment."""
+    backward, gpu = pre is not None, torch.cuda.get_device_properties(a.device)
+    hidden, inputs = (w.shape[1], (a, w, pre)) if backward else (w.shape[0], (a, w))
+    fits = triton is not None and gpu.major == 9 and a.dtype in (torch.bfloat16, torch.float16) and len(a) > 0
+    rows = ((t.dtype == a.dtype, t.stride(1) == 1, t.stride(0) % 8 == 0, t.data_ptr() % 16 == 0) for t in inputs)
+    if not (fits and hidden % 8 == 0 and all(map(all, rows))):
+        return mlp_dpre_reference(*inputs) if backward else mlp_up_reference(*inputs)
+    pre, out = pre if backward else a.new_empty(len(a), hidden), a.new_empty(len(a), hidden)
+    launch_mlp(a, w, pre, out, gpu.multi_processor_count, backward)
+    return out if backward else (pre, out)
+
+mlp_up = torch.library.custom_op("golf::mlp_up", mlp_up_reference, mutates_args=())
+mlp_dpre = torch.library.custom_op("golf::mlp_dpre", mlp_dpre_reference, mutates_args=())
+for op, reference in ((mlp_up, mlp_up_reference), (mlp_dpre, mlp_dpre_reference)):
+    op.register_fake(reference)
+    op.register_kernel("cuda", mlp_cuda)
+
+class FusedMLP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, w_up: Tensor, w_down: Tensor, pre: Tensor, post: Tensor) -> Tensor:
+        _, need_up, need_down, *_ = ctx.needs_input_grad  # a frozen weight keeps nothing alive
+        ctx.save_for_backward(x if need_up else None, w_up, w_down, pre, post if need_down else None)
+        return F.linear(post, w_down)
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, w_up, w_down, pre, post = ctx.saved_tensors
+        need_x, need_up, need_down, *_ = ctx.needs_input_grad
+        dpre = mlp_dpre(dy, w_down, pre) if need_x or need_up else None
+        dx, dw_up = dpre @ w_up if need_x else None, dpre.t() @ x if need_up else None
+        return dx, dw_up, dy.t() @ post if need_down else None, None, None
+
+def fused_mlp(x: Tensor, w_up: Tensor, w_down: Tensor) -> tuple[Tensor, Tensor]:
+    """(out (T, C), post (T, F)) in the dtype of all three; post is for calibration and carries no gradient."""
+    pre, post = mlp_up(x.detach(), w_up.detach())  # not outputs of FusedMLP, or autograd would fill zeros for post
+    return FusedMLP.apply(x, w_up, w_down, pre, post), post
+
+# --- Attention over packed documents, one signature for every backend: q (T, H, D), k and v (T, Hkv, D), cu_seqlens
+# int32 (capacity + 1,) from 0 to T with T repeated at the end (empty segments), max_seqlen a constant. Only values
+# differ between batches, so a graph is compiled once. FA2, FA3 (from 2025-12) and torch.nn.attention.varlen trace as
+# operators of their own; FA4 had none by 2026-08 and is refused until it traces; per-document SDPA becomes one here.
+ATTENTION_BACKENDS = {"fa3": "flash_attn_interface", "fa4": "flash_attn.cute", "fa2": "flash_attn"}  # by preference
+ATTENTION_BACKENDS |= {"torch": "torch.nn.attention.varlen", "sdpa": ""}  # sdpa: any device, any float type
+ATTENTION_TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 5e-3, torch.float32: 2e-3, torch.float64: 1e-5}  # TF32 2e-3
+# Package absent; library does not load; another version; dtype, head width or GPU refused, or a graph break.
+BACKEND_ERRORS = (ImportError, OSError, AttributeError, KeyError, TypeError, AssertionError, ValueError, RuntimeError)
+
+def over_documents(kernel: Callable, inputs: tuple, outputs: tuple, cu_seqlens: Tensor) -> None:
+    """Fills outputs (T, heads, ...) with kernel(*inputs), called on (rows, heads, n, ...) views of equal neighbours."""
+    start, lengths = 0, [n for n in cu_seqlens.diff().tolist() if n]
+    runs = [(n, len(list(same))) for n, same in groupby(lengths)]
+    for n, rows in runs if inputs[0].is_cpu else ((n, 1) for n in lengths):  # a GPU holds the (n, n) scores: one row
+        parts = [x[start : start + rows * n].unflatten(0, (rows, n)).transpose(1, 2) for x in (*inputs, *outputs)]
+        for part, result in zip(parts[len(inputs) :], kernel(*parts[: len(inputs)]), strict=False):
+            part.copy_(result)
+        start += rows * n
+
+def causal_gradients(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, _: Tensor) -> tuple[Tensor, ...]:
+    """dq, dk, dv of causal attention on (rows, heads, n, D) from the whole (n, n) scores, in fp32 or better."""
+    wide, scale = torch.promote_types(q.dtype, torch.float32), q.size(-1) ** -0.5
+    grad, q, y = (x.to(wide).unflatten(1, (k.size(1), -1)) for x in (grad, q, y))  # (rows, Hkv, H // Hkv, n, D)
+    k, v = k.to(wide).unsqueeze(2), v.to(wide).unsqueeze(2)
+    p = (q @ k.mT * scale + q.new_full(q.shape[3:4] * 2, -torch.inf).triu(1)).softmax(-1)
+    ds = p * (grad @ v.mT - (grad * y).sum(-1, keepdim=True)) * scale
+    return (ds @ k).flatten(1, 2), (ds.mT @ q).sum(2), (p.mT @ grad).sum(2)
+
+def sdpa_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
+    """Room for y (T, H, D) and the logsumexp (H, T), which only the CPU kernels fill and need."""
+    return q.new_empty(q.shape), q.new_zeros(q.shape[1::-1], dtype=torch.promote_types(q.dtype, torch.float32))
+
+@torch.library.custom_op("golf::sdpa_varlen", mutates_args=())
+def sdpa_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, Tensor]:
+    """y and logsumexp. On two cores, 16 x 512 bf16 tokens, H=4, D=32: 16 ms, 35 ms in backward."""
+    ends, (shortest, longest) = cu_seqlens[[0, -1]].tolist(), map(int, cu_seqlens.diff().aminmax())
+    assert ends == [0, q.size(0)] and 0 <= shortest <= longest <= max_seqlen, f"{ends=}, {shortest=}, {longest=}"
+    inputs = tuple(x.contiguous() for x in (q, k, v))  # the CPU kernels misread a strided last dimension
+    y, lse = sdpa_outputs(q)
+    flash = partial(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, is_causal=True)
+    plain = partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=True)
+    over_documents(flash if q.is_cpu else lambda *rows: [plain(*rows)], inputs, (y, lse.T), cu_seqlens)
+    return y, lse
+
+@torch.library.custom_op("golf::sdpa_varlen_backward", mutates_args=())
+def sdpa_varlen_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, cu_seqlens: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv. Autograd is off inside an operator, so off the CPU the gradient is written out (slow)."""
+    inputs = (*(x.contiguous() for x in (grad, q, k, v, y)), lse.T)
+    grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    flash = partial(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward, dropout_p=0.0, is_causal=True)
+    over_documents(flash if q.is_cpu else causal_gradients, inputs, grads, cu_seqlens)
+    return grads
+
+sdpa_varlen.register_fake(lambda q, *_: sdpa_outputs(q))
+sdpa_varlen_backward.register_fake(lambda grad, *saved: tuple(x.new_empty(x.shape) for x in saved[:3]))
+sdpa_varlen.register_autograd(
+    lambda ctx, grad, _: (*sdpa_varlen_backward(grad, *ctx.saved_tensors), None, None),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:3], *output, inputs[3]),
+)
+ATTENTION = {"sdpa": sdpa_varlen}  # check_attention adds the others
+
+def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, backend: str) -> Tensor:
+    """y (T, H, D), causal within each segment, scale D ** -0.5; query head h reads key/value head h // (H // Hkv)."""
+    y = ATTENTION[backend](q, k, v, cu_seqlens, max_seqlen)
+    return y[0] if isinstance(y, tuple) else y  # ours, FA4, and FA3 before 2025-07 add the logsumexp
+
+def load_attention(backend: str) -> Callable[..., Tensor]:
+    """Imports a backend and gives it our signature; raises one of BACKEND_ERRORS."""
+    name = "varlen_attn" if backend == "torch" else "flash_attn_varlen_func"
+    function = getattr(importlib.import_module(ATTENTION_BACKENDS[backend]), name)
+    if backend == "torch":  # 2.10 has is_causal, later a window; enable_gqa is required since 2.12, implied before
+        known = inspect.signature(function).parameters
+        options = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+        options |= {"enable_gqa": True} if "enable_gqa" in known else {}
+        return lambda q, k, v, cu, n: function(q, k, v, cu, cu, n, n, **options)
+    return lambda q, k, v, cu, n: function(
+        q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=n, max_seqlen_k=n, causal=True
+    )
+
+def check_attention(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Compiles a backend whole and compares y, dq, dk, dv with masked SDPA; the reason to refuse it, or nothing."""
+    cu = torch.tensor([0, 1, 130, 300, 300, 300], dtype=torch.int32, device=device)
+    segment = torch.tensor([0] + 129 * [1] + 170 * [2], device=device)
+    rng = torch.Generator(device).manual_seed(0)  # leaves the global one alone
+    grad, *leaves = (torch.randn(300, n, 64, generator=rng, device=device).to(dtype) for n in (4, 4, 2, 2))
+    exact = [x.to(torch.promote_types(dtype, torch.float32)).requires_grad_() for x in leaves]
+    heads = (x.repeat_interleave(4 // x.size(1), 1).transpose(0, 1) for x in exact)
+    y = F.scaled_dot_product_attention(*heads, attn_mask=(segment[:, None] == segment).tril()).transpose(0, 1)
+    wanted = y, *torch.autograd.grad(y, exact, grad.to(y.dtype))
+    try:
+        ATTENTION[backend] = sdpa_varlen if backend == "sdpa" else load_attention(backend)
+        leaves = [x.detach().clone().requires_grad_() for x in leaves]
+        y = torch.compile(attention, backend="aot_eager", fullgraph=True)(*leaves, cu, 256, backend)
+        found = y, *torch.autograd.grad(y, leaves, grad)
+    except BACKEND_ERRORS as error:
+        return (str(error).strip() or repr(error)).splitlines()[0][:200]
+    error = float(torch.stack([(x - z).norm() / z.norm() for x, z in zip(found, wanted, strict=True)]).max().detach())
+    return "" if error <= ATTENTION_TOLERANCE[dtype] else f"relative error {error:.1e} against masked SDPA"
+
+def choose_attention(requested: str, device: torch.device, dtype: torch.dtype) -> tuple[str, list[str]]:
+    """A name for `attention` ("auto": the first that works) and log lines; UsageError if there is none."""
+    if requested == "auto" and device.type == "cpu":
+        return "sdpa", ["attention_backend:sdpa (the others need a GPU)"]
+    names, log, reason = (requested,) if requested != "auto" else tuple(ATTENTION_BACKENDS), [], "no such backend"
+    for name in filter(ATTENTION_BACKENDS.__contains__, names):
+        reason = check_attention(name, device, dtype)
+        if not reason:
+            return name, [*log, f"attention_backend:{name}"]
+        log.append(f"{name}: {reason}")
+    works = [name for name in ATTENTION_BACKENDS if name not in names and not check_attention(name, device, dtype)]
+    raise UsageError(f"ATTENTION_BACKEND={requested}: {reason}; works here: {', '.join(works) or 'none'}")
+
+# === 5. Model: banks, the order of layers, one forward for training, calibration, scoring and adaptation ==============
+class Visit(NamedTuple):
+    """One step of the unrolled depth: which layer runs, on what, and which skips it stores or takes."""
+    layer: int
+    slot: int  # position in the plan; adapters are kept per slot
+    push: bool  # store the output for a later skip
+    skip: tuple[int, ...]  # rows of skip_weights whose mean scales the skip popped here; empty: none
+    parallel: bool  # two lanes
+
+def layer_plan(cfg: Config, looped: bool) -> tuple[Visit, ...]:
+    """The order of layers; the only place that knows it.
+
+    First half: encoder, each output is stored. Second half: decoder, takes them last in, first out. Rows of
+    skip_weights belong to pairs (receiver, source) of the looped plan. The plain plan uses the rows of the same pair, so
+    a trained skip keeps its meaning when looping starts (W4); a pair that looping visits twice has two rows, of which
+    the plain plan uses the mean, so that both arrive trained.
+    """
+    def halves(loops: int) -> tuple[list[int], list[int], list[tuple[int, int]]]:
+        order = [*range(cfg.num_layers)]
+        segment = order[cfg.loop_start : cfg.loop_end + 1] * loops
+        order = order[: cfg.loop_start] + segment + order[cfg.loop_start :]
+        encoder, decoder = order[: len(order) // 2], order[len(order) // 2 :]
+        return encoder, decoder, list(zip(decoder, reversed(encoder), strict=False))
+    _, _, full = halves(cfg.num_loops)
+    encoder, decoder, pairs = halves(cfg.num_loops if looped else 0)
+    same = [tuple(row for row, other in enumerate(full) if other == pair) for pair in pairs]
+    skips = [(k,) if looped or not rows else rows for k, rows in enumerate(same)] + [()] * (len(decoder) - len(pairs))
+    first = cfg.parallel_start_layer or cfg.num_layers
+    steps = [(i, True, ()) for i in encoder] + [(i, False, skip) for i, skip in zip(decoder, skips, strict=True)]
+    return tuple(Visit(i, slot, push, skip, i >= first) for slot, (i, push, skip) in enumerate(steps))
+
+class Role(NamedTuple):
+    """What the rest of the program needs to know of a parameter."""
+    shape: tuple[int, ...]
+    init: float | str  # constant, "orthogonal" (gain 1), "normal", or "first": row 0 ones, row 1 zeros
+    group: str  # optimiser: muon, embed or scalar
+    packing: str  # in the artifact: matrix or embed (integers), or float (fp16)
+
+def parameter_table(cfg: Config) -> dict[str, Role]:
+    """Every parameter with its shape, init, optimiser and packing: the only such list. Weights act as y = x W^T."""
+    L, C, V, kv = cfg.num_layers, cfg.model_dim, cfg.vocab_size, cfg.num_kv_heads * cfg.head_dim
+    num_skips = sum(bool(v.skip) for v in layer_plan(cfg, looped=True))
+    table = {
+        "qo_bank": Role((2 * L, C, C), "orthogonal", "muon", "matrix"),  # L queries, then L outputs (zero at first)
+        "kv_bank": Role((2 * L, kv, C), "orthogonal", "muon", "matrix"),  # L keys, then L values
+        "up_bank": Role((L, cfg.mlp_dim, C), "orthogonal", "muon", "matrix"),
+        "down_bank": Role((L, C, cfg.mlp_dim), 0.0, "muon", "matrix"),
+        "tok_emb": Role((V, C), "normal", "embed", "embed"),  # table and head; fp32 master (W8)
+        "skip_weights": Role((num_skips, C), 1.0, "scalar", "float"),
+        "attn_scale": Role((L, C), 1.0, "scalar", "float"),
+        "mlp_scale": Role((L, C), 1.0, "scalar", "float"),
+        "resid_mix": Role((L, 2, C), "first", "scalar", "float"),  # row 0 for x, row 1 for x0
+        "q_gain": Role((L, cfg.num_heads), cfg.qk_gain_init, "scalar", "float"),
+    }
+    if cfg.skip_gates_enabled:
+        table["skip_gates"] = Role((num_skips, C), 0.0, "scalar", "float")
+    if cfg.parallel_start_layer:
+        table["parallel_post_lambdas"] = Role((L, 2, 2), 1.0, "scalar", "float")  # [layer, source, lane]
+        table["parallel_resid_lambdas"] = Role((L, 2), 1.1, "scalar", "float")  # [layer, lane]
+    return table
+
+LAYER_TENSORS = "q o k v up down attn_scale mlp_scale resid_mix q_gain".split()
+LayerWeights = NamedTuple("LayerWeights", [(name, Tensor) for name in LAYER_TENSORS])  # of one layer, compute dtype
+
+class PassInfo(NamedTuple):
+    """What every layer of one forward shares."""
+    batch: Batch
+    cos: Tensor  # (T, 1, rope_dims / 2) at each token's position in its segment
+    sin: Tensor
+    tap: Callable[[str, int, Tensor], None]  # (site, layer, input of a product): calibration
+    lora: dict[tuple[str, int], tuple[Tensor, Tensor]]  # (site, slot) -> A, B; empty without adapters
+    def add_lora(self, y: Tensor, x: Tensor, site: str, slot: int) -> Tensor:
+        """y (T, out) plus the adapter's (x A^T) B^T, if there is one here; x (T, C) holds T / B tokens per document."""
+        if (site, slot) not in self.lora:
+            return y
+        a, b = self.lora[site, slot]
+        return y + (x.unflatten(0, (len(a), -1)) @ a.mT @ b.mT).flatten(0, 1)
+
+def rms_norm(x: Tensor) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) over the last axis, fp32 inside; F.rms_norm takes 20 times as long in bf16 on a CPU."""
+    if x.is_cuda:
+        return F.rms_norm(x, (x.size(-1),))
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps)).to(x.dtype)
+
+def positions(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
+    """(T,) int64: each token's index in its segment (W17)."""
+    index = torch.arange(num_tokens, device=cu_seqlens.device)
+    return index - cu_seqlens[torch.searchsorted(cu_seqlens, index, right=True) - 1]
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE on the first 2 * cos.size(-1) dims of x (T, H, D); dims j and j + half form a pair."""
+    half = cos.size(-1)
+    x1, x2, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin, rest], dim=-1)
+
+def remove_own_value(y: Tensor, v: Tensor) -> Tensor:
+    """XSA: takes from each head's output y (T, H, D) its component along the token's own value v (T, Hkv, D)."""
+    wide = y.to(torch.promote_types(y.dtype, torch.float32)).unflatten(1, (v.size(1), -1))  # (T, Hkv, H / Hkv, D)
+    unit = F.normalize(v.to(wide.dtype), dim=-1).unsqueeze(2)  # (T, Hkv, 1, D)
+    return (wide - (wide * unit).sum(-1, keepdim=True) * unit).flatten(1, 2).to(y.dtype)
+
+class GPT(nn.Module):
+    """The network of PR #1530. Parameters are fp32; products run in the compute dtype."""
+    def __init__(self, cfg: Config, attention_backend: str = "sdpa"):
+        super().__init__()
+        self.cfg, self.attention_backend = cfg, attention_backend
+        for name, role in parameter_table(cfg).items():
+            self.register_parameter(name, nn.Parameter(torch.empty(role.shape)))
+        half, longest = (cfg.rope_dims or cfg.head_dim) // 2, max(cfg.train_seq_len, cfg.eval_seq_len, cfg.ttt_eval_seq_len)
+        frequencies = cfg.rope_base ** (-torch.arange(half, dtype=torch.float64) / half)
+        angles = torch.arange(longest)[:, None, None] * frequencies  # (longest, 1, half)
+        self.register_buffer("cos", angles.cos().float(), persistent=False)
+        self.register_buffer("sin", angles.sin().float(), persistent=False)
+        self.reset_parameters()
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Initial weights from SEED, drawn on the CPU: equal on every rank and device."""
+        g = torch.Generator().manual_seed(self.cfg.seed)
+        for name, role in parameter_table(self.cfg).items():
+            p = self.get_parameter(name)
+            if role.init == "orthogonal":
+                for matrix in p:
+                    nn.init.orthogonal_(matrix, generator=g)
+            elif role.init == "normal":
+                nn.init.normal_(p, std=self.cfg.tied_embed_init_std, generator=g)
+            else:
+                p.fill_(1.0 if role.init == "first" else role.init)
+        self.resid_mix[:, 1] = 0.0
+        self.qo_bank[self.cfg.num_layers :] = 0.0  # like down_bank: every block starts as the identity
+    def layer_weights(self) -> list[LayerWeights]:
+        """Casts every bank once and splits it; unbind, because its gradient is one stack and not L padded copies."""
+        names, L = "qo_bank kv_bank up_bank down_bank attn_scale mlp_scale resid_mix q_gain".split(), self.cfg.num_layers
+        qo, kv, *rest = (self.get_parameter(name).to(self.cfg.dtype).unbind(0) for name in names)
+        return [LayerWeights(*w) for w in zip(qo[:L], qo[L:], kv[:L], kv[L:], *rest, strict=True)]
+    def attend(self, n: Tensor, w: LayerWeights, visit: Visit, info: PassInfo) -> Tensor:
+        """Normalised input n (T, C) -> attention output (T, C), before its scale."""
+        q, k, v = (
+            info.add_lora(F.linear(n, getattr(w, site)), n, site, visit.slot).unflatten(-1, (-1, self.cfg.head_dim))
+            for site in "qkv"
+        )  # (T, H, D), (T, Hkv, D) twice
+        q = rotate(rms_norm(q), info.cos, info.sin) * w.q_gain[:, None]
+        k = rotate(rms_norm(k), info.cos, info.sin)
+        y = attention(q, k, v, info.batch.cu_seqlens, info.batch.max_seqlen, self.attention_backend)
+        if visit.layer >= self.cfg.num_layers - self.cfg.xsa_last_n:
+            y = remove_own_value(y, v)
+        y = y.flatten(1)  # (T, C)
+        info.tap("attn_in", visit.layer, n)
+        info.tap("attn_out", visit.layer, y)
+        return info.add_lora(F.linear(y, w.o), n, "o", visit.slot)
+    def feed(self, n: Tensor, w: LayerWeights, visit: Visit, info: PassInfo) -> Tensor:
+        """Normalised input n (T, C) -> MLP output (T, C), before its scale."""
+        out, post = fused_mlp(n, w.up, w.down)
+        info.tap("mlp_in", visit.layer, n)
+        info.tap("mlp_mid", visit.layer, post)
+        return info.add_lora(out, n, "mlp", visit.slot)
+    def merge_skip(self, x: Tensor, skip: Tensor, rows: tuple[int, ...]) -> Tensor:
+        """Adds a stored activation to the stream: by weight, and by a gate whose 1 keeps the stream."""
+        skip = self.skip_weights[list(rows)].mean(0).to(x.dtype) * skip
+        if not self.cfg.skip_gates_enabled:
+            return x + skip
+        return torch.lerp(skip, x, torch.sigmoid(self.skip_gates[list(rows)].mean(0).to(x.dtype)))
+    def hidden(self, info: PassInfo, plan: tuple[Visit, ...]) -> Tensor:
+        """Runs the plan: ids of the batch -> final normalised hidden states (T, C)."""
+        layers = self.layer_weights()
+        x = x0 = rms_norm(F.embedding(info.batch.inputs, self.tok_emb.to(self.cfg.dtype)))
+        skips, lane = [], None  # `lane` is the MLP lane; x is the attention lane once there are two
+        for visit in plan:
+            w, scale = layers[visit.layer], 1 / math.sqrt(visit.layer + 1) if self.cfg.ln_scale else 1.0
+            if visit.parallel and lane is None:
+                lane = x
+            if visit.skip:
+                x = self.merge_skip(x, skips.pop(), visit.skip)
+            u = w.resid_mix[0] * x + w.resid_mix[1] * x0
+            a = w.attn_scale * self.attend(rms_norm(u) * scale, w, visit, info)
+            if visit.parallel:  # attention reads one lane, the MLP the other; both are written to both
+                m = w.mlp_scale * self.feed(rms_norm(lane) * scale, w, visit, info)
+                keep, post = (p[visit.layer].to(x.dtype) for p in (self.parallel_resid_lambdas, self.parallel_post_lambdas))
+                x, lane = (keep[j] * s + post[0, j] * a + post[1, j] * m for j, s in enumerate((x, lane)))
+            else:
+                h = u + a
+                x = h + w.mlp_scale * self.feed(rms_norm(h) * scale, w, visit, info)
+            if visit.push:
+                skips.append(x)
+        if lane is not None:
+            x = {"mean": (x + lane) / 2, "attn": x, "mlp": lane}[self.cfg.parallel_final_lane]
+        return rms_norm(x)
+    def forward(
+        self, batch: Batch, plan: tuple[Visit, ...], lora: LoRA | None = None,
+        tap: Callable[[str, int, Tensor], None] = lambda site, layer, x: None, select: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Nats per token (T,) fp32, 0 where the target is -1.
+
+        `lora` adapts segments of equal length, one adapter each. `tap` sees the input of every product. `select` (n,)
+        int64 asks for these positions only and returns (n,): no logits are computed for the others.
+        """
+        place, dtype = positions(batch.cu_seqlens, batch.inputs.numel()), self.cfg.dtype
+        info = PassInfo(batch, self.cos[place].to(dtype), self.sin[place].to(dtype), tap, lora.views(dtype) if lora else {})
+        x, targets = self.hidden(info, plan), batch.targets
+        tap("head_in", 0, x)
+        if select is not None:
+            x, targets = x[select], targets[select]
+        z = info.add_lora(F.linear(x, self.tok_emb.to(dtype)), x, "head", 0)
+        logits = self.cfg.logit_softcap * torch.tanh(z.float() / self.cfg.logit_softcap)  # fp32 from here on (W16)
+        return F.cross_entropy(logits, targets, ignore_index=-1, reduction="none")
+
+# === 6. Adapters: a LoRA for every document of a batch, at every visit of a layer =====================================
+class LoRA(NamedTuple):
+    """Adapters of B documents in two leaf tensors, fp32, all A and all B: y += (x A^T) B^T.
+
+    q, k, v and o read the normalised attention input, mlp the normalised MLP input, head the final hidden state.
+    8,355,840 values per document at the record's settings: 17 visits and the head.
+    """
+    sites: tuple[tuple[str, int], ...]  # (site, slot) of every adapter
+    widths: tuple[int, ...]  # its output width
+    down: Tensor  # (B, len(sites), rank, C)
+    up: Tensor  # (B, sum(widths), rank)
+    @classmethod
+    def zeros(cls, cfg: Config, batch: int, slots: int, device: torch.device) -> LoRA:
+        C, kv, rank = cfg.model_dim, cfg.num_kv_heads * cfg.head_dim, cfg.ttt_lora_rank
+        on = {"q": C, "k": kv * cfg.ttt_k_lora, "v": kv, "o": C * cfg.ttt_o_lora, "mlp": C * cfg.ttt_mlp_lora}
+        widths = {(site, slot): width for slot in range(slots) for site, width in on.items() if width}
+        widths["head", 0] = cfg.vocab_size
+        shapes = (len(widths), rank, C), (sum(widths.values()), rank)
+        leaves = (torch.zeros(batch, *shape, device=device, requires_grad=True) for shape in shapes)
+        return cls(tuple(widths), tuple(widths.values()), *leaves)
+    @torch.no_grad()
+    def reset(self, seed: int, keys: list[int]) -> None:
+        """B to zero, A to uniform +-1/sqrt(C) drawn by (seed, key of the document): mates and ranks do not matter (W48)."""
+        generator, bound = torch.Generator(self.down.device), self.down.size(-1) ** -0.5
+        for a, key in zip(self.down, keys, strict=True):
+            a.uniform_(-bound, bound, generator=generator.manual_seed((seed << 32) + key))
+        self.up.zero_()
+    def views(self, dtype: torch.dtype) -> dict[tuple[str, int], tuple[Tensor, Tensor]]:
+        """(site, slot) -> A (B, rank, C), B (B, out, rank); unbind and split, so that a gradient is one copy."""
+        return dict(zip(self.sites, zip(self.down.to(dtype).unbind(1), self.up.to(dtype).split(self.widths, 1), strict=True), strict=True))
+
+# === 7. Optimisation: Muon on banks, AdamW on the rest, schedules =====================================================
+def newton_schulz(g: Tensor, steps: int) -> Tensor:
+    """Pushes the singular values of each matrix of g (n, r, c) towards 1 (Muon, K. Jordan; quintic coefficients)."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = g.mT if g.size(-2) > g.size(-1) else g
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        y = x @ x.mT
+        x = a * x + torch.baddbmm(y, y, y, beta=b, alpha=c) @ x
+    return x.mT if g.size(-2) > g.size(-1) else x
+
+def muon_update(grad: Tensor, buffer: Tensor, momentum: Tensor, cfg: Config) -> Tensor:
+    """Gradient (n, r, c) fp32 and momentum buffer, changed in place -> orthogonalised Nesterov step, compute dtype."""
+    buffer.mul_(momentum).add_(grad)
+    u = grad + momentum * buffer
+    if cfg.muon_row_normalize:
+        u = u / u.norm(dim=-1, keepdim=True).clamp_min(1e-7)
+    return newton_schulz(u.to(cfg.dtype), cfg.muon_backend_steps)
+
+class Muon(torch.optim.Optimizer):
+    """Muon for banks of matrices (B, out, in) that act as y = x W^T, each rank orthogonalising its share of slices.
+
+    Reduce-scatter of gradients -> step on the shard -> all-gather of updates (PR #399). A rank owns floor or ceil(B / W)
+    slices; shards have room for ceil(B / W), so at most one slice per rank and bank is padding, which nothing computes
+    on. Unit of the rate: the spectral norm of an update, times sqrt(max(1, out / in)). Momentum lives in the optimiser
+    state, so a state dict holds all there is (W1).
+    """
+    def __init__(self, banks: list[nn.Parameter], cfg: Config, ranks: Ranks):
+        super().__init__([{"params": banks, "lr": cfg.matrix_lr}], {})
+        self.cfg, self.ranks, W = cfg, ranks, ranks.world_size
+        self.update = torch.compile(muon_update, dynamic=False) if cfg.compile else muon_update
+        self.places, self.own, self.shards = {}, {}, {}
+        for p in banks:
+            share, counts = -(-len(p) // W), [len(p) // W + (r < len(p) % W) for r in range(W)]
+            places = [r * share + i for r, count in enumerate(counts) for i in range(count)]
+            self.places[p] = torch.tensor(places, device=p.device)  # slice of the bank -> slice of the gathered shards
+            self.own[p], dtype = counts[ranks.rank], torch.float32 if W == 1 else cfg.dtype
+            self.shards[p] = torch.zeros(share, *p.shape[1:], device=p.device, dtype=dtype)
+            self.state[p]["momentum_buffer"] = torch.zeros(self.own[p], *p.shape[1:], device=p.device)
+    def reduce(self) -> Tensor:
+        """Sums gradients over ranks into the shards and returns the squared norm of all of them, the same everywhere."""
+        total = torch.zeros((), device=next(iter(self.shards)).device)
+        for p, shard in self.shards.items():
+            full = shard.new_zeros(self.ranks.world_size * len(shard), *p.shape[1:])
+            self.ranks.reduce_scatter(shard, full.index_copy_(0, self.places[p], p.grad.to(full.dtype)))
+            total += shard[: self.own[p]].float().square().sum()
+        return self.ranks.sum(total)
+    @torch.no_grad()
+    def step(self, clip: Tensor, momentum: Tensor) -> None:
+        """Applies one update from the reduced shards, scaled by `clip` (scalar) first."""
+        lr = self.param_groups[0]["lr"]
+        for p, shard in self.shards.items():
+            mine = torch.zeros(shard.shape, device=p.device, dtype=self.cfg.dtype)
+            if own := self.own[p]:
+                buffer = self.state[p]["momentum_buffer"]
+                mine[:own] = self.update(shard[:own].float() * clip, buffer, momentum, self.cfg)
+            full = self.ranks.all_gather(mine)
+            p.mul_(1 - lr * self.cfg.muon_wd)
+            p.add_(full[self.places[p]], alpha=-lr * math.sqrt(max(1.0, p.size(-2) / p.size(-1))))
+
+class Optimizers:
+    """All optimisers as one: reduce every gradient, clip by the norm of the reduced ones (W2), step."""
+    def __init__(self, model: GPT, cfg: Config, ranks: Ranks):
+        self.cfg, self.ranks, table = cfg, ranks, parameter_table(cfg)
+        assert table.keys() == dict(model.named_parameters()).keys(), "the table names every parameter once"
+        muon, embed, scalar = (
+            [model.get_parameter(n) for n, role in table.items() if role.group == g] for g in ("muon", "embed", "scalar")
+        )
+        assert len(muon) + len(embed) + len(scalar) == len(table), "every parameter is in one of three groups"
+        self.muon, self.replicated = Muon(muon, cfg, ranks), [*scalar, *embed]
+        groups = (embed, cfg.tied_embed_lr, cfg.embed_wd), (scalar, cfg.scalar_lr, cfg.adam_wd)
+        self.adam = torch.optim.AdamW(
+            [dict(params=params, lr=lr, weight_decay=wd) for params, lr, wd in groups],
+            betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=True,
+        )  # fmt: skip
+        self.all = (self.muon, self.adam)
+        for group in (g for optimizer in self.all for g in optimizer.param_groups):
+            group["base_lr"] = group["lr"]
+    def step(self, lr_scale: float, momentum: float) -> Tensor:
+        """One update of every parameter from the local gradients, which it clears; returns the norm of the reduced one."""
+        squares = self.muon.reduce()
+        flat = self.ranks.sum(torch.cat([p.grad.flatten() for p in self.replicated]))  # all small ones in one message
+        norm = (squares + flat.square().sum()).sqrt()
+        clip = (self.cfg.grad_clip_norm / (norm + 1e-6)).clamp_max(1.0) if self.cfg.grad_clip_norm else torch.ones_like(norm)
+        for p, g in zip(self.replicated, (flat * clip).split([p.numel() for p in self.replicated]), strict=True):
+            p.grad = g.view_as(p)
+        for group in (g for optimizer in self.all for g in optimizer.param_groups):
+            group["lr"] = group["base_lr"] * lr_scale
+        self.adam.step()
+        self.muon.step(clip, torch.tensor(momentum, device=norm.device))
+        for optimizer in self.all:
+            optimizer.zero_grad(set_to_none=True)
+        return norm
+
+def lr_scale(frac: float, cfg: Config) -> float:
+    """Factor on every rate: 1, then linear to 0 over the last WARMDOWN_FRAC of the budget, never below MIN_LR."""
+    return 1.0 if frac < 1 - cfg.warmdown_frac else max((1 - frac) / cfg.warmdown_frac, cfg.min_lr)
+
+def muon_momentum(step: int, cfg: Config) -> float:
+    share = min(step / cfg.muon_momentum_warmup_steps, 1.0) if cfg.muon_momentum_warmup_steps else 1.0
+    return cfg.muon_momentum_warmup_start + (cfg.muon_momentum - cfg.muon_momentum_warmup_start) * share
+
+# === 8. Scoring: nats and bytes of every validation token, once =======================================================
+class ByteTable(NamedTuple):
+    """Bytes of text behind each token: a leading space counts unless the token before is a boundary."""
+    base: np.ndarray  # (V,) int64: UTF-8 length of the piece without one leading space mark; 1 for byte pieces
+    space: np.ndarray  # (V,) bool: the piece begins with the space mark
+    boundary: np.ndarray  # (V,) bool: control, unknown or unused piece, after which the text begins anew
+    @classmethod
+    def from_sentencepiece(cls, model: Any) -> ByteTable:
+        ids = range(model.vocab_size())
+        boundary = np.array([model.is_control(i) or model.is_unknown(i) or model.is_unused(i) for i in ids])
+        pieces = ["" if boundary[i] else "?" if model.is_byte(i) else model.id_to_piece(i) for i in ids]
+        base = np.array([len(piece.removeprefix("\u2581").encode()) for piece in pieces])
+        return cls(base, np.array([piece.startswith("\u2581") for piece in pieces]), boundary)
+    def bytes_of(self, before: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        """Bytes that each target adds, given the token before it; ids of any equal shapes."""
+        return self.base[targets] + (self.space[targets] & ~self.boundary[before])
+    def count(self, tokens: np.ndarray) -> int:
+        """Bytes of all targets tokens[1:] of a stream (n,)."""
+        return int(self.bytes_of(tokens[:-1], tokens[1:]).sum())
+
+def check_bytes(tokenizer: Tokenizer, docs: Documents) -> ByteTable:
+    """The byte table, once it agrees with the decoded text of up to 200 documents and with the manifest's total."""
+    table = ByteTable.from_sentencepiece(tokenizer.model)
+    for start, count in list(zip(docs.starts, docs.counts, strict=True))[:: len(docs.starts) // 200 + 1]:
+        ids = docs.tokens[start : start + count + (start + count == len(docs.tokens) - 1)]  # without the next BOS
+        counted, real = table.count(ids), len(tokenizer.model.decode(ids[1:].tolist()).encode())
+        if counted != real:
+            raise UsageError(f"{tokenizer.path}: counts {counted} bytes for the {real} of the document at token {start}")
+    total, counted = tokenizer.manifest and tokenizer.manifest["splits"]["val"]["bytes"], table.count(docs.tokens)
+    if tokenizer.manifest and total != counted:
+        raise UsageError(f"{tokenizer.path}: counts {counted} validation bytes, the manifest {total}")
+    return table
+
+class BpbMeter:
+    """Nats, bytes and tokens scored so far, in float64; the only place that turns them into val_loss and val_bpb."""
+    def __init__(self, table: ByteTable):
+        self.table, self.totals = table, np.zeros(3)
+    def add(self, nats: Tensor, before: np.ndarray, targets: np.ndarray) -> None:
+        """Adds the scores of targets (n,), given the tokens before them; entries with target -1 are left out."""
+        keep = targets >= 0
+        num_bytes = self.table.bytes_of(before[keep], targets[keep]).sum()
+        self.totals += (nats.double().cpu().numpy()[keep].sum(), num_bytes, keep.sum())
+    def result(self, ranks: Ranks | None = None) -> dict[str, float]:
+        """val_loss (nats per token), val_bpb, tokens, bytes; with `ranks`, of all of them together (all must call it)."""
+        nats, num_bytes, tokens = self.totals
+        if ranks:
+            nats, num_bytes, tokens = ranks.sum(torch.from_numpy(self.totals.copy()).to(ranks.device)).tolist()
+        loss = nats / max(tokens, 1)
+        bpb = loss / math.log(2) * tokens / max(num_bytes, 1)
+        return {"val_loss": loss, "val_bpb": bpb, "tokens": int(tokens), "bytes": int(num_bytes)}
+
+def windows(num_targets: int, length: int, stride: int) -> list[tuple[int, int, int]]:
+    """(start, score, end): read inputs start..end-1 of a document, score its targets score..end-1; target j follows j.
+
+    Scores each of `num_targets` once: the first window all it reads, the others `stride`; stride = length is plain
+    scoring. Each window starts on a grid, wherever the document ends (W51).
+    """
+    starts = range(0, max(num_targets - length, 0) + stride, stride)
+    return [(s, s + length - stride if s else 0, min(s + length, num_targets)) for s in starts if num_targets > 0]
+
+def evaluate(
+    forward: Callable, plan: tuple[Visit, ...], docs: Documents, table: ByteTable, stride: int, cfg: Config, ranks: Ranks,
+    log: Log,
+) -> dict[str, float]:  # fmt: skip
+    """Scores every target of `docs` once, each document by itself in windows of EVAL_SEQ_LEN. All ranks call it.
+
+    Rows are filled with whole windows in order, so the score depends neither on the row length nor on the ranks.
+    """
+    meter, (size, capacity, length) = BpbMeter(table), cfg.val_row_shape
+    spans = zip(docs.starts.tolist(), docs.counts.tolist(), strict=True)
+    if cfg.data_loader == "rows":  # one text from end to end
+        spans = [(0, len(docs.tokens) - 1)]
+    rows, used = [], size + 1
+    for first, count in spans:
+        for start, score, end in windows(count, length, min(stride, length)):
+            if used + end - start > size or len(rows[-1]) == capacity // 2:
+                rows.append([])
+                used = 0
+            rows[-1].append((first + start, first + score, first + end))  # in tokens of the stream from here on
+            used += end - start
+    for number, row in list(enumerate(rows))[ranks.rank :: ranks.world_size]:
+        index = np.concatenate([np.arange(start, end) for start, _, end in row])
+        scored = np.concatenate([np.arange(start, end) >= score for start, score, end in row])
+        starts = np.cumsum([0] + [end - start for start, _, end in row[:-1]])
+        before, targets = docs.tokens[index], np.where(scored, docs.tokens[index + 1], -1)
+        with torch.no_grad():
+            nats = forward(pack_row(before, targets, starts, cfg.val_row_shape, ranks.device), plan)
+        meter.add(nats[: len(index)], before, targets)
+        if log.due():
+            log(f"eval_progress: row {number + 1}/{len(rows)} running_bpb:{meter.result()['val_bpb']:.4f}")
+    return meter.result(ranks)
+
+# === 9. Training ======================================================================================================
+def accumulate(forward: Callable, plan: tuple[Visit, ...], rows: list[Batch], num_targets: int) -> Tensor:
+    """Adds the gradient of this rank's part of the mean loss over `num_targets`; returns that part, detached."""
+    total = torch.zeros((), device=rows[0].inputs.device)
+    for row in rows:
+        loss = forward(row, plan).sum() / num_targets
+        loss.backward()
+        total += loss.detach()
+    return total
+
+def synthetic_row(cfg: Config, shape: tuple[int, int, int], device: torch.device) -> Batch:
+    """Random ids in documents of many lengths: what warm-up sees in place of any real token (W43)."""
+    rng = np.random.default_rng(0)
+    ids, starts = rng.integers(0, cfg.vocab_size, shape[0] + 1), rng.random(shape[0]) < 2 / shape[2]
+    return pack_row(ids[:-1], ids[1:], segment_starts(starts, True, shape[2])[: shape[1] // 2], shape, device)
+
+@contextlib.contextmanager
+def restored(model: nn.Module, optimizers: Optimizers) -> Iterator[None]:
+    """Whatever happens inside, weights, optimiser state and random state are afterwards as before (W1)."""
+    kept = [*model.state_dict().values(), *(s["momentum_buffer"] for s in optimizers.muon.state.values())]
+    copies, devices = [t.clone() for t in kept], [model.cos.device] * model.cos.is_cuda
+    with torch.random.fork_rng(devices):
+        yield
+    for t, copy in zip(kept, copies, strict=True):
+        t.copy_(copy)
+    optimizers.adam.state.clear()
+
+def train(
+    model: GPT, forward: Callable, optimizers: Optimizers, loader: PackedLoader, reserve: float, log: Log,
+    validate: Callable[[tuple[Visit, ...], int], None], save: Callable[[str, dict[str, Tensor], int, bool], None],
+) -> tuple[bool, dict[str, float]]:  # fmt: skip
+    """Trains until the budget less `reserve` seconds is spent, and leaves the EMA of the weights in `model`.
+
+    Schedules follow the share of the budget spent, by the ranks' mean clock, or of ITERATIONS without a budget; no step
+    begins that would end too late. Returns whether the loops were running at the end (scoring uses the depth that was
+    trained, W6) and the figures. Raises FloatingPointError on a loss or gradient that is not finite, after saving the
+    average of the steps before.
+    """
+    cfg, ranks, budget = model.cfg, loader.ranks, (model.cfg.max_wallclock_seconds or math.inf) - reserve
+    ema, live = {n: p.detach().clone() for n, p in model.named_parameters()}, [p.detach() for p in model.parameters()]
+    elapsed, longest, looped, loss, tokens, step = 0.0, 0.0, False, math.nan, 0, 0
+    marked, start, steps = (0.0, 0), ranks.now(), loader.steps()
+    while step < cfg.iterations and elapsed + longest <= budget:
+        frac = max(elapsed / budget, (budget == math.inf) * step / cfg.iterations)
+        if cfg.num_loops and not looped and frac >= cfg.enable_looping_at:
+            looped, longest = True, longest * len(cfg.plans[1]) / cfg.num_layers  # the next steps are longer
+            log(f"layer_loop:enabled step:{step} frac:{frac:.3f} order:{[v.layer for v in cfg.plans[1]]}")
+        rows, num_targets = next(steps)
+        local = accumulate(forward, cfg.plans[looped], rows, num_targets)
+        norm = float(optimizers.step(lr_scale(frac, cfg), muon_momentum(step, cfg)))
+        mine = torch.stack([local, local.new_tensor((ranks.now() - start) / ranks.world_size)])
+        before, (loss, elapsed) = elapsed, ranks.sum(mine).tolist()
+        if not math.isfinite(loss + norm):
+            save("last_good.pt", ema, step, looped)
+            raise FloatingPointError(f"loss {loss}, gradient norm {norm} at step {step + 1}: see last_good.pt, step {step}")
+        torch._foreach_lerp_(list(ema.values()), live, 1 - cfg.ema_decay)
+        step, tokens, longest = step + 1, tokens + num_targets, max(longest * 0.98, elapsed - before)
+        if step <= 3 or log.due() or (cfg.train_log_every and step % cfg.train_log_every == 0):
+            rate, marked = (tokens - marked[1]) / max(elapsed - marked[0], 1e-9), (elapsed, tokens)
+            log(f"step:{step}/{cfg.iterations} train_loss:{loss:.4f} train_time:{1000 * elapsed:.0f}ms "
+                f"step_avg:{1000 * elapsed / step:.2f}ms tok/s:{rate:.0f} lr_scale:{lr_scale(frac, cfg):.3f}")  # fmt: skip
+        if cfg.val_loss_every and step % cfg.val_loss_every == 0:
+            pause = ranks.now()
+            validate(cfg.plans[looped], step)
+            start += ranks.now() - pause
+    steps.close()
+    log(f"stopping: step:{step}/{cfg.iterations} train_time:{1000 * elapsed:.0f}ms; ema:applying EMA weights")
+    torch._foreach_copy_(live, list(ema.values()))
+    return looped, {"steps": step, "train_loss": loss, "train_tokens": tokens}
+
+# === 10. Compression: Hessians -> GPTQ -> integers -> one file ========================================================
+def matrices(cfg: Config) -> list[tuple[str, int, str, int]]:
+    """(bank, slice of it, site of its inputs, layer) of the integer matrices in the artifact's order; the record has 67."""
+    each = [("qo_bank", "attn_in"), ("qo_bank", "attn_out"), ("kv_bank", "attn_in"), ("kv_bank", "attn_in"),
+            ("up_bank", "mlp_in"), ("down_bank", "mlp_mid")]  # fmt: skip
+    count, found = dict.fromkeys(parameter_table(cfg), 0), []
+    for bank, site in each:
+        found += [(bank, count[bank] + i, site, i) for i in range(cfg.num_layers)]
+        count[bank] += cfg.num_layers
+    return [*found, ("tok_emb", 0, "head_in", 0)]
+
+@torch.no_grad()
+def collect_hessians(model: GPT, plan: tuple[Visit, ...], rows: list[Batch], ranks: Ranks) -> dict[tuple[str, int], Tensor]:
+    """(site, layer) -> mean of x x^T (in, in) fp32 over every visit and the rows of all ranks; all must call it.
+
+    Packed rows and the attention of training (W31). q, k and v share a site, so each Hessian is computed once.
+    """
+    sums = {}
+    for bank, _, site, layer in matrices(model.cfg):
+        sums[site, layer] = torch.zeros([model.get_parameter(bank).size(-1)] * 2, device=ranks.device)
+    def tap(site: str, layer: int, x: Tensor) -> None:
+        sums[site, layer].addmm_(x.mT.float(), x.float())
+    for row in rows:
+        model(row, plan, tap=tap, select=torch.zeros(1, dtype=torch.long, device=ranks.device))
+    count = ranks.sum(torch.tensor(float(len(rows)), device=ranks.device)) * model.cfg.micro_batch_tokens
+    return {key: ranks.sum(total) / count for key, total in sums.items()}
+
+def inverse_factor(hessian: Tensor) -> Tensor:
+    """Upper U (n, c, c) with H^-1 = U^T U, for H damped by 1 % of its mean diagonal, more where that is not enough."""
+    mean = hessian.diagonal(dim1=-2, dim2=-1).mean(-1)
+    damping, eye = torch.full_like(mean, 0.01), torch.eye(hessian.size(-1), device=hessian.device)
+    for _ in range(6):
+        lower, failed = torch.linalg.cholesky_ex(hessian + (damping * mean)[:, None, None] * eye)
+        upper, failed_too = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        bad = (failed != 0) | (failed_too != 0) | ~upper.isfinite().all(-1).all(-1)
+        if not bad.any():
+            return upper
+        damping[bad] *= 10
+    raise FloatingPointError(f"Hessians {bad.nonzero().flatten().tolist()} of a bank have no Cholesky factor")
+
+def gptq_quantize(weight: Tensor, hessian: Tensor, clip_sigmas: float, bits: int) -> tuple[Tensor, Tensor]:
+    """GPTQ (Frantar et al. 2022) with act-order and SDClip (PR #1394), all matrices of one shape at once.
+
+    weight (n, rows, cols), hessian (n, cols, cols) -> q int8 (n, rows, cols) and scale fp16 (n, rows), W ~ q * scale.
+    The range of a row is `clip_sigmas` of its standard deviations. Columns go by falling Hessian diagonal; the error of
+    each is moved to the columns after it. Inputs that are never active get zero columns.
+    """
+    qmax, cols = 2 ** (bits - 1) - 1, weight.size(-1)
+    floor = torch.finfo(torch.float16).tiny  # below it an fp16 scale loses bits, then is zero (W33)
+    scale = (clip_sigmas * weight.float().std(dim=-1) / qmax).clamp_min(floor).half()
+    step, diagonal = scale.float(), hessian.diagonal(dim1=-2, dim2=-1)
+    dead = diagonal <= 0
+    typical = diagonal.sum(-1, keepdim=True) / (~dead).sum(-1, keepdim=True).clamp_min(1)
+    hessian = hessian + torch.diag_embed(typical.clamp_min(1e-12) * dead)
+    order = diagonal.argsort(-1, descending=True)  # (n, cols)
+    each, wide = torch.arange(len(order), device=order.device)[:, None, None], order.unsqueeze(1).expand_as(weight)
+    u = inverse_factor(hessian[each, order[:, :, None], order[:, None, :]])
+    w = weight.float().masked_fill(dead.unsqueeze(1), 0).gather(-1, wide)
+    q = torch.empty_like(w)
+    for start in range(0, cols, 128):
+        stop = min(start + 128, cols)
+        block, error = w[..., start:stop], torch.empty_like(w[..., start:stop])
+        for j in range(stop - start):
+            q[..., start + j] = (block[..., j] / step).round().clamp(-qmax, qmax)
+            error[..., j] = (block[..., j] - q[..., start + j] * step) / u[:, start + j, start + j, None]
+            block[..., j:] -= error[..., j, None] * u[:, start + j, None, start + j : stop]
+        w[..., stop:] -= error @ u[:, start:stop, stop:]
+    if not q.isfinite().all():
+        raise FloatingPointError("GPTQ: a weight or a Hessian is not finite")
+    return torch.empty_like(q).scatter_(-1, wide, q).to(torch.int8), scale
+
+def quantize(model: GPT, hessians: dict[tuple[str, int], Tensor], ranks: Ranks) -> dict[str, tuple[Tensor, Tensor]]:
+    """Every integer tensor of the artifact: name -> (q int8 (n, rows, cols), scale fp16 (n, rows)) on the CPU.
+
+    Each rank solves every W-th slice of a bank, all of one shape together; the sum over ranks puts them together.
+    """
+    cfg, packed = model.cfg, {}
+    width = {"matrix": (cfg.matrix_clip_sigmas, cfg.matrix_bits), "embed": (cfg.embed_clip_sigmas, cfg.embed_bits)}
+    for bank, role in parameter_table(cfg).items():
+        if role.packing in width:
+            weight = model.get_parameter(bank).detach().view(-1, *role.shape[-2:])
+            q, scale = torch.zeros_like(weight, dtype=torch.int8), torch.zeros_like(weight[..., 0])
+            if mine := [m for m in matrices(cfg) if m[0] == bank][ranks.rank :: ranks.world_size]:
+                index = torch.tensor([m[1] for m in mine], device=weight.device)
+                hessian = torch.stack([hessians[m[2:]] for m in mine])
+                q[index], solved = gptq_quantize(weight[index], hessian, *width[role.packing])
+                scale[index] = solved.float()
+            packed[bank] = ranks.sum(q).cpu(), ranks.sum(scale).half().cpu()
+    return packed
+
+def codec(name: str) -> tuple[Callable[[bytes], bytes], Callable[[bytes, int], bytes]]:
+    """compress(data) and decompress(data, size), which returns at most `size` bytes or a little more."""
+    if name == "zstd":
+        import zstandard
+        # zstd's own levels look for matches that are not there (+16 % at level 3): codes want Huffman on literals
+        fast = zstandard.ZstdCompressionParameters(strategy=1, window_log=17, hash_log=6, chain_log=6, search_log=1, min_match=6)
+        return zstandard.ZstdCompressor(compression_params=fast).compress, lambda data, size: (
+            zstandard.ZstdDecompressor().decompress(data, max_output_size=size))  # fmt: skip
+    if name == "brotli":
+        import brotli
+        return partial(brotli.compress, quality=11), lambda data, size: brotli.decompress(data)
+    import lzma
+    return partial(lzma.compress, preset=6), lambda data, size: lzma.LZMADecompressor().decompress(data, max_length=size)
+
+def split_planes(values: np.ndarray) -> bytes:
+    """fp16 values -> all low bytes, then all high bytes, which repeat and so compress."""
+    return values.astype("<f2").view(np.uint8).reshape(-1, 2).T.tobytes()
+
+def join_planes(data: bytes) -> np.ndarray:
+    """The inverse, as fp32."""
+    return np.frombuffer(data, np.uint8).reshape(2, -1).T.copy().view("<f2").ravel().astype(np.float32)
+
+MAGIC, VERSION = b"PGLM", 1
+
+def pack_artifact(model: GPT, packed: dict[str, tuple[Tensor, Tensor]], meta: dict[str, Any]) -> bytes:
+    """The artifact file, equal for equal weights. All numbers little-endian:
+
+    magic "PGLM", u8 version, the first 16 bytes of the SHA-256 of all that follows; u32 length and zlib-compressed JSON
+    header {config, compressor, sizes, ..meta}; then three compressed streams, `sizes` giving raw and stored bytes of
+    each: codes (int8, every matrix in the order of the parameter table), scales and floats (fp16 planes). No names or
+    shapes are stored: they follow from the config.
+    """
+    cfg, (pack, _) = model.cfg, codec(model.cfg.compressor)
+    floats = [model.get_parameter(n).detach().flatten() for n, role in parameter_table(cfg).items() if role.packing == "float"]
+    raw = [b"".join(q.numpy().tobytes() for q, _ in packed.values())]
+    raw += [split_planes(torch.cat([s.flatten() for _, s in packed.values()]).numpy()), split_planes(torch.cat(floats).cpu().numpy())]
+    stored = [pack(stream) for stream in raw]
+    header = {"config": {f: getattr(cfg, f) for f in MODEL_FIELDS}, "compressor": cfg.compressor, **meta}
+    header["sizes"] = [[len(r), len(s)] for r, s in zip(raw, stored, strict=True)]
+    head = zlib.compress(json.dumps(header, sort_keys=True).encode(), 9)
+    body = struct.pack("<I", len(head)) + head + b"".join(stored)
+    return MAGIC + bytes([VERSION]) + hashlib.sha256(body).digest()[:16] + body
+
+def open_artifact(data: bytes, path: Path) -> tuple[dict[str, Any], list[bytes]]:
+    """Header and raw streams of an artifact. Raises UsageError (one line) for whatever was not written whole by us."""
+    if data[:4] != MAGIC:
+        raise UsageError(f"{path}: not an artifact of train_gpt.py (starts with {data[:4]!r})")
+    if len(data) > 4 and data[4] > VERSION:
+        raise UsageError(f"{path}: container version {data[4]}, this program reads up to {VERSION}")
+    if len(data) < 25 or hashlib.sha256(data[21:]).digest()[:16] != data[5:21] or data[4] < 1:
+        raise UsageError(f"{path}: damaged: its {len(data)} bytes do not match its checksum")
+    at = 25 + struct.unpack("<I", data[21:25])[0]
+    header, streams = json.loads(zlib.decompress(data[25:at])), []
+    for size, stored in header["sizes"]:
+        streams.append(codec(header["compressor"])[1](data[at : at + stored], size))
+        at += stored
+    return header, streams
+
+@torch.no_grad()
+def load_artifact(model: GPT, streams: list[bytes]) -> None:
+    """Sets every parameter of `model` from the streams of its artifact: q * scale, or the fp16 value."""
+    codes, scales, floats = np.frombuffer(streams[0], np.int8), join_planes(streams[1]), join_planes(streams[2])
+    for name, role in parameter_table(model.cfg).items():
+        n, rows = math.prod(role.shape), math.prod(role.shape[:-1])
+        if role.packing == "float":
+            value, floats = floats[:n], floats[n:]
+        else:
+            value = codes[:n].reshape(rows, -1) * scales[:rows, None]
+            codes, scales = codes[n:], scales[rows:]
+        model.get_parameter(name).copy_(torch.from_numpy(value).view(role.shape))
+    assert len(codes) == len(scales) == len(floats) == 0, "artifact and config disagree"
+
+# === 11. Test-time training: score a chunk of every document of a batch, then learn from it ===========================
+class Adaptation:
+    """Test-time training on one rank (PR #1530): adapters, one set per document of a batch, and their optimiser."""
+    def __init__(self, model: GPT, forward: Callable, plan: tuple[Visit, ...], device: torch.device):
+        self.cfg, self.forward, self.plan, self.device = model.cfg, forward, plan, device
+        self.lora = LoRA.zeros(model.cfg, model.cfg.ttt_batch_size, len(plan), device)
+    def begin(self, keys: list[int]) -> None:
+        """Forgets the last batch: adapters as drawn for documents with these keys, optimiser state gone."""
+        cfg, leaves = self.cfg, [self.lora.down, self.lora.up]
+        self.lora.reset(cfg.seed, keys)
+        kind, shared = torch.optim.AdamW, dict(lr=cfg.ttt_lora_lr, weight_decay=cfg.ttt_weight_decay)
+        special = dict(betas=(cfg.ttt_beta1, cfg.ttt_beta2), eps=1e-10, fused=True)
+        if cfg.ttt_optimizer == "sgd":
+            kind, special = torch.optim.SGD, dict(momentum=cfg.ttt_beta1)
+        self.optimizer = kind(leaves, **shared, **special)
+    def score(self, inputs: np.ndarray, targets: np.ndarray) -> Tensor:
+        """inputs, targets (B, n), -1 where nothing is predicted -> nats (B, chunk) of the last TTT_CHUNK_SIZE targets."""
+        (B, n), C = inputs.shape, self.cfg.ttt_chunk_size
+        shape = (B * n, B, self.cfg.ttt_eval_seq_len)
+        batch = pack_row(inputs.ravel(), targets.ravel(), np.arange(0, B * n, n), shape, self.device)
+        select = (torch.arange(B)[:, None] * n + torch.arange(n - C, n)).flatten().to(self.device)
+        return self.forward(batch, self.plan, lora=self.lora, select=select).view(B, C)
+    def adapt(self, nats: Tensor, learns: np.ndarray, again: Callable[[], Tensor]) -> None:
+        """TTT_GRAD_STEPS updates on a chunk that has been scored; `learns` (B,) leaves out documents that end with it."""
+        mask = torch.from_numpy(learns).to(nats)
+        for step in range(self.cfg.ttt_grad_steps):
+            loss = ((again() if step else nats).mean(1) * mask).sum()
+            self.optimizer.zero_grad()
+            loss.backward(inputs=[self.lora.down, self.lora.up])
+            self.optimizer.step()
+    def warm_up(self) -> None:
+        """Scores and learns from random tokens at the shortest and the longest window."""
+        B, rng = self.cfg.ttt_batch_size, np.random.default_rng(0)
+        self.begin([0] * B)
+        for n in (self.cfg.ttt_chunk_size, self.cfg.ttt_eval_seq_len):
+            score = partial(self.score, *rng.integers(0, self.cfg.vocab_size, (2, B, n)))
+            self.adapt(score(), np.ones(B), again=score)
+
+def score_then_adapt(state: Adaptation, docs: Documents, batch: np.ndarray, meter: BpbMeter) -> Iterator[None]:
+    """One batch of documents, chunk by chunk: scores every document's chunk and only then learns from it; then yields.
+
+    The window of a chunk ends on the chunk grid whether or not the document does (W51), so all rows are alike.
+    """
+    cfg, C, padding = state.cfg, state.cfg.ttt_chunk_size, state.cfg.ttt_batch_size - len(batch)
+    counts, starts = (np.pad(x[batch], (0, padding))[:, None] for x in (docs.counts, docs.starts))  # (B, 1)
+    state.begin(starts[:, 0].tolist())
+    for end in range(C, int(counts.max()) + C, C):
+        place = np.arange(max(0, end - cfg.ttt_eval_seq_len), end)  # (n,) of the window in each document
+        inside = place < counts  # (B, n)
+        index = np.where(inside, starts + place, 0)
+        inputs, targets = docs.tokens[index], np.where(inside & (place >= end - C), docs.tokens[index + 1], -1)
+        learns = counts[:, 0] > end
+        with torch.set_grad_enabled(bool(learns.any())):
+            nats = state.score(inputs, targets)
+        meter.add(nats.detach().flatten(), inputs[:, -C:].ravel(), targets[:, -C:].ravel())  # final from here on
+        if learns.any():
+            state.adapt(nats, learns, again=partial(state.score, inputs, targets))
+        yield
+
+def evaluate_ttt(state: Adaptation, docs: Documents, table: ByteTable, ranks: Ranks, log: Log) -> dict[str, float]:
+    """Scores every target of `docs` once, adapting within each document. All ranks call it.
+
+    Batches hold documents of like length; ranks take them, longest first, from a shared counter, so that nobody waits
+    long. A document's score depends on nothing but the document.
+    """
+    cfg, meter, order = state.cfg, BpbMeter(table), np.argsort(docs.counts, kind="stable")[::-1]
+    order = order[docs.counts[order] > 0]
+    batches = np.split(order, range(cfg.ttt_batch_size, len(order), cfg.ttt_batch_size))
+    log(f"ttt_lora:docs:{len(docs.starts)} rank:{cfg.ttt_lora_rank} lr:{cfg.ttt_lora_lr} chunk:{cfg.ttt_chunk_size}")
+    while (number := ranks.ticket()) < len(batches):
+        for _ in score_then_adapt(state, docs, batches[number], meter):
+            if log.due():
+                r = meter.result()
+                log(f"ttt_progress: batch {number + 1}/{len(batches)} running_loss:{r['val_loss']:.4f} "
+                    f"running_bpb:{r['val_bpb']:.4f}")  # fmt: skip
+    return meter.result(ranks)
+
+# === 12. Entry: the phases of a run, each leaving a file ==============================================================
+def load_model_file(cfg: Config, origin: dict[str, str]) -> tuple[Config, dict[str, Any]]:
+    """Opens EVAL_ONLY_PATH, checkpoint or artifact, and takes the network's config from it; executes nothing it reads.
+
+    Returns the config and the file's header with `weights` (name -> tensor) or `streams` (of an artifact). Raises
+    UsageError for a file that is neither, and where the environment asks for another network.
+    """
+    path, name = Path(cfg.eval_only_path), f"EVAL_ONLY_PATH={cfg.eval_only_path}"
+    try:
+        data = path.read_bytes()
+        if data[:2] == b"PK":  # a checkpoint is a zip file
+            saved = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        else:
+            saved, saved["streams"] = open_artifact(data, path)
+        asked = [f"{f.upper()}={saved['config'][f]}" for f in MODEL_FIELDS if origin[f] == "env" and getattr(cfg, f) != saved["config"][f]]
+        cfg = dataclasses.replace(cfg, **{f: saved["config"][f] for f in MODEL_FIELDS})
+        shapes = {n: role.shape for n, role in parameter_table(cfg).items()}
+        fits = "streams" in saved or {n: tuple(w.shape) for n, w in saved["weights"].items()} == shapes
+    except OSError as error:
+        raise UsageError(f"{name}: {error.strerror}") from error
+    except (RuntimeError, KeyError, TypeError, AttributeError, pickle.UnpicklingError) as error:
+        raise UsageError(f"{name}: neither an artifact nor a checkpoint of train_gpt.py") from error
+    if asked or not fits:
+        raise UsageError(f"{name}: " + (f"was made with {', '.join(asked)}" if asked else "weights that do not fit its config"))
+    return cfg, saved
+
+class Run:
+    """One run from its data to its report; `go` holds the phases in order. All ranks do the same."""
+    def __init__(self, cfg: Config, origin: dict[str, str], ranks: Ranks):
+        """Checks all that can be wrong, on every rank, before anything is written or expensive."""
+        self.cfg, self.ranks, self.saved, self.phases, self.final, error = cfg, ranks, {}, [], {}, None
+        with self.phase("check", "none"):
+            try:
+                lines = self.check(origin)
+            except UsageError as caught:
+                error = str(caught)
+            if found := next(filter(None, ranks.gather(error)), None):  # or a peer would wait for one that has left
+                raise UsageError(found)
+        cfg, run_id = self.cfg, cfg.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}_{cfg.preset}_seed{cfg.seed}"
+        run_id = ranks.gather(run_id)[0]
+        self.folder, self.log = Path(cfg.artifact_dir or f"runs/{run_id}"), Log(Path(f"logs/{run_id}.txt"), ranks.is_main)
+        self.facts = {
+            "run_id": run_id, "preset": cfg.preset, "seed": cfg.seed, "world_size": ranks.world_size,
+            "device": torch.cuda.get_device_name() if ranks.device.type == "cuda" else f"CPU, {os.cpu_count()} cores",
+            "torch": torch.__version__, "python": platform.python_version(), "attention": self.backend,
+            "code_sha256": hashlib.sha256(SOURCE).hexdigest(), "code_bytes": len(SOURCE), "dataset": cfg.dataset_dir.name,
+            "tokenizer_sha256": self.tokenizer.sha256, "val_docs": len(self.docs.counts),
+            "val_sha256": hashlib.sha256(self.docs.tokens.astype("<u2").tobytes()).hexdigest(),
+        }  # fmt: skip
+        self.log(SOURCE.decode() + "\nHyperparameters:", terminal=False)
+        for field, value in sorted(dataclasses.asdict(cfg).items()):
+            self.log(f"  {field}: {value} ({origin[field]})", terminal=origin[field] == "env")
+        for line in [*(f"{key}: {value}" for key, value in self.facts.items()), *lines]:
+            self.log(line)
+    def check(self, origin: dict[str, str]) -> list[str]:
+        """Model file, tokenizer, data, attention: sets what the phases need, returns lines for the log."""
+        if self.cfg.eval_only_path:
+            self.cfg, self.saved = load_model_file(self.cfg, origin)
+        cfg, ranks = self.cfg, self.ranks
+        if ranks.world_size > cfg.rows_per_step:
+            raise UsageError(f"WORLD_SIZE={ranks.world_size}: a step has {cfg.rows_per_step} rows of MICRO_BATCH_TOKENS")
+        self.tokenizer = Tokenizer.load(cfg)
+        if self.saved.get("tokenizer", self.tokenizer.sha256) != self.tokenizer.sha256:
+            raise UsageError(f"EVAL_ONLY_PATH={cfg.eval_only_path}: made with another tokenizer than {self.tokenizer.path}")
+        self.streams = open_shards(cfg, self.tokenizer, ranks, ["val"] if "streams" in self.saved else ["train", "val"])
+        self.docs = Documents.load(self.streams["val"], self.tokenizer.bos_id, cfg)
+        self.table = check_bytes(self.tokenizer, self.docs)
+        self.backend, lines = choose_attention(cfg.attention_backend, ranks.device, cfg.dtype)
+        return [*lines, *(f"{split}_shards: {len(s.paths)} {split}_tokens: {s.size}" for split, s in self.streams.items())]
+    @contextlib.contextmanager
+    def phase(self, name: str, budget: str) -> Iterator[None]:
+        """Times what is inside, device work included, against a budget: train, eval or none."""
+        start = self.ranks.now()
+        yield
+        self.phases.append((name, budget, self.ranks.now() - start))
+    def go(self) -> dict[str, Any]:
+        """All phases; each leaves a file before the next begins: checkpoint, artifact, scores. Returns the figures."""
+        cfg, saved, path = self.cfg, self.saved, Path(self.cfg.eval_only_path)
+        torch.manual_seed(cfg.seed)
+        torch.set_float32_matmul_precision("high" if cfg.compute_dtype == "bf16" else "highest")
+        torch._dynamo.config.recompile_limit = 64  # training, scoring and adaptation share GPT.forward
+        self.model = GPT(cfg, self.backend).to(self.ranks.device)
+        self.forward = torch.compile(self.model, fullgraph=True, dynamic=False) if cfg.compile else self.model
+        self.ttt_forward = torch.compile(self.model, fullgraph=True, dynamic=True) if cfg.compile else self.model
+        self.log(f"model_params:{sum(p.numel() for p in self.model.parameters())}")
+        looped = saved.get("looped", cfg.num_loops > 0 and cfg.enable_looping_at < 1)
+        with self.phase("warm-up", "none"):
+            reserve = self.warm_up(cfg.plans[looped])
+        if not saved:
+            with self.phase("train", "train"):
+                looped = self.train(reserve)
+        elif "weights" in saved:
+            self.model.load_state_dict(saved["weights"])
+        self.plan = cfg.plans[looped]
+        if "streams" not in saved:
+            path = self.folder / "final_model.int6.ptz"
+            self.compress(path, {"looped": looped, "tokenizer": self.tokenizer.sha256})
+            self.score("diagnostic pre-quantization post-ema", "none", self.evaluate)
+        self.reload(path)
+        self.score("diagnostic quantized", "eval", self.evaluate)
+        if cfg.sliding_window_enabled:
+            self.score("diagnostic quantized_sliding_window", "eval", partial(self.evaluate, cfg.eval_stride))
+        if cfg.ttt_enabled:
+            state = Adaptation(self.model, self.ttt_forward, self.plan, self.ranks.device)
+            self.score("quantized_ttt_lora", "eval", partial(evaluate_ttt, state, self.docs, self.table, self.ranks, self.log))
+        return self.report()
+    def warm_up(self, last: tuple[Visit, ...]) -> float:
+        """Runs every graph of the run on synthetic tokens and undoes it. Returns the seconds to keep after training."""
+        cfg, ranks, reserve, trains = self.cfg, self.ranks, 0.0, not self.saved
+        self.optimizers, row = Optimizers(self.model, cfg, ranks), synthetic_row(cfg, cfg.row_shape, ranks.device)
+        with restored(self.model, self.optimizers):
+            for step in range(cfg.warmup_steps * trains):
+                for plan in sorted({cfg.plans[0], last}, key=len):
+                    accumulate(self.forward, plan, [row], cfg.micro_batch_tokens)
+                    self.optimizers.step(1.0, cfg.muon_momentum)
+                self.log(f"warmup_step: {step + 1}/{cfg.warmup_steps}")
+            for _ in range(2 * trains * (cfg.max_wallclock_seconds > 0)):  # cold, then timed
+                start = ranks.now()
+                hessians = collect_hessians(self.model, last, [row], ranks)
+                middle, rows = ranks.now(), -(-cfg.gptq_calibration_batches // ranks.world_size)
+                pack_artifact(self.model, quantize(self.model, hessians, ranks), {})
+                reserve = 1.0 + 1.25 * (rows * (middle - start) + ranks.now() - middle)
+            if cfg.warmup_steps:
+                with torch.no_grad():
+                    self.forward(synthetic_row(cfg, cfg.val_row_shape, ranks.device), last)
+                if cfg.ttt_enabled:
+                    Adaptation(self.model, self.ttt_forward, last, ranks.device).warm_up()
+                self.log("warmup:done (random tokens, no validation data)")
+        reserve = max(ranks.gather(reserve)) if cfg.gptq_reserve_seconds < 0 else cfg.gptq_reserve_seconds
+        if 0 < cfg.max_wallclock_seconds < 2 * reserve:
+            raise UsageError(f"MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g}: compression needs {reserve:.0f} s of it")
+        self.log(f"gptq:reserving {reserve:.1f}s, effective={1000 * (cfg.max_wallclock_seconds - reserve):.0f}ms")
+        return reserve
+    def train(self, reserve: float) -> bool:
+        """Trains and writes the checkpoint. Returns whether the loops were running at the end."""
+        def validate(plan: tuple[Visit, ...], step: int) -> None:
+            r = self.evaluate(plan=plan)
+            self.log(f"{step}/{self.cfg.iterations} val_loss: {r['val_loss']:.4f} val_bpb: {r['val_bpb']:.4f}")
+        loader = PackedLoader(self.streams["train"], self.tokenizer.bos_id, self.cfg, self.ranks)
+        looped, figures = train(self.model, self.forward, self.optimizers, loader, reserve, self.log, validate, self.save)
+        self.final |= figures
+        self.save("final_model.pt", dict(self.model.named_parameters()), figures["steps"], looped)
+        return looped
+    def save(self, name: str, weights: dict[str, Tensor], step: int, looped: bool) -> None:
+        """Writes a checkpoint of `weights` on rank 0."""
+        saved = {"config": {f: getattr(self.cfg, f) for f in MODEL_FIELDS}, "looped": looped, "step": step}
+        saved |= {"tokenizer": self.tokenizer.sha256, "weights": {k: v.detach().cpu() for k, v in weights.items()}}
+        torch.save(saved, buffer := io.BytesIO())
+        if self.ranks.is_main:
+            write_atomic(self.folder / name, buffer.getvalue())
+        self.log(f"Serialized model: {buffer.tell()} bytes in {self.folder / name}")
+    def compress(self, path: Path, meta: dict[str, Any]) -> None:
+        """Calibrates, quantises and packs the weights of `self.model` into the artifact at `path`."""
+        budget = "none" if self.saved else "train"
+        with self.phase("calibrate", budget):
+            loader = PackedLoader(self.streams["train"], self.tokenizer.bos_id, self.cfg, self.ranks)
+            rows, _ = loader.rows(self.cfg.gptq_calibration_batches)
+            hessians = collect_hessians(self.model, self.plan, rows, self.ranks)
+        self.log(f"GPTQ:collected {len(hessians)} Hessians for {len(matrices(self.cfg))} matrices")
+        with self.phase("quantise", budget):
+            packed = quantize(self.model, hessians, self.ranks)
+        with self.phase("pack", budget):
+            if self.ranks.is_main:
+                write_atomic(path, pack_artifact(self.model, packed, meta))
+            self.ranks.gather(None)  # nobody reads before it is written
+    def reload(self, path: Path) -> None:
+        """Sets the weights from what the file holds, and logs its size beside the order-0 entropy of its codes."""
+        data = path.read_bytes()
+        header, streams = open_artifact(data, path)
+        load_artifact(self.model, streams)
+        counts, total = np.bincount(np.frombuffer(streams[0], np.uint8)), len(data) + len(SOURCE)
+        sizes = {"model_bytes": len(data), "artifact_bytes": total, "codes_bytes": header["sizes"][0][1]}
+        sizes["codes_entropy_bytes"] = int(sum(-n * math.log2(n / counts.sum()) / 8 for n in counts if n))
+        self.log(f"Code size (uncompressed): {len(SOURCE)} bytes; {sizes}")
+        over = f", {total - LIMIT_BYTES} OVER THE LIMIT" if total > LIMIT_BYTES else ""
+        self.log(f"Total submission size quantized+{header['compressor']}: {total} bytes{over}")
+        self.final |= {**sizes, "artifact_sha256": hashlib.sha256(data).hexdigest()}
+    def evaluate(self, stride: int = 0, plan: tuple[Visit, ...] | None = None) -> dict[str, float]:
+        stride = stride or self.cfg.eval_seq_len
+        return evaluate(self.forward, plan or self.plan, self.docs, self.table, stride, self.cfg, self.ranks, self.log)
+    def score(self, label: str, budget: str, evaluation: Callable[[], dict[str, float]]) -> None:
+        """Times an evaluation, logs its result in the field's template and keeps it; refuses one that left targets out."""
+        key, expected = label.removeprefix("diagnostic ").split()[0].replace("-", "_"), int(self.docs.counts.sum())
+        with self.phase(f"score {key}", budget):
+            result = evaluation()
+        if result["tokens"] != expected:
+            raise RuntimeError(f"{label}: scored {result['tokens']} targets of {expected}")
+        loss, bpb, seconds = result["val_loss"], result["val_bpb"], self.phases[-1][2]
+        self.log(f"{label} val_loss:{loss:.8f} val_bpb:{bpb:.8f} eval_time:{1000 * seconds:.0f}ms")
+        self.final |= {f"{key}_loss": loss, f"{key}_bpb": bpb, "val_loss": loss, "val_bpb": bpb}
+        self.final |= {"val_tokens": expected, "val_bytes": result["bytes"]}
+        if self.ranks.is_main:
+            write_atomic(self.folder / "scores.json", json.dumps(self.final, indent=1).encode())
+    def report(self) -> dict[str, Any]:
+        """The table of phases and budgets, then the one line that starts with `final`."""
+        rows = [(f"{name:<34}{seconds:>9.1f}", budget) for name, budget, seconds in self.phases]
+        for budget, limit in (("train", self.cfg.max_wallclock_seconds), ("eval", 600.0)):
+            spent = sum(seconds for _, b, seconds in self.phases if b == budget)
+            rows.append((f"{'all of ' + budget:<34}{spent:>9.1f}", f"of {limit:.0f}" + ", OVER" * (0 < limit < spent)))
+        for row in [(f"{'phase':<34}{'seconds':>9}", "counts against"), *rows]:
+            self.log("  ".join(row))
+        if (val := self.tokenizer.manifest.get("splits", {}).get("val", {})).get("gzip_bytes"):
+            self.final["gzip_bpb"] = 8 * val["gzip_bytes"] / val["bytes"]
+            self.log(f"for scale, gzip -9 of each document: val_bpb:{self.final['gzip_bpb']:.4f}")
+        self.final |= {**self.facts, "seconds": {name: round(s, 3) for name, _, s in self.phases}}
+        self.log("final " + json.dumps(self.final, sort_keys=True))
+        return self.final
+
+def main(argv: list[str]) -> int:
+    """Exit status: 0 done, 2 wrong configuration or data, 1 the run failed."""
+    try:
+        if argv == ["--knobs"]:
+            print_knobs()
+            return 0
+        if argv:
+            raise UsageError(f"{argv[0]}: knobs are environment variables; the only argument is --knobs")
+        Run(*Config.from_env(os.environ, torch.cuda.is_available()), Ranks(os.environ)).go()
+    except (UsageError, FloatingPointError) as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"train_gpt.py: {error}", file=sys.stderr, flush=True)
+        return 2 if isinstance(error, UsageError) else 1
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
