@@ -4,9 +4,9 @@
     torchrun --standalone --nproc_per_node=8 train_gpt.py    # 8 GPUs over FineWeb shards
     python train_gpt.py --knobs                              # every knob, its meaning and its default per preset
 
-The run: check -> warm up -> train -> calibrate -> quantise -> pack -> reload -> score -> adapt -> report. The file reads
-in that order. Importing it reads no environment and needs neither a GPU nor an optional package. The system is that of PR
-#1530 (samacqua) and PR #1560; W1..W57 are weak points of the published script that are mended where they are named.
+The run: check -> warm up -> train -> calibrate -> quantise -> pack -> reload -> score -> adapt -> report; so the file.
+Importing it reads no environment and needs neither a GPU nor an optional package. The system is that of PR #1530
+(samacqua) and PR #1560; W1..W57 number weak points of the published script and stand where they are mended.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import struct
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import groupby
@@ -56,12 +56,12 @@ class UsageError(ValueError):
     """Wrong configuration, data or file. The message is all the user sees, one line per problem; exit status 2."""
 
 # === 1. Configuration: every knob is an environment variable; a field is its variable in lower case ===================
-def knob(default: Any, doc: str, lo: float | None = None, hi: float | None = None, choices: tuple = ()) -> Any:
+def knob(default: Any, doc: str, lo: float = 0, hi: float = 1e18, choices: tuple = ()) -> Any:
     return dataclasses.field(default=default, metadata=dict(doc=doc, lo=lo, hi=hi, choices=choices))
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Defaults are those of the `record` preset; `PRESETS` overrides them and the environment overrides both."""
+    """Defaults are the `record` preset's; `PRESETS` overrides them and the environment both."""
     # Run and data
     preset: str = knob("record", "row of the preset table; default: record with CUDA, cpu without")
     seed: int = knob(1337, "initial weights, adapter init, document sampling", 0, 2**31)
@@ -74,12 +74,12 @@ class Config:
     data_loader: str = knob("documents", "attention stays within documents, or rows", choices=("documents", "rows"))
     compute_dtype: str = knob("bf16", "activations and products; parameters are fp32", choices=("bf16", "fp32"))
     compile: bool = knob(True, "torch.compile the forwards and Newton-Schulz")
-    attention_backend: str = knob("auto", "or the first that is right", choices=("auto", "fa3", "fa4", "fa2", "torch", "sdpa"))
+    attention_backend: str = knob("auto", "or the first right", choices=("auto", "fa3", "fa4", "fa2", "torch", "sdpa"))
     # Length and schedule of training
     iterations: int = knob(20000, "step limit", 1)
-    max_wallclock_seconds: float = knob(600.0, "training, calibration, quantisation, packing; 0: ITERATIONS steps", 0)
+    max_wallclock_seconds: float = knob(600.0, "training, calibration, quantisation, packing; 0: ITERATIONS steps")
     gptq_reserve_seconds: float = knob(-1.0, "of that, kept for all after the last step; -1: measured in warm-up", -1)
-    warmup_steps: int = knob(3, "synthetic steps per graph, undone afterwards; 0: compile inside the run", 0)
+    warmup_steps: int = knob(3, "synthetic steps per graph, undone afterwards; 0: compile inside the run")
     warmdown_frac: float = knob(0.75, "last share of the budget, over which the rates fall linearly", 0, 1)
     min_lr: float = knob(0.1, "floor of the learning-rate factor (PR #1787)", 0, 1)
     enable_looping_at: float = knob(0.35, "share of the budget after which the loops run", 0, 1)
@@ -87,8 +87,8 @@ class Config:
     micro_batch_tokens: int = knob(98304, "tokens per row; a rank takes every WORLD_SIZE-th row of a step", 1)
     train_seq_len: int = knob(2048, "longest segment; longer documents are cut", 2)
     cu_seqlens_capacity: int = knob(512, "segments a row can hold: one shape, one graph (W25)", 2)
-    train_log_every: int = knob(500, "steps; besides, a line every 8 s; 0: only those", 0)
-    val_loss_every: int = knob(4000, "steps between validations, off the clock; 0: never", 0)
+    train_log_every: int = knob(500, "steps; besides, a line every 8 s; 0: only those")
+    val_loss_every: int = knob(4000, "steps between validations, off the clock; 0: never")
     # Model
     vocab_size: int = knob(8192, "must be the tokenizer's", 2, 65536)
     num_layers: int = knob(11, "physical layers", 2)
@@ -96,35 +96,35 @@ class Config:
     num_heads: int = knob(8, "query heads", 1)
     num_kv_heads: int = knob(4, "key and value heads", 1)
     mlp_mult: float = knob(4.0, "hidden width / MODEL_DIM", 0.01)
-    xsa_last_n: int = knob(11, "layers with XSA, counted from the top", 0)
+    xsa_last_n: int = knob(11, "layers with XSA, counted from the top")
     skip_gates_enabled: bool = knob(True, "gated skips; 0: weighted add")
-    tied_embed_init_std: float = knob(0.005, "initial standard deviation of the embedding", 0)
+    tied_embed_init_std: float = knob(0.005, "initial standard deviation of the embedding")
     logit_softcap: float = knob(30.0, "logits = cap * tanh(z / cap)", 0.01)
     rope_base: float = knob(10000.0, "slowest wavelength / 2 pi", 1.01)
-    rope_dims: int = knob(16, "rotated dims per head; 0: all", 0)
+    rope_dims: int = knob(16, "rotated dims per head; 0: all")
     ln_scale: bool = knob(True, "norm outputs times 1 / sqrt(layer + 1)")
-    qk_gain_init: float = knob(5.0, "query scale per head after QK norm, learned", 0)
-    num_loops: int = knob(2, "extra passes over LOOP_START..LOOP_END", 0)
-    loop_start: int = knob(3, "first looped layer", 0)
-    loop_end: int = knob(5, "last looped layer", 0)
-    parallel_start_layer: int = knob(8, "first layer with two lanes; 0: never", 0)
+    qk_gain_init: float = knob(5.0, "query scale per head after QK norm, learned")
+    num_loops: int = knob(2, "extra passes over LOOP_START..LOOP_END")
+    loop_start: int = knob(3, "first looped layer")
+    loop_end: int = knob(5, "last looped layer")
+    parallel_start_layer: int = knob(8, "first layer with two lanes; 0: never")
     parallel_final_lane: str = knob("mean", "what leaves the two lanes", choices=("mean", "mlp", "attn"))
     # Optimisers
-    tied_embed_lr: float = knob(0.03, "AdamW rate of the embedding", 0)
-    scalar_lr: float = knob(0.02, "AdamW rate of scales, gains, gates and lambdas", 0)
-    matrix_lr: float = knob(0.026, "Muon rate: spectral norm of an update of a square matrix (PR #1586)", 0)
+    tied_embed_lr: float = knob(0.03, "AdamW rate of the embedding")
+    scalar_lr: float = knob(0.02, "AdamW rate of scales, gains, gates and lambdas")
+    matrix_lr: float = knob(0.026, "Muon rate: spectral norm of an update of a square matrix (PR #1586)")
     muon_momentum: float = knob(0.97, "final momentum", 0, 0.9999)
     muon_momentum_warmup_start: float = knob(0.92, "first momentum", 0, 0.9999)
-    muon_momentum_warmup_steps: int = knob(1500, "steps from the first to the final momentum", 0)
+    muon_momentum_warmup_steps: int = knob(1500, "steps from the first to the final momentum")
     muon_backend_steps: int = knob(5, "Newton-Schulz iterations", 1, 20)
     muon_row_normalize: bool = knob(True, "rows of the update to unit norm first (MuonEq-R)")
     beta1: float = knob(0.9, "AdamW", 0, 0.9999)
     beta2: float = knob(0.95, "AdamW", 0, 0.99999)
     adam_eps: float = knob(1e-8, "AdamW", 1e-20)
-    grad_clip_norm: float = knob(0.3, "norm of the reduced gradient of all parameters; 0: off", 0)
-    adam_wd: float = knob(0.02, "decoupled decay of what SCALAR_LR moves", 0)
-    muon_wd: float = knob(0.095, "decoupled decay of the banks", 0)
-    embed_wd: float = knob(0.085, "decoupled decay of the embedding", 0)
+    grad_clip_norm: float = knob(0.3, "norm of the reduced gradient of all parameters; 0: off")
+    adam_wd: float = knob(0.02, "decoupled decay of what SCALAR_LR moves")
+    muon_wd: float = knob(0.095, "decoupled decay of the banks")
+    embed_wd: float = knob(0.085, "decoupled decay of the embedding")
     ema_decay: float = knob(0.9965, "of the average of all parameters that is exported", 0, 0.999999)
     # Artifact
     gptq_calibration_batches: int = knob(64, "training rows for the Hessians, shared out over the ranks", 1)
@@ -141,12 +141,12 @@ class Config:
     val_doc_fraction: float = knob(1.0, "share of the validation documents, drawn with SEED, for quick looks", 1e-9, 1)
     ttt_enabled: bool = knob(True, "adapt a LoRA per document, score first")
     ttt_lora_rank: int = knob(96, "rank of every adapter", 1)
-    ttt_lora_lr: float = knob(1e-4, "rate of the adapters", 0)
+    ttt_lora_lr: float = knob(1e-4, "rate of the adapters")
     ttt_chunk_size: int = knob(48, "tokens scored, then learnt from, at once (PR #1560)", 1)
     ttt_eval_seq_len: int = knob(2048, "longest window", 2)
     ttt_batch_size: int = knob(64, "documents at once on a rank", 1)
     ttt_grad_steps: int = knob(1, "updates per scored chunk", 1)
-    ttt_weight_decay: float = knob(0.5, "decoupled", 0)
+    ttt_weight_decay: float = knob(0.5, "decoupled")
     ttt_beta1: float = knob(0.0, "AdamW; momentum with sgd", 0, 0.9999)
     ttt_beta2: float = knob(0.999, "AdamW", 0, 0.99999)
     ttt_k_lora: bool = knob(True, "adapter on keys")
@@ -161,17 +161,17 @@ class Config:
     dataset_dir = property(lambda c: Path(c.data_dir) / "datasets" / (c.dataset or f"fineweb10B_sp{c.vocab_size}"))
     row_shape = property(lambda c: (c.micro_batch_tokens, c.cu_seqlens_capacity, c.train_seq_len))
     val_row_shape = property(
-        lambda c: (c.val_batch_tokens // 8, c.val_batch_tokens // 8 // max(1, min(64, c.eval_seq_len // 4)), c.eval_seq_len)
+        lambda c: (c.val_batch_tokens // 8, c.val_batch_tokens // min(512, 2 * c.eval_seq_len), c.eval_seq_len)
     )
     @classmethod
     def from_env(cls, environ: Mapping[str, str], has_cuda: bool) -> tuple[Config, dict[str, str]]:
         """The config of `environ`, and each field's origin: default, preset or env. UsageError names every problem."""
         fields, problems = {f.name.upper(): f for f in dataclasses.fields(cls)}, []
         for name in sorted(environ.keys() - fields.keys()):
-            near = difflib.get_close_matches(name, fields, n=1, cutoff=0.85)
-            if near or name in NOT_KNOBS:
-                hint = " of this program" if name in NOT_KNOBS else f"; did you mean {near[0]}?"
-                problems.append(f"{name}={environ[name]}: not a knob{hint}")
+            if name in NOT_KNOBS:
+                problems.append(f"{name}={environ[name]}: not a knob of this program")
+            elif near := difflib.get_close_matches(name, fields, n=1, cutoff=0.85):
+                problems.append(f"{name}={environ[name]}: not a knob; did you mean {near[0]}?")
         preset = environ.get("PRESET", "record" if has_cuda else "cpu")
         if preset not in PRESETS:
             raise UsageError("\n".join([*problems, f"PRESET={preset}: must be one of {', '.join(PRESETS)}"]))
@@ -190,7 +190,7 @@ class Config:
             raise UsageError("\n".join(problems))
         return cfg, origin
     def problems(self) -> list[str]:
-        """Every value out of its range and, if there is none, every combination that cannot work (W7), one line each."""
+        """A line for every value out of its range or, if there is none, for every combination that cannot work (W7)."""
         def named(text: str) -> str:  # each variable in the text with its value
             return re.sub(r"[A-Z0-9_]{6,}", lambda m: f"{m[0]}={getattr(self, m[0].lower(), '')}".rstrip("="), text)
         found = []
@@ -198,13 +198,13 @@ class Config:
             value, lo, hi, choices = getattr(self, f.name), *(f.metadata[key] for key in ("lo", "hi", "choices"))
             if choices and value not in choices:
                 found.append(f"{f.name.upper()}={value}: must be one of {', '.join(choices)}")
-            elif isinstance(value, (int, float)) and not (lo or 0) <= value <= (sys.float_info.max if hi is None else hi):
-                found.append(f"{f.name.upper()}={value}: must be {lo or 0:g}.." + ("" if hi is None else f"{hi:g}"))
-        return found or [f"{named(name)}: must be {named(must)}" for name, fine, must in self.combinations() if not fine]
+            elif isinstance(value, (int, float)) and not lo <= value <= hi:
+                found.append(f"{f.name.upper()}={value}: must be {lo:g}..{hi:g}")
+        return found or [f"{named(name)}: must be {named(must)}" for name, ok, must in self.combinations() if not ok]
     def combinations(self) -> list[tuple[str, bool, str]]:
         """(variable, whether it is fine, what it must be) for every rule that involves more than one knob."""
         c, loops, row, lanes = self, self.num_loops > 0, self.micro_batch_tokens, self.parallel_start_layer
-        output, package = Path(c.artifact_dir or "runs").absolute(), {"zstd": "zstandard"}.get(c.compressor, c.compressor)
+        package, output = c.compressor.replace("zstd", "zstandard"), Path(c.artifact_dir or "runs").absolute()
         folder = next(p for p in (output, *output.parents) if p.exists())
         return [
             ("MODEL_DIM", c.model_dim % (2 * c.num_heads) == 0, "a multiple of 2 * NUM_HEADS"),
@@ -216,7 +216,7 @@ class Config:
             ("LOOP_END", not loops or c.loop_end < c.num_layers, "below NUM_LAYERS"),
             ("PARALLEL_START_LAYER", not lanes or not loops or lanes > c.loop_end, "0 or above LOOP_END (stale lanes)"),
             ("PARALLEL_START_LAYER", lanes < c.num_layers, "below NUM_LAYERS"),
-            ("PARALLEL_START_LAYER", not any(v.parallel and v.push for plan in c.plans for v in plan), "in the decoder"),
+            ("PARALLEL_START_LAYER", not any(v.parallel and v.push for p in c.plans for v in p), "in the decoder"),
             ("TRAIN_BATCH_TOKENS", c.train_batch_tokens % row == 0, "a multiple of MICRO_BATCH_TOKENS"),
             ("TRAIN_SEQ_LEN", c.train_seq_len <= row, "at most MICRO_BATCH_TOKENS"),
             ("CU_SEQLENS_CAPACITY", c.cu_seqlens_capacity >= 2 + 2 * -(-row // c.train_seq_len),
@@ -231,30 +231,26 @@ class Config:
         ]  # fmt: skip
 
 # What defines the network and travels with its weights; a model file decides these, not the environment that reads it.
-MODEL_FIELDS = (
-    "vocab_size num_layers model_dim num_heads num_kv_heads mlp_mult xsa_last_n skip_gates_enabled logit_softcap rope_base "
-    "rope_dims ln_scale num_loops loop_start loop_end parallel_start_layer parallel_final_lane data_loader"
-).split()
-NOT_KNOBS = (  # read by the published scripts: here the head is the embedding, and to be silent would promise the rest
-    "EMBEDDING_DIM TIE_EMBEDDINGS EMBED_LR HEAD_LR ROPE_TRAIN_SEQ_LEN ROPE_YARN MUON_BETA2 CONTROL_TENSOR_NAME_PATTERNS "
-    "TTT_DEBUG_BYPASS TTT_EVAL_BATCHES TTT_OUTPUT_DIR"
-).split()
-PR1530 = dict(
-    warmdown_frac=0.72, min_lr=0.0, matrix_lr=0.022, gptq_reserve_seconds=13.0, embed_bits=8, embed_clip_sigmas=20.0,
-    compressor="brotli", ttt_chunk_size=32,
-)  # fmt: skip
+MODEL_FIELDS = """vocab_size num_layers model_dim num_heads num_kv_heads mlp_mult xsa_last_n skip_gates_enabled
+    rope_base rope_dims logit_softcap ln_scale num_loops loop_start loop_end parallel_start_layer parallel_final_lane
+    data_loader""".split()
+# Knobs of the published scripts that are none here: the head is the embedding, the others were dead or for debugging.
+NOT_KNOBS = """EMBEDDING_DIM TIE_EMBEDDINGS EMBED_LR HEAD_LR ROPE_TRAIN_SEQ_LEN ROPE_YARN MUON_BETA2 TTT_DEBUG_BYPASS
+    CONTROL_TENSOR_NAME_PATTERNS TTT_EVAL_BATCHES TTT_OUTPUT_DIR""".split()
+PR1530 = dict(warmdown_frac=0.72, min_lr=0.0, matrix_lr=0.022, gptq_reserve_seconds=13.0, embed_bits=8,
+              embed_clip_sigmas=20.0, compressor="brotli", ttt_chunk_size=32)  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {
     "record": {},
     "pr1530": PR1530,
     "pr1560": {**PR1530, "warmdown_frac": 0.75, "ttt_chunk_size": 48},
     "cpu": dict(
-        dataset="pydocs_sp1024", vocab_size=1024, compile=False, num_layers=7, model_dim=192, num_heads=6, num_kv_heads=3,
-        mlp_mult=3.0, xsa_last_n=7, num_loops=1, loop_start=2, loop_end=3, parallel_start_layer=5,
-        max_wallclock_seconds=125.0, train_batch_tokens=8192, micro_batch_tokens=8192, train_seq_len=1024,
-        cu_seqlens_capacity=256, train_log_every=0, val_loss_every=0, matrix_lr=0.03, tied_embed_lr=0.03,
-        muon_momentum=0.95, muon_momentum_warmup_start=0.85, muon_momentum_warmup_steps=60, ema_decay=0.96,
-        gptq_calibration_batches=16, val_batch_tokens=65536, eval_seq_len=1024, eval_stride=128,
-        ttt_lora_rank=8, ttt_lora_lr=1e-3, ttt_chunk_size=128, ttt_eval_seq_len=1024, ttt_batch_size=16,
+        dataset="pydocs_sp1024", vocab_size=1024, compile=False, num_layers=6, model_dim=192, num_heads=3,
+        mlp_mult=3.0, num_kv_heads=1, xsa_last_n=6, num_loops=1, loop_start=2, loop_end=3, enable_looping_at=0.8,
+        parallel_start_layer=4, max_wallclock_seconds=125.0, train_batch_tokens=2048, micro_batch_tokens=2048,
+        train_seq_len=512, cu_seqlens_capacity=64, train_log_every=0, val_loss_every=0, matrix_lr=0.03,
+        muon_momentum=0.95, muon_momentum_warmup_start=0.85, muon_momentum_warmup_steps=100, ema_decay=0.98,
+        gptq_calibration_batches=16, val_batch_tokens=65536, eval_seq_len=512, ttt_lora_rank=8, ttt_lora_lr=1e-3,
+        ttt_chunk_size=128, ttt_eval_seq_len=512, ttt_batch_size=16,
     ),
 }  # fmt: skip
 
@@ -272,9 +268,9 @@ class Ranks:
     def __init__(self, environ: Mapping[str, str]):
         self.rank, self.world_size = int(environ.get("RANK", 0)), int(environ.get("WORLD_SIZE", 1))
         self.is_main, self.distributed, self.tickets = self.rank == 0, "RANK" in environ, 0
-        self.device, cuda = torch.device("cpu"), torch.cuda.is_available()
+        cuda = torch.cuda.is_available()
+        self.device = torch.device("cuda", int(environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
         if cuda:
-            self.device = torch.device("cuda", int(environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(self.device)
         if self.distributed:
             dist.init_process_group("nccl" if cuda else "gloo", device_id=self.device if cuda else None)
@@ -303,7 +299,7 @@ class Ranks:
         dist.all_gather_into_tensor(full, shard)
         return full
     def ticket(self) -> int:
-        """0, 1, 2, ..: the next number of one counter for all ranks; the only method a rank may call by itself (W49)."""
+        """0, 1, 2, ..: the next number of all ranks' one counter; the only method a rank may call by itself (W49)."""
         self.tickets += 1
         store = self.distributed and dist.distributed_c10d._get_default_store()
         return (store.add("train_gpt/ticket", 1) if store else self.tickets) - 1
@@ -381,10 +377,8 @@ class Batch(NamedTuple):
     cu_seqlens: Tensor  # (capacity + 1,) int32: segment starts, then T in every unused entry
     max_seqlen: int  # bound on the length of a segment, constant over batches so that it compiles once (W26)
 
-Shape = tuple[int, int, int]  # of a row: tokens, capacity in segments, longest segment
-
-def pack_row(inputs: np.ndarray, targets: np.ndarray, starts: np.ndarray, shape: Shape, device: torch.device) -> Batch:
-    """ids (n,) and segment starts -> Batch of `shape`, n <= T; the rest of the row predicts nothing."""
+def pack_row(inputs: np.ndarray, targets: np.ndarray, starts: np.ndarray, shape: tuple, device: torch.device) -> Batch:
+    """ids (n,) and segment starts -> Batch of `shape` (T, capacity, max_seqlen); beyond n the row predicts nothing."""
     (tokens, capacity, max_seqlen), n = shape, len(inputs)
     ids = np.zeros((2, tokens), dtype=np.int32)  # half of what int64 would send over PCIe
     ids[1], ids[0, :n], ids[1, :n] = -1, inputs, targets
@@ -436,8 +430,8 @@ class PackedLoader:
                 yield rows
 
 class Documents(NamedTuple):
-    """Validation documents. The targets of one are the tokens after its first, the next document's BOS included, so that
-    the counts add up to N - 1 and every token but the first is predicted exactly once (W39)."""
+    """Validation documents. The targets of one are the tokens after its first, the next document's BOS included: the
+    counts add up to N - 1, and every token but the first is predicted exactly once (W39)."""
     tokens: np.ndarray  # (N,) int64
     starts: np.ndarray  # (D,) of each document
     counts: np.ndarray  # (D,) of its targets
@@ -467,7 +461,7 @@ class Tokenizer(NamedTuple):
             data = path.read_bytes()
             model = sentencepiece.SentencePieceProcessor(model_proto=data)
         except (OSError, RuntimeError) as error:
-            raise UsageError(f"TOKENIZER_PATH={path}: not a SentencePiece model ({str(error).split(chr(10))[0]})") from error
+            raise UsageError(f"TOKENIZER_PATH={path}: no SentencePiece model ({str(error).splitlines()[0]})") from error
         loaded = cls(path, model, model.bos_id(), hashlib.sha256(data).hexdigest(), manifest)
         if model.vocab_size() != cfg.vocab_size:
             raise UsageError(f"VOCAB_SIZE={cfg.vocab_size}: {path} has {model.vocab_size()} pieces")
@@ -484,14 +478,14 @@ def open_shards(cfg: Config, tokenizer: Tokenizer, ranks: Ranks, splits: list[st
     for split, stream in streams.items():
         for i, (path, shard) in enumerate(zip(stream.paths, stream.shards, strict=True)):
             if known and known.get(path.name) != len(shard):
-                raise UsageError(f"{path}: holds {len(shard)} tokens, its manifest says {known.get(path.name, 'nothing')}")
+                raise UsageError(f"{path}: holds {len(shard)} tokens, the manifest says {known.get(path.name, 0)}")
             if i % ranks.world_size == ranks.rank and (largest := int(shard.max())) >= cfg.vocab_size:
                 raise UsageError(f"{path}: holds id {largest}, VOCAB_SIZE={cfg.vocab_size}")
         found = stream.shards[0] == tokenizer.bos_id
         if not found.any() or (split == "val" and not found[0]):
             raise UsageError(f"{stream.paths[0]}: no document starts at its beginning (BOS id {tokenizer.bos_id})")
         if split == "train" and stream.size <= cfg.train_batch_tokens:
-            raise UsageError(f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens}: the training shards hold {stream.size} tokens")
+            raise UsageError(f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens}: the shards hold {stream.size} tokens")
     return streams
 
 # === 4. Kernels: the fused MLP and variable-length attention, each beside a plain reference ===========================
@@ -717,10 +711,9 @@ class Visit(NamedTuple):
 def layer_plan(cfg: Config, looped: bool) -> tuple[Visit, ...]:
     """The order of layers; the only place that knows it.
 
-    First half: encoder, each output is stored. Second half: decoder, takes them last in, first out. Rows of
-    skip_weights belong to pairs (receiver, source) of the looped plan. The plain plan uses the rows of the same pair, so
-    a trained skip keeps its meaning when looping starts (W4); a pair that looping visits twice has two rows, of which
-    the plain plan uses the mean, so that both arrive trained.
+    The first half stores its outputs as skips, the second takes them last in, first out. Rows of skip_weights belong to
+    pairs (receiver, source) of the looped plan. The plain plan uses the rows of the same pair, so a skip keeps its
+    meaning when looping starts (W4); of the two rows of a pair that looping visits twice, it uses the mean.
     """
     def halves(loops: int) -> tuple[list[int], list[int], list[tuple[int, int]]]:
         order = [*range(cfg.num_layers)]
@@ -814,11 +807,11 @@ class GPT(nn.Module):
         self.cfg, self.attention_backend = cfg, attention_backend
         for name, role in parameter_table(cfg).items():
             self.register_parameter(name, nn.Parameter(torch.empty(role.shape)))
-        half, longest = (cfg.rope_dims or cfg.head_dim) // 2, max(cfg.train_seq_len, cfg.eval_seq_len, cfg.ttt_eval_seq_len)
+        half = (cfg.rope_dims or cfg.head_dim) // 2
+        longest = max(cfg.train_seq_len, cfg.eval_seq_len, cfg.ttt_eval_seq_len)
         frequencies = cfg.rope_base ** (-torch.arange(half, dtype=torch.float64) / half)
         angles = torch.arange(longest)[:, None, None] * frequencies  # (longest, 1, half)
-        self.register_buffer("cos", angles.cos().float(), persistent=False)
-        self.register_buffer("sin", angles.sin().float(), persistent=False)
+        self.register_buffer("rope", torch.stack([angles.cos(), angles.sin()], 1).float(), persistent=False)
         self.reset_parameters()
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -837,7 +830,7 @@ class GPT(nn.Module):
         self.qo_bank[self.cfg.num_layers :] = 0.0  # like down_bank: every block starts as the identity
     def layer_weights(self) -> list[LayerWeights]:
         """Casts every bank once and splits it; unbind, because its gradient is one stack and not L padded copies."""
-        names, L = "qo_bank kv_bank up_bank down_bank attn_scale mlp_scale resid_mix q_gain".split(), self.cfg.num_layers
+        names, L = ["qo_bank", "kv_bank", "up_bank", "down_bank", *LAYER_TENSORS[6:]], self.cfg.num_layers
         qo, kv, *rest = (self.get_parameter(name).to(self.cfg.dtype).unbind(0) for name in names)
         return [LayerWeights(*w) for w in zip(qo[:L], qo[L:], kv[:L], kv[L:], *rest, strict=True)]
     def attend(self, n: Tensor, w: LayerWeights, visit: Visit, info: PassInfo) -> Tensor:
@@ -882,7 +875,8 @@ class GPT(nn.Module):
             a = w.attn_scale * self.attend(rms_norm(u) * scale, w, visit, info)
             if visit.parallel:  # attention reads one lane, the MLP the other; both are written to both
                 m = w.mlp_scale * self.feed(rms_norm(lane) * scale, w, visit, info)
-                keep, post = (p[visit.layer].to(x.dtype) for p in (self.parallel_resid_lambdas, self.parallel_post_lambdas))
+                lambdas = self.parallel_resid_lambdas, self.parallel_post_lambdas
+                keep, post = (p[visit.layer].to(x.dtype) for p in lambdas)
                 x, lane = (keep[j] * s + post[0, j] * a + post[1, j] * m for j, s in enumerate((x, lane)))
             else:
                 h = u + a
@@ -892,17 +886,15 @@ class GPT(nn.Module):
         if lane is not None:
             x = {"mean": (x + lane) / 2, "attn": x, "mlp": lane}[self.cfg.parallel_final_lane]
         return rms_norm(x)
-    def forward(
-        self, batch: Batch, plan: tuple[Visit, ...], lora: LoRA | None = None,
-        tap: Callable[[str, int, Tensor], None] = lambda site, layer, x: None, select: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
+    def forward(self, batch: Batch, plan: tuple[Visit, ...], lora: LoRA | None = None, select: Tensor | None = None,
+                tap: Callable[[str, int, Tensor], None] = lambda site, layer, x: None) -> Tensor:  # fmt: skip
         """Nats per token (T,) fp32, 0 where the target is -1.
 
         `lora` adapts segments of equal length, one adapter each. `tap` sees the input of every product. `select` (n,)
         int64 asks for these positions only and returns (n,): no logits are computed for the others.
         """
         place, dtype = positions(batch.cu_seqlens, batch.inputs.numel()), self.cfg.dtype
-        info = PassInfo(batch, self.cos[place].to(dtype), self.sin[place].to(dtype), tap, lora.views(dtype) if lora else {})
+        info = PassInfo(batch, *self.rope[place].to(dtype).unbind(1), tap, lora.views(dtype) if lora else {})
         x, targets = self.hidden(info, plan), batch.targets
         tap("head_in", 0, x)
         if select is not None:
@@ -933,14 +925,15 @@ class LoRA(NamedTuple):
         return cls(tuple(widths), tuple(widths.values()), *leaves)
     @torch.no_grad()
     def reset(self, seed: int, keys: list[int]) -> None:
-        """B to zero, A to uniform +-1/sqrt(C) drawn by (seed, key of the document): mates and ranks do not matter (W48)."""
+        """B to zero, A to uniform +-1/sqrt(C) drawn by (seed, key of the document) alone (W48)."""
         generator, bound = torch.Generator(self.down.device), self.down.size(-1) ** -0.5
         for a, key in zip(self.down, keys, strict=True):
             a.uniform_(-bound, bound, generator=generator.manual_seed((seed << 32) + key))
         self.up.zero_()
     def views(self, dtype: torch.dtype) -> dict[tuple[str, int], tuple[Tensor, Tensor]]:
         """(site, slot) -> A (B, rank, C), B (B, out, rank); unbind and split, so that a gradient is one copy."""
-        return dict(zip(self.sites, zip(self.down.to(dtype).unbind(1), self.up.to(dtype).split(self.widths, 1), strict=True), strict=True))
+        pairs = zip(self.down.to(dtype).unbind(1), self.up.to(dtype).split(self.widths, 1), strict=True)
+        return dict(zip(self.sites, pairs, strict=True))
 
 # === 7. Optimisation: Muon on banks, AdamW on the rest, schedules =====================================================
 def newton_schulz(g: Tensor, steps: int) -> Tensor:
@@ -964,10 +957,9 @@ def muon_update(grad: Tensor, buffer: Tensor, momentum: Tensor, cfg: Config) -> 
 class Muon(torch.optim.Optimizer):
     """Muon for banks of matrices (B, out, in) that act as y = x W^T, each rank orthogonalising its share of slices.
 
-    Reduce-scatter of gradients -> step on the shard -> all-gather of updates (PR #399). A rank owns floor or ceil(B / W)
-    slices; shards have room for ceil(B / W), so at most one slice per rank and bank is padding, which nothing computes
-    on. Unit of the rate: the spectral norm of an update, times sqrt(max(1, out / in)). Momentum lives in the optimiser
-    state, so a state dict holds all there is (W1).
+    Reduce-scatter of gradients -> step on the shard -> all-gather of updates (PR #399). A rank owns floor or ceil(B/W)
+    slices; shards have room for ceil(B / W), so at most one slice per rank and bank is padding, never computed on. The
+    rate is the spectral norm of an update over sqrt(max(1, out / in)). All state is in the state dict (W1).
     """
     def __init__(self, banks: list[nn.Parameter], cfg: Config, ranks: Ranks):
         super().__init__([{"params": banks, "lr": cfg.matrix_lr}], {})
@@ -982,7 +974,7 @@ class Muon(torch.optim.Optimizer):
             self.shards[p] = torch.zeros(share, *p.shape[1:], device=p.device, dtype=dtype)
             self.state[p]["momentum_buffer"] = torch.zeros(self.own[p], *p.shape[1:], device=p.device)
     def reduce(self) -> Tensor:
-        """Sums gradients over ranks into the shards and returns the squared norm of all of them, the same everywhere."""
+        """Sums gradients over ranks into the shards; returns the squared norm of all of them, the same everywhere."""
         total = torch.zeros((), device=next(iter(self.shards)).device)
         for p, shard in self.shards.items():
             full = shard.new_zeros(self.ranks.world_size * len(shard), *p.shape[1:])
@@ -1005,35 +997,32 @@ class Muon(torch.optim.Optimizer):
 class Optimizers:
     """All optimisers as one: reduce every gradient, clip by the norm of the reduced ones (W2), step."""
     def __init__(self, model: GPT, cfg: Config, ranks: Ranks):
-        self.cfg, self.ranks, table = cfg, ranks, parameter_table(cfg)
-        assert table.keys() == dict(model.named_parameters()).keys(), "the table names every parameter once"
-        muon, embed, scalar = (
-            [model.get_parameter(n) for n, role in table.items() if role.group == g] for g in ("muon", "embed", "scalar")
-        )
-        assert len(muon) + len(embed) + len(scalar) == len(table), "every parameter is in one of three groups"
-        self.muon, self.replicated = Muon(muon, cfg, ranks), [*scalar, *embed]
-        groups = (embed, cfg.tied_embed_lr, cfg.embed_wd), (scalar, cfg.scalar_lr, cfg.adam_wd)
-        self.adam = torch.optim.AdamW(
-            [dict(params=params, lr=lr, weight_decay=wd) for params, lr, wd in groups],
-            betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=True,
-        )  # fmt: skip
-        self.all = (self.muon, self.adam)
-        for group in (g for optimizer in self.all for g in optimizer.param_groups):
-            group["base_lr"] = group["lr"]
+        self.model, self.cfg, self.ranks, table = model, cfg, ranks, parameter_table(cfg)
+        group = {"muon": [], "embed": [], "scalar": []}
+        for name, p in model.named_parameters():
+            group[table.pop(name).group].append(p)
+        assert not table, f"the table names {list(table)}, which the model has not"
+        self.muon, self.replicated = Muon(group["muon"], cfg, ranks), [*group["scalar"], *group["embed"]]
+        self.adam = torch.optim.AdamW([
+            dict(params=group["embed"], lr=cfg.tied_embed_lr, weight_decay=cfg.embed_wd),
+            dict(params=group["scalar"], lr=cfg.scalar_lr, weight_decay=cfg.adam_wd),
+        ], betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=True)  # fmt: skip
+        self.groups = [*self.muon.param_groups, *self.adam.param_groups]
+        for g in self.groups:
+            g["base_lr"] = g["lr"]
     def step(self, lr_scale: float, momentum: float) -> Tensor:
-        """One update of every parameter from the local gradients, which it clears; returns the norm of the reduced one."""
+        """One update of every parameter from the local gradients, which it clears; returns the reduced one's norm."""
         squares = self.muon.reduce()
         flat = self.ranks.sum(torch.cat([p.grad.flatten() for p in self.replicated]))  # all small ones in one message
         norm = (squares + flat.square().sum()).sqrt()
-        clip = (self.cfg.grad_clip_norm / (norm + 1e-6)).clamp_max(1.0) if self.cfg.grad_clip_norm else torch.ones_like(norm)
+        clip = ((self.cfg.grad_clip_norm or math.inf) / (norm + 1e-6)).clamp_max(1.0)
         for p, g in zip(self.replicated, (flat * clip).split([p.numel() for p in self.replicated]), strict=True):
             p.grad = g.view_as(p)
-        for group in (g for optimizer in self.all for g in optimizer.param_groups):
-            group["lr"] = group["base_lr"] * lr_scale
+        for g in self.groups:
+            g["lr"] = g["base_lr"] * lr_scale
         self.adam.step()
         self.muon.step(clip, torch.tensor(momentum, device=norm.device))
-        for optimizer in self.all:
-            optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
         return norm
 
 def lr_scale(frac: float, cfg: Config) -> float:
@@ -1041,7 +1030,7 @@ def lr_scale(frac: float, cfg: Config) -> float:
     return 1.0 if frac < 1 - cfg.warmdown_frac else max((1 - frac) / cfg.warmdown_frac, cfg.min_lr)
 
 def muon_momentum(step: int, cfg: Config) -> float:
-    share = min(step / cfg.muon_momentum_warmup_steps, 1.0) if cfg.muon_momentum_warmup_steps else 1.0
+    share = min(step / max(cfg.muon_momentum_warmup_steps, 1e-9), 1.0)
     return cfg.muon_momentum_warmup_start + (cfg.muon_momentum - cfg.muon_momentum_warmup_start) * share
 
 # === 8. Scoring: nats and bytes of every validation token, once =======================================================
@@ -1071,10 +1060,9 @@ def check_bytes(tokenizer: Tokenizer, docs: Documents) -> ByteTable:
         ids = docs.tokens[start : start + count + (start + count == len(docs.tokens) - 1)]  # without the next BOS
         counted, real = table.count(ids), len(tokenizer.model.decode(ids[1:].tolist()).encode())
         if counted != real:
-            raise UsageError(f"{tokenizer.path}: counts {counted} bytes for the {real} of the document at token {start}")
-    total, counted = tokenizer.manifest and tokenizer.manifest["splits"]["val"]["bytes"], table.count(docs.tokens)
-    if tokenizer.manifest and total != counted:
-        raise UsageError(f"{tokenizer.path}: counts {counted} validation bytes, the manifest {total}")
+            raise UsageError(f"{tokenizer.path}: counts {counted} bytes, not {real}, for the document at {start}")
+    if tokenizer.manifest and (total := tokenizer.manifest["splits"]["val"]["bytes"]) != table.count(docs.tokens):
+        raise UsageError(f"{tokenizer.path}: counts {table.count(docs.tokens)} validation bytes, the manifest {total}")
     return table
 
 class BpbMeter:
@@ -1087,7 +1075,7 @@ class BpbMeter:
         num_bytes = self.table.bytes_of(before[keep], targets[keep]).sum()
         self.totals += (nats.double().cpu().numpy()[keep].sum(), num_bytes, keep.sum())
     def result(self, ranks: Ranks | None = None) -> dict[str, float]:
-        """val_loss (nats per token), val_bpb, tokens, bytes; with `ranks`, of all of them together (all must call it)."""
+        """val_loss (nats per token), val_bpb, tokens, bytes; with `ranks`, of all together (all must call it)."""
         nats, num_bytes, tokens = self.totals
         if ranks:
             nats, num_bytes, tokens = ranks.sum(torch.from_numpy(self.totals.copy()).to(ranks.device)).tolist()
@@ -1104,10 +1092,8 @@ def windows(num_targets: int, length: int, stride: int) -> list[tuple[int, int, 
     starts = range(0, max(num_targets - length, 0) + stride, stride)
     return [(s, s + length - stride if s else 0, min(s + length, num_targets)) for s in starts if num_targets > 0]
 
-def evaluate(
-    forward: Callable, plan: tuple[Visit, ...], docs: Documents, table: ByteTable, stride: int, cfg: Config, ranks: Ranks,
-    log: Log,
-) -> dict[str, float]:  # fmt: skip
+def evaluate(forward: Callable, plan: tuple[Visit, ...], docs: Documents, table: ByteTable, stride: int, cfg: Config,
+             ranks: Ranks, log: Log) -> dict[str, float]:  # fmt: skip
     """Scores every target of `docs` once, each document by itself in windows of EVAL_SEQ_LEN. All ranks call it.
 
     Rows are filled with whole windows in order, so the score depends neither on the row length nor on the ranks.
@@ -1156,17 +1142,16 @@ def synthetic_row(cfg: Config, shape: tuple[int, int, int], device: torch.device
 def restored(model: nn.Module, optimizers: Optimizers) -> Iterator[None]:
     """Whatever happens inside, weights, optimiser state and random state are afterwards as before (W1)."""
     kept = [*model.state_dict().values(), *(s["momentum_buffer"] for s in optimizers.muon.state.values())]
-    copies, devices = [t.clone() for t in kept], [model.cos.device] * model.cos.is_cuda
+    copies, devices = [t.clone() for t in kept], [model.rope.device] * model.rope.is_cuda
     with torch.random.fork_rng(devices):
         yield
     for t, copy in zip(kept, copies, strict=True):
         t.copy_(copy)
     optimizers.adam.state.clear()
 
-def train(
-    model: GPT, forward: Callable, optimizers: Optimizers, loader: PackedLoader, reserve: float, log: Log,
-    validate: Callable[[tuple[Visit, ...], int], None], save: Callable[[str, dict[str, Tensor], int, bool], None],
-) -> tuple[bool, dict[str, float]]:  # fmt: skip
+def train(model: GPT, forward: Callable, optimizers: Optimizers, loader: PackedLoader, reserve: float, log: Log,
+          validate: Callable[[tuple[Visit, ...], int], None], save: Callable[[str, dict[str, Tensor], int, bool], None],
+          ) -> tuple[bool, dict[str, float]]:  # fmt: skip
     """Trains until the budget less `reserve` seconds is spent, and leaves the EMA of the weights in `model`.
 
     Schedules follow the share of the budget spent, by the ranks' mean clock, or of ITERATIONS without a budget; no step
@@ -1190,13 +1175,13 @@ def train(
         before, (loss, elapsed) = elapsed, ranks.sum(mine).tolist()
         if not math.isfinite(loss + norm):
             save("last_good.pt", ema, step, looped)
-            raise FloatingPointError(f"loss {loss}, gradient norm {norm} at step {step + 1}: see last_good.pt, step {step}")
+            raise FloatingPointError(f"loss {loss}, gradient norm {norm} in step {step + 1}; last_good.pt is before")
         torch._foreach_lerp_(list(ema.values()), live, 1 - cfg.ema_decay)
         step, tokens, longest = step + 1, tokens + num_targets, max(longest * 0.98, elapsed - before)
         if step <= 3 or log.due() or (cfg.train_log_every and step % cfg.train_log_every == 0):
             rate, marked = (tokens - marked[1]) / max(elapsed - marked[0], 1e-9), (elapsed, tokens)
-            log(f"step:{step}/{cfg.iterations} train_loss:{loss:.4f} train_time:{1000 * elapsed:.0f}ms "
-                f"step_avg:{1000 * elapsed / step:.2f}ms tok/s:{rate:.0f} lr_scale:{lr_scale(frac, cfg):.3f}")  # fmt: skip
+            log(f"step:{step}/{cfg.iterations} train_loss:{loss:.4f} train_time:{1000 * elapsed:.0f}ms step_avg:"
+                f"{1000 * elapsed / step:.2f}ms tok/s:{rate:.0f} lr_scale:{lr_scale(frac, cfg):.3f}")  # fmt: skip
         if cfg.val_loss_every and step % cfg.val_loss_every == 0:
             pause = ranks.now()
             validate(cfg.plans[looped], step)
@@ -1208,7 +1193,7 @@ def train(
 
 # === 10. Compression: Hessians -> GPTQ -> integers -> one file ========================================================
 def matrices(cfg: Config) -> list[tuple[str, int, str, int]]:
-    """(bank, slice of it, site of its inputs, layer) of the integer matrices in the artifact's order; the record has 67."""
+    """(bank, slice, site of its inputs, layer) of the integer matrices in the artifact's order; the record has 67."""
     each = [("qo_bank", "attn_in"), ("qo_bank", "attn_out"), ("kv_bank", "attn_in"), ("kv_bank", "attn_in"),
             ("up_bank", "mlp_in"), ("down_bank", "mlp_mid")]  # fmt: skip
     count, found = dict.fromkeys(parameter_table(cfg), 0), []
@@ -1218,7 +1203,7 @@ def matrices(cfg: Config) -> list[tuple[str, int, str, int]]:
     return [*found, ("tok_emb", 0, "head_in", 0)]
 
 @torch.no_grad()
-def collect_hessians(model: GPT, plan: tuple[Visit, ...], rows: list[Batch], ranks: Ranks) -> dict[tuple[str, int], Tensor]:
+def collect_hessians(model: GPT, plan: tuple[Visit, ...], rows: list[Batch], ranks: Ranks) -> dict[tuple, Tensor]:
     """(site, layer) -> mean of x x^T (in, in) fp32 over every visit and the rows of all ranks; all must call it.
 
     Packed rows and the attention of training (W31). q, k and v share a site, so each Hessian is computed once.
@@ -1301,18 +1286,19 @@ def codec(name: str) -> tuple[Callable[[bytes], bytes], Callable[[bytes, int], b
     if name == "zstd":
         import zstandard
         # zstd's own levels look for matches that are not there (+16 % at level 3): codes want Huffman on literals
-        fast = zstandard.ZstdCompressionParameters(strategy=1, window_log=17, hash_log=6, chain_log=6, search_log=1, min_match=6)
-        return zstandard.ZstdCompressor(compression_params=fast).compress, lambda data, size: (
-            zstandard.ZstdDecompressor().decompress(data, max_output_size=size))  # fmt: skip
+        fast = dict(strategy=1, window_log=17, hash_log=6, chain_log=6, search_log=1, min_match=6)
+        coder = zstandard.ZstdCompressor(compression_params=zstandard.ZstdCompressionParameters(**fast))
+        return coder.compress, lambda data, size: zstandard.ZstdDecompressor().decompress(data, max_output_size=size)
     if name == "brotli":
         import brotli
         return partial(brotli.compress, quality=11), lambda data, size: brotli.decompress(data)
     import lzma
-    return partial(lzma.compress, preset=6), lambda data, size: lzma.LZMADecompressor().decompress(data, max_length=size)
+    return partial(lzma.compress, preset=6), lambda data, size: lzma.LZMADecompressor().decompress(data, size)
 
-def split_planes(values: np.ndarray) -> bytes:
-    """fp16 values -> all low bytes, then all high bytes, which repeat and so compress."""
-    return values.astype("<f2").view(np.uint8).reshape(-1, 2).T.tobytes()
+def split_planes(tensors: Iterable[Tensor]) -> bytes:
+    """All values as fp16: their low bytes, then their high bytes, which repeat and so compress."""
+    values = torch.cat([t.detach().flatten().half() for t in tensors]).cpu().numpy().astype("<f2")
+    return values.view(np.uint8).reshape(-1, 2).T.tobytes()
 
 def join_planes(data: bytes) -> np.ndarray:
     """The inverse, as fp32."""
@@ -1329,9 +1315,9 @@ def pack_artifact(model: GPT, packed: dict[str, tuple[Tensor, Tensor]], meta: di
     shapes are stored: they follow from the config.
     """
     cfg, (pack, _) = model.cfg, codec(model.cfg.compressor)
-    floats = [model.get_parameter(n).detach().flatten() for n, role in parameter_table(cfg).items() if role.packing == "float"]
-    raw = [b"".join(q.numpy().tobytes() for q, _ in packed.values())]
-    raw += [split_planes(torch.cat([s.flatten() for _, s in packed.values()]).numpy()), split_planes(torch.cat(floats).cpu().numpy())]
+    floats = [model.get_parameter(n) for n, role in parameter_table(cfg).items() if role.packing == "float"]
+    codes = b"".join(q.numpy().tobytes() for q, _ in packed.values())
+    raw = [codes, split_planes(scale for _, scale in packed.values()), split_planes(floats)]
     stored = [pack(stream) for stream in raw]
     header = {"config": {f: getattr(cfg, f) for f in MODEL_FIELDS}, "compressor": cfg.compressor, **meta}
     header["sizes"] = [[len(r), len(s)] for r, s in zip(raw, stored, strict=True)]
@@ -1384,14 +1370,14 @@ class Adaptation:
             kind, special = torch.optim.SGD, dict(momentum=cfg.ttt_beta1)
         self.optimizer = kind(leaves, **shared, **special)
     def score(self, inputs: np.ndarray, targets: np.ndarray) -> Tensor:
-        """inputs, targets (B, n), -1 where nothing is predicted -> nats (B, chunk) of the last TTT_CHUNK_SIZE targets."""
+        """inputs, targets (B, n), -1 where nothing is predicted -> nats (B, C) of the last TTT_CHUNK_SIZE targets."""
         (B, n), C = inputs.shape, self.cfg.ttt_chunk_size
         shape = (B * n, B, self.cfg.ttt_eval_seq_len)
         batch = pack_row(inputs.ravel(), targets.ravel(), np.arange(0, B * n, n), shape, self.device)
         select = (torch.arange(B)[:, None] * n + torch.arange(n - C, n)).flatten().to(self.device)
         return self.forward(batch, self.plan, lora=self.lora, select=select).view(B, C)
     def adapt(self, nats: Tensor, learns: np.ndarray, again: Callable[[], Tensor]) -> None:
-        """TTT_GRAD_STEPS updates on a chunk that has been scored; `learns` (B,) leaves out documents that end with it."""
+        """TTT_GRAD_STEPS updates on a chunk that has been scored; `learns` (B,) leaves out documents ending in it."""
         mask = torch.from_numpy(learns).to(nats)
         for step in range(self.cfg.ttt_grad_steps):
             loss = ((again() if step else nats).mean(1) * mask).sum()
@@ -1459,8 +1445,9 @@ def load_model_file(cfg: Config, origin: dict[str, str]) -> tuple[Config, dict[s
             saved = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         else:
             saved, saved["streams"] = open_artifact(data, path)
-        asked = [f"{f.upper()}={saved['config'][f]}" for f in MODEL_FIELDS if origin[f] == "env" and getattr(cfg, f) != saved["config"][f]]
-        cfg = dataclasses.replace(cfg, **{f: saved["config"][f] for f in MODEL_FIELDS})
+        theirs = {f: saved["config"][f] for f in MODEL_FIELDS}
+        asked = [f"{f.upper()}={v}" for f, v in theirs.items() if origin[f] == "env" and getattr(cfg, f) != v]
+        cfg = dataclasses.replace(cfg, **theirs)
         shapes = {n: role.shape for n, role in parameter_table(cfg).items()}
         fits = "streams" in saved or {n: tuple(w.shape) for n, w in saved["weights"].items()} == shapes
     except OSError as error:
@@ -1468,7 +1455,7 @@ def load_model_file(cfg: Config, origin: dict[str, str]) -> tuple[Config, dict[s
     except (RuntimeError, KeyError, TypeError, AttributeError, pickle.UnpicklingError) as error:
         raise UsageError(f"{name}: neither an artifact nor a checkpoint of train_gpt.py") from error
     if asked or not fits:
-        raise UsageError(f"{name}: " + (f"was made with {', '.join(asked)}" if asked else "weights that do not fit its config"))
+        raise UsageError(f"{name}: was made with {', '.join(asked) or 'another network than its config says'}")
     return cfg, saved
 
 class Run:
@@ -1485,13 +1472,14 @@ class Run:
                 raise UsageError(found)
         cfg, run_id = self.cfg, cfg.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}_{cfg.preset}_seed{cfg.seed}"
         run_id = ranks.gather(run_id)[0]
-        self.folder, self.log = Path(cfg.artifact_dir or f"runs/{run_id}"), Log(Path(f"logs/{run_id}.txt"), ranks.is_main)
+        self.log = Log(Path(f"logs/{run_id}.txt"), ranks.is_main)
+        self.folder = Path(cfg.artifact_dir or f"runs/{run_id}")
         self.facts = {
             "run_id": run_id, "preset": cfg.preset, "seed": cfg.seed, "world_size": ranks.world_size,
             "device": torch.cuda.get_device_name() if ranks.device.type == "cuda" else f"CPU, {os.cpu_count()} cores",
-            "torch": torch.__version__, "python": platform.python_version(), "attention": self.backend,
-            "code_sha256": hashlib.sha256(SOURCE).hexdigest(), "code_bytes": len(SOURCE), "dataset": cfg.dataset_dir.name,
-            "tokenizer_sha256": self.tokenizer.sha256, "val_docs": len(self.docs.counts),
+            "torch": torch.__version__, "python": platform.python_version(), "dataset": cfg.dataset_dir.name,
+            "code_sha256": hashlib.sha256(SOURCE).hexdigest(), "code_bytes": len(SOURCE), "attention": self.backend,
+            "val_docs": len(self.docs.counts), "tokenizer_sha256": self.tokenizer.sha256,
             "val_sha256": hashlib.sha256(self.docs.tokens.astype("<u2").tobytes()).hexdigest(),
         }  # fmt: skip
         self.log(SOURCE.decode() + "\nHyperparameters:", terminal=False)
@@ -1505,15 +1493,15 @@ class Run:
             self.cfg, self.saved = load_model_file(self.cfg, origin)
         cfg, ranks = self.cfg, self.ranks
         if ranks.world_size > cfg.rows_per_step:
-            raise UsageError(f"WORLD_SIZE={ranks.world_size}: a step has {cfg.rows_per_step} rows of MICRO_BATCH_TOKENS")
+            raise UsageError(f"WORLD_SIZE={ranks.world_size}: must be at most {cfg.rows_per_step}, the rows of a step")
         self.tokenizer = Tokenizer.load(cfg)
         if self.saved.get("tokenizer", self.tokenizer.sha256) != self.tokenizer.sha256:
-            raise UsageError(f"EVAL_ONLY_PATH={cfg.eval_only_path}: made with another tokenizer than {self.tokenizer.path}")
+            raise UsageError(f"EVAL_ONLY_PATH={cfg.eval_only_path}: {self.tokenizer.path} is not its tokenizer")
         self.streams = open_shards(cfg, self.tokenizer, ranks, ["val"] if "streams" in self.saved else ["train", "val"])
         self.docs = Documents.load(self.streams["val"], self.tokenizer.bos_id, cfg)
         self.table = check_bytes(self.tokenizer, self.docs)
         self.backend, lines = choose_attention(cfg.attention_backend, ranks.device, cfg.dtype)
-        return [*lines, *(f"{split}_shards: {len(s.paths)} {split}_tokens: {s.size}" for split, s in self.streams.items())]
+        return lines + [f"{name}_shards: {len(s.paths)} {name}_tokens: {s.size}" for name, s in self.streams.items()]
     @contextlib.contextmanager
     def phase(self, name: str, budget: str) -> Iterator[None]:
         """Times what is inside, device work included, against a budget: train, eval or none."""
@@ -1549,7 +1537,8 @@ class Run:
             self.score("diagnostic quantized_sliding_window", "eval", partial(self.evaluate, cfg.eval_stride))
         if cfg.ttt_enabled:
             state = Adaptation(self.model, self.ttt_forward, self.plan, self.ranks.device)
-            self.score("quantized_ttt_lora", "eval", partial(evaluate_ttt, state, self.docs, self.table, self.ranks, self.log))
+            adapting = partial(evaluate_ttt, state, self.docs, self.table, self.ranks, self.log)
+            self.score("quantized_ttt_lora", "eval", adapting)
         return self.report()
     def warm_up(self, last: tuple[Visit, ...]) -> float:
         """Runs every graph of the run on synthetic tokens and undoes it. Returns the seconds to keep after training."""
@@ -1575,7 +1564,7 @@ class Run:
                 self.log("warmup:done (random tokens, no validation data)")
         reserve = max(ranks.gather(reserve)) if cfg.gptq_reserve_seconds < 0 else cfg.gptq_reserve_seconds
         if 0 < cfg.max_wallclock_seconds < 2 * reserve:
-            raise UsageError(f"MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g}: compression needs {reserve:.0f} s of it")
+            raise UsageError(f"MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g}: compression needs {reserve:.1f} s")
         self.log(f"gptq:reserving {reserve:.1f}s, effective={1000 * (cfg.max_wallclock_seconds - reserve):.0f}ms")
         return reserve
     def train(self, reserve: float) -> bool:
@@ -1584,7 +1573,8 @@ class Run:
             r = self.evaluate(plan=plan)
             self.log(f"{step}/{self.cfg.iterations} val_loss: {r['val_loss']:.4f} val_bpb: {r['val_bpb']:.4f}")
         loader = PackedLoader(self.streams["train"], self.tokenizer.bos_id, self.cfg, self.ranks)
-        looped, figures = train(self.model, self.forward, self.optimizers, loader, reserve, self.log, validate, self.save)
+        tools = self.optimizers, loader, reserve, self.log, validate, self.save
+        looped, figures = train(self.model, self.forward, *tools)
         self.final |= figures
         self.save("final_model.pt", dict(self.model.named_parameters()), figures["steps"], looped)
         return looped
@@ -1626,7 +1616,7 @@ class Run:
         stride = stride or self.cfg.eval_seq_len
         return evaluate(self.forward, plan or self.plan, self.docs, self.table, stride, self.cfg, self.ranks, self.log)
     def score(self, label: str, budget: str, evaluation: Callable[[], dict[str, float]]) -> None:
-        """Times an evaluation, logs its result in the field's template and keeps it; refuses one that left targets out."""
+        """Times an evaluation, logs its result in the field's template, keeps it; refuses one that left targets out."""
         key, expected = label.removeprefix("diagnostic ").split()[0].replace("-", "_"), int(self.docs.counts.sum())
         with self.phase(f"score {key}", budget):
             result = evaluation()

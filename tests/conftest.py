@@ -1,0 +1,110 @@
+"""What the test files share: a tiny data set of words, a tiny network, runs of the script as users start them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # processes side by side: spinning threads would fight for cores
+
+import numpy as np
+import pytest
+import sentencepiece
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import train_gpt as tg
+
+torch.set_num_threads(1)
+VOCAB = 320  # 4 control pieces, 256 bytes, the rest learnt from the text
+TINY = {
+    "PRESET": "cpu", "DATASET": f"tiny_sp{VOCAB}", "VOCAB_SIZE": str(VOCAB), "NUM_LAYERS": "4", "MODEL_DIM": "32",
+    "NUM_HEADS": "2", "NUM_KV_HEADS": "1", "MLP_MULT": "2", "XSA_LAST_N": "4", "ROPE_DIMS": "8", "NUM_LOOPS": "1",
+    "LOOP_START": "1", "LOOP_END": "1", "PARALLEL_START_LAYER": "3", "COMPUTE_DTYPE": "fp32", "WARMUP_STEPS": "1",
+    "TRAIN_BATCH_TOKENS": "512", "MICRO_BATCH_TOKENS": "128", "TRAIN_SEQ_LEN": "64", "CU_SEQLENS_CAPACITY": "32",
+    "MAX_WALLCLOCK_SECONDS": "0", "ITERATIONS": "6", "GPTQ_CALIBRATION_BATCHES": "4", "VAL_BATCH_TOKENS": "2048",
+    "EVAL_SEQ_LEN": "64", "EVAL_STRIDE": "16", "TTT_EVAL_SEQ_LEN": "64", "TTT_CHUNK_SIZE": "16",
+    "TTT_BATCH_SIZE": "4", "TTT_LORA_RANK": "4",
+}  # fmt: skip
+WORDS = (
+    "the of and to in is that for it as was with be by on not he his but at are this have from or had an they which "
+    "one shard token model layer number weight train score adapt window chunk answer letter river mountain paper garden"
+).split()
+
+
+def tiny_text(count: int, seed: int) -> list[str]:
+    """`count` documents of 5 to 120 words, among them line breaks, digits and letters outside ASCII."""
+    rng = random.Random(seed)
+    texts = []
+    for i in range(count):
+        words = [rng.choice(WORDS) for _ in range(rng.choice([5, 20, 60, 120]))]
+        texts.append(" ".join(words) + rng.choice([".", "!", f"\n{i} é ß 漢字", " 3.14"]))
+    return texts
+
+
+def write_dataset(root: Path, train: list[list[int]], val: list[list[int]], tokenizer: Path, name: str) -> None:
+    """Shards (two of training, cut inside a document) and manifest of token lists under `root`."""
+    folder, model = root / "datasets" / name, sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
+    prefix, splits = name.split("_")[0], {}
+    for split, docs in (("train", train), ("val", val)):
+        flat = np.concatenate([np.array(d, dtype=np.uint16) for d in docs])
+        parts = np.split(flat, [len(flat) // 2]) if split == "train" else [flat]
+        files = []
+        for i, part in enumerate(parts):
+            tg.write_shard(folder / f"{prefix}_{split}_{i:06d}.bin", part)
+            files.append({"name": f"{prefix}_{split}_{i:06d}.bin", "tokens": len(part)})
+        size = sum(len(model.decode(d[1:]).encode()) for d in docs)
+        splits[split] = {"documents": len(docs), "tokens": len(flat), "bytes": size, "files": files}
+    digest = hashlib.sha256(tokenizer.read_bytes()).hexdigest()
+    about = {"file": tokenizer.name, "sha256": digest, "vocab_size": model.vocab_size(), "bos_id": model.bos_id()}
+    manifest = {"version": 1, "dataset": name, "tokenizer": about, "splits": splits}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """DATA_DIR with the data set `tiny_sp320`: 160 training and 12 validation documents. Copy it before changing it."""
+    root = tmp_path_factory.mktemp("data")
+    texts = tiny_text(172, seed=1)
+    (root / "tokenizers").mkdir()
+    prefix = root / "tokenizers" / f"tiny_sp{VOCAB}"
+    (root / "text.txt").write_text("\n".join(t.replace("\n", " ") for t in texts), encoding="utf-8")
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(root / "text.txt"), model_prefix=str(prefix), vocab_size=VOCAB, model_type="bpe", byte_fallback=True,
+        pad_id=0, bos_id=1, eos_id=2, unk_id=3, normalization_rule_name="identity", remove_extra_whitespaces=False,
+        split_digits=True, character_coverage=0.99, minloglevel=2,
+    )  # fmt: skip
+    model = sentencepiece.SentencePieceProcessor(model_file=f"{prefix}.model")
+    docs = [[model.bos_id(), *model.encode(t)] for t in texts]
+    write_dataset(root, docs[:160], docs[160:], Path(f"{prefix}.model"), f"tiny_sp{VOCAB}")
+    return root
+
+
+def tiny_config(**overrides: object) -> tg.Config:
+    """The tiny network's config, knobs overridden by field name."""
+    changed = {k.upper(): str(int(v)) if isinstance(v, bool) else str(v) for k, v in overrides.items()}
+    return tg.Config.from_env({**TINY, **changed}, has_cuda=False)[0]
+
+
+def run_script(env: dict[str, str], cwd: Path, ranks: int = 0, timeout: float = 240) -> subprocess.CompletedProcess:
+    """train_gpt.py in a process of its own, or `ranks` of them under torchrun, with `env` and little else set."""
+    base = {k: os.environ[k] for k in ("PATH", "HOME", "LANG") if k in os.environ}
+    base |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **env}
+    command = [sys.executable, str(ROOT / "train_gpt.py")]
+    if ranks:
+        command[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    return subprocess.run(command, cwd=cwd, env=base, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+def final_line(output: str) -> dict:
+    """The figures of the one line that starts with `final`."""
+    lines = [line for line in output.splitlines() if line.startswith("final ")]
+    assert len(lines) == 1, output[-2000:]
+    return json.loads(lines[0].removeprefix("final "))

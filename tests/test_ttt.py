@@ -1,0 +1,313 @@
+"""Test-time training: every target once, scored before it is learnt from, each document by itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import VOCAB, tiny_config
+from test_compression import on_ranks, random_model
+
+import train_gpt as tg
+
+BOS, C, S = 1, 16, 64
+ADAPTS = dict(ttt_lora_lr=0.01, ttt_chunk_size=C, ttt_eval_seq_len=S)  # a rate at which every update shows
+LENGTHS = (150, 64, 65, 33, 16, 1, 100)  # targets: beyond the window, on and off the chunk grid
+TABLE = tg.ByteTable(np.ones(VOCAB, dtype=np.int64), np.zeros(VOCAB, dtype=bool), np.zeros(VOCAB, dtype=bool))
+
+
+def documents(*counts: int, seed: int = 0) -> tg.Documents:
+    """Random documents with that many targets each; the last one lacks the BOS of a next."""
+    counts = np.array(counts)
+    tokens = np.random.default_rng(seed).integers(4, VOCAB, counts.sum() + 1)
+    starts = np.cumsum(counts) - counts
+    tokens[starts] = BOS
+    return tg.Documents(tokens, starts, counts)
+
+
+class Scores(tg.BpbMeter):
+    """A meter that keeps what it is given, chunk by chunk."""
+
+    def __init__(self):
+        super().__init__(TABLE)
+        self.chunks = []
+
+    def add(self, nats, before, targets):
+        super().add(nats, before, targets)
+        self.chunks.append((nats.clone(), before, targets))
+
+    def of_document(self, row: int, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """nats, tokens before and targets of one row of the batch, in order."""
+        parts = [np.concatenate([np.asarray(c[i]).reshape(rows, -1)[row] for c in self.chunks]) for i in range(3)]
+        return tuple(part[parts[2] >= 0] for part in parts)
+
+
+def adaptation(model: tg.GPT, forward=None) -> tg.Adaptation:
+    return tg.Adaptation(model, forward or model, model.cfg.plans[1], torch.device("cpu"))
+
+
+def scores(state: tg.Adaptation, docs: tg.Documents, batch: list[int] | None = None) -> dict[int, np.ndarray]:
+    """document -> nats of its targets, the documents of `batch` (default: all) adapted side by side."""
+    batch, meter = np.array(range(len(docs.starts)) if batch is None else batch), Scores()
+    for _ in tg.score_then_adapt(state, docs, batch, meter):
+        pass
+    return {d: meter.of_document(row, state.cfg.ttt_batch_size)[0] for row, d in enumerate(batch.tolist())}
+
+
+def model_for(count: int, **overrides: object) -> tg.GPT:
+    return random_model(tiny_config(**{**ADAPTS, "ttt_batch_size": count, **overrides}))
+
+
+def with_settings(model: tg.GPT, **overrides: object) -> tg.GPT:
+    """A network of the same weights under other settings."""
+    other = tg.GPT(dataclasses.replace(model.cfg, **overrides))
+    other.load_state_dict(model.state_dict())
+    return other
+
+
+def difference(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.linalg.norm(a.astype(np.float64) - b) / np.linalg.norm(b))
+
+
+def assert_equal(a: np.ndarray, b: np.ndarray) -> None:
+    assert np.array_equal(a, b), f"{np.count_nonzero(a != b)} of {a.size} differ, by up to {np.abs(a - b).max()}"
+
+
+# --- What is scored ---------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("chunk", "steps"), [(32, 813), (48, 542)])
+def test_longest_validation_document_takes_as_many_chunks_as_published(chunk, steps):
+    """A 25,988-token entry; one forward per chunk, windows grow on the chunk grid to the longest, the last learns not."""
+    lengths, docs = [], documents(25987)
+    model = model_for(1, ttt_chunk_size=chunk, ttt_eval_seq_len=2048, ttt_lora_rank=1, model_dim=8)
+
+    def forward(batch, plan, lora, select):
+        lengths.append(len(batch.inputs))
+        return torch.zeros(len(select)) + lora.up.sum()
+
+    state, meter = adaptation(model, forward), Scores()
+    assert sum(1 for _ in tg.score_then_adapt(state, docs, np.array([0]), meter)) == steps
+    assert lengths == [min((i + 1) * chunk, 2048) for i in range(steps)]
+    assert_equal(meter.of_document(0, 1)[2], docs.tokens[1:])
+    assert {int(s["step"]) for s in state.optimizer.state.values()} == {steps - 1}
+
+
+def test_every_target_of_every_document_is_scored_once():
+    docs = documents(*LENGTHS)
+    state, meter = adaptation(model_for(8)), Scores()  # a row more than documents
+    for _ in tg.score_then_adapt(state, docs, np.arange(len(LENGTHS)), meter):
+        pass
+    for row, (start, count) in enumerate(zip(docs.starts, docs.counts, strict=True)):
+        _, before, targets = meter.of_document(row, 8)
+        assert_equal(targets, docs.tokens[start + 1 : start + count + 1])
+        assert_equal(before, docs.tokens[start : start + count])
+    assert meter.result()["tokens"] == sum(LENGTHS) == len(docs.tokens) - 1
+
+
+def test_result_counts_every_target_and_byte(tmp_path):
+    docs = documents(*LENGTHS, 0)  # a last document with nothing to predict
+    model, ranks, log = model_for(4), tg.Ranks({}), tg.Log(tmp_path / "log", True)
+    result = tg.evaluate_ttt(adaptation(model), docs, TABLE, ranks, log)
+    assert (result["tokens"], result["bytes"]) == (sum(LENGTHS), TABLE.count(docs.tokens))
+    alone = [scores(adaptation(with_settings(model, ttt_batch_size=1)), docs, [i]) for i in range(len(LENGTHS))]
+    loss = sum(nats.astype(np.float64).sum() for d in alone for nats in d.values()) / sum(LENGTHS)
+    assert result["val_loss"] == pytest.approx(loss, rel=1e-6)
+
+
+# --- Score first ------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("grad_steps", [1, 2])
+@pytest.mark.parametrize("place", [5, 15, 16, 17, 40, 63, 64, 65, 96, 130])
+def test_edited_token_changes_no_score_before_it_and_no_other_document(place, grad_steps):
+    """Adaptation is on: neither the forward nor what is learnt lets a token act before its own score."""
+    docs = documents(150, 120, 33)
+    state = adaptation(model_for(3, ttt_grad_steps=grad_steps))
+    before, at = scores(state, docs), docs.starts[0] + place
+    docs.tokens[at] = 4 + (docs.tokens[at] - 3) % (VOCAB - 4)
+    after = scores(state, docs)
+    assert_equal(after[0][: place - 1], before[0][: place - 1])
+    assert (after[0][place - 1 :] != before[0][place - 1 :]).mean() > 0.9  # the edit is felt, also beyond the window
+    assert_equal(after[1], before[1])
+    assert_equal(after[2], before[2])
+
+
+def test_chunk_is_scored_with_the_adapters_of_the_chunks_before_it():
+    """The loop written plainly for one document: score with what there is, learn, go on."""
+    docs, model = documents(75), model_for(1)
+    state = adaptation(model)
+    state.begin([0])
+    optimizer = torch.optim.AdamW([state.lora.down, state.lora.up], lr=0.01, betas=(0.0, 0.999), eps=1e-10, weight_decay=0.5)
+    found = []
+    for end in range(C, 75 + C, C):
+        first, last = max(0, end - S), min(end, 75)
+        ids = torch.from_numpy(docs.tokens[first : last + 1])
+        cu = torch.tensor([0, last - first], dtype=torch.int32)
+        nats = model(tg.Batch(ids[:-1], ids[1:], cu, S), state.plan, lora=state.lora)[end - C - first :]
+        found.append(nats.detach().numpy())
+        if end < 75:
+            optimizer.zero_grad()
+            nats.mean().backward()
+            optimizer.step()
+    assert difference(scores(adaptation(model), docs)[0], np.concatenate(found)) < 1e-5
+
+
+def test_without_learning_the_score_is_the_base_model_on_windows_of_the_chunk_grid():
+    docs, model = documents(*LENGTHS), model_for(len(LENGTHS), ttt_lora_lr=0.0)
+    found = scores(adaptation(model), docs)
+    for d, (start, count) in enumerate(zip(docs.starts, docs.counts, strict=True)):
+        expected = []
+        for end in range(C, count + C, C):
+            first, last = max(0, end - S), min(end, count)
+            ids = torch.from_numpy(docs.tokens[start + first : start + last + 1])
+            cu = torch.tensor([0, last - first], dtype=torch.int32)
+            with torch.no_grad():
+                nats = model(tg.Batch(ids[:-1], ids[1:], cu, S), model.cfg.plans[1])
+            expected.append(nats[end - C - first :].numpy())
+        assert difference(found[d], np.concatenate(expected)) < 1e-6
+
+
+@pytest.mark.parametrize("count", [1, 16, 39, 64, 70, 80, 129])
+def test_longer_document_leaves_the_scores_of_its_beginning_alone(count):
+    """Windows start on the chunk grid, so the end of a document is not felt before it (W51)."""
+    whole = documents(170)
+    state = adaptation(model_for(1))
+    short = scores(state, whole._replace(counts=np.array([count])))[0]
+    assert len(short) == count
+    assert_equal(scores(state, whole)[0][:count], short)
+
+
+def test_adapting_lowers_the_loss_of_repetitive_text():
+    phrase = np.random.default_rng(3).integers(4, VOCAB, 24)
+    docs = tg.Documents(np.concatenate([[BOS], np.tile(phrase, 12)]), np.array([0]), np.array([288]))
+    model = model_for(1)
+    adapted, base = (scores(adaptation(with_settings(model, ttt_lora_lr=lr)), docs)[0] for lr in (0.01, 0.0))
+    assert_equal(adapted[:C], base[:C])
+    assert adapted[-96:].mean() < 0.8 * base[-96:].mean()
+
+
+# --- Each document by itself ------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("batches", [[[0, 1, 2, 3], [4, 5, 6]], [[6, 2, 4, 0], [5, 3, 1]], [[3, 0]]])
+def test_batch_size_mates_and_order_do_not_change_a_score(batches):
+    docs, model = documents(*LENGTHS), model_for(4)
+    together, alone = adaptation(model), adaptation(with_settings(model, ttt_batch_size=1))
+    for batch in batches:
+        for d, nats in scores(together, docs, batch).items():
+            assert difference(nats, scores(alone, docs, [d])[d]) < 1e-6
+
+
+def test_left_out_documents_do_not_change_the_score_of_the_others():
+    docs, state = documents(*LENGTHS), adaptation(model_for(4))
+    some = docs._replace(starts=docs.starts[[3, 0]], counts=docs.counts[[3, 0]])
+    part, whole = scores(state, some), scores(state, docs, [3, 0, 1, 2])
+    assert_equal(part[0], whole[3])
+    assert_equal(part[1], whole[0])
+
+
+def ttt_worker(rank: int, ranks: tg.Ranks, folder: Path) -> None:
+    state = adaptation(model_for(2))
+    result = tg.evaluate_ttt(state, documents(*LENGTHS), TABLE, ranks, tg.Log(folder / "log", rank == 0))
+    torch.save(result, folder / f"{ranks.world_size}_{rank}.pt")
+
+
+def test_two_ranks_score_as_one_does(tmp_path):
+    ttt_worker(0, tg.Ranks({}), tmp_path)
+    on_ranks(2, ttt_worker, tmp_path)
+    one, *two = (torch.load(tmp_path / name) for name in ("1_0.pt", "2_0.pt", "2_1.pt"))
+    assert two[0] == two[1]
+    assert one["val_loss"] == pytest.approx(two[0]["val_loss"], abs=1e-6)
+    assert (one["tokens"], one["bytes"]) == (two[0]["tokens"], two[0]["bytes"])
+
+
+# --- Adapters and what they leave behind ------------------------------------------------------------------------------
+def test_adapter_init_depends_on_seed_and_document_only():
+    cfg = tiny_config()
+
+    def drawn(seed, keys):
+        lora = tg.LoRA.zeros(cfg, len(keys), len(cfg.plans[1]), torch.device("cpu"))
+        torch.rand(len(keys))  # whatever the global generator has done
+        lora.reset(seed, keys)
+        assert not lora.up.any()
+        return lora.down.detach()
+
+    a = drawn(1337, [7, 0, 900])
+    bound = cfg.model_dim**-0.5
+    assert a.abs().max() <= bound
+    assert a.std() == pytest.approx(bound / 3**0.5, rel=0.05)
+    assert torch.equal(drawn(1337, [900, 7])[[1, 0]], a[[0, 2]])
+    different = [*a, *drawn(1338, [7, 0, 900]), *drawn(2**31, [7])]
+    assert all((x != y).float().mean() > 0.99 for i, x in enumerate(different) for y in different[:i])
+
+
+def test_record_adapters_hold_as_many_values_as_published():
+    cfg = tg.Config()
+    lora = tg.LoRA.zeros(cfg, 1, len(cfg.plans[1]), torch.device("meta"))
+    assert lora.down.numel() + lora.up.numel() == 8_355_840
+
+
+@pytest.mark.parametrize("settings", [{}, dict(ttt_optimizer="sgd", ttt_beta1=0.9, ttt_lora_lr=1.0), dict(ttt_beta1=0.9)])
+def test_batch_leaves_nothing_to_the_next(settings):
+    """Adapters and optimiser state begin anew: the same batch scores the same, whatever came between."""
+    docs, state = documents(100, 70), adaptation(model_for(2, **settings))
+    first = scores(state, docs)
+    scores(state, documents(90, 80, seed=1))
+    again = scores(state, docs)
+    assert all(np.array_equal(first[d], again[d]) for d in first)
+
+
+@pytest.mark.parametrize(
+    ("settings", "per_visit"),
+    [({}, 5), (dict(ttt_k_lora=False), 4), (dict(ttt_o_lora=False), 4), (dict(ttt_mlp_lora=False), 4),
+     (dict(ttt_k_lora=False, ttt_o_lora=False, ttt_mlp_lora=False), 2)],
+)  # fmt: skip
+def test_switches_remove_their_adapters(settings, per_visit):
+    docs, model = documents(60), model_for(1)
+    state = adaptation(with_settings(model, **settings))
+    assert len(state.lora.sites) == per_visit * len(state.plan) + 1
+    found, default = scores(state, docs)[0], scores(adaptation(model), docs)[0]
+    assert_equal(found[:C], default[:C])
+    assert np.array_equal(found, default) == (not settings)
+    assert np.isfinite(found).all()
+
+
+@pytest.mark.parametrize("settings", [dict(ttt_grad_steps=3), dict(ttt_optimizer="sgd", ttt_beta1=0.9, ttt_lora_lr=1.0)])
+def test_updates_per_chunk_and_optimiser_can_be_chosen(settings):
+    docs, model = documents(60), model_for(1)
+    state = adaptation(with_settings(model, **settings))
+    found, default = scores(state, docs)[0], scores(adaptation(model), docs)[0]
+    assert_equal(found[:C], default[:C])  # the score stays that from before the first update
+    assert (found[C:] != default[C:]).mean() > 0.9
+    assert np.isfinite(found).all()
+
+
+def test_every_chunk_but_the_last_is_learnt_from_as_often_as_asked():
+    state = adaptation(model_for(2, ttt_grad_steps=2))
+    scores(state, documents(100, 20))
+    assert {int(s["step"]) for s in state.optimizer.state.values()} == {2 * (-(-100 // C) - 1)}
+
+
+def test_base_weights_are_left_as_they_were():
+    model = model_for(2)
+    kept = {name: value.clone() for name, value in model.state_dict().items()}
+    scores(adaptation(model), documents(100, 70))
+    assert all(torch.equal(value, kept[name]) for name, value in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_warm_up_gets_no_text_and_leaves_no_trace():
+    """It is handed nothing but the adapters: no validation token can be in it (W43)."""
+    assert list(inspect.signature(tg.Adaptation.warm_up).parameters) == ["self"]
+    docs, model, seen = documents(100, 70), model_for(2), []
+
+    def forward(batch, plan, **options):
+        seen.append(len(batch.inputs) // 2)
+        return model(batch, plan, **options)
+
+    fresh, warm = adaptation(model), adaptation(model, forward)
+    assert not any(isinstance(value, (tg.Documents, tg.TokenStream, np.ndarray)) for value in vars(warm).values())
+    expected = scores(fresh, docs)
+    warm.warm_up()
+    assert {min(seen), max(seen)} == {C, S}  # the shapes it is for
+    found = scores(warm, docs)
+    assert all(np.array_equal(found[d], expected[d]) for d in expected)
