@@ -928,7 +928,7 @@ class LoRA(NamedTuple):
         """B to zero, A to uniform +-1/sqrt(C) drawn by (seed, key of the document) alone (W48)."""
         generator, bound = torch.Generator(self.down.device), self.down.size(-1) ** -0.5
         for a, key in zip(self.down, keys, strict=True):
-            a.uniform_(-bound, bound, generator=generator.manual_seed((seed << 32) + key))
+            a.uniform_(-bound, bound, generator=generator.manual_seed(seed * 1_000_000_007 + key))  # CPU: low 32 bits
         self.up.zero_()
     def views(self, dtype: torch.dtype) -> dict[tuple[str, int], tuple[Tensor, Tensor]]:
         """(site, slot) -> A (B, rank, C), B (B, out, rank); unbind and split, so that a gradient is one copy."""
@@ -1136,7 +1136,9 @@ def synthetic_row(cfg: Config, shape: tuple[int, int, int], device: torch.device
     """Random ids in documents of many lengths: what warm-up sees in place of any real token (W43)."""
     rng = np.random.default_rng(0)
     ids, starts = rng.integers(0, cfg.vocab_size, shape[0] + 1), rng.random(shape[0]) < 2 / shape[2]
-    return pack_row(ids[:-1], ids[1:], segment_starts(starts, True, shape[2])[: shape[1] // 2], shape, device)
+    starts = segment_starts(starts, True, shape[2])
+    n = int([*starts, shape[0]][min(shape[1] // 2, len(starts))])  # cut where the loader would
+    return pack_row(ids[:n], ids[1 : n + 1], starts[: shape[1] // 2], shape, device)
 
 @contextlib.contextmanager
 def restored(model: nn.Module, optimizers: Optimizers) -> Iterator[None]:

@@ -16,6 +16,7 @@ import train_gpt as tg
 
 BOS, C, S = 1, 16, 64
 ADAPTS = dict(ttt_lora_lr=0.01, ttt_chunk_size=C, ttt_eval_seq_len=S)  # a rate at which every update shows
+SGD = dict(ttt_optimizer="sgd", ttt_beta1=0.9, ttt_lora_lr=1.0)
 LENGTHS = (150, 64, 65, 33, 16, 1, 100)  # targets: beyond the window, on and off the chunk grid
 TABLE = tg.ByteTable(np.ones(VOCAB, dtype=np.int64), np.zeros(VOCAB, dtype=bool), np.zeros(VOCAB, dtype=bool))
 
@@ -80,9 +81,9 @@ def assert_equal(a: np.ndarray, b: np.ndarray) -> None:
 # --- What is scored ---------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("chunk", "steps"), [(32, 813), (48, 542)])
 def test_longest_validation_document_takes_as_many_chunks_as_published(chunk, steps):
-    """A 25,988-token entry; one forward per chunk, windows grow on the chunk grid to the longest, the last learns not."""
+    """A 25,988-token entry: one forward per chunk, windows that grow on the grid, an update after all but the last."""
     lengths, docs = [], documents(25987)
-    model = model_for(1, ttt_chunk_size=chunk, ttt_eval_seq_len=2048, ttt_lora_rank=1, model_dim=8)
+    model = model_for(1, ttt_chunk_size=chunk, ttt_eval_seq_len=2048, ttt_lora_rank=1)
 
     def forward(batch, plan, lora, select):
         lengths.append(len(batch.inputs))
@@ -138,8 +139,8 @@ def test_chunk_is_scored_with_the_adapters_of_the_chunks_before_it():
     docs, model = documents(75), model_for(1)
     state = adaptation(model)
     state.begin([0])
-    optimizer = torch.optim.AdamW([state.lora.down, state.lora.up], lr=0.01, betas=(0.0, 0.999), eps=1e-10, weight_decay=0.5)
-    found = []
+    leaves, found = [state.lora.down, state.lora.up], []
+    optimizer = torch.optim.AdamW(leaves, lr=0.01, betas=(0.0, 0.999), eps=1e-10, weight_decay=0.5)
     for end in range(C, 75 + C, C):
         first, last = max(0, end - S), min(end, 75)
         ids = torch.from_numpy(docs.tokens[first : last + 1])
@@ -246,7 +247,7 @@ def test_record_adapters_hold_as_many_values_as_published():
     assert lora.down.numel() + lora.up.numel() == 8_355_840
 
 
-@pytest.mark.parametrize("settings", [{}, dict(ttt_optimizer="sgd", ttt_beta1=0.9, ttt_lora_lr=1.0), dict(ttt_beta1=0.9)])
+@pytest.mark.parametrize("settings", [{}, SGD, dict(ttt_beta1=0.9)])
 def test_batch_leaves_nothing_to_the_next(settings):
     """Adapters and optimiser state begin anew: the same batch scores the same, whatever came between."""
     docs, state = documents(100, 70), adaptation(model_for(2, **settings))
@@ -271,7 +272,7 @@ def test_switches_remove_their_adapters(settings, per_visit):
     assert np.isfinite(found).all()
 
 
-@pytest.mark.parametrize("settings", [dict(ttt_grad_steps=3), dict(ttt_optimizer="sgd", ttt_beta1=0.9, ttt_lora_lr=1.0)])
+@pytest.mark.parametrize("settings", [dict(ttt_grad_steps=3), SGD])
 def test_updates_per_chunk_and_optimiser_can_be_chosen(settings):
     docs, model = documents(60), model_for(1)
     state = adaptation(with_settings(model, **settings))

@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# GPU tests, then the record preset on one GPU for a few minutes; the table it prints goes to bench/results/.
+# Usage: bench/gpu.sh [PYTHON]. Needs a CUDA torch in PYTHON; packages it lacks are taken from ./wheels if that is there.
+# Ten minutes on one H100 or H200: GPU_SECONDS (default 180) of training, documents scored: GPU_DOCS (default 0.02).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+PYTHON=${1:-python3}
+if ! "$PYTHON" -c "import sentencepiece, zstandard, tqdm, pytest" 2>/dev/null; then
+  "$PYTHON" -m pip install --quiet --no-index --find-links wheels sentencepiece zstandard tqdm pytest
+fi
+"$PYTHON" -m pytest -q -m gpu
+SHARED=$([ -d shared ] && echo shared || echo ../shared)
+DATASET=corpus_sp8192
+if [ -d "$SHARED/corpus" ]; then
+  "$PYTHON" tools/prepare_data.py text "$SHARED/corpus/train.jsonl.zst" --val "$SHARED/corpus/val.jsonl.zst" \
+    --tokenizer "$SHARED/tokenizers/fineweb_8192_bpe.model" --name corpus
+else
+  "$PYTHON" tools/prepare_data.py fineweb --variant sp8192 --train-shards 1
+  DATASET=fineweb10B_sp8192
+fi
+export RUN_ID="gpu_$(date +%Y%m%d-%H%M%S)" DATASET PRESET=record MAX_WALLCLOCK_SECONDS=${GPU_SECONDS:-180}
+export VAL_DOC_FRACTION=${GPU_DOCS:-0.02} VAL_LOSS_EVERY=0 WARMUP_STEPS=2 GPTQ_CALIBRATION_BATCHES=16
+"$PYTHON" train_gpt.py
+mkdir -p bench/results
+{
+  echo "date: $(date -u +%Y-%m-%d) commit: $(git rev-parse --short HEAD 2>/dev/null || echo unknown)"
+  nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
+  grep -E "^(device|torch|attention|model_params|warmup|gptq|step:|layer_loop|stopping|GPTQ|diagnostic|quantized|Total|peak|phase|check|warm-up|train|calibrate|quantise|pack|score|all of|final)" "logs/$RUN_ID.txt"
+} > "bench/results/$RUN_ID.txt"
+cat "bench/results/$RUN_ID.txt"
+if [ -n "${OUT:-}" ]; then cp "bench/results/$RUN_ID.txt" "$OUT/"; fi

@@ -1,0 +1,385 @@
+"""Compression: Hessians, GPTQ against a plain reference, codecs, and the artifact as a file that may be damaged."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import io
+import os
+import pickle
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_config
+
+import train_gpt as tg
+
+ONE = tg.Ranks({})
+
+
+def random_model(cfg: tg.Config, seed: int = 0) -> tg.GPT:
+    """A network in which nothing is zero or one, as after training."""
+    model, rng = tg.GPT(cfg), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, role in tg.parameter_table(cfg).items():
+            noise = torch.randn(role.shape, generator=rng)
+            p = model.get_parameter(name)
+            p.copy_(p + 0.1 * noise if role.packing == "float" else noise * role.shape[-1] ** -0.5)
+    return model
+
+
+def random_rows(cfg: tg.Config, count: int) -> list[tg.Batch]:
+    """Rows of the training shape in which documents of random lengths stand end to end."""
+    rng, (tokens, _, longest), rows = np.random.default_rng(5), cfg.row_shape, []
+    for _ in range(count):
+        ids = rng.integers(4, cfg.vocab_size, tokens + 1)
+        starts = tg.segment_starts(rng.random(tokens) < 0.05, True, longest)
+        rows.append(tg.pack_row(ids[:-1], ids[1:], starts, cfg.row_shape, torch.device("cpu")))
+    return rows
+
+
+def rank_main(index: int, world_size: int, port: int, worker: Callable, args: tuple) -> None:
+    torch.set_num_threads(1)
+    env = {"RANK": str(index), "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ.update(env, CUDA_VISIBLE_DEVICES="")
+    worker(index, tg.Ranks(env), *args)
+    torch.distributed.destroy_process_group()
+
+
+def on_ranks(world_size: int, worker: Callable, *args: object) -> None:
+    """worker(rank, ranks, *args) in `world_size` processes joined by gloo; a function of a test file."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    torch.multiprocessing.spawn(rank_main, (world_size, port, worker, args), nprocs=world_size)
+
+
+# --- Hessians ---------------------------------------------------------------------------------------------------------
+def test_record_has_67_matrices_each_with_the_site_of_its_inputs():
+    cfg = tg.Config()
+    found = {(bank, i): (site, layer) for bank, i, site, layer in tg.matrices(cfg)}
+    assert len(tg.matrices(cfg)) == len(found) == 67
+    for layer in range(11):
+        for bank, i in [("qo_bank", layer), ("kv_bank", layer), ("kv_bank", 11 + layer)]:  # q, k and v share one
+            assert found[bank, i] == ("attn_in", layer)
+        assert found["qo_bank", 11 + layer] == ("attn_out", layer)
+        assert found["up_bank", layer] == ("mlp_in", layer)
+        assert found["down_bank", layer] == ("mlp_mid", layer)
+    assert found["tok_emb", 0] == ("head_in", 0)
+    integers = {n: role.shape for n, role in tg.parameter_table(cfg).items() if role.packing != "float"}
+    assert found.keys() == {(n, i) for n, shape in integers.items() for i in range(shape[0] if len(shape) == 3 else 1)}
+
+
+def test_hessian_is_the_mean_outer_product_of_what_each_matrix_reads():
+    cfg = tiny_config()
+    model, rows, seen = random_model(cfg), random_rows(cfg, 3), {}
+
+    def tap(site, layer, x):
+        seen.setdefault((site, layer), []).append(x.double())
+
+    for row in rows:
+        nats = model(row, cfg.plans[1], tap=tap)
+        inputs = {key: x[-1] for key, x in seen.items()}
+        up, scores = model.up_bank[2].double(), inputs["head_in", 0] @ model.tok_emb.double().T
+        assert torch.allclose(tg.leaky_relu_sq(inputs["mlp_in", 2] @ up.T), inputs["mlp_mid", 2], atol=1e-5)
+        logits = cfg.logit_softcap * torch.tanh(scores / cfg.logit_softcap)
+        expected = torch.nn.functional.cross_entropy(logits, row.targets, reduction="none")
+        assert torch.allclose(nats.double(), expected, atol=1e-5)
+    hessians = tg.collect_hessians(model, cfg.plans[1], rows, ONE)
+    assert hessians.keys() == {m[2:] for m in tg.matrices(cfg)} == seen.keys()
+    assert [len(seen["attn_in", layer]) for layer in range(4)] == [3, 6, 3, 3]  # a looped layer reads twice
+    for key, xs in seen.items():
+        expected = sum(x.T @ x for x in xs) / (3 * cfg.micro_batch_tokens)
+        assert (hessians[key] - expected).norm() < 1e-5 * expected.norm(), key
+
+
+def compression_worker(rank: int, ranks: tg.Ranks, folder: Path) -> None:
+    cfg = tiny_config()
+    model, rows = random_model(cfg), random_rows(cfg, 3)
+    hessians = tg.collect_hessians(model, cfg.plans[1], rows[rank :: ranks.world_size], ranks)
+    shared = tg.collect_hessians(model, cfg.plans[1], rows, ONE)  # equal to the last bit on all
+    torch.save((hessians, tg.quantize(model, shared, ranks)), folder / f"{ranks.world_size}_{rank}.pt")
+
+
+def test_two_ranks_find_the_hessians_and_codes_of_one(tmp_path):
+    compression_worker(0, ONE, tmp_path)
+    on_ranks(2, compression_worker, tmp_path)  # two rows on one, one on the other
+    (hessians, packed), *others = (torch.load(tmp_path / name) for name in ("1_0.pt", "2_0.pt", "2_1.pt"))
+    for other_hessians, other_packed in others:
+        for key, h in hessians.items():
+            assert (other_hessians[key] - h).norm() < 1e-5 * h.norm()
+        for name, (q, scale) in packed.items():
+            assert torch.equal(other_packed[name][0], q), name
+            assert torch.equal(other_packed[name][1], scale), name
+
+
+# --- GPTQ -------------------------------------------------------------------------------------------------------------
+def correlated(n: int, rows: int, cols: int, seed: int = 0, tokens: int = 4096) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights and the Hessians of inputs that share a few strong directions and differ in size."""
+    rng = torch.Generator().manual_seed(seed)
+    mix = torch.randn(n, cols, cols, generator=rng) * torch.linspace(1.5, 0.05, cols)[:, None]
+    x = torch.randn(n, tokens, cols, generator=rng) @ mix * torch.rand(n, 1, cols, generator=rng).add(0.2)
+    return torch.randn(n, rows, cols, generator=rng) / cols**0.5, x.mT @ x / tokens
+
+
+def row_scale(weight: torch.Tensor, clip_sigmas: float, bits: int) -> torch.Tensor:
+    return (clip_sigmas * weight.std(-1, correction=1) / (2 ** (bits - 1) - 1)).clamp_min(2.0**-14).half()
+
+
+def rounded(weight: torch.Tensor, clip_sigmas: float, bits: int) -> torch.Tensor:
+    """Codes by rounding to nearest."""
+    qmax = 2 ** (bits - 1) - 1
+    return (weight / row_scale(weight, clip_sigmas, bits).float()[..., None]).round().clamp(-qmax, qmax)
+
+
+def reference_gptq(weight: torch.Tensor, hessian: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
+    """Codes of one matrix (rows, cols), column by column in float64 and from H^-1 itself: no factor, no blocks."""
+    qmax = 2 ** (bits - 1) - 1
+    s, w, h = scale.double(), weight.double(), hessian.double()
+    order = h.diagonal().argsort(descending=True)
+    inverse = torch.linalg.inv((h + 0.01 * h.diagonal().mean() * torch.eye(len(h)))[order][:, order])
+    w, q = w[:, order], torch.zeros_like(w)
+    for j in range(len(h)):
+        q[:, j] = (w[:, j] / s).round().clamp(-qmax, qmax)
+        error = (w[:, j] - q[:, j] * s) / inverse[0, 0]
+        w[:, j:] -= error[:, None] * inverse[0]  # the best answer of the columns that are still free
+        inverse = (inverse - inverse[:, :1] * inverse[:1] / inverse[0, 0])[1:, 1:]
+    return q[:, order.argsort()]
+
+
+def weighted_error(weight: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
+    """tr(E H E^T) per matrix: the mean squared change of the outputs."""
+    e = weight.double() - q.double() * scale.double()[..., None]
+    return ((e @ hessian.double()) * e).sum((-1, -2))
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(24, 48), (7, 200)])
+def test_identity_hessian_gives_rounding_to_nearest(rows, cols):
+    weight = torch.randn(2, rows, cols)
+    q, scale = tg.gptq_quantize(weight, torch.eye(cols).expand(2, -1, -1), 12.85, 6)
+    assert torch.equal(q.float(), rounded(weight, 12.85, 6))
+    assert torch.equal(scale, row_scale(weight, 12.85, 6))
+
+
+@pytest.mark.parametrize(("cols", "bits", "sigmas"), [(40, 6, 12.85), (300, 6, 12.85), (96, 7, 15.0), (64, 4, 2.0)])
+def test_gptq_agrees_with_a_slow_reference_and_beats_rounding(cols, bits, sigmas):
+    weight, hessian = correlated(2, 24, cols)
+    q, scale = tg.gptq_quantize(weight, hessian, sigmas, bits)
+    expected = torch.stack([reference_gptq(*one, bits) for one in zip(weight, hessian, scale, strict=True)])
+    assert (q != expected).double().mean() < 2e-3  # a tie rounded the other way moves a few codes after it
+    answers = q, expected, rounded(weight, sigmas, bits)
+    error, reference, plain = (weighted_error(weight, x, scale, hessian) for x in answers)
+    assert (error / reference - 1).abs().max() < 1e-2
+    assert (error < 0.75 * plain).all(), error / plain
+
+
+def test_batch_of_matrices_equals_one_at_a_time():
+    weight, hessian = correlated(4, 16, 160)
+    hessian[2] -= 0.3 * hessian[2].diagonal().mean() * torch.eye(160)  # only this one needs more damping
+    q, scale = tg.gptq_quantize(weight, hessian, 12.85, 6)
+    for i in range(4):
+        alone = tg.gptq_quantize(weight[i : i + 1], hessian[i : i + 1], 12.85, 6)
+        assert torch.equal(alone[0][0], q[i])
+        assert torch.equal(alone[1][0], scale[i])
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_codes_stay_in_range_and_fill_it(bits):
+    weight, hessian = correlated(1, 16, 64)
+    q, _ = tg.gptq_quantize(weight, hessian, 0.8, bits)
+    qmax = 2 ** (bits - 1) - 1
+    assert q.dtype == torch.int8
+    assert (int(q.min()), int(q.max())) == (-qmax, qmax)
+
+
+def test_scale_is_the_unbiased_deviation_with_the_smallest_normal_fp16_as_floor():
+    """Rows without spread or with next to none give finite codes and a scale that fp16 holds (W33)."""
+    weight, hessian = correlated(1, 8, 32)
+    weight[0, 0], weight[0, 1], weight[0, 2], weight[0, 3] = 0.0, 0.37, weight[0, 2] * 1e-7, -5e-5
+    q, scale = tg.gptq_quantize(weight, hessian, 12.85, 6)
+    assert torch.equal(scale, row_scale(weight, 12.85, 6))
+    assert scale.dtype == torch.float16
+    assert (scale[0, :4] == 2.0**-14).all()
+    assert not q[0, 0].any()
+    assert not q[0, 2].any()
+    assert (q[0, 4:] != 0).any(-1).all()
+
+
+def test_dead_inputs_get_zero_columns_and_change_nothing_else():
+    weight, hessian = correlated(2, 16, 60)
+    dead = torch.zeros(60, dtype=torch.bool)
+    dead[[3, 20, 59]] = True
+    hessian[:, dead] = hessian[:, :, dead] = 0
+    q, scale = tg.gptq_quantize(weight, hessian, 12.85, 6)
+    assert not q[..., dead].any()
+    for w, h, s, found in zip(weight, hessian, scale, q, strict=True):
+        expected = reference_gptq(w[:, ~dead], h[~dead][:, ~dead], s, 6)
+        assert (found[:, ~dead] != expected).double().mean() < 2e-3
+
+
+@pytest.mark.parametrize("kind", ["few tokens", "one direction", "huge range", "not positive", "all dead"])
+def test_difficult_hessian_is_damped_until_it_factors(kind):
+    weight, hessian = correlated(2, 16, 96, tokens=8 if kind == "few tokens" else 4096)
+    mean = hessian[0].diagonal().mean()
+    if kind == "one direction":
+        hessian[0] = torch.ones(96, 96)
+    elif kind == "huge range":
+        sizes = torch.logspace(-12, 6, 96)
+        hessian[0] *= sizes[:, None] * sizes
+    elif kind == "not positive":  # its smallest eigenvalue is far below zero: 1 % of the mean is not enough
+        hessian[0] -= 0.5 * mean * torch.eye(96)
+        assert torch.linalg.eigvalsh(hessian[0])[0] < -0.05 * hessian[0].diagonal().mean()
+        assert torch.linalg.cholesky_ex(hessian[0] + 0.01 * hessian[0].diagonal().mean() * torch.eye(96))[1] != 0
+    elif kind == "all dead":
+        hessian[0] = 0
+    q, scale = tg.gptq_quantize(weight, hessian, 12.85, 6)
+    assert scale.isfinite().all()
+    assert int(q.abs().max()) <= 31
+    assert q[0].any() == (kind != "all dead")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("which", ["weight", "hessian"])
+def test_values_that_are_not_finite_raise(which, bad):
+    weight, hessian = correlated(2, 8, 32)
+    {"weight": weight, "hessian": hessian}[which][1, 3, 3] = bad
+    with pytest.raises(FloatingPointError):
+        tg.gptq_quantize(weight, hessian, 12.85, 6)
+
+
+# --- Codecs -----------------------------------------------------------------------------------------------------------
+@pytest.fixture(params=["zstd", "lzma", "brotli"])
+def compressor(request: pytest.FixtureRequest) -> str:
+    pytest.importorskip({"zstd": "zstandard"}.get(request.param, request.param))
+    return request.param
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 3, 255, 256, 257, 4097, 70001])
+def test_codec_returns_all_values_at_ragged_lengths(compressor, size):
+    pack, unpack = tg.codec(compressor)
+    random = np.random.default_rng(size).integers(0, 256, size, dtype=np.uint8).tobytes()
+    int6 = np.resize(np.arange(-31, 32), size).astype(np.int8).tobytes()
+    for data in (int6, (bytes(range(256)) * 300)[:size], random):
+        assert unpack(pack(data), len(data)) == data
+
+
+@pytest.mark.parametrize("size", [1, 2, 255, 63488])
+def test_planes_return_every_finite_fp16_value(size):
+    values = np.arange(65536, dtype=np.uint16).view(np.float16)
+    values = values[np.isfinite(values)][:: 63488 // size][:size]
+    assert len(values) == size
+    parts = torch.from_numpy(values).tensor_split(3)  # as from several tensors
+    assert np.array_equal(tg.join_planes(tg.split_planes(parts)), values.astype(np.float32))
+
+
+def test_zstd_stores_gaussian_codes_within_two_percent_of_their_entropy():
+    pytest.importorskip("zstandard")
+    codes = np.random.default_rng(2).normal(0, 31 / 12.85, 2_100_000).round().astype(np.int8)
+    share = np.unique(codes, return_counts=True)[1] / len(codes)
+    entropy = -(share * np.log2(share)).sum() * len(codes) / 8
+    pack, unpack = tg.codec("zstd")
+    assert entropy < len(pack(codes.tobytes())) < 1.02 * entropy
+    assert unpack(pack(codes.tobytes()), len(codes)) == codes.tobytes()
+
+
+# --- The artifact -----------------------------------------------------------------------------------------------------
+def artifact(cfg: tg.Config, **meta: object) -> tuple[tg.GPT, dict, bytes]:
+    """A network of random weights, its integers and its file."""
+    model = random_model(cfg)
+    packed = tg.quantize(model, tg.collect_hessians(model, cfg.plans[1], random_rows(cfg, 4), ONE), ONE)
+    return model, packed, tg.pack_artifact(model, packed, meta)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, dict(skip_gates_enabled=0, parallel_start_layer=0, num_loops=0), dict(matrix_bits=5, embed_bits=8)],
+)
+def test_loaded_network_is_q_times_scale_and_fp16_to_the_bit(settings, compressor):
+    cfg = tiny_config(compressor=compressor, **settings)
+    model, packed, data = artifact(cfg)
+    byhand, loaded = tg.GPT(cfg), random_model(cfg, seed=1)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name in packed:
+                q, scale = packed[name]
+                sigmas, bits = (15.0, cfg.embed_bits) if name == "tok_emb" else (12.85, cfg.matrix_bits)
+                whole = p.view(q.shape)
+                assert torch.equal(scale, row_scale(whole, sigmas, bits))
+                byhand.get_parameter(name).copy_((q.float() * scale.float()[..., None]).view(p.shape))
+                assert 0 < (byhand.get_parameter(name) - p).norm() < 0.5 * p.norm()
+            else:
+                byhand.get_parameter(name).copy_(p.half())
+    tg.load_artifact(loaded, tg.open_artifact(data, Path("file"))[1])
+    assert all(torch.equal(p, byhand.get_parameter(name)) for name, p in loaded.named_parameters())
+    row = random_rows(cfg, 1)[0]
+    with torch.no_grad():
+        assert torch.equal(loaded(row, cfg.plans[1]), byhand(row, cfg.plans[1]))
+
+
+def test_equal_weights_give_equal_bytes(compressor):
+    first, second = (artifact(tiny_config(compressor=compressor), looped=True)[2] for _ in range(2))
+    assert first == second
+
+
+def test_header_carries_the_config_of_the_network():
+    cfg = tiny_config(num_heads=4, rope_base=5000.0, seed=3)
+    header, streams = tg.open_artifact(artifact(cfg, looped=True, tokenizer="abc")[2], Path("file"))
+    rebuilt = dataclasses.replace(tg.Config(), **header["config"])
+    assert tg.parameter_table(rebuilt) == tg.parameter_table(cfg)
+    assert rebuilt.plans == cfg.plans
+    assert (rebuilt.rope_base, rebuilt.num_heads, rebuilt.logit_softcap) == (5000.0, 4, cfg.logit_softcap)
+    assert (header["looped"], header["tokenizer"]) == (True, "abc")
+    assert [raw for raw, _ in header["sizes"]] == [len(s) for s in streams]
+
+
+@pytest.fixture(scope="module")
+def small_artifact() -> bytes:
+    shape = dict(model_dim=8, num_heads=2, num_layers=2, num_loops=0, parallel_start_layer=0, xsa_last_n=2, rope_dims=4)
+    return artifact(tiny_config(**shape))[2]
+
+
+def refusal(data: bytes) -> str:
+    with pytest.raises(tg.UsageError) as caught:
+        tg.open_artifact(data, Path("some.ptz"))
+    message = str(caught.value)
+    assert message.startswith("some.ptz: ")
+    assert "\n" not in message
+    return message
+
+
+def test_file_cut_anywhere_is_refused_in_one_line(small_artifact):
+    assert tg.open_artifact(small_artifact, Path("whole"))
+    for length in range(len(small_artifact)):
+        refusal(small_artifact[:length])
+    refusal(small_artifact + b"\0")
+
+
+def test_file_with_any_bit_flipped_is_refused_in_one_line(small_artifact):
+    for at in range(len(small_artifact)):
+        for bit in range(8) if at < 64 else [at % 8]:
+            damaged = bytearray(small_artifact)
+            damaged[at] ^= 1 << bit
+            refusal(bytes(damaged))
+
+
+def test_foreign_and_newer_files_are_refused_for_what_they_are(small_artifact):
+    assert "not an artifact" in refusal(b"PK\3\4" + small_artifact[4:])
+    assert "not an artifact" in refusal(b"")
+    assert "version 2" in refusal(small_artifact[:4] + b"\2" + small_artifact[5:])
+    assert "damaged" in refusal(small_artifact[:4] + b"\0" + small_artifact[5:])
+
+
+def test_artifact_holds_no_pickle(small_artifact, monkeypatch):
+    for load in (lambda data: torch.load(io.BytesIO(data), weights_only=False), pickle.loads):
+        with pytest.raises(pickle.UnpicklingError):
+            load(small_artifact)
+    for module, name in ((torch, "load"), (pickle, "loads"), (pickle, "load"), (pickle, "Unpickler")):
+        monkeypatch.setattr(module, name, None)
+    _, streams = tg.open_artifact(small_artifact, Path("file"))
+    assert not any(b"PK\3\4" in part for part in (small_artifact, *streams))
+    source = "".join(map(inspect.getsource, (tg.pack_artifact, tg.open_artifact, tg.load_artifact, tg.codec)))
+    assert not any(word in source for word in ("pickle.", "torch.load", "torch.save", "eval(", "exec("))

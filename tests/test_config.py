@@ -1,0 +1,341 @@
+"""Configuration: defaults, origins, every refusal by name and value; and what the file promises of itself."""
+
+import ast
+import dataclasses
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, TINY, tiny_config
+
+import train_gpt as tg
+
+FIELDS = dataclasses.fields(tg.Config)
+NUMBERS = [f for f in FIELDS if type(f.default) in (int, float)]
+CHOICES = [f for f in FIELDS if f.metadata["choices"]]
+BOUNDS = [(f, type(f.default)(f.metadata["lo"] or 0), -math.inf) for f in NUMBERS]
+BOUNDS += [(f, type(f.default)(f.metadata["hi"]), math.inf) for f in NUMBERS if f.metadata["hi"] is not None]
+TREE = ast.parse((ROOT / "train_gpt.py").read_text(encoding="utf-8"))
+FUNCTIONS = [node for node in ast.walk(TREE) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+
+
+def refusals(**environ):
+    """The lines of the UsageError for these variables, over the cpu preset."""
+    with pytest.raises(tg.UsageError) as caught:
+        tg.Config.from_env({"PRESET": "cpu", **environ}, has_cuda=False)
+    return str(caught.value).splitlines()
+
+
+def preset(name):
+    """The preset itself, whether or not its compressor is installed here."""
+    return tg.Config(**{**tg.PRESETS[name], "preset": name})
+
+
+# --- Defaults and origins ---
+
+PUBLISHED = dict(  # spec 10.1, the published script's defaults for every knob that is also one here
+    seed=1337, artifact_dir="", eval_only_path="", iterations=20000, max_wallclock_seconds=600, gptq_reserve_seconds=13,
+    warmdown_frac=0.72, min_lr=0, train_batch_tokens=786432, micro_batch_tokens=98304, train_seq_len=2048,
+    train_log_every=500, val_loss_every=4000, val_batch_tokens=524288, eval_seq_len=2048, eval_stride=64,
+    sliding_window_enabled=False, vocab_size=8192, num_layers=11, model_dim=512, num_heads=8, num_kv_heads=4,
+    mlp_mult=4, xsa_last_n=11, skip_gates_enabled=True, logit_softcap=30, rope_base=10000, rope_dims=16,
+    ln_scale=True, qk_gain_init=5, num_loops=2, loop_start=3, loop_end=5, enable_looping_at=0.35,
+    parallel_start_layer=8, parallel_final_lane="mean", tied_embed_lr=0.03, tied_embed_init_std=0.005, matrix_lr=0.022, scalar_lr=0.02,
+    muon_momentum=0.97, muon_momentum_warmup_start=0.92, muon_momentum_warmup_steps=1500, muon_backend_steps=5,
+    muon_row_normalize=True, beta1=0.9, beta2=0.95, adam_eps=1e-8, grad_clip_norm=0.3, adam_wd=0.02, muon_wd=0.095,
+    embed_wd=0.085, ema_decay=0.9965, compressor="brotli", gptq_calibration_batches=64, matrix_bits=6, embed_bits=8,
+    matrix_clip_sigmas=12.85, embed_clip_sigmas=20, ttt_enabled=True, ttt_lora_rank=96, ttt_lora_lr=1e-4,
+    ttt_chunk_size=32, ttt_eval_seq_len=2048, ttt_batch_size=64, ttt_grad_steps=1, ttt_weight_decay=0.5, ttt_beta1=0,
+    ttt_beta2=0.999, ttt_k_lora=True, ttt_mlp_lora=True, ttt_o_lora=True, ttt_optimizer="adam", val_doc_fraction=1,
+)  # fmt: skip
+PR1560 = PUBLISHED | dict(warmdown_frac=0.75, ttt_chunk_size=48)  # spec 10.2
+RECORD = PR1560 | dict(
+    min_lr=0.1, matrix_lr=0.026, gptq_reserve_seconds=-1, embed_bits=7, embed_clip_sigmas=15, compressor="zstd"
+)
+
+
+@pytest.mark.parametrize(("name", "expected"), [("pr1530", PUBLISHED), ("pr1560", PR1560), ("record", RECORD)])
+def test_presets_hold_the_published_values(name, expected):
+    found = dataclasses.asdict(preset(name))
+    assert {k: (v, found[k]) for k, v in expected.items() if found[k] != v} == {}
+
+
+def test_cuda_selects_record_and_no_cuda_selects_cpu():
+    for has_cuda, name in ((True, "record"), (False, "cpu")):
+        cfg, origin = tg.Config.from_env({}, has_cuda)
+        assert cfg == preset(name)
+        assert set(origin.values()) <= {"default", "preset"}
+
+
+@pytest.mark.parametrize("name", tg.PRESETS)
+def test_every_preset_is_valid(name):
+    assert dataclasses.replace(preset(name), compressor="lzma").problems() == []
+
+
+def test_environment_overrides_preset_overrides_default():
+    cfg, origin = tg.Config.from_env({"PRESET": "cpu", "MATRIX_LR": "0.5", "SEED": "7", "COMPILE": "1"}, has_cuda=True)
+    assert (cfg.preset, cfg.matrix_lr, cfg.seed, cfg.compile) == ("cpu", 0.5, 7, True)
+    assert (cfg.num_layers, cfg.beta1) == (tg.PRESETS["cpu"]["num_layers"], 0.9)
+    expected = {f.name: "preset" if f.name in tg.PRESETS["cpu"] else "default" for f in FIELDS}
+    assert origin == expected | dict.fromkeys(("preset", "matrix_lr", "seed", "compile"), "env")
+
+
+def test_config_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        tiny_config().seed = 2
+
+
+# --- Single values ---
+
+
+@pytest.mark.parametrize(("field", "bound", "outward"), BOUNDS, ids=lambda x: getattr(x, "name", str(x)))
+def test_value_past_its_bound_is_refused_by_name_and_the_bound_itself_is_in_range(field, bound, outward):
+    name, lowest = field.name.upper(), field.metadata["lo"] or 0
+    past = math.nextafter(bound, outward) if isinstance(bound, float) else bound + int(math.copysign(1, outward))
+    (line,) = refusals(**{name: str(past)})
+    assert line.startswith(f"{name}={past}: must be {lowest:g}..")
+    assert not any(".." in problem for problem in dataclasses.replace(preset("cpu"), **{field.name: bound}).problems())
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "-inf", "1e999"])
+def test_numbers_that_are_not_finite_are_refused(text):
+    names = [f.name.upper() for f in NUMBERS if type(f.default) is float]
+    assert [line.split(": must be ")[0] for line in refusals(**dict.fromkeys(names, text))] == [
+        f"{name}={float(text)}" for name in names
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "texts", "expected"),
+    [
+        (bool, ("", "2", "true", "True", "yes", "-1", " 1"), "0 or 1"),
+        (int, ("", "1.5", "1e3", "many"), "a whole number"),
+        (float, ("", "1,5", "fast"), "a number"),
+    ],
+)
+def test_text_of_the_wrong_kind_is_refused(kind, texts, expected):
+    for field in (f for f in FIELDS if type(f.default) is kind):
+        for text in texts:
+            assert refusals(**{field.name.upper(): text}) == [f"{field.name.upper()}={text}: must be {expected}"]
+
+
+def test_bools_are_0_and_1():
+    for text, value in (("0", False), ("1", True)):
+        names = [f.name for f in FIELDS if type(f.default) is bool]
+        cfg, _ = tg.Config.from_env({"PRESET": "cpu", **{n.upper(): text for n in names}}, has_cuda=False)
+        assert {n: getattr(cfg, n) for n in names} == dict.fromkeys(names, value)
+
+
+@pytest.mark.parametrize("field", CHOICES, ids=lambda f: f.name)
+def test_unknown_choice_is_refused_and_the_choices_are_named(field):
+    name, choices = field.name.upper(), ", ".join(field.metadata["choices"])
+    assert refusals(**{name: "Nonsense"}) == [f"{name}=Nonsense: must be one of {choices}"]
+
+
+def test_unknown_preset_is_refused_with_the_presets_named():
+    assert refusals(PRESET="fast") == [f"PRESET=fast: must be one of {', '.join(tg.PRESETS)}"]
+
+
+def test_all_problems_are_reported_at_once():
+    wrong = dict(SEED="-1", MATRX_LR="1", COMPILE="maybe", TIE_EMBEDDINGS="0", BETA1="nan", COMPRESSOR="zip")
+    assert sorted(line.split("=")[0] for line in refusals(**wrong)) == sorted(wrong)
+
+
+# --- Names ---
+
+
+@pytest.mark.parametrize(
+    ("wrong", "meant"),
+    [("MATRX_LR", "MATRIX_LR"), ("NUM_LAYER", "NUM_LAYERS"), ("TTT_CHUNKSIZE", "TTT_CHUNK_SIZE"),
+     ("ITERATION", "ITERATIONS"), ("MAX_WALLCLOCK_SECOND", "MAX_WALLCLOCK_SECONDS"), ("EVAL_STRIDES", "EVAL_STRIDE"),
+     ("WARM_DOWN_FRAC", "WARMDOWN_FRAC")],
+)  # fmt: skip
+def test_misspelt_knob_gets_the_suggestion(wrong, meant):
+    assert refusals(**{wrong: "3"}) == [f"{wrong}=3: not a knob; did you mean {meant}?"]
+
+
+def test_unrelated_variables_are_left_alone():
+    names = """
+        PATH HOME USER LOGNAME SHELL LANG LC_ALL TERM PWD OLDPWD TMPDIR HOSTNAME EDITOR DISPLAY PYTHONPATH
+        PYTHONHASHSEED PYTHONUNBUFFERED VIRTUAL_ENV CONDA_PREFIX LD_LIBRARY_PATH CC CXX CFLAGS MAKEFLAGS CUDA_HOME
+        CUDA_VISIBLE_DEVICES CUDA_LAUNCH_BLOCKING NVIDIA_VISIBLE_DEVICES OMP_NUM_THREADS MKL_NUM_THREADS
+        OPENBLAS_NUM_THREADS NUMEXPR_MAX_THREADS RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE GROUP_RANK GROUP_WORLD_SIZE
+        ROLE_RANK ROLE_NAME ROLE_WORLD_SIZE MASTER_ADDR MASTER_PORT TORCHELASTIC_RUN_ID TORCHELASTIC_MAX_RESTARTS
+        TORCHELASTIC_RESTART_COUNT TORCH_LOGS TORCHELASTIC_USE_AGENT_STORE TORCH_NCCL_ASYNC_ERROR_HANDLING NCCL_DEBUG
+        NCCL_SOCKET_IFNAME NCCL_P2P_DISABLE TORCHINDUCTOR_CACHE_DIR TRITON_CACHE_DIR TRITON_INTERPRET
+        PYTORCH_CUDA_ALLOC_CONF HF_HOME HF_TOKEN WANDB_MODE SLURM_JOB_ID SLURM_NTASKS SLURM_PROCID GITHUB_RUN_ID
+        GITHUB_SHA RUNNER_TEMP CI TZ SHLVL HISTSIZE MAIL
+    """.split()
+    assert tg.Config.from_env(dict.fromkeys(names, "x"), has_cuda=False)[0] == preset("cpu")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["EMBEDDING_DIM", "TIE_EMBEDDINGS", "EMBED_LR", "HEAD_LR", "ROPE_TRAIN_SEQ_LEN", "ROPE_YARN", "MUON_BETA2",
+     "CONTROL_TENSOR_NAME_PATTERNS", "TTT_DEBUG_BYPASS", "TTT_EVAL_BATCHES", "TTT_OUTPUT_DIR"],
+)  # fmt: skip
+def test_published_knob_that_does_nothing_here_is_refused(name):
+    """To be silent would promise what it did there (W7, W56), even for its published default."""
+    assert refusals(**{name: "1"}) == [f"{name}=1: not a knob of this program"]
+
+
+# --- Combinations ---
+
+COMBINATIONS = [  # (changed fields over the tiny config, the variable to blame)
+    (dict(model_dim=30, rope_dims=0), "MODEL_DIM"),
+    (dict(model_dim=64, num_heads=4, num_kv_heads=3), "NUM_KV_HEADS"),
+    (dict(rope_dims=3), "ROPE_DIMS"),
+    (dict(rope_dims=18), "ROPE_DIMS"),
+    (dict(mlp_mult=0.02), "MLP_MULT"),
+    (dict(xsa_last_n=5), "XSA_LAST_N"),
+    (dict(loop_start=2, loop_end=1), "LOOP_START"),
+    (dict(loop_end=4, parallel_start_layer=0), "LOOP_END"),
+    (dict(loop_end=3), "PARALLEL_START_LAYER"),
+    (dict(parallel_start_layer=4), "PARALLEL_START_LAYER"),
+    (dict(parallel_start_layer=1, num_loops=0), "PARALLEL_START_LAYER"),
+    (dict(train_batch_tokens=500), "TRAIN_BATCH_TOKENS"),
+    (dict(train_seq_len=129), "TRAIN_SEQ_LEN"),
+    (dict(cu_seqlens_capacity=5), "CU_SEQLENS_CAPACITY"),
+    (dict(val_batch_tokens=511), "VAL_BATCH_TOKENS"),
+    (dict(eval_stride=65), "EVAL_STRIDE"),
+    (dict(ttt_chunk_size=65), "TTT_CHUNK_SIZE"),
+    (dict(max_wallclock_seconds=20.0, gptq_reserve_seconds=20.0), "GPTQ_RESERVE_SECONDS"),
+    (dict(data_loader="rows", val_doc_fraction=0.5), "VAL_DOC_FRACTION"),
+    *((dict(compressor=name), "COMPRESSOR") for name in ("zstd", "brotli")),
+    (dict(artifact_dir="{file}"), "ARTIFACT_DIR"),
+    (dict(artifact_dir="{file}/deeper"), "ARTIFACT_DIR"),
+]
+
+
+@pytest.fixture
+def combination(request, tmp_path, monkeypatch):
+    """A case of COMBINATIONS made true: optional packages gone, a file where a folder should be."""
+    changed, name = request.param
+    if name == "COMPRESSOR":
+        for package in ("zstandard", "brotli"):
+            monkeypatch.setitem(sys.modules, package, None)  # as good as not installed
+    if name == "ARTIFACT_DIR":
+        (tmp_path / "file").write_text("not a folder")
+        changed = {k: v.format(file=tmp_path / "file") for k, v in changed.items()}
+    return changed, name
+
+
+@pytest.mark.parametrize("combination", COMBINATIONS, indirect=True, ids=lambda x: f"{x[1]}-{len(x[0])}")
+def test_combination_that_cannot_work_is_refused_by_name_and_value(combination):
+    changed, name = combination
+    with pytest.raises(tg.UsageError) as caught:
+        tiny_config(**changed)
+    value = changed.get(name.lower(), TINY.get(name))
+    assert [line.split(": must be ")[0] for line in str(caught.value).splitlines()].count(f"{name}={value}") >= 1
+
+
+def test_every_rule_has_a_case_and_is_fine_for_the_tiny_config(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "brotli", None)
+    (tmp_path / "file").touch()
+    assert all(fine for _, fine, _ in tiny_config().combinations())
+    broken = set()
+    for changed, _ in COMBINATIONS:
+        changed = {k: v.format(file=tmp_path / "file") if isinstance(v, str) else v for k, v in changed.items()}
+        rules = dataclasses.replace(tiny_config(), **changed).combinations()
+        broken |= {i for i, (_, fine, _) in enumerate(rules) if not fine}
+    assert [rule for i, rule in enumerate(tiny_config().combinations()) if i not in broken] == []
+
+
+def test_values_of_the_other_variables_are_named_too():
+    with pytest.raises(tg.UsageError, match=r"^EVAL_STRIDE=65: must be at most EVAL_SEQ_LEN=64$"):
+        tiny_config(eval_stride=65)
+
+
+# --- The table of knobs ---
+
+
+def test_every_knob_has_a_meaning_of_its_own():
+    meanings = {f.name: f.metadata["doc"] for f in FIELDS}
+    assert [name for name, doc in meanings.items() if len(doc) < 4] == []
+
+
+def test_knobs_option_prints_every_knob_with_its_default_per_preset(tmp_path):
+    command, env = [sys.executable, str(ROOT / "train_gpt.py"), "--knobs"], {**os.environ, "SEED": "not a number"}
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.iterdir()) == []
+    head, *lines = done.stdout.splitlines()
+    assert head.split() == ["variable", *tg.PRESETS, "meaning"]
+    assert [line.split()[0] for line in lines] == [f.name.upper() for f in FIELDS]
+    for line, f in zip(lines, FIELDS, strict=True):
+        cells, expected = line.split()[1 : 1 + len(tg.PRESETS)], [getattr(preset(p), f.name) for p in tg.PRESETS]
+        kind = type(f.default) if type(f.default) is not bool else int
+        assert cells == [v or "-" for v in expected] if kind is str else list(map(float, cells)) == expected, line
+        assert f.metadata["doc"] in line
+
+
+# --- What the file promises of itself ---
+
+IMPORT_CHECK = """
+import sys
+sys.path.insert(0, {root!r})
+BLOCKED = {{"triton", "flash_attn", "flash_attn_interface", "sentencepiece", "zstandard", "brotli"}}
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in BLOCKED:
+            raise ModuleNotFoundError(name, name=name)
+sys.meta_path.insert(0, Blocker())
+import os, torch, torch.distributed, numpy
+class Spy(dict):
+    def seen(self, *args):
+        frame = sys._getframe(1)
+        while frame.f_globals["__name__"] in ("os", "collections.abc", "__main__"):
+            frame = frame.f_back
+        assert frame.f_globals["__name__"] != "train_gpt", "reads the environment"
+        return None
+    def __getitem__(self, key): self.seen(); return super().__getitem__(key)
+    def get(self, key, default=None): self.seen(); return super().get(key, default)
+    def __contains__(self, key): self.seen(); return super().__contains__(key)
+    def __iter__(self): self.seen(); return super().__iter__()
+    def keys(self): self.seen(); return super().keys()
+    def items(self): self.seen(); return super().items()
+    def copy(self): self.seen(); return super().copy()
+os.environ = Spy(os.environ)
+import train_gpt
+assert train_gpt.triton is None
+assert not BLOCKED & set(sys.modules), BLOCKED & set(sys.modules)
+assert not torch.distributed.is_initialized() and not torch.cuda.is_initialized()
+print("imported")
+"""
+
+
+def test_import_reads_no_environment_and_needs_no_optional_package():
+    bad = {f.name.upper(): "nonsense" for f in FIELDS} | {"RANK": "x", "WORLD_SIZE": "y", "MATRX_LR": "1"}
+    command, env = [sys.executable, "-c", IMPORT_CHECK.format(root=str(ROOT))], {**os.environ, **bad}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.stdout.endswith("imported\n"), done.stderr[-2000:]
+
+
+def test_only_main_reads_the_environment():
+    def reads(node):
+        return {n.lineno for n in ast.walk(node) if isinstance(n, ast.Attribute) and n.attr in ("environ", "getenv")}
+
+    (main,) = (f for f in FUNCTIONS if f.name == "main")
+    assert reads(TREE) == reads(main) != set()
+
+
+def test_every_knob_is_used():
+    """As an attribute of a config, outside the lines that define, check and list it."""
+    listed = [f for f in FUNCTIONS if f.name in ("problems", "combinations", "print_knobs")]
+    used = {
+        node.attr for node in ast.walk(TREE)
+        if isinstance(node, ast.Attribute)
+        and getattr(node.value, "id", getattr(node.value, "attr", "")) in ("cfg", "c")
+        and not any(f.lineno <= node.lineno <= f.end_lineno for f in listed)
+    }  # fmt: skip
+    assert [f.name for f in FIELDS if f.name not in used] == []
+
+
+def test_no_function_is_longer_than_80_lines():
+    assert [(f.name, f.lineno) for f in FUNCTIONS if f.end_lineno - f.lineno >= 80] == []
+
+
+def test_the_file_has_at_most_1500_lines():
+    assert len((ROOT / "train_gpt.py").read_text(encoding="utf-8").splitlines()) <= 1500
