@@ -91,7 +91,7 @@ class Config:
     val_loss_every: int = knob(4000, "steps between validations, off the clock; 0: never")
     # Model
     vocab_size: int = knob(8192, "must be the tokenizer's", 2, 65536)
-    num_layers: int = knob(11, "physical layers", 2)
+    num_layers: int = knob(11, "physical layers", 2, 256)
     model_dim: int = knob(512, "width", 8)
     num_heads: int = knob(8, "query heads", 1)
     num_kv_heads: int = knob(4, "key and value heads", 1)
@@ -104,7 +104,7 @@ class Config:
     rope_dims: int = knob(16, "rotated dims per head; 0: all")
     ln_scale: bool = knob(True, "norm outputs times 1 / sqrt(layer + 1)")
     qk_gain_init: float = knob(5.0, "query scale per head after QK norm, learned")
-    num_loops: int = knob(2, "extra passes over LOOP_START..LOOP_END")
+    num_loops: int = knob(2, "extra passes over LOOP_START..LOOP_END", 0, 64)
     loop_start: int = knob(3, "first looped layer")
     loop_end: int = knob(5, "last looped layer")
     parallel_start_layer: int = knob(8, "first layer with two lanes; 0: never")
@@ -163,6 +163,7 @@ class Config:
     val_row_shape = property(
         lambda c: (c.val_batch_tokens // 8, c.val_batch_tokens // min(512, 2 * c.eval_seq_len), c.eval_seq_len)
     )
+
     @classmethod
     def from_env(cls, environ: Mapping[str, str], has_cuda: bool) -> tuple[Config, dict[str, str]]:
         """The config of `environ`, and each field's origin: default, preset or env. UsageError names every problem."""
@@ -189,6 +190,7 @@ class Config:
         if problems := problems + cfg.problems():
             raise UsageError("\n".join(problems))
         return cfg, origin
+
     def problems(self) -> list[str]:
         """A line for every value out of its range or, if there is none, for every combination that cannot work (W7)."""
         def named(text: str) -> str:  # each variable in the text with its value
@@ -201,6 +203,7 @@ class Config:
             elif isinstance(value, (int, float)) and not lo <= value <= hi:
                 found.append(f"{f.name.upper()}={value}: must be {lo:g}..{hi:g}")
         return found or [f"{named(name)}: must be {named(must)}" for name, ok, must in self.combinations() if not ok]
+
     def combinations(self) -> list[tuple[str, bool, str]]:
         """(variable, whether it is fine, what it must be) for every rule that involves more than one knob."""
         c, loops, row, lanes = self, self.num_loops > 0, self.micro_batch_tokens, self.parallel_start_layer
@@ -227,6 +230,7 @@ class Config:
             ("GPTQ_RESERVE_SECONDS", not c.max_wallclock_seconds or c.gptq_reserve_seconds < c.max_wallclock_seconds,
              "below MAX_WALLCLOCK_SECONDS"),
             ("COMPRESSOR", importlib.util.find_spec(package) is not None, f"lzma, or {package} must be installed"),
+            ("VAL_DOC_FRACTION", c.val_doc_fraction == 1 or c.data_loader == "documents", "1 with DATA_LOADER"),
             ("ARTIFACT_DIR", folder.is_dir() and os.access(folder, os.W_OK), "a folder that can be written"),
         ]  # fmt: skip
 
@@ -250,8 +254,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         train_seq_len=512, cu_seqlens_capacity=64, train_log_every=0, val_loss_every=0, matrix_lr=0.03,
         muon_momentum=0.95, muon_momentum_warmup_start=0.85, muon_momentum_warmup_steps=100, ema_decay=0.98,
         gptq_calibration_batches=16, val_batch_tokens=65536, eval_seq_len=512, ttt_lora_rank=8, ttt_lora_lr=1e-3,
-        ttt_chunk_size=128, ttt_eval_seq_len=512, ttt_batch_size=16,
-    ),
+        ttt_chunk_size=128, ttt_eval_seq_len=512, ttt_batch_size=16),
 }  # fmt: skip
 
 def print_knobs() -> None:
@@ -265,32 +268,37 @@ def print_knobs() -> None:
 # === 2. Runtime: ranks, log, clock ====================================================================================
 class Ranks:
     """This process among its peers. On one rank every method is the identity; else all ranks must call it together."""
+
     def __init__(self, environ: Mapping[str, str]):
         self.rank, self.world_size = int(environ.get("RANK", 0)), int(environ.get("WORLD_SIZE", 1))
         self.is_main, self.distributed, self.tickets = self.rank == 0, "RANK" in environ, 0
-        cuda = torch.cuda.is_available()
-        self.device = torch.device("cuda", int(environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+        cuda, local = torch.cuda.is_available(), int(environ.get("LOCAL_RANK", 0))
+        self.device = torch.device("cuda", local) if cuda else torch.device("cpu")
         if cuda:
             torch.cuda.set_device(self.device)
         if self.distributed:
             dist.init_process_group("nccl" if cuda else "gloo", device_id=self.device if cuda else None)
+
     def sum(self, t: Tensor) -> Tensor:
         """Adds `t` over ranks in place."""
         if self.distributed:
             dist.all_reduce(t)
         return t
+
     def gather(self, value: Any) -> list[Any]:
         """Every rank's `value`, in rank order."""
         values = [value] * self.world_size
         if self.distributed:
             dist.all_gather_object(values, value)
         return values
+
     def reduce_scatter(self, shard: Tensor, full: Tensor) -> None:
         """shard (n, ...) <- this rank's part of the sum of `full` (world_size * n, ...) over ranks."""
         if self.distributed and full.is_cuda:
             dist.reduce_scatter_tensor(shard, full)
         else:  # not every torch we support has it for gloo
             shard.copy_(self.sum(full).unflatten(0, (self.world_size, -1))[self.rank])
+
     def all_gather(self, shard: Tensor) -> Tensor:
         """(world_size * n, ...): every rank's `shard` (n, ...), in rank order."""
         if not self.distributed:
@@ -298,11 +306,13 @@ class Ranks:
         full = shard.new_empty(self.world_size * len(shard), *shard.shape[1:])
         dist.all_gather_into_tensor(full, shard)
         return full
+
     def ticket(self) -> int:
         """0, 1, 2, ..: the next number of all ranks' one counter; the only method a rank may call by itself (W49)."""
         self.tickets += 1
         store = self.distributed and dist.distributed_c10d._get_default_store()
         return (store.add("train_gpt/ticket", 1) if store else self.tickets) - 1
+
     def now(self) -> float:
         """Seconds on a steady clock, once the device has done all it was given."""
         if self.device.type == "cuda":
@@ -311,15 +321,18 @@ class Ranks:
 
 class Log:
     """Lines for people on rank 0: to the terminal and to a file."""
+
     def __init__(self, path: Path, is_main: bool):
         self.last, self.is_main = time.monotonic(), is_main
         if is_main:
             path.parent.mkdir(parents=True, exist_ok=True)
             self.file = path.open("a", encoding="utf-8")
+
     def __call__(self, line: str, terminal: bool = True) -> None:
         self.last = time.monotonic()
         for file in [self.file, sys.stdout][: 1 + terminal] if self.is_main else []:
             print(line, file=file, flush=True)
+
     def due(self) -> bool:
         """Whether the last line is 8 s ago: a long loop shows that it is alive."""
         return time.monotonic() - self.last > 8
@@ -354,6 +367,7 @@ def read_shard(path: Path) -> np.ndarray:
 
 class TokenStream:
     """All shards of a split end to end, so that a document or a transition may straddle two of them (W13)."""
+
     def __init__(self, folder: Path, split: str):
         self.paths = sorted(folder.glob(f"*_{split}_*.bin"))
         if not self.paths:
@@ -361,6 +375,7 @@ class TokenStream:
         self.shards = [read_shard(p) for p in self.paths]
         self.starts = np.cumsum([0] + [len(s) for s in self.shards])
         self.size = int(self.starts[-1])
+
     def read(self, start: int, count: int) -> np.ndarray:
         """`count` ids (int64) from `start` on, beginning again at 0 past the end."""
         parts = []
@@ -406,9 +421,11 @@ class PackedLoader:
     All ranks walk over all rows and build their own, rank, rank + W, ..; so a step holds the same rows for any world
     size. A row takes MICRO_BATCH_TOKENS tokens, fewer if its segments exceed the capacity; the next goes on from there.
     """
+
     def __init__(self, stream: TokenStream, bos_id: int, cfg: Config, ranks: Ranks):
         self.stream, self.cfg, self.ranks, self.cursor = stream, cfg, ranks, 0
         self.bos_id = bos_id if cfg.data_loader == "documents" else -1
+
     def rows(self, count: int) -> tuple[list[Batch], int]:
         """This rank's share of the next `count` rows, and the number of targets in all `count` rows."""
         mine, first, (size, capacity, max_seqlen) = [], self.cursor, self.cfg.row_shape
@@ -421,6 +438,7 @@ class PackedLoader:
                 mine.append(pack_row(tokens[:n], tokens[1 : n + 1], starts, self.cfg.row_shape, self.ranks.device))
             self.cursor += n
         return mine, self.cursor - first
+
     def steps(self) -> Iterator[tuple[list[Batch], int]]:
         """`rows` of one step after another; a thread prepares the next while one is used."""
         with ThreadPoolExecutor(1) as pool:
@@ -435,6 +453,7 @@ class Documents(NamedTuple):
     tokens: np.ndarray  # (N,) int64
     starts: np.ndarray  # (D,) of each document
     counts: np.ndarray  # (D,) of its targets
+
     @classmethod
     def load(cls, stream: TokenStream, bos_id: int, cfg: Config) -> Documents:
         tokens = stream.read(0, stream.size)
@@ -449,6 +468,7 @@ class Tokenizer(NamedTuple):
     bos_id: int
     sha256: str
     manifest: dict[str, Any]  # of the data set; empty if it has none
+
     @classmethod
     def load(cls, cfg: Config) -> Tokenizer:
         """The data set's tokenizer. Raises UsageError if it is not one, of another size, or not the manifest's."""
@@ -566,11 +586,13 @@ for op, reference in ((mlp_up, mlp_up_reference), (mlp_dpre, mlp_dpre_reference)
     op.register_kernel("cuda", mlp_cuda)
 
 class FusedMLP(torch.autograd.Function):
+
     @staticmethod
     def forward(ctx, x: Tensor, w_up: Tensor, w_down: Tensor, pre: Tensor, post: Tensor) -> Tensor:
         _, need_up, need_down, *_ = ctx.needs_input_grad  # a frozen weight keeps nothing alive
         ctx.save_for_backward(x if need_up else None, w_up, w_down, pre, post if need_down else None)
         return F.linear(post, w_down)
+
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, w_up, w_down, pre, post = ctx.saved_tensors
@@ -769,6 +791,7 @@ class PassInfo(NamedTuple):
     sin: Tensor
     tap: Callable[[str, int, Tensor], None]  # (site, layer, input of a product): calibration
     lora: dict[tuple[str, int], tuple[Tensor, Tensor]]  # (site, slot) -> A, B; empty without adapters
+
     def add_lora(self, y: Tensor, x: Tensor, site: str, slot: int) -> Tensor:
         """y (T, out) plus the adapter's (x A^T) B^T, if there is one here; x (T, C) holds T / B tokens per document."""
         if (site, slot) not in self.lora:
@@ -802,6 +825,7 @@ def remove_own_value(y: Tensor, v: Tensor) -> Tensor:
 
 class GPT(nn.Module):
     """The network of PR #1530. Parameters are fp32; products run in the compute dtype."""
+
     def __init__(self, cfg: Config, attention_backend: str = "sdpa"):
         super().__init__()
         self.cfg, self.attention_backend = cfg, attention_backend
@@ -813,6 +837,7 @@ class GPT(nn.Module):
         angles = torch.arange(longest)[:, None, None] * frequencies  # (longest, 1, half)
         self.register_buffer("rope", torch.stack([angles.cos(), angles.sin()], 1).float(), persistent=False)
         self.reset_parameters()
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Initial weights from SEED, drawn on the CPU: equal on every rank and device."""
@@ -828,11 +853,13 @@ class GPT(nn.Module):
                 p.fill_(1.0 if role.init == "first" else role.init)
         self.resid_mix[:, 1] = 0.0
         self.qo_bank[self.cfg.num_layers :] = 0.0  # like down_bank: every block starts as the identity
+
     def layer_weights(self) -> list[LayerWeights]:
         """Casts every bank once and splits it; unbind, because its gradient is one stack and not L padded copies."""
         names, L = ["qo_bank", "kv_bank", "up_bank", "down_bank", *LAYER_TENSORS[6:]], self.cfg.num_layers
         qo, kv, *rest = (self.get_parameter(name).to(self.cfg.dtype).unbind(0) for name in names)
         return [LayerWeights(*w) for w in zip(qo[:L], qo[L:], kv[:L], kv[L:], *rest, strict=True)]
+
     def attend(self, n: Tensor, w: LayerWeights, visit: Visit, info: PassInfo) -> Tensor:
         """Normalised input n (T, C) -> attention output (T, C), before its scale."""
         q, k, v = (
@@ -848,18 +875,21 @@ class GPT(nn.Module):
         info.tap("attn_in", visit.layer, n)
         info.tap("attn_out", visit.layer, y)
         return info.add_lora(F.linear(y, w.o), n, "o", visit.slot)
+
     def feed(self, n: Tensor, w: LayerWeights, visit: Visit, info: PassInfo) -> Tensor:
         """Normalised input n (T, C) -> MLP output (T, C), before its scale."""
         out, post = fused_mlp(n, w.up, w.down)
         info.tap("mlp_in", visit.layer, n)
         info.tap("mlp_mid", visit.layer, post)
         return info.add_lora(out, n, "mlp", visit.slot)
+
     def merge_skip(self, x: Tensor, skip: Tensor, rows: tuple[int, ...]) -> Tensor:
         """Adds a stored activation to the stream: by weight, and by a gate whose 1 keeps the stream."""
         skip = self.skip_weights[list(rows)].mean(0).to(x.dtype) * skip
         if not self.cfg.skip_gates_enabled:
             return x + skip
         return torch.lerp(skip, x, torch.sigmoid(self.skip_gates[list(rows)].mean(0).to(x.dtype)))
+
     def hidden(self, info: PassInfo, plan: tuple[Visit, ...]) -> Tensor:
         """Runs the plan: ids of the batch -> final normalised hidden states (T, C)."""
         layers = self.layer_weights()
@@ -886,6 +916,7 @@ class GPT(nn.Module):
         if lane is not None:
             x = {"mean": (x + lane) / 2, "attn": x, "mlp": lane}[self.cfg.parallel_final_lane]
         return rms_norm(x)
+
     def forward(self, batch: Batch, plan: tuple[Visit, ...], lora: LoRA | None = None, select: Tensor | None = None,
                 tap: Callable[[str, int, Tensor], None] = lambda site, layer, x: None) -> Tensor:  # fmt: skip
         """Nats per token (T,) fp32, 0 where the target is -1.
@@ -914,6 +945,7 @@ class LoRA(NamedTuple):
     widths: tuple[int, ...]  # its output width
     down: Tensor  # (B, len(sites), rank, C)
     up: Tensor  # (B, sum(widths), rank)
+
     @classmethod
     def zeros(cls, cfg: Config, batch: int, slots: int, device: torch.device) -> LoRA:
         C, kv, rank = cfg.model_dim, cfg.num_kv_heads * cfg.head_dim, cfg.ttt_lora_rank
@@ -923,6 +955,7 @@ class LoRA(NamedTuple):
         shapes = (len(widths), rank, C), (sum(widths.values()), rank)
         leaves = (torch.zeros(batch, *shape, device=device, requires_grad=True) for shape in shapes)
         return cls(tuple(widths), tuple(widths.values()), *leaves)
+
     @torch.no_grad()
     def reset(self, seed: int, keys: list[int]) -> None:
         """B to zero, A to uniform +-1/sqrt(C) drawn by (seed, key of the document) alone (W48)."""
@@ -930,6 +963,7 @@ class LoRA(NamedTuple):
         for a, key in zip(self.down, keys, strict=True):
             a.uniform_(-bound, bound, generator=generator.manual_seed(seed * 1_000_000_007 + key))  # CPU: low 32 bits
         self.up.zero_()
+
     def views(self, dtype: torch.dtype) -> dict[tuple[str, int], tuple[Tensor, Tensor]]:
         """(site, slot) -> A (B, rank, C), B (B, out, rank); unbind and split, so that a gradient is one copy."""
         pairs = zip(self.down.to(dtype).unbind(1), self.up.to(dtype).split(self.widths, 1), strict=True)
@@ -961,6 +995,7 @@ class Muon(torch.optim.Optimizer):
     slices; shards have room for ceil(B / W), so at most one slice per rank and bank is padding, never computed on. The
     rate is the spectral norm of an update over sqrt(max(1, out / in)). All state is in the state dict (W1).
     """
+
     def __init__(self, banks: list[nn.Parameter], cfg: Config, ranks: Ranks):
         super().__init__([{"params": banks, "lr": cfg.matrix_lr}], {})
         self.cfg, self.ranks, W = cfg, ranks, ranks.world_size
@@ -973,6 +1008,7 @@ class Muon(torch.optim.Optimizer):
             self.own[p], dtype = counts[ranks.rank], torch.float32 if W == 1 else cfg.dtype
             self.shards[p] = torch.zeros(share, *p.shape[1:], device=p.device, dtype=dtype)
             self.state[p]["momentum_buffer"] = torch.zeros(self.own[p], *p.shape[1:], device=p.device)
+
     def reduce(self) -> Tensor:
         """Sums gradients over ranks into the shards; returns the squared norm of all of them, the same everywhere."""
         total = torch.zeros((), device=next(iter(self.shards)).device)
@@ -981,6 +1017,7 @@ class Muon(torch.optim.Optimizer):
             self.ranks.reduce_scatter(shard, full.index_copy_(0, self.places[p], p.grad.to(full.dtype)))
             total += shard[: self.own[p]].float().square().sum()
         return self.ranks.sum(total)
+
     @torch.no_grad()
     def step(self, clip: Tensor, momentum: Tensor) -> None:
         """Applies one update from the reduced shards, scaled by `clip` (scalar) first."""
@@ -996,6 +1033,7 @@ class Muon(torch.optim.Optimizer):
 
 class Optimizers:
     """All optimisers as one: reduce every gradient, clip by the norm of the reduced ones (W2), step."""
+
     def __init__(self, model: GPT, cfg: Config, ranks: Ranks):
         self.model, self.cfg, self.ranks, table = model, cfg, ranks, parameter_table(cfg)
         group = {"muon": [], "embed": [], "scalar": []}
@@ -1010,6 +1048,7 @@ class Optimizers:
         self.groups = [*self.muon.param_groups, *self.adam.param_groups]
         for g in self.groups:
             g["base_lr"] = g["lr"]
+
     def step(self, lr_scale: float, momentum: float) -> Tensor:
         """One update of every parameter from the local gradients, which it clears; returns the reduced one's norm."""
         squares = self.muon.reduce()
@@ -1039,6 +1078,7 @@ class ByteTable(NamedTuple):
     base: np.ndarray  # (V,) int64: UTF-8 length of the piece without one leading space mark; 1 for byte pieces
     space: np.ndarray  # (V,) bool: the piece begins with the space mark
     boundary: np.ndarray  # (V,) bool: control, unknown or unused piece, after which the text begins anew
+
     @classmethod
     def from_sentencepiece(cls, model: Any) -> ByteTable:
         ids = range(model.vocab_size())
@@ -1046,9 +1086,11 @@ class ByteTable(NamedTuple):
         pieces = ["" if boundary[i] else "?" if model.is_byte(i) else model.id_to_piece(i) for i in ids]
         base = np.array([len(piece.removeprefix("\u2581").encode()) for piece in pieces])
         return cls(base, np.array([piece.startswith("\u2581") for piece in pieces]), boundary)
+
     def bytes_of(self, before: np.ndarray, targets: np.ndarray) -> np.ndarray:
         """Bytes that each target adds, given the token before it; ids of any equal shapes."""
         return self.base[targets] + (self.space[targets] & ~self.boundary[before])
+
     def count(self, tokens: np.ndarray) -> int:
         """Bytes of all targets tokens[1:] of a stream (n,)."""
         return int(self.bytes_of(tokens[:-1], tokens[1:]).sum())
@@ -1067,13 +1109,16 @@ def check_bytes(tokenizer: Tokenizer, docs: Documents) -> ByteTable:
 
 class BpbMeter:
     """Nats, bytes and tokens scored so far, in float64; the only place that turns them into val_loss and val_bpb."""
+
     def __init__(self, table: ByteTable):
         self.table, self.totals = table, np.zeros(3)
+
     def add(self, nats: Tensor, before: np.ndarray, targets: np.ndarray) -> None:
         """Adds the scores of targets (n,), given the tokens before them; entries with target -1 are left out."""
         keep = targets >= 0
         num_bytes = self.table.bytes_of(before[keep], targets[keep]).sum()
         self.totals += (nats.double().cpu().numpy()[keep].sum(), num_bytes, keep.sum())
+
     def result(self, ranks: Ranks | None = None) -> dict[str, float]:
         """val_loss (nats per token), val_bpb, tokens, bytes; with `ranks`, of all together (all must call it)."""
         nats, num_bytes, tokens = self.totals
@@ -1151,32 +1196,31 @@ def restored(model: nn.Module, optimizers: Optimizers) -> Iterator[None]:
         t.copy_(copy)
     optimizers.adam.state.clear()
 
-def train(model: GPT, forward: Callable, optimizers: Optimizers, loader: PackedLoader, reserve: float, log: Log,
-          validate: Callable[[tuple[Visit, ...], int], None], save: Callable[[str, dict[str, Tensor], int, bool], None],
-          ) -> tuple[bool, dict[str, float]]:  # fmt: skip
-    """Trains until the budget less `reserve` seconds is spent, and leaves the EMA of the weights in `model`.
+def train(run: Run, reserve: float) -> bool:
+    """Trains until the budget less `reserve` seconds is spent and leaves the EMA of the weights in the model.
 
     Schedules follow the share of the budget spent, by the ranks' mean clock, or of ITERATIONS without a budget; no step
-    begins that would end too late. Returns whether the loops were running at the end (scoring uses the depth that was
-    trained, W6) and the figures. Raises FloatingPointError on a loss or gradient that is not finite, after saving the
-    average of the steps before.
+    begins that would end too late. Returns whether the loops were running at the end: scoring uses the depth that was
+    trained (W6). Raises FloatingPointError on a loss or gradient that is not finite, once the average of the steps
+    before is saved.
     """
-    cfg, ranks, budget = model.cfg, loader.ranks, (model.cfg.max_wallclock_seconds or math.inf) - reserve
-    ema, live = {n: p.detach().clone() for n, p in model.named_parameters()}, [p.detach() for p in model.parameters()]
-    elapsed, longest, looped, loss, tokens, step = 0.0, 0.0, False, math.nan, 0, 0
-    marked, start, steps = (0.0, 0), ranks.now(), loader.steps()
+    cfg, ranks, log, live = run.cfg, run.ranks, run.log, [p.detach() for p in run.model.parameters()]
+    ema = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    budget = (cfg.max_wallclock_seconds or math.inf) - reserve
+    elapsed, longest, looped, loss, tokens, step, marked = 0.0, 0.0, False, math.nan, 0, 0, (0.0, 0)
+    steps, start = PackedLoader(run.streams["train"], run.tokenizer.bos_id, cfg, ranks).steps(), ranks.now()
     while step < cfg.iterations and elapsed + longest <= budget:
-        frac = max(elapsed / budget, (budget == math.inf) * step / cfg.iterations)
+        frac = step / cfg.iterations if budget == math.inf else elapsed / budget
         if cfg.num_loops and not looped and frac >= cfg.enable_looping_at:
             looped, longest = True, longest * len(cfg.plans[1]) / cfg.num_layers  # the next steps are longer
             log(f"layer_loop:enabled step:{step} frac:{frac:.3f} order:{[v.layer for v in cfg.plans[1]]}")
         rows, num_targets = next(steps)
-        local = accumulate(forward, cfg.plans[looped], rows, num_targets)
-        norm = float(optimizers.step(lr_scale(frac, cfg), muon_momentum(step, cfg)))
+        local = accumulate(run.forward, cfg.plans[looped], rows, num_targets)
+        norm = float(run.optimizers.step(lr_scale(frac, cfg), muon_momentum(step, cfg)))
         mine = torch.stack([local, local.new_tensor((ranks.now() - start) / ranks.world_size)])
         before, (loss, elapsed) = elapsed, ranks.sum(mine).tolist()
         if not math.isfinite(loss + norm):
-            save("last_good.pt", ema, step, looped)
+            run.save("last_good.pt", ema, step, looped)
             raise FloatingPointError(f"loss {loss}, gradient norm {norm} in step {step + 1}; last_good.pt is before")
         torch._foreach_lerp_(list(ema.values()), live, 1 - cfg.ema_decay)
         step, tokens, longest = step + 1, tokens + num_targets, max(longest * 0.98, elapsed - before)
@@ -1185,13 +1229,15 @@ def train(model: GPT, forward: Callable, optimizers: Optimizers, loader: PackedL
             log(f"step:{step}/{cfg.iterations} train_loss:{loss:.4f} train_time:{1000 * elapsed:.0f}ms step_avg:"
                 f"{1000 * elapsed / step:.2f}ms tok/s:{rate:.0f} lr_scale:{lr_scale(frac, cfg):.3f}")  # fmt: skip
         if cfg.val_loss_every and step % cfg.val_loss_every == 0:
-            pause = ranks.now()
-            validate(cfg.plans[looped], step)
+            pause, result = ranks.now(), run.evaluate(plan=cfg.plans[looped])
+            log(f"{step}/{cfg.iterations} val_loss: {result['val_loss']:.4f} val_bpb: {result['val_bpb']:.4f}")
             start += ranks.now() - pause
     steps.close()
     log(f"stopping: step:{step}/{cfg.iterations} train_time:{1000 * elapsed:.0f}ms; ema:applying EMA weights")
     torch._foreach_copy_(live, list(ema.values()))
-    return looped, {"steps": step, "train_loss": loss, "train_tokens": tokens}
+    run.final |= {"steps": step, "train_loss": loss, "train_tokens": tokens}
+    run.save("final_model.pt", ema, step, looped)
+    return looped
 
 # === 10. Compression: Hessians -> GPTQ -> integers -> one file ========================================================
 def matrices(cfg: Config) -> list[tuple[str, int, str, int]]:
@@ -1359,9 +1405,11 @@ def load_artifact(model: GPT, streams: list[bytes]) -> None:
 # === 11. Test-time training: score a chunk of every document of a batch, then learn from it ===========================
 class Adaptation:
     """Test-time training on one rank (PR #1530): adapters, one set per document of a batch, and their optimiser."""
+
     def __init__(self, model: GPT, forward: Callable, plan: tuple[Visit, ...], device: torch.device):
         self.cfg, self.forward, self.plan, self.device = model.cfg, forward, plan, device
         self.lora = LoRA.zeros(model.cfg, model.cfg.ttt_batch_size, len(plan), device)
+
     def begin(self, keys: list[int]) -> None:
         """Forgets the last batch: adapters as drawn for documents with these keys, optimiser state gone."""
         cfg, leaves = self.cfg, [self.lora.down, self.lora.up]
@@ -1371,6 +1419,7 @@ class Adaptation:
         if cfg.ttt_optimizer == "sgd":
             kind, special = torch.optim.SGD, dict(momentum=cfg.ttt_beta1)
         self.optimizer = kind(leaves, **shared, **special)
+
     def score(self, inputs: np.ndarray, targets: np.ndarray) -> Tensor:
         """inputs, targets (B, n), -1 where nothing is predicted -> nats (B, C) of the last TTT_CHUNK_SIZE targets."""
         (B, n), C = inputs.shape, self.cfg.ttt_chunk_size
@@ -1378,6 +1427,7 @@ class Adaptation:
         batch = pack_row(inputs.ravel(), targets.ravel(), np.arange(0, B * n, n), shape, self.device)
         select = (torch.arange(B)[:, None] * n + torch.arange(n - C, n)).flatten().to(self.device)
         return self.forward(batch, self.plan, lora=self.lora, select=select).view(B, C)
+
     def adapt(self, nats: Tensor, learns: np.ndarray, again: Callable[[], Tensor]) -> None:
         """TTT_GRAD_STEPS updates on a chunk that has been scored; `learns` (B,) leaves out documents ending in it."""
         mask = torch.from_numpy(learns).to(nats)
@@ -1386,6 +1436,7 @@ class Adaptation:
             self.optimizer.zero_grad()
             loss.backward(inputs=[self.lora.down, self.lora.up])
             self.optimizer.step()
+
     def warm_up(self) -> None:
         """Scores and learns from random tokens at the shortest and the longest window."""
         B, rng = self.cfg.ttt_batch_size, np.random.default_rng(0)
@@ -1462,6 +1513,7 @@ def load_model_file(cfg: Config, origin: dict[str, str]) -> tuple[Config, dict[s
 
 class Run:
     """One run from its data to its report; `go` holds the phases in order. All ranks do the same."""
+
     def __init__(self, cfg: Config, origin: dict[str, str], ranks: Ranks):
         """Checks all that can be wrong, on every rank, before anything is written or expensive."""
         self.cfg, self.ranks, self.saved, self.phases, self.final, error = cfg, ranks, {}, [], {}, None
@@ -1489,6 +1541,7 @@ class Run:
             self.log(f"  {field}: {value} ({origin[field]})", terminal=origin[field] == "env")
         for line in [*(f"{key}: {value}" for key, value in self.facts.items()), *lines]:
             self.log(line)
+
     def check(self, origin: dict[str, str]) -> list[str]:
         """Model file, tokenizer, data, attention: sets what the phases need, returns lines for the log."""
         if self.cfg.eval_only_path:
@@ -1504,12 +1557,14 @@ class Run:
         self.table = check_bytes(self.tokenizer, self.docs)
         self.backend, lines = choose_attention(cfg.attention_backend, ranks.device, cfg.dtype)
         return lines + [f"{name}_shards: {len(s.paths)} {name}_tokens: {s.size}" for name, s in self.streams.items()]
+
     @contextlib.contextmanager
     def phase(self, name: str, budget: str) -> Iterator[None]:
         """Times what is inside, device work included, against a budget: train, eval or none."""
         start = self.ranks.now()
         yield
         self.phases.append((name, budget, self.ranks.now() - start))
+
     def go(self) -> dict[str, Any]:
         """All phases; each leaves a file before the next begins: checkpoint, artifact, scores. Returns the figures."""
         cfg, saved, path = self.cfg, self.saved, Path(self.cfg.eval_only_path)
@@ -1525,7 +1580,7 @@ class Run:
             reserve = self.warm_up(cfg.plans[looped])
         if not saved:
             with self.phase("train", "train"):
-                looped = self.train(reserve)
+                looped = train(self, reserve)
         elif "weights" in saved:
             self.model.load_state_dict(saved["weights"])
         self.plan = cfg.plans[looped]
@@ -1542,6 +1597,7 @@ class Run:
             adapting = partial(evaluate_ttt, state, self.docs, self.table, self.ranks, self.log)
             self.score("quantized_ttt_lora", "eval", adapting)
         return self.report()
+
     def warm_up(self, last: tuple[Visit, ...]) -> float:
         """Runs every graph of the run on synthetic tokens and undoes it. Returns the seconds to keep after training."""
         cfg, ranks, reserve, trains = self.cfg, self.ranks, 0.0, not self.saved
@@ -1569,17 +1625,7 @@ class Run:
             raise UsageError(f"MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g}: compression needs {reserve:.1f} s")
         self.log(f"gptq:reserving {reserve:.1f}s, effective={1000 * (cfg.max_wallclock_seconds - reserve):.0f}ms")
         return reserve
-    def train(self, reserve: float) -> bool:
-        """Trains and writes the checkpoint. Returns whether the loops were running at the end."""
-        def validate(plan: tuple[Visit, ...], step: int) -> None:
-            r = self.evaluate(plan=plan)
-            self.log(f"{step}/{self.cfg.iterations} val_loss: {r['val_loss']:.4f} val_bpb: {r['val_bpb']:.4f}")
-        loader = PackedLoader(self.streams["train"], self.tokenizer.bos_id, self.cfg, self.ranks)
-        tools = self.optimizers, loader, reserve, self.log, validate, self.save
-        looped, figures = train(self.model, self.forward, *tools)
-        self.final |= figures
-        self.save("final_model.pt", dict(self.model.named_parameters()), figures["steps"], looped)
-        return looped
+
     def save(self, name: str, weights: dict[str, Tensor], step: int, looped: bool) -> None:
         """Writes a checkpoint of `weights` on rank 0."""
         saved = {"config": {f: getattr(self.cfg, f) for f in MODEL_FIELDS}, "looped": looped, "step": step}
@@ -1588,6 +1634,7 @@ class Run:
         if self.ranks.is_main:
             write_atomic(self.folder / name, buffer.getvalue())
         self.log(f"Serialized model: {buffer.tell()} bytes in {self.folder / name}")
+
     def compress(self, path: Path, meta: dict[str, Any]) -> None:
         """Calibrates, quantises and packs the weights of `self.model` into the artifact at `path`."""
         budget = "none" if self.saved else "train"
@@ -1602,21 +1649,24 @@ class Run:
             if self.ranks.is_main:
                 write_atomic(path, pack_artifact(self.model, packed, meta))
             self.ranks.gather(None)  # nobody reads before it is written
+
     def reload(self, path: Path) -> None:
         """Sets the weights from what the file holds, and logs its size beside the order-0 entropy of its codes."""
         data = path.read_bytes()
         header, streams = open_artifact(data, path)
         load_artifact(self.model, streams)
         counts, total = np.bincount(np.frombuffer(streams[0], np.uint8)), len(data) + len(SOURCE)
-        sizes = {"model_bytes": len(data), "artifact_bytes": total, "codes_bytes": header["sizes"][0][1]}
-        sizes["codes_entropy_bytes"] = int(sum(-n * math.log2(n / counts.sum()) / 8 for n in counts if n))
-        self.log(f"Code size (uncompressed): {len(SOURCE)} bytes; {sizes}")
+        bound = int(sum(-n * math.log2(n / counts.sum()) / 8 for n in counts if n))
+        self.final |= {"model_bytes": len(data), "artifact_bytes": total, "codes_bytes": header["sizes"][0][1]}
+        self.final |= {"codes_entropy_bytes": bound, "artifact_sha256": hashlib.sha256(data).hexdigest()}
+        self.log(f"Code size (uncompressed): {len(SOURCE)} bytes; model {len(data)}, its codes' entropy {bound}")
         over = f", {total - LIMIT_BYTES} OVER THE LIMIT" if total > LIMIT_BYTES else ""
         self.log(f"Total submission size quantized+{header['compressor']}: {total} bytes{over}")
-        self.final |= {**sizes, "artifact_sha256": hashlib.sha256(data).hexdigest()}
+
     def evaluate(self, stride: int = 0, plan: tuple[Visit, ...] | None = None) -> dict[str, float]:
         stride = stride or self.cfg.eval_seq_len
         return evaluate(self.forward, plan or self.plan, self.docs, self.table, stride, self.cfg, self.ranks, self.log)
+
     def score(self, label: str, budget: str, evaluation: Callable[[], dict[str, float]]) -> None:
         """Times an evaluation, logs its result in the field's template, keeps it; refuses one that left targets out."""
         key, expected = label.removeprefix("diagnostic ").split()[0].replace("-", "_"), int(self.docs.counts.sum())
@@ -1630,14 +1680,15 @@ class Run:
         self.final |= {"val_tokens": expected, "val_bytes": result["bytes"]}
         if self.ranks.is_main:
             write_atomic(self.folder / "scores.json", json.dumps(self.final, indent=1).encode())
+
     def report(self) -> dict[str, Any]:
         """The table of phases and budgets, then the one line that starts with `final`."""
-        rows = [(f"{name:<34}{seconds:>9.1f}", budget) for name, budget, seconds in self.phases]
+        self.log(f"{'phase':<34}{'seconds':>9}  counts against")
+        for name, budget, seconds in self.phases:
+            self.log(f"{name:<34}{seconds:>9.1f}  {budget}")
         for budget, limit in (("train", self.cfg.max_wallclock_seconds), ("eval", 600.0)):
             spent = sum(seconds for _, b, seconds in self.phases if b == budget)
-            rows.append((f"{'all of ' + budget:<34}{spent:>9.1f}", f"of {limit:.0f}" + ", OVER" * (0 < limit < spent)))
-        for row in [(f"{'phase':<34}{'seconds':>9}", "counts against"), *rows]:
-            self.log("  ".join(row))
+            self.log(f"{'all of ' + budget:<34}{spent:>9.1f}  of {limit:.0f}" + ", OVER" * (0 < limit < spent))
         if (val := self.tokenizer.manifest.get("splits", {}).get("val", {})).get("gzip_bytes"):
             self.final["gzip_bpb"] = 8 * val["gzip_bytes"] / val["bytes"]
             self.log(f"for scale, gzip -9 of each document: val_bpb:{self.final['gzip_bpb']:.4f}")

@@ -1,0 +1,283 @@
+"""Muon, AdamW, clipping and schedules, on one rank and on real processes joined by gloo."""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import tiny_config
+from torch import Tensor
+
+import train_gpt as tg
+
+UNEVEN = dict(num_layers=3, xsa_last_n=3, parallel_start_layer=2)  # banks of 6 and 3 slices: no even shares
+RATES = {"muon": "matrix_lr", "embed": "tied_embed_lr", "scalar": "scalar_lr"}
+DECAYS = {"muon": "muon_wd", "embed": "embed_wd", "scalar": "adam_wd"}
+
+
+def start_rank(rank: int, world_size: int, port: int, job: Callable, folder: Path, args: tuple) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "CUDA_VISIBLE_DEVICES": ""}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    torch.save(job(tg.Ranks(os.environ), *args), folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def on_ranks(world_size: int, job: Callable, folder: Path, *args: Any) -> list[Any]:
+    """What job(ranks, *args) returns on each of `world_size` processes."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.multiprocessing.spawn(start_rank, (world_size, port, job, folder, args), nprocs=world_size)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
+
+
+def on_one(job: Callable, *args: Any) -> Any:
+    """The same without processes and without a process group."""
+    return job(cpu_ranks(), *args)
+
+
+def cpu_ranks() -> tg.Ranks:
+    ranks = tg.Ranks({})
+    ranks.device = torch.device("cpu")
+    return ranks
+
+
+def build(**overrides: Any) -> tuple[tg.Config, tg.GPT, tg.Optimizers]:
+    cfg = tiny_config(**overrides)
+    model = tg.GPT(cfg)
+    return cfg, model, tg.Optimizers(model, cfg, cpu_ranks())
+
+
+def draw_gradients(model: tg.GPT, seed: int, scale: float = 1.0) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return {name: scale * torch.randn(p.shape, generator=g) for name, p in model.named_parameters()}
+
+
+def set_gradients(model: tg.GPT, gradients: dict[str, Tensor]) -> None:
+    for name, p in model.named_parameters():
+        p.grad = gradients[name].clone()
+
+
+def weights_of(model: tg.GPT) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def error(out: Tensor, ref: Tensor) -> float:
+    return float((out.double() - ref.double()).norm() / ref.double().norm())
+
+
+def assert_near_orthogonal(matrices: Tensor) -> None:
+    values = torch.linalg.svdvals(matrices)
+    assert values.min() > 0.6
+    assert values.max() < 1.3
+
+
+# --- Newton-Schulz and the Muon update ------------------------------------------------------------------------------
+@pytest.mark.parametrize("shape", [(3, 96, 32), (3, 32, 96), (2, 64, 256), (1, 17, 5), (3, 48, 48)])
+def test_newton_schulz_moves_singular_values_near_one_and_leaves_the_vectors(shape):
+    u, _, vh = torch.linalg.svd(torch.randn(shape), full_matrices=False)
+    g = (u * torch.empty(shape[0], 1, min(shape[1:])).uniform_(0.1, 1) @ vh) * 1e-3
+    out = tg.newton_schulz(g, 5)
+    assert_near_orthogonal(out)
+    assert_near_orthogonal(tg.newton_schulz(torch.randn(2, 24, 96), 5))
+    inner = u.mT @ out @ vh.mT
+    assert (inner - torch.diag_embed(inner.diagonal(dim1=-2, dim2=-1))).abs().max() < 1e-4
+    for one, all_at_once in zip(g, out, strict=True):
+        assert error(tg.newton_schulz(one[None], 5)[0], all_at_once) < 1e-5
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_momentum_nesterov_and_row_norms_are_those_of_a_hand_loop(normalize):
+    cfg, mu = tiny_config(muon_row_normalize=normalize), 0.9
+    buffer, mine = torch.zeros(2, 24, 48), [[[0.0] * 48 for _ in range(24)] for _ in range(2)]
+    for step in range(3):
+        grad = torch.randn(2, 24, 48, generator=torch.Generator().manual_seed(step)) * 10.0**-step
+        wanted = torch.zeros(2, 24, 48, dtype=torch.float64)
+        for b, r in [(b, r) for b in range(2) for r in range(24)]:
+            g = grad[b, r].tolist()
+            mine[b][r] = [mu * m + x for m, x in zip(mine[b][r], g, strict=True)]
+            row = [x + mu * m for m, x in zip(mine[b][r], g, strict=True)]
+            norm = math.sqrt(sum(x * x for x in row)) if normalize else 1.0
+            wanted[b, r] = torch.tensor([x / norm for x in row], dtype=torch.float64)
+        update = tg.muon_update(grad, buffer, torch.tensor(mu), cfg)
+        assert error(buffer, torch.tensor(mine)) < 1e-6
+        assert error(update, tg.newton_schulz(wanted, 5)) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("bank", "factor"), [("qo_bank", 1.0), ("kv_bank", 1.0), ("up_bank", math.sqrt(2)), ("down_bank", 1.0)]
+)
+def test_a_muon_step_decays_then_moves_by_its_rate_in_spectral_norm(bank, factor):
+    """The tiny up bank is (64, 32), so sqrt(out / in) = sqrt(2); no other matrix has more rows than columns."""
+    cfg, model, optimizers = build(muon_wd=0.5)
+    set_gradients(model, draw_gradients(model, 0))
+    before, scale = weights_of(model)[bank], 0.4
+    optimizers.step(scale, 0.95)
+    rate = cfg.matrix_lr * scale
+    moved = (model.get_parameter(bank).detach() - (1 - rate * 0.5) * before) / -rate
+    u = torch.linalg.svdvals(moved / factor)
+    assert u.max() < 1.3
+    assert u.median() > 0.6  # a square Gaussian gradient has singular values near zero
+    set_gradients(model, {name: torch.zeros_like(p) for name, p in model.named_parameters()})
+    optimizers.muon.state[model.get_parameter(bank)]["momentum_buffer"].zero_()
+    before = weights_of(model)[bank]
+    optimizers.step(scale, 0.95)
+    assert error(model.get_parameter(bank).detach(), (1 - rate * 0.5) * before) < 1e-6
+
+
+def test_the_first_update_of_every_wide_or_tall_bank_is_near_orthogonal():
+    cfg, model, optimizers = build(muon_wd=0)
+    set_gradients(model, draw_gradients(model, 1))
+    before = weights_of(model)
+    optimizers.step(1.0, 0.95)
+    for bank, factor in (("kv_bank", 1), ("up_bank", math.sqrt(2)), ("down_bank", 1)):
+        assert_near_orthogonal((before[bank] - model.get_parameter(bank).detach()) / (cfg.matrix_lr * factor))
+
+
+# --- AdamW, groups, state -------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["tok_emb", "q_gain", "resid_mix", "skip_gates", "parallel_post_lambdas"])
+def test_the_rest_follows_adamw_written_out_by_hand(name):
+    cfg, model, optimizers = build(grad_clip_norm=0, adam_wd=0.3, embed_wd=0.2)
+    lr, wd = (cfg.tied_embed_lr, 0.2) if name == "tok_emb" else (cfg.scalar_lr, 0.3)
+    p = model.get_parameter(name).detach().double()
+    m, v = torch.zeros_like(p), torch.zeros_like(p)
+    for step, scale in enumerate((1.0, 0.5, 0.1), start=1):
+        gradients = draw_gradients(model, step, scale=10.0**-step)
+        set_gradients(model, gradients)
+        optimizers.step(scale, 0.9)
+        g = gradients[name].double()
+        m, v = cfg.beta1 * m + (1 - cfg.beta1) * g, cfg.beta2 * v + (1 - cfg.beta2) * g**2
+        unit = (m / (1 - cfg.beta1**step)) / ((v / (1 - cfg.beta2**step)).sqrt() + cfg.adam_eps)
+        p = (1 - lr * scale * wd) * p - lr * scale * unit
+        assert error(model.get_parameter(name).detach(), p) < 1e-6
+
+
+def test_every_parameter_has_exactly_one_owner_and_the_rate_of_its_group():
+    cfg, model, optimizers = build()
+    groups = [group for optimizer in optimizers.all for group in optimizer.param_groups]
+    owned = [(id(p), group["base_lr"]) for group in groups for p in group["params"]]
+    wanted = {id(model.get_parameter(n)): role.group for n, role in tg.parameter_table(cfg).items()}
+    assert sorted(key for key, _ in owned) == sorted(wanted)
+    assert {id(p) for p in model.parameters()} == set(wanted)
+    for key, rate in owned:
+        assert rate == getattr(cfg, RATES[wanted[key]])
+    decays = {id(p): g["weight_decay"] for g in optimizers.adam.param_groups for p in g["params"]}
+    assert all(decay == getattr(cfg, DECAYS[wanted[key]]) for key, decay in decays.items())
+    assert {name for name, role in tg.parameter_table(cfg).items() if role.group == "muon"} == {
+        name for name, p in model.named_parameters() if name.endswith("bank")
+    }
+
+
+def test_the_state_dict_holds_all_there_is():
+    """Momentum is in it, and optimisers that load it go on bit for bit as the ones that wrote it."""
+    _, model, optimizers = build()
+    _, twin, others = build()
+    for step in range(4):
+        if step == 2:
+            twin.load_state_dict(model.state_dict())
+            for other, optimizer in zip(others.all, optimizers.all, strict=True):
+                other.load_state_dict(optimizer.state_dict())
+            state = optimizers.muon.state_dict()["state"]
+            assert [s["momentum_buffer"].count_nonzero() > 0 for s in state.values()] == 4 * [True]
+        for net, both in ((model, optimizers), (twin, others)) if step >= 2 else ((model, optimizers),):
+            set_gradients(net, draw_gradients(net, step))
+            both.step(0.7, 0.9)
+    for name, p in model.named_parameters():
+        assert torch.equal(p, twin.get_parameter(name)), name
+
+
+# --- Ranks ----------------------------------------------------------------------------------------------------------
+def test_each_slice_has_one_owner_and_a_rank_pads_at_most_one():
+    cfg = tiny_config()
+    for slices in range(1, 25):
+        for world in range(1, 9):
+            bank, places, owners = torch.nn.Parameter(torch.zeros(slices, 2, 2)), [], []
+            for rank in range(world):
+                muon = tg.Muon([bank], cfg, SimpleNamespace(rank=rank, world_size=world))
+                room, own = len(muon.shards[bank]), muon.own[bank]
+                assert 0 <= room - own <= 1
+                assert muon.state[bank]["momentum_buffer"].shape == (own, 2, 2)
+                owners += [rank * room + i for i in range(own)]
+                places.append(muon.places[bank].tolist())
+            assert all(p == places[0] for p in places)
+            assert sorted(places[0]) == owners
+
+
+def two_clipped_steps(ranks: tg.Ranks, overrides: dict[str, Any]) -> dict[str, Any]:
+    """Steps on a fixed gradient of which each rank has a part; the first rank's is by far the largest."""
+    cfg = tiny_config(**overrides)
+    model = tg.GPT(cfg)
+    optimizers, norms, squares = tg.Optimizers(model, cfg, ranks), [], 0.0
+    for step in range(2):
+        total, rest = draw_gradients(model, step, scale=(5.0, 0.5)[step]), draw_gradients(model, 9, scale=0.01)
+        if ranks.world_size == 2:
+            total = rest if ranks.rank else {name: g - rest[name] for name, g in total.items()}
+        set_gradients(model, total)
+        norms.append(float(optimizers.step(1.0, 0.9)))
+        if step == 0:  # what reached the optimisers: momentum is the clipped gradient, AdamW's average 1 - beta1 of it
+            squares = sum(s["exp_avg"].square().sum() for s in optimizers.adam.state.values()) / (1 - cfg.beta1) ** 2
+            mine = sum(s["momentum_buffer"].square().sum() for s in optimizers.muon.state.values())
+            squares = float(squares + ranks.sum(mine))
+    assert all(p.grad is None for p in model.parameters())
+    return {"weights": weights_of(model), "norms": norms, "applied": math.sqrt(squares)}
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return on_ranks(2, two_clipped_steps, tmp_path_factory.mktemp("two"), UNEVEN)
+
+
+def test_two_ranks_step_as_one_does(two_ranks):
+    one = on_one(two_clipped_steps, UNEVEN)
+    for found in two_ranks:
+        assert found["norms"] == pytest.approx(one["norms"], rel=1e-5)
+        for name, p in found["weights"].items():
+            assert error(p, one["weights"][name]) < 1e-5, name
+            assert torch.equal(p, two_ranks[0]["weights"][name]), name
+
+
+def test_clipping_bounds_the_norm_of_the_reduced_gradient(two_ranks):
+    model, limit = tg.GPT(tiny_config(**UNEVEN)), tiny_config().grad_clip_norm
+    flat = torch.cat([g.flatten() for g in draw_gradients(model, 0, scale=5.0).values()])
+    for found in (on_one(two_clipped_steps, UNEVEN), *two_ranks):
+        assert found["norms"][0] == pytest.approx(float(flat.norm()), rel=1e-5)
+        assert found["applied"] == pytest.approx(limit, rel=1e-4)
+
+
+@pytest.mark.parametrize("limit", [0.0, 1e9])
+def test_a_gradient_within_the_limit_is_left_alone(limit):
+    found = on_one(two_clipped_steps, {**UNEVEN, "grad_clip_norm": limit})
+    assert found["applied"] == pytest.approx(found["norms"][0], rel=1e-5)
+
+
+# --- Schedules ------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("warmdown", "floor", "values"),
+    [
+        (0.75, 0.1, {0: 1, 0.2499: 1, 0.25: 1, 0.625: 0.5, 0.85: 0.2, 0.925: 0.1, 0.99: 0.1, 1: 0.1, 1.1: 0.1}),
+        (0.72, 0.0, {0.28: 1, 0.64: 0.5, 0.982: 0.025, 1: 0}),
+        (1.0, 0.0, {0: 1, 0.25: 0.75, 0.9: 0.1}),
+        (0.0, 0.1, {0: 1, 0.5: 1, 0.9999: 1}),
+    ],
+)
+def test_rates_stay_then_fall_linearly_to_their_floor(warmdown, floor, values):
+    cfg = tiny_config(warmdown_frac=warmdown, min_lr=floor)
+    for frac, factor in values.items():
+        assert tg.lr_scale(frac, cfg) == pytest.approx(factor, abs=1e-9), frac
+
+
+def test_momentum_rises_linearly_to_its_final_value():
+    cfg = tiny_config(muon_momentum_warmup_start=0.92, muon_momentum=0.97, muon_momentum_warmup_steps=1500)
+    for step, value in {0: 0.92, 300: 0.93, 750: 0.945, 1500: 0.97, 9000: 0.97}.items():
+        assert tg.muon_momentum(step, cfg) == pytest.approx(value, abs=1e-12)
+    assert tg.muon_momentum(0, tiny_config(muon_momentum_warmup_steps=0)) == tiny_config().muon_momentum

@@ -1,0 +1,334 @@
+"""Whole runs as users start them: processes, exit statuses, files and what they print."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import socket
+import subprocess
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import sentencepiece
+from conftest import TINY, VOCAB, final_line, run_script, tiny_text
+
+import train_gpt as tg
+
+SCORES = ("pre_quantization", "quantized", "quantized_ttt_lora")
+OF_NETWORK = {name.upper() for name in tg.MODEL_FIELDS}  # what a model file knows by itself
+EVAL = {k: v for k, v in TINY.items() if k not in OF_NETWORK}
+
+
+class Finished(NamedTuple):
+    cwd: Path
+    folder: Path  # its artifact, checkpoint and scores
+    output: str
+    final: dict
+
+
+def finish(env: dict[str, str], cwd: Path, ranks: int = 0) -> Finished:
+    """A run that must end well."""
+    cwd.mkdir(exist_ok=True)
+    done = run_script(env, cwd, ranks)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return Finished(cwd, cwd / "runs" / env["RUN_ID"], done.stdout, final_line(done.stdout))
+
+
+@pytest.fixture(scope="session")
+def first_run(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    env = {**TINY, "DATA_DIR": str(tiny_data), "RUN_ID": "first", "SLIDING_WINDOW_ENABLED": "1", "SEED": "7"}
+    return finish(env, tmp_path_factory.mktemp("first"))
+
+
+def listing(root: Path) -> dict[str, int]:
+    return {str(p.relative_to(root)): p.stat().st_size if p.is_file() else -1 for p in sorted(root.rglob("*"))}
+
+
+def data_copy(tiny_data: Path, to: Path) -> Path:
+    """The tiny data set under `to`, free to be damaged; returns its folder of shards."""
+    shutil.copytree(tiny_data, to / "data")
+    return to / "data" / "datasets" / f"tiny_sp{VOCAB}"
+
+
+# --- A run that ends well ---------------------------------------------------------------------------------------------
+def test_last_line_and_only_it_holds_every_figure(first_run, tiny_data):
+    """`final_line` refuses a second one; here: the last, complete and consistent."""
+    final = first_run.final
+    assert first_run.output.rstrip("\n").splitlines()[-1].startswith("final {")
+    manifest = json.loads((tiny_data / "datasets" / f"tiny_sp{VOCAB}" / "manifest.json").read_text())
+    split = manifest["splits"]["val"]
+    assert (final["val_bytes"], final["val_tokens"], final["val_docs"]) == (split["bytes"], split["tokens"] - 1, 12)
+    for score in (*SCORES, "quantized_sliding_window"):
+        bpb = final[f"{score}_loss"] / math.log(2) * final["val_tokens"] / final["val_bytes"]
+        assert final[f"{score}_bpb"] == pytest.approx(bpb, rel=1e-12)
+        assert 0 < final[f"{score}_loss"] < 2 * math.log(VOCAB)
+    assert (final["val_loss"], final["val_bpb"]) == (final["quantized_ttt_lora_loss"], final["quantized_ttt_lora_bpb"])
+    assert final["quantized_loss"] != final["pre_quantization_loss"]
+    assert (final["preset"], final["seed"], final["world_size"], final["steps"]) == ("cpu", 7, 1, int(TINY["ITERATIONS"]))
+    assert final["train_tokens"] == final["steps"] * int(TINY["TRAIN_BATCH_TOKENS"])
+    assert "CPU" in final["device"]
+    assert all(seconds >= 0 for seconds in final["seconds"].values())
+    phases = {"check", "warm-up", "train", "calibrate", "quantise", "pack", *(f"score {s}" for s in SCORES)}
+    assert phases | {"score quantized_sliding_window"} == final["seconds"].keys()
+
+
+def test_figures_name_the_code_data_and_artifact_they_come_from(first_run, tiny_data):
+    final, artifact = first_run.final, (first_run.folder / "final_model.int6.ptz").read_bytes()
+    shard = tiny_data / "datasets" / f"tiny_sp{VOCAB}" / "tiny_val_000000.bin"
+    for key, data in {
+        "code_sha256": (first_run.cwd / "logs" / "first.txt").read_bytes()[: final["code_bytes"]],
+        "artifact_sha256": artifact,
+        "tokenizer_sha256": (tiny_data / "tokenizers" / f"tiny_sp{VOCAB}.model").read_bytes(),
+        "val_sha256": shard.read_bytes()[1024:],
+    }.items():
+        assert final[key] == hashlib.sha256(data).hexdigest(), key
+    assert final["model_bytes"] == len(artifact)
+    assert final["artifact_bytes"] == len(artifact) + final["code_bytes"]
+
+
+def test_run_leaves_its_log_checkpoint_artifact_and_scores(first_run):
+    expected = {"logs/first.txt", *(f"runs/first/final_model.{end}" for end in ("pt", "int6.ptz")), "runs/first/scores.json"}
+    assert {name for name, size in listing(first_run.cwd).items() if size >= 0} == expected
+    kept = json.loads((first_run.folder / "scores.json").read_text())
+    assert kept.items() <= first_run.final.items()
+    assert {f"{s}_bpb" for s in SCORES} <= kept.keys()
+
+
+def test_log_begins_with_the_source_and_every_setting_with_its_origin(first_run):
+    log = (first_run.cwd / "logs" / "first.txt").read_text(encoding="utf-8")
+    source, rest = log[: log.index("\nHyperparameters:\n")], log[log.index("\nHyperparameters:\n") :].splitlines()[2:]
+    assert source.startswith('"""One-file entry')
+    assert len(source.encode()) == first_run.final["code_bytes"]
+    compile(source, "log", "exec")
+    settings = [re.fullmatch(r"  (\w+): (.*) \((default|preset|env)\)", line).groups() for line in rest[: len(tg.Config.__dataclass_fields__)]]
+    assert [name for name, *_ in settings] == sorted(f.name for f in dataclasses.fields(tg.Config))
+    for name, value, origin in settings:
+        given = name.upper() in TINY or name in ("data_dir", "run_id", "sliding_window_enabled", "seed")
+        assert origin == ("env" if given else "preset" if name in tg.PRESETS["cpu"] else "default"), name
+        if name.upper() in TINY and re.fullmatch(r"[0-9]+", TINY[name.upper()]):
+            assert float(value) == float(TINY[name.upper()]), name
+
+
+def test_lines_keep_the_published_templates_and_a_table_of_phases_closes(first_run):
+    for label, key in (("diagnostic pre-quantization post-ema", "pre_quantization"), ("diagnostic quantized", "quantized"),
+                       ("diagnostic quantized_sliding_window", "quantized_sliding_window"),
+                       ("quantized_ttt_lora", "quantized_ttt_lora")):  # fmt: skip
+        found = re.findall(rf"^{label} val_loss:(\d+\.\d{{8}}) val_bpb:(\d+\.\d{{8}}) eval_time:\d+ms$", first_run.output, re.M)
+        assert found == [(f"{first_run.final[key + '_loss']:.8f}", f"{first_run.final[key + '_bpb']:.8f}")]
+    for line in (r"step:1/6 train_loss:\d+\.\d{4} train_time:\d+ms .*", r"layer_loop:enabled step:\d+ frac:0\.\d{3} .*",
+                 r"Total submission size quantized\+zstd: \d+ bytes", r"model_params:\d+", r"ttt_lora:docs:12 rank:4 .*"):  # fmt: skip
+        assert len(re.findall(rf"^{line}$", first_run.output, re.M)) == 1, line
+    table = first_run.output[first_run.output.index("\nphase ") :].splitlines()[2:-1]
+    rows = {name: (float(seconds), counts) for name, seconds, counts in (re.split(r"  +", row) for row in table)}
+    for name, seconds in first_run.final["seconds"].items():
+        assert rows.pop(name)[0] == pytest.approx(seconds, abs=0.051)
+    assert rows.keys() == {"all of train", "all of eval"}
+
+
+# --- Starting from a file ---------------------------------------------------------------------------------------------
+def test_artifact_alone_gives_the_same_scores_without_training_data(first_run, tiny_data, tmp_path):
+    shards = data_copy(tiny_data, tmp_path)
+    for path in shards.glob("*train*"):
+        path.unlink()
+    env = {**EVAL, "DATA_DIR": str(tmp_path / "data"), "RUN_ID": "again", "SEED": "7"}
+    again = finish({**env, "EVAL_ONLY_PATH": str(first_run.folder / "final_model.int6.ptz")}, tmp_path / "cwd")
+    for key in ("quantized_loss", "quantized_bpb", "quantized_ttt_lora_loss", "val_bpb", "artifact_sha256", "artifact_bytes"):
+        assert again.final[key] == first_run.final[key], key
+    assert not {"pre_quantization_loss", "quantized_sliding_window_loss", "steps"} & again.final.keys()
+    assert listing(again.folder).keys() == {"scores.json"}
+
+
+def test_checkpoint_gives_the_same_artifact_to_the_byte(first_run, tiny_data, tmp_path):
+    env = {**EVAL, "DATA_DIR": str(tiny_data), "RUN_ID": "again", "SEED": "7", "ARTIFACT_DIR": str(tmp_path / "a" / "b")}
+    again = finish({**env, "EVAL_ONLY_PATH": str(first_run.folder / "final_model.pt")}, tmp_path)
+    name = "final_model.int6.ptz"
+    assert (tmp_path / "a" / "b" / name).read_bytes() == (first_run.folder / name).read_bytes()
+    for key in (f"{score}_loss" for score in SCORES):
+        assert again.final[key] == first_run.final[key], key
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_score_one_artifact_alike(first_run, tiny_data, tmp_path, ranks):
+    env = {**EVAL, "DATA_DIR": str(tiny_data), "RUN_ID": "ranks", "SEED": "7"}
+    shared = finish({**env, "EVAL_ONLY_PATH": str(first_run.folder / "final_model.int6.ptz")}, tmp_path, ranks)
+    assert shared.final["world_size"] == ranks
+    for key in ("quantized_loss", "quantized_ttt_lora_loss"):
+        assert shared.final[key] == pytest.approx(first_run.final[key], abs=1e-6)
+    assert shared.final["val_bytes"] == first_run.final["val_bytes"]
+
+
+def test_two_ranks_train_to_the_same_end(first_run, tiny_data, tmp_path):
+    env = {**TINY, "DATA_DIR": str(tiny_data), "RUN_ID": "two", "SEED": "7"}
+    two = finish(env, tmp_path, ranks=2)
+    assert two.output.rstrip("\n").splitlines()[-1].startswith("final {")
+    assert first_run.final.keys() - two.final.keys() == {f"quantized_sliding_window_{x}" for x in ("loss", "bpb")}
+    assert (two.final["world_size"], two.final["steps"], two.final["train_tokens"]) == (2, 6, 6 * 512)
+    for score in SCORES:  # the same rows make a step, only sums are rounded otherwise
+        assert two.final[f"{score}_loss"] == pytest.approx(first_run.final[f"{score}_loss"], abs=0.01)
+    assert {name for name, size in listing(two.folder).items() if size >= 0} == listing(first_run.folder).keys()
+
+
+def test_rows_loader_scores_every_token_too(tiny_data, tmp_path, first_run):
+    env = {**TINY, "DATA_DIR": str(tiny_data), "RUN_ID": "rows", "DATA_LOADER": "rows", "PRESET": "pr1530", "COMPILE": "0",
+           "COMPRESSOR": "lzma", "GPTQ_RESERVE_SECONDS": "0", "VAL_LOSS_EVERY": "3"}  # fmt: skip
+    rows = finish(env, tmp_path)
+    assert (rows.final["preset"], rows.final["val_tokens"]) == ("pr1530", first_run.final["val_tokens"])
+    assert rows.final["val_bytes"] == first_run.final["val_bytes"]
+    assert len(re.findall(r"^[36]/6 val_loss: \d+\.\d{4} val_bpb: \d+\.\d{4}$", rows.output, re.M)) == 2
+
+
+# --- Bad input --------------------------------------------------------------------------------------------------------
+class Bad(NamedTuple):
+    """A case: what to damage in a copy of the data, or knobs that are wrong; words its one line must hold."""
+
+    expected: str
+    env: dict[str, str] = {}
+    damage: Callable[[Path], None] = lambda shards: None
+
+
+def edit_shard(name: str, change: Callable[[np.ndarray], None]) -> Callable[[Path], None]:
+    """Changes the ids of a shard in place."""
+
+    def damage(shards: Path) -> None:
+        ids = np.memmap(shards / name, dtype="<u2", mode="r+", offset=1024)
+        change(ids)
+        ids.flush()
+
+    return damage
+
+
+def edit_bytes(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
+    return lambda shards: (shards / name).write_bytes(change((shards / name).read_bytes())) and None
+
+
+def remove(pattern: str) -> Callable[[Path], None]:
+    return lambda shards: [path.unlink() for path in shards.glob(pattern)] and None
+
+
+def no_bos(ids: np.ndarray) -> None:
+    ids[ids == 1] = 5
+
+
+def other_tokenizer(shards: Path) -> None:
+    """Another model of the same size, and no manifest that would tell."""
+    (shards / "manifest.json").unlink()
+    (shards / "text.txt").write_text("\n".join(t.replace("\n", " ")[::-1] for t in tiny_text(100, seed=9)), encoding="utf-8")
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(shards / "text.txt"), model_prefix=str(shards / "other"), vocab_size=VOCAB, model_type="bpe",
+        byte_fallback=True, pad_id=0, bos_id=1, eos_id=2, unk_id=3, normalization_rule_name="identity",
+        remove_extra_whitespaces=False, character_coverage=0.99, minloglevel=2,
+    )  # fmt: skip
+
+
+TRAIN, VAL = "tiny_train_000001.bin", "tiny_val_000000.bin"
+BAD = {
+    "wrong magic": Bad(TRAIN, damage=edit_bytes(TRAIN, lambda b: b"\1" + b[1:])),
+    "newer shard": Bad(TRAIN, damage=edit_bytes(TRAIN, lambda b: b[:4] + b"\2" + b[5:])),
+    "truncated shard": Bad(TRAIN, damage=edit_bytes(TRAIN, lambda b: b[:-2])),
+    "truncated header": Bad(VAL, damage=edit_bytes(VAL, lambda b: b[:100])),
+    "other shard than the manifest's": Bad(VAL, damage=edit_bytes(
+        VAL, lambda b: b[:8] + (len(b) // 2 - 513).to_bytes(4, "little") + b[12:-2])),
+    "id beyond the vocabulary": Bad(f"{TRAIN}: holds id 320", damage=edit_shard(TRAIN, lambda ids: ids.put(77, 320))),
+    "no BOS in training": Bad("BOS", damage=edit_shard("tiny_train_000000.bin", no_bos)),
+    "no BOS at the start": Bad(f"{VAL}", damage=edit_shard(VAL, lambda ids: ids.put(0, 5))),
+    "other text than the manifest's": Bad("bytes", damage=edit_shard(VAL, lambda ids: ids.put(5, 1))),
+    "manifest that is none": Bad("manifest.json", damage=edit_bytes("manifest.json", lambda b: b[: len(b) // 2])),
+    "tokenizer of another size": Bad("VOCAB_SIZE=321", {"VOCAB_SIZE": "321"}),
+    "tokenizer that is none": Bad("TOKENIZER_PATH", {"TOKENIZER_PATH": f"data/datasets/tiny_sp{VOCAB}/{VAL}"}),
+    "tokenizer that is missing": Bad("TOKENIZER_PATH=nowhere", {"TOKENIZER_PATH": "nowhere"}),
+    "tokenizer the manifest does not name": Bad(
+        "manifest", {"TOKENIZER_PATH": "other.model"}, lambda s: (s / "../../../other.model").write_bytes(
+            (s / f"../../tokenizers/tiny_sp{VOCAB}.model").read_bytes() + b"\n\0") and None),
+    "missing split": Bad("train", damage=remove("*train*")),
+    "missing data": Bad("DATASET", {"DATASET": "nothing_sp320", "TOKENIZER_PATH": f"data/tokenizers/tiny_sp{VOCAB}.model"}),
+    "empty shard": Bad(VAL, damage=edit_bytes(VAL, lambda b: b[:8] + bytes(4) + b[12:1024])),
+    "too little for a batch": Bad("TRAIN_BATCH_TOKENS=65536", {"TRAIN_BATCH_TOKENS": "65536"}),
+    "misspelt knob": Bad("NUM_LAYER=3: not a knob; did you mean NUM_LAYERS?", {"NUM_LAYER": "3"}),
+    "lanes inside the loop": Bad("PARALLEL_START_LAYER=1", {"PARALLEL_START_LAYER": "1"}),
+    "chunk beyond the window": Bad("TTT_CHUNK_SIZE=65", {"TTT_CHUNK_SIZE": "65"}),
+    "knob of another script": Bad("EMBEDDING_DIM=16: not a knob", {"EMBEDDING_DIM": "16"}),
+    "folder below a file": Bad("ARTIFACT_DIR=text.txt/below", {"ARTIFACT_DIR": "text.txt/below"}),
+    "no file to evaluate": Bad("EVAL_ONLY_PATH=nowhere.pt", {"EVAL_ONLY_PATH": "nowhere.pt"}),
+    "folder to evaluate": Bad("EVAL_ONLY_PATH=data", {"EVAL_ONLY_PATH": "data"}),
+    "garbage to evaluate": Bad("text.txt", {"EVAL_ONLY_PATH": "text.txt"}),
+    "zip that is no checkpoint": Bad("garbage.pt", {"EVAL_ONLY_PATH": "garbage.pt"}),
+    "cut artifact": Bad("cut.ptz", {"EVAL_ONLY_PATH": "cut.ptz"}),
+    "cut checkpoint": Bad("cut.pt", {"EVAL_ONLY_PATH": "cut.pt"}),
+    "checkpoint of another tokenizer": Bad("tokenizer", {
+        "EVAL_ONLY_PATH": "final_model.pt", "TOKENIZER_PATH": f"data/datasets/tiny_sp{VOCAB}/other.model"}, other_tokenizer),
+    "artifact of another network": Bad("NUM_LAYERS=4", {"EVAL_ONLY_PATH": "final_model.int6.ptz", "NUM_LAYERS": "5"}),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def bad_runs(tiny_data: Path, first_run: Finished, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Future]:
+    """Every case of `BAD`, two at a time: (exit status, stdout, stderr, listing before, listing after)."""
+
+    def run(case: Bad, cwd: Path) -> tuple[subprocess.CompletedProcess, dict, dict]:
+        shards = data_copy(tiny_data, cwd)
+        for name in ("final_model.pt", "final_model.int6.ptz"):
+            data = (first_run.folder / name).read_bytes()
+            (cwd / name).write_bytes(data)
+            (cwd / name.replace("final_model", "cut").replace(".int6", "")).write_bytes(data[: len(data) // 2])
+        (cwd / "text.txt").write_text("no model\n")
+        (cwd / "garbage.pt").write_bytes(b"PK\3\4" + bytes(range(256)))
+        case.damage(shards)
+        before = listing(cwd)
+        done = run_script({**TINY, "DATA_DIR": "data", **case.env}, cwd)
+        return done, before, listing(cwd)
+
+    with ThreadPoolExecutor(2) as pool:
+        return {name: pool.submit(run, case, tmp_path_factory.mktemp("bad")) for name, case in BAD.items()}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_ends_in_one_line_with_status_2_and_writes_nothing(bad_runs, name):
+    done, before, after = bad_runs[name].result()
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert done.stderr.count("\n") == 1, done.stderr[-2000:]
+    assert done.stderr.startswith("train_gpt.py: ")
+    assert BAD[name].expected in done.stderr
+    assert done.stdout == ""
+    assert after == before
+
+
+def two_processes(env: dict[str, str], cwd: Path) -> list[subprocess.CompletedProcess]:
+    """Both ranks of a world of two, each by itself as a cluster starts them."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    world = {**env, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(lambda rank: run_script({**world, "RANK": rank, "LOCAL_RANK": rank}, cwd, timeout=60), "01"))
+
+
+@pytest.mark.parametrize(
+    ("place", "env", "expected"),
+    [(77, {}, "holds id 320"), (None, {"TTT_CHUNK_SIZE": "65"}, "TTT_CHUNK_SIZE=65")],
+)
+def test_every_rank_leaves_when_one_finds_bad_input(tiny_data, tmp_path, place, env, expected):
+    """The bad id stands in the shard that rank 1 scans, so rank 0 must hear of it; only rank 0 speaks."""
+    shards = data_copy(tiny_data, tmp_path)
+    if place:
+        edit_shard(TRAIN, lambda ids: ids.put(place, 320))(shards)
+    before = listing(tmp_path)
+    main, other = two_processes({**TINY, "DATA_DIR": "data", **env}, tmp_path)
+    assert (main.returncode, other.returncode) == (2, 2)
+    assert expected in main.stderr
+    assert main.stderr.count("\n") == 1
+    assert (main.stdout, other.stdout, other.stderr) == ("", "", "")
+    assert listing(tmp_path) == before
+
+
+def test_knobs_are_listed_and_arguments_refused(tmp_path):
+    """`--knobs` needs neither data nor a free folder."""
+    assert os.environ.get("RANK") is None
