@@ -1229,7 +1229,9 @@ def train(run: Run, reserve: float) -> bool:
             log(f"step:{step}/{cfg.iterations} train_loss:{loss:.4f} train_time:{1000 * elapsed:.0f}ms step_avg:"
                 f"{1000 * elapsed / step:.2f}ms tok/s:{rate:.0f} lr_scale:{lr_scale(frac, cfg):.3f}")  # fmt: skip
         if cfg.val_loss_every and step % cfg.val_loss_every == 0:
-            pause, result = ranks.now(), run.evaluate(plan=cfg.plans[looped])
+            pause = ranks.now()
+            with run.phase("validate", "none"):
+                result = run.evaluate(plan=cfg.plans[looped])
             log(f"{step}/{cfg.iterations} val_loss: {result['val_loss']:.4f} val_bpb: {result['val_bpb']:.4f}")
             start += ranks.now() - pause
     steps.close()
@@ -1459,8 +1461,7 @@ def score_then_adapt(state: Adaptation, docs: Documents, batch: np.ndarray, mete
         index = np.where(inside, starts + place, 0)
         inputs, targets = docs.tokens[index], np.where(inside & (place >= end - C), docs.tokens[index + 1], -1)
         learns = counts[:, 0] > end
-        with torch.set_grad_enabled(bool(learns.any())):
-            nats = state.score(inputs, targets)
+        nats = state.score(inputs, targets)  # with gradient even where nobody learns: one compiled graph
         meter.add(nats.detach().flatten(), inputs[:, -C:].ravel(), targets[:, -C:].ravel())  # final from here on
         if learns.any():
             state.adapt(nats, learns, again=partial(state.score, inputs, targets))
@@ -1516,7 +1517,8 @@ class Run:
 
     def __init__(self, cfg: Config, origin: dict[str, str], ranks: Ranks):
         """Checks all that can be wrong, on every rank, before anything is written or expensive."""
-        self.cfg, self.ranks, self.saved, self.phases, self.final, error = cfg, ranks, {}, [], {}, None
+        self.cfg, self.ranks, self.saved, self.final, error = cfg, ranks, {}, {}, None
+        self.phases, self.inner = [], 0.0
         with self.phase("check", "none"):
             try:
                 lines = self.check(origin)
@@ -1560,10 +1562,12 @@ class Run:
 
     @contextlib.contextmanager
     def phase(self, name: str, budget: str) -> Iterator[None]:
-        """Times what is inside, device work included, against a budget: train, eval or none."""
-        start = self.ranks.now()
+        """Times what is inside, device work included, less phases within it; budget: train, eval or none."""
+        outer, self.inner, start = self.inner, 0.0, self.ranks.now()
         yield
-        self.phases.append((name, budget, self.ranks.now() - start))
+        seconds = self.ranks.now() - start
+        self.phases.append((name, budget, seconds - self.inner))
+        self.inner = outer + seconds
 
     def go(self) -> dict[str, Any]:
         """All phases; each leaves a file before the next begins: checkpoint, artifact, scores. Returns the figures."""
