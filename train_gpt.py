@@ -32,7 +32,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import groupby
+from itertools import groupby, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -207,9 +207,14 @@ class Config:
     def combinations(self) -> list[tuple[str, bool, str]]:
         """(variable, whether it is fine, what it must be) for every rule that involves more than one knob."""
         c, loops, row, lanes = self, self.num_loops > 0, self.micro_batch_tokens, self.parallel_start_layer
-        package, output = c.compressor.replace("zstd", "zstandard"), Path(c.artifact_dir or "runs").absolute()
-        folder = next(p for p in (output, *output.parents) if p.exists())
+        stale, package = loops and 0 < lanes <= c.loop_end, c.compressor.replace("zstd", "zstandard")
+
+        def writable(path: Path) -> bool:
+            folder = next(p for p in (path, *path.parents) if p.exists())
+            return folder.is_dir() and os.access(folder, os.W_OK)
+
         return [
+            ("RUN_ID", "/" not in c.run_id and writable(Path("logs").absolute()), "a name of a file to write in logs"),
             ("MODEL_DIM", c.model_dim % (2 * c.num_heads) == 0, "a multiple of 2 * NUM_HEADS"),
             ("NUM_KV_HEADS", c.num_heads % c.num_kv_heads == 0, "a divisor of NUM_HEADS"),
             ("ROPE_DIMS", c.rope_dims % 2 == 0 and c.rope_dims <= c.head_dim, f"even and at most {c.head_dim}"),
@@ -217,9 +222,9 @@ class Config:
             ("XSA_LAST_N", c.xsa_last_n <= c.num_layers, "at most NUM_LAYERS"),
             ("LOOP_START", not loops or c.loop_start <= c.loop_end, "at most LOOP_END"),
             ("LOOP_END", not loops or c.loop_end < c.num_layers, "below NUM_LAYERS"),
-            ("PARALLEL_START_LAYER", not lanes or not loops or lanes > c.loop_end, "0 or above LOOP_END (stale lanes)"),
+            ("PARALLEL_START_LAYER", not stale, "0 or above LOOP_END: later passes would work on stale lanes"),
             ("PARALLEL_START_LAYER", lanes < c.num_layers, "below NUM_LAYERS"),
-            ("PARALLEL_START_LAYER", not any(v.parallel and v.push for p in c.plans for v in p), "in the decoder"),
+            ("PARALLEL_START_LAYER", stale or all(not v.parallel or not v.push for v in c.plans[1]), "in the decoder"),
             ("TRAIN_BATCH_TOKENS", c.train_batch_tokens % row == 0, "a multiple of MICRO_BATCH_TOKENS"),
             ("TRAIN_SEQ_LEN", c.train_seq_len <= row, "at most MICRO_BATCH_TOKENS"),
             ("CU_SEQLENS_CAPACITY", c.cu_seqlens_capacity >= 2 + 2 * -(-row // c.train_seq_len),
@@ -231,7 +236,7 @@ class Config:
              "below MAX_WALLCLOCK_SECONDS"),
             ("COMPRESSOR", importlib.util.find_spec(package) is not None, f"lzma, or {package} must be installed"),
             ("VAL_DOC_FRACTION", c.val_doc_fraction == 1 or c.data_loader == "documents", "1 with DATA_LOADER"),
-            ("ARTIFACT_DIR", folder.is_dir() and os.access(folder, os.W_OK), "a folder that can be written"),
+            ("ARTIFACT_DIR", writable(Path(c.artifact_dir or "runs").absolute()), "a folder that can be written"),
         ]  # fmt: skip
 
 # What defines the network and travels with its weights; a model file decides these, not the environment that reads it.
@@ -271,7 +276,7 @@ class Ranks:
 
     def __init__(self, environ: Mapping[str, str]):
         self.rank, self.world_size = int(environ.get("RANK", 0)), int(environ.get("WORLD_SIZE", 1))
-        self.is_main, self.distributed, self.tickets = self.rank == 0, "RANK" in environ, 0
+        self.is_main, self.distributed, self.queues = self.rank == 0, "RANK" in environ, 0
         cuda, local = torch.cuda.is_available(), int(environ.get("LOCAL_RANK", 0))
         self.device = torch.device("cuda", local) if cuda else torch.device("cpu")
         if cuda:
@@ -307,11 +312,12 @@ class Ranks:
         dist.all_gather_into_tensor(full, shard)
         return full
 
-    def ticket(self) -> int:
-        """0, 1, 2, ..: the next number of all ranks' one counter; the only method a rank may call by itself (W49)."""
-        self.tickets += 1
-        store = self.distributed and dist.distributed_c10d._get_default_store()
-        return (store.add("train_gpt/ticket", 1) if store else self.tickets) - 1
+    def tickets(self) -> Iterator[int]:
+        """0, 1, 2, ..: a new counter in the group's store; each number goes to the rank that asks first (W49)."""
+        self.queues += 1
+        store = dist.distributed_c10d._get_default_store() if self.distributed else dist.HashStore()
+        while True:
+            yield store.add(f"train_gpt/queue{self.queues}", 1) - 1
 
     def now(self) -> float:
         """Seconds on a steady clock, once the device has done all it was given."""
@@ -474,8 +480,13 @@ class Tokenizer(NamedTuple):
         """The data set's tokenizer. Raises UsageError if it is not one, of another size, or not the manifest's."""
         import sentencepiece  # here, so that what needs no text needs no package
         named = cfg.dataset_dir / "manifest.json"
-        manifest = json.loads(named.read_text()) if named.is_file() else {}
-        default = manifest["tokenizer"]["file"] if manifest else f"fineweb_{cfg.vocab_size}_bpe.model"
+        manifest, default, sha256 = {}, f"fineweb_{cfg.vocab_size}_bpe.model", None
+        if named.is_file():
+            try:
+                manifest = json.loads(named.read_text())
+                default, sha256 = (manifest["tokenizer"][key] for key in ("file", "sha256"))
+            except (ValueError, KeyError, TypeError) as error:
+                raise UsageError(f"{named}: not a manifest of tools/prepare_data.py") from error
         path = Path(cfg.tokenizer_path or Path(cfg.data_dir) / "tokenizers" / default)
         try:
             data = path.read_bytes()
@@ -487,7 +498,7 @@ class Tokenizer(NamedTuple):
             raise UsageError(f"VOCAB_SIZE={cfg.vocab_size}: {path} has {model.vocab_size()} pieces")
         if loaded.bos_id < 0 or model.piece_to_id("\u2581") == model.unk_id():
             raise UsageError(f"TOKENIZER_PATH={path}: needs BOS and the bare space mark, or bytes are miscounted")
-        if manifest and manifest["tokenizer"]["sha256"] != loaded.sha256:
+        if sha256 not in (None, loaded.sha256):
             raise UsageError(f"TOKENIZER_PATH={path}: not the tokenizer that {named} names")
         return loaded
 
@@ -1045,9 +1056,11 @@ class Optimizers:
             dict(params=group["embed"], lr=cfg.tied_embed_lr, weight_decay=cfg.embed_wd),
             dict(params=group["scalar"], lr=cfg.scalar_lr, weight_decay=cfg.adam_wd),
         ], betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=True)  # fmt: skip
-        self.groups = [*self.muon.param_groups, *self.adam.param_groups]
-        for g in self.groups:
+        for g in self.groups():
             g["base_lr"] = g["lr"]
+
+    def groups(self) -> list[dict[str, Any]]:
+        return [*self.muon.param_groups, *self.adam.param_groups]  # looked up each time: load_state_dict makes new ones
 
     def step(self, lr_scale: float, momentum: float) -> Tensor:
         """One update of every parameter from the local gradients, which it clears; returns the reduced one's norm."""
@@ -1057,7 +1070,7 @@ class Optimizers:
         clip = ((self.cfg.grad_clip_norm or math.inf) / (norm + 1e-6)).clamp_max(1.0)
         for p, g in zip(self.replicated, (flat * clip).split([p.numel() for p in self.replicated]), strict=True):
             p.grad = g.view_as(p)
-        for g in self.groups:
+        for g in self.groups():
             g["lr"] = g["base_lr"] * lr_scale
         self.adam.step()
         self.muon.step(clip, torch.tensor(momentum, device=norm.device))
@@ -1069,7 +1082,7 @@ def lr_scale(frac: float, cfg: Config) -> float:
     return 1.0 if frac < 1 - cfg.warmdown_frac else max((1 - frac) / cfg.warmdown_frac, cfg.min_lr)
 
 def muon_momentum(step: int, cfg: Config) -> float:
-    share = min(step / max(cfg.muon_momentum_warmup_steps, 1e-9), 1.0)
+    share = min((step + 1e-9) / (cfg.muon_momentum_warmup_steps + 1e-9), 1.0)
     return cfg.muon_momentum_warmup_start + (cfg.muon_momentum - cfg.muon_momentum_warmup_start) * share
 
 # === 8. Scoring: nats and bytes of every validation token, once =======================================================
@@ -1103,7 +1116,8 @@ def check_bytes(tokenizer: Tokenizer, docs: Documents) -> ByteTable:
         counted, real = table.count(ids), len(tokenizer.model.decode(ids[1:].tolist()).encode())
         if counted != real:
             raise UsageError(f"{tokenizer.path}: counts {counted} bytes, not {real}, for the document at {start}")
-    if tokenizer.manifest and (total := tokenizer.manifest["splits"]["val"]["bytes"]) != table.count(docs.tokens):
+    total = tokenizer.manifest.get("splits", {}).get("val", {}).get("bytes")
+    if total not in (None, table.count(docs.tokens)):
         raise UsageError(f"{tokenizer.path}: counts {table.count(docs.tokens)} validation bytes, the manifest {total}")
     return table
 
@@ -1477,7 +1491,7 @@ def evaluate_ttt(state: Adaptation, docs: Documents, table: ByteTable, ranks: Ra
     order = order[docs.counts[order] > 0]
     batches = np.split(order, range(cfg.ttt_batch_size, len(order), cfg.ttt_batch_size))
     log(f"ttt_lora:docs:{len(docs.starts)} rank:{cfg.ttt_lora_rank} lr:{cfg.ttt_lora_lr} chunk:{cfg.ttt_chunk_size}")
-    while (number := ranks.ticket()) < len(batches):
+    for number in takewhile(lambda n: n < len(batches), ranks.tickets()):
         for _ in score_then_adapt(state, docs, batches[number], meter):
             if log.due():
                 r = meter.result()
@@ -1506,7 +1520,7 @@ def load_model_file(cfg: Config, origin: dict[str, str]) -> tuple[Config, dict[s
         fits = "streams" in saved or {n: tuple(w.shape) for n, w in saved["weights"].items()} == shapes
     except OSError as error:
         raise UsageError(f"{name}: {error.strerror}") from error
-    except (RuntimeError, KeyError, TypeError, AttributeError, pickle.UnpicklingError) as error:
+    except (RuntimeError, KeyError, TypeError, AttributeError, zlib.error, pickle.UnpicklingError) as error:
         raise UsageError(f"{name}: neither an artifact nor a checkpoint of train_gpt.py") from error
     if asked or not fits:
         raise UsageError(f"{name}: was made with {', '.join(asked) or 'another network than its config says'}")
@@ -1549,7 +1563,7 @@ class Run:
         if self.cfg.eval_only_path:
             self.cfg, self.saved = load_model_file(self.cfg, origin)
         cfg, ranks = self.cfg, self.ranks
-        if ranks.world_size > cfg.rows_per_step:
+        if not self.saved and ranks.world_size > cfg.rows_per_step:
             raise UsageError(f"WORLD_SIZE={ranks.world_size}: must be at most {cfg.rows_per_step}, the rows of a step")
         self.tokenizer = Tokenizer.load(cfg)
         if self.saved.get("tokenizer", self.tokenizer.sha256) != self.tokenizer.sha256:
@@ -1652,11 +1666,10 @@ class Run:
         with self.phase("pack", budget):
             if self.ranks.is_main:
                 write_atomic(path, pack_artifact(self.model, packed, meta))
-            self.ranks.gather(None)  # nobody reads before it is written
 
     def reload(self, path: Path) -> None:
         """Sets the weights from what the file holds, and logs its size beside the order-0 entropy of its codes."""
-        data = path.read_bytes()
+        data = self.ranks.gather(path.read_bytes() if self.ranks.is_main else None)[0]  # nodes may not share folders
         header, streams = open_artifact(data, path)
         load_artifact(self.model, streams)
         counts, total = np.bincount(np.frombuffer(streams[0], np.uint8)), len(data) + len(SOURCE)
@@ -1696,6 +1709,9 @@ class Run:
         if (val := self.tokenizer.manifest.get("splits", {}).get("val", {})).get("gzip_bytes"):
             self.final["gzip_bpb"] = 8 * val["gzip_bytes"] / val["bytes"]
             self.log(f"for scale, gzip -9 of each document: val_bpb:{self.final['gzip_bpb']:.4f}")
+        if self.ranks.device.type == "cuda":
+            self.final["peak_memory_mib"] = torch.cuda.max_memory_allocated() >> 20
+            self.log(f"peak memory allocated: {self.final['peak_memory_mib']} MiB")
         self.final |= {**self.facts, "seconds": {name: round(s, 3) for name, _, s in self.phases}}
         self.log("final " + json.dumps(self.final, sort_keys=True))
         return self.final

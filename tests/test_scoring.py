@@ -153,7 +153,8 @@ CASES = [(length, stride) for length in (2, 7, 16, 64) for stride in (1, 3, 7, 1
 
 @pytest.mark.parametrize(("length", "stride"), CASES)
 def test_windows_score_each_target_once_with_the_context_of_the_grid(length, stride):
-    for targets in (0, 1, stride, length - 1, length, length + 1, length + stride, 5 * length + 1, random.randrange(500)):
+    counts = (0, 1, stride, length - 1, length, length + 1, length + stride, 5 * length + 1, random.randrange(500))
+    for targets in counts:
         found = tg.windows(targets, length, stride)
         assert [j for _, score, end in found for j in range(score, end)] == list(range(targets))
         for start, score, end in found:
