@@ -208,6 +208,7 @@ class Config:
         """(variable, whether it is fine, what it must be) for every rule that involves more than one knob."""
         c, loops, row, lanes = self, self.num_loops > 0, self.micro_batch_tokens, self.parallel_start_layer
         stale, package = loops and 0 < lanes <= c.loop_end, c.compressor.replace("zstd", "zstandard")
+        pushed = any(visit.parallel and visit.push for plan in c.plans for visit in plan)
 
         def writable(path: Path) -> bool:
             folder = next(p for p in (path, *path.parents) if p.exists())
@@ -224,7 +225,7 @@ class Config:
             ("LOOP_END", not loops or c.loop_end < c.num_layers, "below NUM_LAYERS"),
             ("PARALLEL_START_LAYER", not stale, "0 or above LOOP_END: later passes would work on stale lanes"),
             ("PARALLEL_START_LAYER", lanes < c.num_layers, "below NUM_LAYERS"),
-            ("PARALLEL_START_LAYER", stale or all(not v.parallel or not v.push for v in c.plans[1]), "in the decoder"),
+            ("PARALLEL_START_LAYER", stale or not pushed, "in the decoder half of the layers"),
             ("TRAIN_BATCH_TOKENS", c.train_batch_tokens % row == 0, "a multiple of MICRO_BATCH_TOKENS"),
             ("TRAIN_SEQ_LEN", c.train_seq_len <= row, "at most MICRO_BATCH_TOKENS"),
             ("CU_SEQLENS_CAPACITY", c.cu_seqlens_capacity >= 2 + 2 * -(-row // c.train_seq_len),
