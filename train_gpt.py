@@ -1210,6 +1210,7 @@ def restored(model: nn.Module, optimizers: Optimizers) -> Iterator[None]:
     for t, copy in zip(kept, copies, strict=True):
         t.copy_(copy)
     optimizers.adam.state.clear()
+    model.zero_grad(set_to_none=True)
 
 def train(run: Run, reserve: float) -> bool:
     """Trains until the budget less `reserve` seconds is spent and leaves the EMA of the weights in the model.
@@ -1224,10 +1225,14 @@ def train(run: Run, reserve: float) -> bool:
     budget = (cfg.max_wallclock_seconds or math.inf) - reserve
     elapsed, longest, looped, loss, tokens, step, marked = 0.0, 0.0, False, math.nan, 0, 0, (0.0, 0)
     steps, start = PackedLoader(run.streams["train"], run.tokenizer.bos_id, cfg, ranks).steps(), ranks.now()
-    while step < cfg.iterations and elapsed + longest <= budget:
+    while step < cfg.iterations:
         frac = step / cfg.iterations if budget == math.inf else elapsed / budget
-        if cfg.num_loops and not looped and frac >= cfg.enable_looping_at:
-            looped, longest = True, longest * len(cfg.plans[1]) / cfg.num_layers  # the next steps are longer
+        switch = cfg.num_loops > 0 and not looped and frac >= cfg.enable_looping_at
+        longest *= len(cfg.plans[1]) / cfg.num_layers if switch else 1.0  # the next steps are longer
+        if elapsed + longest > budget:
+            break
+        if switch:
+            looped = True
             log(f"layer_loop:enabled step:{step} frac:{frac:.3f} order:{[v.layer for v in cfg.plans[1]]}")
         rows, num_targets = next(steps)
         local = accumulate(run.forward, cfg.plans[looped], rows, num_targets)

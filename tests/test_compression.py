@@ -5,16 +5,14 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import io
-import os
 import pickle
-import socket
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import tiny_config
+from test_optim import on_ranks
 
 import train_gpt as tg
 
@@ -40,22 +38,6 @@ def random_rows(cfg: tg.Config, count: int) -> list[tg.Batch]:
         starts = tg.segment_starts(rng.random(tokens) < 0.05, True, longest)
         rows.append(tg.pack_row(ids[:-1], ids[1:], starts, cfg.row_shape, torch.device("cpu")))
     return rows
-
-
-def rank_main(index: int, world_size: int, port: int, worker: Callable, args: tuple) -> None:
-    torch.set_num_threads(1)
-    env = {"RANK": str(index), "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.environ.update(env, CUDA_VISIBLE_DEVICES="")
-    worker(index, tg.Ranks(env), *args)
-    torch.distributed.destroy_process_group()
-
-
-def on_ranks(world_size: int, worker: Callable, *args: object) -> None:
-    """worker(rank, ranks, *args) in `world_size` processes joined by gloo; a function of a test file."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    torch.multiprocessing.spawn(rank_main, (world_size, port, worker, args), nprocs=world_size)
 
 
 # --- Hessians ---------------------------------------------------------------------------------------------------------
@@ -97,19 +79,17 @@ def test_hessian_is_the_mean_outer_product_of_what_each_matrix_reads():
         assert (hessians[key] - expected).norm() < 1e-5 * expected.norm(), key
 
 
-def compression_worker(rank: int, ranks: tg.Ranks, folder: Path) -> None:
+def hessians_and_codes(ranks: tg.Ranks) -> tuple[dict, dict]:
     cfg = tiny_config()
     model, rows = random_model(cfg), random_rows(cfg, 3)
-    hessians = tg.collect_hessians(model, cfg.plans[1], rows[rank :: ranks.world_size], ranks)
+    hessians = tg.collect_hessians(model, cfg.plans[1], rows[ranks.rank :: ranks.world_size], ranks)
     shared = tg.collect_hessians(model, cfg.plans[1], rows, ONE)  # equal to the last bit on all
-    torch.save((hessians, tg.quantize(model, shared, ranks)), folder / f"{ranks.world_size}_{rank}.pt")
+    return hessians, tg.quantize(model, shared, ranks)
 
 
 def test_two_ranks_find_the_hessians_and_codes_of_one(tmp_path):
-    compression_worker(0, ONE, tmp_path)
-    on_ranks(2, compression_worker, tmp_path)  # two rows on one, one on the other
-    (hessians, packed), *others = (torch.load(tmp_path / name) for name in ("1_0.pt", "2_0.pt", "2_1.pt"))
-    for other_hessians, other_packed in others:
+    hessians, packed = hessians_and_codes(ONE)
+    for other_hessians, other_packed in on_ranks(2, hessians_and_codes, tmp_path):  # two rows on one, one on the other
         for key, h in hessians.items():
             assert (other_hessians[key] - h).norm() < 1e-5 * h.norm()
         for name, (q, scale) in packed.items():

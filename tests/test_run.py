@@ -122,10 +122,10 @@ def test_log_begins_with_the_source_and_every_setting_with_its_origin(first_run)
 def test_lines_keep_the_published_templates_and_a_table_of_phases_closes(first_run):
     output, final = first_run.output, first_run.final
     labels = ("diagnostic pre-quantization post-ema", "diagnostic quantized", "quantized_ttt_lora")
-    scores = dict(zip(SCORES, labels, strict=True)) | {"quantized_sliding_window": "diagnostic quantized_sliding_window"}
+    scores = {**dict(zip(SCORES, labels, strict=True)), "quantized_sliding_window": f"{labels[1]}_sliding_window"}
     lines = [rf"{label} val_loss:{final[f'{key}_loss']:.8f} val_bpb:{final[f'{key}_bpb']:.8f} eval_time:\d+ms"
              for key, label in scores.items()]  # fmt: skip
-    lines += [r"step:1/6 train_loss:\d+\.\d{4} train_time:\d+ms .*", r"layer_loop:enabled step:3 frac:0\.\d{3} .*"]
+    lines += [r"step:1/6 train_loss:\d+\.\d{4} train_time:\d+ms .*", r"layer_loop:enabled step:\d frac:0\.\d{3} .*"]
     lines += [r"Total submission size quantized\+zstd: \d+ bytes", r"model_params:\d+", "ttt_lora:docs:12 rank:4 .*"]
     for line in lines:
         assert len(re.findall(rf"^{line}$", output, re.M)) == 1, line
@@ -258,14 +258,14 @@ BAD = {
     "garbage to evaluate": Bad("text.txt", {"EVAL_ONLY_PATH": "text.txt"}),
     "cut artifact": Bad("cut.ptz", {"EVAL_ONLY_PATH": "cut.ptz"}),
     "cut checkpoint": Bad("cut.pt", {"EVAL_ONLY_PATH": "cut.pt"}),
-    "checkpoint of another tokenizer": Bad(
-        "EVAL_ONLY_PATH", {"EVAL_ONLY_PATH": "final_model.pt", "TOKENIZER_PATH": f"{SHARDS}/other.model"}, other_tokenizer),
+    "checkpoint of another tokenizer": Bad("EVAL_ONLY_PATH", {
+        "EVAL_ONLY_PATH": "final_model.pt", "TOKENIZER_PATH": f"{SHARDS}/other.model"}, other_tokenizer),
     "artifact of another network": Bad("NUM_LAYERS=4", {"EVAL_ONLY_PATH": "final_model.int6.ptz", "NUM_LAYERS": "5"}),
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def bad_runs(tiny_data: Path, first_run: Finished, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future]]:
+def bad_runs(tiny_data, first_run, tmp_path_factory) -> Iterator[dict[str, Future]]:
     """Every case of `BAD`, two at a time: the process, and all files around it before and after."""
 
     def run(case: Bad, cwd: Path) -> tuple[subprocess.CompletedProcess, dict, dict]:

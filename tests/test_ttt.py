@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import VOCAB, tiny_config
-from test_compression import on_ranks, random_model
+from test_compression import random_model
+from test_optim import on_ranks
 
 import train_gpt as tg
 
@@ -189,9 +190,12 @@ def test_adapting_lowers_the_loss_of_repetitive_text():
 
 
 # --- Each document by itself ------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("batches", [[[0, 1, 2, 3], [4, 5, 6]], [[6, 2, 4, 0], [5, 3, 1]], [[3, 0]]])
-def test_batch_size_mates_and_order_do_not_change_a_score(batches):
-    docs, model = documents(*LENGTHS), model_for(4)
+@pytest.mark.parametrize(
+    ("batches", "settings"),
+    [([[0, 1, 2, 3], [4, 5, 6]], {}), ([[6, 2, 4, 0], [5, 3, 1]], {}), ([[3, 0]], {}), ([[3, 0, 1]], SGD)],
+)
+def test_batch_size_mates_and_order_do_not_change_a_score(batches, settings):
+    docs, model = documents(*LENGTHS), model_for(4, **settings)
     together, alone = adaptation(model), adaptation(with_settings(model, ttt_batch_size=1))
     for batch in batches:
         for d, nats in scores(together, docs, batch).items():
@@ -206,19 +210,16 @@ def test_left_out_documents_do_not_change_the_score_of_the_others():
     assert_equal(part[1], whole[0])
 
 
-def ttt_worker(rank: int, ranks: tg.Ranks, folder: Path) -> None:
-    state = adaptation(model_for(2))
-    result = tg.evaluate_ttt(state, documents(*LENGTHS), TABLE, ranks, tg.Log(folder / "log", rank == 0))
-    torch.save(result, folder / f"{ranks.world_size}_{rank}.pt")
+def adapted_score(ranks: tg.Ranks, folder: Path) -> dict[str, float]:
+    log = tg.Log(folder / "log", ranks.is_main)
+    return tg.evaluate_ttt(adaptation(model_for(2)), documents(*LENGTHS), TABLE, ranks, log)
 
 
 def test_two_ranks_score_as_one_does(tmp_path):
-    ttt_worker(0, tg.Ranks({}), tmp_path)
-    on_ranks(2, ttt_worker, tmp_path)
-    one, *two = (torch.load(tmp_path / name) for name in ("1_0.pt", "2_0.pt", "2_1.pt"))
-    assert two[0] == two[1]
-    assert one["val_loss"] == pytest.approx(two[0]["val_loss"], abs=1e-6)
-    assert (one["tokens"], one["bytes"]) == (two[0]["tokens"], two[0]["bytes"])
+    one = adapted_score(tg.Ranks({}), tmp_path)
+    for result in on_ranks(2, adapted_score, tmp_path, tmp_path):
+        assert result["val_loss"] == pytest.approx(one["val_loss"], abs=1e-6)
+        assert (result["tokens"], result["bytes"]) == (one["tokens"], one["bytes"])
 
 
 # --- Adapters and what they leave behind ------------------------------------------------------------------------------
