@@ -35,7 +35,7 @@ def preset(name):
 
 # --- Defaults and origins ---
 
-PUBLISHED = dict(  # spec 10.1, the published script's defaults for every knob that is also one here
+PUBLISHED = dict(  # the defaults of PR #1530's script, for every knob that is also one here
     seed=1337, artifact_dir="", eval_only_path="", iterations=20000, max_wallclock_seconds=600, gptq_reserve_seconds=13,
     warmdown_frac=0.72, min_lr=0, train_batch_tokens=786432, micro_batch_tokens=98304, train_seq_len=2048,
     train_log_every=500, val_loss_every=4000, val_batch_tokens=524288, eval_seq_len=2048, eval_stride=64,
@@ -51,7 +51,7 @@ PUBLISHED = dict(  # spec 10.1, the published script's defaults for every knob t
     ttt_chunk_size=32, ttt_eval_seq_len=2048, ttt_batch_size=64, ttt_grad_steps=1, ttt_weight_decay=0.5, ttt_beta1=0,
     ttt_beta2=0.999, ttt_k_lora=True, ttt_mlp_lora=True, ttt_o_lora=True, ttt_optimizer="adam", val_doc_fraction=1,
 )  # fmt: skip
-PR1560 = PUBLISHED | dict(warmdown_frac=0.75, ttt_chunk_size=48)  # spec 10.2
+PR1560 = PUBLISHED | dict(warmdown_frac=0.75, ttt_chunk_size=48)  # PR #1530's script with these settings
 RECORD = PR1560 | dict(
     min_lr=0.1, matrix_lr=0.026, gptq_reserve_seconds=-1, embed_bits=7, embed_clip_sigmas=15, compressor="zstd"
 )
@@ -185,6 +185,8 @@ def test_published_knob_that_does_nothing_here_is_refused(name):
 # --- Combinations ---
 
 COMBINATIONS = [  # (changed fields over the tiny config, the variable to blame)
+    (dict(run_id="../elsewhere"), "RUN_ID"),
+    (dict(run_id="name"), "RUN_ID"),  # where logs is a file
     (dict(model_dim=30, rope_dims=0), "MODEL_DIM"),
     (dict(model_dim=64, num_heads=4, num_kv_heads=3), "NUM_KV_HEADS"),
     (dict(rope_dims=3), "ROPE_DIMS"),
@@ -211,37 +213,41 @@ COMBINATIONS = [  # (changed fields over the tiny config, the variable to blame)
 
 
 @pytest.fixture
-def combination(request, tmp_path, monkeypatch):
-    """A case of COMBINATIONS made true: optional packages gone, a file where a folder should be."""
-    changed, name = request.param
-    if name == "COMPRESSOR":
-        for package in ("zstandard", "brotli"):
-            monkeypatch.setitem(sys.modules, package, None)  # as good as not installed
-    if name == "ARTIFACT_DIR":
-        (tmp_path / "file").write_text("not a folder")
-        changed = {k: v.format(file=tmp_path / "file") for k, v in changed.items()}
-    return changed, name
+def setting(tmp_path, monkeypatch):
+    """Makes a case of COMBINATIONS true: optional packages gone, a file where a folder should be."""
+
+    def make(changed, name):
+        if name == "COMPRESSOR":
+            for package in ("zstandard", "brotli"):
+                monkeypatch.setitem(sys.modules, package, None)  # as good as not installed
+        (tmp_path / "file").touch()
+        if changed.get("run_id") == "name":
+            (tmp_path / "logs").touch()
+        return {k: str(v).replace("{file}", str(tmp_path / "file")) for k, v in changed.items()}
+
+    monkeypatch.chdir(tmp_path)
+    return make
 
 
-@pytest.mark.parametrize("combination", COMBINATIONS, indirect=True, ids=lambda x: f"{x[1]}-{len(x[0])}")
-def test_combination_that_cannot_work_is_refused_by_name_and_value(combination):
-    changed, name = combination
+@pytest.mark.parametrize(("changed", "name"), COMBINATIONS, ids=lambda x: x if isinstance(x, str) else "-".join(x))
+def test_combination_that_cannot_work_is_refused_by_name_and_value(setting, changed, name):
+    changed = setting(changed, name)
     with pytest.raises(tg.UsageError) as caught:
         tiny_config(**changed)
     value = changed.get(name.lower(), TINY.get(name))
-    assert [line.split(": must be ")[0] for line in str(caught.value).splitlines()].count(f"{name}={value}") >= 1
+    assert f"{name}={value}" in [line.split(": must be ")[0] for line in str(caught.value).splitlines()]
 
 
-def test_every_rule_has_a_case_and_is_fine_for_the_tiny_config(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "brotli", None)
-    (tmp_path / "file").touch()
-    assert all(fine for _, fine, _ in tiny_config().combinations())
-    broken = set()
-    for changed, _ in COMBINATIONS:
-        changed = {k: v.format(file=tmp_path / "file") if isinstance(v, str) else v for k, v in changed.items()}
-        rules = dataclasses.replace(tiny_config(), **changed).combinations()
-        broken |= {i for i, (_, fine, _) in enumerate(rules) if not fine}
-    assert [rule for i, rule in enumerate(tiny_config().combinations()) if i not in broken] == []
+def test_every_rule_has_a_case_and_is_fine_for_the_tiny_config(setting):
+    fine = dataclasses.replace(tiny_config(), compressor="lzma")
+    rules, broken = fine.combinations(), set()
+    assert [rule for rule in rules if not rule[1]] == []
+    for changed, name in COMBINATIONS:
+        setting(changed, name)
+        changed = {k: v.replace("{file}", "file") if isinstance(v, str) else v for k, v in changed.items()}
+        found = dataclasses.replace(fine, **changed).combinations()
+        broken |= {i for i, rule in enumerate(found) if not rule[1]}
+    assert [rule for i, rule in enumerate(rules) if i not in broken] == []
 
 
 def test_values_of_the_other_variables_are_named_too():

@@ -135,13 +135,16 @@ def test_edited_token_changes_no_score_before_it_and_no_other_document(place, gr
     assert_equal(after[2], before[2])
 
 
-def test_chunk_is_scored_with_the_adapters_of_the_chunks_before_it():
+@pytest.mark.parametrize("settings", [{}, SGD])
+def test_chunk_is_scored_with_the_adapters_of_the_chunks_before_it(settings):
     """The loop written plainly for one document: score with what there is, learn, go on."""
-    docs, model = documents(75), model_for(1)
+    docs, model = documents(75), model_for(1, **settings)
     state = adaptation(model)
     state.begin([0])
     leaves, found = [state.lora.down, state.lora.up], []
     optimizer = torch.optim.AdamW(leaves, lr=0.01, betas=(0.0, 0.999), eps=1e-10, weight_decay=0.5)
+    if settings:
+        optimizer = torch.optim.SGD(leaves, lr=1.0, momentum=0.9, weight_decay=0.5)
     for end in range(C, 75 + C, C):
         first, last = max(0, end - S), min(end, 75)
         ids = torch.from_numpy(docs.tokens[first : last + 1])
