@@ -4,10 +4,9 @@
     torchrun --standalone --nproc_per_node=8 train_gpt.py    # 8 GPUs over FineWeb shards
     python train_gpt.py --knobs                              # every knob, its meaning and its default per preset
 
-The run: check -> warm up -> train -> calibrate -> quantise -> pack -> reload -> score -> adapt -> report; so the file.
-Importing it reads no environment and needs neither a GPU nor an optional package. The system is that of PR #1530
-(samacqua) and PR #1560; W1..W57 number weak points of the published script and stand where they are mended.
-"""
+The run: check, warm up, train, calibrate, quantise, pack, reload, score, adapt, report; so the file. Importing it reads
+no environment and needs neither a GPU nor an optional package. The system is that of PR #1530 (samacqua) and PR #1560;
+W1..W57 number weak points of the published script and stand where they are mended."""
 
 from __future__ import annotations
 
@@ -22,10 +21,8 @@ import json
 import math
 import os
 import pickle
-import platform
 import random
 import re
-import struct
 import sys
 import time
 import zlib
@@ -51,7 +48,6 @@ except ImportError:  # macOS, Windows
 
 SOURCE = Path(__file__).read_bytes()  # the text that runs, taken before anyone can edit the file (W35)
 LIMIT_BYTES = 16_000_000  # code and model together, decimal
-
 class UsageError(ValueError):
     """Wrong configuration, data or file. The message is all the user sees, one line per problem; exit status 2."""
 
@@ -60,8 +56,7 @@ def knob(default: Any, doc: str, lo: float = 0, hi: float = 1e18, choices: tuple
     return dataclasses.field(default=default, metadata=dict(doc=doc, lo=lo, hi=hi, choices=choices))
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """Defaults are the `record` preset's; `PRESETS` overrides them and the environment both."""
+class Config:  # defaults are the `record` preset's; `PRESETS` overrides them and the environment both
     # Run and data
     preset: str = knob("record", "row of the preset table; default: record with CUDA, cpu without")
     seed: int = knob(1337, "initial weights, adapter init, document sampling", 0, 2**31)
@@ -160,9 +155,8 @@ class Config:
     plans = property(lambda c: (layer_plan(c, looped=False), layer_plan(c, looped=True)))
     dataset_dir = property(lambda c: Path(c.data_dir) / "datasets" / (c.dataset or f"fineweb10B_sp{c.vocab_size}"))
     row_shape = property(lambda c: (c.micro_batch_tokens, c.cu_seqlens_capacity, c.train_seq_len))
-    val_row_shape = property(
-        lambda c: (c.val_batch_tokens // 8, c.val_batch_tokens // min(512, 2 * c.eval_seq_len), c.eval_seq_len)
-    )
+    val_row_shape = property(lambda c: (c.val_batch_tokens // 8, c.val_batch_tokens // min(512, 2 * c.eval_seq_len),
+                                        c.eval_seq_len))  # fmt: skip
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str], has_cuda: bool) -> tuple[Config, dict[str, str]]:
@@ -178,42 +172,38 @@ class Config:
             raise UsageError("\n".join([*problems, f"PRESET={preset}: must be one of {', '.join(PRESETS)}"]))
         values = {**PRESETS[preset], "preset": preset}
         origin = {f.name: "preset" if f.name in values else "default" for f in fields.values()}
+        expected = {bool: "0 or 1", int: "a whole number", float: "a number"}
         for name in sorted(fields.keys() & environ.keys()):
             field, kind, text = name.lower(), type(fields[name].default), environ[name]
             origin[field] = "env"
             try:
                 values[field] = {"0": False, "1": True}[text] if kind is bool else kind(text)
             except (KeyError, ValueError):
-                expected = {bool: "0 or 1", int: "a whole number", float: "a number"}[kind]
-                problems.append(f"{name}={text}: must be {expected}")
+                problems.append(f"{name}={text}: must be {expected[kind]}")
         cfg = cls(**values)
         if problems := problems + cfg.problems():
             raise UsageError("\n".join(problems))
         return cfg, origin
 
-    def problems(self) -> list[str]:
-        """A line for every value out of its range or, if there is none, for every combination that cannot work (W7)."""
+    def problems(self) -> list[str]:  # values out of range or, if there is none, combinations that cannot work (W7)
         def named(text: str) -> str:  # each variable in the text with its value
             return re.sub(r"[A-Z0-9_]{6,}", lambda m: f"{m[0]}={getattr(self, m[0].lower(), '')}".rstrip("="), text)
         found = []
         for f in dataclasses.fields(self):
             value, lo, hi, choices = getattr(self, f.name), *(f.metadata[key] for key in ("lo", "hi", "choices"))
-            if choices and value not in choices:
-                found.append(f"{f.name.upper()}={value}: must be one of {', '.join(choices)}")
-            elif isinstance(value, (int, float)) and not lo <= value <= hi:
-                found.append(f"{f.name.upper()}={value}: must be {lo:g}..{hi:g}")
+            if value not in choices if choices else not isinstance(value, str) and not lo <= value <= hi:
+                must = f"one of {', '.join(choices)}" if choices else f"{lo:g}..{hi:g}"
+                found.append(f"{f.name.upper()}={value}: must be {must}")
         return found or [f"{named(name)}: must be {named(must)}" for name, ok, must in self.combinations() if not ok]
 
-    def combinations(self) -> list[tuple[str, bool, str]]:
-        """(variable, whether it is fine, what it must be) for every rule that involves more than one knob."""
+    def combinations(self) -> list[tuple[str, bool, str]]:  # (variable, whether it is fine, what it must be)
         c, loops, row, lanes = self, self.num_loops > 0, self.micro_batch_tokens, self.parallel_start_layer
         stale, package = loops and 0 < lanes <= c.loop_end, c.compressor.replace("zstd", "zstandard")
         pushed = any(visit.parallel and visit.push for plan in c.plans for visit in plan)
-
+        room, limit = c.cu_seqlens_capacity - 2 - 2 * -(-row // c.train_seq_len), c.max_wallclock_seconds
         def writable(path: Path) -> bool:
             folder = next(p for p in (path, *path.parents) if p.exists())
             return folder.is_dir() and os.access(folder, os.W_OK)
-
         return [
             ("RUN_ID", "/" not in c.run_id and writable(Path("logs").absolute()), "a name of a file to write in logs"),
             ("MODEL_DIM", c.model_dim % (2 * c.num_heads) == 0, "a multiple of 2 * NUM_HEADS"),
@@ -228,19 +218,17 @@ class Config:
             ("PARALLEL_START_LAYER", stale or not pushed, "in the decoder half of the layers"),
             ("TRAIN_BATCH_TOKENS", c.train_batch_tokens % row == 0, "a multiple of MICRO_BATCH_TOKENS"),
             ("TRAIN_SEQ_LEN", c.train_seq_len <= row, "at most MICRO_BATCH_TOKENS"),
-            ("CU_SEQLENS_CAPACITY", c.cu_seqlens_capacity >= 2 + 2 * -(-row // c.train_seq_len),
-             "at least 2 + 2 * MICRO_BATCH_TOKENS / TRAIN_SEQ_LEN"),
+            ("CU_SEQLENS_CAPACITY", room >= 0, "at least 2 + 2 * MICRO_BATCH_TOKENS / TRAIN_SEQ_LEN"),
             ("VAL_BATCH_TOKENS", c.val_batch_tokens >= 8 * c.eval_seq_len, "at least 8 * EVAL_SEQ_LEN"),
             ("EVAL_STRIDE", c.eval_stride <= c.eval_seq_len, "at most EVAL_SEQ_LEN"),
             ("TTT_CHUNK_SIZE", c.ttt_chunk_size <= c.ttt_eval_seq_len, "at most TTT_EVAL_SEQ_LEN"),
-            ("GPTQ_RESERVE_SECONDS", not c.max_wallclock_seconds or c.gptq_reserve_seconds < c.max_wallclock_seconds,
-             "below MAX_WALLCLOCK_SECONDS"),
+            ("GPTQ_RESERVE_SECONDS", not limit or c.gptq_reserve_seconds < limit, "below MAX_WALLCLOCK_SECONDS"),
             ("COMPRESSOR", importlib.util.find_spec(package) is not None, f"lzma, or {package} must be installed"),
             ("VAL_DOC_FRACTION", c.val_doc_fraction == 1 or c.data_loader == "documents", "1 with DATA_LOADER"),
             ("ARTIFACT_DIR", writable(Path(c.artifact_dir or "runs").absolute()), "a folder that can be written"),
         ]  # fmt: skip
 
-# What defines the network and travels with its weights; a model file decides these, not the environment that reads it.
+# What defines the network and travels with its weights: a model file decides these, not the environment.
 MODEL_FIELDS = """vocab_size num_layers model_dim num_heads num_kv_heads mlp_mult xsa_last_n skip_gates_enabled
     rope_base rope_dims logit_softcap ln_scale num_loops loop_start loop_end parallel_start_layer parallel_final_lane
     data_loader""".split()
@@ -249,22 +237,18 @@ NOT_KNOBS = """EMBEDDING_DIM TIE_EMBEDDINGS EMBED_LR HEAD_LR ROPE_TRAIN_SEQ_LEN 
     CONTROL_TENSOR_NAME_PATTERNS TTT_EVAL_BATCHES TTT_OUTPUT_DIR""".split()
 PR1530 = dict(warmdown_frac=0.72, min_lr=0.0, matrix_lr=0.022, gptq_reserve_seconds=13.0, embed_bits=8,
               embed_clip_sigmas=20.0, compressor="brotli", ttt_chunk_size=32)  # fmt: skip
-PRESETS: dict[str, dict[str, Any]] = {
-    "record": {},
-    "pr1530": PR1530,
-    "pr1560": {**PR1530, "warmdown_frac": 0.75, "ttt_chunk_size": 48},
-    "cpu": dict(
-        dataset="pydocs_sp1024", vocab_size=1024, compile=False, num_layers=6, model_dim=192, num_heads=3,
-        mlp_mult=3.0, num_kv_heads=1, xsa_last_n=6, num_loops=1, loop_start=2, loop_end=3, enable_looping_at=0.8,
-        parallel_start_layer=4, max_wallclock_seconds=125.0, train_batch_tokens=2048, micro_batch_tokens=2048,
-        train_seq_len=512, cu_seqlens_capacity=64, train_log_every=0, val_loss_every=0, matrix_lr=0.03,
-        muon_momentum=0.95, muon_momentum_warmup_start=0.85, muon_momentum_warmup_steps=100, ema_decay=0.98,
-        gptq_calibration_batches=16, val_batch_tokens=65536, eval_seq_len=512, ttt_lora_rank=8, ttt_lora_lr=1e-3,
-        ttt_chunk_size=128, ttt_eval_seq_len=512, ttt_batch_size=16),
-}  # fmt: skip
+PR1560 = {**PR1530, "warmdown_frac": 0.75, "ttt_chunk_size": 48}
+CPU = dict(
+    dataset="pydocs_sp1024", vocab_size=1024, compile=False, num_layers=6, model_dim=192, num_heads=3, num_kv_heads=1,
+    mlp_mult=3.0, xsa_last_n=6, num_loops=1, loop_start=2, loop_end=3, enable_looping_at=0.8, parallel_start_layer=4,
+    max_wallclock_seconds=125.0, train_batch_tokens=2048, micro_batch_tokens=2048, train_seq_len=512,
+    cu_seqlens_capacity=64, train_log_every=0, val_loss_every=0, matrix_lr=0.03, muon_momentum=0.95,
+    muon_momentum_warmup_start=0.85, muon_momentum_warmup_steps=100, ema_decay=0.98, gptq_calibration_batches=16,
+    val_batch_tokens=65536, eval_seq_len=512, ttt_lora_rank=8, ttt_lora_lr=1e-3, ttt_chunk_size=128,
+    ttt_eval_seq_len=512, ttt_batch_size=16)  # fmt: skip
+PRESETS: dict[str, dict[str, Any]] = {"record": {}, "pr1530": PR1530, "pr1560": PR1560, "cpu": CPU}
 
-def print_knobs() -> None:
-    """The table behind `--knobs`: variable, default per preset, meaning."""
+def print_knobs() -> None:  # variable, default per preset, meaning
     print(f"{'variable':28}" + "".join(f"{p:>14}" for p in PRESETS) + "  meaning")
     for f in dataclasses.fields(Config):
         values = [PRESETS[p].get(f.name, f.default) if f.name != "preset" else p for p in PRESETS]
@@ -272,9 +256,7 @@ def print_knobs() -> None:
         print(f"{f.name.upper():28}{''.join(cells)}  {f.metadata['doc']} {' | '.join(f.metadata['choices'])}")
 
 # === 2. Runtime: ranks, log, clock ====================================================================================
-class Ranks:
-    """This process among its peers. On one rank every method is the identity; else all ranks must call it together."""
-
+class Ranks:  # this process among its peers: all ranks must call a method together; on one rank it is the identity
     def __init__(self, environ: Mapping[str, str]):
         self.rank, self.world_size = int(environ.get("RANK", 0)), int(environ.get("WORLD_SIZE", 1))
         self.is_main, self.distributed, self.queues = self.rank == 0, "RANK" in environ, 0
@@ -284,68 +266,50 @@ class Ranks:
             torch.cuda.set_device(self.device)
         if self.distributed:
             dist.init_process_group("nccl" if cuda else "gloo", device_id=self.device if cuda else None)
-
-    def sum(self, t: Tensor) -> Tensor:
-        """Adds `t` over ranks in place."""
+    def sum(self, t: Tensor) -> Tensor:  # in place
         if self.distributed:
             dist.all_reduce(t)
         return t
-
-    def gather(self, value: Any) -> list[Any]:
-        """Every rank's `value`, in rank order."""
+    def gather(self, value: Any) -> list[Any]:  # every rank's, in rank order
         values = [value] * self.world_size
         if self.distributed:
             dist.all_gather_object(values, value)
         return values
-
-    def reduce_scatter(self, shard: Tensor, full: Tensor) -> None:
-        """shard (n, ...) <- this rank's part of the sum of `full` (world_size * n, ...) over ranks."""
-        if self.distributed and full.is_cuda:
+    def reduce_scatter(self, shard: Tensor, full: Tensor) -> None:  # shard <- this rank's 1 / W of the sum of full
+        if self.distributed and full.is_cuda:  # not every torch we support has it for gloo
             dist.reduce_scatter_tensor(shard, full)
-        else:  # not every torch we support has it for gloo
+        else:
             shard.copy_(self.sum(full).unflatten(0, (self.world_size, -1))[self.rank])
-
-    def all_gather(self, shard: Tensor) -> Tensor:
-        """(world_size * n, ...): every rank's `shard` (n, ...), in rank order."""
+    def all_gather(self, shard: Tensor) -> Tensor:  # (n, ...) of every rank, in rank order -> (world_size * n, ...)
         if not self.distributed:
             return shard
         full = shard.new_empty(self.world_size * len(shard), *shard.shape[1:])
         dist.all_gather_into_tensor(full, shard)
         return full
-
-    def tickets(self) -> Iterator[int]:
-        """0, 1, 2, ..: a new counter in the group's store; each number goes to the rank that asks first (W49)."""
+    def tickets(self) -> Iterator[int]:  # 0, 1, 2, .. of a new counter; each goes to the rank that asks first (W49)
         self.queues += 1
         store = dist.distributed_c10d._get_default_store() if self.distributed else dist.HashStore()
         while True:
             yield store.add(f"train_gpt/queue{self.queues}", 1) - 1
-
-    def now(self) -> float:
-        """Seconds on a steady clock, once the device has done all it was given."""
+    def now(self) -> float:  # seconds on a steady clock, once the device has done all it was given
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.monotonic()
 
-class Log:
-    """Lines for people on rank 0: to the terminal and to a file."""
-
+class Log:  # lines for people on rank 0: to the terminal and to a file
     def __init__(self, path: Path, is_main: bool):
         self.last, self.is_main = time.monotonic(), is_main
         if is_main:
             path.parent.mkdir(parents=True, exist_ok=True)
             self.file = path.open("a", encoding="utf-8")
-
     def __call__(self, line: str, terminal: bool = True) -> None:
         self.last = time.monotonic()
         for file in [self.file, sys.stdout][: 1 + terminal] if self.is_main else []:
             print(line, file=file, flush=True)
-
-    def due(self) -> bool:
-        """Whether the last line is 8 s ago: a long loop shows that it is alive."""
+    def due(self) -> bool:  # whether the last line is 8 s ago: a long loop shows that it is alive
         return time.monotonic() - self.last > 8
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Writes `data` so that `path` holds all of it or is untouched, whatever happens in between."""
+def write_atomic(path: Path, data: bytes) -> None:  # afterwards `path` holds all of it or is untouched
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     with part.open("wb") as f:
@@ -356,15 +320,10 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 # === 3. Data: shards of uint16 tokens -> rows of packed documents =====================================================
 SHARD_HEADER = [20240520, 1]  # magic, version; then the token count; 256 int32 in all
-
-def write_shard(path: Path, tokens: np.ndarray) -> None:
-    """Writes uint16 ids (n,) as one shard: 1024 bytes of header, then the ids, little-endian."""
-    header = np.zeros(256, dtype="<i4")
-    header[:3] = (*SHARD_HEADER, len(tokens))
+def write_shard(path: Path, tokens: np.ndarray) -> None:  # header of 1024 bytes, ids (n,) as uint16; little-endian
+    header = np.array([*SHARD_HEADER, len(tokens)] + [0] * 253, dtype="<i4")
     write_atomic(path, header.tobytes() + np.ascontiguousarray(tokens, dtype="<u2").tobytes())
-
-def read_shard(path: Path) -> np.ndarray:
-    """Memory-mapped uint16 ids (n,). Raises UsageError for a foreign, newer, truncated or empty file."""
+def read_shard(path: Path) -> np.ndarray:  # memory-mapped uint16 (n,); UsageError if foreign, newer, cut or empty
     size, header = path.stat().st_size, np.fromfile(path, dtype="<i4", count=256)
     if len(header) < 256 or header[:2].tolist() != SHARD_HEADER:
         raise UsageError(f"{path}: starts with {header[:2].tolist()}, a shard with {SHARD_HEADER}")
@@ -372,9 +331,7 @@ def read_shard(path: Path) -> np.ndarray:
         raise UsageError(f"{path}: holds {size} bytes, its header promises 1024 + 2 * {header[2]}")
     return np.memmap(path, dtype="<u2", mode="r", offset=1024, shape=(int(header[2]),))
 
-class TokenStream:
-    """All shards of a split end to end, so that a document or a transition may straddle two of them (W13)."""
-
+class TokenStream:  # all shards of a split end to end: a document or a transition may straddle two of them (W13)
     def __init__(self, folder: Path, split: str):
         self.paths = sorted(folder.glob(f"*_{split}_*.bin"))
         if not self.paths:
@@ -383,8 +340,7 @@ class TokenStream:
         self.starts = np.cumsum([0] + [len(s) for s in self.shards])
         self.size = int(self.starts[-1])
 
-    def read(self, start: int, count: int) -> np.ndarray:
-        """`count` ids (int64) from `start` on, beginning again at 0 past the end."""
+    def read(self, start: int, count: int) -> np.ndarray:  # ids int64 from `start` on, again from 0 past the end
         parts = []
         while count > 0:
             i = int(np.searchsorted(self.starts, start % self.size, side="right")) - 1
@@ -392,8 +348,7 @@ class TokenStream:
             start, count = start + len(parts[-1]), count - len(parts[-1])
         return np.concatenate(parts).astype(np.int64)
 
-class Batch(NamedTuple):
-    """One row of segments end to end; attention never crosses a segment, and positions count from its start."""
+class Batch(NamedTuple):  # a row of segments end to end; attention stays within one, positions count from its start
     inputs: Tensor  # (T,) int64
     targets: Tensor  # (T,) int64; -1 where nothing is predicted
     cu_seqlens: Tensor  # (capacity + 1,) int32: segment starts, then T in every unused entry
@@ -406,8 +361,7 @@ def pack_row(inputs: np.ndarray, targets: np.ndarray, starts: np.ndarray, shape:
     ids[1], ids[0, :n], ids[1, :n] = -1, inputs, targets
     segments = [*starts, *range(n, tokens, max_seqlen)]  # padding keeps to the bound too
     assert len(segments) <= capacity, (len(segments), capacity)
-    cu_seqlens = np.full(capacity + 1, tokens, dtype=np.int32)
-    cu_seqlens[: len(segments)] = segments
+    cu_seqlens = np.array(segments + [tokens] * (capacity + 1 - len(segments)), dtype=np.int32)
     sent = [torch.from_numpy(x) for x in (ids, cu_seqlens)]
     if device.type == "cuda":
         sent = [x.pin_memory().to(device, non_blocking=True) for x in sent]
@@ -415,26 +369,18 @@ def pack_row(inputs: np.ndarray, targets: np.ndarray, starts: np.ndarray, shape:
 
 def segment_starts(tokens: np.ndarray, bos_id: int, max_seqlen: int) -> np.ndarray:
     """Starts of the segments of a row (n,): 0, every BOS, and every `max_seqlen` tokens after either."""
-    documents = np.flatnonzero(tokens == bos_id)
-    if not len(documents) or documents[0] != 0:
-        documents = np.concatenate([[0], documents])
+    documents = np.union1d([0], np.flatnonzero(tokens == bos_id))
     pieces = -(-np.diff(documents, append=len(tokens)) // max_seqlen)
     piece = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)  # 0, 1, .. within each document
     return np.repeat(documents, pieces) + piece * max_seqlen
 
 class PackedLoader:
-    """Rows of the stream in order: every transition once an epoch, whatever the number of ranks (W13).
-
-    All ranks walk over all rows and build their own, rank, rank + W, ..; so a step holds the same rows for any world
-    size. A row takes MICRO_BATCH_TOKENS tokens, fewer if its segments exceed the capacity; the next goes on from there.
-    """
-
+    """Rows of the stream in order, each transition once an epoch (W13). All ranks walk over all rows and build every
+    W-th, so the world size changes no step. A row takes MICRO_BATCH_TOKENS tokens, or what the capacity allows."""
     def __init__(self, stream: TokenStream, bos_id: int, cfg: Config, ranks: Ranks):
         self.stream, self.cfg, self.ranks, self.cursor = stream, cfg, ranks, 0
         self.bos_id = bos_id if cfg.data_loader == "documents" else -1
-
-    def rows(self, count: int) -> tuple[list[Batch], int]:
-        """This rank's share of the next `count` rows, and the number of targets in all `count` rows."""
+    def rows(self, count: int) -> tuple[list[Batch], int]:  # this rank's of the next rows, and the targets in them all
         mine, first, (size, capacity, max_seqlen) = [], self.cursor, self.cfg.row_shape
         for row in range(count):
             tokens, n = self.stream.read(self.cursor, size + 1), size
@@ -445,29 +391,24 @@ class PackedLoader:
                 mine.append(pack_row(tokens[:n], tokens[1 : n + 1], starts, self.cfg.row_shape, self.ranks.device))
             self.cursor += n
         return mine, self.cursor - first
-
-    def steps(self) -> Iterator[tuple[list[Batch], int]]:
-        """`rows` of one step after another; a thread prepares the next while one is used."""
+    def steps(self) -> Iterator[tuple[list[Batch], int]]:  # `rows` of each step; a thread prepares the next
         with ThreadPoolExecutor(1) as pool:
             ahead = pool.submit(self.rows, self.cfg.rows_per_step)
             while True:
                 rows, ahead = ahead.result(), pool.submit(self.rows, self.cfg.rows_per_step)
                 yield rows
 
-class Documents(NamedTuple):
-    """Validation documents. The targets of one are the tokens after its first, the next document's BOS included: the
-    counts add up to N - 1, and every token but the first is predicted exactly once (W39)."""
+class Documents(NamedTuple):  # targets end with the next one's BOS: all tokens but the first are predicted once (W39)
     tokens: np.ndarray  # (N,) int64
     starts: np.ndarray  # (D,) of each document
     counts: np.ndarray  # (D,) of its targets
-
     @classmethod
     def load(cls, stream: TokenStream, bos_id: int, cfg: Config) -> Documents:
         tokens = stream.read(0, stream.size)
         starts = np.flatnonzero(tokens == bos_id)
-        counts = np.diff(starts, append=len(tokens) - 1)
-        sample = random.Random(cfg.seed).sample(range(len(starts)), max(1, round(cfg.val_doc_fraction * len(starts))))
-        return cls(tokens, starts[sorted(sample)], counts[sorted(sample)])
+        wanted = max(1, round(cfg.val_doc_fraction * len(starts)))
+        sample = sorted(random.Random(cfg.seed).sample(range(len(starts)), wanted))
+        return cls(tokens, starts[sample], np.diff(starts, append=len(tokens) - 1)[sample])
 
 class Tokenizer(NamedTuple):
     path: Path
@@ -475,10 +416,8 @@ class Tokenizer(NamedTuple):
     bos_id: int
     sha256: str
     manifest: dict[str, Any]  # of the data set; empty if it has none
-
     @classmethod
-    def load(cls, cfg: Config) -> Tokenizer:
-        """The data set's tokenizer. Raises UsageError if it is not one, of another size, or not the manifest's."""
+    def load(cls, cfg: Config) -> Tokenizer:  # UsageError if it is none, of another size, or not the manifest's
         import sentencepiece  # here, so that what needs no text needs no package
         named = cfg.dataset_dir / "manifest.json"
         manifest, default, sha256 = {}, f"fineweb_{cfg.vocab_size}_bpe.model", None
@@ -525,23 +464,17 @@ def open_shards(cfg: Config, tokenizer: Tokenizer, ranks: Ranks, splits: list[st
 # PR #1530; after modded-nanogpt. Both products with an activation epilogue are operators: PyTorch, or Triton on Hopper.
 MLP_SLOPE = 0.5  # a power of two: both branches, of the activation and of its derivative, are exact before one rounding
 MLP_TILE = (128, 256, 64)  # tokens, hidden units, summed width
-
-def leaky_relu_sq(pre: Tensor) -> Tensor:
-    """The activation, in the dtype given: pre^2 above zero, (MLP_SLOPE * pre)^2 below."""
+def leaky_relu_sq(pre: Tensor) -> Tensor:  # in the dtype given: pre^2 above zero, (MLP_SLOPE * pre)^2 below
     return F.leaky_relu(pre, MLP_SLOPE).square()
 
 if triton is not None:
     @triton.jit
     def mlp_kernel(a, w, pre, out, BACKWARD: tl.constexpr, SLOPE: tl.constexpr):
         """One product and its epilogue. Operands are tensor descriptors and bring their dtype; sums are fp32.
-
         forward : a = x (T, C), w = w_up (F, C);    stores pre = a @ w.T and out = leaky_relu(pre)^2, both (T, F)
         backward: a = dy (T, C), w = w_down (C, F); loads pre, stores out = (a @ w) * derivative of leaky_relu^2 at pre
-
-        A sum is rounded to the dtype before the epilogue, as between separate operators. TMA reads zeros and writes
-        nothing past an edge: no masks. Programs stride over tiles in groups of 8 row blocks (weights stay in L2).
-        `flatten` starts the next tile's loads before this epilogue, done by column halves so that staging fits beside.
-        """
+        A sum is rounded to the dtype before the epilogue. TMA needs no masks. Programs stride over tiles in groups of 8
+        row blocks (weights stay in L2); `flatten` starts the next loads before this epilogue, done by column halves."""
         BM: tl.constexpr = a.block_shape[0]
         BH: tl.constexpr = out.block_shape[1]
         row_blocks, col_blocks = tl.cdiv(out.shape[0], BM), tl.cdiv(out.shape[1], 2 * BH)
@@ -561,11 +494,8 @@ if triton is not None:
                     pre.store(at, half)
 
 def launch_mlp(a: Tensor, w: Tensor, pre: Tensor, out: Tensor, programs: int, backward: bool, tile=MLP_TILE) -> None:
-    """Run mlp_kernel into `out` (forward also `pre`) with at most that many persistent programs; T must not be 0.
-
-    A new T compiles nothing. Descriptors are made per call (a cache would keep activations alive), never in a replayed
-    CUDA graph. Shared memory, of 227 KB: forward 224 (4 stages), backward with its staged `pre` 208 (3 stages).
-    """
+    """Fills `out` (forward also `pre`). T must not be 0, a new T compiles nothing. Descriptors are made anew (a cache
+    holds activations). Shared memory, of 227 KB: forward 224 (4 stages), backward 208 (3 stages)."""
     bm, bn, bk = tile
     boxes = [bm, bk], [bk, bn] if backward else [bn, bk], [bm, bn // 2], [bm, bn // 2]
     args = [TensorDescriptor(t, t.shape, t.stride(), box) for t, box in zip((a, w, pre, out), boxes, strict=True)]
@@ -575,7 +505,6 @@ def launch_mlp(a: Tensor, w: Tensor, pre: Tensor, out: Tensor, programs: int, ba
 def mlp_up_reference(x: Tensor, w_up: Tensor) -> tuple[Tensor, Tensor]:
     pre = F.linear(x, w_up)
     return pre, leaky_relu_sq(pre)
-
 def mlp_dpre_reference(dy: Tensor, w_down: Tensor, pre: Tensor) -> Tensor:
     return (dy @ w_down).mul_(F.leaky_relu(pre, MLP_SLOPE**2)).mul_(2)  # 1/12 of torch.where's time on a CPU in bf16
 
@@ -598,13 +527,11 @@ for op, reference in ((mlp_up, mlp_up_reference), (mlp_dpre, mlp_dpre_reference)
     op.register_kernel("cuda", mlp_cuda)
 
 class FusedMLP(torch.autograd.Function):
-
     @staticmethod
     def forward(ctx, x: Tensor, w_up: Tensor, w_down: Tensor, pre: Tensor, post: Tensor) -> Tensor:
         _, need_up, need_down, *_ = ctx.needs_input_grad  # a frozen weight keeps nothing alive
         ctx.save_for_backward(x if need_up else None, w_up, w_down, pre, post if need_down else None)
         return F.linear(post, w_down)
-
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, w_up, w_down, pre, post = ctx.saved_tensors
@@ -613,21 +540,18 @@ class FusedMLP(torch.autograd.Function):
         dx, dw_up = dpre @ w_up if need_x else None, dpre.t() @ x if need_up else None
         return dx, dw_up, dy.t() @ post if need_down else None, None, None
 
-def fused_mlp(x: Tensor, w_up: Tensor, w_down: Tensor) -> tuple[Tensor, Tensor]:
-    """(out (T, C), post (T, F)) in the dtype of all three; post is for calibration and carries no gradient."""
+def fused_mlp(x: Tensor, w_up: Tensor, w_down: Tensor) -> tuple[Tensor, Tensor]:  # out (T, C), post (T, F): no gradient
     pre, post = mlp_up(x.detach(), w_up.detach())  # not outputs of FusedMLP, or autograd would fill zeros for post
     return FusedMLP.apply(x, w_up, w_down, pre, post), post
 
 # --- Attention over packed documents, one signature for every backend: q (T, H, D), k and v (T, Hkv, D), cu_seqlens
-# int32 (capacity + 1,) from 0 to T with T repeated at the end (empty segments), max_seqlen a constant. Only values
-# differ between batches, so a graph is compiled once. FA2, FA3 (from 2025-12) and torch.nn.attention.varlen trace as
-# operators of their own; FA4 had none by 2026-08 and is refused until it traces; per-document SDPA becomes one here.
+# int32 (capacity + 1,) ending in repeated T, max_seqlen a constant: one graph for all batches. FA2, FA3 (from 2025-12)
+# and torch's varlen trace as operators, FA4 not by 2026-08 (refused until it does); per-document SDPA becomes one here.
 ATTENTION_BACKENDS = {"fa3": "flash_attn_interface", "fa4": "flash_attn.cute", "fa2": "flash_attn"}  # by preference
 ATTENTION_BACKENDS |= {"torch": "torch.nn.attention.varlen", "sdpa": ""}  # sdpa: any device, any float type
 ATTENTION_TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 5e-3, torch.float32: 2e-3, torch.float64: 1e-5}  # TF32 2e-3
 # Package absent; library does not load; another version; dtype, head width or GPU refused, or a graph break.
 BACKEND_ERRORS = (ImportError, OSError, AttributeError, KeyError, TypeError, AssertionError, ValueError, RuntimeError)
-
 def over_documents(kernel: Callable, inputs: tuple, outputs: tuple, cu_seqlens: Tensor) -> None:
     """Fills outputs (T, heads, ...) with kernel(*inputs), called on (rows, heads, n, ...) views of equal neighbours."""
     start, lengths = 0, [n for n in cu_seqlens.diff().tolist() if n]
@@ -647,8 +571,7 @@ def causal_gradients(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, _
     ds = p * (grad @ v.mT - (grad * y).sum(-1, keepdim=True)) * scale
     return (ds @ k).flatten(1, 2), (ds.mT @ q).sum(2), (p.mT @ grad).sum(2)
 
-def sdpa_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
-    """Room for y (T, H, D) and the logsumexp (H, T), which only the CPU kernels fill and need."""
+def sdpa_outputs(q: Tensor) -> tuple[Tensor, Tensor]:  # y (T, H, D), logsumexp (H, T), used only on a CPU
     return q.new_empty(q.shape), q.new_zeros(q.shape[1::-1], dtype=torch.promote_types(q.dtype, torch.float32))
 
 @torch.library.custom_op("golf::sdpa_varlen", mutates_args=())
@@ -664,9 +587,8 @@ def sdpa_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen:
     return y, lse
 
 @torch.library.custom_op("golf::sdpa_varlen_backward", mutates_args=())
-def sdpa_varlen_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, cu_seqlens: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def sdpa_varlen_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor,
+                         cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv. Autograd is off inside an operator, so off the CPU the gradient is written out (slow)."""
     inputs = (*(x.contiguous() for x in (grad, q, k, v, y)), lse.T)
     grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
@@ -678,17 +600,14 @@ sdpa_varlen.register_fake(lambda q, *_: sdpa_outputs(q))
 sdpa_varlen_backward.register_fake(lambda grad, *saved: tuple(x.new_empty(x.shape) for x in saved[:3]))
 sdpa_varlen.register_autograd(
     lambda ctx, grad, _: (*sdpa_varlen_backward(grad, *ctx.saved_tensors), None, None),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:3], *output, inputs[3]),
-)
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:3], *output, inputs[3]))  # fmt: skip
 ATTENTION = {"sdpa": sdpa_varlen}  # check_attention adds the others
-
 def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, backend: str) -> Tensor:
     """y (T, H, D), causal within each segment, scale D ** -0.5; query head h reads key/value head h // (H // Hkv)."""
     y = ATTENTION[backend](q, k, v, cu_seqlens, max_seqlen)
     return y[0] if isinstance(y, tuple) else y  # ours, FA4, and FA3 before 2025-07 add the logsumexp
 
-def load_attention(backend: str) -> Callable[..., Tensor]:
-    """Imports a backend and gives it our signature; raises one of BACKEND_ERRORS."""
+def load_attention(backend: str) -> Callable[..., Tensor]:  # with our signature; raises one of BACKEND_ERRORS
     name = "varlen_attn" if backend == "torch" else "flash_attn_varlen_func"
     function = getattr(importlib.import_module(ATTENTION_BACKENDS[backend]), name)
     if backend == "torch":  # 2.10 has is_causal, later a window; enable_gqa is required since 2.12, implied before
@@ -696,9 +615,8 @@ def load_attention(backend: str) -> Callable[..., Tensor]:
         options = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
         options |= {"enable_gqa": True} if "enable_gqa" in known else {}
         return lambda q, k, v, cu, n: function(q, k, v, cu, cu, n, n, **options)
-    return lambda q, k, v, cu, n: function(
-        q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=n, max_seqlen_k=n, causal=True
-    )
+    return lambda q, k, v, cu, n: function(q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=n, max_seqlen_k=n,
+                                           causal=True)  # fmt: skip
 
 def check_attention(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     """Compiles a backend whole and compares y, dq, dk, dv with masked SDPA; the reason to refuse it, or nothing."""
@@ -734,8 +652,7 @@ def choose_attention(requested: str, device: torch.device, dtype: torch.dtype) -
     raise UsageError(f"ATTENTION_BACKEND={requested}: {reason}; works here: {', '.join(works) or 'none'}")
 
 # === 5. Model: banks, the order of layers, one forward for training, calibration, scoring and adaptation ==============
-class Visit(NamedTuple):
-    """One step of the unrolled depth: which layer runs, on what, and which skips it stores or takes."""
+class Visit(NamedTuple):  # one step of the unrolled depth: which layer runs, which skips it stores or takes
     layer: int
     slot: int  # position in the plan; adapters are kept per slot
     push: bool  # store the output for a later skip
@@ -743,19 +660,15 @@ class Visit(NamedTuple):
     parallel: bool  # two lanes
 
 def layer_plan(cfg: Config, looped: bool) -> tuple[Visit, ...]:
-    """The order of layers; the only place that knows it.
-
-    The first half stores its outputs as skips, the second takes them last in, first out. Rows of skip_weights belong to
-    pairs (receiver, source) of the looped plan. The plain plan uses the rows of the same pair, so a skip keeps its
-    meaning when looping starts (W4); of the two rows of a pair that looping visits twice, it uses the mean.
-    """
+    """The order of layers; the only place that knows it. The first half stores its outputs as skips, the second takes
+    them last in, first out. Rows of skip_weights belong to pairs (receiver, source) of the looped plan; the plain plan
+    uses those of the same pair (their mean, if looping visits it twice), so a skip keeps its meaning (W4)."""
     def halves(loops: int) -> tuple[list[int], list[int], list[tuple[int, int]]]:
         order = [*range(cfg.num_layers)]
-        segment = order[cfg.loop_start : cfg.loop_end + 1] * loops
-        order = order[: cfg.loop_start] + segment + order[cfg.loop_start :]
+        order[cfg.loop_start : cfg.loop_start] = order[cfg.loop_start : cfg.loop_end + 1] * loops
         encoder, decoder = order[: len(order) // 2], order[len(order) // 2 :]
         return encoder, decoder, list(zip(decoder, reversed(encoder), strict=False))
-    _, _, full = halves(cfg.num_loops)
+    full = halves(cfg.num_loops)[2]
     encoder, decoder, pairs = halves(cfg.num_loops if looped else 0)
     same = [tuple(row for row, other in enumerate(full) if other == pair) for pair in pairs]
     skips = [(k,) if looped or not rows else rows for k, rows in enumerate(same)] + [()] * (len(decoder) - len(pairs))
@@ -763,15 +676,13 @@ def layer_plan(cfg: Config, looped: bool) -> tuple[Visit, ...]:
     steps = [(i, True, ()) for i in encoder] + [(i, False, skip) for i, skip in zip(decoder, skips, strict=True)]
     return tuple(Visit(i, slot, push, skip, i >= first) for slot, (i, push, skip) in enumerate(steps))
 
-class Role(NamedTuple):
-    """What the rest of the program needs to know of a parameter."""
+class Role(NamedTuple):  # what the rest of the program needs to know of a parameter
     shape: tuple[int, ...]
     init: float | str  # constant, "orthogonal" (gain 1), "normal", or "first": row 0 ones, row 1 zeros
-    group: str  # optimiser: muon, embed or scalar
-    packing: str  # in the artifact: matrix or embed (integers), or float (fp16)
+    group: str = "scalar"  # optimiser: muon, embed or scalar
+    packing: str = "float"  # in the artifact: matrix or embed (integers), or float (fp16)
 
-def parameter_table(cfg: Config) -> dict[str, Role]:
-    """Every parameter with its shape, init, optimiser and packing: the only such list. Weights act as y = x W^T."""
+def parameter_table(cfg: Config) -> dict[str, Role]:  # the only list of parameters; weights act as y = x W^T
     L, C, V, kv = cfg.num_layers, cfg.model_dim, cfg.vocab_size, cfg.num_kv_heads * cfg.head_dim
     num_skips = sum(bool(v.skip) for v in layer_plan(cfg, looped=True))
     table = {
@@ -780,139 +691,98 @@ def parameter_table(cfg: Config) -> dict[str, Role]:
         "up_bank": Role((L, cfg.mlp_dim, C), "orthogonal", "muon", "matrix"),
         "down_bank": Role((L, C, cfg.mlp_dim), 0.0, "muon", "matrix"),
         "tok_emb": Role((V, C), "normal", "embed", "embed"),  # table and head; fp32 master (W8)
-        "skip_weights": Role((num_skips, C), 1.0, "scalar", "float"),
-        "attn_scale": Role((L, C), 1.0, "scalar", "float"),
-        "mlp_scale": Role((L, C), 1.0, "scalar", "float"),
-        "resid_mix": Role((L, 2, C), "first", "scalar", "float"),  # row 0 for x, row 1 for x0
-        "q_gain": Role((L, cfg.num_heads), cfg.qk_gain_init, "scalar", "float"),
-    }
+        "skip_weights": Role((num_skips, C), 1.0), "attn_scale": Role((L, C), 1.0), "mlp_scale": Role((L, C), 1.0),
+        "resid_mix": Role((L, 2, C), "first"),  # row 0 for x, row 1 for x0
+        "q_gain": Role((L, cfg.num_heads), cfg.qk_gain_init)}  # fmt: skip
     if cfg.skip_gates_enabled:
-        table["skip_gates"] = Role((num_skips, C), 0.0, "scalar", "float")
+        table["skip_gates"] = Role((num_skips, C), 0.0)
     if cfg.parallel_start_layer:
-        table["parallel_post_lambdas"] = Role((L, 2, 2), 1.0, "scalar", "float")  # [layer, source, lane]
-        table["parallel_resid_lambdas"] = Role((L, 2), 1.1, "scalar", "float")  # [layer, lane]
+        table["parallel_post_lambdas"] = Role((L, 2, 2), 1.0)  # [layer, source, lane]
+        table["parallel_resid_lambdas"] = Role((L, 2), 1.1)  # [layer, lane]
     return table
 
 LAYER_TENSORS = "q o k v up down attn_scale mlp_scale resid_mix q_gain".split()
 LayerWeights = NamedTuple("LayerWeights", [(name, Tensor) for name in LAYER_TENSORS])  # of one layer, compute dtype
-
-class PassInfo(NamedTuple):
-    """What every layer of one forward shares."""
+class PassInfo(NamedTuple):  # what every layer of one forward shares
     batch: Batch
-    cos: Tensor  # (T, 1, rope_dims / 2) at each token's position in its segment
-    sin: Tensor
+    rope: tuple[Tensor, Tensor]  # cos, sin (T, 1, rope_dims / 2) at each token's position in its segment
     tap: Callable[[str, int, Tensor], None]  # (site, layer, input of a product): calibration
     lora: dict[tuple[str, int], tuple[Tensor, Tensor]]  # (site, slot) -> A, B; empty without adapters
-
-    def add_lora(self, y: Tensor, x: Tensor, site: str, slot: int) -> Tensor:
-        """y (T, out) plus the adapter's (x A^T) B^T, if there is one here; x (T, C) holds T / B tokens per document."""
+    def add_lora(self, y: Tensor, x: Tensor, site: str, slot: int) -> Tensor:  # x (T, C): T / B tokens per document
         if (site, slot) not in self.lora:
             return y
         a, b = self.lora[site, slot]
         return y + (x.unflatten(0, (len(a), -1)) @ a.mT @ b.mT).flatten(0, 1)
 
-def rms_norm(x: Tensor) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) over the last axis, fp32 inside; F.rms_norm takes 20 times as long in bf16 on a CPU."""
-    if x.is_cuda:
+def rms_norm(x: Tensor) -> Tensor:  # x / sqrt(mean(x^2) + eps) over the last axis, fp32 inside
+    if x.is_cuda:  # on a CPU in bf16, F.rms_norm takes 20 times as long as the lines below
         return F.rms_norm(x, (x.size(-1),))
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps)).to(x.dtype)
 
-def positions(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
-    """(T,) int64: each token's index in its segment (W17)."""
+def positions(cu_seqlens: Tensor, num_tokens: int) -> Tensor:  # (T,) int64: each token's index in its segment (W17)
     index = torch.arange(num_tokens, device=cu_seqlens.device)
     return index - cu_seqlens[torch.searchsorted(cu_seqlens, index, right=True) - 1]
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE on the first 2 * cos.size(-1) dims of x (T, H, D); dims j and j + half form a pair."""
-    half = cos.size(-1)
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # RoPE on the first 2 * half dims of x (T, H, D)
+    half = cos.size(-1)  # dims j and j + half form a pair
     x1, x2, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin, rest], dim=-1)
-
-def remove_own_value(y: Tensor, v: Tensor) -> Tensor:
-    """XSA: takes from each head's output y (T, H, D) its component along the token's own value v (T, Hkv, D)."""
+def remove_own_value(y: Tensor, v: Tensor) -> Tensor:  # XSA: from y (T, H, D), its component along v (T, Hkv, D)
     wide = y.to(torch.promote_types(y.dtype, torch.float32)).unflatten(1, (v.size(1), -1))  # (T, Hkv, H / Hkv, D)
     unit = F.normalize(v.to(wide.dtype), dim=-1).unsqueeze(2)  # (T, Hkv, 1, D)
     return (wide - (wide * unit).sum(-1, keepdim=True) * unit).flatten(1, 2).to(y.dtype)
 
-class GPT(nn.Module):
-    """The network of PR #1530. Parameters are fp32; products run in the compute dtype."""
-
+class GPT(nn.Module):  # the network of PR #1530; parameters are fp32, products run in the compute dtype
     def __init__(self, cfg: Config, attention_backend: str = "sdpa"):
         super().__init__()
-        self.cfg, self.attention_backend = cfg, attention_backend
-        for name, role in parameter_table(cfg).items():
-            self.register_parameter(name, nn.Parameter(torch.empty(role.shape)))
+        self.cfg, self.attention_backend, g = cfg, attention_backend, torch.Generator().manual_seed(cfg.seed)
         half = (cfg.rope_dims or cfg.head_dim) // 2
         longest = max(cfg.train_seq_len, cfg.eval_seq_len, cfg.ttt_eval_seq_len)
         frequencies = cfg.rope_base ** (-torch.arange(half, dtype=torch.float64) / half)
         angles = torch.arange(longest)[:, None, None] * frequencies  # (longest, 1, half)
         self.register_buffer("rope", torch.stack([angles.cos(), angles.sin()], 1).float(), persistent=False)
-        self.reset_parameters()
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Initial weights from SEED, drawn on the CPU: equal on every rank and device."""
-        g = torch.Generator().manual_seed(self.cfg.seed)
-        for name, role in parameter_table(self.cfg).items():
-            p = self.get_parameter(name)
+        for name, role in parameter_table(cfg).items():  # drawn on the CPU: equal on every rank and device
+            weight = torch.full(role.shape, role.init if isinstance(role.init, float) else 0.0)
             if role.init == "orthogonal":
-                for matrix in p:
+                for matrix in weight:
                     nn.init.orthogonal_(matrix, generator=g)
             elif role.init == "normal":
-                nn.init.normal_(p, std=self.cfg.tied_embed_init_std, generator=g)
-            else:
-                p.fill_(1.0 if role.init == "first" else role.init)
-        self.resid_mix[:, 1] = 0.0
-        self.qo_bank[self.cfg.num_layers :] = 0.0  # like down_bank: every block starts as the identity
+                nn.init.normal_(weight, std=cfg.tied_embed_init_std, generator=g)
+            elif role.init == "first":
+                weight[:, 0] = 1.0
+            self.register_parameter(name, nn.Parameter(weight))
+        self.qo_bank.data[cfg.num_layers :] = 0.0  # like down_bank: every block starts as the identity
 
-    def layer_weights(self) -> list[LayerWeights]:
-        """Casts every bank once and splits it; unbind, because its gradient is one stack and not L padded copies."""
-        names, L = ["qo_bank", "kv_bank", "up_bank", "down_bank", *LAYER_TENSORS[6:]], self.cfg.num_layers
-        qo, kv, *rest = (self.get_parameter(name).to(self.cfg.dtype).unbind(0) for name in names)
-        return [LayerWeights(*w) for w in zip(qo[:L], qo[L:], kv[:L], kv[L:], *rest, strict=True)]
-
-    def attend(self, n: Tensor, w: LayerWeights, visit: Visit, info: PassInfo) -> Tensor:
-        """Normalised input n (T, C) -> attention output (T, C), before its scale."""
-        q, k, v = (
-            info.add_lora(F.linear(n, getattr(w, site)), n, site, visit.slot).unflatten(-1, (-1, self.cfg.head_dim))
-            for site in "qkv"
-        )  # (T, H, D), (T, Hkv, D) twice
-        q = rotate(rms_norm(q), info.cos, info.sin) * w.q_gain[:, None]
-        k = rotate(rms_norm(k), info.cos, info.sin)
+    def attend(self, n: Tensor, w: LayerWeights, visit: Visit, info: PassInfo) -> Tensor:  # of normalised n (T, C)
+        q, k, v = (info.add_lora(F.linear(n, getattr(w, site)), n, site, visit.slot) for site in "qkv")
+        q, k, v = (x.unflatten(-1, (-1, self.cfg.head_dim)) for x in (q, k, v))  # (T, H, D), (T, Hkv, D) twice
+        q, k = rotate(rms_norm(q), *info.rope) * w.q_gain[:, None], rotate(rms_norm(k), *info.rope)
         y = attention(q, k, v, info.batch.cu_seqlens, info.batch.max_seqlen, self.attention_backend)
-        if visit.layer >= self.cfg.num_layers - self.cfg.xsa_last_n:
-            y = remove_own_value(y, v)
-        y = y.flatten(1)  # (T, C)
+        xsa = visit.layer >= self.cfg.num_layers - self.cfg.xsa_last_n
+        y = (remove_own_value(y, v) if xsa else y).flatten(1)  # (T, C)
         info.tap("attn_in", visit.layer, n)
         info.tap("attn_out", visit.layer, y)
         return info.add_lora(F.linear(y, w.o), n, "o", visit.slot)
-
-    def feed(self, n: Tensor, w: LayerWeights, visit: Visit, info: PassInfo) -> Tensor:
-        """Normalised input n (T, C) -> MLP output (T, C), before its scale."""
+    def feed(self, n: Tensor, w: LayerWeights, visit: Visit, info: PassInfo) -> Tensor:  # the same for the MLP
         out, post = fused_mlp(n, w.up, w.down)
         info.tap("mlp_in", visit.layer, n)
         info.tap("mlp_mid", visit.layer, post)
         return info.add_lora(out, n, "mlp", visit.slot)
-
-    def merge_skip(self, x: Tensor, skip: Tensor, rows: tuple[int, ...]) -> Tensor:
-        """Adds a stored activation to the stream: by weight, and by a gate whose 1 keeps the stream."""
+    def merge_skip(self, x: Tensor, skip: Tensor, rows: tuple[int, ...]) -> Tensor:  # a gate of 1 keeps the stream x
         skip = self.skip_weights[list(rows)].mean(0).to(x.dtype) * skip
-        if not self.cfg.skip_gates_enabled:
-            return x + skip
-        return torch.lerp(skip, x, torch.sigmoid(self.skip_gates[list(rows)].mean(0).to(x.dtype)))
-
-    def hidden(self, info: PassInfo, plan: tuple[Visit, ...]) -> Tensor:
-        """Runs the plan: ids of the batch -> final normalised hidden states (T, C)."""
-        layers = self.layer_weights()
+        gated = self.cfg.skip_gates_enabled
+        return torch.lerp(skip, x, self.skip_gates[list(rows)].mean(0).to(x.dtype).sigmoid()) if gated else x + skip
+    def hidden(self, info: PassInfo, plan: tuple[Visit, ...]) -> Tensor:  # final normalised hidden states (T, C)
+        names, L = ["qo_bank", "kv_bank", "up_bank", "down_bank", *LAYER_TENSORS[6:]], self.cfg.num_layers
+        # Cast once, and unbind, because its gradient is one stack and not L padded copies.
+        qo, kv, *rest = (self.get_parameter(name).to(self.cfg.dtype).unbind(0) for name in names)
+        layers = [LayerWeights(*w) for w in zip(qo[:L], qo[L:], kv[:L], kv[L:], *rest, strict=True)]
         x = x0 = rms_norm(F.embedding(info.batch.inputs, self.tok_emb.to(self.cfg.dtype)))
         skips, lane = [], None  # `lane` is the MLP lane; x is the attention lane once there are two
         for visit in plan:
             w, scale = layers[visit.layer], 1 / math.sqrt(visit.layer + 1) if self.cfg.ln_scale else 1.0
-            if visit.parallel and lane is None:
-                lane = x
-            if visit.skip:
-                x = self.merge_skip(x, skips.pop(), visit.skip)
+            lane = x if visit.parallel and lane is None else lane
+            x = self.merge_skip(x, skips.pop(), visit.skip) if visit.skip else x
             u = w.resid_mix[0] * x + w.resid_mix[1] * x0
             a = w.attn_scale * self.attend(rms_norm(u) * scale, w, visit, info)
             if visit.parallel:  # attention reads one lane, the MLP the other; both are written to both
@@ -923,21 +793,17 @@ class GPT(nn.Module):
             else:
                 h = u + a
                 x = h + w.mlp_scale * self.feed(rms_norm(h) * scale, w, visit, info)
-            if visit.push:
-                skips.append(x)
+            skips += [x] if visit.push else []
         if lane is not None:
             x = {"mean": (x + lane) / 2, "attn": x, "mlp": lane}[self.cfg.parallel_final_lane]
         return rms_norm(x)
 
     def forward(self, batch: Batch, plan: tuple[Visit, ...], lora: LoRA | None = None, select: Tensor | None = None,
                 tap: Callable[[str, int, Tensor], None] = lambda site, layer, x: None) -> Tensor:  # fmt: skip
-        """Nats per token (T,) fp32, 0 where the target is -1.
-
-        `lora` adapts segments of equal length, one adapter each. `tap` sees the input of every product. `select` (n,)
-        int64 asks for these positions only and returns (n,): no logits are computed for the others.
-        """
+        """Nats per token (T,) fp32, 0 where the target is -1. `lora` adapts segments of equal length, one adapter each.
+        `tap` sees the input of every product. With `select` (n,) int64, only these positions get logits: (n,)."""
         place, dtype = positions(batch.cu_seqlens, batch.inputs.numel()), self.cfg.dtype
-        info = PassInfo(batch, *self.rope[place].to(dtype).unbind(1), tap, lora.views(dtype) if lora else {})
+        info = PassInfo(batch, self.rope[place].to(dtype).unbind(1), tap, lora.views(dtype) if lora else {})
         x, targets = self.hidden(info, plan), batch.targets
         tap("head_in", 0, x)
         if select is not None:
@@ -948,16 +814,12 @@ class GPT(nn.Module):
 
 # === 6. Adapters: a LoRA for every document of a batch, at every visit of a layer =====================================
 class LoRA(NamedTuple):
-    """Adapters of B documents in two leaf tensors, fp32, all A and all B: y += (x A^T) B^T.
-
-    q, k, v and o read the normalised attention input, mlp the normalised MLP input, head the final hidden state.
-    8,355,840 values per document at the record's settings: 17 visits and the head.
-    """
+    """Adapters of B documents in two fp32 leaf tensors: y += (x A^T) B^T. q, k, v, o read the normalised input of the
+    attention, mlp that of the MLP, head the final state. The record has 8,355,840 values per document in 17 visits."""
     sites: tuple[tuple[str, int], ...]  # (site, slot) of every adapter
     widths: tuple[int, ...]  # its output width
     down: Tensor  # (B, len(sites), rank, C)
     up: Tensor  # (B, sum(widths), rank)
-
     @classmethod
     def zeros(cls, cfg: Config, batch: int, slots: int, device: torch.device) -> LoRA:
         C, kv, rank = cfg.model_dim, cfg.num_kv_heads * cfg.head_dim, cfg.ttt_lora_rank
@@ -967,24 +829,20 @@ class LoRA(NamedTuple):
         shapes = (len(widths), rank, C), (sum(widths.values()), rank)
         leaves = (torch.zeros(batch, *shape, device=device, requires_grad=True) for shape in shapes)
         return cls(tuple(widths), tuple(widths.values()), *leaves)
-
     @torch.no_grad()
-    def reset(self, seed: int, keys: list[int]) -> None:
-        """B to zero, A to uniform +-1/sqrt(C) drawn by (seed, key of the document) alone (W48)."""
+    def reset(self, seed: int, keys: list[int]) -> None:  # B zero, A +-1/sqrt(C) by seed and document key alone (W48)
         generator, bound = torch.Generator(self.down.device), self.down.size(-1) ** -0.5
         for a, key in zip(self.down, keys, strict=True):
             a.uniform_(-bound, bound, generator=generator.manual_seed(seed * 1_000_000_007 + key))  # CPU: low 32 bits
         self.up.zero_()
-
     def views(self, dtype: torch.dtype) -> dict[tuple[str, int], tuple[Tensor, Tensor]]:
         """(site, slot) -> A (B, rank, C), B (B, out, rank); unbind and split, so that a gradient is one copy."""
         pairs = zip(self.down.to(dtype).unbind(1), self.up.to(dtype).split(self.widths, 1), strict=True)
         return dict(zip(self.sites, pairs, strict=True))
 
 # === 7. Optimisation: Muon on banks, AdamW on the rest, schedules =====================================================
-def newton_schulz(g: Tensor, steps: int) -> Tensor:
-    """Pushes the singular values of each matrix of g (n, r, c) towards 1 (Muon, K. Jordan; quintic coefficients)."""
-    a, b, c = 3.4445, -4.7750, 2.0315
+def newton_schulz(g: Tensor, steps: int) -> Tensor:  # singular values of each matrix of g (n, r, c) towards 1
+    a, b, c = 3.4445, -4.7750, 2.0315  # quintic, of Muon (K. Jordan)
     x = g.mT if g.size(-2) > g.size(-1) else g
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
@@ -1001,15 +859,11 @@ def muon_update(grad: Tensor, buffer: Tensor, momentum: Tensor, cfg: Config) -> 
     return newton_schulz(u.to(cfg.dtype), cfg.muon_backend_steps)
 
 class Muon(torch.optim.Optimizer):
-    """Muon for banks of matrices (B, out, in) that act as y = x W^T, each rank orthogonalising its share of slices.
-
-    Reduce-scatter of gradients -> step on the shard -> all-gather of updates (PR #399). A rank owns floor or ceil(B/W)
-    slices; shards have room for ceil(B / W), so at most one slice per rank and bank is padding, never computed on. The
-    rate is the spectral norm of an update over sqrt(max(1, out / in)). All state is in the state dict (W1).
-    """
-
+    """Muon for banks of matrices (B, out, in) that act as y = x W^T: reduce-scatter of gradients, step on the shard,
+    all-gather of updates (PR #399). A rank owns floor or ceil(B / W) slices; one more in a shard is padding. The rate
+    is the spectral norm of an update over sqrt(max(1, out / in)). All state is in the state dict (W1)."""
     def __init__(self, banks: list[nn.Parameter], cfg: Config, ranks: Ranks):
-        super().__init__([{"params": banks, "lr": cfg.matrix_lr}], {})
+        super().__init__([{"params": banks, "lr": cfg.matrix_lr, "base_lr": cfg.matrix_lr}], {})
         self.cfg, self.ranks, W = cfg, ranks, ranks.world_size
         self.update = torch.compile(muon_update, dynamic=False) if cfg.compile else muon_update
         self.places, self.own, self.shards = {}, {}, {}
@@ -1021,8 +875,7 @@ class Muon(torch.optim.Optimizer):
             self.shards[p] = torch.zeros(share, *p.shape[1:], device=p.device, dtype=dtype)
             self.state[p]["momentum_buffer"] = torch.zeros(self.own[p], *p.shape[1:], device=p.device)
 
-    def reduce(self) -> Tensor:
-        """Sums gradients over ranks into the shards; returns the squared norm of all of them, the same everywhere."""
+    def reduce(self) -> Tensor:  # sums gradients over ranks into the shards; returns the squared norm of them all
         total = torch.zeros((), device=next(iter(self.shards)).device)
         for p, shard in self.shards.items():
             full = shard.new_zeros(self.ranks.world_size * len(shard), *p.shape[1:])
@@ -1031,8 +884,7 @@ class Muon(torch.optim.Optimizer):
         return self.ranks.sum(total)
 
     @torch.no_grad()
-    def step(self, clip: Tensor, momentum: Tensor) -> None:
-        """Applies one update from the reduced shards, scaled by `clip` (scalar) first."""
+    def step(self, clip: Tensor, momentum: Tensor) -> None:  # one update from the reduced shards times `clip`; scalars
         lr = self.param_groups[0]["lr"]
         for p, shard in self.shards.items():
             mine = torch.zeros(shard.shape, device=p.device, dtype=self.cfg.dtype)
@@ -1043,9 +895,7 @@ class Muon(torch.optim.Optimizer):
             p.mul_(1 - lr * self.cfg.muon_wd)
             p.add_(full[self.places[p]], alpha=-lr * math.sqrt(max(1.0, p.size(-2) / p.size(-1))))
 
-class Optimizers:
-    """All optimisers as one: reduce every gradient, clip by the norm of the reduced ones (W2), step."""
-
+class Optimizers:  # all as one: reduce every gradient, clip by the norm of the reduced ones (W2), step
     def __init__(self, model: GPT, cfg: Config, ranks: Ranks):
         self.model, self.cfg, self.ranks, table = model, cfg, ranks, parameter_table(cfg)
         group = {"muon": [], "embed": [], "scalar": []}
@@ -1053,46 +903,35 @@ class Optimizers:
             group[table.pop(name).group].append(p)
         assert not table, f"the table names {list(table)}, which the model has not"
         self.muon, self.replicated = Muon(group["muon"], cfg, ranks), [*group["scalar"], *group["embed"]]
-        self.adam = torch.optim.AdamW([
-            dict(params=group["embed"], lr=cfg.tied_embed_lr, weight_decay=cfg.embed_wd),
-            dict(params=group["scalar"], lr=cfg.scalar_lr, weight_decay=cfg.adam_wd),
-        ], betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=True)  # fmt: skip
-        for g in self.groups():
-            g["base_lr"] = g["lr"]
+        settings = [("embed", cfg.tied_embed_lr, cfg.embed_wd), ("scalar", cfg.scalar_lr, cfg.adam_wd)]
+        groups = [dict(params=group[name], lr=lr, base_lr=lr, weight_decay=decay) for name, lr, decay in settings]
+        self.adam = torch.optim.AdamW(groups, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=True)
 
-    def groups(self) -> list[dict[str, Any]]:
-        return [*self.muon.param_groups, *self.adam.param_groups]  # looked up each time: load_state_dict makes new ones
-
-    def step(self, lr_scale: float, momentum: float) -> Tensor:
-        """One update of every parameter from the local gradients, which it clears; returns the reduced one's norm."""
+    def step(self, lr_scale: float, momentum: float) -> Tensor:  # clears the gradients; returns the reduced one's norm
         squares = self.muon.reduce()
         flat = self.ranks.sum(torch.cat([p.grad.flatten() for p in self.replicated]))  # all small ones in one message
         norm = (squares + flat.square().sum()).sqrt()
         clip = ((self.cfg.grad_clip_norm or math.inf) / (norm + 1e-6)).clamp_max(1.0)
         for p, g in zip(self.replicated, (flat * clip).split([p.numel() for p in self.replicated]), strict=True):
             p.grad = g.view_as(p)
-        for g in self.groups():
+        for g in [*self.muon.param_groups, *self.adam.param_groups]:  # anew each time: load_state_dict replaces them
             g["lr"] = g["base_lr"] * lr_scale
         self.adam.step()
         self.muon.step(clip, torch.tensor(momentum, device=norm.device))
         self.model.zero_grad(set_to_none=True)
         return norm
 
-def lr_scale(frac: float, cfg: Config) -> float:
-    """Factor on every rate: 1, then linear to 0 over the last WARMDOWN_FRAC of the budget, never below MIN_LR."""
+def lr_scale(frac: float, cfg: Config) -> float:  # 1, then linear to 0 over the last WARMDOWN_FRAC; at least MIN_LR
     return 1.0 if frac < 1 - cfg.warmdown_frac else max((1 - frac) / cfg.warmdown_frac, cfg.min_lr)
-
 def muon_momentum(step: int, cfg: Config) -> float:
     share = min((step + 1e-9) / (cfg.muon_momentum_warmup_steps + 1e-9), 1.0)
     return cfg.muon_momentum_warmup_start + (cfg.muon_momentum - cfg.muon_momentum_warmup_start) * share
 
 # === 8. Scoring: nats and bytes of every validation token, once =======================================================
-class ByteTable(NamedTuple):
-    """Bytes of text behind each token: a leading space counts unless the token before is a boundary."""
+class ByteTable(NamedTuple):  # bytes of text per token: a leading space counts unless after a boundary
     base: np.ndarray  # (V,) int64: UTF-8 length of the piece without one leading space mark; 1 for byte pieces
     space: np.ndarray  # (V,) bool: the piece begins with the space mark
     boundary: np.ndarray  # (V,) bool: control, unknown or unused piece, after which the text begins anew
-
     @classmethod
     def from_sentencepiece(cls, model: Any) -> ByteTable:
         ids = range(model.vocab_size())
@@ -1100,71 +939,51 @@ class ByteTable(NamedTuple):
         pieces = ["" if boundary[i] else "?" if model.is_byte(i) else model.id_to_piece(i) for i in ids]
         base = np.array([len(piece.removeprefix("\u2581").encode()) for piece in pieces])
         return cls(base, np.array([piece.startswith("\u2581") for piece in pieces]), boundary)
-
-    def bytes_of(self, before: np.ndarray, targets: np.ndarray) -> np.ndarray:
-        """Bytes that each target adds, given the token before it; ids of any equal shapes."""
+    def bytes_of(self, before: np.ndarray, targets: np.ndarray) -> np.ndarray:  # of each target after its predecessor
         return self.base[targets] + (self.space[targets] & ~self.boundary[before])
-
-    def count(self, tokens: np.ndarray) -> int:
-        """Bytes of all targets tokens[1:] of a stream (n,)."""
+    def count(self, tokens: np.ndarray) -> int:  # bytes of all targets tokens[1:] of a stream (n,)
         return int(self.bytes_of(tokens[:-1], tokens[1:]).sum())
 
-def check_bytes(tokenizer: Tokenizer, docs: Documents) -> ByteTable:
-    """The byte table, once it agrees with the decoded text of up to 200 documents and with the manifest's total."""
+def check_bytes(tokenizer: Tokenizer, docs: Documents) -> ByteTable:  # UsageError unless up to 200 documents agree
     table = ByteTable.from_sentencepiece(tokenizer.model)
     for start, count in list(zip(docs.starts, docs.counts, strict=True))[:: len(docs.starts) // 200 + 1]:
         ids = docs.tokens[start : start + count + (start + count == len(docs.tokens) - 1)]  # without the next BOS
-        counted, real = table.count(ids), len(tokenizer.model.decode(ids[1:].tolist()).encode())
-        if counted != real:
+        real = len(tokenizer.model.decode(ids[1:].tolist()).encode())
+        if (counted := table.count(ids)) != real:
             raise UsageError(f"{tokenizer.path}: counts {counted} bytes, not {real}, for the document at {start}")
     total = tokenizer.manifest.get("splits", {}).get("val", {}).get("bytes")
     if total not in (None, table.count(docs.tokens)):
         raise UsageError(f"{tokenizer.path}: counts {table.count(docs.tokens)} validation bytes, the manifest {total}")
     return table
 
-class BpbMeter:
-    """Nats, bytes and tokens scored so far, in float64; the only place that turns them into val_loss and val_bpb."""
-
+class BpbMeter:  # nats, bytes and tokens so far, in float64; the only place that makes val_loss and val_bpb of them
     def __init__(self, table: ByteTable):
         self.table, self.totals = table, np.zeros(3)
-
-    def add(self, nats: Tensor, before: np.ndarray, targets: np.ndarray) -> None:
-        """Adds the scores of targets (n,), given the tokens before them; entries with target -1 are left out."""
+    def add(self, nats: Tensor, before: np.ndarray, targets: np.ndarray) -> None:  # (n,) each; not where target is -1
         keep = targets >= 0
         num_bytes = self.table.bytes_of(before[keep], targets[keep]).sum()
         self.totals += (nats.double().cpu().numpy()[keep].sum(), num_bytes, keep.sum())
-
-    def result(self, ranks: Ranks | None = None) -> dict[str, float]:
-        """val_loss (nats per token), val_bpb, tokens, bytes; with `ranks`, of all together (all must call it)."""
-        nats, num_bytes, tokens = self.totals
-        if ranks:
-            nats, num_bytes, tokens = ranks.sum(torch.from_numpy(self.totals.copy()).to(ranks.device)).tolist()
+    def result(self, ranks: Ranks | None = None) -> dict[str, float]:  # with `ranks`, of them all (all must call it)
+        totals = torch.tensor(self.totals)
+        nats, num_bytes, tokens = (ranks.sum(totals.to(ranks.device)) if ranks else totals).tolist()
         loss = nats / max(tokens, 1)
         bpb = loss / math.log(2) * tokens / max(num_bytes, 1)
         return {"val_loss": loss, "val_bpb": bpb, "tokens": int(tokens), "bytes": int(num_bytes)}
 
 def windows(num_targets: int, length: int, stride: int) -> list[tuple[int, int, int]]:
     """(start, score, end): read inputs start..end-1 of a document, score its targets score..end-1; target j follows j.
-
-    Scores each of `num_targets` once: the first window all it reads, the others `stride`; stride = length is plain
-    scoring. Each window starts on a grid, wherever the document ends (W51).
-    """
+    Each window starts on the grid of `stride`, wherever the document ends (W51); stride = length is plain scoring."""
     starts = range(0, max(num_targets - length, 0) + stride, stride)
     return [(s, s + length - stride if s else 0, min(s + length, num_targets)) for s in starts if num_targets > 0]
 
 def evaluate(forward: Callable, plan: tuple[Visit, ...], docs: Documents, table: ByteTable, stride: int, cfg: Config,
              ranks: Ranks, log: Log) -> dict[str, float]:  # fmt: skip
-    """Scores every target of `docs` once, each document by itself in windows of EVAL_SEQ_LEN. All ranks call it.
-
-    Rows are filled with whole windows in order, so the score depends neither on the row length nor on the ranks.
-    """
+    """Scores every target once, in windows; the score depends neither on the rows nor on the ranks. All call it."""
     meter, (size, capacity, length) = BpbMeter(table), cfg.val_row_shape
-    spans = zip(docs.starts.tolist(), docs.counts.tolist(), strict=True)
-    if cfg.data_loader == "rows":  # one text from end to end
-        spans = [(0, len(docs.tokens) - 1)]
-    rows, used = [], size + 1
-    for first, count in spans:
-        for start, score, end in windows(count, length, min(stride, length)):
+    by_document, rows, used = cfg.data_loader == "documents", [], size + 1
+    texts = zip(docs.starts.tolist(), docs.counts.tolist(), strict=True) if by_document else [(0, len(docs.tokens) - 1)]
+    for first, count in texts:
+        for start, score, end in windows(count, length, min(stride or length, length)):
             if used + end - start > size or len(rows[-1]) == capacity // 2:
                 rows.append([])
                 used = 0
@@ -1194,32 +1013,25 @@ def accumulate(forward: Callable, plan: tuple[Visit, ...], rows: list[Batch], nu
 
 def synthetic_row(cfg: Config, shape: tuple[int, int, int], device: torch.device) -> Batch:
     """Random ids in documents of many lengths: what warm-up sees in place of any real token (W43)."""
-    rng = np.random.default_rng(0)
-    ids, starts = rng.integers(0, cfg.vocab_size, shape[0] + 1), rng.random(shape[0]) < 2 / shape[2]
-    starts = segment_starts(starts, True, shape[2])
-    n = int([*starts, shape[0]][min(shape[1] // 2, len(starts))])  # cut where the loader would
-    return pack_row(ids[:n], ids[1 : n + 1], starts[: shape[1] // 2], shape, device)
+    (size, room, longest), rng = (shape[0], shape[1] // 2, shape[2]), np.random.default_rng(0)
+    ids, starts = rng.integers(0, cfg.vocab_size, size + 1), segment_starts(rng.random(size) < 2 / longest, 1, longest)
+    n = int([*starts, size][min(room, len(starts))])  # cut where the loader would
+    return pack_row(ids[:n], ids[1 : n + 1], starts[:room], shape, device)
 
 @contextlib.contextmanager
-def restored(model: nn.Module, optimizers: Optimizers) -> Iterator[None]:
-    """Whatever happens inside, weights, optimiser state and random state are afterwards as before (W1)."""
+def restored(model: nn.Module, optimizers: Optimizers) -> Iterator[None]:  # afterwards all state is as before (W1)
     kept = [*model.state_dict().values(), *(s["momentum_buffer"] for s in optimizers.muon.state.values())]
     copies, devices = [t.clone() for t in kept], [model.rope.device] * model.rope.is_cuda
     with torch.random.fork_rng(devices):
         yield
-    for t, copy in zip(kept, copies, strict=True):
-        t.copy_(copy)
+    torch._foreach_copy_(kept, copies)
     optimizers.adam.state.clear()
     model.zero_grad(set_to_none=True)
 
 def train(run: Run, reserve: float) -> bool:
-    """Trains until the budget less `reserve` seconds is spent and leaves the EMA of the weights in the model.
-
-    Schedules follow the share of the budget spent, by the ranks' mean clock, or of ITERATIONS without a budget; no step
-    begins that would end too late. Returns whether the loops were running at the end: scoring uses the depth that was
-    trained (W6). Raises FloatingPointError on a loss or gradient that is not finite, once the average of the steps
-    before is saved.
-    """
+    """Trains until the budget less `reserve` seconds is spent and leaves the EMA of the weights in the model. Schedules
+    follow the share of the budget spent (the ranks' mean clock), or of ITERATIONS without one. No step may end too
+    late. Returns whether the loops ran at the end: scoring uses the depth that was trained (W6)."""
     cfg, ranks, log, live = run.cfg, run.ranks, run.log, [p.detach() for p in run.model.parameters()]
     ema = {name: p.detach().clone() for name, p in run.model.named_parameters()}
     budget = (cfg.max_wallclock_seconds or math.inf) - reserve
@@ -1249,11 +1061,10 @@ def train(run: Run, reserve: float) -> bool:
             log(f"step:{step}/{cfg.iterations} train_loss:{loss:.4f} train_time:{1000 * elapsed:.0f}ms step_avg:"
                 f"{1000 * elapsed / step:.2f}ms tok/s:{rate:.0f} lr_scale:{lr_scale(frac, cfg):.3f}")  # fmt: skip
         if cfg.val_loss_every and step % cfg.val_loss_every == 0:
-            pause = ranks.now()
             with run.phase("validate", "none"):
                 result = run.evaluate(plan=cfg.plans[looped])
+            start += run.phases[-1][2]  # off the clock
             log(f"{step}/{cfg.iterations} val_loss: {result['val_loss']:.4f} val_bpb: {result['val_bpb']:.4f}")
-            start += ranks.now() - pause
     steps.close()
     log(f"stopping: step:{step}/{cfg.iterations} train_time:{1000 * elapsed:.0f}ms; ema:applying EMA weights")
     torch._foreach_copy_(live, list(ema.values()))
@@ -1262,25 +1073,17 @@ def train(run: Run, reserve: float) -> bool:
     return looped
 
 # === 10. Compression: Hessians -> GPTQ -> integers -> one file ========================================================
-def matrices(cfg: Config) -> list[tuple[str, int, str, int]]:
-    """(bank, slice, site of its inputs, layer) of the integer matrices in the artifact's order; the record has 67."""
-    each = [("qo_bank", "attn_in"), ("qo_bank", "attn_out"), ("kv_bank", "attn_in"), ("kv_bank", "attn_in"),
-            ("up_bank", "mlp_in"), ("down_bank", "mlp_mid")]  # fmt: skip
-    count, found = dict.fromkeys(parameter_table(cfg), 0), []
-    for bank, site in each:
-        found += [(bank, count[bank] + i, site, i) for i in range(cfg.num_layers)]
-        count[bank] += cfg.num_layers
+def matrices(cfg: Config) -> list[tuple[str, int, str, int]]:  # all integer ones: (bank, slice, input site, layer)
+    L, each = cfg.num_layers, [("qo_bank", 0, "attn_in"), ("qo_bank", 1, "attn_out"), ("kv_bank", 0, "attn_in"),
+                               ("kv_bank", 1, "attn_in"), ("up_bank", 0, "mlp_in"), ("down_bank", 0, "mlp_mid")]
+    found = [(bank, half * L + i, site, i) for bank, half, site in each for i in range(L)]
     return [*found, ("tok_emb", 0, "head_in", 0)]
 
 @torch.no_grad()
 def collect_hessians(model: GPT, plan: tuple[Visit, ...], rows: list[Batch], ranks: Ranks) -> dict[tuple, Tensor]:
-    """(site, layer) -> mean of x x^T (in, in) fp32 over every visit and the rows of all ranks; all must call it.
-
-    Packed rows and the attention of training (W31). q, k and v share a site, so each Hessian is computed once.
-    """
-    sums = {}
-    for bank, _, site, layer in matrices(model.cfg):
-        sums[site, layer] = torch.zeros([model.get_parameter(bank).size(-1)] * 2, device=ranks.device)
+    """(site, layer) -> mean of x x^T (in, in) fp32 over visits and all ranks' rows, packed as in training (W31)."""
+    sites = {(site, layer): model.get_parameter(bank).size(-1) for bank, _, site, layer in matrices(model.cfg)}
+    sums = {key: torch.zeros(size, size, device=ranks.device) for key, size in sites.items()}
     def tap(site: str, layer: int, x: Tensor) -> None:
         sums[site, layer].addmm_(x.mT.float(), x.float())
     for row in rows:
@@ -1288,9 +1091,8 @@ def collect_hessians(model: GPT, plan: tuple[Visit, ...], rows: list[Batch], ran
     count = ranks.sum(torch.tensor(float(len(rows)), device=ranks.device)) * model.cfg.micro_batch_tokens
     return {key: ranks.sum(total) / count for key, total in sums.items()}
 
-def inverse_factor(hessian: Tensor) -> Tensor:
-    """Upper U (n, c, c) with H^-1 = U^T U, for H damped by 1 % of its mean diagonal, more where that is not enough."""
-    mean = hessian.diagonal(dim1=-2, dim2=-1).mean(-1)
+def inverse_factor(hessian: Tensor) -> Tensor:  # upper U (n, c, c) with H^-1 = U^T U
+    mean = hessian.diagonal(dim1=-2, dim2=-1).mean(-1)  # damped by 1 % of it, more where that is not enough
     damping, eye = torch.full_like(mean, 0.01), torch.eye(hessian.size(-1), device=hessian.device)
     for _ in range(6):
         lower, failed = torch.linalg.cholesky_ex(hessian + (damping * mean)[:, None, None] * eye)
@@ -1302,15 +1104,12 @@ def inverse_factor(hessian: Tensor) -> Tensor:
     raise FloatingPointError(f"Hessians {bad.nonzero().flatten().tolist()} of a bank have no Cholesky factor")
 
 def gptq_quantize(weight: Tensor, hessian: Tensor, clip_sigmas: float, bits: int) -> tuple[Tensor, Tensor]:
-    """GPTQ (Frantar et al. 2022) with act-order and SDClip (PR #1394), all matrices of one shape at once.
-
+    """GPTQ (Frantar et al. 2022) with act-order and SDClip (PR #1394), all matrices of one shape at once:
     weight (n, rows, cols), hessian (n, cols, cols) -> q int8 (n, rows, cols) and scale fp16 (n, rows), W ~ q * scale.
-    The range of a row is `clip_sigmas` of its standard deviations. Columns go by falling Hessian diagonal; the error of
-    each is moved to the columns after it. Inputs that are never active get zero columns.
-    """
-    qmax, cols = 2 ** (bits - 1) - 1, weight.size(-1)
-    floor = torch.finfo(torch.float16).tiny  # below it an fp16 scale loses bits, then is zero (W33)
-    scale = (clip_sigmas * weight.float().std(dim=-1) / qmax).clamp_min(floor).half()
+    A row's range is `clip_sigmas` of its standard deviations. Columns go by falling Hessian diagonal, the error of each
+    to those after it; inputs that are never active get zero columns."""
+    qmax, cols, floor = 2 ** (bits - 1) - 1, weight.size(-1), torch.finfo(torch.float16).tiny
+    scale = (clip_sigmas * weight.float().std(dim=-1) / qmax).clamp_min(floor).half()  # below, fp16 loses bits (W33)
     step, diagonal = scale.float(), hessian.diagonal(dim1=-2, dim2=-1)
     dead = diagonal <= 0
     typical = diagonal.sum(-1, keepdim=True) / (~dead).sum(-1, keepdim=True).clamp_min(1)
@@ -1333,10 +1132,7 @@ def gptq_quantize(weight: Tensor, hessian: Tensor, clip_sigmas: float, bits: int
     return torch.empty_like(q).scatter_(-1, wide, q).to(torch.int8), scale
 
 def quantize(model: GPT, hessians: dict[tuple[str, int], Tensor], ranks: Ranks) -> dict[str, tuple[Tensor, Tensor]]:
-    """Every integer tensor of the artifact: name -> (q int8 (n, rows, cols), scale fp16 (n, rows)) on the CPU.
-
-    Each rank solves every W-th slice of a bank, all of one shape together; the sum over ranks puts them together.
-    """
+    """name -> (q int8 (n, rows, cols), scale fp16 (n, rows)) on the CPU; a rank solves every W-th slice of a bank."""
     cfg, packed = model.cfg, {}
     width = {"matrix": (cfg.matrix_clip_sigmas, cfg.matrix_bits), "embed": (cfg.embed_clip_sigmas, cfg.embed_bits)}
     for bank, role in parameter_table(cfg).items():
@@ -1365,25 +1161,18 @@ def codec(name: str) -> tuple[Callable[[bytes], bytes], Callable[[bytes, int], b
     import lzma
     return partial(lzma.compress, preset=6), lambda data, size: lzma.LZMADecompressor().decompress(data, size)
 
-def split_planes(tensors: Iterable[Tensor]) -> bytes:
-    """All values as fp16: their low bytes, then their high bytes, which repeat and so compress."""
+def split_planes(tensors: Iterable[Tensor]) -> bytes:  # fp16: all low bytes, then the high ones, which repeat
     values = torch.cat([t.detach().flatten().half() for t in tensors]).cpu().numpy().astype("<f2")
     return values.view(np.uint8).reshape(-1, 2).T.tobytes()
-
-def join_planes(data: bytes) -> np.ndarray:
-    """The inverse, as fp32."""
+def join_planes(data: bytes) -> np.ndarray:  # the inverse, as fp32
     return np.frombuffer(data, np.uint8).reshape(2, -1).T.copy().view("<f2").ravel().astype(np.float32)
 
 MAGIC, VERSION = b"PGLM", 1
-
 def pack_artifact(model: GPT, packed: dict[str, tuple[Tensor, Tensor]], meta: dict[str, Any]) -> bytes:
-    """The artifact file, equal for equal weights. All numbers little-endian:
-
-    magic "PGLM", u8 version, the first 16 bytes of the SHA-256 of all that follows; u32 length and zlib-compressed JSON
-    header {config, compressor, sizes, ..meta}; then three compressed streams, `sizes` giving raw and stored bytes of
-    each: codes (int8, every matrix in the order of the parameter table), scales and floats (fp16 planes). No names or
-    shapes are stored: they follow from the config.
-    """
+    """The artifact file, equal for equal weights. All numbers little-endian: magic "PGLM", u8 version, the first 16
+    bytes of the SHA-256 of all that follows; u32 length and zlib-compressed JSON header {config, compressor, sizes,
+    ..meta}; then three compressed streams, `sizes` giving raw and stored bytes of each: codes (int8, every matrix in
+    the order of the parameter table), scales and floats (fp16 planes). Names and shapes follow from the config."""
     cfg, (pack, _) = model.cfg, codec(model.cfg.compressor)
     floats = [model.get_parameter(n) for n, role in parameter_table(cfg).items() if role.packing == "float"]
     codes = b"".join(q.numpy().tobytes() for q, _ in packed.values())
@@ -1392,7 +1181,7 @@ def pack_artifact(model: GPT, packed: dict[str, tuple[Tensor, Tensor]], meta: di
     header = {"config": {f: getattr(cfg, f) for f in MODEL_FIELDS}, "compressor": cfg.compressor, **meta}
     header["sizes"] = [[len(r), len(s)] for r, s in zip(raw, stored, strict=True)]
     head = zlib.compress(json.dumps(header, sort_keys=True).encode(), 9)
-    body = struct.pack("<I", len(head)) + head + b"".join(stored)
+    body = len(head).to_bytes(4, "little") + head + b"".join(stored)
     return MAGIC + bytes([VERSION]) + hashlib.sha256(body).digest()[:16] + body
 
 def open_artifact(data: bytes, path: Path) -> tuple[dict[str, Any], list[bytes]]:
@@ -1403,7 +1192,7 @@ def open_artifact(data: bytes, path: Path) -> tuple[dict[str, Any], list[bytes]]
         raise UsageError(f"{path}: container version {data[4]}, this program reads up to {VERSION}")
     if len(data) < 25 or hashlib.sha256(data[21:]).digest()[:16] != data[5:21] or data[4] < 1:
         raise UsageError(f"{path}: damaged: its {len(data)} bytes do not match its checksum")
-    at = 25 + struct.unpack("<I", data[21:25])[0]
+    at = 25 + int.from_bytes(data[21:25], "little")
     header, streams = json.loads(zlib.decompress(data[25:at])), []
     for size, stored in header["sizes"]:
         streams.append(codec(header["compressor"])[1](data[at : at + stored], size))
@@ -1411,8 +1200,7 @@ def open_artifact(data: bytes, path: Path) -> tuple[dict[str, Any], list[bytes]]
     return header, streams
 
 @torch.no_grad()
-def load_artifact(model: GPT, streams: list[bytes]) -> None:
-    """Sets every parameter of `model` from the streams of its artifact: q * scale, or the fp16 value."""
+def load_artifact(model: GPT, streams: list[bytes]) -> None:  # every parameter becomes q * scale or its fp16 value
     codes, scales, floats = np.frombuffer(streams[0], np.int8), join_planes(streams[1]), join_planes(streams[2])
     for name, role in parameter_table(model.cfg).items():
         n, rows = math.prod(role.shape), math.prod(role.shape[:-1])
@@ -1425,31 +1213,23 @@ def load_artifact(model: GPT, streams: list[bytes]) -> None:
     assert len(codes) == len(scales) == len(floats) == 0, "artifact and config disagree"
 
 # === 11. Test-time training: score a chunk of every document of a batch, then learn from it ===========================
-class Adaptation:
-    """Test-time training on one rank (PR #1530): adapters, one set per document of a batch, and their optimiser."""
-
+class Adaptation:  # on one rank (PR #1530): adapters, one set per document of a batch, and their optimiser
     def __init__(self, model: GPT, forward: Callable, plan: tuple[Visit, ...], device: torch.device):
         self.cfg, self.forward, self.plan, self.device = model.cfg, forward, plan, device
         self.lora = LoRA.zeros(model.cfg, model.cfg.ttt_batch_size, len(plan), device)
-
-    def begin(self, keys: list[int]) -> None:
-        """Forgets the last batch: adapters as drawn for documents with these keys, optimiser state gone."""
+    def begin(self, keys: list[int]) -> None:  # adapters as drawn for documents with these keys, no optimiser state
         cfg, leaves = self.cfg, [self.lora.down, self.lora.up]
         self.lora.reset(cfg.seed, keys)
-        kind, shared = torch.optim.AdamW, dict(lr=cfg.ttt_lora_lr, weight_decay=cfg.ttt_weight_decay)
-        special = dict(betas=(cfg.ttt_beta1, cfg.ttt_beta2), eps=1e-10, fused=True)
+        kind, special = torch.optim.AdamW, dict(betas=(cfg.ttt_beta1, cfg.ttt_beta2), eps=1e-10, fused=True)
         if cfg.ttt_optimizer == "sgd":
             kind, special = torch.optim.SGD, dict(momentum=cfg.ttt_beta1)
-        self.optimizer = kind(leaves, **shared, **special)
-
-    def score(self, inputs: np.ndarray, targets: np.ndarray) -> Tensor:
-        """inputs, targets (B, n), -1 where nothing is predicted -> nats (B, C) of the last TTT_CHUNK_SIZE targets."""
+        self.optimizer = kind(leaves, lr=cfg.ttt_lora_lr, weight_decay=cfg.ttt_weight_decay, **special)
+    def score(self, inputs: np.ndarray, targets: np.ndarray) -> Tensor:  # (B, n) -> nats (B, C) of the last C targets
         (B, n), C = inputs.shape, self.cfg.ttt_chunk_size
         shape = (B * n, B, self.cfg.ttt_eval_seq_len)
         batch = pack_row(inputs.ravel(), targets.ravel(), np.arange(0, B * n, n), shape, self.device)
         select = (torch.arange(B)[:, None] * n + torch.arange(n - C, n)).flatten().to(self.device)
         return self.forward(batch, self.plan, lora=self.lora, select=select).view(B, C)
-
     def adapt(self, nats: Tensor, learns: np.ndarray, again: Callable[[], Tensor]) -> None:
         """TTT_GRAD_STEPS updates on a chunk that has been scored; `learns` (B,) leaves out documents ending in it."""
         mask = torch.from_numpy(learns).to(nats)
@@ -1458,9 +1238,7 @@ class Adaptation:
             self.optimizer.zero_grad()
             loss.backward(inputs=[self.lora.down, self.lora.up])
             self.optimizer.step()
-
-    def warm_up(self) -> None:
-        """Scores and learns from random tokens at the shortest and the longest window."""
+    def warm_up(self) -> None:  # scores and learns from random tokens at the shortest and the longest window
         B, rng = self.cfg.ttt_batch_size, np.random.default_rng(0)
         self.begin([0] * B)
         for n in (self.cfg.ttt_chunk_size, self.cfg.ttt_eval_seq_len):
@@ -1468,10 +1246,7 @@ class Adaptation:
             self.adapt(score(), np.ones(B), again=score)
 
 def score_then_adapt(state: Adaptation, docs: Documents, batch: np.ndarray, meter: BpbMeter) -> Iterator[None]:
-    """One batch of documents, chunk by chunk: scores every document's chunk and only then learns from it; then yields.
-
-    The window of a chunk ends on the chunk grid whether or not the document does (W51), so all rows are alike.
-    """
+    """Chunk by chunk of a batch's documents: scores, only then learns, yields; windows end on the chunk grid (W51)."""
     cfg, C, padding = state.cfg, state.cfg.ttt_chunk_size, state.cfg.ttt_batch_size - len(batch)
     counts, starts = (np.pad(x[batch], (0, padding))[:, None] for x in (docs.counts, docs.starts))  # (B, 1)
     state.begin(starts[:, 0].tolist())
@@ -1488,11 +1263,8 @@ def score_then_adapt(state: Adaptation, docs: Documents, batch: np.ndarray, mete
         yield
 
 def evaluate_ttt(state: Adaptation, docs: Documents, table: ByteTable, ranks: Ranks, log: Log) -> dict[str, float]:
-    """Scores every target of `docs` once, adapting within each document. All ranks call it.
-
-    Batches hold documents of like length; ranks take them, longest first, from a shared counter, so that nobody waits
-    long. A document's score depends on nothing but the document.
-    """
+    """Scores every target once; a score depends on its document alone. All ranks call it and take batches of documents
+    of like length, longest first, from a shared counter."""
     cfg, meter, order = state.cfg, BpbMeter(table), np.argsort(docs.counts, kind="stable")[::-1]
     order = order[docs.counts[order] > 0]
     batches = np.split(order, range(cfg.ttt_batch_size, len(order), cfg.ttt_batch_size))
@@ -1500,18 +1272,14 @@ def evaluate_ttt(state: Adaptation, docs: Documents, table: ByteTable, ranks: Ra
     for number in takewhile(lambda n: n < len(batches), ranks.tickets()):
         for _ in score_then_adapt(state, docs, batches[number], meter):
             if log.due():
-                r = meter.result()
-                log(f"ttt_progress: batch {number + 1}/{len(batches)} running_loss:{r['val_loss']:.4f} "
-                    f"running_bpb:{r['val_bpb']:.4f}")  # fmt: skip
+                running = "running_loss:{val_loss:.4f} running_bpb:{val_bpb:.4f}".format(**meter.result())
+                log(f"ttt_progress: batch {number + 1}/{len(batches)} {running}")
     return meter.result(ranks)
 
 # === 12. Entry: the phases of a run, each leaving a file ==============================================================
 def load_model_file(cfg: Config, origin: dict[str, str]) -> tuple[Config, dict[str, Any]]:
-    """Opens EVAL_ONLY_PATH, checkpoint or artifact, and takes the network's config from it; executes nothing it reads.
-
-    Returns the config and the file's header with `weights` (name -> tensor) or `streams` (of an artifact). Raises
-    UsageError for a file that is neither, and where the environment asks for another network.
-    """
+    """The config with EVAL_ONLY_PATH's network, the file's header with `weights` (checkpoint) or `streams` (artifact).
+    Executes nothing it reads. UsageError if it is neither, or the environment asks for another network."""
     path, name = Path(cfg.eval_only_path), f"EVAL_ONLY_PATH={cfg.eval_only_path}"
     try:
         data = path.read_bytes()
@@ -1524,19 +1292,15 @@ def load_model_file(cfg: Config, origin: dict[str, str]) -> tuple[Config, dict[s
         cfg = dataclasses.replace(cfg, **theirs)
         shapes = {n: role.shape for n, role in parameter_table(cfg).items()}
         fits = "streams" in saved or {n: tuple(w.shape) for n, w in saved["weights"].items()} == shapes
-    except OSError as error:
-        raise UsageError(f"{name}: {error.strerror}") from error
-    except (RuntimeError, KeyError, TypeError, AttributeError, zlib.error, pickle.UnpicklingError) as error:
-        raise UsageError(f"{name}: neither an artifact nor a checkpoint of train_gpt.py") from error
+    except (OSError, RuntimeError, KeyError, TypeError, AttributeError, zlib.error, pickle.UnpicklingError) as error:
+        reason = getattr(error, "strerror", None) or "neither an artifact nor a checkpoint of train_gpt.py"
+        raise UsageError(f"{name}: {reason}") from error
     if asked or not fits:
         raise UsageError(f"{name}: was made with {', '.join(asked) or 'another network than its config says'}")
     return cfg, saved
 
-class Run:
-    """One run from its data to its report; `go` holds the phases in order. All ranks do the same."""
-
-    def __init__(self, cfg: Config, origin: dict[str, str], ranks: Ranks):
-        """Checks all that can be wrong, on every rank, before anything is written or expensive."""
+class Run:  # from its data to its report, the same on all ranks; `go` holds the phases in order
+    def __init__(self, cfg: Config, origin: dict[str, str], ranks: Ranks):  # checks all that can be wrong, on all ranks
         self.cfg, self.ranks, self.saved, self.final, error = cfg, ranks, {}, {}, None
         self.phases, self.inner = [], 0.0
         with self.phase("check", "none"):
@@ -1548,24 +1312,21 @@ class Run:
                 raise UsageError(found)
         cfg, run_id = self.cfg, cfg.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}_{cfg.preset}_seed{cfg.seed}"
         run_id = ranks.gather(run_id)[0]
-        self.log = Log(Path(f"logs/{run_id}.txt"), ranks.is_main)
         self.folder = Path(cfg.artifact_dir or f"runs/{run_id}")
+        self.log = Log(Path(f"logs/{run_id}.txt"), ranks.is_main)
         self.facts = {
             "run_id": run_id, "preset": cfg.preset, "seed": cfg.seed, "world_size": ranks.world_size,
             "device": torch.cuda.get_device_name() if ranks.device.type == "cuda" else f"CPU, {os.cpu_count()} cores",
-            "torch": torch.__version__, "python": platform.python_version(), "dataset": cfg.dataset_dir.name,
+            "torch": torch.__version__, "python": sys.version.split()[0], "dataset": cfg.dataset_dir.name,
             "code_sha256": hashlib.sha256(SOURCE).hexdigest(), "code_bytes": len(SOURCE), "attention": self.backend,
             "val_docs": len(self.docs.counts), "tokenizer_sha256": self.tokenizer.sha256,
-            "val_sha256": hashlib.sha256(self.docs.tokens.astype("<u2").tobytes()).hexdigest(),
-        }  # fmt: skip
+            "val_sha256": hashlib.sha256(self.docs.tokens.astype("<u2").tobytes()).hexdigest()}  # fmt: skip
         self.log(SOURCE.decode() + "\nHyperparameters:", terminal=False)
         for field, value in sorted(dataclasses.asdict(cfg).items()):
             self.log(f"  {field}: {value} ({origin[field]})", terminal=origin[field] == "env")
-        for line in [*(f"{key}: {value}" for key, value in self.facts.items()), *lines]:
-            self.log(line)
+        self.log("\n".join([*(f"{key}: {value}" for key, value in self.facts.items()), *lines]))
 
-    def check(self, origin: dict[str, str]) -> list[str]:
-        """Model file, tokenizer, data, attention: sets what the phases need, returns lines for the log."""
+    def check(self, origin: dict[str, str]) -> list[str]:  # sets what the phases need, returns lines for the log
         if self.cfg.eval_only_path:
             self.cfg, self.saved = load_model_file(self.cfg, origin)
         cfg, ranks = self.cfg, self.ranks
@@ -1579,18 +1340,14 @@ class Run:
         self.table = check_bytes(self.tokenizer, self.docs)
         self.backend, lines = choose_attention(cfg.attention_backend, ranks.device, cfg.dtype)
         return lines + [f"{name}_shards: {len(s.paths)} {name}_tokens: {s.size}" for name, s in self.streams.items()]
-
     @contextlib.contextmanager
-    def phase(self, name: str, budget: str) -> Iterator[None]:
-        """Times what is inside, device work included, less phases within it; budget: train, eval or none."""
+    def phase(self, name: str, budget: str) -> Iterator[None]:  # times, against a budget, less phases within it
         outer, self.inner, start = self.inner, 0.0, self.ranks.now()
         yield
         seconds = self.ranks.now() - start
         self.phases.append((name, budget, seconds - self.inner))
         self.inner = outer + seconds
-
-    def go(self) -> dict[str, Any]:
-        """All phases; each leaves a file before the next begins: checkpoint, artifact, scores. Returns the figures."""
+    def go(self) -> dict[str, Any]:  # each phase leaves a file before the next begins; returns the figures
         cfg, saved, path = self.cfg, self.saved, Path(self.cfg.eval_only_path)
         torch.manual_seed(cfg.seed)
         torch.set_float32_matmul_precision("high" if cfg.compute_dtype == "bf16" else "highest")
@@ -1622,8 +1379,7 @@ class Run:
             self.score("quantized_ttt_lora", "eval", adapting)
         return self.report()
 
-    def warm_up(self, last: tuple[Visit, ...]) -> float:
-        """Runs every graph of the run on synthetic tokens and undoes it. Returns the seconds to keep after training."""
+    def warm_up(self, last: tuple[Visit, ...]) -> float:  # synthetic tokens, undone; the seconds to keep after training
         cfg, ranks, reserve, trains = self.cfg, self.ranks, 0.0, not self.saved
         self.optimizers, row = Optimizers(self.model, cfg, ranks), synthetic_row(cfg, cfg.row_shape, ranks.device)
         with restored(self.model, self.optimizers):
@@ -1651,7 +1407,6 @@ class Run:
         return reserve
 
     def save(self, name: str, weights: dict[str, Tensor], step: int, looped: bool) -> None:
-        """Writes a checkpoint of `weights` on rank 0."""
         saved = {"config": {f: getattr(self.cfg, f) for f in MODEL_FIELDS}, "looped": looped, "step": step}
         saved |= {"tokenizer": self.tokenizer.sha256, "weights": {k: v.detach().cpu() for k, v in weights.items()}}
         torch.save(saved, buffer := io.BytesIO())
@@ -1660,7 +1415,6 @@ class Run:
         self.log(f"Serialized model: {buffer.tell()} bytes in {self.folder / name}")
 
     def compress(self, path: Path, meta: dict[str, Any]) -> None:
-        """Calibrates, quantises and packs the weights of `self.model` into the artifact at `path`."""
         budget = "none" if self.saved else "train"
         with self.phase("calibrate", budget):
             loader = PackedLoader(self.streams["train"], self.tokenizer.bos_id, self.cfg, self.ranks)
@@ -1674,22 +1428,18 @@ class Run:
                 write_atomic(path, pack_artifact(self.model, packed, meta))
 
     def reload(self, path: Path) -> None:
-        """Sets the weights from what the file holds, and logs its size beside the order-0 entropy of its codes."""
         data = self.ranks.gather(path.read_bytes() if self.ranks.is_main else None)[0]  # nodes may not share folders
         header, streams = open_artifact(data, path)
         load_artifact(self.model, streams)
         counts, total = np.bincount(np.frombuffer(streams[0], np.uint8)), len(data) + len(SOURCE)
-        bound = int(sum(-n * math.log2(n / counts.sum()) / 8 for n in counts if n))
+        bound = int(sum(-n * math.log2(n / counts.sum()) / 8 for n in counts if n))  # order-0 entropy
         self.final |= {"model_bytes": len(data), "artifact_bytes": total, "codes_bytes": header["sizes"][0][1]}
         self.final |= {"codes_entropy_bytes": bound, "artifact_sha256": hashlib.sha256(data).hexdigest()}
         self.log(f"Code size (uncompressed): {len(SOURCE)} bytes; model {len(data)}, its codes' entropy {bound}")
         over = f", {total - LIMIT_BYTES} OVER THE LIMIT" if total > LIMIT_BYTES else ""
         self.log(f"Total submission size quantized+{header['compressor']}: {total} bytes{over}")
-
     def evaluate(self, stride: int = 0, plan: tuple[Visit, ...] | None = None) -> dict[str, float]:
-        stride = stride or self.cfg.eval_seq_len
         return evaluate(self.forward, plan or self.plan, self.docs, self.table, stride, self.cfg, self.ranks, self.log)
-
     def score(self, label: str, budget: str, evaluation: Callable[[], dict[str, float]]) -> None:
         """Times an evaluation, logs its result in the field's template, keeps it; refuses one that left targets out."""
         key, expected = label.removeprefix("diagnostic ").split()[0].replace("-", "_"), int(self.docs.counts.sum())
@@ -1704,8 +1454,7 @@ class Run:
         if self.ranks.is_main:
             write_atomic(self.folder / "scores.json", json.dumps(self.final, indent=1).encode())
 
-    def report(self) -> dict[str, Any]:
-        """The table of phases and budgets, then the one line that starts with `final`."""
+    def report(self) -> dict[str, Any]:  # the table of phases and budgets, then the one line that starts with `final`
         self.log(f"{'phase':<34}{'seconds':>9}  counts against")
         for name, budget, seconds in self.phases:
             self.log(f"{name:<34}{seconds:>9.1f}  {budget}")
@@ -1722,8 +1471,7 @@ class Run:
         self.log("final " + json.dumps(self.final, sort_keys=True))
         return self.final
 
-def main(argv: list[str]) -> int:
-    """Exit status: 0 done, 2 wrong configuration or data, 1 the run failed."""
+def main(argv: list[str]) -> int:  # exit status: 0 done, 2 wrong configuration or data, 1 the run failed
     try:
         if argv == ["--knobs"]:
             print_knobs()

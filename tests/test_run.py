@@ -10,6 +10,7 @@ import re
 import shutil
 import socket
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -51,6 +52,12 @@ def first_run(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Fini
 
 def listing(root: Path) -> dict[str, int]:
     return {str(p.relative_to(root)): p.stat().st_size if p.is_file() else -1 for p in sorted(root.rglob("*"))}
+
+
+def free_port() -> str:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return str(s.getsockname()[1])
 
 
 def data_copy(tiny_data: Path, to: Path) -> Path:
@@ -179,6 +186,21 @@ def test_two_ranks_train_to_the_same_end(first_run, tiny_data, tmp_path):
     assert listing(two.folder).keys() == listing(first_run.folder).keys()
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="lists threads as Linux does")
+def test_process_group_ends_with_the_run(first_run, tiny_data, tmp_path):
+    """A thread of gloo that lives on aborts the process at its exit now and then, after the scores are printed."""
+    script = """if True:
+        import glob, train_gpt
+        assert train_gpt.main([]) == 0
+        print(*(open(name).read() for name in glob.glob("/proc/self/task/*/comm")))"""
+    env = {**EVAL, "DATA_DIR": str(tiny_data), "EVAL_ONLY_PATH": str(first_run.folder / "final_model.int6.ptz")}
+    env |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(Path(tg.__file__).parent)}
+    env |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    done = subprocess.run([sys.executable, "-c", script], env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "gloo" not in done.stdout.split("final {")[1]
+
+
 def test_rows_loader_scores_every_token_too(tiny_data, tmp_path, first_run):
     env = {**TINY, "DATA_DIR": str(tiny_data), "RUN_ID": "rows", "DATA_LOADER": "rows", "PRESET": "pr1530"}
     rows = finish({**env, "COMPILE": "0", "COMPRESSOR": "lzma", "VAL_LOSS_EVERY": "3"}, tmp_path)
@@ -297,10 +319,7 @@ def test_bad_input_ends_in_one_line_with_status_2_and_writes_nothing(bad_runs, n
 
 def two_processes(env: dict[str, str], cwd: Path) -> list[subprocess.CompletedProcess]:
     """Both ranks of a world of two, each by itself as a cluster starts them."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
-    world = {**env, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    world = {**env, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(lambda rank: run_script({**world, "RANK": rank, "LOCAL_RANK": rank}, cwd), "01"))
 

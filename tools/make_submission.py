@@ -1,7 +1,7 @@
 """Writes submission.json from kept logs: `make_submission.py logs/*_seed*.txt`.
 
-Every figure comes from the one `final {json}` line of each log. Logs of different code, data, preset or hardware are not
-seeds of one claim and are refused (exit status 2, one line). Prints the rows of README's result table.
+Every figure comes from the one `final {json}` line of each log. Logs of different code, data, preset or hardware are
+not seeds of one claim and are refused (exit status 2, one line). Prints the rows of README's result table.
 """
 
 from __future__ import annotations
