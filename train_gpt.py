@@ -265,6 +265,7 @@ class Ranks:  # this process among its peers: all ranks must call a method toget
         if cuda:
             torch.cuda.set_device(self.device)
         if self.distributed:
+            importlib.import_module("torch.distributed.nn")  # later, its defaults would keep the group's threads alive
             dist.init_process_group("nccl" if cuda else "gloo", device_id=self.device if cuda else None)
     def sum(self, t: Tensor) -> Tensor:  # in place
         if self.distributed:

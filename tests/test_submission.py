@@ -12,8 +12,8 @@ from conftest import ROOT
 
 FIGURES = {
     "code_sha256": "c0", "dataset": "tiny", "val_sha256": "v", "tokenizer_sha256": "t", "preset": "cpu",
-    "device": "CPU", "torch": "2", "world_size": 1, "pre_quantization_bpb": 2.0, "quantized_bpb": 2.1, "quantized_ttt_lora_bpb": 1.9,
-    "val_loss": 3.0, "steps": 7, "artifact_bytes": 1000, "seconds": {"train": 5.0},
+    "device": "CPU", "torch": "2", "world_size": 1, "pre_quantization_bpb": 2.0, "quantized_bpb": 2.1,
+    "quantized_ttt_lora_bpb": 1.9, "val_loss": 3.0, "steps": 7, "artifact_bytes": 1000, "seconds": {"train": 5.0},
 }  # fmt: skip
 
 
