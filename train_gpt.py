@@ -474,8 +474,9 @@ if triton is not None:
         """One product and its epilogue. Operands are tensor descriptors and bring their dtype; sums are fp32.
         forward : a = x (T, C), w = w_up (F, C);    stores pre = a @ w.T and out = leaky_relu(pre)^2, both (T, F)
         backward: a = dy (T, C), w = w_down (C, F); loads pre, stores out = (a @ w) * derivative of leaky_relu^2 at pre
-        A sum is rounded to the dtype before the epilogue. TMA needs no masks. Programs stride over tiles in groups of 8
-        row blocks (weights stay in L2); `flatten` starts the next loads before this epilogue, done by column halves."""
+        A sum is rounded to the dtype before the epilogue, as between separate operators. TMA reads zeros and writes
+        nothing past an edge: no masks. Programs stride over tiles in groups of 8 row blocks (weights stay in L2).
+        `flatten` starts the next tile's loads before this epilogue, done by column halves so that staging fits."""
         BM: tl.constexpr = a.block_shape[0]
         BH: tl.constexpr = out.block_shape[1]
         row_blocks, col_blocks = tl.cdiv(out.shape[0], BM), tl.cdiv(out.shape[1], 2 * BH)
@@ -495,8 +496,9 @@ if triton is not None:
                     pre.store(at, half)
 
 def launch_mlp(a: Tensor, w: Tensor, pre: Tensor, out: Tensor, programs: int, backward: bool, tile=MLP_TILE) -> None:
-    """Fills `out` (forward also `pre`). T must not be 0, a new T compiles nothing. Descriptors are made anew (a cache
-    holds activations). Shared memory, of 227 KB: forward 224 (4 stages), backward 208 (3 stages)."""
+    """Fills `out` (forward also `pre`) with at most that many persistent programs. T must not be 0; a new T compiles
+    nothing. Descriptors are made per call (a cache would keep activations alive), never in a replayed CUDA graph.
+    Shared memory, of 227 KB: forward 224 (4 stages), backward with its staged `pre` 208 (3 stages)."""
     bm, bn, bk = tile
     boxes = [bm, bk], [bk, bn] if backward else [bn, bk], [bm, bn // 2], [bm, bn // 2]
     args = [TensorDescriptor(t, t.shape, t.stride(), box) for t, box in zip((a, w, pre, out), boxes, strict=True)]
@@ -743,7 +745,7 @@ class GPT(nn.Module):  # the network of PR #1530; parameters are fp32, products 
         angles = torch.arange(longest)[:, None, None] * frequencies  # (longest, 1, half)
         self.register_buffer("rope", torch.stack([angles.cos(), angles.sin()], 1).float(), persistent=False)
         for name, role in parameter_table(cfg).items():  # drawn on the CPU: equal on every rank and device
-            weight = torch.full(role.shape, role.init if isinstance(role.init, float) else 0.0)
+            weight = torch.full(role.shape, 0.0 if isinstance(role.init, str) else float(role.init))
             if role.init == "orthogonal":
                 for matrix in weight:
                     nn.init.orthogonal_(matrix, generator=g)
@@ -816,7 +818,7 @@ class GPT(nn.Module):  # the network of PR #1530; parameters are fp32, products 
 # === 6. Adapters: a LoRA for every document of a batch, at every visit of a layer =====================================
 class LoRA(NamedTuple):
     """Adapters of B documents in two fp32 leaf tensors: y += (x A^T) B^T. q, k, v, o read the normalised input of the
-    attention, mlp that of the MLP, head the final state. The record has 8,355,840 values per document in 17 visits."""
+    attention, mlp that of the MLP, head the final state. Record: 8,355,840 values per document, 17 visits and head."""
     sites: tuple[tuple[str, int], ...]  # (site, slot) of every adapter
     widths: tuple[int, ...]  # its output width
     down: Tensor  # (B, len(sites), rank, C)
@@ -1032,7 +1034,8 @@ def restored(model: nn.Module, optimizers: Optimizers) -> Iterator[None]:  # aft
 def train(run: Run, reserve: float) -> bool:
     """Trains until the budget less `reserve` seconds is spent and leaves the EMA of the weights in the model. Schedules
     follow the share of the budget spent (the ranks' mean clock), or of ITERATIONS without one. No step may end too
-    late. Returns whether the loops ran at the end: scoring uses the depth that was trained (W6)."""
+    late. Returns whether the loops ran at the end: scoring uses the depth that was trained (W6). Raises
+    FloatingPointError on a loss or gradient that is not finite, once the average of the steps before is saved."""
     cfg, ranks, log, live = run.cfg, run.ranks, run.log, [p.detach() for p in run.model.parameters()]
     ema = {name: p.detach().clone() for name, p in run.model.named_parameters()}
     budget = (cfg.max_wallclock_seconds or math.inf) - reserve
@@ -1214,10 +1217,11 @@ def load_artifact(model: GPT, streams: list[bytes]) -> None:  # every parameter 
     assert len(codes) == len(scales) == len(floats) == 0, "artifact and config disagree"
 
 # === 11. Test-time training: score a chunk of every document of a batch, then learn from it ===========================
-class Adaptation:  # on one rank (PR #1530): adapters, one set per document of a batch, and their optimiser
+class Adaptation:  # on one rank (PR #1530): an adapter per document of a batch, an optimiser, the model frozen
     def __init__(self, model: GPT, forward: Callable, plan: tuple[Visit, ...], device: torch.device):
         self.cfg, self.forward, self.plan, self.device = model.cfg, forward, plan, device
         self.lora = LoRA.zeros(model.cfg, model.cfg.ttt_batch_size, len(plan), device)
+        model.requires_grad_(False)  # or a compiled backward would compute the gradients of all weights
     def begin(self, keys: list[int]) -> None:  # adapters as drawn for documents with these keys, no optimiser state
         cfg, leaves = self.cfg, [self.lora.down, self.lora.up]
         self.lora.reset(cfg.seed, keys)
@@ -1400,6 +1404,7 @@ class Run:  # from its data to its report, the same on all ranks; `go` holds the
                     self.forward(synthetic_row(cfg, cfg.val_row_shape, ranks.device), last)
                 if cfg.ttt_enabled:
                     Adaptation(self.model, self.ttt_forward, last, ranks.device).warm_up()
+                    self.model.requires_grad_(True)
                 self.log("warmup:done (random tokens, no validation data)")
         reserve = max(ranks.gather(reserve)) if cfg.gptq_reserve_seconds < 0 else cfg.gptq_reserve_seconds
         if 0 < cfg.max_wallclock_seconds < 2 * reserve:
