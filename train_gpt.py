@@ -717,11 +717,12 @@ class PassInfo(NamedTuple):  # what every layer of one forward shares
         a, b = self.lora[site, slot]
         return y + (x.unflatten(0, (len(a), -1)) @ a.mT @ b.mT).flatten(0, 1)
 
-def rms_norm(x: Tensor) -> Tensor:  # x / sqrt(mean(x^2) + eps) over the last axis, fp32 inside
+def rms_norm(x: Tensor) -> Tensor:  # x / sqrt(mean(x^2) + eps) over the last axis, fp32 inside, its eps for any dtype
+    eps = torch.finfo(torch.float32).eps
     if x.is_cuda:  # on a CPU in bf16, F.rms_norm takes 20 times as long as the lines below
-        return F.rms_norm(x, (x.size(-1),))
+        return F.rms_norm(x, (x.size(-1),), eps=eps)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps)).to(x.dtype)
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 def positions(cu_seqlens: Tensor, num_tokens: int) -> Tensor:  # (T,) int64: each token's index in its segment (W17)
     index = torch.arange(num_tokens, device=cu_seqlens.device)
