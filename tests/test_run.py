@@ -338,5 +338,6 @@ def test_every_rank_leaves_when_one_finds_bad_input(tiny_data, tmp_path, place, 
     assert (main.returncode, other.returncode) == (2, 2)
     assert expected in main.stderr
     assert main.stderr.count("\n") == 1
-    assert (main.stdout, other.stdout, other.stderr) == ("", "", "")
+    said = [line for line in (main.stdout + other.stdout).splitlines() if not line.startswith("[Gloo]")]  # torch 2.9
+    assert (said, other.stderr) == ([], "")
     assert listing(tmp_path) == before
