@@ -4,14 +4,15 @@
     prepare_data.py pydocs                     10 MB of documentation of the installed packages, no download
     prepare_data.py text train.jsonl.zst --val val.jsonl.zst --tokenizer fineweb_8192_bpe.model
     prepare_data.py fineweb --variant sp8192 --train-shards 80
+    prepare_data.py doctor data/datasets/pydocs_sp1024    is it whole, does it fit its tokenizer, is validation unseen
 
-All three leave the same layout under --data-dir:
+The first three leave the same layout under --data-dir:
 
     datasets/<dataset>/<prefix>_train_000000.bin ... <prefix>_val_000000.bin, manifest.json
     tokenizers/<tokenizer>.model
 
-Nothing is left half written: files get their names once they are complete. Exit status: 0 done, 2 wrong input, told
-in one line.
+Nothing is left half written: files get their names once they are complete. Exit status: 0 done, 1 the doctor found an
+error, 2 wrong input, told in one line.
 """
 
 from __future__ import annotations
@@ -49,6 +50,8 @@ except ImportError:  # only .zst files need it
     zstandard = None
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import doctor  # noqa: E402
+
 from train_gpt import ByteTable, UsageError, read_shard, write_shard  # noqa: E402
 
 TOKENIZER_SAMPLE_BYTES = 64_000_000  # training text that a tokenizer is trained on; more changes little
@@ -673,21 +676,24 @@ def build_parser() -> argparse.ArgumentParser:
     )
     fineweb.add_argument("--revision", default="main", help="branch, tag or commit (default main)")
     fineweb.add_argument("--root", default="datasets", help="folder of the export in the repository (default datasets)")
+
+    sub = commands.add_parser("doctor", help=doctor.__doc__.partition(":")[0])
+    sub.set_defaults(run=doctor.run)
+    doctor.add_arguments(sub)
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status: 0 done, 2 wrong input, told in one line on stderr."""
+    """Returns the exit status: 0 done, 1 the doctor found an error, 2 wrong input, told in one line on stderr."""
     args = build_parser().parse_args(argv)
     try:
-        args.run(args)
+        return args.run(args) or 0
     except UsageError as error:
         print(f"prepare_data.py: {error}", file=sys.stderr)
         return 2
     except OSError as error:  # a missing file, a folder, no permission, a full disk
         print(f"prepare_data.py: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
-    return 0
 
 
 if __name__ == "__main__":
