@@ -443,9 +443,18 @@ class Tokenizer(NamedTuple):
             raise UsageError(f"TOKENIZER_PATH={path}: not the tokenizer that {named} names")
         return loaded
 
+def heed_doctor(cfg: Config, tokenizer: Tokenizer) -> None:  # UsageError if doctor.json, on these files, has an error
+    error, files = None, [tokenizer.path, *cfg.dataset_dir.glob("*.bin"), *cfg.dataset_dir.glob("manifest.json")]
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # no verdict, or none against the data
+        verdict = json.loads((cfg.dataset_dir / "doctor.json").read_text())
+        if verdict["files"] == {p.name: [p.stat().st_size, p.stat().st_mtime_ns] for p in files}:  # else it is stale
+            error = verdict["errors"][0]
+    if error:
+        raise UsageError(f"{cfg.dataset_dir}: {error}; found by tools/prepare_data.py doctor")
 def open_shards(cfg: Config, tokenizer: Tokenizer, ranks: Ranks, splits: list[str]) -> dict[str, TokenStream]:
     """The streams of `splits`. Raises UsageError for what cannot be used; each rank scans its share of the ids."""
     streams = {split: TokenStream(cfg.dataset_dir, split) for split in splits}
+    heed_doctor(cfg, tokenizer)
     known = {f["name"]: f["tokens"] for s in tokenizer.manifest.get("splits", {}).values() for f in s["files"]}
     for split, stream in streams.items():
         for i, (path, shard) in enumerate(zip(stream.paths, stream.shards, strict=True)):
