@@ -311,6 +311,7 @@ def test_phrases_and_documents_alike_in_part_are_no_overlap():
     for docs in (train, val):
         for i in range(0, len(docs), 2):
             docs[i] = np.concatenate([docs[i], phrase])
+    val.append(np.append(BOS, phrase).astype(np.uint16))
     assert doctor.overlap([np.concatenate(train)], np.concatenate(val), BOS) == []
     assert doctor.overlap([], np.concatenate(val), BOS) == []
 
