@@ -140,12 +140,16 @@ class ShingleIndex:
         self.hashes, self.number = np.unique(every[at], return_inverse=True)  # sorted (U,); (S,) index into it
         bits = max(16, int(8 * len(self.hashes)).bit_length())
         self.shift = np.uint64(64 - bits)
-        self.filter = np.zeros(1 << bits, dtype=bool)  # by the first bits of a hash: all but 1 in 8 misses end here
-        self.filter[self.hashes >> self.shift] = True
+        self.filters = np.zeros((2, 1 << bits), dtype=bool)  # each ends all but 1 in 8 searches for what is not there
+        self.filters[0][self.hashes >> self.shift] = True
+        self.filters[1][self.second_key(self.hashes)] = True
 
     @property
     def key(self) -> str:
         return hashlib.sha256(self.hashes.tobytes()).hexdigest()
+
+    def second_key(self, hashed: np.ndarray) -> np.ndarray:
+        return (hashed * SPAN_FACTOR[0]) >> self.shift
 
     def find(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Which of `hashes` occur in ids (n,), and the first position of each: two arrays (F,) int64."""
@@ -153,7 +157,8 @@ class ShingleIndex:
         where: list[np.ndarray] = []
         if len(self.hashes):
             for number, hashed in enumerate(chunked_hashes(tokens)):
-                at = np.flatnonzero(self.filter[hashed >> self.shift])
+                at = np.flatnonzero(self.filters[0][hashed >> self.shift])
+                at = at[self.filters[1][self.second_key(hashed[at])]]
                 candidates = hashed[at]
                 index = np.minimum(np.searchsorted(self.hashes, candidates), len(self.hashes) - 1)
                 hit = self.hashes[index] == candidates
@@ -441,7 +446,8 @@ def _begin(*context: Any) -> None:
 
 
 def _scan(span: Span) -> dict[str, np.ndarray]:
-    return scan_span(span, *_CONTEXT)
+    tokenizer, index = _CONTEXT
+    return scan_span(span, tokenizer, index if span.split == "train" else None)
 
 
 class Examination:
@@ -536,19 +542,18 @@ class Examination:
             with concurrent.futures.ProcessPoolExecutor(self.workers, initializer=_begin, initargs=context) as pool:
                 yield pool.map
 
-    def scan(self, spans: list[Span], index: ShingleIndex | None) -> list[dict[str, np.ndarray]]:
+    def scan(self, spans: list[Span], index: ShingleIndex) -> list[dict[str, np.ndarray]]:
         """`scan_span` of each, from the cache where that content was scanned before."""
-        about = [VERSION, spm.__version__, self.tokenizer.sha256, index.key if index else ""]
-        files = []
+        files, index_key = [], index.key
         for span in spans:
             tail = [read_shard(path)[begin:end].tobytes() for path, _, begin, end in span.parts[1:]]
             content = [span.parts[0][1:], hashlib.sha256(b"".join(tail)).hexdigest()]
+            about = [VERSION, spm.__version__, self.tokenizer.sha256, index_key if span.split == "train" else ""]
             key = hashlib.sha256(json.dumps([*about, content]).encode()).hexdigest()[:32]
             files.append(self.folder / ".doctor" / f"{key}.npz")
         results = [load_scan(file) if self.use_cache else None for file in files]
         missing = [i for i, result in enumerate(results) if result is None]
-        self.figures["scanned"] = self.figures.get("scanned", 0) + len(missing)
-        self.figures["cached"] = self.figures.get("cached", 0) + len(files) - len(missing)
+        self.figures |= {"scanned": len(missing), "cached": len(files) - len(missing)}
         sizes = [sum(part[3] - part[2] for part in spans[i].parts) for i in missing]
         with self.pool(sum(sizes), self.tokenizer, index) as run:
             for i, result in zip(missing, run(_scan, [spans[i] for i in missing]), strict=True):
@@ -568,7 +573,8 @@ class Examination:
         val = np.concatenate([np.empty(0, np.uint16), *(span.read() for span in spans["val"])])
         index = ShingleIndex(val, self.tokenizer.bos_id)
         del val
-        scans = {"val": self.scan(spans["val"], None), "train": self.scan(spans["train"], index)}
+        results = self.scan(spans["val"] + spans["train"], index)  # validation takes longest, so it comes first
+        scans = {"val": results[: len(spans["val"])], "train": results[len(spans["val"]) :]}
         for split in ("train", "val"):
             if self.shards[split]:
                 self.split_faults(split, spans[split], scans[split])
