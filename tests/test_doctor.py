@@ -256,7 +256,8 @@ def test_clean_data_pass_without_a_word(root, capsys):
 def test_all_of_validation_is_decoded_and_a_sample_of_each_training_shard(root, capsys, monkeypatch):
     monkeypatch.setattr(doctor, "SAMPLE", 5)
     splits = examine(root, capsys, status=0)["splits"]
-    assert {s: (splits[s]["decoded"], splits[s]["encoded_again"]) for s in splits} == {"train": (10, 10), "val": (12, 12)}
+    found = {split: (entry["decoded"], entry["encoded_again"]) for split, entry in splits.items()}
+    assert found == {"train": (10, 10), "val": (12, 12)}
 
 
 def test_the_table_has_a_line_per_fault(root, capsys):
