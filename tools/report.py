@@ -94,17 +94,15 @@ class Run:
     points: list[dict[str, float]]  # step and what its lines say: train_loss, val_bpb, seconds, lr_scale
     final: dict[str, Any]
     group: str = ""  # the differing knobs, where configurations are mixed
+    label: str = ""  # what tells it from the other runs of a report
 
     @property
     def score(self) -> Stage:
         return self.stages[-1]
     @property
-    def name(self) -> str:
-        return self.path.stem
-    @property
     def ms_per_step(self) -> float | None:
         return 1000 * self.train_seconds / self.steps if self.train_seconds and self.steps else None
-    def stage(self, kind: str) -> Stage | None:  # the first but for adaptation: old logs repeat lines under other labels
+    def stage(self, kind: str) -> Stage | None:  # the first: old logs repeat one under a later label
         found = [s for s in self.stages if s.kind == kind]
         return found[-1 if kind == "adapted" else 0] if found else None
     @property
@@ -181,7 +179,7 @@ def read_settings(lines: list[str]) -> dict[str, str]:
 
 
 def read_points(lines: list[str], batch: float) -> list[dict[str, float]]:
-    """What the lines of a step say. Where a log gives minutes to one decimal, its mean tokens per second tell seconds."""
+    """What the lines of a step say. Where a log gives minutes, its mean tokens per second tell the seconds."""
     points: dict[int, dict[str, float]] = {}
     for line in lines:
         if not (m := STEP.match(line)):
@@ -222,11 +220,12 @@ def read_phases(lines: list[str], final: dict[str, Any], stages: list[Stage], tr
     """(name, seconds, budget). Published logs have no phase table: what they time is put against the same budgets."""
     if final:
         budgets = {m[1]: m[3] for m in map(PHASE.match, lines) if m}
-        of_train, guess = ("train", "calibrate", "quantise", "pack"), {"score pre_quantization": "none"}
-        guess |= {name: "train" for name in of_train}
-        default = {n: guess.get(n, "eval" if n.startswith("score") else "none") for n in final.get("seconds", {})}
-        return [(n, s, budgets.get(n, default[n])) for n, s in sorted(
-            final.get("seconds", {}).items(), key=lambda item: list(budgets).index(item[0]) if item[0] in budgets else 99)]
+        guess = {"score pre_quantization": "none", "train": "train", "calibrate": "train", "quantise": "train",
+                 "pack": "train"}  # fmt: skip
+        spent, order = final.get("seconds", {}), list(budgets)
+        names = sorted(spent, key=lambda n: order.index(n) if n in budgets else len(order))  # JSON sorted them by name
+        default = {n: guess.get(n, "eval" if n.startswith("score") else "none") for n in names}
+        return [(n, spent[n], budgets.get(n, default[n])) for n in names]
     phases = [("train", train, "train")] if train else []
     for line in lines:
         if m := re.match(rf"GPTQ:collected \d+ Hessians in ({NUMBER})s", line):
@@ -281,7 +280,7 @@ def read_run(path: Path) -> Run:
 
 # === Checks: one claim, one denominator ===============================================================================
 def differences(runs: list[Run]) -> dict[str, list[str]]:
-    """Name -> each run's value, of every fact and setting that is not the same in all; paths count by their last part."""
+    """Name -> each run's value, of every fact and setting that is not the same in all; of paths the last part."""
     def value(run: Run, name: str) -> str:
         text = str(run.facts.get(name, run.config.get(name, "-")))
         return Path(text).name if "/" in text and name != "code_size" else text
@@ -302,7 +301,7 @@ def check_claim(runs: list[Run], mixed: bool) -> dict[str, list[str]]:
     found = differences(runs)
     shown = "; ".join(f"{n}: {', '.join(dict.fromkeys(v))}" for n, v in found.items())
     if found and not mixed:
-        raise UsageError(f"not seeds of one claim ({runs[0].path} and others): {shown}; --mixed takes them all the same")
+        raise UsageError(f"not seeds of one claim, {runs[0].path} and others: {shown}; --mixed takes them all the same")
     for i, run in enumerate(runs):
         parts = [f"{n.upper() if n in run.config else n}={v[i][:12]}" for n, v in found.items()]
         run.group = " ".join(parts[:4]) + " .." * (len(parts) > 4)
@@ -335,7 +334,8 @@ def check_scores(run: Run) -> list[str]:
         implied, right, whose = implied_bytes(run, stage)
         ulp = 0.5 * 10.0**-stage.decimals
         if abs(implied / right - 1) > TOLERANCE + ulp / stage.loss + ulp / stage.bpb:
-            wrong.append(f"{stage.label}: implies {implied:.5f} bytes a token, {whose} has {right:.5f}: x{implied / right:.4f}")
+            wrong.append(f"{stage.label}: implies {implied:.5f} bytes a token, x{implied / right:.4f} of {whose}, "
+                         f"{right:.5f}")  # fmt: skip
     dataset = str(run.facts.get("dataset", ""))
     whole = next((t for t, (n, _) in CANONICAL.items() if dataset == f"fineweb10B_{n}"), None)
     if whole and tokens and tokens < whole * (1 - 1e-3):
@@ -350,7 +350,7 @@ UNITS = {"nats": lambda run: run.score.loss, "bpb": lambda run: run.score.bpb}
 
 
 def summarise(runs: list[Run]) -> dict[str, Any]:
-    """Mean and sample deviation (n - 1) in both units, and the difference to as many runs of equal spread that shows."""
+    """Mean and sample deviation (n - 1) in both units, and the difference to as many such runs that shows."""
     from scipy import stats
     result: dict[str, Any] = {"runs": len(runs), "seeds": [run.seed for run in runs]}
     for unit, of in UNITS.items():
@@ -406,8 +406,10 @@ def paired(differences: np.ndarray) -> dict[str, Any]:  # of old - new, (n,)
 def pair_up(new: list[Run], old: list[Run]) -> tuple[str, list[tuple[Run, Run]]]:
     """(what they share, pairs): the artifact, else the seed; unique on both sides, or it makes no pair."""
     for name, key in (("artifact", lambda r: r.final.get("artifact_sha256")), ("seed", lambda r: r.seed)):
-        sides = [{k: runs[0] for k in {key(r) for r in side} - {None} if len(runs := [r for r in side if key(r) == k]) == 1}
-                 for side in (new, old)]  # fmt: skip
+        sides = []
+        for side in (new, old):
+            keys = [key(run) for run in side]
+            sides.append({k: run for k, run in zip(keys, side, strict=True) if k is not None and keys.count(k) == 1})
         if common := [k for k in sides[0] if k in sides[1]]:
             return name, [(sides[0][k], sides[1][k]) for k in sorted(common)]
     return "", []
@@ -424,7 +426,7 @@ def compare_documents(pairs: list[tuple[Run, Run]]) -> dict[str, Any] | None:
     result = paired(gain)
     per_byte = 1 / math.log(2) / sizes.mean()  # nats a document -> bits per byte of the whole
     return {**result, "artifacts": len(both), "bpb": result["mean"] * per_byte, "better": float((gain > 0).mean()),
-            "sd_of_mean_bpb": (result["sd"] or 0.0) / math.sqrt(len(gain)) * per_byte}  # fmt: skip
+            "se_bpb": (result["sd"] or 0.0) / math.sqrt(len(gain)) * per_byte}  # fmt: skip
 
 
 def compare(new: list[Run], old: list[Run]) -> dict[str, Any]:
@@ -444,30 +446,35 @@ def compare(new: list[Run], old: list[Run]) -> dict[str, Any]:
     return result
 
 
+def count(n: int, word: str) -> str:
+    return f"{n} {word}" + "s" * (n != 1)
+
+
 def verdict(comparison: dict[str, Any], new: int, old: int) -> list[str]:
     """The comparison in words, one statement a line."""
     nats, bpb = comparison["nats"], comparison["bpb"]
     lines = [f"{'better' if nats['difference'] > 0 else 'worse'} by {abs(nats['difference']):.5f} nats, "
-             f"{abs(bpb['difference']):.5f} bpb ({new} runs against {old})"]  # fmt: skip
+             f"{abs(bpb['difference']):.5f} bpb ({count(new, 'run')} against {old})"]  # fmt: skip
     if not (w := nats["welch"]):
         lines.append("Welch: needs two runs on each side")
     else:
         lines.append(f"Welch: t {w['t']:.3f}, df {w['df']:.2f}, p {w['p_two_sided']:.3g} two-sided; in bpb t "
                      f"{bpb['welch']['t']:.3f}, p {bpb['welch']['p_two_sided']:.3g}; 95 % of the difference "
                      f"{w['ci95'][0]:+.5f} .. {w['ci95'][1]:+.5f} nats")  # fmt: skip
+        record = f"record bar, {BAR_NATS} nats = {bpb['bar']:.5f} bpb"
         for title, p, need in (("better at all", w["p_better"], w["runs_for_better"]),
-                               (f"record bar, {BAR_NATS} nats = {bpb['bar']:.5f} bpb", w["p_record"], w["runs_for_record"])):
+                               (record, w["p_record"], w["runs_for_record"])):  # fmt: skip
             state = "passed" if p < ALPHA else f"not passed at {ALPHA}" + f" (passed at {PRACTICE})" * (p < PRACTICE)
             more = need and max(need - new, 0)
             enough = f"{need} runs a side would show it, {more} more" if need else "no number of runs would show it"
             lines.append(f"{title}: p {p:.3g}, {state}" + f"; {enough}" * (p >= ALPHA))
     if (p := nats["paired"]) and comparison["pair_by"]:
-        tested = f", t {p['t']:.3f}, p {p['p_better']:.3g} one-sided" if "t" in p else ""
-        lines.append(f"{p['pairs']} pairs of one {comparison['pair_by']}: {p['mean']:+.6f} nats (sd "
-                     f"{p['sd'] or 0:.6f}), {bpb['paired']['mean']:+.6f} bpb{tested}")  # fmt: skip
+        tested = f" (sd {p['sd']:.6f} nats), t {p['t']:.3f}, p {p['p_better']:.3g} one-sided" if "t" in p else ""
+        lines.append(f"{count(p['pairs'], 'pair')} of one {comparison['pair_by']}: better by {p['mean']:+.6f} nats, "
+                     f"{bpb['paired']['mean']:+.6f} bpb{tested}")  # fmt: skip
     if d := comparison["documents"]:
-        lines.append(f"{d['pairs']:,} documents, {d['artifacts']} pairs: {d['bpb']:+.6f} bpb (sd of it "
-                     f"{d['sd_of_mean_bpb']:.6f}), better in {d['better']:.1%}"
+        lines.append(f"{d['pairs']:,} documents of {count(d['artifacts'], 'pair')}: better by {d['bpb']:+.6f} bpb "
+                     f"(standard error {d['se_bpb']:.6f}), in {d['better']:.1%} of them"
                      + (f", t {d['t']:.2f}, p {d['p_better']:.3g} one-sided" if "t" in d else ""))  # fmt: skip
     return lines
 
@@ -488,8 +495,17 @@ def row(run: Run, runs: list[Run]) -> list[str]:
     scores = [show((s := run.stage(kind)) and s.bpb, ".5f") for kind in kinds]
     implied, right, _ = implied_bytes(run, run.score)
     check = "INVALID" if check_scores(run) else "unknown" if math.isnan(right) else f"x{implied / right:.6f}"
-    return [run.name, show(run.seed, "d"), show(run.steps, "d"), show(run.ms_per_step, ".2f"), *scores,
-            show(run.gain, ".5f"), show(run.sizes.get("artifact_bytes"), ","), budget("train"), budget("eval"), check]  # fmt: skip
+    size = show(run.sizes.get("artifact_bytes"), ",")
+    return [run.label, show(run.seed, "d"), show(run.steps, "d"), show(run.ms_per_step, ".2f"), *scores,
+            show(run.gain, ".5f"), size, budget("train"), budget("eval"), check]  # fmt: skip
+
+
+def short_names(paths: list[Path]) -> list[str]:  # file names without what they all begin with; paths if names repeat
+    names = [path.stem for path in paths]
+    if len(set(names)) < len(names):
+        names = [path.with_suffix("").as_posix() for path in paths]
+    start = os.path.commonprefix(names) if len(names) > 1 else ""
+    return [name[max(start.rfind(mark) for mark in "_-. /") + 1 :] for name in names]
 
 
 @dataclasses.dataclass
@@ -499,13 +515,15 @@ class Report:  # all that the outputs show
     mixed: dict[str, list[str]]  # differences within `runs`
     def __post_init__(self) -> None:
         self.everything = self.runs + self.baseline
+        for run, label in zip(self.everything, short_names([r.path for r in self.everything]), strict=True):
+            run.label = label
         self.summary = summarise(self.runs)
         self.base_summary = summarise(self.baseline) if self.baseline else None
         self.comparison = compare(self.runs, self.baseline) if self.baseline else None
-        self.problems = [f"{run.name}: INVALID: {text}" for run in self.everything for text in check_scores(run)]
-        self.warnings = [f"{run.name}: over the limit: {text}" for run in self.everything for text in run.over()]
+        self.problems = [f"{run.label}: INVALID: {text}" for run in self.everything for text in check_scores(run)]
+        self.warnings = [f"{run.label}: over the limit: {text}" for run in self.everything for text in run.over()]
         lowest = [(run, min(run.stages, key=lambda s: s.bpb)) for run in self.everything]
-        self.warnings += [f"{run.name}: {best.label} scored {best.bpb:.5f}, below the last score, which counts"
+        self.warnings += [f"{run.label}: {best.label} scored {best.bpb:.5f}, below the last score, which counts"
                           for run, best in lowest if best is not run.score and best.kind != "before"
                           and best.bpb < run.score.bpb]  # fmt: skip
 
@@ -525,11 +543,10 @@ class Report:  # all that the outputs show
 
 def sentence(what: str, summary: dict[str, Any]) -> str:
     bpb, nats = summary["bpb"], summary["nats"]
-    text = f"{what}: val_bpb {bpb['mean']:.5f}, {nats['mean']:.5f} nats"
     if bpb["sd"] is None:
-        return text + " (one run)"
-    return (text.replace(",", f" ± {bpb['sd']:.5f},") + f" ± {nats['sd']:.5f} (sd of {summary['runs']} runs; against as "
-            f"many they show differences of {bpb['resolves']:.5f} bpb at p < {ALPHA})")  # fmt: skip
+        return f"{what}: val_bpb {bpb['mean']:.5f}, {nats['mean']:.5f} nats (one run)"
+    return (f"{what}: val_bpb {bpb['mean']:.5f} ± {bpb['sd']:.5f}, {nats['mean']:.5f} ± {nats['sd']:.5f} nats "
+            f"(sd of {summary['runs']} runs; against as many, {bpb['resolves']:.5f} bpb would show at p < {ALPHA})")  # fmt: skip
 
 
 # === Outputs ==========================================================================================================
@@ -554,7 +571,7 @@ def print_table(report: Report) -> None:
                       title_justify="left")  # fmt: skip
         for run in report.everything:
             spent = {name: seconds for name, seconds, _ in run.phases}
-            table.add_row(escape(run.name), *(f"{spent[n]:.1f}" if n in spent else "–" for n in names))
+            table.add_row(escape(run.label), *(f"{spent[n]:.1f}" if n in spent else "–" for n in names))
         console.print(table)
     for name, found in (("mixed", report.mixed), ("changed", (report.comparison or {}).get("changed", {}))):
         for knob, values in found.items():
@@ -566,11 +583,12 @@ def print_table(report: Report) -> None:
 
 
 def as_json(report: Report) -> dict[str, Any]:
-    runs = [{"run": run.name, "seed": run.seed, "baseline": run in report.baseline, "steps": run.steps,
+    runs = [{"run": run.label, "log": run.path.name, "seed": run.seed, "baseline": run in report.baseline, "steps": run.steps,
              "ms_per_step": run.ms_per_step, "val_bpb": run.score.bpb, "val_loss": run.score.loss, "gain": run.gain,
              "stages": [dataclasses.asdict(s) | {"kind": s.kind} for s in run.stages], **run.sizes,
              "phases": run.phases, "limits": run.limits, "implied_bytes_per_token": implied_bytes(run, run.score)[0],
-             "problems": check_scores(run), "over": run.over(), "facts": run.facts} for run in report.everything]  # fmt: skip
+             "problems": check_scores(run), "over": run.over(), "facts": run.facts}
+            for run in report.everything]  # fmt: skip
     return {"runs": runs, "summary": report.summary, "groups": report.groups(), "mixed": report.mixed,
             "baseline": report.base_summary, "comparison": report.comparison, "statements": report.statements(),
             "problems": report.problems, "warnings": report.warnings}  # fmt: skip
@@ -661,9 +679,13 @@ def by_length(run: Run) -> dict[str, list[float]]:
         return {}
     sizes = docs.get("doc_tokens", docs["doc_bytes"]).astype(np.int64)
     bins = np.log2(np.maximum(sizes, 1)).astype(int)
-    groups = [(b, bins == b) for b in np.unique(bins)]
-    return {"x": [float(sizes[of].mean()) for _, of in groups], "n": [int(of.sum()) for _, of in groups],
-            "y": [float(docs["doc_nats"][of].sum() / math.log(2) / max(docs["doc_bytes"][of].sum(), 1)) for _, of in groups]}  # fmt: skip
+    points: dict[str, list[float]] = {"x": [], "y": [], "n": []}
+    for b in np.unique(bins):
+        of = bins == b
+        bits = float(docs["doc_nats"][of].sum()) / math.log(2)
+        for key, value in (("x", sizes[of].mean()), ("y", bits / max(docs["doc_bytes"][of].sum(), 1)), ("n", of.sum())):
+            points[key].append(float(value))
+    return points
 
 
 def by_position(run: Run) -> dict[str, list[float]]:
@@ -678,43 +700,39 @@ def by_position(run: Run) -> dict[str, list[float]]:
             "n": counts[keep].astype(int).tolist()}  # fmt: skip
 
 
-def short_names(runs: list[Run]) -> list[str]:  # file names without what they all begin with
-    names = [run.name for run in runs]
-    start = os.path.commonprefix(names) if len(names) > 1 else ""
-    cut = max(start.rfind(mark) for mark in "_-. ") + 1
-    return [name[cut:] for name in names]
-
-
 def chart_data(report: Report) -> list[dict[str, Any]]:  # per run, plain lists: what the page and the pictures draw
     return [{
-        "name": name, "baseline": run in report.baseline, "curves": run.lines(), "steps": run.steps,
+        "name": run.label, "baseline": run in report.baseline, "curves": run.lines(), "steps": run.steps,
         "seconds": run.train_seconds, "phases": run.phases, "limits": run.limits,
         "stages": [{"kind": STAGES[s.kind], "bpb": s.bpb} for s in run.stages],
         "length": by_length(run), "position": by_position(run),
         "length_unit": "tokens" if "doc_tokens" in run.documents else "bytes",
-    } for run, name in zip(report.everything, short_names(report.everything), strict=True)]  # fmt: skip
+    } for run in report.everything]  # fmt: skip
 
 
 def about(report: Report) -> str:  # what ran, from the first run's facts
-    facts, first = report.runs[0].facts, report.runs[0]
+    facts = report.runs[0].facts
     words = [facts.get("dataset"), facts.get("preset") and f"PRESET={facts['preset']}", facts.get("device"),
-             f"code {facts['code_sha256'][:12]}" if "code_sha256" in facts else None, first.final.get("run_id", "")[:8]]  # fmt: skip
+             f"code {facts['code_sha256'][:12]}" if "code_sha256" in facts else ""]
     return " · ".join(str(word) for word in words if word)
 
 
 def write_html(report: Report, path: Path) -> None:
     """One file with everything in it: the page in report.html, plotly.js and the data. Opens without a network."""
     from plotly.offline import get_plotlyjs
-    tables = [{"title": title, "head": columns(runs), "rows": [row(run, runs) for run in runs],
-               "bad": [bool(check_scores(run) or run.over()) for run in runs]}
+    def table(title: str, head: list[str], rows: list[list[str]], bad: list[bool] | None = None) -> dict[str, Any]:
+        return {"title": title, "head": head, "rows": rows, "bad": bad or [False] * len(rows)}
+    tables = [table(title, columns(runs), [row(run, runs) for run in runs],
+                    [bool(check_scores(run) or run.over()) for run in runs])
               for title, runs in (("Runs", report.runs), ("Baseline", report.baseline)) if runs]  # fmt: skip
-    if changed := report.mixed | (report.comparison or {}).get("changed", {}):
-        width = max(map(len, changed.values()))
-        rows = [[name, *values, *[""] * (width - len(values))] for name, values in changed.items()]
-        tables.append({"title": "What differs", "head": ["knob or fact", *[""] * width], "rows": rows,
-                       "bad": [False] * len(rows)})  # fmt: skip
-    data = {"title": f"{report.summary['bpb']['mean']:.5f} bpb, {len(report.runs)} runs", "about": about(report),
-            "runs": chart_data(report), "tables": tables, "summary": report.summary, "comparison": report.comparison,
+    changed = (report.comparison or {}).get("changed", {})
+    found = [("Mixed runs", report.mixed, [run.label for run in report.runs]),
+             ("Changed against the baseline", changed, ["runs", "baseline"])]  # fmt: skip
+    found = [table(title, ["knob or fact", *head], [[n, *values] for n, values in of.items()])
+             for title, of, head in found if of]  # fmt: skip
+    title = f"{report.summary['bpb']['mean']:.5f} bpb, {count(len(report.runs), 'run')}"
+    data = {"title": title, "about": about(report), "runs": chart_data(report), "tables": tables,
+            "differences": found, "summary": report.summary, "comparison": report.comparison,
             "statements": report.statements(), "warnings": report.warnings, "problems": report.problems,
             "curves": CURVES, "stages": list(STAGES.values())}  # fmt: skip
     page = (Path(__file__).parent / "report.html").read_text(encoding="utf-8")
@@ -751,9 +769,9 @@ def write_pictures(report: Report, folder: Path) -> None:
             charts.append((f"{key}_by_{x}", title, words, unit, [run["curves"][key] for run in runs], x))
     stages = [{"x": [s["kind"] for s in run["stages"]], "y": [s["bpb"] for s in run["stages"]]} for run in runs]
     charts.append(("scores", "Scores from phase to phase", "", "bits per byte", stages, "x"))
-    charts.append(("length", "Loss by document length", runs[0]["length_unit"], "bits per byte",
-                   [run["length"] for run in runs], "x"))  # fmt: skip
-    charts.append(("position", "Loss by position", "position", "nats per token", [run["position"] for run in runs], "x"))
+    for key, title, x, y in (("length", "Loss by document length", runs[0]["length_unit"], "bits per byte"),
+                             ("position", "Loss by position", "position", "nats per token")):  # fmt: skip
+        charts.append((key, title, x, y, [run[key] for run in runs], "x"))
     folder.mkdir(parents=True, exist_ok=True)
     def save(name: str, title: str, x: str, y: str, draw: Callable[[Any], None]) -> None:
         figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
@@ -770,8 +788,8 @@ def write_pictures(report: Report, folder: Path) -> None:
                 draw_lines(axes, runs, points, along)
                 late = [v for p in points for at, v in zip(p.get(along, []), p.get("y", []), strict=True)
                         if along in ("step", "seconds") and at >= 0.03 * max(p[along])]  # fmt: skip
-                if late and max(late) > min(late):  # the first losses would press the rest flat
-                    axes.set_ylim(min(late) - 0.06 * (max(late) - min(late)), max(late) + 0.06 * (max(late) - min(late)))
+                if late and (room := 0.06 * (max(late) - min(late))):  # the first losses would press the rest flat
+                    axes.set_ylim(min(late) - room, max(late) + room)
                 if name in ("length", "position"):
                     axes.set_xscale("symlog")
             save(name, title, x, y, draw)
