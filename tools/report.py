@@ -467,7 +467,7 @@ def verdict(comparison: dict[str, Any], new: int, old: int) -> list[str]:
             state = "passed" if p < ALPHA else f"not passed at {ALPHA}" + f" (passed at {PRACTICE})" * (p < PRACTICE)
             more = need and max(need - new, 0)
             enough = f"{need} runs a side would show it, {more} more" if need else "no number of runs would show it"
-            lines.append(f"{title}: p {p:.3g}, {state}" + f"; {enough}" * (p >= ALPHA))
+            lines.append(f"{title}: p {p:.3g} one-sided, {state}" + f"; {enough}" * (p >= ALPHA))
     if (p := nats["paired"]) and comparison["pair_by"]:
         tested = f" (sd {p['sd']:.6f} nats), t {p['t']:.3f}, p {p['p_better']:.3g} one-sided" if "t" in p else ""
         lines.append(f"{count(p['pairs'], 'pair')} of one {comparison['pair_by']}: better by {p['mean']:+.6f} nats, "
@@ -546,7 +546,7 @@ def sentence(what: str, summary: dict[str, Any]) -> str:
     if bpb["sd"] is None:
         return f"{what}: val_bpb {bpb['mean']:.5f}, {nats['mean']:.5f} nats (one run)"
     return (f"{what}: val_bpb {bpb['mean']:.5f} ± {bpb['sd']:.5f}, {nats['mean']:.5f} ± {nats['sd']:.5f} nats "
-            f"(sd of {summary['runs']} runs; against as many, {bpb['resolves']:.5f} bpb would show at p < {ALPHA})")  # fmt: skip
+            f"(sd of {summary['runs']} runs; against as many, {bpb['resolves']:.5f} bpb would show at p < {ALPHA})")
 
 
 # === Outputs ==========================================================================================================
@@ -583,12 +583,13 @@ def print_table(report: Report) -> None:
 
 
 def as_json(report: Report) -> dict[str, Any]:
-    runs = [{"run": run.label, "log": run.path.name, "seed": run.seed, "baseline": run in report.baseline, "steps": run.steps,
-             "ms_per_step": run.ms_per_step, "val_bpb": run.score.bpb, "val_loss": run.score.loss, "gain": run.gain,
-             "stages": [dataclasses.asdict(s) | {"kind": s.kind} for s in run.stages], **run.sizes,
-             "phases": run.phases, "limits": run.limits, "implied_bytes_per_token": implied_bytes(run, run.score)[0],
-             "problems": check_scores(run), "over": run.over(), "facts": run.facts}
-            for run in report.everything]  # fmt: skip
+    runs = [{
+        "run": run.label, "log": run.path.name, "seed": run.seed, "baseline": run in report.baseline,
+        "steps": run.steps, "ms_per_step": run.ms_per_step, "val_bpb": run.score.bpb, "val_loss": run.score.loss,
+        "gain": run.gain, "stages": [dataclasses.asdict(s) | {"kind": s.kind} for s in run.stages], **run.sizes,
+        "phases": run.phases, "limits": run.limits, "implied_bytes_per_token": implied_bytes(run, run.score)[0],
+        "problems": check_scores(run), "over": run.over(), "facts": run.facts,
+    } for run in report.everything]  # fmt: skip
     return {"runs": runs, "summary": report.summary, "groups": report.groups(), "mixed": report.mixed,
             "baseline": report.base_summary, "comparison": report.comparison, "statements": report.statements(),
             "problems": report.problems, "warnings": report.warnings}  # fmt: skip
