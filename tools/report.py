@@ -59,6 +59,7 @@ CANONICAL = {
     63_779_840: ("sp1024, first split", 155_769_746),
 }  # fmt: skip
 TOLERANCE = 1e-4  # of the bytes: dropped tails make 4e-5 at usual lengths, the smallest known fault 1e-2
+WHOLE = 1e-3  # of the tokens: what may be missing, or more, where the validation set still counts as the canonical one
 FACTS = "code_sha256 dataset val_sha256 tokenizer_sha256 preset device torch world_size".split()
 # Settings that say where and which, not what: they may differ between the seeds of one claim.
 VOLATILE = set("""seed run_id logfile artifact_dir model_path quantized_model_path ttt_output_dir tensorboard_dir rank
@@ -313,18 +314,19 @@ def check_claim(runs: list[Run], mixed: bool) -> dict[str, list[str]]:
 
 
 def implied_bytes(run: Run, stage: Stage) -> tuple[float, float, str]:
-    """(bytes per token that loss and bpb imply, the right one or nan, whose). Rounded figures stand for an interval."""
+    """(bytes per token that loss and bpb imply, the right one or nan, whose). A canonical set counts by its own number
+    of tokens or by the run's, whichever fits: some logs drop a tail, some tokenise a little differently."""
     implied, tokens = stage.loss / math.log(2) / stage.bpb, run.sizes.get("val_tokens")
-    name = next((n for t, (n, _) in CANONICAL.items() if tokens and abs(tokens / t - 1) < TOLERANCE), "")
     dataset = re.sub(r"^fineweb10B_", "", str(run.facts.get("dataset", "")))
-    by_name = {n: size / t for t, (n, size) in CANONICAL.items()}
-    if name or (dataset in by_name and "fineweb" in str(run.facts["dataset"])):
-        return implied, by_name[name or dataset], f"canonical {name or dataset}"
+    for count, (name, size) in CANONICAL.items():
+        if tokens and abs(tokens / count - 1) < WHOLE or dataset == name and "fineweb" in run.facts["dataset"]:
+            whole = [size / tokens] if tokens and abs(tokens / count - 1) < WHOLE else []
+            return implied, min([size / count, *whole], key=lambda right: abs(right - implied)), f"canonical {name}"
     if tokens and run.sizes.get("val_bytes"):
         return implied, run.sizes["val_bytes"] / tokens, "the run's own val_bytes"
-    nearest = min(by_name, key=lambda n: abs(math.log(by_name[n] / implied)))
-    known = abs(implied / by_name[nearest] - 1) < TOLERANCE
-    return implied, by_name[nearest] if known else math.nan, f"canonical {nearest}" if known else "no known set"
+    near = {abs(size / count / implied - 1): (size / count, name) for count, (name, size) in CANONICAL.items()}
+    right, name = near[min(near)]
+    return (implied, right, f"canonical {name}") if min(near) < TOLERANCE else (implied, math.nan, "no known set")
 
 
 def check_scores(run: Run) -> list[str]:
@@ -338,7 +340,7 @@ def check_scores(run: Run) -> list[str]:
                          f"{right:.5f}")  # fmt: skip
     dataset = str(run.facts.get("dataset", ""))
     whole = next((t for t, (n, _) in CANONICAL.items() if dataset == f"fineweb10B_{n}"), None)
-    if whole and tokens and tokens < whole * (1 - 1e-3):
+    if whole and tokens and tokens < whole * (1 - WHOLE):
         wrong.append(f"covers {tokens:,} validation tokens, {tokens / whole:.1%} of {dataset}")
     if "val_bpb" in run.final and run.final["val_bpb"] != run.score.bpb:
         wrong.append(f"final val_bpb {run.final['val_bpb']} is not that of the last score, {run.score.label}")
