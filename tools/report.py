@@ -284,7 +284,7 @@ def differences(runs: list[Run]) -> dict[str, list[str]]:
     """Name -> each run's value, of every fact and setting that is not the same in all; of paths the last part."""
     def value(run: Run, name: str) -> str:
         text = str(run.facts.get(name, run.config.get(name, "-")))
-        return Path(text).name if "/" in text and name != "code_size" else text
+        return text[:12] if "sha256" in name else Path(text).name if "/" in text and name != "code_size" else text
     names = dict.fromkeys(name for run in runs for name in (*run.facts, *run.config) if name not in VOLATILE)
     table = {name: [value(run, name) for run in runs] for name in names}
     return {name: values for name, values in table.items() if len(set(values)) > 1}
@@ -304,8 +304,7 @@ def check_claim(runs: list[Run], mixed: bool) -> dict[str, list[str]]:
     if found and not mixed:
         raise UsageError(f"not seeds of one claim, {runs[0].path} and others: {shown}; --mixed takes them all the same")
     for i, run in enumerate(runs):
-        parts = [f"{n.upper() if n in run.config else n}={v[i][:12]}" for n, v in found.items()]
-        run.group = " ".join(parts[:4]) + " .." * (len(parts) > 4)
+        run.group = " ".join(f"{n.upper() if n in run.config else n}={v[i]}" for n, v in found.items())
     seeds = [(run.group, run.seed) for run in runs if run.seed is not None]
     if not mixed and (twice := [seed for _, seed in seeds if seeds.count(("", seed)) > 1]):
         paths = ", ".join(str(run.path) for run in runs if run.seed == twice[0])
@@ -317,11 +316,12 @@ def implied_bytes(run: Run, stage: Stage) -> tuple[float, float, str]:
     """(bytes per token that loss and bpb imply, the right one or nan, whose). A canonical set counts by its own number
     of tokens or by the run's, whichever fits: some logs drop a tail, some tokenise a little differently."""
     implied, tokens = stage.loss / math.log(2) / stage.bpb, run.sizes.get("val_tokens")
-    dataset = re.sub(r"^fineweb10B_", "", str(run.facts.get("dataset", "")))
-    for count, (name, size) in CANONICAL.items():
-        if tokens and abs(tokens / count - 1) < WHOLE or dataset == name and "fineweb" in run.facts["dataset"]:
-            whole = [size / tokens] if tokens and abs(tokens / count - 1) < WHOLE else []
-            return implied, min([size / count, *whole], key=lambda right: abs(right - implied)), f"canonical {name}"
+    by_tokens = [c for c in CANONICAL if tokens and abs(tokens / c - 1) < WHOLE]
+    by_name = [c for c, (name, _) in CANONICAL.items() if f"fineweb10B_{name}" == run.facts.get("dataset")]
+    for count in by_tokens[:1] or by_name:
+        name, size = CANONICAL[count]
+        rights = [size / count, *(size / tokens for _ in by_tokens)]
+        return implied, min(rights, key=lambda right: abs(right - implied)), f"canonical {name}"
     if tokens and run.sizes.get("val_bytes"):
         return implied, run.sizes["val_bytes"] / tokens, "the run's own val_bytes"
     near = {abs(size / count / implied - 1): (size / count, name) for count, (name, size) in CANONICAL.items()}
@@ -375,13 +375,11 @@ def runs_needed(effect: float, sd_a: float, sd_b: float, alpha: float = ALPHA, p
 
 
 def welch(new: list[float], old: list[float], bar: float) -> dict[str, Any] | None:
-    """Both one-sided hypotheses about old - new: more than 0, more than `bar`. None without two runs a side."""
+    """Both one-sided hypotheses about old - new: more than 0, more than `bar`. None without two runs a side or any spread."""
     from scipy import stats
-    if min(len(new), len(old)) < 2:
+    if min(len(new), len(old)) < 2 or len({*new}) == len({*old}) == 1:
         return None
     sd = [statistics.stdev(side) for side in (new, old)]
-    if max(sd) == 0:
-        raise UsageError("the runs of each side have one and the same score: no spread to test against")
     any_, record = (stats.ttest_ind(new, [v - shift for v in old], equal_var=False, alternative="less")
                     for shift in (0.0, bar))  # fmt: skip
     two = stats.ttest_ind(new, old, equal_var=False)
@@ -458,7 +456,7 @@ def verdict(comparison: dict[str, Any], new: int, old: int) -> list[str]:
     lines = [f"{'better' if nats['difference'] > 0 else 'worse'} by {abs(nats['difference']):.5f} nats, "
              f"{abs(bpb['difference']):.5f} bpb ({count(new, 'run')} against {old})"]  # fmt: skip
     if not (w := nats["welch"]):
-        lines.append("Welch: needs two runs on each side")
+        lines.append("Welch: needs two runs on each side, not all of one score")
     else:
         lines.append(f"Welch: t {w['t']:.3f}, df {w['df']:.2f}, p {w['p_two_sided']:.3g} two-sided; in bpb t "
                      f"{bpb['welch']['t']:.3f}, p {bpb['welch']['p_two_sided']:.3g}; 95 % of the difference "
