@@ -20,8 +20,10 @@ better at p < 0.01, which tests against the shifted hypothesis. `runs a side` is
 of the size seen with 80 % power, if both spreads stay as they are.
 
 Pairs are sharper by far. Runs of one artifact (same hash: only the evaluation differs), else runs of one seed, are
-compared pair by pair. Where the folders of two such runs hold losses per document (any .npz with `doc_nats` and
-`doc_bytes`), document by document as well: that shows whether a difference holds over texts, not over seeds.
+compared pair by pair. Where the folders of two such runs (runs/<RUN_ID>, next to the logs' folder) hold losses per
+document, a .npz with `doc_nats` and `doc_bytes`, they are compared document by document as well: that shows whether a
+difference holds over texts, not over seeds. `doc_tokens`, and `pos_nats`, `pos_tokens` (sums per position bin) with
+`pos_edges`, make the charts by length and by position.
 
 Exit status: 0 done, 1 a score is INVALID, 2 wrong input (one line).
 """
@@ -62,8 +64,8 @@ TOLERANCE = 1e-4  # of the bytes: dropped tails make 4e-5 at usual lengths, the 
 WHOLE = 1e-3  # of the tokens: what may be missing, or more, where the validation set still counts as the canonical one
 FACTS = "code_sha256 dataset val_sha256 tokenizer_sha256 preset device torch world_size".split()
 # Settings that say where and which, not what: they may differ between the seeds of one claim.
-VOLATILE = set("""seed run_id logfile artifact_dir model_path quantized_model_path ttt_output_dir tensorboard_dir rank
-    local_rank is_main_process eval_only_path data_dir""".split())
+VOLATILE = set("""seed run_id logfile artifact_dir model_path quantized_model_path ttt_output_dir tensorboard_dir
+    checkpoint_every rank local_rank is_main_process eval_only_path data_dir""".split())
 
 # === Reading logs =====================================================================================================
 @dataclasses.dataclass
@@ -375,7 +377,7 @@ def runs_needed(effect: float, sd_a: float, sd_b: float, alpha: float = ALPHA, p
 
 
 def welch(new: list[float], old: list[float], bar: float) -> dict[str, Any] | None:
-    """Both one-sided hypotheses about old - new: more than 0, more than `bar`. None without two runs a side or any spread."""
+    """Both one-sided hypotheses on old - new: above 0, above `bar`. None without two runs a side and spread."""
     from scipy import stats
     if min(len(new), len(old)) < 2 or len({*new}) == len({*old}) == 1:
         return None
@@ -786,6 +788,8 @@ def write_pictures(report: Report, folder: Path) -> None:
     for name, title, x, y, points, along in charts:
         if any(p.get("y") for p in points):
             def draw(axes: Any, points: list = points, along: str = along, name: str = name) -> None:
+                if name == "scores":
+                    axes.xaxis.update_units([s for s in STAGES.values() if any(s in p["x"] for p in points)])  # order
                 draw_lines(axes, runs, points, along)
                 late = [v for p in points for at, v in zip(p.get(along, []), p.get("y", []), strict=True)
                         if along in ("step", "seconds") and at >= 0.03 * max(p[along])]  # fmt: skip
