@@ -296,8 +296,8 @@ def test_seeds_pair_where_artifacts_do_not(tmp_path, capsys) -> None:
     assert found["bpb"]["paired"]["mean"] == pytest.approx((1.814 - 1.802 + 1.819 - 1.803) / 2)
 
 
-def save_documents(root: Path, run: str, seed: int, shift: float, count: int = 400) -> np.ndarray:
-    """documents.npz in the run's folder: `count` documents as long as seed says, `shift` nats a token apart. Nats."""
+def save_documents(root: Path, run: str, seed: int, shift: float, count: int = 400) -> tuple[np.ndarray, np.ndarray]:
+    """documents.npz in the run's folder, `count` documents `shift` nats a token above others. Nats and bytes of each."""
     rng = np.random.default_rng(0)
     tokens = np.exp(rng.normal(5, 1, count)).astype(int) + 8
     spread = np.random.default_rng(seed).normal(0, 0.02, count)
@@ -310,23 +310,33 @@ def save_documents(root: Path, run: str, seed: int, shift: float, count: int = 4
     return nats_of, 3 * tokens
 
 
+def bpb_of(nats: np.ndarray, size: np.ndarray) -> float:
+    return nats.sum() / math.log(2) / size.sum()
+
+
 def test_documents_of_a_pair_are_compared_one_by_one(tmp_path, capsys) -> None:
-    new = ours(tmp_path / "logs", {"artifact_sha256": "s", "val_bpb": 1.8}, name="new")
-    old = ours(tmp_path / "logs", {"artifact_sha256": "s", "val_bpb": 1.81}, name="old")
     (a, size), (b, _) = save_documents(tmp_path, "new0", 1, 0.0), save_documents(tmp_path, "old0", 2, 0.004)
+    new = ours(tmp_path / "logs", {"artifact_sha256": "s", "val_bpb": bpb_of(a, size)}, name="new")
+    old = ours(tmp_path / "logs", {"artifact_sha256": "s", "val_bpb": bpb_of(b, size)}, name="old")
     found = figures_of(capsys, *new, "--baseline", *old)["comparison"]
     assert found["bpb"]["welch"] is None  # one run a side has no spread, its documents do
     assert found["documents"]["p_two_sided"] == pytest.approx(stats.ttest_rel(b, a).pvalue)
-    assert found["documents"]["bpb"] == pytest.approx((b.sum() - a.sum()) / math.log(2) / size.sum())
+    assert found["documents"]["bpb"] == pytest.approx(bpb_of(b, size) - bpb_of(a, size))
     assert found["documents"]["pairs"] == 400
 
 
 def test_documents_of_other_texts_are_not_compared(tmp_path, capsys) -> None:
-    new = ours(tmp_path / "logs", {"artifact_sha256": "s"}, name="new")
-    old = ours(tmp_path / "logs", {"artifact_sha256": "s", "val_bpb": 1.91}, name="old")
-    save_documents(tmp_path, "new0", 1, 0.0)
-    save_documents(tmp_path, "old0", 2, 0.0, count=399)
+    a, b = save_documents(tmp_path, "new0", 1, 0.0), save_documents(tmp_path, "old0", 2, 0.0, count=399)
+    new = ours(tmp_path / "logs", {"artifact_sha256": "s", "val_bpb": bpb_of(*a)}, name="new")
+    old = ours(tmp_path / "logs", {"artifact_sha256": "s", "val_bpb": bpb_of(*b)}, name="old")
     assert figures_of(capsys, *new, "--baseline", *old)["comparison"]["documents"] is None
+
+
+def test_documents_that_do_not_add_up_to_the_score_are_left_out_with_a_word(tmp_path, capsys) -> None:
+    a = save_documents(tmp_path, "new0", 1, 0.0)
+    logs = ours(tmp_path / "logs", {"val_bpb": bpb_of(*a) + 0.001}, name="new")
+    assert report.read_run(Path(logs[0])).documents == {}
+    assert any("documents.npz" in line for line in figures_of(capsys, *logs)["warnings"])
 
 
 # --- What is refused --------------------------------------------------------------------------------------------------
@@ -498,10 +508,8 @@ def test_audits_in_the_run_folders_are_found(tmp_path) -> None:
 
 
 def with_documents(root: Path) -> list[str]:
-    logs = ours(root / "logs", {"val_bpb": 1.8}, {"val_bpb": 1.85}, {"val_bpb": 1.9})
-    for i in range(3):
-        save_documents(root, f"run{i}", i, i / 20)
-    return logs
+    scores = [bpb_of(*save_documents(root, f"run{i}", i, i / 20)) for i in range(3)]
+    return ours(root / "logs", *({"val_bpb": score} for score in scores))
 
 
 def test_pictures_are_drawn_of_all_that_the_logs_hold(tmp_path) -> None:

@@ -98,6 +98,7 @@ class Run:
     final: dict[str, Any]
     group: str = ""  # the differing knobs, where configurations are mixed
     label: str = ""  # what tells it from the other runs of a report
+    stale: str = ""  # why the losses per document in its folder were not taken
 
     @property
     def score(self) -> Stage:
@@ -128,17 +129,21 @@ class Run:
         return next((r / n for n in names if n for r in roots if (r / n).is_dir()), None)
 
     @cached_property
-    def documents(self) -> dict[str, np.ndarray]:  # doc_nats, doc_bytes and whatever else lies beside them
+    def documents(self) -> dict[str, np.ndarray]:  # doc_nats, doc_bytes and what lies beside them, of the run's score
         for path in sorted(self.folder.glob("*.npz")) if self.folder else []:
             with np.load(path, allow_pickle=False) as arrays:
-                if {"doc_nats", "doc_bytes"} <= set(arrays.files):
-                    return {name: arrays[name] for name in arrays.files}
+                found = {name: arrays[name] for name in arrays.files}
+            if {"doc_nats", "doc_bytes"} <= set(found):
+                bpb = float(found["doc_nats"].sum()) / math.log(2) / max(float(found["doc_bytes"].sum()), 1.0)
+                if abs(bpb / self.score.bpb - 1) < TOLERANCE:
+                    return found
+                self.stale = f"{path} adds up to {bpb:.5f} bpb, another score: left out"
         return {}
 
     def lines(self) -> dict[str, Any]:  # training curves: name -> points along step, seconds and tokens
         seen = sorted((p for p in self.points if p["step"] > 0), key=lambda p: p["step"])
-        batch = self.final.get("train_tokens", 0) / max(self.steps or 1, 1) or float(
-            self.config.get("train_batch_tokens", 0))  # fmt: skip
+        batch = self.final["train_tokens"] / self.steps if self.steps and "train_tokens" in self.final else float(
+            self.config.get("train_batch_tokens") or 0)  # fmt: skip
         timed = [p for p in seen if p.get("seconds")]
         speed = [{**b, "speed": batch * (b["step"] - a["step"]) / (b["seconds"] - a["seconds"])}
                  for a, b in itertools.pairwise(timed) if batch and b["seconds"] > a["seconds"]]  # fmt: skip
@@ -524,6 +529,7 @@ class Report:  # all that the outputs show
         self.comparison = compare(self.runs, self.baseline) if self.baseline else None
         self.problems = [f"{run.label}: INVALID: {text}" for run in self.everything for text in check_scores(run)]
         self.warnings = [f"{run.label}: over the limit: {text}" for run in self.everything for text in run.over()]
+        self.warnings += [f"{run.label}: {run.stale}" for run in self.everything if not run.documents and run.stale]
         lowest = [(run, min(run.stages, key=lambda s: s.bpb)) for run in self.everything]
         self.warnings += [f"{run.label}: {best.label} scored {best.bpb:.5f}, below the last score, which counts"
                           for run, best in lowest if best is not run.score and best.kind != "before"
