@@ -247,6 +247,14 @@ def test_p_values_are_those_of_scipy_and_of_the_textbook(tmp_path, capsys) -> No
     assert any(line.startswith("record bar") and "passed" in line for line in found["statements"])
 
 
+def test_two_tokenizers_are_compared_in_bits_per_byte_alone(tmp_path, capsys) -> None:
+    found = figures_of(capsys, *published(tmp_path, "PR1413"), "--baseline", *published(tmp_path, "PR549"))
+    assert found["comparison"]["nats"] is None
+    assert found["comparison"]["bpb"]["difference"] == pytest.approx(1.11938 - 1.08279, abs=1e-5)
+    assert found["comparison"]["bpb"]["bar"] == pytest.approx(0.00296, abs=1e-5)  # sp1024's, the stricter
+    assert any("another tokenizer" in line for line in found["statements"])
+
+
 def test_a_difference_below_the_bar_is_no_record_and_the_runs_it_takes_are_told(tmp_path, capsys) -> None:
     def scores(at: float) -> list[dict]:
         return [{"seed": i, "val_bpb": at + d} for i, d in enumerate((-0.0007, 0.0, 0.0007))]
@@ -297,7 +305,7 @@ def test_seeds_pair_where_artifacts_do_not(tmp_path, capsys) -> None:
 
 
 def save_documents(root: Path, run: str, seed: int, shift: float, count: int = 400) -> tuple[np.ndarray, np.ndarray]:
-    """documents.npz in the run's folder, `count` documents `shift` nats a token above others. Nats and bytes of each."""
+    """documents.npz in the run's folder; its losses lie `shift` nats a token higher. Nats and bytes of each."""
     rng = np.random.default_rng(0)
     tokens = np.exp(rng.normal(5, 1, count)).astype(int) + 8
     spread = np.random.default_rng(seed).normal(0, 0.02, count)
@@ -330,6 +338,14 @@ def test_documents_of_other_texts_are_not_compared(tmp_path, capsys) -> None:
     new = ours(tmp_path / "logs", {"artifact_sha256": "s", "val_bpb": bpb_of(*a)}, name="new")
     old = ours(tmp_path / "logs", {"artifact_sha256": "s", "val_bpb": bpb_of(*b)}, name="old")
     assert figures_of(capsys, *new, "--baseline", *old)["comparison"]["documents"] is None
+
+
+def test_a_torn_file_of_documents_is_refused(tmp_path, capsys) -> None:
+    a = save_documents(tmp_path, "run0", 1, 0.0)
+    file = tmp_path / "runs" / "run0" / "documents.npz"
+    file.write_bytes(file.read_bytes()[:-500])
+    logs = ours(tmp_path / "logs", {"val_bpb": bpb_of(*a)})
+    assert "documents.npz" in refusal(capsys, *logs, "--html", str(tmp_path / "out.html"))
 
 
 def test_documents_that_do_not_add_up_to_the_score_are_left_out_with_a_word(tmp_path, capsys) -> None:
@@ -505,6 +521,13 @@ def test_audits_in_the_run_folders_are_found(tmp_path) -> None:
     audit = {"properties": {"causal": {"passed": True, "evidence": 0.0}}, "artifact_sha256": "run0"}
     (tmp_path / "runs" / "run0" / "audit.json").write_text(json.dumps(audit))
     assert json.loads(submit(tmp_path, logs)[1].read_text())["compliance"] == {"causal": True}
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"properties": [1]}', '{"properties": {"causal": 1}}', "{}"])
+def test_an_audit_that_cannot_be_read_is_refused(tmp_path, capsys, text: str) -> None:
+    (tmp_path / "audit.json").write_text(text)
+    assert submit(tmp_path, ours(tmp_path, {}), "--audit", str(tmp_path / "audit.json"))[0] == 2
+    assert "audit.json" in capsys.readouterr().err
 
 
 def with_documents(root: Path) -> list[str]:

@@ -40,6 +40,7 @@ import os
 import re
 import statistics
 import sys
+import zipfile
 from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
@@ -131,8 +132,11 @@ class Run:
     @cached_property
     def documents(self) -> dict[str, np.ndarray]:  # doc_nats, doc_bytes and what lies beside them, of the run's score
         for path in sorted(self.folder.glob("*.npz")) if self.folder else []:
-            with np.load(path, allow_pickle=False) as arrays:
-                found = {name: arrays[name] for name in arrays.files}
+            try:
+                with np.load(path, allow_pickle=False) as arrays:
+                    found = {name: arrays[name] for name in arrays.files}
+            except (ValueError, zipfile.BadZipFile) as error:
+                raise UsageError(f"{path}: cannot be read ({error})") from error
             if {"doc_nats", "doc_bytes"} <= set(found):
                 bpb = float(found["doc_nats"].sum()) / math.log(2) / max(float(found["doc_bytes"].sum()), 1.0)
                 if abs(bpb / self.score.bpb - 1) < TOLERANCE:
@@ -169,7 +173,9 @@ SETTING = re.compile(r"^  (\w+): ?(.*?)(?: \([a-z]+\))?$")
 HEADER = re.compile(r"^\w+:\S+(?: \w+:\S+)*$")
 PHASE = re.compile(r"^(\S.*?) +([\d.]+)  (train|eval|none)$")
 LIMIT = re.compile(r"^all of (train|eval) +[\d.]+  of (\d+)")
-SIZES = {"Code size": "code_bytes", "Total submission size": "artifact_bytes"}
+SIZES = {"artifact_bytes": re.compile(r"Total submission size.*?: (\d+) bytes"),
+         "code_bytes": re.compile(r"Code size.*?: (\d+) bytes"),
+         "val_tokens": re.compile(r"(?:val_tokens: ?|val_loader:.* tokens:)(\d+)")}  # fmt: skip
 
 
 def read_settings(lines: list[str]) -> dict[str, str]:
@@ -244,6 +250,15 @@ def read_phases(lines: list[str], final: dict[str, Any], stages: list[Stage], tr
     return phases + [(f"score {STAGES[s.kind]}", s.seconds, "none" if s.kind == "before" else "eval") for s in timed]
 
 
+def read_sizes(lines: list[str], final: dict[str, Any]) -> dict[str, int]:  # what is known of SIZES
+    found = {name: final[name] for name in (*SIZES, "val_bytes", "val_docs") if name in final}
+    for line in lines:
+        for name, pattern in SIZES.items():
+            if name not in found and (m := pattern.match(line)):
+                found[name] = int(m[1])
+    return found
+
+
 def read_run(path: Path) -> Run:
     """Raises UsageError where the file is not the log of one finished run."""
     text = path.read_text(encoding="utf-8", errors="replace")
@@ -265,17 +280,9 @@ def read_run(path: Path) -> Run:
     step = re.search(r"step: ?(\d+)", last[-1][0]) if last else None
     steps = final.get("steps") or (int(step[1]) if step else max((p["step"] for p in points), default=None))
     train = float(last[-1][1]) / 1000 if last else max((p["seconds"] for p in points if "seconds" in p), default=None)
-    sizes = {key: final[key] for key in ("artifact_bytes", "code_bytes", "val_tokens", "val_bytes", "val_docs")
-             if key in final}  # fmt: skip
-    code = []
-    for line in lines:
-        if m := re.match(r"(Code size|Total submission size).*?: (\d+) bytes", line):
-            sizes.setdefault(SIZES[m[1]], int(m[2]))
-            code += [m[2]] if m[1] == "Code size" else []
-        elif m := re.match(r"(?:val_tokens: ?|val_loader:.* tokens:)(\d+)", line):
-            sizes.setdefault("val_tokens", int(m[1]))
     dataset = final.get("dataset") or config.get("dataset") or Path(config.get("datasets_dir", "")).name
     facts = {key: final[key] for key in FACTS if key in final} | ({"dataset": dataset} if dataset else {})
+    code = [m[1] for m in (re.match(r"Code size.*?: (\d+) bytes", line) for line in lines) if m]
     if not final and code:
         facts["code_size"] = "/".join(code)  # the only trace of the code in a published log
     named = re.search(r"seed[_-]?(\d+)", path.stem)
@@ -283,7 +290,7 @@ def read_run(path: Path) -> Run:
     limits = {m[1]: float(m[2]) for m in map(LIMIT.match, lines) if m}
     return Run(path, None if seed is None else int(seed), config, facts, steps, train, stages,
                read_phases(lines, final, stages, train), {"train": LIMIT_SECONDS, "eval": LIMIT_SECONDS, **limits},
-               sizes, points, final)  # fmt: skip
+               read_sizes(lines, final), points, final)  # fmt: skip
 
 
 # === Checks: one claim, one denominator ===============================================================================
@@ -439,11 +446,14 @@ def compare_documents(pairs: list[tuple[Run, Run]]) -> dict[str, Any] | None:
 def compare(new: list[Run], old: list[Run]) -> dict[str, Any]:
     """Everything about old - new (positive: the new runs are better), unit by unit, then by pairs and documents."""
     kind, pairs = pair_up(new, old)
-    # The bar is in nats per token; what it makes in bits per byte depends on the tokenizer.
-    ratio = statistics.fmean(run.score.bpb / run.score.loss for run in new)
-    result: dict[str, Any] = {"pair_by": kind, "documents": compare_documents(pairs)}
+    # The bar is in nats per token; what it makes in bits per byte depends on the tokenizer. Two: the stricter.
+    ratios = [statistics.fmean(run.score.bpb / run.score.loss for run in side) for side in (new, old)]
+    result: dict[str, Any] = {"pair_by": kind, "documents": compare_documents(pairs), "nats": None}
     for unit, of in UNITS.items():
-        sides, bar = [[of(run) for run in side] for side in (new, old)], BAR_NATS * (ratio if unit == "bpb" else 1)
+        if unit == "nats" and abs(ratios[0] / ratios[1] - 1) > WHOLE:
+            continue  # a token of one tokenizer is not one of the other
+        sides = [[of(run) for run in side] for side in (new, old)]
+        bar = BAR_NATS * (max(ratios) if unit == "bpb" else 1)
         gain = np.array([of(b) - of(a) for a, b in pairs])
         result[unit] = {"difference": statistics.fmean(sides[1]) - statistics.fmean(sides[0]), "bar": bar,
                         "welch": welch(*sides, bar), "paired": paired(gain) if len(gain) else None}  # fmt: skip
@@ -460,14 +470,19 @@ def count(n: int, word: str) -> str:
 def verdict(comparison: dict[str, Any], new: int, old: int) -> list[str]:
     """The comparison in words, one statement a line."""
     nats, bpb = comparison["nats"], comparison["bpb"]
-    lines = [f"{'better' if nats['difference'] > 0 else 'worse'} by {abs(nats['difference']):.5f} nats, "
-             f"{abs(bpb['difference']):.5f} bpb ({count(new, 'run')} against {old})"]  # fmt: skip
-    if not (w := nats["welch"]):
+    def both(form: str, of: Callable[[dict], float]) -> str:  # in both units, where both make sense
+        return ", ".join(f"{of(x):{form}} {name}" for name, x in (("nats", nats), ("bpb", bpb)) if x)
+    lines = [f"{'better' if bpb['difference'] > 0 else 'worse'} by {both('.5f', lambda x: abs(x['difference']))} "
+             f"({count(new, 'run')} against {old})"]  # fmt: skip
+    if not nats:
+        lines.append("another tokenizer: nats per token cannot be compared, bits per byte can")
+    if not (w := bpb["welch"]):
         lines.append("Welch: needs two runs on each side, not all of one score")
     else:
-        lines.append(f"Welch: t {w['t']:.3f}, df {w['df']:.2f}, p {w['p_two_sided']:.3g} two-sided; in bpb t "
-                     f"{bpb['welch']['t']:.3f}, p {bpb['welch']['p_two_sided']:.3g}; 95 % of the difference "
-                     f"{w['ci95'][0]:+.5f} .. {w['ci95'][1]:+.5f} nats")  # fmt: skip
+        tests = (f"{name}: t {x['welch']['t']:.3f}, df {x['welch']['df']:.2f}, p {x['welch']['p_two_sided']:.3g}, 95 % "
+                 f"{x['welch']['ci95'][0]:+.5f} .. {x['welch']['ci95'][1]:+.5f}"
+                 for name, x in (("nats", nats), ("bpb", bpb)) if x)  # fmt: skip
+        lines.append(f"Welch, two-sided, {'; '.join(tests)}")
         record = f"record bar, {BAR_NATS} nats = {bpb['bar']:.5f} bpb"
         for title, p, need in (("better at all", w["p_better"], w["runs_for_better"]),
                                (record, w["p_record"], w["runs_for_record"])):  # fmt: skip
@@ -475,10 +490,10 @@ def verdict(comparison: dict[str, Any], new: int, old: int) -> list[str]:
             more = need and max(need - new, 0)
             enough = f"{need} runs a side would show it, {more} more" if need else "no number of runs would show it"
             lines.append(f"{title}: p {p:.3g} one-sided, {state}" + f"; {enough}" * (p >= ALPHA))
-    if (p := nats["paired"]) and comparison["pair_by"]:
-        tested = f" (sd {p['sd']:.6f} nats), t {p['t']:.3f}, p {p['p_better']:.3g} one-sided" if "t" in p else ""
-        lines.append(f"{count(p['pairs'], 'pair')} of one {comparison['pair_by']}: better by {p['mean']:+.6f} nats, "
-                     f"{bpb['paired']['mean']:+.6f} bpb{tested}")  # fmt: skip
+    if p := bpb["paired"]:
+        tested = f" (sd {p['sd']:.6f} bpb), t {p['t']:.3f}, p {p['p_better']:.3g} one-sided" if "t" in p else ""
+        lines.append(f"{count(p['pairs'], 'pair')} of one {comparison['pair_by']}: better by "
+                     f"{both('+.6f', lambda x: x['paired']['mean'])}{tested}")  # fmt: skip
     if d := comparison["documents"]:
         lines.append(f"{d['pairs']:,} documents of {count(d['artifacts'], 'pair')}: better by {d['bpb']:+.6f} bpb "
                      f"(standard error {d['se_bpb']:.6f}), in {d['better']:.1%} of them"
@@ -627,12 +642,15 @@ def write_markdown(report: Report, path: str) -> None:  # in place; `-` is the t
 
 def compliance(runs: list[Run], audits: list[Path]) -> tuple[dict[str, bool], dict[str, dict[str, Any]]]:
     """(flags, evidence by seed) of the properties that an audit of every run's very artifact checked; none else."""
-    paths = audits or [run.folder / "audit.json" for run in runs if run.folder]
     found = {}
-    for path in paths:
-        if path.is_file():
-            audit = json.loads(path.read_text(encoding="utf-8"))
-            found[audit.get("artifact_sha256")] = audit.get("properties", {})
+    for path in audits or [run.folder / "audit.json" for run in runs if run.folder]:
+        if audits or path.is_file():
+            try:
+                audit = json.loads(path.read_text(encoding="utf-8"))
+                properties = {name: dict(value) for name, value in audit["properties"].items()}
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise UsageError(f"{path}: is no audit with `properties` ({error})") from error
+            found[audit.get("artifact_sha256")] = properties
     of_runs = [found.get(run.final.get("artifact_sha256") or "none", {}) for run in runs]
     names = [name for name in of_runs[0] if all(name in audit for audit in of_runs)]
     flags = {name: all(audit[name].get("passed") is True for audit in of_runs) for name in names}
