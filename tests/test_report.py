@@ -194,8 +194,8 @@ def test_a_published_row_has_steps_phases_and_gain_over_the_best_plain_score(tmp
     row = figures_of(capsys, *published(tmp_path, "PR549"))["runs"][1]
     assert (row["seed"], row["steps"], row["artifact_bytes"]) == (42, 7182, 15876510)
     assert row["ms_per_step"] == pytest.approx(83.56, abs=0.01)
-    assert [(s["kind"], s["bpb"]) for s in row["stages"]][:3] == [
-        ("before", 1.1376), ("after", 1.14603270), ("sliding", 1.12266500)]  # fmt: skip
+    assert [(s["kind"], s["bpb"]) for s in row["stages"]] == [
+        ("before", 1.1376), ("after", 1.14603270), ("sliding", 1.12266500), ("adapted", 1.12002032)]  # fmt: skip
     assert row["gain"] == pytest.approx(1.12266500 - 1.12002032)
     assert [p[1:] for p in row["phases"]] == [
         [600.128, "train"], [1.977, "none"], [20.43, "eval"], [97.749, "eval"], [408.049, "eval"]]  # fmt: skip
@@ -369,8 +369,9 @@ def test_runs_that_are_not_seeds_of_one_claim_are_refused_unless_mixed(tmp_path,
     assert name in refusal(capsys, *base, "--baseline", *logs)
 
 
-def test_names_of_files_and_runs_are_no_difference(tmp_path, capsys) -> None:
-    logs = ours(tmp_path, {}, {"val_bpb": 1.8, "config": {"artifact_dir": "runs/other", "data_dir": "/mnt/data"}})
+def test_names_of_files_and_runs_and_ways_to_write_a_number_are_no_difference(tmp_path, capsys) -> None:
+    knobs = {"artifact_dir": "runs/other", "data_dir": "/mnt/data", "matrix_lr": "0.030"}
+    logs = ours(tmp_path, {}, {"val_bpb": 1.8, "config": knobs})
     assert figures_of(capsys, *logs)["mixed"] == {}
 
 

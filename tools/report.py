@@ -31,6 +31,7 @@ Exit status: 0 done, 1 a score is INVALID, 2 wrong input (one line).
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -107,9 +108,8 @@ class Run:
     @property
     def ms_per_step(self) -> float | None:
         return 1000 * self.train_seconds / self.steps if self.train_seconds and self.steps else None
-    def stage(self, kind: str) -> Stage | None:  # the first: old logs repeat one under a later label
-        found = [s for s in self.stages if s.kind == kind]
-        return found[-1 if kind == "adapted" else 0] if found else None
+    def stage(self, kind: str) -> Stage | None:
+        return next((s for s in reversed(self.stages) if s.kind == kind), None)
     @property
     def gain(self) -> float | None:  # bits per byte won by adaptation over the best plain score of the same weights
         plain, adapted = self.stage("sliding") or self.stage("after"), self.stage("adapted")
@@ -221,7 +221,9 @@ def read_stages(lines: list[str], final: dict[str, Any]) -> list[Stage]:
         loss, bpb = final.get(f"{key}_loss", float(m[2])), final.get(f"{key}_bpb", float(m[3]))
         decimals = 15 if f"{key}_bpb" in final else len(m[3].split(".")[-1])
         stages.pop(label, None)
-        stages[label] = Stage(label, loss, bpb, seconds, decimals)
+        stage = Stage(label, loss, bpb, seconds, decimals)
+        if (stage.kind, loss, bpb) not in [("after", s.loss, s.bpb) for s in stages.values() if s.kind == "sliding"]:
+            stages[label] = stage  # but for that echo of older logs, under the baseline's label
     if final and not stages:  # a log cut down to its last line
         kinds = [key.removesuffix("_bpb") for key in final if f"{key.removesuffix('_bpb')}_loss" in final]
         ordered = sorted({k for k in kinds if k != "val"}, key=lambda k: ("pre" not in k, "ttt" in k))
@@ -298,7 +300,11 @@ def differences(runs: list[Run]) -> dict[str, list[str]]:
     """Name -> each run's value, of every fact and setting that is not the same in all; of paths the last part."""
     def value(run: Run, name: str) -> str:
         text = str(run.facts.get(name, run.config.get(name, "-")))
-        return text[:12] if "sha256" in name else Path(text).name if "/" in text and name != "code_size" else text
+        if "sha256" in name:
+            return text[:12]
+        with contextlib.suppress(ValueError):
+            return format(float(text), ".12g")
+        return Path(text).name if "/" in text and name != "code_size" else text
     names = dict.fromkeys(name for run in runs for name in (*run.facts, *run.config) if name not in VOLATILE)
     table = {name: [value(run, name) for run in runs] for name in names}
     return {name: values for name, values in table.items() if len(set(values)) > 1}
