@@ -465,6 +465,13 @@ def test_markdown_is_rewritten_between_its_markers_only(tmp_path, capsys) -> Non
     assert "report:begin" in refusal(capsys, *logs, "--markdown", str(page))
 
 
+@pytest.mark.parametrize("package", ["rich.console", "plotly.offline", "scipy"])
+def test_a_missing_package_is_named_with_its_remedy(tmp_path, capsys, monkeypatch, package: str) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    error = refusal(capsys, *ours(tmp_path, {}, {"val_bpb": 1.8}), "--html", str(tmp_path / "out.html"))
+    assert error.startswith(f"report.py: {package.split('.')[0]}: is not installed; pip install -r requirements-tools")
+
+
 def submit(folder: Path, logs: list[str], *more: str) -> tuple[int, Path]:
     out = folder / "submission.json"
     return report.main([*logs, "--submission", str(out), "--name", "n", "--date", "2026-01-01", *more]), out

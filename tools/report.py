@@ -891,7 +891,8 @@ def main(argv: list[str]) -> int:
         print(f"report.py: {error}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
-        print(f"report.py: {error.name}: is not installed; pip install -r requirements-tools.txt", file=sys.stderr)
+        package = (error.name or "").split(".")[0]
+        print(f"report.py: {package}: is not installed; pip install -r requirements-tools.txt", file=sys.stderr)
         return 2
     return 1 if report.problems else 0
 
