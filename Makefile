@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 GPUS := $(shell nvidia-smi -L 2>/dev/null | wc -l)
 
-.PHONY: run record test lint gpu install dev
+.PHONY: run record report test lint gpu install dev
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -12,8 +12,8 @@ $(VENV)/installed: requirements.txt
 	$(BIN)/pip install --quiet -r requirements.txt
 	touch $@
 
-$(VENV)/developer: $(VENV)/installed
-	$(BIN)/pip install --quiet pytest ruff brotli
+$(VENV)/developer: $(VENV)/installed requirements-tools.txt
+	$(BIN)/pip install --quiet -r requirements-tools.txt pytest ruff brotli
 	touch $@
 
 install: $(VENV)/installed
@@ -28,6 +28,11 @@ run: install
 record: install
 	$(BIN)/python tools/prepare_data.py fineweb --variant sp8192 --train-shards 128
 	PRESET=record $(BIN)/torchrun --standalone --nproc_per_node=$(GPUS) train_gpt.py
+
+# The kept logs as a table and as runs/report.html, a page to open in a browser; LOGS chooses others.
+LOGS ?= $(wildcard logs/*.txt)
+report: dev
+	$(BIN)/python tools/report.py $(LOGS) --html runs/report.html
 
 test: dev
 	$(BIN)/python -m pytest -q
