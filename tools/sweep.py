@@ -10,12 +10,12 @@
     sweep.py big ... --launcher slurm --parallel 4 --slurm partition=h100  one job a run, resumed sweeps find their jobs
 
 Every run is a torchrun of train_gpt.py with a RUN_ID (NAME-0003), a log (logs/NAME-0003.txt) and a folder of its own
-(runs/sweeps/NAME/0003, what it printed in output.txt). Names, ranges and combinations are checked before anything
-starts. A run that crashes, is refused, takes too long, scores INVALID or exceeds 16,000,000 bytes is a failed trial with
-its `outcome` and `reason`, and the sweep goes on. Ctrl-C ends the runs; so does a kill -9 of the sweep, within a second.
-The same command then goes on: no finished run is repeated. Values and seeds may be added; anything else that changes
-(script, environment, NPROC) needs a new NAME. SEED is replication: a setting is judged by the mean over all its seeds,
-by TPE too. Look at a study, running or finished, with
+(runs/sweeps/NAME/0003; output.txt there is what it printed). Names, ranges and combinations are checked before anything
+starts. A run that crashes, is refused, takes too long, scores INVALID or exceeds 16,000,000 bytes is a failed trial
+with its `outcome` and `reason`, and the sweep goes on. Ctrl-C ends the runs, and so does a kill -9 of the sweep. The
+same command then goes on: no finished run is repeated. Values and seeds may be added; anything else that changes
+(script, environment, --nproc) needs a new NAME. SEED is replication: a setting is judged by the mean over all its
+seeds, by TPE too. Look at a study, running or finished, with
 
     optuna-dashboard sqlite:///runs/sweeps/NAME.db
 
@@ -110,8 +110,8 @@ def end(run: subprocess.Popen) -> None:  # politely, then all that is left of it
         time.sleep(0.02)
 
 def keep(folder: Path) -> int:
-    """Runs folder/job.json and leaves folder/exit.json: status, seconds and, if it was stopped, why. Stops the run and
-    all its descendants when its time is up, folder/stop appears, SIGTERM comes or the process that started it is gone."""
+    """Runs folder/job.json and leaves folder/exit.json: status, seconds and, if it was stopped, why. Stops the run with
+    all its descendants when its time is up, folder/stop appears, SIGTERM comes or what started this process is gone."""
     parent = os.getppid()
     prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: orphans of the run become children of this process, where it finds them
     with (folder / "lock").open("w") as lock:
@@ -159,10 +159,11 @@ class Knob(NamedTuple):
             return cls(name, values)
         try:
             low, high, count = float(bounds[0]), float(bounds[1]), int(bounds[2]) if bounds[2:] else 0
-            fine = len(bounds) <= 3 and low < high < math.inf and (kind == "lin" or low > 0) and (count > 1 or not bounds[2:])
+            wrong = len(bounds) > 3 or not low < high < math.inf or kind == "log" and low <= 0
+            wrong |= bool(bounds[2:]) and count < 2
         except (ValueError, IndexError):
-            fine = False
-        if not fine:
+            wrong = True
+        if wrong:
             raise Refused(f"{text}: must be {kind}:low:high or {kind}:low:high:count, low below high, log above 0")
         if not count:
             return cls(name, (), (low, high), kind == "log")
@@ -198,9 +199,9 @@ class Space:  # every run the command stands for
                 configs.append(self.config(dict(zip([k.name for k in self.knobs], values, strict=True))))
             except self.script.UsageError as error:
                 problems |= dict.fromkeys(str(error).splitlines())
-        unknown = [p for k in self.knobs if k.name.lower() not in {f.lower() for f in self.fields} for p in [self.near(k)]]
+        unknown = [self.near(k) for k in self.knobs if k.name not in [f.upper() for f in self.fields]]
         if unknown or problems:
-            raise Refused("\n".join([*unknown, *(p for p in problems if p not in unknown)]))
+            raise Refused("\n".join([*unknown, *(p for p in problems if ": not a knob; " not in p)]))
         return configs[0]
 
     def near(self, knob: Knob) -> str:
@@ -301,10 +302,10 @@ def judge(output: str, ended: dict[str, Any], limit_bytes: int) -> Outcome:
     if status == 2:
         return Outcome("refused", own[-1] if own else last_line(output))
     if status or not figures:
-        errors = re.findall(r"^(?:\[rank\d+\]: *)?(\w+(?:\.\w+)*(?:Error|Exception|Interrupt)\b.*)$", output, re.MULTILINE)
-        errors = [e for e in errors if "ChildFailedError" not in e]
+        raised = re.findall(r"^(?:\[rank\d+\]: *)?([\w.]*(?:Error|Exception|Interrupt)\b.*)$", output, re.MULTILINE)
+        why = [*own, *(e for e in raised if "ChildFailedError" not in e), last_line(output)][0]
         how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
-        return Outcome("crashed", f"{how}: {[*errors, *own, last_line(output)][0] if not own else own[-1]}"[:300], figures)
+        return Outcome("crashed", f"{how}: {why}"[:300], figures)
     if not math.isfinite(figures.get("val_bpb", math.nan)):
         return Outcome("invalid", f"val_bpb is {figures.get('val_bpb')}", figures)
     if figures.get("artifact_bytes", 0) > limit_bytes:
@@ -382,8 +383,8 @@ class Study:
                 continue  # a grid may grow
             if key == "knobs" and {**known[key], "SEED": 0} == {**about[key], "SEED": 0}:
                 continue  # more seeds for every setting
-            raise Refused(f"{self.args.name}: was started with {key} {json.dumps(known[key])}, now {json.dumps(about[key])}"
-                          "; take another NAME")  # fmt: skip
+            was, now = json.dumps(known[key]), json.dumps(about[key])
+            raise Refused(f"{self.args.name}: was started with {key} {was}, now {now}; take another NAME")
         for key, value in about.items():
             if known.get(key) != value:
                 self.study.set_user_attr(key, value)
@@ -454,7 +455,8 @@ class Study:
             if worker == self.worker or worker and (not path.exists() or locked(path)):
                 continue
             job, ended = read_json(folder / "job.json"), read_json(folder / "exit.json")
-            if worker and (trial.user_attrs.get("job") or ended.get("token") == job.get("token", "") and not ended["stopped"]):
+            over = ended.get("token") == job.get("token", "") and not ended["stopped"]
+            if worker and (over or trial.user_attrs.get("job")):
                 mine = self.optuna.trial.Trial(self.study, trial._trial_id)
                 mine.set_user_attr("worker", self.worker)
                 return mine
@@ -530,12 +532,14 @@ class Slurm:  # a keeper in a job of its own, through submitit; jobs outlive the
         options = {k: int(v) if v.isdigit() else v for k, v in (pair.split("=", 1) for pair in args.slurm)}
         cluster, shared = options.pop("cluster", "slurm"), ("timeout_min", "mem_gb", "cpus_per_task", "gpus_per_node")
         self.make = {"slurm": submitit.SlurmJob, "local": submitit.LocalJob}[cluster]
-        asked = {"timeout_min": math.ceil(args.timeout / 60) + 5 if args.timeout else 120, "nodes": 1, "tasks_per_node": 1}
+        minutes = math.ceil(args.timeout / 60) + 5 if args.timeout else 120
+        asked = {"timeout_min": minutes, "nodes": 1, "tasks_per_node": 1}
         if cluster == "slurm":
             asked |= {"gpus_per_node": max(args.nproc, 1), "name": args.name}
         try:
             self.executor = submitit.AutoExecutor(args.folder / "jobs", cluster=cluster)
-            self.executor.update_parameters(**asked | {k if k in shared else f"slurm_{k}": v for k, v in options.items()})
+            named = {k if k in shared else f"slurm_{k}": v for k, v in options.items()}
+            self.executor.update_parameters(**asked | named)
         except (RuntimeError, NameError, TypeError, AssertionError) as error:
             raise Refused(f"--launcher slurm: {str(error).splitlines()[0]}") from error
         self.submit, self.jobs = submitit.helpers.CommandFunction, {}
@@ -565,6 +569,9 @@ class Active:  # a run this worker follows
             return (self.folder / "output.txt").read_text(encoding="utf-8", errors="replace")
         return ""
 
+KEPT = """val_loss pre_quantization_bpb quantized_bpb quantized_ttt_lora_bpb artifact_bytes steps train_loss code_sha256
+    device world_size""".split()  # figures of a finished run that become attributes of its trial
+
 class Sweep:
     def __init__(self, args: argparse.Namespace, space: Space, study: Study, launcher: Any, say: Callable[[str], None]):
         self.args, self.space, self.study, self.launcher, self.say = args, space, study, launcher, say
@@ -579,9 +586,12 @@ class Sweep:
             if not self.leaving:
                 self.start_some()
             refresh(False)
-            if not self.active and (self.leaving or self.cut or self.idle and not self.study.count("RUNNING", "WAITING")):
+            if not self.active and (self.leaving or self.cut or self.finished()):
                 return
             time.sleep(0.1)
+
+    def finished(self) -> bool:  # asked when there is nothing to start
+        return self.idle and not self.study.count("RUNNING", "WAITING")
 
     def start_some(self) -> None:
         while len(self.active) < self.args.parallel and not self.cut:
@@ -664,14 +674,10 @@ class Sweep:
             outcome = judge(run.output(), ended, self.space.script.LIMIT_BYTES)
         if run.verdict and outcome.kind == "interrupted" and run.verdict not in ("lost", "interrupted"):
             outcome = Outcome("pruned", run.verdict)
-        keep = ("val_loss", "pre_quantization_bpb", "quantized_bpb", "quantized_ttt_lora_bpb", "artifact_bytes", "steps",
-                "train_loss", "code_sha256", "device", "world_size")  # fmt: skip
-        figures = {k: outcome.figures[k] for k in keep if k in outcome.figures}
-        seconds = {f"{k} s": round(v, 1) for k, v in outcome.figures.get("seconds", {}).items() if v >= 0.1}
-        bpb = outcome.figures.get("val_bpb", math.nan)
-        told = self.patiently(run, outcome._replace(figures={
-            **({"val_bpb": bpb} if math.isfinite(bpb) else {}), **figures, **seconds, "seconds": round(ended["seconds"], 1)
-        }))  # fmt: skip
+        all_, bpb = outcome.figures, outcome.figures.get("val_bpb", math.nan)
+        figures = {k: all_[k] for k in KEPT if k in all_} | ({"val_bpb": bpb} if math.isfinite(bpb) else {})
+        figures |= {f"{k} s": round(v, 1) for k, v in all_.get("seconds", {}).items() if v >= 0.1}
+        told = self.patiently(run, outcome._replace(figures={**figures, "seconds": round(ended["seconds"], 1)}))
         line = f"trial {run.trial.number} {outcome.kind}: {describe(run.trial.user_attrs['env'])}: "
         line += f"val_bpb {bpb:.5f}" if outcome.kind == "done" else outcome.reason
         self.say(line + f" ({span(ended['seconds'])})" + ", but it had been given to another worker" * (not told))
@@ -702,7 +708,7 @@ class Sweep:
             for t in self.study.trials() if t.datetime_start
         )  # fmt: skip
     def typical(self) -> float:  # seconds of a run
-        done = [t.user_attrs["seconds"] for t in self.study.trials() if "seconds" in t.user_attrs and t.state.name == "COMPLETE"]
+        done = [t.user_attrs["seconds"] for t in self.study.trials() if t.state.name == "COMPLETE"]
         return statistics.fmean(done) if done else 0.0
     def total(self) -> int:
         if self.args.search == "tpe":
@@ -791,8 +797,8 @@ class View:  # a live table on a terminal, plain lines and a table at the end el
     def status(self, rows: list[dict[str, Any]]) -> str:
         study, total = self.sweep.study, self.sweep.total()
         names = [t.state.name for t in study.trials()]
-        over = {study.key(t.user_attrs["env"]) for t in study.trials()
-                if t.state.is_finished() and t.user_attrs.get("outcome") not in (None, "lost", "interrupted")}  # fmt: skip
+        again = (None, "lost", "interrupted")
+        over = {study.key(t.user_attrs["env"]) for t in study.trials() if t.user_attrs.get("outcome") not in again}
         failed = len(over) - names.count("COMPLETE") - names.count("PRUNED")
         best = min(((v, r) for r in rows for v in r["bpb"].values()), key=lambda pair: pair[0], default=None)
         parts = [f"{len(over)}/{total} runs over", f"{names.count('RUNNING')} running", f"{failed} failed"]
@@ -802,7 +808,8 @@ class View:  # a live table on a terminal, plain lines and a table at the end el
         left = (total - len(over)) * self.sweep.typical() / max(1, names.count("RUNNING"), self.args.parallel)
         if left:
             parts.append(f"{span(left)} left")
-        spent = f"{span(self.sweep.spent())} of runs" + (f", budget {span(self.args.budget)}" if self.args.budget else "")
+        budget = f", budget {span(self.args.budget)}" if self.args.budget else ""
+        spent = f"{span(self.sweep.spent())} of runs{budget}"
         return f"  {'█' * filled}{'░' * (width - filled)} " + " · ".join([*parts, spent])
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
@@ -829,26 +836,26 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add = parser.add_argument
     add("name", metavar="NAME", help="of the study, its folder and its runs")
-    add("knobs", metavar="KNOB=..", nargs="+", help="a,b,c: these values; log:low:high or lin:low:high: a range for TPE; "
-        "with :count appended that many values of it, evenly spaced")  # fmt: skip
+    add("knobs", metavar="KNOB=..", nargs="+", help="a,b,c: these values; log:low:high or lin:low:high: a range for "
+        "TPE; with :count appended that many values of it, evenly spaced")
     add("--nproc", type=int, help="processes, one per GPU, of a run under torchrun (default: the GPUs there are, shared "
-        "out over --parallel; 1 without); 0: python without torchrun, which starts seconds faster")  # fmt: skip
+        "out over --parallel; 1 without any); 0: python without torchrun, which starts seconds faster")
     add("--parallel", type=int, default=1, metavar="K", help="runs at once, each with GPUs of its own (default 1)")
     add("--search", choices=("grid", "tpe"), help="default: tpe if a knob has a range, else grid")
     add("--trials", type=int, metavar="N", help="settings that TPE tries, each with every seed (default 20)")
-    add("--eval-only", type=Path, metavar="FILE", help="checkpoint or artifact for EVAL_ONLY_PATH: nothing is trained")
-    add("--prune", action=argparse.BooleanOptionalAction, help="stop a run whose intermediate val_bpb (VAL_LOSS_EVERY) is "
-        "in the worst quarter at that step, and skip its other seeds (default: with tpe; a grid is never pruned)")  # fmt: skip
+    add("--eval-only", type=Path, metavar="FILE", help="checkpoint or artifact to score instead of training")
+    add("--prune", action=argparse.BooleanOptionalAction, help="stop a run whose intermediate val_bpb "
+        "(VAL_LOSS_EVERY) is in the worst quarter at that step and skip its other seeds (default: with tpe, never in a grid)")
     add("--timeout", type=float, default=0, metavar="S", help="seconds after which a run is stopped (default: never)")
-    add("--budget", type=float, default=0, metavar="S", help="seconds of runs, all workers together, after which none is "
-        "started; a run that would not fit is not either")  # fmt: skip
+    add("--budget", type=float, default=0, metavar="S", help="seconds of runs, all workers together; none is started "
+        "that would not fit")
     add("--retry", action="store_true", help="run what failed again, once")
     add("--storage", metavar="URL", help="sqlite:///FILE or postgresql://.. (default sqlite:///runs/sweeps/NAME.db)")
-    add("--heartbeat", type=float, default=30, metavar="S", help="seconds between signs of life; a worker on another machine "
-        "that gives none for four times as long is dead and its run starts again (default 30)")  # fmt: skip
+    add("--heartbeat", type=float, default=30, metavar="S", help="seconds between signs of life; a worker on another "
+        "machine that gives none for four times as long is dead and its run starts again (default 30)")
     add("--launcher", choices=("local", "slurm"), default="local", help="slurm: each run is a job (submitit)")
     add("--slurm", nargs="+", default=[], metavar="K=V", help="sbatch options: partition=h100 account=x mem_gb=200 "
-        "timeout_min=40; cluster=local tries the same without Slurm")  # fmt: skip
+        "timeout_min=40; cluster=local tries the same without Slurm")
     add("--script", type=Path, default=SCRIPT, help="the script to run (default: train_gpt.py of this repository)")
     return parser
 
@@ -860,7 +867,8 @@ def check_args(args: argparse.Namespace) -> list[Knob]:  # fills in the defaults
         f"NAME={args.name}: letters, digits, '.', '_' and '-' only": not re.fullmatch(r"[A-Za-z0-9][\w.-]*", args.name),
         f"{', '.join(ranges)}: a range has no grid; append :count, list values or use --search tpe":
             bool(ranges) and args.search == "grid",
-        "--trials: only TPE counts settings; a grid runs all of its own": args.trials is not None and args.search == "grid",
+        "--trials: only TPE counts settings; a grid runs all of its own":
+            args.trials is not None and args.search == "grid",
         "SEED: list the seeds; they are replication, not searched": "SEED" in ranges,
         "--search tpe: needs a knob besides SEED": args.search == "tpe" and all(k.name == "SEED" for k in knobs),
         f"--eval-only {args.eval_only}: no such file": bool(args.eval_only) and not args.eval_only.is_file(),
@@ -891,19 +899,20 @@ def prepare(args: argparse.Namespace, view: View) -> Sweep:
     if args.nproc is None:
         args.nproc = max(1, len(gpus) // args.parallel)
     if args.launcher == "local" and gpus and max(args.nproc, 1) * args.parallel > len(gpus):
-        raise Refused(f"--nproc {args.nproc} --parallel {args.parallel}: needs more GPUs than the {len(gpus)} there are")
+        raise Refused(f"--nproc {args.nproc} --parallel {args.parallel}: more GPUs than the {len(gpus)} there are")
     if args.prune and not cfg.val_loss_every:
         raise Refused("--prune: nothing to judge by; set VAL_LOSS_EVERY, or use --no-prune")
     args.prune = bool(cfg.val_loss_every) and (args.search == "tpe" if args.prune is None else args.prune)
     args.prune &= all(k.name != "TRAIN_BATCH_TOKENS" for k in knobs)
     about = {
-        "search": args.search, "knobs": {k.name: list(k.values or (k.log, *k.span)) for k in knobs}, "environment": base,
-        "nproc": args.nproc, "code_sha256": hashlib.sha256(args.script.read_bytes()).hexdigest(),
+        "search": args.search, "knobs": {k.name: list(k.values or (k.log, *k.span)) for k in knobs},
+        "environment": base, "nproc": args.nproc, "code_sha256": hashlib.sha256(args.script.read_bytes()).hexdigest(),
     }  # fmt: skip
     launcher = Slurm(args) if args.launcher == "slurm" else Local(args, gpus)
     worker = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
+    study = Study(args, space, about, worker)
     args.lock = hold(args.folder / "workers" / worker)
-    return Sweep(args, space, Study(args, space, about, worker), launcher, view.say)
+    return Sweep(args, space, study, launcher, view.say)
 
 def hold(path: Path) -> Any:  # this worker's sign of life for others on the machine: kept open and locked
     path.parent.mkdir(parents=True, exist_ok=True)
