@@ -26,13 +26,25 @@ for package in ("optuna", "rich"):
 import optuna
 
 SWEEP = ROOT / "tools" / "sweep.py"
-# Stands in for train_gpt.py, with its knobs and lines. FAKE: what befalls a seed. Notes in ran.txt who starts and ends.
+# Stands in for train_gpt.py: a few knobs, its lines, no torch. FAKE: what befalls a seed. ran.txt: who starts and ends.
 FAKE = '''
-import json, os, subprocess, sys, time
+import dataclasses, json, os, subprocess, sys, time, types
 if __name__ != "__main__":
-    sys.path.insert(0, %r)
-    from train_gpt import LIMIT_BYTES, Config, UsageError
-    sys.exit = None
+    class UsageError(ValueError):
+        pass
+    @dataclasses.dataclass
+    class Config:
+        seed: int = dataclasses.field(default=0, metadata=dict(choices=()))
+        matrix_lr: float = dataclasses.field(default=0.02, metadata=dict(choices=()))
+        min_lr: float = dataclasses.field(default=0.1, metadata=dict(choices=()))
+        num_heads: int = dataclasses.field(default=3, metadata=dict(choices=()))
+        val_loss_every: int = dataclasses.field(default=0, metadata=dict(choices=()))
+        eval_only_path: str = dataclasses.field(default="", metadata=dict(choices=()))
+        @classmethod
+        def from_env(cls, env, has_cuda):
+            fields = cls.__dataclass_fields__.values()
+            return cls(**{f.name: type(f.default)(env[f.name.upper()]) for f in fields if f.name.upper() in env}), {}
+    torch, LIMIT_BYTES = types.SimpleNamespace(cuda=types.SimpleNamespace(device_count=lambda: 0)), 16_000_000
 else:
     env = os.environ
     lr, seed = float(env.get("MATRIX_LR", 0.02)), env.get("SEED", "0")
@@ -67,7 +79,7 @@ else:
                "steps": 50, "seconds": {"train": 1.5}, "eval_only": env.get("EVAL_ONLY_PATH", "")}
     print("final " + json.dumps(figures))
     note("end")
-''' % str(ROOT)  # noqa: UP031  braces abound
+'''
 
 
 @pytest.fixture
@@ -155,7 +167,7 @@ def test_a_grid_runs_every_combination_once_and_gives_mean_and_deviation_over_se
 
 
 @pytest.mark.parametrize(("args", "told"), [
-    (("MATRX_LR=0.1,0.2",), "MATRX_LR: not a knob of fake.py; did you mean MATRIX_LR?"),
+    (("MATRX_LR=0.1,0.2",), "MATRX_LR: not a knob of train_gpt.py; did you mean MATRIX_LR?"),
     (("MATRIX_LR=-1,0.2",), "MATRIX_LR=-1.0: must be 0..1e+18"),
     (("NUM_KV_HEADS=1,2",), "NUM_KV_HEADS=2: must be a divisor of NUM_HEADS=3"),
     (("SEED=1,1",), "SEED=1,1: must be"),
@@ -170,12 +182,12 @@ def test_a_grid_runs_every_combination_once_and_gives_mean_and_deviation_over_se
 def test_what_cannot_work_is_refused_before_anything_starts(place: Path, tool, capsys, monkeypatch, args, told) -> None:
     monkeypatch.chdir(place)
     monkeypatch.setenv("PRESET", "cpu")
-    assert tool.main(["wrong", *args, "--script", "fake.py", "--nproc", "0"]) == 2
+    assert tool.main(["wrong", *args]) == 2
     error = capsys.readouterr().err
     assert told in error
     assert all(line.startswith("sweep.py: ") for line in error.splitlines())
     assert "secret" not in error
-    assert sorted(p.name for p in place.iterdir()) in (["fake.py"], ["__pycache__", "fake.py"])
+    assert [p.name for p in place.iterdir()] == ["fake.py"]
 
 
 def test_a_failed_run_is_kept_with_its_reason_and_stops_nothing(place: Path) -> None:
@@ -284,7 +296,7 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     options = dict(**as_user, cwd=root, capture_output=True, text=True, check=False)
     made = subprocess.run([tool_path["initdb"], "-D", f"{root}/db", "-U", "sweeper", "-A", "trust"], **options)
     if made.returncode:
-        pytest.skip(f"initdb failed: {made.stderr[-200:]}")
+        pytest.skip(f"initdb failed: {made.stderr[-300:]}")
     server = subprocess.Popen([tool_path["postgres"], "-D", f"{root}/db", "-p", str(port), "-k", str(root), "-F",
                                "-c", "listen_addresses=127.0.0.1"], **as_user, cwd=root,
                               stdout=subprocess.DEVNULL, stderr=(root / "log").open("w"))  # fmt: skip
@@ -302,45 +314,52 @@ def test_two_machines_share_a_postgresql_study_and_the_living_takes_up_what_the_
     for machine in machines:
         machine.mkdir()
         (machine / "fake.py").write_text(FAKE)
-    args = ("pg", "SEED=0,1,2,3,4,5,6,7", "--storage", postgres, "--heartbeat", "1")
+    args = ("pg", "SEED=0,1,2,3,4,5", "--storage", postgres, "--heartbeat", "1")
     env = {"FAKE_SECONDS": "1.2", "RAN": str(place / "ran.txt")}
     workers = [begin(machine, *args, **env) for machine in machines]
-    until(lambda: all("start" in "".join(p.name for p in m.glob("runs/sweeps/pg/*")) or [*m.glob("runs/sweeps/pg/0*")]
-                      for m in machines) and sum(ran(place, "end").values()) >= 2)  # fmt: skip
+    def both_have_finished_one_and_the_first_is_at_another() -> bool:
+        if not (place / "ran.txt").exists():
+            return False
+        found, first = trials(place, "pg", postgres), f"-{workers[0].pid}-"
+        done = {t.user_attrs["worker"] for t in found if t.state.name == "COMPLETE"}
+        at = [t for t in found if t.state.name == "RUNNING" and first in t.user_attrs.get("worker", "")]
+        return len(done) == 2 and len(at) == 1
+
+    until(both_have_finished_one_and_the_first_is_at_another)
     workers[0].kill()
     output, _ = workers[1].communicate(timeout=120)
     assert workers[1].returncode == 0, output
     found = trials(place, "pg", postgres)
     complete = [t for t in found if t.state.name == "COMPLETE"]
-    assert sorted(t.params["SEED"] for t in complete) == list(range(8))
+    assert sorted(t.params["SEED"] for t in complete) == list(range(6))
     assert len({t.user_attrs["worker"] for t in complete}) == 2
     assert set(ran(place, "end").values()) == {1}
-    assert len(found) - len(complete) <= 1  # the one the dead worker was at
+    assert [t.state.name for t in found if t not in complete] == ["FAIL"]  # the one the dead worker was at
 
 
 def test_tpe_searches_the_mean_over_seeds_and_proposes_nothing_the_script_refuses(place: Path, tool, monkeypatch) -> None:
     done = sweep(place, "rates", "SEED=0,1", "MATRIX_LR=log:0.005:0.1", "NUM_HEADS=2,3", "--trials", "4",
-                 "--parallel", "2", MODEL_DIM="48")  # fmt: skip
+                 "--parallel", "2")  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     pairs = Counter((t.params["MATRIX_LR"], t.params["NUM_HEADS"]) for t in trials(place, "rates"))
     assert list(pairs.values()) == [2] * 4
     assert all(0.005 <= rate <= 0.1 for rate, _ in pairs)
     monkeypatch.setenv("PRESET", "cpu")
-    space = tool.Space(tool.load_script(ROOT / "train_gpt.py"), [tool.Knob.parse("MATRIX_LR=log:0.005:0.1")], {})
+    space = tool.Space(tool.load_script(ROOT / "train_gpt.py"), [tool.Knob.parse("MATRIX_LR=log:0.005:0.1")], {}, [])
     seen: list = []
     for i in range(40):
         setting = space.propose(seen, i, 10)
         seen.append((setting, math.log(float(setting["MATRIX_LR"]) / 0.02) ** 2))
     late = [value for _, value in seen[25:]]
     assert statistics.median(late) < 0.5 * statistics.median(value for _, value in seen[:10])
-    uneven = tool.Space(space.script, [tool.Knob.parse("ROPE_DIMS=lin:2:64")], {})
+    uneven = tool.Space(space.script, [tool.Knob.parse("ROPE_DIMS=lin:2:64")], {}, [])
     assert {int(uneven.propose([], i, 10)["ROPE_DIMS"]) % 2 for i in range(12)} == {0}
 
 
 def test_hopeless_runs_are_pruned_on_demand_only(place: Path) -> None:
-    values = ("SEED=0,1", "MATRIX_LR=0.02,0.021,0.022,0.023,0.024,0.09")
-    env = {"VAL_LOSS_EVERY": "10", "FAKE_SECONDS": "1"}
-    done = sweep(place, "prune", *values, "--prune", "--parallel", "3", **env)
+    values = ("SEED=0,1", "MATRIX_LR=0.024,0.023,0.022,0.021,0.09")
+    env = {"VAL_LOSS_EVERY": "10", "FAKE_SECONDS": "0.7"}
+    done = sweep(place, "prune", *values, "--prune", **env)
     found = {(t.params["MATRIX_LR"], t.params["SEED"]): t for t in trials(place, "prune")}
     assert [key for key, t in found.items() if t.state.name == "PRUNED"] == [(0.09, 0), (0.09, 1)], done.stdout
     assert "worst quarter" in found[0.09, 0].user_attrs["reason"]
@@ -374,7 +393,7 @@ def test_on_a_terminal_there_is_a_live_table(place: Path) -> None:
     while chunk := read(main):
         shown += chunk
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
-    assert process.wait(60) == 0, text
+    assert process.wait(60) == 1, text
     assert re.search(r"trial 0  SEED=0  \d s  \d0/50 val_loss", text), text  # what the run printed last
     assert "0/2 runs over" in text
     assert "of 4 s spent; no run is started any more" in text
@@ -400,4 +419,4 @@ def test_a_real_run_under_torchrun_is_scored_and_a_real_refusal_told(tmp_path: P
     assert f'"val_bpb": {scored.value}' in log
     assert (tmp_path / "runs/sweeps/real/0000/final_model.int6.ptz").exists()
     assert refused.user_attrs["outcome"] == "refused"
-    assert "absent" in refused.user_attrs["reason"]
+    assert refused.user_attrs["reason"].startswith("TOKENIZER_PATH=")

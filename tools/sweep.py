@@ -19,7 +19,7 @@ seeds, by TPE too. Look at a study, running or finished, with
 
     optuna-dashboard sqlite:///runs/sweeps/NAME.db
 
-Exit status: 0 every run finished, 1 some failed, 2 wrong usage, told in a line, 130 interrupted.
+Exit status: 0 every run finished, 1 some failed or did not fit the budget, 2 wrong usage, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -172,9 +172,8 @@ class Knob(NamedTuple):
         return cls(name, tuple(f"{p:.4g}" for p in points), log=kind == "log")
 
 class Space:  # every run the command stands for
-    def __init__(self, script: ModuleType, knobs: list[Knob], base: dict[str, str]):
-        import torch
-        self.script, self.knobs, self.base, self.has_cuda = script, knobs, base, torch.cuda.is_available()
+    def __init__(self, script: ModuleType, knobs: list[Knob], base: dict[str, str], gpus: list[str]):
+        self.script, self.knobs, self.base, self.has_cuda = script, knobs, base, bool(gpus)
         self.fields = script.Config.__dataclass_fields__
         self.seeds = next((k.values for k in knobs if k.name == "SEED"), ())
         self.searched = [k for k in knobs if k.name != "SEED"]
@@ -251,7 +250,7 @@ class Space:  # every run the command stands for
             bounds = [number(end) for end in k.span]
             kinds[k.name] = make(*bounds, log=k.log) if k.span else CategoricalDistribution(k.values)
         sampler = optuna.samplers.TPESampler(
-            seed=seed, n_startup_trials=startup, multivariate=True, constant_liar=True, warn_independent_sampling=False
+            seed=seed, n_startup_trials=startup, multivariate=True, constant_liar=True
         )
         study, state = optuna.create_study(sampler=sampler), optuna.trial.TrialState
         def add(setting: dict[str, str], value: float | None) -> None:
@@ -420,6 +419,10 @@ class Study:
         about = {"env": env, "setting": label(env), **({"seed": int(env["SEED"])} if "SEED" in env else {})}
         self.study.enqueue_trial(self.space.shown(env)[0], user_attrs=about)
 
+    def completed(self, env: dict[str, str]) -> int:  # runs of the same setting
+        setting = self.key(env)[0]
+        return sum(self.key(t.user_attrs["env"])[0] == setting and t.state == self.states.COMPLETE for t in self.trials())
+
     def count(self, *states: str) -> int:
         return sum(t.state.name in states for t in self.trials())
 
@@ -434,11 +437,11 @@ class Study:
                 self.draw(trials)
             hopeless = {self.key(t.user_attrs["env"])[0] for t in trials if t.state == self.states.PRUNED}
             for trial in [t for t in self.trials() if t.state == self.states.WAITING]:
-                if self.key(trial.user_attrs["env"])[0] in hopeless:
-                    self.tell(trial, Outcome("pruned", "another seed of this setting was pruned"))
-                    continue
                 asked = self.study.ask(self.space.shown(trial.user_attrs["env"])[1])  # the oldest queued one
                 assert asked.number == trial.number, (asked.number, trial.number)
+                if self.key(trial.user_attrs["env"])[0] in hopeless:
+                    self.tell(asked, Outcome("pruned", "another seed of this setting was pruned"))
+                    continue
                 self.storage.record_heartbeat(asked._trial_id)
                 asked.set_user_attr("worker", self.worker)
                 asked.set_user_attr("run_id", f"{self.args.name}-{asked.number:04d}")
@@ -564,6 +567,7 @@ class Active:  # a run this worker follows
     def __init__(self, trial: Any, folder: Path, slot: int):
         self.trial, self.folder, self.slot, self.over = trial, folder, slot, lambda: False
         self.started, self.beat, self.verdict, self.reported = time.monotonic(), time.monotonic(), "", 0
+        self.prunable = False
     def output(self) -> str:
         with contextlib.suppress(OSError):
             return (self.folder / "output.txt").read_text(encoding="utf-8", errors="replace")
@@ -614,6 +618,8 @@ class Sweep:
         run = Active(trial, self.study.folder.absolute() / f"{trial.number:04d}", slot)
         attrs, env = trial.user_attrs, trial.user_attrs["env"]
         self.active.append(run)
+        # A setting that has come through once is not pruned any more: a mean over its lucky seeds would flatter it.
+        run.prunable = self.args.prune and not self.study.completed(env)
         if begun:
             self.say(f"trial {trial.number}: goes on with {attrs['run_id']}, begun by a worker that died")
             run.over = self.launcher.find(attrs.get("job", ""), run.folder)
@@ -645,7 +651,7 @@ class Sweep:
         if over:
             self.active.remove(run)
             return self.finish(run)
-        if self.args.prune and not run.verdict:
+        if run.prunable and not run.verdict:
             found = INTERMEDIATE.findall(run.output())
             for step, bpb in found[run.reported :]:
                 trial.report(float(bpb), int(step))
@@ -823,11 +829,9 @@ def load_script(path: Path) -> ModuleType:  # train_gpt.py as a module: its Conf
     spec.loader.exec_module(module)
     return module
 
-def gpu_names() -> list[str]:  # those this process may use
-    import torch
-    if chosen := os.environ.get("CUDA_VISIBLE_DEVICES"):
-        return chosen.split(",")
-    return [str(i) for i in range(torch.cuda.device_count())]
+def gpu_names(script: ModuleType) -> list[str]:  # those the script may use
+    found = [str(i) for i in range(script.torch.cuda.device_count())]
+    return (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(found)).split(",") if found else []
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
@@ -845,7 +849,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--trials", type=int, metavar="N", help="settings that TPE tries, each with every seed (default 20)")
     add("--eval-only", type=Path, metavar="FILE", help="checkpoint or artifact to score instead of training")
     add("--prune", action=argparse.BooleanOptionalAction, help="stop a run whose intermediate val_bpb "
-        "(VAL_LOSS_EVERY) is in the worst quarter at that step and skip its other seeds (default: with tpe, never in a grid)")
+        "(VAL_LOSS_EVERY) is in the worst quarter at that step, and skip the setting's other seeds; never once a seed "
+        "of it has finished (default: with tpe, not in a grid)")
     add("--timeout", type=float, default=0, metavar="S", help="seconds after which a run is stopped (default: never)")
     add("--budget", type=float, default=0, metavar="S", help="seconds of runs, all workers together; none is started "
         "that would not fit")
@@ -892,10 +897,9 @@ def prepare(args: argparse.Namespace, view: View) -> Sweep:
     base = {k: v for k, v in os.environ.items() if k in known and k not in [knob.name for knob in knobs]}
     if args.eval_only:
         base["EVAL_ONLY_PATH"] = str(args.eval_only.resolve())
-    space = Space(script, knobs, base)
-    remote = args.launcher == "slurm" and "cluster=local" not in args.slurm
-    space.has_cuda |= remote
-    cfg, gpus = space.check(), [] if remote else gpu_names()
+    remote, gpus = args.launcher == "slurm" and "cluster=local" not in args.slurm, gpu_names(script)
+    space = Space(script, knobs, base, gpus or ["Slurm's"] * remote)
+    cfg = space.check()
     if args.nproc is None:
         args.nproc = max(1, len(gpus) // args.parallel)
     if args.launcher == "local" and gpus and max(args.nproc, 1) * args.parallel > len(gpus):
