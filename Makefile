@@ -12,8 +12,8 @@ $(VENV)/installed: requirements.txt
 	$(BIN)/pip install --quiet -r requirements.txt
 	touch $@
 
-$(VENV)/developer: $(VENV)/installed
-	$(BIN)/pip install --quiet pytest ruff brotli
+$(VENV)/developer: $(VENV)/installed requirements-tools.txt
+	$(BIN)/pip install --quiet pytest ruff brotli -r requirements-tools.txt
 	touch $@
 
 install: $(VENV)/installed

@@ -1,4 +1,4 @@
-"""A sweep: every run once whatever is killed, failures kept with their reason, seeds as replication, workers sharing."""
+"""A sweep: every run once whatever is killed, failures kept with their reason, seeds as replication, shared work."""
 
 from __future__ import annotations
 
@@ -75,8 +75,8 @@ else:
         print("score INVALID: 3 targets scored twice")
     if fate == "silent":
         sys.exit(0)
-    figures = {"val_bpb": float("nan") if fate == "nan" else bpb, "artifact_bytes": 16_000_001 if fate == "big" else size,
-               "steps": 50, "seconds": {"train": 1.5}, "eval_only": env.get("EVAL_ONLY_PATH", "")}
+    bpb, size = float("nan") if fate == "nan" else bpb, 16_000_001 if fate == "big" else size
+    figures = {"val_bpb": bpb, "artifact_bytes": size, "steps": 50, "seconds": {"train": 1.5}, "eval_only": env.get("EVAL_ONLY_PATH", "")}
     print("final " + json.dumps(figures))
     note("end")
 '''
@@ -179,7 +179,7 @@ def test_a_grid_runs_every_combination_once_and_gives_mean_and_deviation_over_se
     (("SEED=0", "--storage", "mysql://user:secret@host/db"), "mysql://user:***@host/db: must be sqlite"),
     (("COMPUTE_DTYPE=lin:0:1",), "COMPUTE_DTYPE: has no range"),
 ])  # fmt: skip
-def test_what_cannot_work_is_refused_before_anything_starts(place: Path, tool, capsys, monkeypatch, args, told) -> None:
+def test_what_cannot_work_is_refused_before_anything_starts(place, tool, capsys, monkeypatch, args, told) -> None:
     monkeypatch.chdir(place)
     monkeypatch.setenv("PRESET", "cpu")
     assert tool.main(["wrong", *args]) == 2
@@ -309,7 +309,7 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         server.wait(30)
 
 
-def test_two_machines_share_a_postgresql_study_and_the_living_takes_up_what_the_dead_left(place: Path, postgres) -> None:
+def test_two_machines_share_a_postgresql_study_and_one_takes_up_what_a_dead_one_left(place: Path, postgres) -> None:
     machines = [place / "a", place / "b"]  # no folder in common: only the database connects them
     for machine in machines:
         machine.mkdir()
@@ -337,7 +337,7 @@ def test_two_machines_share_a_postgresql_study_and_the_living_takes_up_what_the_
     assert [t.state.name for t in found if t not in complete] == ["FAIL"]  # the one the dead worker was at
 
 
-def test_tpe_searches_the_mean_over_seeds_and_proposes_nothing_the_script_refuses(place: Path, tool, monkeypatch) -> None:
+def test_tpe_searches_the_mean_over_seeds_and_proposes_nothing_refused(place: Path, tool, monkeypatch) -> None:
     done = sweep(place, "rates", "SEED=0,1", "MATRIX_LR=log:0.005:0.1", "NUM_HEADS=2,3", "--trials", "4",
                  "--parallel", "2")  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -387,7 +387,8 @@ def test_jobs_of_submitit_outlive_the_sweep_and_are_found_again(place: Path) -> 
 def test_on_a_terminal_there_is_a_live_table(place: Path) -> None:
     main, end = pty.openpty()
     env = environment(FAKE_SECONDS="3", TERM="xterm", COLUMNS="140", LINES="40")
-    process = subprocess.Popen(command("live", "SEED=0,1", "--budget", "3.5"), cwd=place, env=env, stdout=end, stderr=end)
+    args = command("live", "SEED=0,1", "--budget", "3.5")
+    process = subprocess.Popen(args, cwd=place, env=env, stdout=end, stderr=end)
     os.close(end)
     shown = b""
     while chunk := read(main):

@@ -421,7 +421,8 @@ class Study:
 
     def completed(self, env: dict[str, str]) -> int:  # runs of the same setting
         setting = self.key(env)[0]
-        return sum(self.key(t.user_attrs["env"])[0] == setting and t.state == self.states.COMPLETE for t in self.trials())
+        done = [t for t in self.trials() if t.state == self.states.COMPLETE]
+        return sum(self.key(t.user_attrs["env"])[0] == setting for t in done)
 
     def count(self, *states: str) -> int:
         return sum(t.state.name in states for t in self.trials())
@@ -849,8 +850,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--trials", type=int, metavar="N", help="settings that TPE tries, each with every seed (default 20)")
     add("--eval-only", type=Path, metavar="FILE", help="checkpoint or artifact to score instead of training")
     add("--prune", action=argparse.BooleanOptionalAction, help="stop a run whose intermediate val_bpb "
-        "(VAL_LOSS_EVERY) is in the worst quarter at that step, and skip the setting's other seeds; never once a seed "
-        "of it has finished (default: with tpe, not in a grid)")
+        "(VAL_LOSS_EVERY) is in the worst quarter at that step, and skip the setting's other seeds; never once a "
+        "seed of it has finished (default: with tpe, not in a grid)")
     add("--timeout", type=float, default=0, metavar="S", help="seconds after which a run is stopped (default: never)")
     add("--budget", type=float, default=0, metavar="S", help="seconds of runs, all workers together; none is started "
         "that would not fit")
