@@ -843,8 +843,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("name", metavar="NAME", help="of the study, its folder and its runs")
     add("knobs", metavar="KNOB=..", nargs="+", help="a,b,c: these values; log:low:high or lin:low:high: a range for "
         "TPE; with :count appended that many values of it, evenly spaced")
-    add("--nproc", type=int, help="processes, one per GPU, of a run under torchrun (default: the GPUs there are, shared "
-        "out over --parallel; 1 without any); 0: python without torchrun, which starts seconds faster")
+    add("--nproc", type=int, help="processes, one per GPU, of a run under torchrun (default: the GPUs there are, "
+        "shared out over --parallel; 1 without any); 0: python without torchrun, which starts seconds faster")
     add("--parallel", type=int, default=1, metavar="K", help="runs at once, each with GPUs of its own (default 1)")
     add("--search", choices=("grid", "tpe"), help="default: tpe if a knob has a range, else grid")
     add("--trials", type=int, metavar="N", help="settings that TPE tries, each with every seed (default 20)")
