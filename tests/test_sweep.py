@@ -71,6 +71,8 @@ else:
         print(f"{step * 10}/50 val_loss: {bpb:.4f} val_bpb: {bpb + 1 / step:.4f}", flush=True)
     if fate == "hang":
         time.sleep(30)
+    while fate == "wait" and not os.path.exists("go"):
+        time.sleep(0.05)
     if fate == "invalid":
         print("score INVALID: 3 targets scored twice")
     if fate == "silent":
@@ -373,12 +375,14 @@ def test_hopeless_runs_are_pruned_on_demand_only(place: Path) -> None:
 def test_jobs_of_submitit_outlive_the_sweep_and_are_found_again(place: Path) -> None:
     pytest.importorskip("submitit")
     args = ("jobs", "SEED=0,1", "--launcher", "slurm", "--slurm", "cluster=local", "--eval-only", "fake.py")
-    process = begin(place, *args, FAKE_SECONDS="4")
+    process = begin(place, *args, FAKE='{"0": "wait"}')
     until(lambda: ran(place, "start"))
     process.kill()
-    done = sweep(place, *args, FAKE_SECONDS="0")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "goes on with jobs-0000" in done.stdout
+    process = begin(place, *args)
+    until(lambda: "goes on with jobs-0000" in process.stdout.readline())
+    (place / "go").touch()  # only now does the job end
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
     assert ran(place, "start") == ran(place, "end") == {("0", "0.02"): 1, ("1", "0.02"): 1}
     assert all(t.user_attrs["job"].isdigit() for t in trials(place, "jobs"))
     final = (place / "runs/sweeps/jobs/0001/output.txt").read_text()
