@@ -477,8 +477,8 @@ class Study:
         values = None
         if state == self.states.COMPLETE:
             values = [outcome.figures["val_bpb"]]
-        elif state == self.states.PRUNED and known.intermediate_values:
-            values = [known.last_step and known.intermediate_values[known.last_step]]
+        elif state == self.states.PRUNED and math.isfinite(known.intermediate_values.get(known.last_step, math.nan)):
+            values = [known.intermediate_values[known.last_step]]
         try:
             for name, value in {"outcome": outcome.kind, "reason": outcome.reason, **outcome.figures}.items():
                 if value != "":
