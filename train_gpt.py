@@ -704,18 +704,26 @@ def parameter_table(cfg: Config) -> dict[str, Role]:  # the only list of paramet
         table["parallel_resid_lambdas"] = Role((L, 2), 1.1)  # [layer, lane]
     return table
 
-LAYER_TENSORS = "q o k v up down attn_scale mlp_scale resid_mix q_gain".split()
-LayerWeights = NamedTuple("LayerWeights", [(name, Tensor) for name in LAYER_TENSORS])  # of one layer, compute dtype
+class LayerWeights(NamedTuple):  # of one layer, compute dtype
+    qkv: Tensor  # (C + 2 kv, C): one product instead of three
+    o: Tensor  # (C, C), rows times attn_scale: scale * (y W^T) = y (diag(scale) W)^T, so no product is scaled
+    up: Tensor
+    down: Tensor  # rows times mlp_scale
+    attn_scale: Tensor  # for the adapters beside o and down
+    mlp_scale: Tensor
+    resid_mix: Tensor
+    q_gain: Tensor
 class PassInfo(NamedTuple):  # what every layer of one forward shares
     batch: Batch
     rope: tuple[Tensor, Tensor]  # cos, sin (T, 1, rope_dims / 2) at each token's position in its segment
     tap: Callable[[str, int, Tensor], None]  # (site, layer, input of a product): calibration
     lora: dict[tuple[str, int], tuple[Tensor, Tensor]]  # (site, slot) -> A, B; empty without adapters
-    def add_lora(self, y: Tensor, x: Tensor, site: str, slot: int) -> Tensor:  # x (T, C): T / B tokens per document
+    def add_lora(self, y: Tensor, x: Tensor, site: str, slot: int, scale: Tensor | None = None) -> Tensor:
         if (site, slot) not in self.lora:
             return y
-        a, b = self.lora[site, slot]
-        return y + (x.unflatten(0, (len(a), -1)) @ a.mT @ b.mT).flatten(0, 1)
+        a, b = self.lora[site, slot]  # of B documents, T / B of the tokens x (T, C) each
+        product = (x.unflatten(0, (len(a), -1)) @ a.mT @ b.mT).flatten(0, 1)
+        return y + (product if scale is None else scale * product)
 
 def rms_norm(x: Tensor) -> Tensor:  # x / sqrt(mean(x^2) + eps) over the last axis, fp32 inside, its eps for any dtype
     eps = torch.finfo(torch.float32).eps
@@ -758,7 +766,9 @@ class GPT(nn.Module):  # the network of PR #1530; parameters are fp32, products 
         self.qo_bank.data[cfg.num_layers :] = 0.0  # like down_bank: every block starts as the identity
 
     def attend(self, n: Tensor, w: LayerWeights, visit: Visit, info: PassInfo) -> Tensor:  # of normalised n (T, C)
-        q, k, v = (info.add_lora(F.linear(n, getattr(w, site)), n, site, visit.slot) for site in "qkv")
+        kv = self.cfg.num_kv_heads * self.cfg.head_dim
+        parts = F.linear(n, w.qkv).split((len(w.qkv) - 2 * kv, kv, kv), -1)
+        q, k, v = (info.add_lora(y, n, site, visit.slot) for y, site in zip(parts, "qkv", strict=True))
         q, k, v = (x.unflatten(-1, (-1, self.cfg.head_dim)) for x in (q, k, v))  # (T, H, D), (T, Hkv, D) twice
         q, k = rotate(rms_norm(q), *info.rope) * w.q_gain[:, None], rotate(rms_norm(k), *info.rope)
         y = attention(q, k, v, info.batch.cu_seqlens, info.batch.max_seqlen, self.attention_backend)
@@ -766,21 +776,25 @@ class GPT(nn.Module):  # the network of PR #1530; parameters are fp32, products 
         y = (remove_own_value(y, v) if xsa else y).flatten(1)  # (T, C)
         info.tap("attn_in", visit.layer, n)
         info.tap("attn_out", visit.layer, y)
-        return info.add_lora(F.linear(y, w.o), n, "o", visit.slot)
+        return info.add_lora(F.linear(y, w.o), n, "o", visit.slot, w.attn_scale)
     def feed(self, n: Tensor, w: LayerWeights, visit: Visit, info: PassInfo) -> Tensor:  # the same for the MLP
         out, post = fused_mlp(n, w.up, w.down)
         info.tap("mlp_in", visit.layer, n)
         info.tap("mlp_mid", visit.layer, post)
-        return info.add_lora(out, n, "mlp", visit.slot)
+        return info.add_lora(out, n, "mlp", visit.slot, w.mlp_scale)
     def merge_skip(self, x: Tensor, skip: Tensor, rows: tuple[int, ...]) -> Tensor:  # a gate of 1 keeps the stream x
         skip = self.skip_weights[list(rows)].mean(0).to(x.dtype) * skip
         gated = self.cfg.skip_gates_enabled
         return torch.lerp(skip, x, self.skip_gates[list(rows)].mean(0).to(x.dtype).sigmoid()) if gated else x + skip
+    def layers(self) -> list[LayerWeights]:  # cast once per forward, all visits of a layer together
+        (q, o), (k, v) = (bank.chunk(2) for bank in (self.qo_bank, self.kv_bank))
+        scaled = [scale[:, :, None] * w for scale, w in ((self.attn_scale, o), (self.mlp_scale, self.down_bank))]
+        small = map(self.get_parameter, LayerWeights._fields[4:])
+        stacks = torch.cat([q, k, v], 1), scaled[0], self.up_bank, scaled[1], *small
+        # unbind, because its gradient is one stack and not L padded copies
+        return [LayerWeights(*w) for w in zip(*(t.to(self.cfg.dtype).unbind(0) for t in stacks), strict=True)]
     def hidden(self, info: PassInfo, plan: tuple[Visit, ...]) -> Tensor:  # final normalised hidden states (T, C)
-        names, L = ["qo_bank", "kv_bank", "up_bank", "down_bank", *LAYER_TENSORS[6:]], self.cfg.num_layers
-        # Cast once, and unbind, because its gradient is one stack and not L padded copies.
-        qo, kv, *rest = (self.get_parameter(name).to(self.cfg.dtype).unbind(0) for name in names)
-        layers = [LayerWeights(*w) for w in zip(qo[:L], qo[L:], kv[:L], kv[L:], *rest, strict=True)]
+        layers = self.layers()
         x = x0 = rms_norm(F.embedding(info.batch.inputs, self.tok_emb.to(self.cfg.dtype)))
         skips, lane = [], None  # `lane` is the MLP lane; x is the attention lane once there are two
         for visit in plan:
@@ -788,15 +802,15 @@ class GPT(nn.Module):  # the network of PR #1530; parameters are fp32, products 
             lane = x if visit.parallel and lane is None else lane
             x = self.merge_skip(x, skips.pop(), visit.skip) if visit.skip else x
             u = w.resid_mix[0] * x + w.resid_mix[1] * x0
-            a = w.attn_scale * self.attend(rms_norm(u) * scale, w, visit, info)
+            a = self.attend(rms_norm(u) * scale, w, visit, info)
             if visit.parallel:  # attention reads one lane, the MLP the other; both are written to both
-                m = w.mlp_scale * self.feed(rms_norm(lane) * scale, w, visit, info)
+                m = self.feed(rms_norm(lane) * scale, w, visit, info)
                 lambdas = self.parallel_resid_lambdas, self.parallel_post_lambdas
                 keep, post = (p[visit.layer].to(x.dtype) for p in lambdas)
                 x, lane = (keep[j] * s + post[0, j] * a + post[1, j] * m for j, s in enumerate((x, lane)))
             else:
                 h = u + a
-                x = h + w.mlp_scale * self.feed(rms_norm(h) * scale, w, visit, info)
+                x = h + self.feed(rms_norm(h) * scale, w, visit, info)
             skips += [x] if visit.push else []
         if lane is not None:
             x = {"mean": (x + lane) / 2, "attn": x, "mlp": lane}[self.cfg.parallel_final_lane]
