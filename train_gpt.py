@@ -466,7 +466,6 @@ def open_shards(cfg: Config, tokenizer: Tokenizer, ranks: Ranks, splits: list[st
     return streams
 
 # === 4. Kernels: MLP, cross-entropy, and variable-length attention, each beside a plain reference =====================
-# Every kernel is an operator beside a plain reference, which runs on a CPU and wherever the kernel cannot.
 TILES = {
     "mlp_up": [(128, 256, 64), (128, 128, 64)], "mlp_dpre": [(128, 256, 64), (128, 128, 64)],  # tokens, hidden, summed
     "ce": [(8192, 16), (8192, 8), (4096, 8), (1024, 4)],  # columns at once, warps
@@ -487,12 +486,13 @@ def fastest(kernel: str, shape: tuple, launch: Callable[[tuple], None]) -> tuple
         chosen[key] = tuple(json.loads(path.read_text()))
     return chosen[key]
 def operator(name: str, reference: Callable, kernel: Callable, fake: Any = None, changes: tuple = ()) -> Any:
+    def on_gpu(x: Tensor, *args: Any) -> Any:  # the kernels sum in fp32
+        fits = triton is not None and x.element_size() <= 4 and x.numel() > 0
+        return (kernel if fits else reference)(x, *args)
     op = torch.library.custom_op(f"golf::{name}", reference, mutates_args=changes)
-    op.register_kernel("cuda", kernel)
+    op.register_kernel("cuda", on_gpu)
     op.register_fake(fake or reference)
     return op
-def takes_kernel(x: Tensor) -> bool:  # the kernels sum in fp32; TMA and wgmma ask for more
-    return triton is not None and x.element_size() <= 4 and x.numel() > 0
 def launch_heads(kernel: Any, name: str, args: list, rows: int, tile: tuple, **shape: Any) -> None:
     """kernel(*args, rows, ..): `rows` heads of D values, tile[0] of them to a program."""
     def launch(tile: tuple) -> None:
@@ -607,8 +607,8 @@ if triton is not None:
             c, slope = softcap(tl.load(z + start + cols, start + cols < V, other=0.0).to(tl.float32), cap)
             sums += tl.where(start + cols < V, tl.exp(c), 0.0)
         total, keep = tl.sum(sums, 0), tl.where(target >= 0, 1.0, 0.0)
-        c, slope = softcap(tl.load(z + tl.maximum(target, 0)).to(tl.float32), cap)
-        tl.store(nats + row, keep * (tl.log(total) - c))
+        score, _ = softcap(tl.load(z + tl.maximum(target, 0)).to(tl.float32), cap)
+        tl.store(nats + row, keep * (tl.log(total) - score))
         if GRADIENT:
             share = keep / total
             for start in range(0, V, BLOCK):
@@ -630,13 +630,11 @@ def softcap_ce_reference(z: Tensor, targets: Tensor, cap: float, gradient: bool)
             rows.copy_(p.mul_(t.square_().neg_().add_(1)).mul_(keep.unsqueeze(1)))
     return nats
 def softcap_ce_cuda(z: Tensor, targets: Tensor, cap: float, gradient: bool, tile: tuple = ()) -> Tensor:
-    if not takes_kernel(z) or not z.is_contiguous():
-        return softcap_ce_reference(z, targets, cap, gradient)
-    nats = z.new_empty(len(z), dtype=torch.float32)
-    def launch(tile: tuple, z: Tensor) -> None:
-        meta = dict(V=z.size(1), GRADIENT=gradient, BLOCK=tile[0], num_warps=tile[1])
-        softcap_ce_kernel[(len(z),)](z, targets.contiguous(), nats, cap, **meta)
-    launch(tile or fastest("ce", (z.size(1), z.dtype, gradient), lambda tile: launch(tile, z.clone())), z)
+    assert z.is_contiguous(), z.stride()
+    (N, V), nats = z.shape, z.new_empty(len(z), dtype=torch.float32)
+    def launch(z: Tensor, tile: tuple) -> None:
+        softcap_ce_kernel[(N,)](z, targets.contiguous(), nats, cap, V, gradient, BLOCK=tile[0], num_warps=tile[1])
+    launch(z, tile or fastest("ce", (V, z.dtype, gradient), lambda tile: launch(z.clone(), tile)))
     return nats
 
 softcap_ce = operator("softcap_ce", softcap_ce_reference, softcap_ce_cuda,
@@ -685,43 +683,34 @@ def remove_own_value(y: Tensor, v: Tensor) -> Tensor:  # XSA: from y (T, H, D), 
 
 if triton is not None:  # ROWS heads to a program, all their COLS >= D columns at once
     @triton.jit
-    def turn(rope, t, col, turned, HALF: tl.constexpr):  # cos, signed sin; columns of the partners
-        at = rope + t * 2 * HALF + col % HALF  # (T, 2, HALF)
-        cos, sin = tl.load(at, turned, other=1.0), tl.load(at + HALF, turned, other=0.0)
-        partner = tl.where(col < HALF, col + HALF, tl.where(col < 2 * HALF, col - HALF, col))
-        return cos, tl.where(col < HALF, sin, -sin), partner
-    @triton.jit
-    def qk_kernel(qkv, gain, rope, out, rows, H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr,  # noqa: PLR0913
-                  HALF: tl.constexpr, EPS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):  # fmt: skip
+    def qk_kernel(dq, dk, dv, qkv, gain, rope, out, dgain, rows, H: tl.constexpr, KV: tl.constexpr,  # noqa: PLR0913
+                  D: tl.constexpr, HALF: tl.constexpr, EPS: tl.constexpr, BACKWARD: tl.constexpr, ROWS: tl.constexpr,
+                  COLS: tl.constexpr):  # fmt: skip
+        """out: heads of q and k; or, rotating back first, gradients of the row's heads, and each one's dgain."""
+        HEADS: tl.constexpr = H + 2 * KV if BACKWARD else H + KV
         r, col = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None], tl.arange(0, COLS)[None, :]
-        t, h, mask = r // (H + KV), r % (H + KV), (r < rows) & (col < D)
-        cos, sin, partner = turn(rope, t, col, mask & (col < 2 * HALF), HALF)
+        t, h, mask = r // HEADS, r % HEADS, (r < rows) & (col < D)
+        in_q, in_k, in_v = mask & (h < H), mask & (h >= H) & (h < H + KV), mask & (h >= H + KV)
+        at, turned = rope + t * 2 * HALF + col % HALF, (in_q | in_k) & (col < 2 * HALF)  # cos, sin (T, 2, HALF)
+        cos, sin = tl.load(at, turned, other=1.0), tl.load(at + HALF, turned, other=0.0)
+        sin = tl.where(col < HALF, sin, -sin)
+        partner = tl.where(col < HALF, col + HALF, tl.where(col < 2 * HALF, col - HALF, col))  # of a pair
         row = qkv + (t * (H + 2 * KV) + h) * D
-        x = tl.load(row + col, mask, other=0.0).to(tl.float32)
-        other = tl.load(row + partner, mask, other=0.0).to(tl.float32)
+        x = tl.load(row + col, in_q | in_k, other=0.0).to(tl.float32)
         rstd = tl.rsqrt(tl.sum(x * x, 1, keep_dims=True) / D + EPS)
         scale = rstd * tl.load(gain + h, h < H, other=1.0).to(tl.float32)
-        tl.store(out + r * D + col, ((x * cos + other * sin) * scale).to(out.dtype.element_ty), mask)
-    @triton.jit
-    def qk_backward_kernel(dq, dk, dv, qkv, gain, rope, dqkv, dgain, rows, H: tl.constexpr,  # noqa: PLR0913
-                           KV: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, EPS: tl.constexpr,
-                           ROWS: tl.constexpr, COLS: tl.constexpr):  # fmt: skip
-        """Rotates gradients back, then the norm's. dgain (T, H + 2 Hkv): each head's part, summed by the caller."""
-        r, col = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None], tl.arange(0, COLS)[None, :]
-        t, h, mask = r // (H + 2 * KV), r % (H + 2 * KV), (r < rows) & (col < D)
-        in_q, in_k, in_v = mask & (h < H), mask & (h >= H) & (h < H + KV), mask & (h >= H + KV)
-        cos, sin, partner = turn(rope, t, col, (in_q | in_k) & (col < 2 * HALF), HALF)
-        of_q, of_k, of_v = dq + (t * H + h) * D, dk + (t * KV + h - H) * D, dv + (t * KV + h - H - KV) * D
-        g = tl.load(of_q + col, in_q, other=0.0) + tl.load(of_k + col, in_k, other=0.0)
-        g = (g + tl.load(of_v + col, in_v, other=0.0)).to(tl.float32)  # one of the three
-        other = (tl.load(of_q + partner, in_q, other=0.0) + tl.load(of_k + partner, in_k, other=0.0)).to(tl.float32)
-        x = tl.load(qkv + r * D + col, in_q | in_k, other=0.0).to(tl.float32)
-        rstd = tl.rsqrt(tl.sum(x * x, 1, keep_dims=True) / D + EPS)
-        g, n, scale = g * cos - other * sin, x * rstd, rstd * tl.load(gain + h, h < H, other=1.0).to(tl.float32)
-        dot = tl.sum(g * n, 1, keep_dims=True)
-        dx = (g - n * (dot / D)) * tl.where(h < H + KV, scale, 1.0)
-        tl.store(dqkv + r * D + col, dx.to(dqkv.dtype.element_ty), mask)
-        tl.store(dgain + r, dot, r < rows)
+        if BACKWARD:
+            of_q, of_k, of_v = dq + (t * H + h) * D, dk + (t * KV + h - H) * D, dv + (t * KV + h - H - KV) * D
+            g = tl.load(of_q + col, in_q, other=0.0) + tl.load(of_k + col, in_k, other=0.0)
+            g = (g + tl.load(of_v + col, in_v, other=0.0)).to(tl.float32)  # one of the three
+            other = tl.load(of_q + partner, in_q, other=0.0) + tl.load(of_k + partner, in_k, other=0.0)
+            g, n = g * cos - other.to(tl.float32) * sin, x * rstd
+            dot = tl.sum(g * n, 1, keep_dims=True)
+            x = (g - n * (dot / D)) * tl.where(h < H + KV, scale, 1.0)
+            tl.store(dgain + r, dot, r < rows)
+        else:
+            x = (x * cos + tl.load(row + partner, mask, other=0.0).to(tl.float32) * sin) * scale
+        tl.store(out + r * D + col, x.to(out.dtype.element_ty), mask)
     @triton.jit
     def xsa_kernel(grad, y, v, out, dv, stride, rows, G: tl.constexpr, KV: tl.constexpr, D: tl.constexpr,  # noqa: PLR0913
                    BACKWARD: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):  # fmt: skip
@@ -753,8 +742,8 @@ def normed_heads(qkv: Tensor, gain: Tensor, head_dim: int) -> tuple[Tensor, Tens
 def qk_rope_reference(qkv: Tensor, gain: Tensor, rope: Tensor, head_dim: int) -> Tensor:  # q, then k (T, H + Hkv, D)
     x, rstd, gains = normed_heads(qkv, gain, head_dim)
     return rotate(x * (rstd * gains), *rope.to(x.dtype).unbind(1)).to(qkv.dtype)
-def qk_rope_backward_reference(dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, gain: Tensor,
-                               rope: Tensor) -> tuple[Tensor, Tensor]:  # fmt: skip
+def qk_rope_backward_reference(qkv: Tensor, gain: Tensor, rope: Tensor, dq: Tensor, dk: Tensor,
+                               dv: Tensor) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of the row and of the gain. They rotate back first: then no division by a gain is needed."""
     x, rstd, gains = normed_heads(qkv, gain, dq.size(-1))
     cos, sin = rope.to(x.dtype).unbind(1)
@@ -773,27 +762,17 @@ def xsa_backward_reference(y: Tensor, v: Tensor, grad: Tensor) -> tuple[Tensor, 
     dv = du.addcmul_(along, unit, value=-1).div_(length.clamp_min(1e-12))
     return dy.flatten(1, 2).to(y.dtype), dv.to(v.dtype)
 
-def qk_rope_cuda(qkv: Tensor, gain: Tensor, rope: Tensor, head_dim: int, tile: tuple = ()) -> Tensor:
-    if not takes_kernel(qkv):
-        return qk_rope_reference(qkv, gain, rope, head_dim)
-    H, KV = len(gain), (qkv.size(1) // head_dim - len(gain)) // 2
-    args = [qkv.contiguous(), gain, rope, qkv.new_empty(len(qkv), H + KV, head_dim)]
-    shape = dict(H=H, KV=KV, D=head_dim, HALF=rope.size(-1), EPS=NORM_EPS)
-    launch_heads(qk_kernel, "qk", args, len(qkv) * (H + KV), tile, **shape)
-    return args[-1]
-def qk_rope_backward_cuda(dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, gain: Tensor, rope: Tensor,
-                          tile: tuple = ()) -> tuple[Tensor, Tensor]:  # fmt: skip
-    if not takes_kernel(qkv):
-        return qk_rope_backward_reference(dq, dk, dv, qkv, gain, rope)
-    (_, H, D), KV, dqkv = dq.shape, dk.size(1), qkv.new_empty(qkv.shape)
-    parts = qkv.new_empty(len(qkv), H + 2 * KV, dtype=torch.float32)
-    args = [*(t.contiguous() for t in (dq, dk, dv, qkv)), gain, rope, dqkv, parts]
-    shape = dict(H=H, KV=KV, D=D, HALF=rope.size(-1), EPS=NORM_EPS)
-    launch_heads(qk_backward_kernel, "qk_backward", args, parts.numel(), tile, **shape)
-    return dqkv, parts[:, :H].sum(0).to(gain.dtype)
+def qk_rope_cuda(qkv: Tensor, gain: Tensor, rope: Tensor, head_dim: int, *grads: Tensor, tile: tuple = ()) -> Any:
+    """What qk_rope returns; given dq, dk and dv, what qk_rope_backward does."""
+    H, heads, qkv = len(gain), qkv.size(1) // head_dim, qkv.contiguous()
+    KV = (heads - H) // 2
+    out = qkv.new_empty(len(qkv), heads if grads else H + KV, head_dim)
+    parts = qkv.new_empty(out.shape[:2] if grads else 0, dtype=torch.float32)
+    args = [*([g.contiguous() for g in grads] or [qkv] * 3), qkv, gain, rope, out, parts]
+    shape = dict(H=H, KV=KV, D=head_dim, HALF=rope.size(-1), EPS=NORM_EPS, BACKWARD=bool(grads))
+    launch_heads(qk_kernel, "qk_backward" if grads else "qk", args, len(qkv) * out.size(1), tile, **shape)
+    return (out.flatten(1), parts[:, :H].sum(0).to(gain.dtype)) if grads else out
 def xsa_cuda(y: Tensor, v: Tensor, grad: Tensor | None = None, tile: tuple = ()) -> Tensor | tuple[Tensor, Tensor]:
-    if not takes_kernel(y):
-        return remove_own_value(y, v) if grad is None else xsa_backward_reference(y, v, grad)
     (T, KV, D), backward = v.shape, grad is not None
     v, y = v if v.stride()[1:] == (D, 1) else v.contiguous(), y.contiguous()
     out, dv = y.new_empty(y.shape), v.new_empty(v.shape if backward else 0)
@@ -803,7 +782,8 @@ def xsa_cuda(y: Tensor, v: Tensor, grad: Tensor | None = None, tile: tuple = ())
     return (out, dv) if backward else out
 
 qk_rope = operator("qk_rope", qk_rope_reference, qk_rope_cuda)
-qk_rope_backward = operator("qk_rope_backward", qk_rope_backward_reference, qk_rope_backward_cuda)
+qk_rope_backward = operator("qk_rope_backward", qk_rope_backward_reference,
+                            lambda qkv, gain, rope, dq, *more: qk_rope_cuda(qkv, gain, rope, dq.size(-1), dq, *more))
 xsa = operator("xsa", remove_own_value, xsa_cuda)
 xsa_backward = operator("xsa_backward", xsa_backward_reference, xsa_cuda)
 xsa.register_autograd(lambda ctx, grad: xsa_backward(*ctx.saved_tensors, grad),
@@ -817,16 +797,14 @@ class NormRope(torch.autograd.Function):
         return qk[:, : len(gain)], qk[:, len(gain) :], qkv.unflatten(1, (-1, head_dim))[:, qk.size(1) :]
     @staticmethod
     def backward(ctx, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
-        return *qk_rope_backward(dq, dk, dv, *ctx.saved_tensors), None, None
+        return *qk_rope_backward(*ctx.saved_tensors, dq, dk, dv), None, None
 
 def norm_rope(qkv: Tensor, gain: Tensor, rope: Tensor, head_dim: int, fused: bool) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v: normed, rotated by rope (T, 2, 1, half) fp32 = cos, sin of each token, queries times gain (H,)."""
     if fused:
         return NormRope.apply(qkv, gain, rope, head_dim)
-    heads, H = qkv.unflatten(1, (-1, head_dim)), len(gain)
-    q, k, v = heads.split((H, *[(heads.size(1) - H) // 2] * 2), 1)
-    cos, sin = rope.to(qkv.dtype).unbind(1)
-    return rotate(rms_norm(q), cos, sin) * gain[:, None], rotate(rms_norm(k), cos, sin), v
+    qk, H = qk_rope_reference(qkv, gain, rope, head_dim), len(gain)
+    return qk[:, :H], qk[:, H:], qkv.unflatten(1, (-1, head_dim))[:, qk.size(1) :]
 
 # --- Attention over packed documents, one signature for every backend: q (T, H, D), k and v (T, Hkv, D), cu_seqlens
 # int32 (capacity + 1,) ending in repeated T, max_seqlen a constant: one graph for all batches. FA2, FA3 (from 2025-12)
@@ -985,15 +963,8 @@ def parameter_table(cfg: Config) -> dict[str, Role]:  # the only list of paramet
         table["parallel_resid_lambdas"] = Role((L, 2), 1.1)  # [layer, lane]
     return table
 
-class LayerWeights(NamedTuple):  # of one layer, compute dtype
-    qkv: Tensor  # (C + 2 kv, C): one product instead of three
-    o: Tensor  # (C, C), rows times attn_scale: scale * (y W^T) = y (diag(scale) W)^T, so no product is scaled
-    up: Tensor
-    down: Tensor  # rows times mlp_scale
-    attn_scale: Tensor  # for the adapters beside o and down
-    mlp_scale: Tensor
-    resid_mix: Tensor
-    q_gain: Tensor
+LAYER_TENSORS = "qkv o up down attn_scale mlp_scale resid_mix q_gain".split()
+LayerWeights = NamedTuple("LayerWeights", [(name, Tensor) for name in LAYER_TENSORS])  # of one layer, compute dtype
 class PassInfo(NamedTuple):  # what every layer of one forward shares
     batch: Batch
     rope: Tensor  # fp32 (T, 2, 1, rope_dims / 2): cos, sin at each token's position in its segment
@@ -1055,12 +1026,12 @@ class GPT(nn.Module):  # the network of PR #1530; parameters are fp32, products 
         skip = self.skip_weights[list(rows)].mean(0).to(x.dtype) * skip
         gated = self.cfg.skip_gates_enabled
         return torch.lerp(skip, x, self.skip_gates[list(rows)].mean(0).to(x.dtype).sigmoid()) if gated else x + skip
-    def layers(self) -> list[LayerWeights]:  # cast once per forward, all visits of a layer together
+    def layers(self) -> list[LayerWeights]:
+        """Weights cast once: q, k, v as one product; scale * (y W^T) = y (diag(scale) W)^T as rows of o and down. The
+        adapters beside those need the scales. unbind, because its gradient is one stack and not L padded copies."""
         (q, o), (k, v) = (bank.chunk(2) for bank in (self.qo_bank, self.kv_bank))
-        scaled = [scale[:, :, None] * w for scale, w in ((self.attn_scale, o), (self.mlp_scale, self.down_bank))]
-        small = map(self.get_parameter, LayerWeights._fields[4:])
-        stacks = torch.cat([q, k, v], 1), scaled[0], self.up_bank, scaled[1], *small
-        # unbind, because its gradient is one stack and not L padded copies
+        o, down = (scale.unsqueeze(2) * w for scale, w in ((self.attn_scale, o), (self.mlp_scale, self.down_bank)))
+        stacks = torch.cat([q, k, v], 1), o, self.up_bank, down, *map(self.get_parameter, LAYER_TENSORS[4:])
         return [LayerWeights(*w) for w in zip(*(t.to(self.cfg.dtype).unbind(0) for t in stacks), strict=True)]
     def hidden(self, info: PassInfo, plan: tuple[Visit, ...]) -> Tensor:  # final normalised hidden states (T, C)
         layers = self.layers()

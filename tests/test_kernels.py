@@ -22,7 +22,7 @@ import train_gpt as tg
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 HEADS = [(1, 2, 1, 8, 2), (19, 3, 1, 64, 8), (37, 4, 4, 24, 12), (5, 6, 2, 40, 3), (16, 8, 4, 64, 8), (33, 5, 5, 6, 1)]
-LOGITS = [(1, 2, 3, 30.0), (17, 5, 129, 30.0), (24, 16, 1000, 5.0), (9, 8, 1024, 75.0), (12, 12, 2049, 15.0)]
+LOGITS = [(1, 2, 33, 30.0), (17, 5, 129, 30.0), (24, 16, 1000, 5.0), (9, 8, 1024, 75.0), (12, 12, 2049, 15.0)]
 
 
 def relative_error(out: Tensor, reference: Tensor) -> float:
@@ -164,7 +164,7 @@ def test_operators_agree_with_their_fakes():
     (row, gain, rope), (dq, dk, dv) = qk_inputs(7, 4, 2, 8, 3, torch.float32)
     y, v, grad = xsa_inputs(7, 4, 2, 8, torch.float32)
     torch.library.opcheck(tg.qk_rope, (row, gain, rope, 8))
-    torch.library.opcheck(tg.qk_rope_backward, (dq, dk, dv, row, gain, rope))
+    torch.library.opcheck(tg.qk_rope_backward, (row, gain, rope, dq, dk, dv))
     torch.library.opcheck(tg.xsa, (y.requires_grad_(), v.clone().requires_grad_()))
     torch.library.opcheck(tg.xsa_backward, (y.detach(), v, grad))
     for gradient in (False, True):
@@ -213,8 +213,8 @@ def interpret(dtype: torch.dtype) -> list:
             wide = [t.double().requires_grad_() for t in (row, gain)]
             want = exact_qk(*wide, rope.double(), shape[3])
             grad_wants = torch.autograd.grad(want, wide, [g.double() for g in grads])
-            qk = tg.qk_rope_cuda(row, gain, rope, shape[3], tile)
-            got = tg.qk_rope_backward_cuda(*grads, row, gain, rope, tile)
+            qk = tg.qk_rope_cuda(row, gain, rope, shape[3], tile=tile)
+            got = tg.qk_rope_cuda(row, gain, rope, shape[3], *grads, tile=tile)
             wanted = torch.cat(want[:2], 1), *grad_wants
             pairs = list(zip(("qk", "dqkv", "dgain"), (qk, *got), wanted, strict=True))
             y, v, grad = xsa_inputs(*shape[:4], dtype)
@@ -226,7 +226,7 @@ def interpret(dtype: torch.dtype) -> list:
             results += [[what, shape, tile, relative_error(a, b.detach())] for what, a, b in pairs]
     for N, _, V, cap in LOGITS:
         for tile in ((256, 1), (4096, 1)):
-            z, targets = (torch.randn(N, V) * 8).to(dtype), torch.randint(-1, V, (N,))
+            z, targets = (torch.randn(N, V) * 3).to(dtype), torch.randint(-1, V, (N,))
             exact = z.double().requires_grad_()
             want = exact_nats(exact, targets, cap)
             (dz,) = torch.autograd.grad(want.sum(), exact)
