@@ -466,12 +466,11 @@ def open_shards(cfg: Config, tokenizer: Tokenizer, ranks: Ranks, splits: list[st
     return streams
 
 # === 4. Kernels: MLP, cross-entropy, and variable-length attention, each beside a plain reference =====================
+HEAD_TILES = [(32, 8), (32, 4), (16, 4), (64, 8)]  # heads, warps
 TILES = {
     "mlp_up": [(128, 256, 64), (128, 128, 64)], "mlp_dpre": [(128, 256, 64), (128, 128, 64)],  # tokens, hidden, summed
     "ce": [(8192, 16), (8192, 8), (4096, 8), (1024, 4)],  # columns at once, warps
-    "qk": [(32, 8), (32, 4), (16, 4), (64, 8)], "qk_backward": [(32, 8), (32, 4), (16, 4), (64, 8)],  # heads, warps
-    "xsa": [(32, 8), (32, 4), (16, 4), (8, 4)], "xsa_backward": [(32, 8), (32, 4), (16, 4), (8, 4)],  # kv heads, warps
-}  # fmt: skip
+    "qk": HEAD_TILES, "qk_backward": HEAD_TILES, "xsa": HEAD_TILES, "xsa_backward": HEAD_TILES}  # fmt: skip
 chosen: dict[tuple, tuple] = {}  # (kernel, ..shape) -> tile
 def fastest(kernel: str, shape: tuple, launch: Callable[[tuple], None]) -> tuple:
     """The tile of TILES[kernel] with which launch(tile) takes the least time on this GPU: measured once per shape (not
@@ -599,21 +598,22 @@ if triton is not None:
         return cap * tl.where(z < 0, -1.0, 1.0) * (1.0 - m) * r, 4.0 * m * r * r
     @triton.jit
     def softcap_ce_kernel(z, targets, nats, cap, V: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr):
-        """A row per program. With V <= BLOCK both loops become one block, read and computed once."""
-        row = tl.program_id(0)
+        """A row per program. With V <= BLOCK all of it is read, and its two exponentials computed, once."""
+        row, cols = tl.program_id(0), tl.arange(0, BLOCK)
         target, z = tl.load(targets + row), z + row.to(tl.int64) * V
-        sums, cols = tl.zeros((BLOCK,), tl.float32), tl.arange(0, BLOCK)
-        for start in range(0, V, BLOCK):
+        c, slope = softcap(tl.load(z + cols, cols < V, other=0.0).to(tl.float32), cap)
+        sums = tl.where(cols < V, tl.exp(c), 0.0)
+        for start in range(BLOCK, V, BLOCK):
             c, slope = softcap(tl.load(z + start + cols, start + cols < V, other=0.0).to(tl.float32), cap)
             sums += tl.where(start + cols < V, tl.exp(c), 0.0)
         total, keep = tl.sum(sums, 0), tl.where(target >= 0, 1.0, 0.0)
         score, _ = softcap(tl.load(z + tl.maximum(target, 0)).to(tl.float32), cap)
         tl.store(nats + row, keep * (tl.log(total) - score))
         if GRADIENT:
-            share = keep / total
             for start in range(0, V, BLOCK):
-                c, slope = softcap(tl.load(z + start + cols, start + cols < V, other=0.0).to(tl.float32), cap)
-                dz = (tl.exp(c) * share - tl.where(start + cols == target, 1.0, 0.0)) * slope
+                if V > BLOCK:
+                    c, slope = softcap(tl.load(z + start + cols, start + cols < V, other=0.0).to(tl.float32), cap)
+                dz = (tl.exp(c) * (keep / total) - tl.where(start + cols == target, 1.0, 0.0)) * slope
                 tl.store(z + start + cols, dz.to(z.dtype.element_ty), start + cols < V)
 
 def softcap_ce_reference(z: Tensor, targets: Tensor, cap: float, gradient: bool) -> Tensor:

@@ -3,8 +3,8 @@
     python bench/kernels.py [--first] [--out bench/results/kernels_sm90.md]
 
 Without a GPU: each kernel with each tile of its table is compiled ahead of time; registers, shared memory, stack,
-spills and the instructions that matter go to the table. --first: only the first tile of each. With a GPU each operator is also
-timed against the same switched off, forward and backward. The last line is `bench ` and one JSON object.
+spills and the instructions that matter go to the table. --first: only the first tile of each. With a GPU each
+operator is also timed, fused and plain, forward and backward. The last line is `bench ` and one JSON object.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def as_table(rows: list[dict]) -> str:
 
 
 def time_all(tokens: int = 98304) -> list[dict]:
-    """On a GPU: milliseconds of forward and backward, fused and plain (both compiled), GB/s of the fused form's bytes."""
+    """On a GPU: milliseconds forward and backward, fused and plain (both compiled), GB/s by the fused form's bytes."""
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, device="cuda", dtype=torch.bfloat16).requires_grad_()
     row, gain, y, x, w = draw(tokens, (H + 2 * KV) * D), draw(H), draw(tokens, H, D), draw(tokens, C), draw(V, C)
