@@ -12,12 +12,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import train_gpt as tg
+
+KNOBS = ("fused_mlp", "fused_qk", "fused_xsa", "fused_ce")
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
@@ -189,6 +192,85 @@ def test_every_fused_form_compiles_whole_and_changes_nothing(backend):
         for a, b in zip(got, want, strict=True):
             assert relative_error(a, b) < 1e-5
     torch._dynamo.reset()
+
+
+# --- The network with and without them -------------------------------------------------------------------------------
+def nats_and_gradients(adapted: bool, **knobs: object) -> list[Tensor]:
+    """Of a random tiny network, every parameter (and adapter) away from its initial value."""
+    from conftest import VOCAB, tiny_config
+
+    cfg = tiny_config(num_layers=5, loop_end=2, xsa_last_n=4, **knobs)
+    model, g, rng = tg.GPT(cfg), torch.Generator().manual_seed(0), np.random.default_rng(0)
+    for p in model.parameters():
+        p.data += 0.2 * torch.randn(p.shape, generator=g)
+    ids = rng.integers(0, VOCAB, 49)
+    row = tg.pack_row(ids[:-1], ids[1:], np.array([0, 16, 32]), (48, 8, 64), torch.device("cpu"))
+    leaves, lora = list(model.parameters()), None
+    if adapted:
+        model.requires_grad_(False)
+        lora = tg.LoRA.zeros(cfg, 3, len(cfg.plans[1]), torch.device("cpu"))
+        lora.reset(0, [0, 1, 2])
+        with torch.no_grad():
+            lora.up.normal_(std=0.1, generator=g)
+        leaves = [lora.down, lora.up]
+    nats = model(row, cfg.plans[1], lora=lora)
+    return [nats.detach(), *torch.autograd.grad((nats * torch.randn(48, generator=g)).sum(), leaves)]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("off", [*[(knob,) for knob in KNOBS], KNOBS], ids=lambda off: "+".join(off))
+def test_a_knob_changes_nothing_but_rounding(off, adapted, dtype):
+    fused = nats_and_gradients(adapted, compute_dtype=dtype)
+    plain = nats_and_gradients(adapted, compute_dtype=dtype, **dict.fromkeys(off, False))
+    for a, b in zip(fused, plain, strict=True):
+        scale = max(float(b.norm()), 1.0)
+        assert float((a - b).norm()) < (1e-5 if dtype == "fp32" else 5e-2) * scale
+
+
+def test_a_knob_decides_which_operators_run(monkeypatch):
+    for knob, name in zip(KNOBS, ("mlp_up", "qk_rope", "xsa", "softcap_ce"), strict=True):
+        calls, real = [], getattr(tg, name)
+        monkeypatch.setattr(tg, name, lambda *args, real=real, calls=calls: calls.append(1) or real(*args))
+        nats_and_gradients(False, **{knob: False})
+        assert not calls, knob
+        nats_and_gradients(False)
+        assert calls, knob
+
+
+# --- Choice of tiles -------------------------------------------------------------------------------------------------
+def test_the_fastest_tile_is_measured_once_per_shape_and_kept_on_disk(monkeypatch, tmp_path):
+    triton = pytest.importorskip("triton")
+    seconds, measured = {(8192, 16): 3.0, (8192, 8): 1.0, (4096, 8): 2.0, (1024, 4): 4.0}, []
+    def bench(launch, **_):
+        tile = launch.args[0]
+        measured.append(tile)
+        return seconds[tile]
+    monkeypatch.setattr(triton.testing, "do_bench", bench)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+    for expected in (4, 4, 8):
+        monkeypatch.setattr(tg, "chosen", {})  # a new process
+        assert tg.fastest("ce", (expected // 8, torch.bfloat16), lambda tile: None) == (8192, 8)
+        assert len(measured) == expected
+    assert tg.fastest("ce", (1, torch.bfloat16), lambda tile: None) == (8192, 8)
+    assert len(measured) == 8 and len(list(tmp_path.iterdir())) == 2
+
+
+# --- The kernels, compiled without a GPU -----------------------------------------------------------------------------
+def test_every_kernel_compiles_for_hopper_without_spills():
+    pytest.importorskip("triton")
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, str(Path(tg.__file__).parent / "bench" / "kernels.py"), "--first"]
+    child = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
+    assert child.returncode == 0, child.stderr[-3000:]
+    found = json.loads(child.stdout.splitlines()[-1].removeprefix("bench "))
+    assert found["clean"] and {r["kernel"] for r in found["kernels"]} == {*tg.TILES, "ce + gradient"}
+    for r in found["kernels"]:
+        assert r["stack_spills"] == [0, 0, 0] and r["registers"] <= 255 and r["shared"] <= 227 * 1024, r
+        assert r["instructions"] == (["wgmma", "TMA"] if r["kernel"].startswith("mlp") else ["16-byte"]), r
+        if r["kernel"].startswith("ce"):  # 16 columns to a thread: two exponentials each, and one of the target
+            assert r["ex2"] == 2 * 16 + 1, r
 
 
 # --- The kernels, interpreted ----------------------------------------------------------------------------------------
