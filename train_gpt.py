@@ -70,6 +70,10 @@ class Config:  # defaults are the `record` preset's; `PRESETS` overrides them an
     compute_dtype: str = knob("bf16", "activations and products; parameters are fp32", choices=("bf16", "fp32"))
     compile: bool = knob(True, "torch.compile the forwards and Newton-Schulz")
     attention_backend: str = knob("auto", "or the first right", choices=("auto", "fa3", "fa4", "fa2", "torch", "sdpa"))
+    fused_mlp: bool = knob(True, "products of the MLP with their activation; 0: separate operators")
+    fused_qk: bool = knob(True, "norm, RoPE and gain of q and k at once; 0: separate operators")
+    fused_xsa: bool = knob(True, "the same for XSA")
+    fused_ce: bool = knob(True, "head and softcapped cross-entropy, the gradient overwriting the logits; 0: separate")
     # Length and schedule of training
     iterations: int = knob(20000, "step limit", 1)
     max_wallclock_seconds: float = knob(600.0, "training, calibration, quantisation, packing; 0: ITERATIONS steps")
@@ -211,6 +215,7 @@ class Config:  # defaults are the `record` preset's; `PRESETS` overrides them an
             ("ROPE_DIMS", c.rope_dims % 2 == 0 and c.rope_dims <= c.head_dim, f"even and at most {c.head_dim}"),
             ("MLP_MULT", c.mlp_dim >= 1, "enough for one hidden unit at MODEL_DIM"),
             ("XSA_LAST_N", c.xsa_last_n <= c.num_layers, "at most NUM_LAYERS"),
+            ("LOGIT_SOFTCAP", not c.fused_ce or c.logit_softcap <= 75, "at most 75 with FUSED_CE"),
             ("LOOP_START", not loops or c.loop_start <= c.loop_end, "at most LOOP_END"),
             ("LOOP_END", not loops or c.loop_end < c.num_layers, "below NUM_LAYERS"),
             ("PARALLEL_START_LAYER", not stale, "0 or above LOOP_END: later passes would work on stale lanes"),
@@ -469,11 +474,43 @@ def open_shards(cfg: Config, tokenizer: Tokenizer, ranks: Ranks, splits: list[st
             raise UsageError(f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens}: the shards hold {stream.size} tokens")
     return streams
 
-# === 4. Kernels: the fused MLP and variable-length attention, each beside a plain reference ===========================
+# === 4. Kernels: MLP, cross-entropy, and variable-length attention, each beside a plain reference =====================
+HEAD_TILES = [(32, 8), (32, 4), (16, 4), (64, 8)]  # heads, warps
+TILES = {
+    "mlp_up": [(128, 256, 64), (128, 128, 64)], "mlp_dpre": [(128, 256, 64), (128, 128, 64)],  # tokens, hidden, summed
+    "ce": [(8192, 16), (8192, 8), (4096, 8), (1024, 4)],  # columns at once, warps
+    "qk": HEAD_TILES, "qk_backward": HEAD_TILES, "xsa": HEAD_TILES, "xsa_backward": HEAD_TILES}  # fmt: skip
+chosen: dict[tuple, tuple] = {}  # (kernel, ..shape) -> tile
+def fastest(kernel: str, shape: tuple, launch: Callable[[tuple], None]) -> tuple:
+    """The tile of TILES[kernel] with which launch(tile) takes the least time on this GPU: measured once per shape (not
+    per number of tokens), kept beside Triton's compiled kernels. Warm-up comes here first, so no CUDA graph does."""
+    key = (kernel, *shape)
+    if key not in chosen:
+        about = str((key, TILES[kernel], torch.cuda.get_device_name(), triton.__version__))
+        path = Path(triton.knobs.cache.dir) / f"tile-{hashlib.sha256(about.encode()).hexdigest()[:32]}.json"
+        if not path.is_file():
+            times = [triton.testing.do_bench(partial(launch, tile), warmup=5, rep=20) for tile in TILES[kernel]]
+            write_atomic(path, json.dumps(TILES[kernel][int(np.argmin(times))]).encode())
+        chosen[key] = tuple(json.loads(path.read_text()))
+    return chosen[key]
+def operator(name: str, reference: Callable, kernel: Callable, fake: Any = None, changes: tuple = ()) -> Any:
+    def on_gpu(x: Tensor, *args: Any) -> Any:  # the kernels sum in fp32
+        fits = triton is not None and x.element_size() <= 4 and x.numel() > 0
+        return (kernel if fits else reference)(x, *args)
+    op = torch.library.custom_op(f"golf::{name}", reference, mutates_args=changes)
+    op.register_kernel("cuda", on_gpu)
+    op.register_fake(fake or reference)
+    return op
+def launch_heads(kernel: Any, name: str, args: list, rows: int, tile: tuple, **shape: Any) -> None:
+    """kernel(*args, rows, ..): `rows` heads of D values, tile[0] of them to a program."""
+    def launch(tile: tuple) -> None:
+        block = dict(ROWS=tile[0], COLS=triton.next_power_of_2(shape["D"]), num_warps=tile[1])
+        kernel[(triton.cdiv(rows, tile[0]),)](*args, rows, **shape, **block)
+    launch(tile or fastest(name, (*shape.values(), args[0].dtype), launch))
+
 # --- Fused MLP: out = leaky_relu(x @ w_up.T)^2 @ w_down.T for x (T, C), w_up (F, C), w_down (C, F). ---
 # PR #1530; after modded-nanogpt. Both products with an activation epilogue are operators: PyTorch, or Triton on Hopper.
 MLP_SLOPE = 0.5  # a power of two: both branches, of the activation and of its derivative, are exact before one rounding
-MLP_TILE = (128, 256, 64)  # tokens, hidden units, summed width
 def leaky_relu_sq(pre: Tensor) -> Tensor:  # in the dtype given: pre^2 above zero, (MLP_SLOPE * pre)^2 below
     return F.leaky_relu(pre, MLP_SLOPE).square()
 
@@ -504,7 +541,7 @@ if triton is not None:
                 if not BACKWARD:
                     pre.store(at, half)
 
-def launch_mlp(a: Tensor, w: Tensor, pre: Tensor, out: Tensor, programs: int, backward: bool, tile=MLP_TILE) -> None:
+def launch_mlp(a: Tensor, w: Tensor, pre: Tensor, out: Tensor, programs: int, backward: bool, tile: tuple) -> None:
     """Fills `out` (forward also `pre`) with at most that many persistent programs. T must not be 0; a new T compiles
     nothing. Descriptors are made per call (a cache would keep activations alive), never in a replayed CUDA graph.
     Shared memory, of 227 KB: forward 224 (4 stages), backward with its staged `pre` 208 (3 stages)."""
@@ -529,14 +566,12 @@ def mlp_cuda(a: Tensor, w: Tensor, pre: Tensor | None = None) -> tuple[Tensor, T
     if not (fits and hidden % 8 == 0 and all(map(all, rows))):
         return mlp_dpre_reference(*inputs) if backward else mlp_up_reference(*inputs)
     pre, out = pre if backward else a.new_empty(len(a), hidden), a.new_empty(len(a), hidden)
-    launch_mlp(a, w, pre, out, gpu.multi_processor_count, backward)
+    launch = partial(launch_mlp, a, w, pre, out, gpu.multi_processor_count, backward)
+    launch(fastest("mlp_dpre" if backward else "mlp_up", (hidden, a.size(1), a.dtype), launch))
     return out if backward else (pre, out)
 
-mlp_up = torch.library.custom_op("golf::mlp_up", mlp_up_reference, mutates_args=())
-mlp_dpre = torch.library.custom_op("golf::mlp_dpre", mlp_dpre_reference, mutates_args=())
-for op, reference in ((mlp_up, mlp_up_reference), (mlp_dpre, mlp_dpre_reference)):
-    op.register_fake(reference)
-    op.register_kernel("cuda", mlp_cuda)
+mlp_up = operator("mlp_up", mlp_up_reference, mlp_cuda)
+mlp_dpre = operator("mlp_dpre", mlp_dpre_reference, mlp_cuda)
 
 class FusedMLP(torch.autograd.Function):
     @staticmethod
@@ -555,6 +590,230 @@ class FusedMLP(torch.autograd.Function):
 def fused_mlp(x: Tensor, w_up: Tensor, w_down: Tensor) -> tuple[Tensor, Tensor]:  # out (T, C), post (T, F): no gradient
     pre, post = mlp_up(x.detach(), w_up.detach())  # not outputs of FusedMLP, or autograd would fill zeros for post
     return FusedMLP.apply(x, w_up, w_down, pre, post), post
+
+def plain_mlp(x: Tensor, w_up: Tensor, w_down: Tensor) -> tuple[Tensor, Tensor]:  # the same in separate operators
+    post = leaky_relu_sq(F.linear(x, w_up))
+    return F.linear(post, w_down), post
+
+# --- Head and softcapped cross-entropy: nats of logits cap * tanh(z / cap), z = x w^T (N, V), in fp32 (W16). ---
+# |logits| <= cap <= 75 bounds a sum of 65,536 exponentials by fp32: no running maximum. d nats / d z replaces z at once
+# and the gradient of the nats scales rows of x and dx (N, C), not of z: three passes over z after its product, two of
+# them the products of the backward.
+if triton is not None:
+    @triton.jit
+    def softcap(z, cap):  # cap * tanh(z / cap) and its derivative; exp of a negative number keeps both exact near 0
+        m = tl.exp(tl.abs(z) * (-2.0 / cap))
+        r = 1.0 / (1.0 + m)
+        return cap * tl.where(z < 0, -1.0, 1.0) * (1.0 - m) * r, 4.0 * m * r * r
+    @triton.jit
+    def softcap_ce_kernel(z, targets, nats, cap, V: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr):
+        """A row per program. With V <= BLOCK all of it is read, and its two exponentials computed, once."""
+        row, cols = tl.program_id(0), tl.arange(0, BLOCK)
+        target, z = tl.load(targets + row), z + row.to(tl.int64) * V
+        c, slope = softcap(tl.load(z + cols, cols < V, other=0.0).to(tl.float32), cap)
+        sums = tl.where(cols < V, tl.exp(c), 0.0)
+        for start in range(BLOCK, V, BLOCK):
+            c, slope = softcap(tl.load(z + start + cols, start + cols < V, other=0.0).to(tl.float32), cap)
+            sums += tl.where(start + cols < V, tl.exp(c), 0.0)
+        total, keep = tl.sum(sums, 0), tl.where(target >= 0, 1.0, 0.0)
+        score, _ = softcap(tl.load(z + tl.maximum(target, 0)).to(tl.float32), cap)
+        tl.store(nats + row, keep * (tl.log(total) - score))
+        if GRADIENT:
+            for start in range(0, V, BLOCK):
+                if V > BLOCK:
+                    c, slope = softcap(tl.load(z + start + cols, start + cols < V, other=0.0).to(tl.float32), cap)
+                dz = (tl.exp(c) * (keep / total) - tl.where(start + cols == target, 1.0, 0.0)) * slope
+                tl.store(z + start + cols, dz.to(z.dtype.element_ty), start + cols < V)
+
+def softcap_ce_reference(z: Tensor, targets: Tensor, cap: float, gradient: bool) -> Tensor:
+    """Nats (N,), fp32 or better, 0 where the target is -1. With `gradient`, z (N, V) becomes d nats / d z."""
+    nats = z.new_empty(len(z), dtype=torch.promote_types(z.dtype, torch.float32))
+    count = (2**17 if z.is_cpu else 2**28) // z.size(1) + 1  # rows at a time: 512 KB stay in a core's cache
+    for rows, target, out in zip(z.split(count), targets.split(count), nats.split(count), strict=True):
+        t, keep, target = torch.tanh(rows.to(out.dtype) / cap), target >= 0, target.clamp_min(0).unsqueeze(1)
+        p = (t * cap).exp_()
+        total = p.sum(-1, keepdim=True)
+        out.copy_((total.log() - cap * t.gather(1, target)).squeeze(1) * keep)
+        if gradient:
+            p.div_(total).scatter_add_(1, target, p.new_full((), -1.0).expand_as(target))
+            rows.copy_(p.mul_(t.square_().neg_().add_(1)).mul_(keep.unsqueeze(1)))
+    return nats
+def softcap_ce_cuda(z: Tensor, targets: Tensor, cap: float, gradient: bool, tile: tuple = ()) -> Tensor:
+    assert z.is_contiguous(), z.stride()
+    (N, V), nats = z.shape, z.new_empty(len(z), dtype=torch.float32)
+    def launch(z: Tensor, tile: tuple) -> None:
+        softcap_ce_kernel[(N,)](z, targets.contiguous(), nats, cap, V, gradient, BLOCK=tile[0], num_warps=tile[1])
+    launch(z, tile or fastest("ce", (V, z.dtype, gradient), lambda tile: launch(z.clone(), tile)))
+    return nats
+
+softcap_ce = operator("softcap_ce", softcap_ce_reference, softcap_ce_cuda,
+                      lambda z, *_: z.new_empty(len(z), dtype=torch.promote_types(z.dtype, torch.float32)), ("z",))
+
+class HeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, w: Tensor, extra: Tensor | None, targets: Tensor, cap: float) -> Tensor:
+        z = F.linear(x, w) if extra is None else F.linear(x, w) + extra
+        nats = softcap_ce(z, targets, cap, True)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, w, z)
+        return nats
+    @staticmethod
+    def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
+        (x, w, dz), g, (need_x, need_w, need_extra, *_) = ctx.saved_tensors, g.unsqueeze(1), ctx.needs_input_grad
+        dx = (dz @ w * g).to(w.dtype) if need_x else None
+        dw = dz.t() @ (x * g).to(w.dtype) if need_w else None
+        return dx, dw, (dz * g).to(w.dtype) if need_extra else None, None, None
+
+def head_loss(x: Tensor, w: Tensor, extra: Tensor | None, targets: Tensor, cap: float, fused: bool) -> Tensor:
+    """Nats (N,) of the targets, 0 where -1, from x (N, C), w (V, C) and what an adapter adds to the product (N, V)."""
+    if fused and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w, extra)):
+        return HeadLoss.apply(x, w, extra, targets, cap)
+    z = F.linear(x, w) if extra is None else F.linear(x, w) + extra
+    if fused:
+        return softcap_ce(z, targets, cap, False)
+    logits = cap * torch.tanh(z.to(torch.promote_types(z.dtype, torch.float32)) / cap)
+    return F.cross_entropy(logits, targets, ignore_index=-1, reduction="none")
+
+# --- Norm, RoPE, gain: rows (T, H + 2 Hkv heads of D) -> q (T, H, D), k, v (T, Hkv, D). And XSA, on y (T, H, D). ---
+# v is a view of the row, which therefore outlives the step anyway: the backward norms it again and saves nothing else.
+NORM_EPS = torch.finfo(torch.float32).eps  # for any dtype
+def rms_norm(x: Tensor, scale: float = 1.0) -> Tensor:  # scale * x / sqrt(mean(x^2) + eps) over the last axis, in fp32
+    if x.is_cuda:  # on a CPU in bf16, F.rms_norm takes 20 times as long as the lines below
+        return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS) * scale
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide * (torch.rsqrt(wide.square().mean(-1, keepdim=True) + NORM_EPS) * scale)).to(x.dtype)
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # RoPE on the first 2 * half dims of x (T, H, D)
+    half = cos.size(-1)  # dims j and j + half form a pair
+    x1, x2, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin, rest], dim=-1)
+def remove_own_value(y: Tensor, v: Tensor) -> Tensor:  # XSA: from y (T, H, D), its component along v (T, Hkv, D)
+    wide = y.to(torch.promote_types(y.dtype, torch.float32)).unflatten(1, (v.size(1), -1))  # (T, Hkv, H / Hkv, D)
+    unit = F.normalize(v.to(wide.dtype), dim=-1).unsqueeze(2)  # (T, Hkv, 1, D)
+    return torch.addcmul(wide, (wide * unit).sum(-1, keepdim=True), unit, value=-1).flatten(1, 2).to(y.dtype)
+
+if triton is not None:  # ROWS heads to a program, all their COLS >= D columns at once
+    @triton.jit
+    def qk_kernel(dq, dk, dv, qkv, gain, rope, out, dgain, rows, H: tl.constexpr, KV: tl.constexpr,  # noqa: PLR0913
+                  D: tl.constexpr, HALF: tl.constexpr, EPS: tl.constexpr, BACKWARD: tl.constexpr, ROWS: tl.constexpr,
+                  COLS: tl.constexpr):  # fmt: skip
+        """out: heads of q and k; or, rotating back first, gradients of the row's heads, and each one's dgain."""
+        HEADS: tl.constexpr = H + 2 * KV if BACKWARD else H + KV
+        r, col = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None], tl.arange(0, COLS)[None, :]
+        t, h, mask = r // HEADS, r % HEADS, (r < rows) & (col < D)
+        in_q, in_k, in_v = mask & (h < H), mask & (h >= H) & (h < H + KV), mask & (h >= H + KV)
+        at, turned = rope + t * 2 * HALF + col % HALF, (in_q | in_k) & (col < 2 * HALF)  # cos, sin (T, 2, HALF)
+        cos, sin = tl.load(at, turned, other=1.0), tl.load(at + HALF, turned, other=0.0)
+        sin = tl.where(col < HALF, sin, -sin)
+        partner = tl.where(col < HALF, col + HALF, tl.where(col < 2 * HALF, col - HALF, col))  # of a pair
+        row = qkv + (t * (H + 2 * KV) + h) * D
+        x = tl.load(row + col, in_q | in_k, other=0.0).to(tl.float32)
+        rstd = tl.rsqrt(tl.sum(x * x, 1, keep_dims=True) / D + EPS)
+        scale = rstd * tl.load(gain + h, h < H, other=1.0).to(tl.float32)
+        if BACKWARD:
+            of_q, of_k, of_v = dq + (t * H + h) * D, dk + (t * KV + h - H) * D, dv + (t * KV + h - H - KV) * D
+            g = tl.load(of_q + col, in_q, other=0.0) + tl.load(of_k + col, in_k, other=0.0)
+            g = (g + tl.load(of_v + col, in_v, other=0.0)).to(tl.float32)  # one of the three
+            other = tl.load(of_q + partner, in_q, other=0.0) + tl.load(of_k + partner, in_k, other=0.0)
+            g, n = g * cos - other.to(tl.float32) * sin, x * rstd
+            dot = tl.sum(g * n, 1, keep_dims=True)
+            x = (g - n * (dot / D)) * tl.where(h < H + KV, scale, 1.0)
+            tl.store(dgain + r, dot, r < rows)
+        else:
+            x = (x * cos + tl.load(row + partner, mask, other=0.0).to(tl.float32) * sin) * scale
+        tl.store(out + r * D + col, x.to(out.dtype.element_ty), mask)
+    @triton.jit
+    def xsa_kernel(grad, y, v, out, dv, stride, rows, G: tl.constexpr, KV: tl.constexpr, D: tl.constexpr,  # noqa: PLR0913
+                   BACKWARD: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):  # fmt: skip
+        """out = g less its component along v: y where g = y, and dy where g is the gradient of that. Then also dv."""
+        r, col = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None], tl.arange(0, COLS)[None, :]
+        mask = (r < rows) & (col < D)
+        u = tl.load(v + r // KV * stride + r % KV * D + col, mask, other=0.0).to(tl.float32)
+        length = tl.sqrt(tl.sum(u * u, 1, keep_dims=True))
+        u, du = u / tl.maximum(length, 1e-12), tl.zeros((ROWS, COLS), tl.float32)
+        for i in range(G):  # the query heads of this value
+            at = (r * G + i) * D + col
+            g = tl.load(grad + at, mask, other=0.0).to(tl.float32)
+            a = tl.sum(g * u, 1, keep_dims=True)
+            if BACKWARD:
+                x = tl.load(y + at, mask, other=0.0).to(tl.float32)
+                du -= a * x + tl.sum(x * u, 1, keep_dims=True) * g
+            tl.store(out + at, (g - a * u).to(out.dtype.element_ty), mask)
+        if BACKWARD:
+            along = tl.where(length > 1e-12, tl.sum(du * u, 1, keep_dims=True), 0.0)
+            dx = (du - along * u) / tl.maximum(length, 1e-12)
+            tl.store(dv + r * D + col, dx.to(dv.dtype.element_ty), mask)
+
+def normed_heads(qkv: Tensor, gain: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """q and k heads (T, H + Hkv, D) in fp32 or better, their 1 / rms, and their gains, 1 for keys."""
+    heads, wide = qkv.unflatten(1, (-1, head_dim)), torch.promote_types(qkv.dtype, torch.float32)
+    x = heads[:, : (heads.size(1) + len(gain)) // 2].to(wide)
+    gains = F.pad(gain.to(wide), (0, x.size(1) - len(gain)), value=1.0).unsqueeze(1)
+    return x, torch.rsqrt(x.square().mean(-1, keepdim=True) + NORM_EPS), gains
+def qk_rope_reference(qkv: Tensor, gain: Tensor, rope: Tensor, head_dim: int) -> Tensor:  # q, then k (T, H + Hkv, D)
+    x, rstd, gains = normed_heads(qkv, gain, head_dim)
+    return rotate(x * (rstd * gains), *rope.to(x.dtype).unbind(1)).to(qkv.dtype)
+def qk_rope_backward_reference(qkv: Tensor, gain: Tensor, rope: Tensor, dq: Tensor, dk: Tensor,
+                               dv: Tensor) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Gradients of the row and of the gain. They rotate back first: then no division by a gain is needed."""
+    x, rstd, gains = normed_heads(qkv, gain, dq.size(-1))
+    cos, sin = rope.to(x.dtype).unbind(1)
+    g, n = rotate(torch.cat([dq, dk], 1).to(x.dtype), cos, -sin), x * rstd
+    dot = (g * n).sum(-1, keepdim=True)
+    dx = torch.addcmul(g, n, dot / x.size(-1), value=-1).mul_(rstd * gains)
+    return torch.cat([dx.to(dv.dtype), dv], 1).flatten(1), dot[:, : len(gain), 0].sum(0).to(gain.dtype)
+def xsa_backward_reference(y: Tensor, v: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(y.dtype, torch.float32)
+    g, x = (t.to(wide).unflatten(1, (v.size(1), -1)) for t in (grad, y))
+    length = v.to(wide).norm(dim=-1, keepdim=True)
+    unit = (v / length.clamp_min(1e-12)).unsqueeze(2)
+    a, s = (g * unit).sum(-1, keepdim=True), (x * unit).sum(-1, keepdim=True)
+    dy, du, unit = torch.addcmul(g, a, unit, value=-1), -(a * x).addcmul_(s, g).sum(2), unit.squeeze(2)
+    along = (du * unit).sum(-1, keepdim=True) * (length > 1e-12)
+    dv = du.addcmul_(along, unit, value=-1).div_(length.clamp_min(1e-12))
+    return dy.flatten(1, 2).to(y.dtype), dv.to(v.dtype)
+
+def qk_rope_cuda(qkv: Tensor, gain: Tensor, rope: Tensor, head_dim: int, *grads: Tensor, tile: tuple = ()) -> Any:
+    """What qk_rope returns; given dq, dk and dv, what qk_rope_backward does."""
+    H, heads, qkv = len(gain), qkv.size(1) // head_dim, qkv.contiguous()
+    KV = (heads - H) // 2
+    out = qkv.new_empty(len(qkv), heads if grads else H + KV, head_dim)
+    parts = qkv.new_empty(out.shape[:2] if grads else 0, dtype=torch.float32)
+    args = [*([g.contiguous() for g in grads] or [qkv] * 3), qkv, gain, rope, out, parts]
+    shape = dict(H=H, KV=KV, D=head_dim, HALF=rope.size(-1), EPS=NORM_EPS, BACKWARD=bool(grads))
+    launch_heads(qk_kernel, "qk_backward" if grads else "qk", args, len(qkv) * out.size(1), tile, **shape)
+    return (out.flatten(1), parts[:, :H].sum(0).to(gain.dtype)) if grads else out
+def xsa_cuda(y: Tensor, v: Tensor, grad: Tensor | None = None, tile: tuple = ()) -> Tensor | tuple[Tensor, Tensor]:
+    (T, KV, D), backward = v.shape, grad is not None
+    v, y = v if v.stride()[1:] == (D, 1) else v.contiguous(), y.contiguous()
+    out, dv = y.new_empty(y.shape), v.new_empty(v.shape if backward else 0)
+    args = [grad.contiguous() if backward else y, y, v, out, dv, v.stride(0)]
+    name = "xsa_backward" if backward else "xsa"
+    launch_heads(xsa_kernel, name, args, T * KV, tile, G=y.size(1) // KV, KV=KV, D=D, BACKWARD=backward)
+    return (out, dv) if backward else out
+
+qk_rope = operator("qk_rope", qk_rope_reference, qk_rope_cuda)
+qk_rope_backward = operator("qk_rope_backward", qk_rope_backward_reference,
+                            lambda qkv, gain, rope, dq, *more: qk_rope_cuda(qkv, gain, rope, dq.size(-1), dq, *more))
+xsa = operator("xsa", remove_own_value, xsa_cuda)
+xsa_backward = operator("xsa_backward", xsa_backward_reference, xsa_cuda)
+xsa.register_autograd(lambda ctx, grad: xsa_backward(*ctx.saved_tensors, grad),
+                      setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))  # fmt: skip
+
+class NormRope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, qkv: Tensor, gain: Tensor, rope: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(qkv, gain, rope)
+        qk = qk_rope(qkv, gain, rope, head_dim)
+        return qk[:, : len(gain)], qk[:, len(gain) :], qkv.unflatten(1, (-1, head_dim))[:, qk.size(1) :]
+    @staticmethod
+    def backward(ctx, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
+        return *qk_rope_backward(*ctx.saved_tensors, dq, dk, dv), None, None
+
+def norm_rope(qkv: Tensor, gain: Tensor, rope: Tensor, head_dim: int, fused: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v: normed, rotated by rope (T, 2, 1, half) fp32 = cos, sin of each token, queries times gain (H,)."""
+    if fused:
+        return NormRope.apply(qkv, gain, rope, head_dim)
+    qk, H = qk_rope_reference(qkv, gain, rope, head_dim), len(gain)
+    return qk[:, :H], qk[:, H:], qkv.unflatten(1, (-1, head_dim))[:, qk.size(1) :]
 
 # --- Attention over packed documents, one signature for every backend: q (T, H, D), k and v (T, Hkv, D), cu_seqlens
 # int32 (capacity + 1,) ending in repeated T, max_seqlen a constant: one graph for all batches. FA2, FA3 (from 2025-12)
@@ -713,37 +972,25 @@ def parameter_table(cfg: Config) -> dict[str, Role]:  # the only list of paramet
         table["parallel_resid_lambdas"] = Role((L, 2), 1.1)  # [layer, lane]
     return table
 
-LAYER_TENSORS = "q o k v up down attn_scale mlp_scale resid_mix q_gain".split()
+LAYER_TENSORS = "qkv o up down attn_scale mlp_scale resid_mix q_gain".split()
 LayerWeights = NamedTuple("LayerWeights", [(name, Tensor) for name in LAYER_TENSORS])  # of one layer, compute dtype
 class PassInfo(NamedTuple):  # what every layer of one forward shares
     batch: Batch
-    rope: tuple[Tensor, Tensor]  # cos, sin (T, 1, rope_dims / 2) at each token's position in its segment
+    rope: Tensor  # fp32 (T, 2, 1, rope_dims / 2): cos, sin at each token's position in its segment
     tap: Callable[[str, int, Tensor], None]  # (site, layer, input of a product): calibration
     lora: dict[tuple[str, int], tuple[Tensor, Tensor]]  # (site, slot) -> A, B; empty without adapters
-    def add_lora(self, y: Tensor, x: Tensor, site: str, slot: int) -> Tensor:  # x (T, C): T / B tokens per document
+    def adapter(self, x: Tensor, site: str, slot: int) -> Tensor | None:  # x (T, C): T / B tokens per document
         if (site, slot) not in self.lora:
-            return y
+            return None
         a, b = self.lora[site, slot]
-        return y + (x.unflatten(0, (len(a), -1)) @ a.mT @ b.mT).flatten(0, 1)
-
-def rms_norm(x: Tensor) -> Tensor:  # x / sqrt(mean(x^2) + eps) over the last axis, fp32 inside, its eps for any dtype
-    eps = torch.finfo(torch.float32).eps
-    if x.is_cuda:  # on a CPU in bf16, F.rms_norm takes 20 times as long as the lines below
-        return F.rms_norm(x, (x.size(-1),), eps=eps)
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+        return (x.unflatten(0, (len(a), -1)) @ a.mT @ b.mT).flatten(0, 1)
+    def add_lora(self, y: Tensor, x: Tensor, site: str, slot: int, scale: Tensor | float = 1.0) -> Tensor:
+        product = self.adapter(x, site, slot)
+        return y if product is None else y + scale * product
 
 def positions(cu_seqlens: Tensor, num_tokens: int) -> Tensor:  # (T,) int64: each token's index in its segment (W17)
     index = torch.arange(num_tokens, device=cu_seqlens.device)
     return index - cu_seqlens[torch.searchsorted(cu_seqlens, index, right=True) - 1]
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # RoPE on the first 2 * half dims of x (T, H, D)
-    half = cos.size(-1)  # dims j and j + half form a pair
-    x1, x2, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin, rest], dim=-1)
-def remove_own_value(y: Tensor, v: Tensor) -> Tensor:  # XSA: from y (T, H, D), its component along v (T, Hkv, D)
-    wide = y.to(torch.promote_types(y.dtype, torch.float32)).unflatten(1, (v.size(1), -1))  # (T, Hkv, H / Hkv, D)
-    unit = F.normalize(v.to(wide.dtype), dim=-1).unsqueeze(2)  # (T, Hkv, 1, D)
-    return (wide - (wide * unit).sum(-1, keepdim=True) * unit).flatten(1, 2).to(y.dtype)
 
 class GPT(nn.Module):  # the network of PR #1530; parameters are fp32, products run in the compute dtype
     def __init__(self, cfg: Config, attention_backend: str = "sdpa"):
@@ -767,29 +1014,36 @@ class GPT(nn.Module):  # the network of PR #1530; parameters are fp32, products 
         self.qo_bank.data[cfg.num_layers :] = 0.0  # like down_bank: every block starts as the identity
 
     def attend(self, n: Tensor, w: LayerWeights, visit: Visit, info: PassInfo) -> Tensor:  # of normalised n (T, C)
-        q, k, v = (info.add_lora(F.linear(n, getattr(w, site)), n, site, visit.slot) for site in "qkv")
-        q, k, v = (x.unflatten(-1, (-1, self.cfg.head_dim)) for x in (q, k, v))  # (T, H, D), (T, Hkv, D) twice
-        q, k = rotate(rms_norm(q), *info.rope) * w.q_gain[:, None], rotate(rms_norm(k), *info.rope)
+        qkv, kv = F.linear(n, w.qkv), self.cfg.num_kv_heads * self.cfg.head_dim
+        if info.lora:
+            parts = zip(qkv.split((len(w.qkv) - 2 * kv, kv, kv), -1), "qkv", strict=True)
+            qkv = torch.cat([info.add_lora(y, n, site, visit.slot) for y, site in parts], -1)
+        q, k, v = norm_rope(qkv, w.q_gain, info.rope, self.cfg.head_dim, self.cfg.fused_qk)
         y = attention(q, k, v, info.batch.cu_seqlens, info.batch.max_seqlen, self.attention_backend)
-        xsa = visit.layer >= self.cfg.num_layers - self.cfg.xsa_last_n
-        y = (remove_own_value(y, v) if xsa else y).flatten(1)  # (T, C)
+        if visit.layer >= self.cfg.num_layers - self.cfg.xsa_last_n:
+            y = (xsa if self.cfg.fused_xsa else remove_own_value)(y, v)
+        y = y.flatten(1)  # (T, C)
         info.tap("attn_in", visit.layer, n)
         info.tap("attn_out", visit.layer, y)
-        return info.add_lora(F.linear(y, w.o), n, "o", visit.slot)
+        return info.add_lora(F.linear(y, w.o), n, "o", visit.slot, w.attn_scale)
     def feed(self, n: Tensor, w: LayerWeights, visit: Visit, info: PassInfo) -> Tensor:  # the same for the MLP
-        out, post = fused_mlp(n, w.up, w.down)
+        out, post = (fused_mlp if self.cfg.fused_mlp else plain_mlp)(n, w.up, w.down)
         info.tap("mlp_in", visit.layer, n)
         info.tap("mlp_mid", visit.layer, post)
-        return info.add_lora(out, n, "mlp", visit.slot)
+        return info.add_lora(out, n, "mlp", visit.slot, w.mlp_scale)
     def merge_skip(self, x: Tensor, skip: Tensor, rows: tuple[int, ...]) -> Tensor:  # a gate of 1 keeps the stream x
         skip = self.skip_weights[list(rows)].mean(0).to(x.dtype) * skip
         gated = self.cfg.skip_gates_enabled
         return torch.lerp(skip, x, self.skip_gates[list(rows)].mean(0).to(x.dtype).sigmoid()) if gated else x + skip
+    def layers(self) -> list[LayerWeights]:
+        """Weights cast once: q, k, v as one product; scale * (y W^T) = y (diag(scale) W)^T as rows of o and down. The
+        adapters beside those need the scales. unbind, because its gradient is one stack and not L padded copies."""
+        (q, o), (k, v) = (bank.chunk(2) for bank in (self.qo_bank, self.kv_bank))
+        o, down = (scale.unsqueeze(2) * w for scale, w in ((self.attn_scale, o), (self.mlp_scale, self.down_bank)))
+        stacks = torch.cat([q, k, v], 1), o, self.up_bank, down, *map(self.get_parameter, LAYER_TENSORS[4:])
+        return [LayerWeights(*w) for w in zip(*(t.to(self.cfg.dtype).unbind(0) for t in stacks), strict=True)]
     def hidden(self, info: PassInfo, plan: tuple[Visit, ...]) -> Tensor:  # final normalised hidden states (T, C)
-        names, L = ["qo_bank", "kv_bank", "up_bank", "down_bank", *LAYER_TENSORS[6:]], self.cfg.num_layers
-        # Cast once, and unbind, because its gradient is one stack and not L padded copies.
-        qo, kv, *rest = (self.get_parameter(name).to(self.cfg.dtype).unbind(0) for name in names)
-        layers = [LayerWeights(*w) for w in zip(qo[:L], qo[L:], kv[:L], kv[L:], *rest, strict=True)]
+        layers = self.layers()
         x = x0 = rms_norm(F.embedding(info.batch.inputs, self.tok_emb.to(self.cfg.dtype)))
         skips, lane = [], None  # `lane` is the MLP lane; x is the attention lane once there are two
         for visit in plan:
@@ -797,15 +1051,15 @@ class GPT(nn.Module):  # the network of PR #1530; parameters are fp32, products 
             lane = x if visit.parallel and lane is None else lane
             x = self.merge_skip(x, skips.pop(), visit.skip) if visit.skip else x
             u = w.resid_mix[0] * x + w.resid_mix[1] * x0
-            a = w.attn_scale * self.attend(rms_norm(u) * scale, w, visit, info)
+            a = self.attend(rms_norm(u, scale), w, visit, info)
             if visit.parallel:  # attention reads one lane, the MLP the other; both are written to both
-                m = w.mlp_scale * self.feed(rms_norm(lane) * scale, w, visit, info)
+                m = self.feed(rms_norm(lane, scale), w, visit, info)
                 lambdas = self.parallel_resid_lambdas, self.parallel_post_lambdas
                 keep, post = (p[visit.layer].to(x.dtype) for p in lambdas)
                 x, lane = (keep[j] * s + post[0, j] * a + post[1, j] * m for j, s in enumerate((x, lane)))
             else:
                 h = u + a
-                x = h + w.mlp_scale * self.feed(rms_norm(h) * scale, w, visit, info)
+                x = h + self.feed(rms_norm(h, scale), w, visit, info)
             skips += [x] if visit.push else []
         if lane is not None:
             x = {"mean": (x + lane) / 2, "attn": x, "mlp": lane}[self.cfg.parallel_final_lane]
@@ -816,14 +1070,13 @@ class GPT(nn.Module):  # the network of PR #1530; parameters are fp32, products 
         """Nats per token (T,) fp32, 0 where the target is -1. `lora` adapts segments of equal length, one adapter each.
         `tap` sees the input of every product. With `select` (n,) int64, only these positions get logits: (n,)."""
         place, dtype = positions(batch.cu_seqlens, batch.inputs.numel()), self.cfg.dtype
-        info = PassInfo(batch, self.rope[place].to(dtype).unbind(1), tap, lora.views(dtype) if lora else {})
+        info = PassInfo(batch, self.rope[place], tap, lora.views(dtype) if lora else {})
         x, targets = self.hidden(info, plan), batch.targets
         tap("head_in", 0, x)
         if select is not None:
             x, targets = x[select], targets[select]
-        z = info.add_lora(F.linear(x, self.tok_emb.to(dtype)), x, "head", 0)
-        logits = self.cfg.logit_softcap * torch.tanh(z.float() / self.cfg.logit_softcap)  # fp32 from here on (W16)
-        return F.cross_entropy(logits, targets, ignore_index=-1, reduction="none")
+        extra = info.adapter(x, "head", 0)
+        return head_loss(x, self.tok_emb.to(dtype), extra, targets, self.cfg.logit_softcap, self.cfg.fused_ce)
 
 # === 6. Adapters: a LoRA for every document of a batch, at every visit of a layer =====================================
 class LoRA(NamedTuple):

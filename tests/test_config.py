@@ -193,6 +193,7 @@ COMBINATIONS = [  # (changed fields over the tiny config, the variable to blame)
     (dict(rope_dims=18), "ROPE_DIMS"),
     (dict(mlp_mult=0.02), "MLP_MULT"),
     (dict(xsa_last_n=5), "XSA_LAST_N"),
+    (dict(logit_softcap=80.5), "LOGIT_SOFTCAP"),
     (dict(loop_start=2, loop_end=1), "LOOP_START"),
     (dict(loop_end=4, parallel_start_layer=0), "LOOP_END"),
     (dict(loop_end=3), "PARALLEL_START_LAYER"),

@@ -194,14 +194,15 @@ def test_kernel_takes_only_aligned_two_byte_rows_on_hopper(monkeypatch, major, d
     gpu = SimpleNamespace(major=major, multi_processor_count=7)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
     monkeypatch.setattr(train_gpt, "launch_mlp", lambda *args: launches.append(args))
+    monkeypatch.setattr(train_gpt, "fastest", lambda kernel, shape, launch: kernel)
     x, w_up, w_down, dy = random_inputs(rows, width, hidden, dtype)
     pre, post = train_gpt.mlp_cuda(x, w_up)
     dpre = train_gpt.mlp_cuda(dy, w_down, pre)
     assert pre.shape == post.shape == dpre.shape == (rows, hidden) and pre.dtype == post.dtype == dpre.dtype == dtype
     assert len(launches) == 2 * used
     if used:
-        assert launches[0][2] is pre and launches[0][3] is post and launches[0][4:] == (7, False)
-        assert launches[1][2] is pre and launches[1][3] is dpre and launches[1][4:] == (7, True)
+        assert launches[0][2] is pre and launches[0][3] is post and launches[0][4:] == (7, False, "mlp_up")
+        assert launches[1][2] is pre and launches[1][3] is dpre and launches[1][4:] == (7, True, "mlp_dpre")
 
 
 def test_misaligned_or_strided_inputs_take_the_reference(monkeypatch):
@@ -265,8 +266,8 @@ def compile_for_hopper():
     train_gpt.mlp_kernel = Recorder()
     x, w_up, w_down, dy = random_inputs(1000, 512, 2048, torch.bfloat16)
     pre, out = torch.empty(2, 1000, 2048, dtype=torch.bfloat16)
-    train_gpt.launch_mlp(x, w_up, pre, out, 132, False)
-    train_gpt.launch_mlp(dy, w_down, pre, out, 132, True)
+    train_gpt.launch_mlp(x, w_up, pre, out, 132, False, REAL_TILE)
+    train_gpt.launch_mlp(dy, w_down, pre, out, 132, True, REAL_TILE)
     results = []
     for grid, descriptors, options in launches:
         constants = {k: options.pop(k) for k in ("BACKWARD", "SLOPE")}
@@ -317,8 +318,8 @@ def test_kernel_on_gpu_equals_float64_over_odd_shapes(width, hidden, rows, dtype
     x, w_up, w_down, dy = random_inputs(rows, width, hidden, dtype, "cuda")
     padded = torch.full((3, rows + 2, hidden), float("nan"), dtype=dtype, device="cuda")
     pre, post, dpre = (t[1:-1] for t in padded)
-    train_gpt.launch_mlp(x, w_up, pre, post, gpu.multi_processor_count, False)
-    train_gpt.launch_mlp(dy, w_down, pre, dpre, gpu.multi_processor_count, True)
+    train_gpt.launch_mlp(x, w_up, pre, post, gpu.multi_processor_count, False, REAL_TILE)
+    train_gpt.launch_mlp(dy, w_down, pre, dpre, gpu.multi_processor_count, True, REAL_TILE)
     exact = pre.double().requires_grad_()  # the kernel's own rounding of pre, so that signs near zero agree
     wanted_post = train_gpt.leaky_relu_sq(exact)
     wanted_post.backward(dy.double() @ w_down.double())
