@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import math
-import os
-import socket
 from collections.abc import Callable
 from copy import deepcopy
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from conftest import tiny_config
+from conftest import on_ranks, tiny_config
 from torch import Tensor
 
 import train_gpt as tg
@@ -22,24 +18,6 @@ import train_gpt as tg
 UNEVEN = dict(num_layers=3, xsa_last_n=3, parallel_start_layer=2)  # banks of 6 and 3 slices: no even shares
 RATES = {"muon": "matrix_lr", "embed": "tied_embed_lr", "scalar": "scalar_lr"}
 DECAYS = {"muon": "muon_wd", "embed": "embed_wd", "scalar": "adam_wd"}
-
-
-def start_rank(rank: int, world_size: int, port: int, job: Callable, folder: Path, args: tuple) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "CUDA_VISIBLE_DEVICES": ""}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    torch.save(job(tg.Ranks(os.environ), *args), folder / f"{rank}.pt")
-    dist.destroy_process_group()
-
-
-def on_ranks(world_size: int, job: Callable, folder: Path, *args: Any) -> list[Any]:
-    """What job(ranks, *args) returns on each of `world_size` processes."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    folder.mkdir(parents=True, exist_ok=True)
-    torch.multiprocessing.spawn(start_rank, (world_size, port, job, folder, args), nprocs=world_size)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
 
 
 def on_one(job: Callable, *args: Any) -> Any:

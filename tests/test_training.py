@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, run_script, tiny_config
-from test_optim import cpu_ranks, error, on_one, on_ranks, weights_of
+from conftest import TINY, on_ranks, run_script, tiny_config
+from test_optim import cpu_ranks, error, on_one, weights_of
 from torch import Tensor
 
 import train_gpt as tg
