@@ -276,17 +276,13 @@ class Ranks:  # this process among its peers: all ranks must call a method toget
         if self.distributed:
             dist.all_gather_object(values, value)
         return values
-    def reduce_scatter(self, shard: Tensor, full: Tensor) -> None:  # shard <- this rank's 1 / W of the sum of full
+    def reduce_scatter(self, shard: Tensor, full: Tensor) -> None:  # shard (n,) <- this rank's row of the sum of (W, n)
         if self.distributed and full.is_cuda:  # not every torch we support has it for gloo
-            dist.reduce_scatter_tensor(shard, full)
+            dist.reduce_scatter_tensor(shard, full.view(-1))
         else:
-            shard.copy_(self.sum(full).unflatten(0, (self.world_size, -1))[self.rank])
-    def all_gather(self, shard: Tensor) -> Tensor:  # (n, ...) of every rank, in rank order -> (world_size * n, ...)
-        if not self.distributed:
-            return shard
-        full = shard.new_empty(self.world_size * len(shard), *shard.shape[1:])
-        dist.all_gather_into_tensor(full, shard)
-        return full
+            shard.copy_(self.sum(full)[self.rank])
+    def all_gather(self, full: Tensor, shard: Tensor) -> None:  # row r of full (W, n) <- rank r's shard (n,)
+        dist.all_gather_into_tensor(full.view(-1), shard)  # gloo knows no rows
     def tickets(self) -> Iterator[int]:  # 0, 1, 2, .. of a new counter; each goes to the rank that asks first (W49)
         self.queues += 1
         store = dist.distributed_c10d._get_default_store() if self.distributed else dist.HashStore()
@@ -862,68 +858,144 @@ def muon_update(grad: Tensor, buffer: Tensor, momentum: Tensor, cfg: Config) -> 
         u = u / u.norm(dim=-1, keepdim=True).clamp_min(1e-7)
     return newton_schulz(u.to(cfg.dtype), cfg.muon_backend_steps)
 
-class Muon(torch.optim.Optimizer):
-    """Muon for banks of matrices (B, out, in) that act as y = x W^T: reduce-scatter of gradients, step on the shard,
-    all-gather of updates (PR #399). A rank owns floor or ceil(B / W) slices; one more in a shard is padding. The rate
-    is the spectral norm of an update over sqrt(max(1, out / in)). All state is in the state dict (W1)."""
-    def __init__(self, banks: list[nn.Parameter], cfg: Config, ranks: Ranks):
-        super().__init__([{"params": banks, "lr": cfg.matrix_lr, "base_lr": cfg.matrix_lr}], {})
-        self.cfg, self.ranks, W = cfg, ranks, ranks.world_size
-        self.update = torch.compile(muon_update, dynamic=False) if cfg.compile else muon_update
-        self.places, self.own, self.shards = {}, {}, {}
-        for p in banks:
-            share, counts = -(-len(p) // W), [len(p) // W + (r < len(p) % W) for r in range(W)]
-            places = [r * share + i for r, count in enumerate(counts) for i in range(count)]
-            self.places[p] = torch.tensor(places, device=p.device)  # slice of the bank -> slice of the gathered shards
-            self.own[p], dtype = counts[ranks.rank], torch.float32 if W == 1 else cfg.dtype
-            self.shards[p] = torch.zeros(share, *p.shape[1:], device=p.device, dtype=dtype)
-            self.state[p]["momentum_buffer"] = torch.zeros(self.own[p], *p.shape[1:], device=p.device)
+def muon_step(grad: Tensor, buffer: Tensor, weight: Tensor, average: Tensor, sent: Tensor | None, rates: Tensor,
+              cfg: Config) -> None:  # fmt: skip
+    """One pass over matrices (n, r, c) of a rank: fp32 and changed in place, but `sent`, which gets the new weights in
+    the compute dtype. `rates`: clip, momentum, learning rate. The average takes in the weights of the step before: by
+    then the host knows that its loss was finite."""
+    clip, momentum, lr = rates.unbind()
+    average.lerp_(weight, 1 - cfg.ema_decay)
+    update = muon_update(grad.float() * clip, buffer, momentum, cfg).float()
+    weight.mul_(1 - lr * cfg.muon_wd).sub_(update * (lr * math.sqrt(max(1.0, weight.size(-2) / weight.size(-1)))))
+    if sent is not None:
+        sent.copy_(weight)
 
-    def reduce(self) -> Tensor:  # sums gradients over ranks into the shards; returns the squared norm of them all
-        total = torch.zeros((), device=next(iter(self.shards)).device)
-        for p, shard in self.shards.items():
-            full = shard.new_zeros(self.ranks.world_size * len(shard), *p.shape[1:])
-            self.ranks.reduce_scatter(shard, full.index_copy_(0, self.places[p], p.grad.to(full.dtype)))
-            total += shard[: self.own[p]].float().square().sum()
-        return self.ranks.sum(total)
+def deal(banks: dict[str, Tensor], world_size: int) -> list[dict[str, slice]]:
+    """The slices of every bank that each rank owns: largest matrices first, each to the rank with the fewest values so
+    far. The record model on 8 ranks: the largest share is 2 % above the mean, where equal banks need 36 % (W21)."""
+    loads, counts = [0] * world_size, {name: [0] * world_size for name in banks}
+    for name, bank in sorted(banks.items(), key=lambda item: -item[1][0].numel()):
+        for _ in range(len(bank)):
+            rank = loads.index(min(loads))
+            loads[rank] += bank[0].numel()
+            counts[name][rank] += 1
+    ends = {name: np.cumsum(count).tolist() for name, count in counts.items()}
+    return [{name: slice(ends[name][r] - counts[name][r], ends[name][r]) for name in banks} for r in range(world_size)]
 
-    @torch.no_grad()
-    def step(self, clip: Tensor, momentum: Tensor) -> None:  # one update from the reduced shards times `clip`; scalars
-        lr = self.param_groups[0]["lr"]
-        for p, shard in self.shards.items():
-            mine = torch.zeros(shard.shape, device=p.device, dtype=self.cfg.dtype)
-            if own := self.own[p]:
-                buffer = self.state[p]["momentum_buffer"]
-                mine[:own] = self.update(shard[:own].float() * clip, buffer, momentum, self.cfg)
-            full = self.ranks.all_gather(mine)
-            p.mul_(1 - lr * self.cfg.muon_wd)
-            p.add_(full[self.places[p]], alpha=-lr * math.sqrt(max(1.0, p.size(-2) / p.size(-1))))
+class Muon:
+    """Muon for banks of matrices (B, out, in) that act as y = x W^T: reduce-scatter of gradients, one pass over what a
+    rank owns, all-gather of weights (PR #399 gathers updates). Momentum, average and exact weights exist only at their
+    owner; the other slices of the model's banks are as received, in the compute dtype, to which the forward casts
+    anyway. (Banks of that dtype would save a cast, 0.1 % of a step, and add up microbatches in bf16.) A message has a
+    row for each rank: its slices end to end, then zeros up to the largest share, because collectives want equal ones.
+    The rate is the spectral norm of an update over sqrt(max(1, out / in))."""
+    def __init__(self, banks: dict[str, nn.Parameter], cfg: Config, ranks: Ranks):
+        self.banks, self.cfg, self.ranks, self.shares = banks, cfg, ranks, deal(banks, ranks.world_size)
+        self.one_pass = torch.compile(muon_step, dynamic=False) if cfg.compile else muon_step
+        self.mine, self.sent, self.alone = self.shares[ranks.rank], {}, ranks.world_size == 1
+        self.own = {name: banks[name].data[s] for name, s in self.mine.items()}  # views: stepped in place
+        self.momentum = {name: torch.zeros_like(w) for name, w in self.own.items()}
+        self.average = {name: w.clone() for name, w in self.own.items()}
+        if not self.alone:
+            self.message, self.places = self.new_message(cfg.dtype)
+            self.reduced, part = torch.zeros_like(self.message[0]), torch.zeros_like(self.message[0])
+            self.part, self.sent = part, self.pieces(part, self.mine)
 
-class Optimizers:  # all as one: reduce every gradient, clip by the norm of the reduced ones (W2), step
+    def pieces(self, row: Tensor, share: dict[str, slice]) -> dict[str, Tensor]:  # of a message -> a rank's slices
+        sizes = [self.banks[name][s].numel() for name, s in share.items()]
+        parts = zip(share.items(), row[: sum(sizes)].split(sizes), strict=True)
+        return {name: x.view_as(self.banks[name][s]) for (name, s), x in parts}
+    def new_message(self, dtype: torch.dtype) -> tuple[Tensor, list[tuple[int, str, Tensor]]]:
+        """Zeros (W, room) and every (rank, name, slices) in them, as views."""
+        room = max(sum(self.banks[name][s].numel() for name, s in share.items()) for share in self.shares)
+        message = torch.zeros(len(self.shares), room, dtype=dtype, device=self.ranks.device)
+        rows = enumerate(zip(message, self.shares, strict=True))
+        return message, [(rank, *piece) for rank, (row, share) in rows for piece in self.pieces(row, share).items()]
+    def whole(self, own: dict[str, Tensor]) -> dict[str, Tensor]:  # fp32 banks of all ranks' slices; all call it
+        if self.alone:
+            return own
+        full, places = self.new_message(torch.float32)
+        part = torch.zeros_like(full[0])
+        torch._foreach_copy_([*self.pieces(part, self.mine).values()], [own[name] for name in self.mine])
+        self.ranks.all_gather(full, part)
+        return own | {name: torch.cat([x for _, n, x in places if n == name]) for name in self.banks}
+
+    def reduce(self) -> Tensor:  # sums gradients over ranks, at their owners; returns the squared norm of them all
+        self.grads = {name: p.grad for name, p in self.banks.items()}
+        if not self.alone:
+            parts = [self.grads[name][self.shares[rank][name]] for rank, name, _ in self.places]
+            torch._foreach_copy_([x for *_, x in self.places], parts)
+            self.ranks.reduce_scatter(self.reduced, self.message)
+            self.grads = self.pieces(self.reduced, self.mine)
+        return self.ranks.sum(torch.stack([g.float().square().sum() for g in self.grads.values()]).sum())
+    def step(self, rates: Tensor) -> None:  # one update from the reduced gradients; `rates` as in muon_step
+        for name, w in self.own.items():
+            if len(w):
+                state = self.momentum[name], w, self.average[name], self.sent.get(name)
+                self.one_pass(self.grads[name], *state, rates, self.cfg)
+        if not self.alone:
+            self.ranks.all_gather(self.message, self.part)
+            theirs = [place for place in self.places if place[0] != self.ranks.rank]
+            copies = [self.banks[name].data[self.shares[rank][name]] for rank, name, _ in theirs]
+            torch._foreach_copy_(copies, [x for *_, x in theirs])
+
+class Optimizers:
+    """All as one: reduce every gradient, clip by the norm of the reduced ones (W2), step, average. The embedding and
+    the small parameters become views of one flat tensor, the same on every rank: one message, one average."""
     def __init__(self, model: GPT, cfg: Config, ranks: Ranks):
         self.model, self.cfg, self.ranks, table = model, cfg, ranks, parameter_table(cfg)
-        group = {"muon": [], "embed": [], "scalar": []}
+        group = {"muon": {}, "embed": {}, "scalar": {}}
         for name, p in model.named_parameters():
-            group[table.pop(name).group].append(p)
+            group[table.pop(name).group][name] = p
         assert not table, f"the table names {list(table)}, which the model has not"
-        self.muon, self.replicated = Muon(group["muon"], cfg, ranks), [*group["scalar"], *group["embed"]]
-        settings = [("embed", cfg.tied_embed_lr, cfg.embed_wd), ("scalar", cfg.scalar_lr, cfg.adam_wd)]
-        groups = [dict(params=group[name], lr=lr, base_lr=lr, weight_decay=decay) for name, lr, decay in settings]
+        aligned = sorted(group["scalar"].items(), key=lambda item: item[1].numel() % 4)  # vector loads want 16 bytes
+        self.muon, self.small = Muon(group["muon"], cfg, ranks), group["embed"] | dict(aligned)
+        self.flat = torch.cat([p.detach().flatten() for p in self.small.values()])
+        for name, view in self.views(self.flat).items():
+            self.small[name].data = view
+        self.average, size = self.flat.clone(), sum(p.numel() for p in group["embed"].values())
+        self.leaves = [nn.Parameter(x) for x in (self.flat[:size], self.flat[size:])]
+        settings = zip(self.leaves, (cfg.tied_embed_lr, cfg.scalar_lr), (cfg.embed_wd, cfg.adam_wd), strict=True)
+        groups = [dict(params=[leaf], lr=lr, base_lr=lr, weight_decay=decay) for leaf, lr, decay in settings]
         self.adam = torch.optim.AdamW(groups, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=True)
+        weights, average = self.views(self.flat) | self.muon.own, self.views(self.average) | self.muon.average
+        self.state = {"weights": weights, "average": average, "momentum": self.muon.momentum}  # this rank's, exact
+    def views(self, flat: Tensor) -> dict[str, Tensor]:
+        parts = flat.split([p.numel() for p in self.small.values()])
+        return {name: x.view_as(p) for (name, p), x in zip(self.small.items(), parts, strict=True)}
 
+    @torch.no_grad()
     def step(self, lr_scale: float, momentum: float) -> Tensor:  # clears the gradients; returns the reduced one's norm
         squares = self.muon.reduce()
-        flat = self.ranks.sum(torch.cat([p.grad.flatten() for p in self.replicated]))  # all small ones in one message
+        flat = self.ranks.sum(torch.cat([p.grad.flatten() for p in self.small.values()]))
         norm = (squares + flat.square().sum()).sqrt()
         clip = ((self.cfg.grad_clip_norm or math.inf) / (norm + 1e-6)).clamp_max(1.0)
-        for p, g in zip(self.replicated, (flat * clip).split([p.numel() for p in self.replicated]), strict=True):
-            p.grad = g.view_as(p)
-        for g in [*self.muon.param_groups, *self.adam.param_groups]:  # anew each time: load_state_dict replaces them
+        self.average.lerp_(self.flat, 1 - self.cfg.ema_decay)  # of the step before, as in muon_step
+        for leaf, g in zip(self.leaves, flat.mul_(clip).split([x.numel() for x in self.leaves]), strict=True):
+            leaf.grad = g
+        for g in self.adam.param_groups:  # anew each time: load_state_dict replaces them
             g["lr"] = g["base_lr"] * lr_scale
         self.adam.step()
-        self.muon.step(clip, torch.tensor(momentum, device=norm.device))
+        rates = [norm.new_full((), x) for x in (momentum, self.cfg.matrix_lr * lr_scale)]  # a copy would be waited for
+        self.muon.step(torch.stack([clip, *rates]))
         self.model.zero_grad(set_to_none=True)
         return norm
+
+    @torch.no_grad()
+    def averages(self, newest: bool) -> dict[str, Tensor]:  # whole, with the newest step's weights or as before it
+        share, weights = 1 - self.cfg.ema_decay, self.state["weights"]
+        found = {n: old.lerp(weights[n], share) if newest else old for n, old in self.state["average"].items()}
+        return self.muon.whole(found)
+    def state_dict(self) -> dict[str, Any]:
+        """All that steps read and change, in whole fp32 tensors whatever the number of ranks; all ranks must call it.
+        Tensors may be the live ones, as in torch."""
+        return {key: self.muon.whole(own) for key, own in self.state.items()} | {"adam": self.adam.state_dict()}
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["weights"])
+        for name, x, saved in [(n, x, state[key][n]) for key, own in self.state.items() for n, x in own.items()]:
+            x.copy_(saved[self.muon.mine.get(name, ...)])
+        self.adam.load_state_dict(state["adam"])
 
 def lr_scale(frac: float, cfg: Config) -> float:  # 1, then linear to 0 over the last WARMDOWN_FRAC; at least MIN_LR
     return 1.0 if frac < 1 - cfg.warmdown_frac else max((1 - frac) / cfg.warmdown_frac, cfg.min_lr)
@@ -1024,7 +1096,7 @@ def synthetic_row(cfg: Config, shape: tuple[int, int, int], device: torch.device
 
 @contextlib.contextmanager
 def restored(model: nn.Module, optimizers: Optimizers) -> Iterator[None]:  # afterwards all state is as before (W1)
-    kept = [*model.state_dict().values(), *(s["momentum_buffer"] for s in optimizers.muon.state.values())]
+    kept = [*model.state_dict().values(), *(x for own in optimizers.state.values() for x in own.values())]
     copies, devices = [t.clone() for t in kept], [model.rope.device] * model.rope.is_cuda
     with torch.random.fork_rng(devices):
         yield
@@ -1037,29 +1109,27 @@ def train(run: Run, reserve: float) -> bool:
     follow the share of the budget spent (the ranks' mean clock), or of ITERATIONS without one. No step may end too
     late. Returns whether the loops ran at the end: scoring uses the depth that was trained (W6). Raises
     FloatingPointError on a loss or gradient that is not finite, once the average of the steps before is saved."""
-    cfg, ranks, log, live = run.cfg, run.ranks, run.log, [p.detach() for p in run.model.parameters()]
-    ema = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    cfg, ranks, log, plans = run.cfg, run.ranks, run.log, run.cfg.plans
     budget = (cfg.max_wallclock_seconds or math.inf) - reserve
     elapsed, longest, looped, loss, tokens, step, marked = 0.0, 0.0, False, math.nan, 0, 0, (0.0, 0)
     steps, start = PackedLoader(run.streams["train"], run.tokenizer.bos_id, cfg, ranks).steps(), ranks.now()
     while step < cfg.iterations:
         frac = step / cfg.iterations if budget == math.inf else elapsed / budget
         switch = cfg.num_loops > 0 and not looped and frac >= cfg.enable_looping_at
-        longest *= len(cfg.plans[1]) / cfg.num_layers if switch else 1.0  # the next steps are longer
+        longest *= len(plans[1]) / cfg.num_layers if switch else 1.0  # the next steps are longer
         if elapsed + longest > budget:
             break
         if switch:
             looped = True
-            log(f"layer_loop:enabled step:{step} frac:{frac:.3f} order:{[v.layer for v in cfg.plans[1]]}")
+            log(f"layer_loop:enabled step:{step} frac:{frac:.3f} order:{[v.layer for v in plans[1]]}")
         rows, num_targets = next(steps)
-        local = accumulate(run.forward, cfg.plans[looped], rows, num_targets)
+        local = accumulate(run.forward, plans[looped], rows, num_targets)
         norm = float(run.optimizers.step(lr_scale(frac, cfg), muon_momentum(step, cfg)))
         mine = torch.stack([local, local.new_tensor((ranks.now() - start) / ranks.world_size)])
         before, (loss, elapsed) = elapsed, ranks.sum(mine).tolist()
         if not math.isfinite(loss + norm):
-            run.save("last_good.pt", ema, step, looped)
+            run.save("last_good.pt", run.optimizers.averages(newest=False), step, looped)
             raise FloatingPointError(f"loss {loss}, gradient norm {norm} in step {step + 1}; last_good.pt is before")
-        torch._foreach_lerp_(list(ema.values()), live, 1 - cfg.ema_decay)
         step, tokens, longest = step + 1, tokens + num_targets, max(longest * 0.98, elapsed - before)
         if step <= 3 or log.due() or (cfg.train_log_every and step % cfg.train_log_every == 0):
             rate, marked = (tokens - marked[1]) / max(elapsed - marked[0], 1e-9), (elapsed, tokens)
@@ -1067,12 +1137,13 @@ def train(run: Run, reserve: float) -> bool:
                 f"{1000 * elapsed / step:.2f}ms tok/s:{rate:.0f} lr_scale:{lr_scale(frac, cfg):.3f}")  # fmt: skip
         if cfg.val_loss_every and step % cfg.val_loss_every == 0:
             with run.phase("validate", "none"):
-                result = run.evaluate(plan=cfg.plans[looped])
+                result = run.evaluate(plan=plans[looped])
             start += run.phases[-1][2]  # off the clock
             log(f"{step}/{cfg.iterations} val_loss: {result['val_loss']:.4f} val_bpb: {result['val_bpb']:.4f}")
     steps.close()
     log(f"stopping: step:{step}/{cfg.iterations} train_time:{1000 * elapsed:.0f}ms; ema:applying EMA weights")
-    torch._foreach_copy_(live, list(ema.values()))
+    ema = run.optimizers.averages(newest=True)
+    run.model.load_state_dict(ema)
     run.final |= {"steps": step, "train_loss": loss, "train_tokens": tokens}
     run.save("final_model.pt", ema, step, looped)
     return looped
