@@ -50,6 +50,7 @@ SOURCE = Path(__file__).read_bytes()  # the text that runs, taken before anyone 
 LIMIT_BYTES = 16_000_000  # code and model together, decimal
 class UsageError(ValueError):
     """Wrong configuration, data or file. The message is all the user sees, one line per problem; exit status 2."""
+class RunStopped(RuntimeError): ...  # by a limit that the user has set; one line, exit status 3
 
 # === 1. Configuration: every knob is an environment variable; a field is its variable in lower case ===================
 def knob(default: Any, doc: str, lo: float = 0, hi: float = 1e18, choices: tuple = ()) -> Any:
@@ -68,6 +69,7 @@ class Config:  # defaults are the `record` preset's; `PRESETS` overrides them an
     tokenizer_path: str = knob("", "SentencePiece model; default: the manifest's, else fineweb_<VOCAB_SIZE>_bpe.model")
     data_loader: str = knob("documents", "attention stays within documents, or rows", choices=("documents", "rows"))
     compute_dtype: str = knob("bf16", "activations and products; parameters are fp32", choices=("bf16", "fp32"))
+    cuda_graph: bool = knob(False, "forward and backward of a row as a CUDA graph, where attention allows it")
     compile: bool = knob(True, "torch.compile the forwards and Newton-Schulz")
     attention_backend: str = knob("auto", "or the first right", choices=("auto", "fa3", "fa4", "fa2", "torch", "sdpa"))
     # Length and schedule of training
@@ -82,6 +84,8 @@ class Config:  # defaults are the `record` preset's; `PRESETS` overrides them an
     micro_batch_tokens: int = knob(98304, "tokens per row; a rank takes every WORLD_SIZE-th row of a step", 1)
     train_seq_len: int = knob(2048, "longest segment; longer documents are cut", 2)
     cu_seqlens_capacity: int = knob(512, "segments a row can hold: one shape, one graph (W25)", 2)
+    pod_speedgate_ms: float = knob(0.0, "a mean of 20 steps above it stops the run, exit status 3; 0: off")
+    recompile_limit: int = knob(-1, "more compilations after warm-up stop the run, exit status 3; -1: only count", -1)
     train_log_every: int = knob(500, "steps; besides, a line every 8 s; 0: only those")
     val_loss_every: int = knob(4000, "steps between validations, off the clock; 0: never")
     # Model
@@ -112,6 +116,7 @@ class Config:  # defaults are the `record` preset's; `PRESETS` overrides them an
     muon_momentum_warmup_start: float = knob(0.92, "first momentum", 0, 0.9999)
     muon_momentum_warmup_steps: int = knob(1500, "steps from the first to the final momentum")
     muon_backend_steps: int = knob(5, "Newton-Schulz iterations", 1, 20)
+    muon_coeffs: str = knob("quintic", "of these; polar has five", choices=("quintic", "polar"))
     muon_row_normalize: bool = knob(True, "rows of the update to unit norm first (MuonEq-R)")
     beta1: float = knob(0.9, "AdamW", 0, 0.9999)
     beta2: float = knob(0.95, "AdamW", 0, 0.99999)
@@ -122,7 +127,7 @@ class Config:  # defaults are the `record` preset's; `PRESETS` overrides them an
     embed_wd: float = knob(0.085, "decoupled decay of the embedding")
     ema_decay: float = knob(0.9965, "of the average of all parameters that is exported", 0, 0.999999)
     # Artifact
-    gptq_calibration_batches: int = knob(64, "training rows for the Hessians, shared out over the ranks", 1)
+    gptq_calibration_batches: int = knob(16, "training rows for the Hessians, shared out over the ranks", 1)
     matrix_bits: int = knob(6, "integer width of the bank matrices", 2, 8)
     embed_bits: int = knob(7, "integer width of the embedding (PR #1586)", 2, 8)
     matrix_clip_sigmas: float = knob(12.85, "range of the integers in standard deviations of a row", 0.1)
@@ -222,6 +227,8 @@ class Config:  # defaults are the `record` preset's; `PRESETS` overrides them an
             ("VAL_BATCH_TOKENS", c.val_batch_tokens >= 8 * c.eval_seq_len, "at least 8 * EVAL_SEQ_LEN"),
             ("EVAL_STRIDE", c.eval_stride <= c.eval_seq_len, "at most EVAL_SEQ_LEN"),
             ("TTT_CHUNK_SIZE", c.ttt_chunk_size <= c.ttt_eval_seq_len, "at most TTT_EVAL_SEQ_LEN"),
+            ("MUON_BACKEND_STEPS", c.muon_backend_steps <= len(MUON_COEFFS[c.muon_coeffs]), "up to 5 with MUON_COEFFS"),
+            ("RECOMPILE_LIMIT", c.recompile_limit < 0 or c.warmup_steps > 0, "-1 with WARMUP_STEPS"),
             ("GPTQ_RESERVE_SECONDS", not limit or c.gptq_reserve_seconds < limit, "below MAX_WALLCLOCK_SECONDS"),
             ("COMPRESSOR", importlib.util.find_spec(package) is not None, f"lzma, or {package} must be installed"),
             ("VAL_DOC_FRACTION", c.val_doc_fraction == 1 or c.data_loader == "documents", "1 with DATA_LOADER"),
@@ -236,14 +243,14 @@ MODEL_FIELDS = """vocab_size num_layers model_dim num_heads num_kv_heads mlp_mul
 NOT_KNOBS = """EMBEDDING_DIM TIE_EMBEDDINGS EMBED_LR HEAD_LR ROPE_TRAIN_SEQ_LEN ROPE_YARN MUON_BETA2 TTT_DEBUG_BYPASS
     CONTROL_TENSOR_NAME_PATTERNS TTT_EVAL_BATCHES TTT_OUTPUT_DIR""".split()
 PR1530 = dict(warmdown_frac=0.72, min_lr=0.0, matrix_lr=0.022, gptq_reserve_seconds=13.0, embed_bits=8,
-              embed_clip_sigmas=20.0, compressor="brotli", ttt_chunk_size=32)  # fmt: skip
+              embed_clip_sigmas=20.0, compressor="brotli", ttt_chunk_size=32, gptq_calibration_batches=64)  # fmt: skip
 PR1560 = {**PR1530, "warmdown_frac": 0.75, "ttt_chunk_size": 48}
 CPU = dict(
     dataset="pydocs_sp1024", vocab_size=1024, compile=False, num_layers=6, model_dim=192, num_heads=3, num_kv_heads=1,
     mlp_mult=3.0, xsa_last_n=6, num_loops=1, loop_start=2, loop_end=3, enable_looping_at=0.8, parallel_start_layer=4,
     max_wallclock_seconds=125.0, train_batch_tokens=2048, micro_batch_tokens=2048, train_seq_len=512,
     cu_seqlens_capacity=64, train_log_every=0, val_loss_every=0, matrix_lr=0.03, muon_momentum=0.95,
-    muon_momentum_warmup_start=0.85, muon_momentum_warmup_steps=100, ema_decay=0.98, gptq_calibration_batches=16,
+    muon_momentum_warmup_start=0.85, muon_momentum_warmup_steps=100, ema_decay=0.98,
     val_batch_tokens=65536, eval_seq_len=512, ttt_lora_rank=8, ttt_lora_lr=1e-3, ttt_chunk_size=128,
     ttt_eval_seq_len=512, ttt_batch_size=16)  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {"record": {}, "pr1530": PR1530, "pr1560": PR1560, "cpu": CPU}
@@ -293,6 +300,14 @@ class Ranks:  # this process among its peers: all ranks must call a method toget
             torch.cuda.synchronize(self.device)
         return time.monotonic()
 
+    def late(self, values: Tensor) -> Callable[[], tuple[list[float], float]]:
+        """Numbers on their way to the host: the result waits for them alone, and says when they were there."""
+        if not values.is_cuda:
+            return partial(tuple, (values.tolist(), self.now()))
+        host, there = values.to("cpu", non_blocking=True), torch.cuda.Event()  # pinned: returns at once
+        there.record()
+        return lambda: (there.synchronize(), (host.tolist(), time.monotonic()))[1]
+
 class Log:  # lines for people on rank 0: to the terminal and to a file
     def __init__(self, path: Path, is_main: bool):
         self.last, self.is_main = time.monotonic(), is_main
@@ -305,6 +320,21 @@ class Log:  # lines for people on rank 0: to the terminal and to a file
             print(line, file=file, flush=True)
     def due(self) -> bool:  # whether the last line is 8 s ago: a long loop shows that it is alive
         return time.monotonic() - self.last > 8
+
+class Sentinel:  # counts graphs and kernels compiled since it was made, and logs why
+    def __init__(self, log: Callable[[str], None]):
+        self.log, self.count, self.found = log, 0, []
+        torch._dynamo.utils.clear_compilation_metrics()
+        if triton is not None:
+            triton.knobs.runtime.jit_post_compile_hook = lambda **about: self.found.append(f"kernel {about['repr']}")
+    def poll(self) -> int:
+        graphs = [m for m in torch._dynamo.utils.get_compilation_metrics() if m.is_forward]  # or it counts twice
+        torch._dynamo.utils.clear_compilation_metrics()
+        self.found += [f"{m.co_name}: {m.recompile_reason or 'its first graph'}" for m in graphs]
+        self.count += len(self.found)
+        while self.found:
+            self.log(f"recompilation: {self.found.pop(0)}")
+        return self.count
 
 def write_atomic(path: Path, data: bytes) -> None:  # afterwards `path` holds all of it or is untouched
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -841,11 +871,19 @@ class LoRA(NamedTuple):
         return dict(zip(self.sites, pairs, strict=True))
 
 # === 7. Optimisation: Muon on banks, AdamW on the rest, schedules =====================================================
-def newton_schulz(g: Tensor, steps: int) -> Tensor:  # singular values of each matrix of g (n, r, c) towards 1
-    a, b, c = 3.4445, -4.7750, 2.0315  # quintic, of Muon (K. Jordan)
+MUON_COEFFS = {  # x -> a x + b x^3 + c x^5 of every singular value, a triple per iteration
+    "quintic": [(3.4445, -4.7750, 2.0315)] * 20,  # of Muon (K. Jordan): 0.002..1 to 0.68..1.20
+    "polar": [  # Polar Express (arXiv 2505.16932; PR #1344): 0.001..1 to 0.86..1.14; diverges from 1.022 on
+        (8.156554524902461, -22.48329292557795, 15.878769915207462),
+        (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+        (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+        (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+        (2.3465413258596377, -1.7097828382687081, 0.42323551169305323)]}  # fmt: skip
+def newton_schulz(g: Tensor, steps: int, coeffs: str = "quintic") -> Tensor:
+    """Singular values of each matrix of g (n, r, c) towards 1, the vectors as they are."""
     x = g.mT if g.size(-2) > g.size(-1) else g
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):
+    for a, b, c in MUON_COEFFS[coeffs][:steps]:
         y = x @ x.mT
         x = a * x + torch.baddbmm(y, y, y, beta=b, alpha=c) @ x
     return x.mT if g.size(-2) > g.size(-1) else x
@@ -856,7 +894,7 @@ def muon_update(grad: Tensor, buffer: Tensor, momentum: Tensor, cfg: Config) -> 
     u = grad + momentum * buffer
     if cfg.muon_row_normalize:
         u = u / u.norm(dim=-1, keepdim=True).clamp_min(1e-7)
-    return newton_schulz(u.to(cfg.dtype), cfg.muon_backend_steps)
+    return newton_schulz(u.to(cfg.dtype), cfg.muon_backend_steps, cfg.muon_coeffs)
 
 def muon_step(grad: Tensor, buffer: Tensor, weight: Tensor, average: Tensor, sent: Tensor | None, rates: Tensor,
               cfg: Config) -> None:  # fmt: skip
@@ -897,29 +935,21 @@ class Muon:
         self.momentum = {name: torch.zeros_like(w) for name, w in self.own.items()}
         self.average = {name: w.clone() for name, w in self.own.items()}
         if not self.alone:
-            self.message, self.places = self.new_message(cfg.dtype)
-            self.reduced, part = torch.zeros_like(self.message[0]), torch.zeros_like(self.message[0])
-            self.part, self.sent = part, self.pieces(part, self.mine)
+            room = max(sum(banks[name][s].numel() for name, s in share.items()) for share in self.shares)
+            self.message = torch.zeros(ranks.world_size, room, dtype=cfg.dtype, device=ranks.device)
+            self.reduced, self.part = torch.zeros_like(self.message[0]), torch.zeros_like(self.message[0])
+            self.sent, rows = self.pieces(self.part, self.mine), zip(self.message, self.shares, strict=True)
+            self.places = [(rank, *x) for rank, row in enumerate(rows) for x in self.pieces(*row).items()]
 
     def pieces(self, row: Tensor, share: dict[str, slice]) -> dict[str, Tensor]:  # of a message -> a rank's slices
         sizes = [self.banks[name][s].numel() for name, s in share.items()]
         parts = zip(share.items(), row[: sum(sizes)].split(sizes), strict=True)
         return {name: x.view_as(self.banks[name][s]) for (name, s), x in parts}
-    def new_message(self, dtype: torch.dtype) -> tuple[Tensor, list[tuple[int, str, Tensor]]]:
-        """Zeros (W, room) and every (rank, name, slices) in them, as views."""
-        room = max(sum(self.banks[name][s].numel() for name, s in share.items()) for share in self.shares)
-        message = torch.zeros(len(self.shares), room, dtype=dtype, device=self.ranks.device)
-        rows = enumerate(zip(message, self.shares, strict=True))
-        return message, [(rank, *piece) for rank, (row, share) in rows for piece in self.pieces(row, share).items()]
-    def whole(self, own: dict[str, Tensor]) -> dict[str, Tensor]:  # fp32 banks of all ranks' slices; all call it
-        if self.alone:
-            return own
-        full, places = self.new_message(torch.float32)
-        part = torch.zeros_like(full[0])
-        torch._foreach_copy_([*self.pieces(part, self.mine).values()], [own[name] for name in self.mine])
-        self.ranks.all_gather(full, part)
-        return own | {name: torch.cat([x for _, n, x in places if n == name]) for name in self.banks}
-
+    def whole(self, own: dict[str, Tensor]) -> dict[str, Tensor]:  # banks in fp32 of all ranks' slices; all call it
+        banks = {name: torch.zeros_like(p, requires_grad=False) for name, p in self.banks.items()}
+        for name, s in self.mine.items():
+            banks[name][s] = own[name]
+        return own | {name: self.ranks.sum(bank) for name, bank in banks.items()}
     def reduce(self) -> Tensor:  # sums gradients over ranks, at their owners; returns the squared norm of them all
         self.grads = {name: p.grad for name, p in self.banks.items()}
         if not self.alone:
@@ -944,6 +974,7 @@ class Optimizers:
     the small parameters become views of one flat tensor, the same on every rank: one message, one average."""
     def __init__(self, model: GPT, cfg: Config, ranks: Ranks):
         self.model, self.cfg, self.ranks, table = model, cfg, ranks, parameter_table(cfg)
+        self.keep_gradients = False  # zeroed in place: a CUDA graph adds to them
         group = {"muon": {}, "embed": {}, "scalar": {}}
         for name, p in model.named_parameters():
             group[table.pop(name).group][name] = p
@@ -978,7 +1009,7 @@ class Optimizers:
         self.adam.step()
         rates = [norm.new_full((), x) for x in (momentum, self.cfg.matrix_lr * lr_scale)]  # a copy would be waited for
         self.muon.step(torch.stack([clip, *rates]))
-        self.model.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=not self.keep_gradients)
         return norm
 
     @torch.no_grad()
@@ -987,8 +1018,8 @@ class Optimizers:
         found = {n: old.lerp(weights[n], share) if newest else old for n, old in self.state["average"].items()}
         return self.muon.whole(found)
     def state_dict(self) -> dict[str, Any]:
-        """All that steps read and change, in whole fp32 tensors whatever the number of ranks; all ranks must call it.
-        Tensors may be the live ones, as in torch."""
+        """All that steps read and change, in whole tensors, equal for any number of ranks; all must call it. As in
+        torch, some are the live ones."""
         return {key: self.muon.whole(own) for key, own in self.state.items()} | {"adam": self.adam.state_dict()}
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -1078,13 +1109,37 @@ def evaluate(forward: Callable, plan: tuple[Visit, ...], docs: Documents, table:
     return meter.result(ranks)
 
 # === 9. Training ======================================================================================================
-def accumulate(forward: Callable, plan: tuple[Visit, ...], rows: list[Batch], num_targets: int) -> Tensor:
+def backward(forward: Callable, plan: tuple[Visit, ...], row: Batch, count: Tensor) -> Tensor:
+    """Adds the gradient of the row's nats / count to the parameters'; returns that part of the loss, detached."""
+    loss = forward(row, plan).sum() / count
+    loss.backward()
+    return loss.detach()
+
+def captured(forward: Callable, plan: tuple[Visit, ...], row: Batch, pool: Any) -> Callable[[Batch, Tensor], Tensor]:
+    """`backward` of one plan as a CUDA graph: one launch per row. It works in fixed places: rows are copied to where it
+    reads, gradients are zeroed where they are, and the loss is overwritten by the next call."""
+    inputs = [*(x.clone() for x in row[:3]), torch.ones((), device=row.inputs.device)]
+    call = partial(backward, forward, plan, Batch(*inputs[:3], row.max_seqlen), inputs[3])
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        call()  # so that libraries allocate what they keep
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # other threads may use CUDA meanwhile
+        loss = call()
+    def replay(row: Batch, count: Tensor) -> Tensor:
+        torch._foreach_copy_(inputs, [*row[:3], count])
+        graph.replay()
+        return loss
+    return replay
+
+def accumulate(forward: Callable, plan: tuple[Visit, ...], rows: list[Batch], num_targets: int,
+               graphs: Mapping[tuple[Visit, ...], Callable] | None = None) -> Tensor:  # fmt: skip
     """Adds the gradient of this rank's part of the mean loss over `num_targets`; returns that part, detached."""
-    total = torch.zeros((), device=rows[0].inputs.device)
+    count = torch.full((), float(num_targets), device=rows[0].inputs.device)
+    once, total = (graphs or {}).get(plan) or partial(backward, forward, plan), torch.zeros_like(count)
     for row in rows:
-        loss = forward(row, plan).sum() / num_targets
-        loss.backward()
-        total += loss.detach()
+        total += once(row, count)
     return total
 
 def synthetic_row(cfg: Config, shape: tuple[int, int, int], device: torch.device) -> Batch:
@@ -1104,47 +1159,92 @@ def restored(model: nn.Module, optimizers: Optimizers) -> Iterator[None]:  # aft
     optimizers.adam.state.clear()
     model.zero_grad(set_to_none=True)
 
+class Progress:
+    """What all ranks know of the training. A step's numbers are read one step late, while the device has the next one's
+    work (W20). Time is the ranks' mean clock at the end of a step; in later ones a visit of a layer counts as long as
+    the longest, so that none ends after `budget` seconds."""
+    def __init__(self, run: Run, budget: float):
+        self.run, self.cfg, self.budget, self.unread, self.start = run, run.cfg, budget, None, run.ranks.now()
+        self.step, self.tokens, self.loss, self.ended, self.marked = 0, 0, math.nan, 0.0, (0.0, 0)  # on this rank
+        self.elapsed, self.visits, self.flying, self.longest, self.timed = 0.0, 0, 0, 0.0, (0.0, 0)  # on all
+    def frac(self) -> float:  # share of the budget, or of ITERATIONS, at the start of the next step
+        spent = self.elapsed * (1 + self.flying / max(self.visits, 1))
+        return self.step / self.cfg.iterations if self.budget == math.inf else spent / self.budget
+    def fits(self, visits: int) -> bool:  # whether a step of so many visits will end within the budget
+        return self.elapsed + self.longest * (self.flying + visits) <= self.budget
+
+    def send(self, local: Tensor, norm: Tensor, visits: int, num_targets: int, about: tuple[float, bool]) -> None:
+        """After a step: part of the loss, norm of the reduced gradient, and `about`: rate factor, whether it looped."""
+        ranks, first = self.run.ranks, self.step == 0  # the first is waited for: without it, no time is known
+        clock, ending = (ranks.now() - self.start, visits) if first else (self.ended, self.flying)
+        self.flying, self.step, self.tokens = self.flying + visits, self.step + 1, self.tokens + num_targets
+        facts = (norm.new_full((), x) for x in (clock / ranks.world_size, self.run.sentinel.poll()))  # fills: no wait
+        self.unread = ending, about, ranks.late(ranks.sum(torch.stack([local, norm / ranks.world_size, *facts])))
+        if first:
+            self.read()
+    def read(self) -> None:  # what has not been read; raises if it is bad
+        if not self.unread:
+            return
+        (ending, (scale, looped), late), self.unread, run, step = self.unread, None, self.run, self.step
+        (self.loss, norm, clock, compiled), now = late()
+        self.ended = now - self.start
+        if not math.isfinite(self.loss + norm):
+            run.save("last_good.pt", run.optimizers.averages(newest=False), step - 1, looped)
+            raise FloatingPointError(f"loss {self.loss}, gradient norm {norm} in step {step}; last_good.pt is before")
+        run.check_compiled(compiled)
+        if ending:
+            self.longest = max(self.longest * 0.98, (clock - self.elapsed) / ending)
+            self.elapsed, self.visits, self.flying = clock, self.visits + ending, self.flying - ending
+        if step == 1:
+            self.timed = self.elapsed, self.visits
+        elif step == 22:
+            self.judge(self.elapsed - self.timed[0], self.visits - self.timed[1])
+        if step <= 3 or run.log.due() or (self.cfg.train_log_every and step % self.cfg.train_log_every == 0):
+            ms, rate = 1000 * self.ended, (self.tokens - self.marked[1]) / max(self.ended - self.marked[0], 1e-9)
+            self.marked = self.ended, self.tokens
+            run.log(f"step:{step}/{self.cfg.iterations} train_loss:{self.loss:.4f} train_time:{ms:.0f}ms "
+                    f"step_avg:{ms / step:.2f}ms tok/s:{rate:.0f} lr_scale:{scale:.3f}")  # fmt: skip
+    def judge(self, seconds: float, visits: int) -> None:  # by steps 2 to 21: what the budget allows, whether to go on
+        cfg, (plain, looped), share = self.cfg, map(len, self.cfg.plans), min(self.cfg.enable_looping_at, 1.0)
+        steps = min(cfg.iterations, self.budget * visits / seconds * (share / plain + (1 - share) / looped))
+        self.run.log(f"speed: {50 * seconds:.1f}ms per step; the budget allows about {steps:.0f} steps")
+        if 0 < cfg.pod_speedgate_ms < 50 * seconds:
+            raise RunStopped(f"POD_SPEEDGATE_MS={cfg.pod_speedgate_ms:g}: a step takes {50 * seconds:.1f} ms")
+
 def train(run: Run, reserve: float) -> bool:
     """Trains until the budget less `reserve` seconds is spent and leaves the EMA of the weights in the model. Schedules
-    follow the share of the budget spent (the ranks' mean clock), or of ITERATIONS without one. No step may end too
-    late. Returns whether the loops ran at the end: scoring uses the depth that was trained (W6). Raises
-    FloatingPointError on a loss or gradient that is not finite, once the average of the steps before is saved."""
-    cfg, ranks, log, plans = run.cfg, run.ranks, run.log, run.cfg.plans
-    budget = (cfg.max_wallclock_seconds or math.inf) - reserve
-    elapsed, longest, looped, loss, tokens, step, marked = 0.0, 0.0, False, math.nan, 0, 0, (0.0, 0)
-    steps, start = PackedLoader(run.streams["train"], run.tokenizer.bos_id, cfg, ranks).steps(), ranks.now()
-    while step < cfg.iterations:
-        frac = step / cfg.iterations if budget == math.inf else elapsed / budget
+    follow the share of the budget spent, or of ITERATIONS without one. No step may end too late. Returns whether the
+    loops ran at the end: scoring uses the depth that was trained (W6). Raises FloatingPointError on a loss or gradient
+    that is not finite, once the average of the steps before is saved."""
+    cfg, ranks, log, plans, looped = run.cfg, run.ranks, run.log, run.cfg.plans, False
+    steps = PackedLoader(run.streams["train"], run.tokenizer.bos_id, cfg, ranks).steps()
+    progress = Progress(run, (cfg.max_wallclock_seconds or math.inf) - reserve)
+    while progress.step < cfg.iterations:
+        frac, step = progress.frac(), progress.step
         switch = cfg.num_loops > 0 and not looped and frac >= cfg.enable_looping_at
-        longest *= len(plans[1]) / cfg.num_layers if switch else 1.0  # the next steps are longer
-        if elapsed + longest > budget:
+        plan = plans[looped or switch]
+        if not progress.fits(len(plan)):
             break
         if switch:
             looped = True
-            log(f"layer_loop:enabled step:{step} frac:{frac:.3f} order:{[v.layer for v in plans[1]]}")
+            log(f"layer_loop:enabled step:{step} frac:{frac:.3f} order:{[v.layer for v in plan]}")
         rows, num_targets = next(steps)
-        local = accumulate(run.forward, plans[looped], rows, num_targets)
-        norm = float(run.optimizers.step(lr_scale(frac, cfg), muon_momentum(step, cfg)))
-        mine = torch.stack([local, local.new_tensor((ranks.now() - start) / ranks.world_size)])
-        before, (loss, elapsed) = elapsed, ranks.sum(mine).tolist()
-        if not math.isfinite(loss + norm):
-            run.save("last_good.pt", run.optimizers.averages(newest=False), step, looped)
-            raise FloatingPointError(f"loss {loss}, gradient norm {norm} in step {step + 1}; last_good.pt is before")
-        step, tokens, longest = step + 1, tokens + num_targets, max(longest * 0.98, elapsed - before)
-        if step <= 3 or log.due() or (cfg.train_log_every and step % cfg.train_log_every == 0):
-            rate, marked = (tokens - marked[1]) / max(elapsed - marked[0], 1e-9), (elapsed, tokens)
-            log(f"step:{step}/{cfg.iterations} train_loss:{loss:.4f} train_time:{1000 * elapsed:.0f}ms step_avg:"
-                f"{1000 * elapsed / step:.2f}ms tok/s:{rate:.0f} lr_scale:{lr_scale(frac, cfg):.3f}")  # fmt: skip
-        if cfg.val_loss_every and step % cfg.val_loss_every == 0:
+        local = accumulate(run.forward, plan, rows, num_targets, run.graphs)
+        progress.read()  # of the step before, which the device has done by now
+        norm = run.optimizers.step(lr_scale(frac, cfg), muon_momentum(step, cfg))
+        progress.send(local, norm, len(plan), num_targets, (lr_scale(frac, cfg), looped))
+        if cfg.val_loss_every and progress.step % cfg.val_loss_every == 0:
+            progress.read()
             with run.phase("validate", "none"):
-                result = run.evaluate(plan=plans[looped])
-            start += run.phases[-1][2]  # off the clock
-            log(f"{step}/{cfg.iterations} val_loss: {result['val_loss']:.4f} val_bpb: {result['val_bpb']:.4f}")
+                result = run.evaluate(plan=plan)
+            progress.start += run.phases[-1][2]  # off the clock
+            log(f"{step + 1}/{cfg.iterations} val_loss: {result['val_loss']:.4f} val_bpb: {result['val_bpb']:.4f}")
     steps.close()
-    log(f"stopping: step:{step}/{cfg.iterations} train_time:{1000 * elapsed:.0f}ms; ema:applying EMA weights")
-    ema = run.optimizers.averages(newest=True)
+    progress.read()
+    step, ema = progress.step, run.optimizers.averages(newest=True)
+    log(f"stopping: step:{step}/{cfg.iterations} train_time:{1000 * progress.ended:.0f}ms; ema:applying EMA weights")
     run.model.load_state_dict(ema)
-    run.final |= {"steps": step, "train_loss": loss, "train_tokens": tokens}
+    run.final |= {"steps": step, "train_loss": progress.loss, "train_tokens": progress.tokens}
     run.save("final_model.pt", ema, step, looped)
     return looped
 
@@ -1391,6 +1491,7 @@ class Run:  # from its data to its report, the same on all ranks; `go` holds the
         run_id = ranks.gather(run_id)[0]
         self.folder = Path(cfg.artifact_dir or f"runs/{run_id}")
         self.log = Log(Path(f"logs/{run_id}.txt"), ranks.is_main)
+        self.sentinel, self.graphs = Sentinel(self.log), {}
         self.facts = {
             "run_id": run_id, "preset": cfg.preset, "seed": cfg.seed, "world_size": ranks.world_size,
             "device": torch.cuda.get_device_name() if ranks.device.type == "cuda" else f"CPU, {os.cpu_count()} cores",
@@ -1478,12 +1579,23 @@ class Run:  # from its data to its report, the same on all ranks; `go` holds the
                     Adaptation(self.model, self.ttt_forward, last, ranks.device).warm_up()
                     self.model.requires_grad_(True)
                 self.log("warmup:done (random tokens, no validation data)")
+        if trains and cfg.cuda_graph and ranks.device.type == "cuda" and self.backend != "sdpa":  # sdpa asks the host
+            self.optimizers.keep_gradients, pool = True, torch.cuda.graph_pool_handle()
+            for p in self.model.parameters():
+                p.grad = torch.zeros_like(p)
+            self.graphs = {plan: captured(self.forward, plan, row, pool) for plan in {cfg.plans[0], last}}
+            self.model.zero_grad(set_to_none=False)
+        self.sentinel = Sentinel(self.log)  # of what is compiled from here on
         reserve = max(ranks.gather(reserve)) if cfg.gptq_reserve_seconds < 0 else cfg.gptq_reserve_seconds
         if 0 < cfg.max_wallclock_seconds < 2 * reserve:
             raise UsageError(f"MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g}: compression needs {reserve:.1f} s")
         self.log(f"gptq:reserving {reserve:.1f}s, effective={1000 * (cfg.max_wallclock_seconds - reserve):.0f}ms")
         return reserve
 
+    def check_compiled(self, count: float) -> None:  # of all ranks, since warm-up
+        self.final["recompilations"] = int(count)
+        if 0 <= self.cfg.recompile_limit < count:
+            raise RunStopped(f"RECOMPILE_LIMIT={self.cfg.recompile_limit}: {count:.0f} compilations after warm-up")
     def save(self, name: str, weights: dict[str, Tensor], step: int, looped: bool) -> None:
         saved = {"config": {f: getattr(self.cfg, f) for f in MODEL_FIELDS}, "looped": looped, "step": step}
         saved |= {"tokenizer": self.tokenizer.sha256, "weights": {k: v.detach().cpu() for k, v in weights.items()}}
@@ -1525,6 +1637,7 @@ class Run:  # from its data to its report, the same on all ranks; `go` holds the
             result = evaluation()
         if result["tokens"] != expected:
             raise RuntimeError(f"{label}: scored {result['tokens']} targets of {expected}")
+        self.check_compiled(sum(self.ranks.gather(self.sentinel.poll())))
         loss, bpb, seconds = result["val_loss"], result["val_bpb"], self.phases[-1][2]
         self.log(f"{label} val_loss:{loss:.8f} val_bpb:{bpb:.8f} eval_time:{1000 * seconds:.0f}ms")
         self.final |= {f"{key}_loss": loss, f"{key}_bpb": bpb, "val_loss": loss, "val_bpb": bpb}
@@ -1549,7 +1662,7 @@ class Run:  # from its data to its report, the same on all ranks; `go` holds the
         self.log("final " + json.dumps(self.final, sort_keys=True))
         return self.final
 
-def main(argv: list[str]) -> int:  # exit status: 0 done, 2 wrong configuration or data, 1 the run failed
+def main(argv: list[str]) -> int:  # exit status: 0 done, 1 the run failed, 2 wrong configuration or data, 3 stopped
     try:
         if argv == ["--knobs"]:
             print_knobs()
@@ -1557,10 +1670,10 @@ def main(argv: list[str]) -> int:  # exit status: 0 done, 2 wrong configuration 
         if argv:
             raise UsageError(f"{argv[0]}: knobs are environment variables; the only argument is --knobs")
         Run(*Config.from_env(os.environ, torch.cuda.is_available()), Ranks(os.environ)).go()
-    except (UsageError, FloatingPointError) as error:
+    except (UsageError, RunStopped, FloatingPointError) as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"train_gpt.py: {error}", file=sys.stderr, flush=True)
-        return 2 if isinstance(error, UsageError) else 1
+        return {UsageError: 2, RunStopped: 3}.get(type(error), 1)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
