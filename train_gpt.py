@@ -50,6 +50,7 @@ SOURCE = Path(__file__).read_bytes()  # the text that runs, taken before anyone 
 LIMIT_BYTES = 16_000_000  # code and model together, decimal
 class UsageError(ValueError):
     """Wrong configuration, data or file. The message is all the user sees, one line per problem; exit status 2."""
+class RunStopped(RuntimeError): ...  # by a limit that the user has set; one line, exit status 3
 
 # === 1. Configuration: every knob is an environment variable; a field is its variable in lower case ===================
 def knob(default: Any, doc: str, lo: float = 0, hi: float = 1e18, choices: tuple = ()) -> Any:
@@ -68,6 +69,7 @@ class Config:  # defaults are the `record` preset's; `PRESETS` overrides them an
     tokenizer_path: str = knob("", "SentencePiece model; default: the manifest's, else fineweb_<VOCAB_SIZE>_bpe.model")
     data_loader: str = knob("documents", "attention stays within documents, or rows", choices=("documents", "rows"))
     compute_dtype: str = knob("bf16", "activations and products; parameters are fp32", choices=("bf16", "fp32"))
+    cuda_graph: bool = knob(False, "forward and backward of a row as a CUDA graph, where attention allows it")
     compile: bool = knob(True, "torch.compile the forwards and Newton-Schulz")
     attention_backend: str = knob("auto", "or the first right", choices=("auto", "fa3", "fa4", "fa2", "torch", "sdpa"))
     fused_mlp: bool = knob(True, "products of the MLP with their activation; 0: separate operators")
@@ -86,6 +88,8 @@ class Config:  # defaults are the `record` preset's; `PRESETS` overrides them an
     micro_batch_tokens: int = knob(98304, "tokens per row; a rank takes every WORLD_SIZE-th row of a step", 1)
     train_seq_len: int = knob(2048, "longest segment; longer documents are cut", 2)
     cu_seqlens_capacity: int = knob(512, "segments a row can hold: one shape, one graph (W25)", 2)
+    pod_speedgate_ms: float = knob(0.0, "a mean of 20 steps above it stops the run, exit status 3; 0: off")
+    recompile_limit: int = knob(-1, "more compilations after warm-up stop the run, exit status 3; -1: only count", -1)
     train_log_every: int = knob(500, "steps; besides, a line every 8 s; 0: only those")
     val_loss_every: int = knob(4000, "steps between validations, off the clock; 0: never")
     # Model
@@ -116,6 +120,7 @@ class Config:  # defaults are the `record` preset's; `PRESETS` overrides them an
     muon_momentum_warmup_start: float = knob(0.92, "first momentum", 0, 0.9999)
     muon_momentum_warmup_steps: int = knob(1500, "steps from the first to the final momentum")
     muon_backend_steps: int = knob(5, "Newton-Schulz iterations", 1, 20)
+    muon_coeffs: str = knob("quintic", "of these; polar has five", choices=("quintic", "polar"))
     muon_row_normalize: bool = knob(True, "rows of the update to unit norm first (MuonEq-R)")
     beta1: float = knob(0.9, "AdamW", 0, 0.9999)
     beta2: float = knob(0.95, "AdamW", 0, 0.99999)
@@ -126,7 +131,7 @@ class Config:  # defaults are the `record` preset's; `PRESETS` overrides them an
     embed_wd: float = knob(0.085, "decoupled decay of the embedding")
     ema_decay: float = knob(0.9965, "of the average of all parameters that is exported", 0, 0.999999)
     # Artifact
-    gptq_calibration_batches: int = knob(64, "training rows for the Hessians, shared out over the ranks", 1)
+    gptq_calibration_batches: int = knob(16, "training rows for the Hessians, shared out over the ranks", 1)
     matrix_bits: int = knob(6, "integer width of the bank matrices", 2, 8)
     embed_bits: int = knob(7, "integer width of the embedding (PR #1586)", 2, 8)
     matrix_clip_sigmas: float = knob(12.85, "range of the integers in standard deviations of a row", 0.1)
@@ -227,6 +232,8 @@ class Config:  # defaults are the `record` preset's; `PRESETS` overrides them an
             ("VAL_BATCH_TOKENS", c.val_batch_tokens >= 8 * c.eval_seq_len, "at least 8 * EVAL_SEQ_LEN"),
             ("EVAL_STRIDE", c.eval_stride <= c.eval_seq_len, "at most EVAL_SEQ_LEN"),
             ("TTT_CHUNK_SIZE", c.ttt_chunk_size <= c.ttt_eval_seq_len, "at most TTT_EVAL_SEQ_LEN"),
+            ("MUON_BACKEND_STEPS", c.muon_backend_steps <= len(MUON_COEFFS[c.muon_coeffs]), "up to 5 with MUON_COEFFS"),
+            ("RECOMPILE_LIMIT", c.recompile_limit < 0 or c.warmup_steps > 0, "-1 with WARMUP_STEPS"),
             ("GPTQ_RESERVE_SECONDS", not limit or c.gptq_reserve_seconds < limit, "below MAX_WALLCLOCK_SECONDS"),
             ("COMPRESSOR", importlib.util.find_spec(package) is not None, f"lzma, or {package} must be installed"),
             ("VAL_DOC_FRACTION", c.val_doc_fraction == 1 or c.data_loader == "documents", "1 with DATA_LOADER"),
@@ -241,14 +248,14 @@ MODEL_FIELDS = """vocab_size num_layers model_dim num_heads num_kv_heads mlp_mul
 NOT_KNOBS = """EMBEDDING_DIM TIE_EMBEDDINGS EMBED_LR HEAD_LR ROPE_TRAIN_SEQ_LEN ROPE_YARN MUON_BETA2 TTT_DEBUG_BYPASS
     CONTROL_TENSOR_NAME_PATTERNS TTT_EVAL_BATCHES TTT_OUTPUT_DIR""".split()
 PR1530 = dict(warmdown_frac=0.72, min_lr=0.0, matrix_lr=0.022, gptq_reserve_seconds=13.0, embed_bits=8,
-              embed_clip_sigmas=20.0, compressor="brotli", ttt_chunk_size=32)  # fmt: skip
+              embed_clip_sigmas=20.0, compressor="brotli", ttt_chunk_size=32, gptq_calibration_batches=64)  # fmt: skip
 PR1560 = {**PR1530, "warmdown_frac": 0.75, "ttt_chunk_size": 48}
 CPU = dict(
     dataset="pydocs_sp1024", vocab_size=1024, compile=False, num_layers=6, model_dim=192, num_heads=3, num_kv_heads=1,
     mlp_mult=3.0, xsa_last_n=6, num_loops=1, loop_start=2, loop_end=3, enable_looping_at=0.8, parallel_start_layer=4,
     max_wallclock_seconds=125.0, train_batch_tokens=2048, micro_batch_tokens=2048, train_seq_len=512,
     cu_seqlens_capacity=64, train_log_every=0, val_loss_every=0, matrix_lr=0.03, muon_momentum=0.95,
-    muon_momentum_warmup_start=0.85, muon_momentum_warmup_steps=100, ema_decay=0.98, gptq_calibration_batches=16,
+    muon_momentum_warmup_start=0.85, muon_momentum_warmup_steps=100, ema_decay=0.98,
     val_batch_tokens=65536, eval_seq_len=512, ttt_lora_rank=8, ttt_lora_lr=1e-3, ttt_chunk_size=128,
     ttt_eval_seq_len=512, ttt_batch_size=16)  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {"record": {}, "pr1530": PR1530, "pr1560": PR1560, "cpu": CPU}
@@ -281,17 +288,13 @@ class Ranks:  # this process among its peers: all ranks must call a method toget
         if self.distributed:
             dist.all_gather_object(values, value)
         return values
-    def reduce_scatter(self, shard: Tensor, full: Tensor) -> None:  # shard <- this rank's 1 / W of the sum of full
+    def reduce_scatter(self, shard: Tensor, full: Tensor) -> None:  # shard (n,) <- this rank's row of the sum of (W, n)
         if self.distributed and full.is_cuda:  # not every torch we support has it for gloo
-            dist.reduce_scatter_tensor(shard, full)
+            dist.reduce_scatter_tensor(shard, full.view(-1))
         else:
-            shard.copy_(self.sum(full).unflatten(0, (self.world_size, -1))[self.rank])
-    def all_gather(self, shard: Tensor) -> Tensor:  # (n, ...) of every rank, in rank order -> (world_size * n, ...)
-        if not self.distributed:
-            return shard
-        full = shard.new_empty(self.world_size * len(shard), *shard.shape[1:])
-        dist.all_gather_into_tensor(full, shard)
-        return full
+            shard.copy_(self.sum(full)[self.rank])
+    def all_gather(self, full: Tensor, shard: Tensor) -> None:  # row r of full (W, n) <- rank r's shard (n,)
+        dist.all_gather_into_tensor(full.view(-1), shard)  # gloo knows no rows
     def tickets(self) -> Iterator[int]:  # 0, 1, 2, .. of a new counter; each goes to the rank that asks first (W49)
         self.queues += 1
         store = dist.distributed_c10d._get_default_store() if self.distributed else dist.HashStore()
@@ -301,6 +304,14 @@ class Ranks:  # this process among its peers: all ranks must call a method toget
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.monotonic()
+
+    def late(self, values: Tensor) -> Callable[[], tuple[list[float], float]]:
+        """Numbers on their way to the host: the result waits for them alone, and says when they were there."""
+        if not values.is_cuda:
+            return partial(tuple, (values.tolist(), self.now()))
+        host, there = values.to("cpu", non_blocking=True), torch.cuda.Event()  # pinned: returns at once
+        there.record()
+        return lambda: (there.synchronize(), (host.tolist(), time.monotonic()))[1]
 
 class Log:  # lines for people on rank 0: to the terminal and to a file
     def __init__(self, path: Path, is_main: bool):
@@ -314,6 +325,21 @@ class Log:  # lines for people on rank 0: to the terminal and to a file
             print(line, file=file, flush=True)
     def due(self) -> bool:  # whether the last line is 8 s ago: a long loop shows that it is alive
         return time.monotonic() - self.last > 8
+
+class Sentinel:  # counts graphs and kernels compiled since it was made, and logs why
+    def __init__(self, log: Callable[[str], None]):
+        self.log, self.count, self.found = log, 0, []
+        torch._dynamo.utils.clear_compilation_metrics()
+        if triton is not None:
+            triton.knobs.runtime.jit_post_compile_hook = lambda **about: self.found.append(f"kernel {about['repr']}")
+    def poll(self) -> int:
+        graphs = [m for m in torch._dynamo.utils.get_compilation_metrics() if m.is_forward]  # or it counts twice
+        torch._dynamo.utils.clear_compilation_metrics()
+        self.found += [f"{m.co_name}: {m.recompile_reason or 'its first graph'}" for m in graphs]
+        self.count += len(self.found)
+        while self.found:
+            self.log(f"recompilation: {self.found.pop(0)}")
+        return self.count
 
 def write_atomic(path: Path, data: bytes) -> None:  # afterwards `path` holds all of it or is untouched
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -1107,11 +1133,19 @@ class LoRA(NamedTuple):
         return dict(zip(self.sites, pairs, strict=True))
 
 # === 7. Optimisation: Muon on banks, AdamW on the rest, schedules =====================================================
-def newton_schulz(g: Tensor, steps: int) -> Tensor:  # singular values of each matrix of g (n, r, c) towards 1
-    a, b, c = 3.4445, -4.7750, 2.0315  # quintic, of Muon (K. Jordan)
+MUON_COEFFS = {  # x -> a x + b x^3 + c x^5 of every singular value, a triple per iteration
+    "quintic": [(3.4445, -4.7750, 2.0315)] * 20,  # of Muon (K. Jordan): 0.002..1 to 0.68..1.20
+    "polar": [  # Polar Express (arXiv 2505.16932; PR #1344): 0.001..1 to 0.86..1.14; diverges from 1.022 on
+        (8.156554524902461, -22.48329292557795, 15.878769915207462),
+        (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+        (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+        (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+        (2.3465413258596377, -1.7097828382687081, 0.42323551169305323)]}  # fmt: skip
+def newton_schulz(g: Tensor, steps: int, coeffs: str = "quintic") -> Tensor:
+    """Singular values of each matrix of g (n, r, c) towards 1, the vectors as they are."""
     x = g.mT if g.size(-2) > g.size(-1) else g
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):
+    for a, b, c in MUON_COEFFS[coeffs][:steps]:
         y = x @ x.mT
         x = a * x + torch.baddbmm(y, y, y, beta=b, alpha=c) @ x
     return x.mT if g.size(-2) > g.size(-1) else x
@@ -1122,70 +1156,139 @@ def muon_update(grad: Tensor, buffer: Tensor, momentum: Tensor, cfg: Config) -> 
     u = grad + momentum * buffer
     if cfg.muon_row_normalize:
         u = u / u.norm(dim=-1, keepdim=True).clamp_min(1e-7)
-    return newton_schulz(u.to(cfg.dtype), cfg.muon_backend_steps)
+    return newton_schulz(u.to(cfg.dtype), cfg.muon_backend_steps, cfg.muon_coeffs)
 
-class Muon(torch.optim.Optimizer):
-    """Muon for banks of matrices (B, out, in) that act as y = x W^T: reduce-scatter of gradients, step on the shard,
-    all-gather of updates (PR #399). A rank owns floor or ceil(B / W) slices; one more in a shard is padding. The rate
-    is the spectral norm of an update over sqrt(max(1, out / in)). All state is in the state dict (W1)."""
-    def __init__(self, banks: list[nn.Parameter], cfg: Config, ranks: Ranks):
-        super().__init__([{"params": banks, "lr": cfg.matrix_lr, "base_lr": cfg.matrix_lr}], {})
-        self.cfg, self.ranks, W = cfg, ranks, ranks.world_size
-        self.update = torch.compile(muon_update, dynamic=False) if cfg.compile else muon_update
-        self.places, self.own, self.shards = {}, {}, {}
-        for p in banks:
-            share, counts = -(-len(p) // W), [len(p) // W + (r < len(p) % W) for r in range(W)]
-            places = [r * share + i for r, count in enumerate(counts) for i in range(count)]
-            self.places[p] = torch.tensor(places, device=p.device)  # slice of the bank -> slice of the gathered shards
-            self.own[p], dtype = counts[ranks.rank], torch.float32 if W == 1 else cfg.dtype
-            self.shards[p] = torch.zeros(share, *p.shape[1:], device=p.device, dtype=dtype)
-            self.state[p]["momentum_buffer"] = torch.zeros(self.own[p], *p.shape[1:], device=p.device)
+def muon_step(grad: Tensor, buffer: Tensor, weight: Tensor, average: Tensor, sent: Tensor | None, rates: Tensor,
+              cfg: Config) -> None:  # fmt: skip
+    """One pass over matrices (n, r, c) of a rank: fp32 and changed in place, but `sent`, which gets the new weights in
+    the compute dtype. `rates`: clip, momentum, learning rate. The average takes in the weights of the step before: by
+    then the host knows that its loss was finite."""
+    clip, momentum, lr = rates.unbind()
+    average.lerp_(weight, 1 - cfg.ema_decay)
+    update = muon_update(grad.float() * clip, buffer, momentum, cfg).float()
+    weight.mul_(1 - lr * cfg.muon_wd).sub_(update * (lr * math.sqrt(max(1.0, weight.size(-2) / weight.size(-1)))))
+    if sent is not None:
+        sent.copy_(weight)
 
-    def reduce(self) -> Tensor:  # sums gradients over ranks into the shards; returns the squared norm of them all
-        total = torch.zeros((), device=next(iter(self.shards)).device)
-        for p, shard in self.shards.items():
-            full = shard.new_zeros(self.ranks.world_size * len(shard), *p.shape[1:])
-            self.ranks.reduce_scatter(shard, full.index_copy_(0, self.places[p], p.grad.to(full.dtype)))
-            total += shard[: self.own[p]].float().square().sum()
-        return self.ranks.sum(total)
+def deal(banks: dict[str, Tensor], world_size: int) -> list[dict[str, slice]]:
+    """The slices of every bank that each rank owns: largest matrices first, each to the rank with the fewest values so
+    far. The record model on 8 ranks: the largest share is 2 % above the mean, where equal banks need 36 % (W21)."""
+    loads, counts = [0] * world_size, {name: [0] * world_size for name in banks}
+    for name, bank in sorted(banks.items(), key=lambda item: -item[1][0].numel()):
+        for _ in range(len(bank)):
+            rank = loads.index(min(loads))
+            loads[rank] += bank[0].numel()
+            counts[name][rank] += 1
+    ends = {name: np.cumsum(count).tolist() for name, count in counts.items()}
+    return [{name: slice(ends[name][r] - counts[name][r], ends[name][r]) for name in banks} for r in range(world_size)]
 
-    @torch.no_grad()
-    def step(self, clip: Tensor, momentum: Tensor) -> None:  # one update from the reduced shards times `clip`; scalars
-        lr = self.param_groups[0]["lr"]
-        for p, shard in self.shards.items():
-            mine = torch.zeros(shard.shape, device=p.device, dtype=self.cfg.dtype)
-            if own := self.own[p]:
-                buffer = self.state[p]["momentum_buffer"]
-                mine[:own] = self.update(shard[:own].float() * clip, buffer, momentum, self.cfg)
-            full = self.ranks.all_gather(mine)
-            p.mul_(1 - lr * self.cfg.muon_wd)
-            p.add_(full[self.places[p]], alpha=-lr * math.sqrt(max(1.0, p.size(-2) / p.size(-1))))
+class Muon:
+    """Muon for banks of matrices (B, out, in) that act as y = x W^T: reduce-scatter of gradients, one pass over what a
+    rank owns, all-gather of weights (PR #399 gathers updates). Momentum, average and exact weights exist only at their
+    owner; the other slices of the model's banks are as received, in the compute dtype, to which the forward casts
+    anyway. (Banks of that dtype would save a cast, 0.1 % of a step, and add up microbatches in bf16.) A message has a
+    row for each rank: its slices end to end, then zeros up to the largest share, because collectives want equal ones.
+    The rate is the spectral norm of an update over sqrt(max(1, out / in))."""
+    def __init__(self, banks: dict[str, nn.Parameter], cfg: Config, ranks: Ranks):
+        self.banks, self.cfg, self.ranks, self.shares = banks, cfg, ranks, deal(banks, ranks.world_size)
+        self.one_pass = torch.compile(muon_step, dynamic=False) if cfg.compile else muon_step
+        self.mine, self.sent, self.alone = self.shares[ranks.rank], {}, ranks.world_size == 1
+        self.own = {name: banks[name].data[s] for name, s in self.mine.items()}  # views: stepped in place
+        self.momentum = {name: torch.zeros_like(w) for name, w in self.own.items()}
+        self.average = {name: w.clone() for name, w in self.own.items()}
+        if not self.alone:
+            room = max(sum(banks[name][s].numel() for name, s in share.items()) for share in self.shares)
+            self.message = torch.zeros(ranks.world_size, room, dtype=cfg.dtype, device=ranks.device)
+            self.reduced, self.part = torch.zeros_like(self.message[0]), torch.zeros_like(self.message[0])
+            self.sent, rows = self.pieces(self.part, self.mine), zip(self.message, self.shares, strict=True)
+            self.places = [(rank, *x) for rank, row in enumerate(rows) for x in self.pieces(*row).items()]
 
-class Optimizers:  # all as one: reduce every gradient, clip by the norm of the reduced ones (W2), step
+    def pieces(self, row: Tensor, share: dict[str, slice]) -> dict[str, Tensor]:  # of a message -> a rank's slices
+        sizes = [self.banks[name][s].numel() for name, s in share.items()]
+        parts = zip(share.items(), row[: sum(sizes)].split(sizes), strict=True)
+        return {name: x.view_as(self.banks[name][s]) for (name, s), x in parts}
+    def whole(self, own: dict[str, Tensor]) -> dict[str, Tensor]:  # banks in fp32 of all ranks' slices; all call it
+        banks = {name: torch.zeros_like(p, requires_grad=False) for name, p in self.banks.items()}
+        for name, s in self.mine.items():
+            banks[name][s] = own[name]
+        return own | {name: self.ranks.sum(bank) for name, bank in banks.items()}
+    def reduce(self) -> Tensor:  # sums gradients over ranks, at their owners; returns the squared norm of them all
+        self.grads = {name: p.grad for name, p in self.banks.items()}
+        if not self.alone:
+            parts = [self.grads[name][self.shares[rank][name]] for rank, name, _ in self.places]
+            torch._foreach_copy_([x for *_, x in self.places], parts)
+            self.ranks.reduce_scatter(self.reduced, self.message)
+            self.grads = self.pieces(self.reduced, self.mine)
+        return self.ranks.sum(torch.stack([g.float().square().sum() for g in self.grads.values()]).sum())
+    def step(self, rates: Tensor) -> None:  # one update from the reduced gradients; `rates` as in muon_step
+        for name, w in self.own.items():
+            if len(w):
+                state = self.momentum[name], w, self.average[name], self.sent.get(name)
+                self.one_pass(self.grads[name], *state, rates, self.cfg)
+        if not self.alone:
+            self.ranks.all_gather(self.message, self.part)
+            theirs = [place for place in self.places if place[0] != self.ranks.rank]
+            copies = [self.banks[name].data[self.shares[rank][name]] for rank, name, _ in theirs]
+            torch._foreach_copy_(copies, [x for *_, x in theirs])
+
+class Optimizers:
+    """All as one: reduce every gradient, clip by the norm of the reduced ones (W2), step, average. The embedding and
+    the small parameters become views of one flat tensor, the same on every rank: one message, one average."""
     def __init__(self, model: GPT, cfg: Config, ranks: Ranks):
         self.model, self.cfg, self.ranks, table = model, cfg, ranks, parameter_table(cfg)
-        group = {"muon": [], "embed": [], "scalar": []}
+        self.keep_gradients = False  # zeroed in place: a CUDA graph adds to them
+        group = {"muon": {}, "embed": {}, "scalar": {}}
         for name, p in model.named_parameters():
-            group[table.pop(name).group].append(p)
+            group[table.pop(name).group][name] = p
         assert not table, f"the table names {list(table)}, which the model has not"
-        self.muon, self.replicated = Muon(group["muon"], cfg, ranks), [*group["scalar"], *group["embed"]]
-        settings = [("embed", cfg.tied_embed_lr, cfg.embed_wd), ("scalar", cfg.scalar_lr, cfg.adam_wd)]
-        groups = [dict(params=group[name], lr=lr, base_lr=lr, weight_decay=decay) for name, lr, decay in settings]
+        aligned = sorted(group["scalar"].items(), key=lambda item: item[1].numel() % 4)  # vector loads want 16 bytes
+        self.muon, self.small = Muon(group["muon"], cfg, ranks), group["embed"] | dict(aligned)
+        self.flat = torch.cat([p.detach().flatten() for p in self.small.values()])
+        for name, view in self.views(self.flat).items():
+            self.small[name].data = view
+        self.average, size = self.flat.clone(), sum(p.numel() for p in group["embed"].values())
+        self.leaves = [nn.Parameter(x) for x in (self.flat[:size], self.flat[size:])]
+        settings = zip(self.leaves, (cfg.tied_embed_lr, cfg.scalar_lr), (cfg.embed_wd, cfg.adam_wd), strict=True)
+        groups = [dict(params=[leaf], lr=lr, base_lr=lr, weight_decay=decay) for leaf, lr, decay in settings]
         self.adam = torch.optim.AdamW(groups, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=True)
+        weights, average = self.views(self.flat) | self.muon.own, self.views(self.average) | self.muon.average
+        self.state = {"weights": weights, "average": average, "momentum": self.muon.momentum}  # this rank's, exact
+    def views(self, flat: Tensor) -> dict[str, Tensor]:
+        parts = flat.split([p.numel() for p in self.small.values()])
+        return {name: x.view_as(p) for (name, p), x in zip(self.small.items(), parts, strict=True)}
 
+    @torch.no_grad()
     def step(self, lr_scale: float, momentum: float) -> Tensor:  # clears the gradients; returns the reduced one's norm
         squares = self.muon.reduce()
-        flat = self.ranks.sum(torch.cat([p.grad.flatten() for p in self.replicated]))  # all small ones in one message
+        flat = self.ranks.sum(torch.cat([p.grad.flatten() for p in self.small.values()]))
         norm = (squares + flat.square().sum()).sqrt()
         clip = ((self.cfg.grad_clip_norm or math.inf) / (norm + 1e-6)).clamp_max(1.0)
-        for p, g in zip(self.replicated, (flat * clip).split([p.numel() for p in self.replicated]), strict=True):
-            p.grad = g.view_as(p)
-        for g in [*self.muon.param_groups, *self.adam.param_groups]:  # anew each time: load_state_dict replaces them
+        self.average.lerp_(self.flat, 1 - self.cfg.ema_decay)  # of the step before, as in muon_step
+        for leaf, g in zip(self.leaves, flat.mul_(clip).split([x.numel() for x in self.leaves]), strict=True):
+            leaf.grad = g
+        for g in self.adam.param_groups:  # anew each time: load_state_dict replaces them
             g["lr"] = g["base_lr"] * lr_scale
         self.adam.step()
-        self.muon.step(clip, torch.tensor(momentum, device=norm.device))
-        self.model.zero_grad(set_to_none=True)
+        rates = [norm.new_full((), x) for x in (momentum, self.cfg.matrix_lr * lr_scale)]  # a copy would be waited for
+        self.muon.step(torch.stack([clip, *rates]))
+        self.model.zero_grad(set_to_none=not self.keep_gradients)
         return norm
+
+    @torch.no_grad()
+    def averages(self, newest: bool) -> dict[str, Tensor]:  # whole, with the newest step's weights or as before it
+        share, weights = 1 - self.cfg.ema_decay, self.state["weights"]
+        found = {n: old.lerp(weights[n], share) if newest else old for n, old in self.state["average"].items()}
+        return self.muon.whole(found)
+    def state_dict(self) -> dict[str, Any]:
+        """All that steps read and change, in whole tensors, equal for any number of ranks; all must call it. As in
+        torch, some are the live ones."""
+        return {key: self.muon.whole(own) for key, own in self.state.items()} | {"adam": self.adam.state_dict()}
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["weights"])
+        for name, x, saved in [(n, x, state[key][n]) for key, own in self.state.items() for n, x in own.items()]:
+            x.copy_(saved[self.muon.mine.get(name, ...)])
+        self.adam.load_state_dict(state["adam"])
 
 def lr_scale(frac: float, cfg: Config) -> float:  # 1, then linear to 0 over the last WARMDOWN_FRAC; at least MIN_LR
     return 1.0 if frac < 1 - cfg.warmdown_frac else max((1 - frac) / cfg.warmdown_frac, cfg.min_lr)
@@ -1268,13 +1371,37 @@ def evaluate(forward: Callable, plan: tuple[Visit, ...], docs: Documents, table:
     return meter.result(ranks)
 
 # === 9. Training ======================================================================================================
-def accumulate(forward: Callable, plan: tuple[Visit, ...], rows: list[Batch], num_targets: int) -> Tensor:
+def backward(forward: Callable, plan: tuple[Visit, ...], row: Batch, count: Tensor) -> Tensor:
+    """Adds the gradient of the row's nats / count to the parameters'; returns that part of the loss, detached."""
+    loss = forward(row, plan).sum() / count
+    loss.backward()
+    return loss.detach()
+
+def captured(forward: Callable, plan: tuple[Visit, ...], row: Batch, pool: Any) -> Callable[[Batch, Tensor], Tensor]:
+    """`backward` of one plan as a CUDA graph: one launch per row. It works in fixed places: rows are copied to where it
+    reads, gradients are zeroed where they are, and the loss is overwritten by the next call."""
+    inputs = [*(x.clone() for x in row[:3]), torch.ones((), device=row.inputs.device)]
+    call = partial(backward, forward, plan, Batch(*inputs[:3], row.max_seqlen), inputs[3])
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        call()  # so that libraries allocate what they keep
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # other threads may use CUDA meanwhile
+        loss = call()
+    def replay(row: Batch, count: Tensor) -> Tensor:
+        torch._foreach_copy_(inputs, [*row[:3], count])
+        graph.replay()
+        return loss
+    return replay
+
+def accumulate(forward: Callable, plan: tuple[Visit, ...], rows: list[Batch], num_targets: int,
+               graphs: Mapping[tuple[Visit, ...], Callable] | None = None) -> Tensor:  # fmt: skip
     """Adds the gradient of this rank's part of the mean loss over `num_targets`; returns that part, detached."""
-    total = torch.zeros((), device=rows[0].inputs.device)
+    count = torch.full((), float(num_targets), device=rows[0].inputs.device)
+    once, total = (graphs or {}).get(plan) or partial(backward, forward, plan), torch.zeros_like(count)
     for row in rows:
-        loss = forward(row, plan).sum() / num_targets
-        loss.backward()
-        total += loss.detach()
+        total += once(row, count)
     return total
 
 def synthetic_row(cfg: Config, shape: tuple[int, int, int], device: torch.device) -> Batch:
@@ -1286,7 +1413,7 @@ def synthetic_row(cfg: Config, shape: tuple[int, int, int], device: torch.device
 
 @contextlib.contextmanager
 def restored(model: nn.Module, optimizers: Optimizers) -> Iterator[None]:  # afterwards all state is as before (W1)
-    kept = [*model.state_dict().values(), *(s["momentum_buffer"] for s in optimizers.muon.state.values())]
+    kept = [*model.state_dict().values(), *(x for own in optimizers.state.values() for x in own.values())]
     copies, devices = [t.clone() for t in kept], [model.rope.device] * model.rope.is_cuda
     with torch.random.fork_rng(devices):
         yield
@@ -1294,48 +1421,92 @@ def restored(model: nn.Module, optimizers: Optimizers) -> Iterator[None]:  # aft
     optimizers.adam.state.clear()
     model.zero_grad(set_to_none=True)
 
+class Progress:
+    """What all ranks know of the training. A step's numbers are read one step late, while the device has the next one's
+    work (W20). Time is the ranks' mean clock at the end of a step; in later ones a visit of a layer counts as long as
+    the longest, so that none ends after `budget` seconds."""
+    def __init__(self, run: Run, budget: float):
+        self.run, self.cfg, self.budget, self.unread, self.start = run, run.cfg, budget, None, run.ranks.now()
+        self.step, self.tokens, self.loss, self.ended, self.marked = 0, 0, math.nan, 0.0, (0.0, 0)  # on this rank
+        self.elapsed, self.visits, self.flying, self.longest, self.timed = 0.0, 0, 0, 0.0, (0.0, 0)  # on all
+    def frac(self) -> float:  # share of the budget, or of ITERATIONS, at the start of the next step
+        spent = self.elapsed * (1 + self.flying / max(self.visits, 1))
+        return self.step / self.cfg.iterations if self.budget == math.inf else spent / self.budget
+    def fits(self, visits: int) -> bool:  # whether a step of so many visits will end within the budget
+        return self.elapsed + self.longest * (self.flying + visits) <= self.budget
+
+    def send(self, local: Tensor, norm: Tensor, visits: int, num_targets: int, about: tuple[float, bool]) -> None:
+        """After a step: part of the loss, norm of the reduced gradient, and `about`: rate factor, whether it looped."""
+        ranks, first = self.run.ranks, self.step == 0  # the first is waited for: without it, no time is known
+        clock, ending = (ranks.now() - self.start, visits) if first else (self.ended, self.flying)
+        self.flying, self.step, self.tokens = self.flying + visits, self.step + 1, self.tokens + num_targets
+        facts = (norm.new_full((), x) for x in (clock / ranks.world_size, self.run.sentinel.poll()))  # fills: no wait
+        self.unread = ending, about, ranks.late(ranks.sum(torch.stack([local, norm / ranks.world_size, *facts])))
+        if first:
+            self.read()
+    def read(self) -> None:  # what has not been read; raises if it is bad
+        if not self.unread:
+            return
+        (ending, (scale, looped), late), self.unread, run, step = self.unread, None, self.run, self.step
+        (self.loss, norm, clock, compiled), now = late()
+        self.ended = now - self.start
+        if not math.isfinite(self.loss + norm):
+            run.save("last_good.pt", run.optimizers.averages(newest=False), step - 1, looped)
+            raise FloatingPointError(f"loss {self.loss}, gradient norm {norm} in step {step}; last_good.pt is before")
+        run.check_compiled(compiled)
+        if ending:
+            self.longest = max(self.longest * 0.98, (clock - self.elapsed) / ending)
+            self.elapsed, self.visits, self.flying = clock, self.visits + ending, self.flying - ending
+        if step == 1:
+            self.timed = self.elapsed, self.visits
+        elif step == 22:
+            self.judge(self.elapsed - self.timed[0], self.visits - self.timed[1])
+        if step <= 3 or run.log.due() or (self.cfg.train_log_every and step % self.cfg.train_log_every == 0):
+            ms, rate = 1000 * self.ended, (self.tokens - self.marked[1]) / max(self.ended - self.marked[0], 1e-9)
+            self.marked = self.ended, self.tokens
+            run.log(f"step:{step}/{self.cfg.iterations} train_loss:{self.loss:.4f} train_time:{ms:.0f}ms "
+                    f"step_avg:{ms / step:.2f}ms tok/s:{rate:.0f} lr_scale:{scale:.3f}")  # fmt: skip
+    def judge(self, seconds: float, visits: int) -> None:  # by steps 2 to 21: what the budget allows, whether to go on
+        cfg, (plain, looped), share = self.cfg, map(len, self.cfg.plans), min(self.cfg.enable_looping_at, 1.0)
+        steps = min(cfg.iterations, self.budget * visits / seconds * (share / plain + (1 - share) / looped))
+        self.run.log(f"speed: {50 * seconds:.1f}ms per step; the budget allows about {steps:.0f} steps")
+        if 0 < cfg.pod_speedgate_ms < 50 * seconds:
+            raise RunStopped(f"POD_SPEEDGATE_MS={cfg.pod_speedgate_ms:g}: a step takes {50 * seconds:.1f} ms")
+
 def train(run: Run, reserve: float) -> bool:
     """Trains until the budget less `reserve` seconds is spent and leaves the EMA of the weights in the model. Schedules
-    follow the share of the budget spent (the ranks' mean clock), or of ITERATIONS without one. No step may end too
-    late. Returns whether the loops ran at the end: scoring uses the depth that was trained (W6). Raises
-    FloatingPointError on a loss or gradient that is not finite, once the average of the steps before is saved."""
-    cfg, ranks, log, live = run.cfg, run.ranks, run.log, [p.detach() for p in run.model.parameters()]
-    ema = {name: p.detach().clone() for name, p in run.model.named_parameters()}
-    budget = (cfg.max_wallclock_seconds or math.inf) - reserve
-    elapsed, longest, looped, loss, tokens, step, marked = 0.0, 0.0, False, math.nan, 0, 0, (0.0, 0)
-    steps, start = PackedLoader(run.streams["train"], run.tokenizer.bos_id, cfg, ranks).steps(), ranks.now()
-    while step < cfg.iterations:
-        frac = step / cfg.iterations if budget == math.inf else elapsed / budget
+    follow the share of the budget spent, or of ITERATIONS without one. No step may end too late. Returns whether the
+    loops ran at the end: scoring uses the depth that was trained (W6). Raises FloatingPointError on a loss or gradient
+    that is not finite, once the average of the steps before is saved."""
+    cfg, ranks, log, plans, looped = run.cfg, run.ranks, run.log, run.cfg.plans, False
+    steps = PackedLoader(run.streams["train"], run.tokenizer.bos_id, cfg, ranks).steps()
+    progress = Progress(run, (cfg.max_wallclock_seconds or math.inf) - reserve)
+    while progress.step < cfg.iterations:
+        frac, step = progress.frac(), progress.step
         switch = cfg.num_loops > 0 and not looped and frac >= cfg.enable_looping_at
-        longest *= len(cfg.plans[1]) / cfg.num_layers if switch else 1.0  # the next steps are longer
-        if elapsed + longest > budget:
+        plan = plans[looped or switch]
+        if not progress.fits(len(plan)):
             break
         if switch:
             looped = True
-            log(f"layer_loop:enabled step:{step} frac:{frac:.3f} order:{[v.layer for v in cfg.plans[1]]}")
+            log(f"layer_loop:enabled step:{step} frac:{frac:.3f} order:{[v.layer for v in plan]}")
         rows, num_targets = next(steps)
-        local = accumulate(run.forward, cfg.plans[looped], rows, num_targets)
-        norm = float(run.optimizers.step(lr_scale(frac, cfg), muon_momentum(step, cfg)))
-        mine = torch.stack([local, local.new_tensor((ranks.now() - start) / ranks.world_size)])
-        before, (loss, elapsed) = elapsed, ranks.sum(mine).tolist()
-        if not math.isfinite(loss + norm):
-            run.save("last_good.pt", ema, step, looped)
-            raise FloatingPointError(f"loss {loss}, gradient norm {norm} in step {step + 1}; last_good.pt is before")
-        torch._foreach_lerp_(list(ema.values()), live, 1 - cfg.ema_decay)
-        step, tokens, longest = step + 1, tokens + num_targets, max(longest * 0.98, elapsed - before)
-        if step <= 3 or log.due() or (cfg.train_log_every and step % cfg.train_log_every == 0):
-            rate, marked = (tokens - marked[1]) / max(elapsed - marked[0], 1e-9), (elapsed, tokens)
-            log(f"step:{step}/{cfg.iterations} train_loss:{loss:.4f} train_time:{1000 * elapsed:.0f}ms step_avg:"
-                f"{1000 * elapsed / step:.2f}ms tok/s:{rate:.0f} lr_scale:{lr_scale(frac, cfg):.3f}")  # fmt: skip
-        if cfg.val_loss_every and step % cfg.val_loss_every == 0:
+        local = accumulate(run.forward, plan, rows, num_targets, run.graphs)
+        progress.read()  # of the step before, which the device has done by now
+        norm = run.optimizers.step(lr_scale(frac, cfg), muon_momentum(step, cfg))
+        progress.send(local, norm, len(plan), num_targets, (lr_scale(frac, cfg), looped))
+        if cfg.val_loss_every and progress.step % cfg.val_loss_every == 0:
+            progress.read()
             with run.phase("validate", "none"):
-                result = run.evaluate(plan=cfg.plans[looped])
-            start += run.phases[-1][2]  # off the clock
-            log(f"{step}/{cfg.iterations} val_loss: {result['val_loss']:.4f} val_bpb: {result['val_bpb']:.4f}")
+                result = run.evaluate(plan=plan)
+            progress.start += run.phases[-1][2]  # off the clock
+            log(f"{step + 1}/{cfg.iterations} val_loss: {result['val_loss']:.4f} val_bpb: {result['val_bpb']:.4f}")
     steps.close()
-    log(f"stopping: step:{step}/{cfg.iterations} train_time:{1000 * elapsed:.0f}ms; ema:applying EMA weights")
-    torch._foreach_copy_(live, list(ema.values()))
-    run.final |= {"steps": step, "train_loss": loss, "train_tokens": tokens}
+    progress.read()
+    step, ema = progress.step, run.optimizers.averages(newest=True)
+    log(f"stopping: step:{step}/{cfg.iterations} train_time:{1000 * progress.ended:.0f}ms; ema:applying EMA weights")
+    run.model.load_state_dict(ema)
+    run.final |= {"steps": step, "train_loss": progress.loss, "train_tokens": progress.tokens}
     run.save("final_model.pt", ema, step, looped)
     return looped
 
@@ -1582,6 +1753,7 @@ class Run:  # from its data to its report, the same on all ranks; `go` holds the
         run_id = ranks.gather(run_id)[0]
         self.folder = Path(cfg.artifact_dir or f"runs/{run_id}")
         self.log = Log(Path(f"logs/{run_id}.txt"), ranks.is_main)
+        self.sentinel, self.graphs = Sentinel(self.log), {}
         self.facts = {
             "run_id": run_id, "preset": cfg.preset, "seed": cfg.seed, "world_size": ranks.world_size,
             "device": torch.cuda.get_device_name() if ranks.device.type == "cuda" else f"CPU, {os.cpu_count()} cores",
@@ -1669,12 +1841,23 @@ class Run:  # from its data to its report, the same on all ranks; `go` holds the
                     Adaptation(self.model, self.ttt_forward, last, ranks.device).warm_up()
                     self.model.requires_grad_(True)
                 self.log("warmup:done (random tokens, no validation data)")
+        if trains and cfg.cuda_graph and ranks.device.type == "cuda" and self.backend != "sdpa":  # sdpa asks the host
+            self.optimizers.keep_gradients, pool = True, torch.cuda.graph_pool_handle()
+            for p in self.model.parameters():
+                p.grad = torch.zeros_like(p)
+            self.graphs = {plan: captured(self.forward, plan, row, pool) for plan in {cfg.plans[0], last}}
+            self.model.zero_grad(set_to_none=False)
+        self.sentinel = Sentinel(self.log)  # of what is compiled from here on
         reserve = max(ranks.gather(reserve)) if cfg.gptq_reserve_seconds < 0 else cfg.gptq_reserve_seconds
         if 0 < cfg.max_wallclock_seconds < 2 * reserve:
             raise UsageError(f"MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g}: compression needs {reserve:.1f} s")
         self.log(f"gptq:reserving {reserve:.1f}s, effective={1000 * (cfg.max_wallclock_seconds - reserve):.0f}ms")
         return reserve
 
+    def check_compiled(self, count: float) -> None:  # of all ranks, since warm-up
+        self.final["recompilations"] = int(count)
+        if 0 <= self.cfg.recompile_limit < count:
+            raise RunStopped(f"RECOMPILE_LIMIT={self.cfg.recompile_limit}: {count:.0f} compilations after warm-up")
     def save(self, name: str, weights: dict[str, Tensor], step: int, looped: bool) -> None:
         saved = {"config": {f: getattr(self.cfg, f) for f in MODEL_FIELDS}, "looped": looped, "step": step}
         saved |= {"tokenizer": self.tokenizer.sha256, "weights": {k: v.detach().cpu() for k, v in weights.items()}}
@@ -1716,6 +1899,7 @@ class Run:  # from its data to its report, the same on all ranks; `go` holds the
             result = evaluation()
         if result["tokens"] != expected:
             raise RuntimeError(f"{label}: scored {result['tokens']} targets of {expected}")
+        self.check_compiled(sum(self.ranks.gather(self.sentinel.poll())))
         loss, bpb, seconds = result["val_loss"], result["val_bpb"], self.phases[-1][2]
         self.log(f"{label} val_loss:{loss:.8f} val_bpb:{bpb:.8f} eval_time:{1000 * seconds:.0f}ms")
         self.final |= {f"{key}_loss": loss, f"{key}_bpb": bpb, "val_loss": loss, "val_bpb": bpb}
@@ -1740,7 +1924,7 @@ class Run:  # from its data to its report, the same on all ranks; `go` holds the
         self.log("final " + json.dumps(self.final, sort_keys=True))
         return self.final
 
-def main(argv: list[str]) -> int:  # exit status: 0 done, 2 wrong configuration or data, 1 the run failed
+def main(argv: list[str]) -> int:  # exit status: 0 done, 1 the run failed, 2 wrong configuration or data, 3 stopped
     try:
         if argv == ["--knobs"]:
             print_knobs()
@@ -1748,10 +1932,10 @@ def main(argv: list[str]) -> int:  # exit status: 0 done, 2 wrong configuration 
         if argv:
             raise UsageError(f"{argv[0]}: knobs are environment variables; the only argument is --knobs")
         Run(*Config.from_env(os.environ, torch.cuda.is_available()), Ranks(os.environ)).go()
-    except (UsageError, FloatingPointError) as error:
+    except (UsageError, RunStopped, FloatingPointError) as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"train_gpt.py: {error}", file=sys.stderr, flush=True)
-        return 2 if isinstance(error, UsageError) else 1
+        return {UsageError: 2, RunStopped: 3}.get(type(error), 1)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -6,9 +6,12 @@ import hashlib
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # processes side by side: spinning threads would fight for cores
 
@@ -16,6 +19,7 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
+import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -101,6 +105,24 @@ def run_script(env: dict[str, str], cwd: Path, ranks: int = 0, timeout: float = 
     if ranks:
         command[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     return subprocess.run(command, cwd=cwd, env=base, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+def start_rank(rank: int, world_size: int, port: int, job: Callable, folder: Path, args: tuple) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "CUDA_VISIBLE_DEVICES": ""}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    torch.save(job(tg.Ranks(os.environ), *args), folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def on_ranks(world_size: int, job: Callable, folder: Path, *args: Any) -> list[Any]:
+    """What job(ranks, *args) returns on each of `world_size` processes."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.multiprocessing.spawn(start_rank, (world_size, port, job, folder, args), nprocs=world_size)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
 
 
 def final_line(output: str) -> dict:

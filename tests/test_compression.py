@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_config
-from test_optim import on_ranks
+from conftest import on_ranks, tiny_config
 
 import train_gpt as tg
 

@@ -53,8 +53,9 @@ PUBLISHED = dict(  # the defaults of PR #1530's script, for every knob that is a
 )  # fmt: skip
 PR1560 = PUBLISHED | dict(warmdown_frac=0.75, ttt_chunk_size=48)  # PR #1530's script with these settings
 RECORD = PR1560 | dict(
-    min_lr=0.1, matrix_lr=0.026, gptq_reserve_seconds=-1, embed_bits=7, embed_clip_sigmas=15, compressor="zstd"
-)
+    min_lr=0.1, matrix_lr=0.026, gptq_reserve_seconds=-1, embed_bits=7, embed_clip_sigmas=15, compressor="zstd",
+    gptq_calibration_batches=16,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "expected"), [("pr1530", PUBLISHED), ("pr1560", PR1560), ("record", RECORD)])
@@ -205,6 +206,8 @@ COMBINATIONS = [  # (changed fields over the tiny config, the variable to blame)
     (dict(val_batch_tokens=511), "VAL_BATCH_TOKENS"),
     (dict(eval_stride=65), "EVAL_STRIDE"),
     (dict(ttt_chunk_size=65), "TTT_CHUNK_SIZE"),
+    (dict(muon_coeffs="polar", muon_backend_steps=6), "MUON_BACKEND_STEPS"),
+    (dict(recompile_limit=0, warmup_steps=0), "RECOMPILE_LIMIT"),
     (dict(max_wallclock_seconds=20.0, gptq_reserve_seconds=20.0), "GPTQ_RESERVE_SECONDS"),
     (dict(data_loader="rows", val_doc_fraction=0.5), "VAL_DOC_FRACTION"),
     *((dict(compressor=name), "COMPRESSOR") for name in ("zstd", "brotli")),

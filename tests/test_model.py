@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import VOCAB, tiny_config
+from test_optim import cpu_ranks
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -371,21 +372,23 @@ def test_bf16_stays_near_fp32():
     assert 0 < error(nats[1], nats[0].double()) < 2e-2
 
 
-def test_training_compiles_once_per_plan_whatever_the_documents():
+def test_training_compiles_once_per_plan_whatever_the_documents(tiny_data):
     """Captured whole, forward and backward traced by AOT autograd; code generation is left out for its time."""
     torch.compiler.reset()
     cfg, counter, rng = tiny_config(), CompileCounterWithBackend("aot_eager"), np.random.default_rng(0)
     model, shape = draw(cfg), cfg.row_shape
     compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=False)
-    for _ in range(50):
-        n = int(rng.integers(1, shape[0] + 1))  # the last row of a step may be shorter
-        ids = rng.integers(0, VOCAB, n + 1)
-        starts = tg.segment_starts(rng.random(n) < rng.uniform(0, 0.1), True, shape[2])[: shape[1] // 2]
-        row = tg.pack_row(ids[:-1], ids[1:], starts, shape, CPU) if len(starts) < shape[1] // 2 else None
-        for plan in cfg.plans if row else ():
-            model.zero_grad()
-            loss = compiled(row, plan).sum()
-            loss.backward()
+    loader = tg.PackedLoader(tg.TokenStream(tiny_data / "datasets" / cfg.dataset, "train"), 1, cfg, cpu_ranks())
+    for step in range(200):
+        (row,), _ = loader.rows(1)
+        if step % 2:  # and rows of any length, full of short documents
+            n = int(rng.integers(1, shape[0] + 1))
+            starts = tg.segment_starts(rng.random(n) < rng.uniform(0, 0.1), True, shape[2])[: shape[1] // 2]
+            n = n if len(starts) < shape[1] // 2 else int(starts[-1])
+            ids = rng.integers(0, VOCAB, n + 1)
+            row = tg.pack_row(ids[:-1], ids[1:], starts[starts < n], shape, CPU)
+        model.zero_grad()
+        compiled(row, cfg.plans[step // 2 % 2]).sum().backward()
     assert counter.frame_count == 2
     compiled_gradients = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, run_script, tiny_config
-from test_optim import cpu_ranks, error, on_one, on_ranks, weights_of
+from conftest import TINY, on_ranks, run_script, tiny_config
+from test_optim import cpu_ranks, error, on_one, weights_of
 from torch import Tensor
 
 import train_gpt as tg
@@ -153,13 +153,13 @@ def test_training_after_warm_up_is_training_without_bit_for_bit(tiny_data, tmp_p
 
 def everything(session: Session) -> dict[str, Any]:
     """All that warm-up could leave behind, as copies."""
-    optimizers = session.optimizers.muon.state_dict(), session.optimizers.adam.state_dict()
-    state = {f"{i}.{key}.{name}": value for i, s in enumerate(optimizers) for key, entry in s["state"].items()
-             for name, value in entry.items()}  # fmt: skip
+    optimizers, adam = session.optimizers, session.optimizers.adam.state_dict()
+    state = {f"adam.{key}.{name}": value for key, entry in adam["state"].items() for name, value in entry.items()}
+    state |= {f"{key}.{name}": x for key, own in optimizers.state.items() for name, x in own.items()}
     tensors = {**dict(session.model.named_parameters()), **dict(session.model.named_buffers()), **state}
     gradients = {name: None if p.grad is None else p.grad.clone() for name, p in session.model.named_parameters()}
     drawn = torch.get_rng_state(), random.getstate(), str(np.random.get_state())
-    rates = [{k: v for k, v in g.items() if k != "params"} for s in optimizers for g in s["param_groups"]]
+    rates = [{k: v for k, v in g.items() if k != "params"} for g in adam["param_groups"]]
     tensors = {name: t.detach().clone() for name, t in tensors.items()}
     return {"tensors": tensors, "gradients": gradients, "drawn": drawn, "rates": rates}
 

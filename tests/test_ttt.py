@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import VOCAB, tiny_config
+from conftest import VOCAB, on_ranks, tiny_config
 from test_compression import random_model
-from test_optim import on_ranks
 
 import train_gpt as tg
 

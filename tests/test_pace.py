@@ -1,0 +1,229 @@
+"""Numbers read one step late, the speed gate, the prediction of steps, the sentinel of recompilations, CUDA graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TINY, run_script
+from test_optim import cpu_ranks, weights_of
+from test_training import Session, Slow, assert_same
+from torch import Tensor
+
+import train_gpt as tg
+
+
+@pytest.fixture(scope="module", autouse=True)
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("runs"))
+        yield
+
+
+# --- One step late --------------------------------------------------------------------------------------------------
+class Watched(Session):
+    """Notes the order of forwards, optimizer steps and reads of numbers on the host."""
+
+    def __init__(self, *args: Any, **overrides: Any):
+        super().__init__(*args, **overrides)
+        self.events, step, late = [], self.optimizers.step, self.ranks.late
+
+        def stepped(*args: float) -> Tensor:
+            self.events.append("step")
+            return step(*args)
+
+        def noted(values: Tensor) -> Any:
+            read, number = late(values), self.events.count("step")
+            return lambda: (self.events.append(f"read {number}"), read())[1]
+
+        self.optimizers.step, self.ranks.late = stepped, noted
+
+    def forward(self, row: tg.Batch, plan: tuple[tg.Visit, ...]) -> Tensor:
+        self.events.append("forward")
+        return super().forward(row, plan)
+
+
+def test_a_step_is_read_once_the_next_one_has_its_work(tiny_data):
+    run = Watched(tiny_data, iterations=4, micro_batch_tokens=512).train()
+    late = ["forward", "read {}", "step"]  # of the step before; the first is waited for, the last is read at the end
+    steps = [[x.format(n) for x in late] for n in (2, 3)]
+    assert run.events == ["forward", "step", "read 1", "forward", "step", *steps[0], *steps[1], "read 4"]
+
+
+def test_numbers_are_read_before_a_validation_and_only_once(tiny_data):
+    run = Watched(tiny_data, iterations=4, micro_batch_tokens=512, val_loss_every=2)
+    run.evaluate = lambda plan: run.events.append("validate") or {"val_loss": 0.0, "val_bpb": 0.0}
+    run.train()
+    assert [e for e in run.events if e[0] in "rv"] == "read 1,read 2,validate,read 3,read 4,validate".split(",")
+
+
+def test_late_numbers_come_with_the_time_at_which_they_were_there():
+    ranks, clock = cpu_ranks(), iter((5.0, 9.0))
+    ranks.now = lambda: next(clock)
+    first, second = ranks.late(torch.tensor([1.0, 2.0])), ranks.late(torch.tensor([3.0]))
+    assert (second(), first()) == (([3.0], 9.0), ([1.0, 2.0], 5.0))
+
+
+class Uneven(Slow):
+    """Steps of changing length, one of three times the others; the last word on whether the budget holds."""
+
+    def forward(self, row: tg.Batch, plan: tuple[tg.Visit, ...]) -> Tensor:
+        number = len(self.plans) // 4
+        self.seconds += (2.0 if number == 3 else 0.2 * (number % 3)) / self.cfg.rows_per_step * len(plan)
+        return super().forward(row, plan)
+
+
+def test_a_budget_holds_for_steps_of_uneven_length(tiny_data):
+    run = Uneven(tiny_data, max_wallclock_seconds=200, iterations=999, enable_looping_at=0.5).train()
+    assert 200 - 3 * 15 < run.seconds <= 200
+
+
+# --- Speed ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("share", "steps"), [(0.0, 40), (0.5, 45), (1.0, 50)])
+def test_the_log_predicts_the_steps_that_the_budget_allows(tiny_data, share, steps):
+    """Of 200 s, a plain step of 4 visits takes 4, a looped one 5."""
+    run = Slow(tiny_data, max_wallclock_seconds=200, iterations=999, enable_looping_at=share).train()
+    assert run.numbers(r"allows about (\d+) steps") == [steps]
+    assert run.numbers(r"^speed: (\S+)ms per step") == [5000.0 if share == 0 else 4000.0]
+    assert run.final["steps"] == pytest.approx(steps, abs=1)
+
+
+def test_without_a_budget_the_iterations_are_predicted(tiny_data):
+    run = Slow(tiny_data, iterations=25).train()
+    assert run.numbers(r"allows about (\d+) steps") == [25]
+
+
+@pytest.mark.parametrize(("gate", "refused"), [(0, False), (3999, True), (4000, False)])
+def test_the_gate_stops_a_run_after_twenty_timed_steps(tiny_data, gate, refused):
+    run = Slow(tiny_data, iterations=30, enable_looping_at=1, pod_speedgate_ms=gate)
+    if refused:
+        with pytest.raises(tg.RunStopped, match="^POD_SPEEDGATE_MS=3999: a step takes 4000.0 ms$"):
+            run.train()
+        assert len(run.after) == 22  # the numbers of the 21st cover 20 after the first; read while the 23rd waits
+        assert run.saved == []
+    else:
+        assert run.train().final["steps"] == 30
+
+
+def test_a_slow_machine_ends_with_one_line_and_status_3(tiny_data, tmp_path):
+    env = {**TINY, "DATA_DIR": str(tiny_data), "ARTIFACT_DIR": "out", "ITERATIONS": "40", "POD_SPEEDGATE_MS": "0.001"}
+    result = run_script(env, tmp_path)
+    assert result.returncode == 3, result.stdout[-2000:]
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("train_gpt.py: POD_SPEEDGATE_MS=0.001: a step takes ")
+    assert not (tmp_path / "out" / "final_model.pt").exists()
+
+
+# --- Recompilations -------------------------------------------------------------------------------------------------
+class Reshaped(Session):
+    """Compiled, and the rows of its third step allow longer segments."""
+
+    def __init__(self, *args: Any, **overrides: Any):
+        super().__init__(*args, micro_batch_tokens=512, enable_looping_at=1, iterations=5, **overrides)
+        torch.compiler.reset()
+        self.compiled = torch.compile(self.model, backend="aot_eager", fullgraph=True, dynamic=False)
+        row = tg.synthetic_row(self.cfg, self.cfg.row_shape, torch.device("cpu"))
+        tg.accumulate(self.compiled, self.cfg.plans[0], [row], 512)
+        self.model.zero_grad()
+        self.sentinel = tg.Sentinel(self.log)
+
+    def forward(self, row: tg.Batch, plan: tuple[tg.Visit, ...]) -> Tensor:
+        return self.compiled(row._replace(max_seqlen=row.max_seqlen + (len(self.after) == 2)), plan)
+
+
+def test_a_new_shape_after_warm_up_is_counted_and_logged_with_its_reason(tiny_data):
+    run = Reshaped(tiny_data).train()
+    assert run.final["recompilations"] == 1
+    (line,) = [line for line in run.log if line.startswith("recompilation: ")]
+    assert "forward" in line
+    assert "max_seqlen" in line
+    assert run.final["steps"] == 5
+
+
+def test_a_new_shape_after_warm_up_is_refused_at_limit_0(tiny_data):
+    run = Reshaped(tiny_data, recompile_limit=0)
+    with pytest.raises(tg.RunStopped, match="^RECOMPILE_LIMIT=0: 1 compilations after warm-up$"):
+        run.train()
+    assert len(run.after) == 3
+    torch.compiler.reset()
+
+
+def test_an_error_of_another_rank_counts_and_scoring_looks_too(tiny_data):
+    run = Session(tiny_data, recompile_limit=1)
+    run.check_compiled(1)
+    run.ranks.gather = lambda count: [count, 2]
+    with pytest.raises(tg.RunStopped, match="RECOMPILE_LIMIT=1: 2 "):
+        run.score("name", "none", lambda: {"tokens": int(run.docs.counts.sum())})
+
+
+@pytest.mark.skipif(tg.triton is None, reason="needs Triton")
+def test_kernels_that_triton_compiles_are_counted():
+    lines = []
+    sentinel = tg.Sentinel(lines.append)
+    hook = tg.triton.knobs.runtime.jit_post_compile_hook
+    hook(key="k", repr="mlp_kernel[...]", fn=None, compile={}, is_manual_warmup=False, already_compiled=False)
+    assert (sentinel.poll(), sentinel.poll(), lines) == (1, 1, ["recompilation: kernel mlp_kernel[...]"])
+
+
+# --- Polar Express --------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("coeffs", "low", "high", "floor"), [("quintic", 0.68, 1.203, 2e-3), ("polar", 0.858, 1.142, 1e-3)]
+)
+def test_singular_values_of_any_size_land_near_one(coeffs, low, high, floor):
+    u, v = (torch.linalg.qr(torch.randn(16, 16, dtype=torch.float64))[0] for _ in "uv")
+    for value in torch.logspace(0, 1, 60, dtype=torch.float64).sub(1).div(9).mul(0.7).add(floor):  # small ones denser
+        s = torch.zeros(16, dtype=torch.float64)
+        s[0], s[1] = (1 - value**2).sqrt(), value  # norm 1
+        out = torch.linalg.svdvals(tg.newton_schulz(((u * s) @ v.mT)[None], 5, coeffs)[0])[:2]
+        assert low <= out.min(), (value, out)
+        assert out.max() <= high, (value, out)
+    tall = torch.randn(2, 40, 16)
+    wide = tg.newton_schulz(tall.mT.contiguous(), 5, coeffs)
+    assert torch.allclose(tg.newton_schulz(tall, 5, coeffs), wide.mT, atol=1e-5)
+    assert not tg.newton_schulz(torch.zeros(1, 4, 8), 5, coeffs).any()
+
+
+def test_polar_coefficients_reach_the_weights(tiny_data):
+    found = {c: weights_of(Session(tiny_data, iterations=2, muon_coeffs=c).train().model) for c in ("quintic", "polar")}
+    assert not torch.equal(found["quintic"]["up_bank"], found["polar"]["up_bank"])
+
+
+# --- CUDA graph -----------------------------------------------------------------------------------------------------
+def test_gradients_that_stay_in_place_train_the_same_weights(tiny_data):
+    """What a CUDA graph needs of the optimizer, and a stand-in for its replay: fixed inputs and a fixed loss."""
+    runs = []
+    for fixed in (False, True):
+        run = Session(tiny_data, iterations=4)
+        if fixed:
+            run.optimizers.keep_gradients = True
+            for p in run.model.parameters():
+                p.grad = torch.zeros_like(p)
+            places, loss = [p.grad.data_ptr() for p in run.model.parameters()], torch.zeros(())
+
+            def replay(row: tg.Batch, count: Tensor, run: Session = run, loss: Tensor = loss) -> Tensor:
+                return loss.copy_(tg.backward(run.forward, run.cfg.plans[0], row, count))
+
+            run.graphs = {run.cfg.plans[0]: replay}
+        runs.append(run.train())
+    assert places == [p.grad.data_ptr() for p in runs[1].model.parameters()]
+    assert runs[0].final["train_loss"] == runs[1].final["train_loss"]
+    assert_same(weights_of(runs[1].model), weights_of(runs[0].model))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_losses_with_and_without_a_cuda_graph_are_equal(tiny_data, tmp_path: Path):
+    losses = []
+    for graph in ("0", "1"):
+        env = {**TINY, "DATA_DIR": str(tiny_data), "ARTIFACT_DIR": graph, "ITERATIONS": "30", "COMPILE": "1",
+               "COMPUTE_DTYPE": "bf16", "CUDA_VISIBLE_DEVICES": "0", "CUDA_GRAPH": graph, "TRAIN_LOG_EVERY": "1",
+               "TTT_ENABLED": "0"}  # fmt: skip
+        result = run_script(env, tmp_path, timeout=600)
+        assert result.returncode == 0, result.stderr
+        losses.append([line.split("train_loss:")[1].split()[0] for line in result.stdout.splitlines()
+                       if line.startswith("step:")])  # fmt: skip
+    assert len(losses[0]) == 30
+    assert losses[0] == losses[1]
