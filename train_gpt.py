@@ -881,20 +881,20 @@ class LoRA(NamedTuple):
     down: Tensor  # (B, len(sites), rank, C)
     up: Tensor  # (B, sum(widths), rank)
     @classmethod
-    def zeros(cls, cfg: Config, batch: int, slots: int, device: torch.device, dtype: torch.dtype) -> LoRA:
+    def zeros(cls, cfg: Config, batch: int, slots: int, device: torch.device) -> LoRA:
         C, kv, rank = cfg.model_dim, cfg.num_kv_heads * cfg.head_dim, cfg.ttt_lora_rank
         on = {"q": C * cfg.ttt_q_lora, "k": kv * cfg.ttt_k_lora, "v": kv * cfg.ttt_v_lora, "o": C * cfg.ttt_o_lora,
               "mlp": C * cfg.ttt_mlp_lora}  # fmt: skip
         widths = {(site, slot): width for slot in range(slots) for site, width in on.items() if width}
         widths["head", 0] = cfg.vocab_size
         shapes = (len(widths), rank, C), (sum(widths.values()), rank)
-        leaves = (torch.zeros(batch, *shape, device=device, dtype=dtype) for shape in shapes)
+        leaves = (torch.zeros(batch, *shape, device=device, requires_grad=True) for shape in shapes)
         return cls(tuple(widths), tuple(widths.values()), cfg.lora_scale, *leaves)
     def rows(self, rows: slice) -> LoRA:  # the adapters of these documents, as leaves on the same memory
         down, up = (leaf[rows].detach().requires_grad_() for leaf in (self.down, self.up))
         return self._replace(down=down, up=up)
     @torch.no_grad()
-    def reset(self, seed: int, keys: list[int]) -> None:  # B zero, A +-1/sqrt(C) by seed and document key alone (W48)
+    def reset(self, seed: int, keys: Iterable[int]) -> None:  # B 0, A +-1/sqrt(C) by seed and document key alone (W48)
         generator, bound = torch.Generator(self.down.device), self.down.size(-1) ** -0.5
         for a, key in zip(self.down, keys, strict=False):
             a.uniform_(-bound, bound, generator=generator.manual_seed(seed * 1_000_000_007 + key))  # CPU: low 32 bits
@@ -1370,26 +1370,24 @@ class Adaptation:
     def __init__(self, model: GPT, forward: Callable, plan: tuple[Visit, ...], device: torch.device):
         self.cfg, self.forward, self.plan, self.device, cfg = model.cfg, forward, plan, device, model.cfg
         self.granule = 8 if cfg.compile else 1  # documents at once are a multiple of it: few shapes
-        shape = cfg, cfg.ttt_batch_size * (4 if cfg.ttt_fast else 1), len(plan), device
-        self.master = LoRA.zeros(*shape, torch.float32)
-        self.lora = self.master if cfg.dtype == torch.float32 else LoRA.zeros(*shape, cfg.dtype)  # the forward's
-        kept = 1 if cfg.ttt_optimizer == "sgd" else 1 + (cfg.ttt_beta1 > 0)
-        self.moments = [[torch.zeros_like(x) for _ in range(kept)] for x in (self.master.down, self.master.up)]
         self.update = torch.compile(adapter_update, dynamic=True) if cfg.compile else adapter_update
         lengths = np.geomspace(min(2 * cfg.ttt_chunk_size, cfg.ttt_eval_seq_len), cfg.ttt_eval_seq_len, cfg.ttt_buckets)
         self.buckets = [min(-(-int(n) // 16) * 16, cfg.ttt_eval_seq_len) for n in lengths] if cfg.ttt_fast else []
-        self.room, self.drawn = math.inf, False  # tokens that memory holds at once; whether A is kept from here on
+        self.room, self.warm = math.inf, None  # tokens that memory holds at once; A of the batch before, if kept
 
+    @torch.no_grad()
     def begin(self, docs: Documents, batch: np.ndarray) -> None:  # new adapters for the documents (n,), longest first
-        rows = -(-len(batch) // self.granule) * self.granule
+        cfg, rows = self.cfg, -(-len(batch) // self.granule) * self.granule
         self.lengths, starts = (np.pad(x[batch], (0, rows - len(batch))) for x in (docs.counts, docs.starts))
         self.counts, self.starts = (torch.from_numpy(x[:, None]).to(self.device) for x in (self.lengths, starts))
-        if not self.drawn:
-            keys = range(len(self.master.down)) if self.cfg.ttt_warm_start_a else starts[: len(batch)].tolist()
-            self.master.reset(self.cfg.seed, keys)
-        self.drawn, self.updates = self.cfg.ttt_warm_start_a, 0
-        torch._foreach_zero_([self.master.up, *self.moments[0], *self.moments[1]])
-        torch._foreach_copy_([self.lora.down, self.lora.up], [self.master.down, self.master.up])
+        self.master, self.updates = LoRA.zeros(cfg, rows, len(self.plan), self.device), 0
+        self.master.reset(cfg.seed, range(rows) if cfg.ttt_warm_start_a else starts[: len(batch)].tolist())
+        if self.warm is not None and len(self.warm) >= rows:
+            self.master.down.copy_(self.warm[:rows])
+        self.warm = self.master.down if cfg.ttt_warm_start_a else None
+        down, up = (x.to(cfg.dtype) for x in self.master[-2:])  # the same tensors in fp32
+        self.lora, kept = self.master._replace(down=down, up=up), 1 + (cfg.ttt_beta1 > 0) * (cfg.ttt_optimizer != "sgd")
+        self.moments = [[torch.zeros_like(x) for _ in range(kept)] for x in self.master[-2:]]
 
     def step(self, ledger: Ledger, start: int, end: int) -> None:
         """Scores the targets start..end-1 of the documents of the batch, and only then learns from them. Documents that
@@ -1493,7 +1491,7 @@ def score_documents(state: Adaptation, scorer: Scorer, deadline: Deadline) -> It
     bounds = [min(cfg.phased_ttt_prefix_docs, len(docs.counts)) * p // phases for p in range(1, phases + 1)]
     for first, stop in zip([0, *bounds], [*bounds, len(docs.counts)], strict=True):
         adapt_documents(state, scorer, np.arange(first, stop), deadline)
-        state.drawn, places = False, docs.places(stop if stop in bounds else 0)
+        state.warm, places = None, docs.places(stop if stop in bounds else 0)
         starts = range(0, len(places) - size + 1, size)
         yield int(docs.counts[stop:].sum()), [(places[i : i + size], i / len(places)) for i in starts]
 
@@ -1788,6 +1786,11 @@ def main(argv: list[str]) -> int:  # exit status: 0 done, 2 wrong configuration 
         if os.environ.get("RANK", "0") == "0":
             print(f"train_gpt.py: {error}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, UsageError) else 1
+    except RuntimeError as error:
+        if not dist.is_initialized() or "onnection" not in str(error):
+            raise
+        print(f"train_gpt.py: rank {dist.get_rank()} lost a peer: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
+        return 1
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
