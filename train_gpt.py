@@ -1460,12 +1460,12 @@ def score_then_adapt(state: Adaptation, batch: np.ndarray, ledger: Ledger) -> It
         yield start
         state.step(ledger, start, end)
 
-def adapt_documents(state: Adaptation, scorer: Scorer, chosen: np.ndarray, deadline: Deadline) -> None:
-    """Scores the documents `chosen` once; the ranks take batches from a shared counter. When the deadline comes near, a
-    rank scores the rest of its batch, and batches it takes from there on, without learning."""
-    (ledger, cfg, ranks, log), starts, counts = scorer[2:], *scorer.ledger.docs[1:]
-    batches, late = batches_of(ledger.docs, chosen, cfg), False
-    left = np.cumsum([0] + [counts[batch].sum() for batch in batches[::-1]])[::-1]  # targets from a batch on
+def adapt_documents(state: Adaptation, scorer: Scorer, first: int, stop: int, deadline: Deadline) -> None:
+    """Scores the documents first..stop-1 once; the ranks take batches from a shared counter. When the deadline is near,
+    a rank scores the rest of its batch, and the batches it takes from there on, without learning."""
+    (ledger, cfg, ranks, log), (_, starts, counts) = scorer[2:], scorer.ledger.docs
+    batches, late = batches_of(ledger.docs, np.arange(first, stop), cfg), False
+    left = np.cumsum([counts[stop:].sum(), *(counts[b].sum() for b in batches[::-1])])[::-1]  # targets from a batch on
     numbers = range(ranks.rank, len(batches), ranks.world_size) if cfg.ttt_warm_start_a else ranks.tickets()
     for number in takewhile(lambda n: n < len(batches), numbers):
         batch, done = batches[number], 0
@@ -1490,7 +1490,7 @@ def score_documents(state: Adaptation, scorer: Scorer, deadline: Deadline) -> It
     phases = cfg.phased_ttt_num_phases
     bounds = [min(cfg.phased_ttt_prefix_docs, len(docs.counts)) * p // phases for p in range(1, phases + 1)]
     for first, stop in zip([0, *bounds], [*bounds, len(docs.counts)], strict=True):
-        adapt_documents(state, scorer, np.arange(first, stop), deadline)
+        adapt_documents(state, scorer, first, stop, deadline)
         state.warm, places = None, docs.places(stop if stop in bounds else 0)
         starts = range(0, len(places) - size + 1, size)
         yield int(docs.counts[stop:].sum()), [(places[i : i + size], i / len(places)) for i in starts]
@@ -1789,7 +1789,8 @@ def main(argv: list[str]) -> int:  # exit status: 0 done, 2 wrong configuration 
     except RuntimeError as error:
         if not dist.is_initialized() or "onnection" not in str(error):
             raise
-        print(f"train_gpt.py: rank {dist.get_rank()} lost a peer: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
+        reason = str(error).splitlines()[0]
+        print(f"train_gpt.py: rank {dist.get_rank()} lost a peer: {reason}", file=sys.stderr, flush=True)
         return 1
     finally:
         if dist.is_initialized():

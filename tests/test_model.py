@@ -154,7 +154,8 @@ def agree(cfg: tg.Config, looped: bool, lengths: tuple[int, ...], adapted: bool 
     weights, per_document = dict(zip(names, exact, strict=True)), [{}] * len(lengths)
     if lora:
         up = dict(zip(lora.sites, weights["up"].split(lora.widths, 1), strict=True))
-        per_document = [{site: (weights["down"][d, i], cfg.lora_scale * up[site][d]) for i, site in enumerate(lora.sites)}
+        per_document = [{site: (down, cfg.lora_scale * up[site][d])
+                         for site, down in zip(lora.sites, weights["down"][d], strict=True)}
                         for d in range(len(lengths))]  # fmt: skip
     wanted = torch.cat([
         Reference(cfg, weights, adapters).nats(row.inputs[s], row.targets[s], looped)
