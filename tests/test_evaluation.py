@@ -172,7 +172,7 @@ def test_deadline_of_zero_is_plain_scoring(settings):
     assert ledger.plain > 0
 
 
-# --- Chunk mode and phases: all weights learn ---------------------------------------------------------------------------
+# --- Chunk mode and phases: all weights learn -----------------------------------------------------------------------
 @pytest.fixture
 def learnt(monkeypatch):
     """The places of every learn_weights, in order, and the weights after it."""
