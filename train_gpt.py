@@ -11,6 +11,7 @@ W1..W57 number weak points of the published script and stand where they are mend
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import difflib
 import hashlib
@@ -143,25 +144,48 @@ class Config:  # defaults are the `record` preset's; `PRESETS` overrides them an
     eval_stride: int = knob(64, "tokens scored by each sliding window but the first", 1)
     sliding_window_enabled: bool = knob(False, "score with sliding windows as well")
     val_doc_fraction: float = knob(1.0, "share of the validation documents, drawn with SEED, for quick looks", 1e-9, 1)
-    ttt_enabled: bool = knob(True, "adapt a LoRA per document, score first")
+    eval_deadline_seconds: float = knob(580.0, "from the first scored token; what is left then is scored plainly")
+    eval_budget_includes_compile: bool = knob(False, "take warm-up of the evaluation off EVAL_DEADLINE_SECONDS")
+    ttt_enabled: bool = knob(True, "learn from what is scored, score first")
+    ttt_mode: str = knob("document", "a LoRA per document, or SGD chunk by chunk", choices=("document", "chunk"))
+    ttt_fast: bool = knob(True, "0: the published way, to compare: whole windows, all logits, fixed batches")
+    ttt_buckets: int = knob(10, "window lengths that are compiled, others padded to them; 0: every length", 0, 64)
+    ttt_cuda_graph: bool = knob(False, "replay a CUDA graph per shape of a window")
     ttt_lora_rank: int = knob(96, "rank of every adapter", 1)
+    ttt_lora_alpha: float = knob(0.0, "adapters times TTT_LORA_ALPHA / TTT_LORA_RANK (PR #1767); 0: times 1")
     ttt_lora_lr: float = knob(1e-4, "rate of the adapters")
+    ttt_warm_start_a: bool = knob(False, "keep A from earlier documents (PR #1767): stream order, fixed schedule")
     ttt_chunk_size: int = knob(48, "tokens scored, then learnt from, at once (PR #1560)", 1)
+    ttt_short_chunks: str = knob("", "smaller chunks up to a position in a document, as in 256:8,2000:24 (PR #2014)")
     ttt_eval_seq_len: int = knob(2048, "longest window", 2)
-    ttt_batch_size: int = knob(64, "documents at once on a rank", 1)
+    ttt_batch_size: int = knob(64, "documents at once on a rank; fast: four times as many short, a quarter long", 1)
     ttt_grad_steps: int = knob(1, "updates per scored chunk", 1)
     ttt_weight_decay: float = knob(0.5, "decoupled")
     ttt_beta1: float = knob(0.0, "AdamW; momentum with sgd", 0, 0.9999)
     ttt_beta2: float = knob(0.999, "AdamW", 0, 0.99999)
+    ttt_q_lora: bool = knob(True, "adapter on queries")
     ttt_k_lora: bool = knob(True, "adapter on keys")
+    ttt_v_lora: bool = knob(True, "adapter on values")
     ttt_mlp_lora: bool = knob(True, "adapter beside the MLP")
     ttt_o_lora: bool = knob(True, "adapter beside the attention output")
     ttt_optimizer: str = knob("adam", "AdamW or SGD", choices=("adam", "sgd"))
+    phased_ttt_num_phases: int = knob(0, "SGD of all weights on the documents before each of so many places (PR #1626)")
+    phased_ttt_prefix_docs: int = knob(2000, "the last of these places, in documents of the stream", 1)
+    ttt_lr: float = knob(0.002, "SGD of all weights: first rate of a cosine over its chunks (PR #461)")
+    ttt_momentum: float = knob(0.9, "the same: momentum", 0, 0.9999)
+    ttt_epochs: int = knob(1, "the same: passes over a chunk that has been scored (PR #1413: 3)", 1)
+    ttt_chunk_tokens: int = knob(32768, "the same: tokens of a chunk", 2)
+    ttt_batch_seqs: int = knob(32, "the same: rows of EVAL_SEQ_LEN tokens per rank and step", 1)
+    ttt_grad_clip: float = knob(1.0, "the same: norm of the gradient of all weights; 0: off")
+    ttt_freeze_blocks: int = knob(0, "the same: layers from the bottom that stay as they are")
     dtype = property(lambda c: torch.bfloat16 if c.compute_dtype == "bf16" else torch.float32)
     head_dim = property(lambda c: c.model_dim // c.num_heads)
     mlp_dim = property(lambda c: int(c.mlp_mult * c.model_dim))
     rows_per_step = property(lambda c: c.train_batch_tokens // c.micro_batch_tokens)
     plans = property(lambda c: (layer_plan(c, looped=False), layer_plan(c, looped=True)))
+    lora_scale = property(lambda c: c.ttt_lora_alpha / c.ttt_lora_rank if c.ttt_lora_alpha else 1.0)
+    short_chunks = property(lambda c: sorted(  # (position in a document, size of the chunks up to it)
+        tuple(map(int, pair.split(":"))) for pair in c.ttt_short_chunks.split(",") if pair))  # fmt: skip
     dataset_dir = property(lambda c: Path(c.data_dir) / "datasets" / (c.dataset or f"fineweb10B_sp{c.vocab_size}"))
     row_shape = property(lambda c: (c.micro_batch_tokens, c.cu_seqlens_capacity, c.train_seq_len))
     val_row_shape = property(lambda c: (c.val_batch_tokens // 8, c.val_batch_tokens // min(512, 2 * c.eval_seq_len),
@@ -234,6 +258,14 @@ class Config:  # defaults are the `record` preset's; `PRESETS` overrides them an
             ("TTT_CHUNK_SIZE", c.ttt_chunk_size <= c.ttt_eval_seq_len, "at most TTT_EVAL_SEQ_LEN"),
             ("MUON_BACKEND_STEPS", c.muon_backend_steps <= len(MUON_COEFFS[c.muon_coeffs]), "up to 5 with MUON_COEFFS"),
             ("RECOMPILE_LIMIT", c.recompile_limit < 0 or c.warmup_steps > 0, "-1 with WARMUP_STEPS"),
+            ("TTT_SHORT_CHUNKS", re.fullmatch(r"(\d+:[1-9]\d*(,|$))*", c.ttt_short_chunks) is not None and max(
+                [size for _, size in c.short_chunks], default=1) <= c.ttt_eval_seq_len,
+             "position:size,.. with sizes up to TTT_EVAL_SEQ_LEN"),
+            ("TTT_MODE", c.ttt_mode != "chunk" or not c.phased_ttt_num_phases, "document for PHASED_TTT_NUM_PHASES"),
+            ("TTT_EPOCHS", c.ttt_epochs == 1 or c.ttt_mode == "chunk" or c.phased_ttt_num_phases > 0,
+             "1 with TTT_MODE=document: a document is learnt from once (ruling on PR #605)"),
+            ("TTT_CHUNK_TOKENS", c.ttt_chunk_tokens >= c.eval_seq_len, "at least EVAL_SEQ_LEN"),
+            ("TTT_FREEZE_BLOCKS", c.ttt_freeze_blocks <= c.num_layers, "at most NUM_LAYERS"),
             ("GPTQ_RESERVE_SECONDS", not limit or c.gptq_reserve_seconds < limit, "below MAX_WALLCLOCK_SECONDS"),
             ("COMPRESSOR", importlib.util.find_spec(package) is not None, f"lzma, or {package} must be installed"),
             ("VAL_DOC_FRACTION", c.val_doc_fraction == 1 or c.data_loader == "documents", "1 with DATA_LOADER"),
@@ -257,7 +289,7 @@ CPU = dict(
     cu_seqlens_capacity=64, train_log_every=0, val_loss_every=0, matrix_lr=0.03, muon_momentum=0.95,
     muon_momentum_warmup_start=0.85, muon_momentum_warmup_steps=100, ema_decay=0.98,
     val_batch_tokens=65536, eval_seq_len=512, ttt_lora_rank=8, ttt_lora_lr=1e-3, ttt_chunk_size=128,
-    ttt_eval_seq_len=512, ttt_batch_size=16)  # fmt: skip
+    ttt_eval_seq_len=512, ttt_batch_size=16, ttt_buckets=0, ttt_chunk_tokens=4096)  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {"record": {}, "pr1530": PR1530, "pr1560": PR1560, "cpu": CPU}
 
 def print_knobs() -> None:  # variable, default per preset, meaning
@@ -288,6 +320,10 @@ class Ranks:  # this process among its peers: all ranks must call a method toget
         if self.distributed:
             dist.all_gather_object(values, value)
         return values
+    def alone(self) -> Ranks:  # this rank as if it were the only one
+        other = copy.copy(self)
+        other.rank, other.world_size, other.distributed = 0, 1, False
+        return other
     def reduce_scatter(self, shard: Tensor, full: Tensor) -> None:  # shard (n,) <- this rank's row of the sum of (W, n)
         if self.distributed and full.is_cuda:  # not every torch we support has it for gloo
             dist.reduce_scatter_tensor(shard, full.view(-1))
@@ -441,6 +477,9 @@ class Documents(NamedTuple):  # targets end with the next one's BOS: all tokens 
         wanted = max(1, round(cfg.val_doc_fraction * len(starts)))
         sample = sorted(random.Random(cfg.seed).sample(range(len(starts)), wanted))
         return cls(tokens, starts[sample], np.diff(starts, append=len(tokens) - 1)[sample])
+    def places(self, stop: int | None = None) -> np.ndarray:  # of all targets of the documents before `stop`, rising
+        pairs = zip(self.starts[:stop], self.counts[:stop], strict=True)
+        return np.concatenate([np.arange(0), *(np.arange(start, start + count) for start, count in pairs)])
 
 class Tokenizer(NamedTuple):
     path: Path
@@ -1004,15 +1043,18 @@ class PassInfo(NamedTuple):  # what every layer of one forward shares
     batch: Batch
     rope: Tensor  # fp32 (T, 2, 1, rope_dims / 2): cos, sin at each token's position in its segment
     tap: Callable[[str, int, Tensor], None]  # (site, layer, input of a product): calibration
-    lora: dict[tuple[str, int], tuple[Tensor, Tensor]]  # (site, slot) -> A, B; empty without adapters
-    def adapter(self, x: Tensor, site: str, slot: int) -> Tensor | None:  # x (T, C): T / B tokens per document
-        if (site, slot) not in self.lora:
-            return None
-        a, b = self.lora[site, slot]
-        return (x.unflatten(0, (len(a), -1)) @ a.mT @ b.mT).flatten(0, 1)
-    def add_lora(self, y: Tensor, x: Tensor, site: str, slot: int, scale: Tensor | float = 1.0) -> Tensor:
-        product = self.adapter(x, site, slot)
-        return y if product is None else y + scale * product
+    lora: LoRAViews | None
+    def lora_in(self, x: Tensor, source: str, slot: int) -> dict[str, Tensor]:
+        """x (T, C), T / B tokens per document -> x A^T (B, T / B, rank) of all adapters that read it, in a product."""
+        a, sites = self.lora.down.get((source, slot), (x, ())) if self.lora else (x, ())
+        h = (x.unflatten(0, (len(a), -1)) @ a.mT).chunk(len(sites), -1) if sites else ()
+        return dict(zip(sites, h, strict=True))
+    def lora_out(self, y: Tensor, h: dict[str, Tensor], site: str, slot: int, scale: Tensor | None = None) -> Tensor:
+        """y (T, out) + h B^T, the columns of the product times `scale` (out,)."""
+        if site not in h:
+            return y
+        b = self.lora.up[site, slot] if scale is None else self.lora.up[site, slot] * scale[:, None]
+        return torch.baddbmm(y.unflatten(0, (len(b), -1)), h[site], b.mT, alpha=self.lora.scale).flatten(0, 1)
 
 def positions(cu_seqlens: Tensor, num_tokens: int) -> Tensor:  # (T,) int64: each token's index in its segment (W17)
     index = torch.arange(num_tokens, device=cu_seqlens.device)
@@ -1039,11 +1081,12 @@ class GPT(nn.Module):  # the network of PR #1530; parameters are fp32, products 
             self.register_parameter(name, nn.Parameter(weight))
         self.qo_bank.data[cfg.num_layers :] = 0.0  # like down_bank: every block starts as the identity
 
-    def attend(self, n: Tensor, w: LayerWeights, visit: Visit, info: PassInfo) -> Tensor:  # of normalised n (T, C)
-        qkv, kv = F.linear(n, w.qkv), self.cfg.num_kv_heads * self.cfg.head_dim
-        if info.lora:
+    def attend(self, n: Tensor, w: LayerWeights, visit: Visit, info: PassInfo, keep: slice | Tensor) -> Tensor:
+        """Attention of normalised n (T, C); the output (n, C) at the positions `keep`."""
+        qkv, kv, h = F.linear(n, w.qkv), self.cfg.num_kv_heads * self.cfg.head_dim, info.lora_in(n, "attn", visit.slot)
+        if h:
             parts = zip(qkv.split((len(w.qkv) - 2 * kv, kv, kv), -1), "qkv", strict=True)
-            qkv = torch.cat([info.add_lora(y, n, site, visit.slot) for y, site in parts], -1)
+            qkv = torch.cat([info.lora_out(y, h, site, visit.slot) for y, site in parts], -1)
         q, k, v = norm_rope(qkv, w.q_gain, info.rope, self.cfg.head_dim, self.cfg.fused_qk)
         y = attention(q, k, v, info.batch.cu_seqlens, info.batch.max_seqlen, self.attention_backend)
         if visit.layer >= self.cfg.num_layers - self.cfg.xsa_last_n:
@@ -1051,12 +1094,14 @@ class GPT(nn.Module):  # the network of PR #1530; parameters are fp32, products 
         y = y.flatten(1)  # (T, C)
         info.tap("attn_in", visit.layer, n)
         info.tap("attn_out", visit.layer, y)
-        return info.add_lora(F.linear(y, w.o), n, "o", visit.slot, w.attn_scale)
+        if not isinstance(keep, slice):
+            y, h = y[keep], {site: x.flatten(0, 1)[keep].unflatten(0, (len(x), -1)) for site, x in h.items()}
+        return info.lora_out(F.linear(y, w.o), h, "o", visit.slot, w.attn_scale)
     def feed(self, n: Tensor, w: LayerWeights, visit: Visit, info: PassInfo) -> Tensor:  # the same for the MLP
         out, post = (fused_mlp if self.cfg.fused_mlp else plain_mlp)(n, w.up, w.down)
         info.tap("mlp_in", visit.layer, n)
         info.tap("mlp_mid", visit.layer, post)
-        return info.add_lora(out, n, "mlp", visit.slot, w.mlp_scale)
+        return info.lora_out(out, info.lora_in(n, "mlp", visit.slot), "mlp", visit.slot, w.mlp_scale)
     def merge_skip(self, x: Tensor, skip: Tensor, rows: tuple[int, ...]) -> Tensor:  # a gate of 1 keeps the stream x
         skip = self.skip_weights[list(rows)].mean(0).to(x.dtype) * skip
         gated = self.cfg.skip_gates_enabled
@@ -1068,7 +1113,8 @@ class GPT(nn.Module):  # the network of PR #1530; parameters are fp32, products 
         o, down = (scale.unsqueeze(2) * w for scale, w in ((self.attn_scale, o), (self.mlp_scale, self.down_bank)))
         stacks = torch.cat([q, k, v], 1), o, self.up_bank, down, *map(self.get_parameter, LAYER_TENSORS[4:])
         return [LayerWeights(*w) for w in zip(*(t.to(self.cfg.dtype).unbind(0) for t in stacks), strict=True)]
-    def hidden(self, info: PassInfo, plan: tuple[Visit, ...]) -> Tensor:  # final normalised hidden states (T, C)
+    def hidden(self, info: PassInfo, plan: tuple[Visit, ...], select: Tensor | None) -> Tensor:
+        """Final normalised hidden states (T, C); (n, C) with `select` (n,): the last visit skips what nobody reads."""
         layers = self.layers()
         x = x0 = rms_norm(F.embedding(info.batch.inputs, self.tok_emb.to(self.cfg.dtype)))
         skips, lane = [], None  # `lane` is the MLP lane; x is the attention lane once there are two
@@ -1077,7 +1123,9 @@ class GPT(nn.Module):  # the network of PR #1530; parameters are fp32, products 
             lane = x if visit.parallel and lane is None else lane
             x = self.merge_skip(x, skips.pop(), visit.skip) if visit.skip else x
             u = w.resid_mix[0] * x + w.resid_mix[1] * x0
-            a = self.attend(rms_norm(u, scale), w, visit, info)
+            at = slice(None) if select is None or visit.slot + 1 < len(plan) else select
+            a = self.attend(rms_norm(u, scale), w, visit, info, at)
+            u, x, lane = u[at], x[at], None if lane is None else lane[at]
             if visit.parallel:  # attention reads one lane, the MLP the other; both are written to both
                 m = self.feed(rms_norm(lane, scale), w, visit, info)
                 lambdas = self.parallel_resid_lambdas, self.parallel_post_lambdas
@@ -1096,41 +1144,53 @@ class GPT(nn.Module):  # the network of PR #1530; parameters are fp32, products 
         """Nats per token (T,) fp32, 0 where the target is -1. `lora` adapts segments of equal length, one adapter each.
         `tap` sees the input of every product. With `select` (n,) int64, only these positions get logits: (n,)."""
         place, dtype = positions(batch.cu_seqlens, batch.inputs.numel()), self.cfg.dtype
-        info = PassInfo(batch, self.rope[place], tap, lora.views(dtype) if lora else {})
-        x, targets = self.hidden(info, plan), batch.targets
+        info = PassInfo(batch, self.rope[place], tap, lora.views() if lora else None)
+        x, targets = self.hidden(info, plan, select if lora else None), batch.targets
         tap("head_in", 0, x)
         if select is not None:
-            x, targets = x[select], targets[select]
-        extra = info.adapter(x, "head", 0)
+            x, targets = x if lora else x[select], targets[select]
+        h = info.lora_in(x, "head", 0)
+        extra = (h["head"] @ (info.lora.up["head", 0] * info.lora.scale).mT).flatten(0, 1) if h else None
         return head_loss(x, self.tok_emb.to(dtype), extra, targets, self.cfg.logit_softcap, self.cfg.fused_ce)
 
 # === 6. Adapters: a LoRA for every document of a batch, at every visit of a layer =====================================
+class LoRAViews(NamedTuple):  # of the adapters of one forward
+    down: dict[tuple[str, int], tuple[Tensor, tuple[str, ...]]]  # (input, slot) -> A (B, sites * rank, C), sites
+    up: dict[tuple[str, int], Tensor]  # (site, slot) -> B (B, out, rank)
+    scale: float
 class LoRA(NamedTuple):
-    """Adapters of B documents in two fp32 leaf tensors: y += (x A^T) B^T. q, k, v, o read the normalised input of the
-    attention, mlp that of the MLP, head the final state. Record: 8,355,840 values per document, 17 visits and head."""
-    sites: tuple[tuple[str, int], ...]  # (site, slot) of every adapter
+    """Adapters of B documents in two leaf tensors: y += scale * (x A^T) B^T. q, k, v and o read the normalised input of
+    the attention, mlp that of the MLP, head the final state. Record: 8,355,840 values per document, 17 visits, head."""
+    sites: tuple[tuple[str, int], ...]  # (site, slot) of every adapter; those that read one input are neighbours
     widths: tuple[int, ...]  # its output width
+    scale: float
     down: Tensor  # (B, len(sites), rank, C)
     up: Tensor  # (B, sum(widths), rank)
     @classmethod
     def zeros(cls, cfg: Config, batch: int, slots: int, device: torch.device) -> LoRA:
         C, kv, rank = cfg.model_dim, cfg.num_kv_heads * cfg.head_dim, cfg.ttt_lora_rank
-        on = {"q": C, "k": kv * cfg.ttt_k_lora, "v": kv, "o": C * cfg.ttt_o_lora, "mlp": C * cfg.ttt_mlp_lora}
+        on = {"q": C * cfg.ttt_q_lora, "k": kv * cfg.ttt_k_lora, "v": kv * cfg.ttt_v_lora, "o": C * cfg.ttt_o_lora,
+              "mlp": C * cfg.ttt_mlp_lora}  # fmt: skip
         widths = {(site, slot): width for slot in range(slots) for site, width in on.items() if width}
         widths["head", 0] = cfg.vocab_size
         shapes = (len(widths), rank, C), (sum(widths.values()), rank)
         leaves = (torch.zeros(batch, *shape, device=device, requires_grad=True) for shape in shapes)
-        return cls(tuple(widths), tuple(widths.values()), *leaves)
+        return cls(tuple(widths), tuple(widths.values()), cfg.lora_scale, *leaves)
+    def rows(self, rows: slice) -> LoRA:  # the adapters of these documents, as leaves on the same memory
+        down, up = (leaf[rows].detach().requires_grad_() for leaf in (self.down, self.up))
+        return self._replace(down=down, up=up)
     @torch.no_grad()
-    def reset(self, seed: int, keys: list[int]) -> None:  # B zero, A +-1/sqrt(C) by seed and document key alone (W48)
+    def reset(self, seed: int, keys: Iterable[int]) -> None:  # B 0, A +-1/sqrt(C) by seed and document key alone (W48)
         generator, bound = torch.Generator(self.down.device), self.down.size(-1) ** -0.5
-        for a, key in zip(self.down, keys, strict=True):
+        for a, key in zip(self.down, keys, strict=False):
             a.uniform_(-bound, bound, generator=generator.manual_seed(seed * 1_000_000_007 + key))  # CPU: low 32 bits
         self.up.zero_()
-    def views(self, dtype: torch.dtype) -> dict[tuple[str, int], tuple[Tensor, Tensor]]:
-        """(site, slot) -> A (B, rank, C), B (B, out, rank); unbind and split, so that a gradient is one copy."""
-        pairs = zip(self.down.to(dtype).unbind(1), self.up.to(dtype).split(self.widths, 1), strict=True)
-        return dict(zip(self.sites, pairs, strict=True))
+    def views(self) -> LoRAViews:  # by split, so that a gradient is one copy
+        by_input = groupby(self.sites, lambda s: ("attn" if s[0] in "qkvo" else s[0], s[1]))
+        reads = {source: tuple(site for site, _ in sites) for source, sites in by_input}
+        a = self.down.flatten(1, 2).split([len(sites) * self.down.size(2) for sites in reads.values()], 1)
+        up = dict(zip(self.sites, self.up.split(self.widths, 1), strict=True))
+        return LoRAViews(dict(zip(reads, zip(a, reads.values(), strict=True), strict=True)), up, self.scale)
 
 # === 7. Optimisation: Muon on banks, AdamW on the rest, schedules =====================================================
 MUON_COEFFS = {  # x -> a x + b x^3 + c x^5 of every singular value, a triple per iteration
@@ -1310,34 +1370,73 @@ class ByteTable(NamedTuple):  # bytes of text per token: a leading space counts 
         return cls(base, np.array([piece.startswith("\u2581") for piece in pieces]), boundary)
     def bytes_of(self, before: np.ndarray, targets: np.ndarray) -> np.ndarray:  # of each target after its predecessor
         return self.base[targets] + (self.space[targets] & ~self.boundary[before])
+    def to(self, device: torch.device) -> ByteTable:  # the same of tensors
+        return ByteTable(*(torch.from_numpy(x).to(device) for x in self))
     def count(self, tokens: np.ndarray) -> int:  # bytes of all targets tokens[1:] of a stream (n,)
         return int(self.bytes_of(tokens[:-1], tokens[1:]).sum())
 
-def check_bytes(tokenizer: Tokenizer, docs: Documents) -> ByteTable:  # UsageError unless up to 200 documents agree
-    table = ByteTable.from_sentencepiece(tokenizer.model)
-    for start, count in list(zip(docs.starts, docs.counts, strict=True))[:: len(docs.starts) // 200 + 1]:
+def check_bytes(tokenizer: Tokenizer, docs: Documents, ranks: Ranks) -> tuple[ByteTable, int]:
+    """The table, and the bytes of every W-th document decoded. UsageError unless it counts those of each the same."""
+    table, decoded = ByteTable.from_sentencepiece(tokenizer.model), 0
+    for start, count in list(zip(docs.starts, docs.counts, strict=True))[ranks.rank :: ranks.world_size]:
         ids = docs.tokens[start : start + count + (start + count == len(docs.tokens) - 1)]  # without the next BOS
         real = len(tokenizer.model.decode(ids[1:].tolist()).encode())
         if (counted := table.count(ids)) != real:
             raise UsageError(f"{tokenizer.path}: counts {counted} bytes, not {real}, for the document at {start}")
+        decoded += real
     total = tokenizer.manifest.get("splits", {}).get("val", {}).get("bytes")
     if total not in (None, table.count(docs.tokens)):
         raise UsageError(f"{tokenizer.path}: counts {table.count(docs.tokens)} validation bytes, the manifest {total}")
-    return table
+    return table, decoded
 
-class BpbMeter:  # nats, bytes and tokens so far, in float64; the only place that makes val_loss and val_bpb of them
-    def __init__(self, table: ByteTable):
-        self.table, self.totals = table, np.zeros(3)
-    def add(self, nats: Tensor, before: np.ndarray, targets: np.ndarray) -> None:  # (n,) each; not where target is -1
-        keep = targets >= 0
-        num_bytes = self.table.bytes_of(before[keep], targets[keep]).sum()
-        self.totals += (nats.double().cpu().numpy()[keep].sum(), num_bytes, keep.sum())
-    def result(self, ranks: Ranks | None = None) -> dict[str, float]:  # with `ranks`, of them all (all must call it)
-        totals = torch.tensor(self.totals)
-        nats, num_bytes, tokens = (ranks.sum(totals.to(ranks.device)) if ranks else totals).tolist()
-        loss = nats / max(tokens, 1)
+# What the field's validation sets hold (documents, tokens, bytes); other numbers mean other data or a lost tail.
+CANONICAL = {"fineweb10B_sp8192": (50_000, 40_540_803, 151_080_891), "fineweb10B_sp4096": (50_000, 0, 151_080_891),
+             "fineweb10B_sp1024": (50_000, 0, 151_080_891)}  # fmt: skip
+class InvalidScore(RuntimeError):
+    """The ledger found a broken rule: there is no score."""
+
+class Ledger:
+    """Every target of the validation stream, named by the place of the token before it: its nats as first scored, and
+    how often it was scored. An update says what it reads, and reads only what is scored. All on the device: no step
+    waits for it. One per evaluation, and the only place that makes val_loss and val_bpb."""
+    def __init__(self, docs: Documents, table: ByteTable, device: torch.device):
+        self.docs, self.nowhere = docs, len(docs.tokens) - 1  # where scores of padding go
+        self.tokens = torch.from_numpy(docs.tokens.astype(np.int32)).to(device)  # (N,)
+        self.bytes = table.to(device).bytes_of(self.tokens[:-1], self.tokens[1:])  # (N - 1,) int64
+        self.nats, self.times = torch.zeros(len(self.tokens), device=device), torch.zeros_like(self.tokens)
+        self.early = torch.zeros((), dtype=torch.int64, device=device)  # targets that an update read too soon
+        self.plain = 0  # documents, or chunks of the stream, that the deadline kept from being learnt from
+    def add(self, place: Tensor, nats: Tensor) -> None:  # (n,) int64 and fp32, final: a second score changes nothing
+        self.nats[place] = torch.where(self.times[place] == 0, nats, self.nats[place])
+        self.times.index_add_(0, place, torch.ones_like(place, dtype=torch.int32))
+    def require(self, place: Tensor, ranks: Ranks | None = None) -> None:  # an update reads these targets (n,) int64
+        times = self.times[place]
+        self.early += (((ranks.sum(times) if ranks else times) == 0) & (place != self.nowhere)).sum()
+    def result(self) -> dict[str, float]:  # so far
+        scored = self.times[:-1] > 0
+        nats, tokens = self.nats[:-1].double().sum().item(), int(scored.sum())
+        num_bytes, loss = int((self.bytes * scored).sum()), nats / max(tokens, 1)
         bpb = loss / math.log(2) * tokens / max(num_bytes, 1)
-        return {"val_loss": loss, "val_bpb": bpb, "tokens": int(tokens), "bytes": int(num_bytes)}
+        return {"val_loss": loss, "val_bpb": bpb, "tokens": tokens, "bytes": num_bytes}
+    def join(self, ranks: Ranks) -> Ledger:  # the ledgers of all ranks into each; a target of two ranks counts twice
+        self.nats[-1], self.plain = 0.0, sum(ranks.gather(self.plain))
+        for t in (self.nats, self.times, self.early):
+            ranks.sum(t)
+        return self
+    def by_document(self) -> dict[str, np.ndarray]:  # (D,) each: nats, bytes and targets of every document
+        ends = [np.append(0, x[:-1].cpu().double().numpy().cumsum()) for x in (self.nats, F.pad(self.bytes, (0, 1)))]
+        starts, stops = self.docs.starts, self.docs.starts + self.docs.counts
+        nats, num_bytes = (x[stops] - x[starts] for x in ends)
+        return {"doc_nats": nats, "doc_bytes": num_bytes, "doc_tokens": self.docs.counts}
+    def problems(self, decoded_bytes: int) -> list[str]:  # of the joined ledger; none: every rule was kept
+        wanted, times = np.bincount(self.docs.places(), minlength=self.nowhere), self.times[:-1].cpu().numpy()
+        counts = {"targets were never scored": (times < wanted).sum(),
+                  "targets were scored too often": (times > wanted).sum(),
+                  "targets were read by an update before their score": self.early.item(),
+                  "scores are not finite": (~self.nats[:-1].isfinite()).sum().item()}  # fmt: skip
+        counted = self.result()["bytes"]
+        lost = [f"{counted} bytes were counted, the documents hold {decoded_bytes}"] * (counted != decoded_bytes)
+        return [f"{n} {what}" for what, n in counts.items() if n] + lost
 
 def windows(num_targets: int, length: int, stride: int) -> list[tuple[int, int, int]]:
     """(start, score, end): read inputs start..end-1 of a document, score its targets score..end-1; target j follows j.
@@ -1345,30 +1444,43 @@ def windows(num_targets: int, length: int, stride: int) -> list[tuple[int, int, 
     starts = range(0, max(num_targets - length, 0) + stride, stride)
     return [(s, s + length - stride if s else 0, min(s + length, num_targets)) for s in starts if num_targets > 0]
 
-def evaluate(forward: Callable, plan: tuple[Visit, ...], docs: Documents, table: ByteTable, stride: int, cfg: Config,
-             ranks: Ranks, log: Log) -> dict[str, float]:  # fmt: skip
-    """Scores every target once, in windows; the score depends neither on the rows nor on the ranks. All call it."""
-    meter, (size, capacity, length) = BpbMeter(table), cfg.val_row_shape
-    by_document, rows, used = cfg.data_loader == "documents", [], size + 1
-    texts = zip(docs.starts.tolist(), docs.counts.tolist(), strict=True) if by_document else [(0, len(docs.tokens) - 1)]
-    for first, count in texts:
-        for start, score, end in windows(count, length, min(stride or length, length)):
+class Scorer(NamedTuple):  # scores without learning; what every evaluation needs
+    forward: Callable
+    plan: tuple[Visit, ...]
+    ledger: Ledger
+    cfg: Config
+    ranks: Ranks
+    log: Log
+    def windows(self, stride: int) -> Iterator[tuple[int, int, int]]:  # (start, score, end) by place in the stream
+        docs, length = self.ledger.docs, self.cfg.eval_seq_len
+        texts = zip(*docs[1:], strict=True) if self.cfg.data_loader == "documents" else [(0, self.ledger.nowhere)]
+        return (tuple(first + x for x in window) for first, count in texts
+                for window in windows(count, length, min(stride or length, length)))  # fmt: skip
+    @torch.no_grad()
+    def score(self, spans: Iterable[tuple[int, int, int]], shared: bool) -> None:
+        """Windows (start, score, end), packed into rows as they come; no score depends on its row. With `shared` the
+        ranks, which all call it, divide the rows between them."""
+        ledger, (size, capacity, _), rows, used = self.ledger, self.cfg.val_row_shape, [], math.inf
+        for start, score, end in spans:
             if used + end - start > size or len(rows[-1]) == capacity // 2:
                 rows.append([])
                 used = 0
-            rows[-1].append((first + start, first + score, first + end))  # in tokens of the stream from here on
+            rows[-1].append((start, score, end))
             used += end - start
-    for number, row in list(enumerate(rows))[ranks.rank :: ranks.world_size]:
-        index = np.concatenate([np.arange(start, end) for start, _, end in row])
-        scored = np.concatenate([np.arange(start, end) >= score for start, score, end in row])
-        starts = np.cumsum([0] + [end - start for start, _, end in row[:-1]])
-        before, targets = docs.tokens[index], np.where(scored, docs.tokens[index + 1], -1)
-        with torch.no_grad():
-            nats = forward(pack_row(before, targets, starts, cfg.val_row_shape, ranks.device), plan)
-        meter.add(nats[: len(index)], before, targets)
-        if log.due():
-            log(f"eval_progress: row {number + 1}/{len(rows)} running_bpb:{meter.result()['val_bpb']:.4f}")
-    return meter.result(ranks)
+        for row in rows[self.ranks.rank :: self.ranks.world_size] if shared else rows:
+            index = np.concatenate([np.arange(start, end) for start, _, end in row])
+            scored = np.concatenate([np.arange(start, end) >= score for start, score, end in row])
+            starts = np.cumsum([0] + [end - start for start, _, end in row[:-1]])
+            before, targets = ledger.docs.tokens[index], np.where(scored, ledger.docs.tokens[index + 1], -1)
+            batch = pack_row(before, targets, starts, self.cfg.val_row_shape, ledger.nats.device)
+            nats = self.forward(batch, self.plan)
+            ledger.add(torch.from_numpy(np.where(scored, index, ledger.nowhere)).to(nats.device), nats[: len(index)])
+            if self.log.due():
+                self.log("eval_progress: {tokens} targets running_bpb:{val_bpb:.4f}".format(**ledger.result()))
+
+def evaluate(scorer: Scorer, stride: int) -> Ledger:  # every target once, in windows `stride` (0: a window) apart
+    scorer.score(scorer.windows(stride), shared=True)
+    return scorer.ledger.join(scorer.ranks)
 
 # === 9. Training ======================================================================================================
 def backward(forward: Callable, plan: tuple[Visit, ...], row: Batch, count: Tensor) -> Tensor:
@@ -1650,70 +1762,227 @@ def load_artifact(model: GPT, streams: list[bytes]) -> None:  # every parameter 
         model.get_parameter(name).copy_(torch.from_numpy(value).view(role.shape))
     assert len(codes) == len(scales) == len(floats) == 0, "artifact and config disagree"
 
-# === 11. Test-time training: score a chunk of every document of a batch, then learn from it ===========================
-class Adaptation:  # on one rank (PR #1530): an adapter per document of a batch, an optimiser, the model frozen
+# === 11. Test-time training: score a chunk, then learn from it, before a deadline =====================================
+class Deadline:  # of all evaluation: is there time for one more step, if all that is left must then be scored plainly?
+    def __init__(self, seconds: float):
+        self.end, self.step, self.last, self.rate = time.monotonic() + seconds, 0.0, math.inf, 0.0
+    def allows(self, targets: float) -> bool:  # asked before each step; `targets` are left to this rank
+        now = time.monotonic()
+        self.step, self.last = max(0.9 * self.step, now - self.last), now
+        return now + 2 * self.step + 2 * self.rate * targets < self.end  # rate: seconds per plain target
+
+def adapter_update(leaf: Tensor, master: Tensor, grad: Tensor, moments: list[Tensor], t: Tensor, cfg: Config) -> None:
+    """Update number `t` of adapters, in place: AdamW (`moments`: second, with TTT_BETA1 > 0 also first) or SGD with
+    momentum TTT_BETA1. `master` is fp32; `leaf`, what the forward reads, is the same or its rounding."""
+    grad, lr, decay = grad.float(), cfg.ttt_lora_lr, cfg.ttt_weight_decay
+    if cfg.ttt_optimizer == "sgd":
+        grad = moments[0].mul_(cfg.ttt_beta1).add_(grad.add(master, alpha=decay))
+        master.sub_(grad, alpha=lr)
+    else:
+        second, *first = moments
+        second.mul_(cfg.ttt_beta2).addcmul_(grad, grad, value=1 - cfg.ttt_beta2)
+        grad = first[0].lerp_(grad, 1 - cfg.ttt_beta1) / (1 - cfg.ttt_beta1**t) if first else grad
+        master.mul_(1 - lr * decay).addcdiv_(grad, (second / (1 - cfg.ttt_beta2**t)).sqrt_().add_(1e-10), value=-lr)
+    if leaf is not master:
+        leaf.copy_(master)
+
+def chunk_grid(cfg: Config, longest: int) -> list[tuple[int, int]]:
+    """(start, end) of the chunks of every document. The size depends on the place in the document, not on the length of
+    the document as in PR #2014: that would tell the model where a document ends (W51)."""
+    grid, end = [], 0
+    while end < longest:
+        size = next((size for upto, size in cfg.short_chunks if end < upto), cfg.ttt_chunk_size)
+        grid.append((end, end := end + size))
+    return grid
+
+class Adaptation:
+    """On one rank (PR #1530): an adapter for each document of a batch, learning chunk by chunk; the model stays as it
+    is. A document's scores depend on that document alone, whatever the batch, its order, or the ranks."""
     def __init__(self, model: GPT, forward: Callable, plan: tuple[Visit, ...], device: torch.device):
-        self.cfg, self.forward, self.plan, self.device = model.cfg, forward, plan, device
-        self.lora = LoRA.zeros(model.cfg, model.cfg.ttt_batch_size, len(plan), device)
-        model.requires_grad_(False)  # or a compiled backward would compute the gradients of all weights
-    def begin(self, keys: list[int]) -> None:  # adapters as drawn for documents with these keys, no optimiser state
-        cfg, leaves = self.cfg, [self.lora.down, self.lora.up]
-        self.lora.reset(cfg.seed, keys)
-        kind, special = torch.optim.AdamW, dict(betas=(cfg.ttt_beta1, cfg.ttt_beta2), eps=1e-10, fused=True)
-        if cfg.ttt_optimizer == "sgd":
-            kind, special = torch.optim.SGD, dict(momentum=cfg.ttt_beta1)
-        self.optimizer = kind(leaves, lr=cfg.ttt_lora_lr, weight_decay=cfg.ttt_weight_decay, **special)
-    def score(self, inputs: np.ndarray, targets: np.ndarray) -> Tensor:  # (B, n) -> nats (B, C) of the last C targets
-        (B, n), C = inputs.shape, self.cfg.ttt_chunk_size
-        shape = (B * n, B, self.cfg.ttt_eval_seq_len)
-        batch = pack_row(inputs.ravel(), targets.ravel(), np.arange(0, B * n, n), shape, self.device)
-        select = (torch.arange(B)[:, None] * n + torch.arange(n - C, n)).flatten().to(self.device)
-        return self.forward(batch, self.plan, lora=self.lora, select=select).view(B, C)
-    def adapt(self, nats: Tensor, learns: np.ndarray, again: Callable[[], Tensor]) -> None:
-        """TTT_GRAD_STEPS updates on a chunk that has been scored; `learns` (B,) leaves out documents ending in it."""
-        mask = torch.from_numpy(learns).to(nats)
-        for step in range(self.cfg.ttt_grad_steps):
-            loss = ((again() if step else nats).mean(1) * mask).sum()
-            self.optimizer.zero_grad()
-            loss.backward(inputs=[self.lora.down, self.lora.up])
-            self.optimizer.step()
-    def warm_up(self) -> None:  # scores and learns from random tokens at the shortest and the longest window
-        B, rng = self.cfg.ttt_batch_size, np.random.default_rng(0)
-        self.begin([0] * B)
-        for n in (self.cfg.ttt_chunk_size, self.cfg.ttt_eval_seq_len):
-            score = partial(self.score, *rng.integers(0, self.cfg.vocab_size, (2, B, n)))
-            self.adapt(score(), np.ones(B), again=score)
+        self.cfg, self.forward, self.plan, self.device, cfg = model.cfg, forward, plan, device, model.cfg
+        self.granule = 8 if cfg.compile else 1  # documents at once are a multiple of it: few shapes
+        self.update = torch.compile(adapter_update, dynamic=True) if cfg.compile else adapter_update
+        lengths = np.geomspace(min(2 * cfg.ttt_chunk_size, cfg.ttt_eval_seq_len), cfg.ttt_eval_seq_len, cfg.ttt_buckets)
+        self.buckets = [min(-(-int(n) // 16) * 16, cfg.ttt_eval_seq_len) for n in lengths] if cfg.ttt_fast else []
+        self.room, self.warm = math.inf, None  # tokens that memory holds at once; A of the batch before, if kept
 
-def score_then_adapt(state: Adaptation, docs: Documents, batch: np.ndarray, meter: BpbMeter) -> Iterator[None]:
-    """Chunk by chunk of a batch's documents: scores, only then learns, yields; windows end on the chunk grid (W51)."""
-    cfg, C, padding = state.cfg, state.cfg.ttt_chunk_size, state.cfg.ttt_batch_size - len(batch)
-    counts, starts = (np.pad(x[batch], (0, padding))[:, None] for x in (docs.counts, docs.starts))  # (B, 1)
-    state.begin(starts[:, 0].tolist())
-    for end in range(C, int(counts.max()) + C, C):
-        place = np.arange(max(0, end - cfg.ttt_eval_seq_len), end)  # (n,) of the window in each document
-        inside = place < counts  # (B, n)
-        index = np.where(inside, starts + place, 0)
-        inputs, targets = docs.tokens[index], np.where(inside & (place >= end - C), docs.tokens[index + 1], -1)
-        learns = counts[:, 0] > end
-        nats = state.score(inputs, targets)  # with gradient even where nobody learns: one compiled graph
-        meter.add(nats.detach().flatten(), inputs[:, -C:].ravel(), targets[:, -C:].ravel())  # final from here on
-        if learns.any():
-            state.adapt(nats, learns, again=partial(state.score, inputs, targets))
-        yield
+    @torch.no_grad()
+    def begin(self, docs: Documents, batch: np.ndarray) -> None:  # new adapters for the documents (n,), longest first
+        cfg, rows = self.cfg, -(-len(batch) // self.granule) * self.granule
+        self.lengths, starts = (np.pad(x[batch], (0, rows - len(batch))) for x in (docs.counts, docs.starts))
+        self.counts, self.starts = (torch.from_numpy(x[:, None]).to(self.device) for x in (self.lengths, starts))
+        self.master, self.updates = LoRA.zeros(cfg, rows, len(self.plan), self.device), 0
+        self.master.reset(cfg.seed, range(rows) if cfg.ttt_warm_start_a else starts[: len(batch)].tolist())
+        if self.warm is not None and len(self.warm) >= rows:
+            self.master.down.copy_(self.warm[:rows])
+        self.warm = self.master.down if cfg.ttt_warm_start_a else None
+        down, up = (x.to(cfg.dtype) for x in self.master[-2:])  # the same tensors in fp32
+        self.lora, kept = self.master._replace(down=down, up=up), 1 + (cfg.ttt_beta1 > 0) * (cfg.ttt_optimizer != "sgd")
+        self.moments = [[torch.zeros_like(x) for _ in range(kept)] for x in self.master[-2:]]
 
-def evaluate_ttt(state: Adaptation, docs: Documents, table: ByteTable, ranks: Ranks, log: Log) -> dict[str, float]:
-    """Scores every target once; a score depends on its document alone. All ranks call it and take batches of documents
-    of like length, longest first, from a shared counter."""
-    cfg, meter, order = state.cfg, BpbMeter(table), np.argsort(docs.counts, kind="stable")[::-1]
-    order = order[docs.counts[order] > 0]
-    batches = np.split(order, range(cfg.ttt_batch_size, len(order), cfg.ttt_batch_size))
-    log(f"ttt_lora:docs:{len(docs.starts)} rank:{cfg.ttt_lora_rank} lr:{cfg.ttt_lora_lr} chunk:{cfg.ttt_chunk_size}")
-    for number in takewhile(lambda n: n < len(batches), ranks.tickets()):
-        for _ in score_then_adapt(state, docs, batches[number], meter):
+    def step(self, ledger: Ledger, start: int, end: int) -> None:
+        """Scores the targets start..end-1 of the documents of the batch, and only then learns from them. Documents that
+        are over drop out; if memory runs out, fewer go at once."""
+        live = int((self.lengths > start).sum()) if self.cfg.ttt_fast else len(self.lengths)
+        first, live, tokens = 0, -(-live // self.granule) * self.granule, min(end, self.cfg.ttt_eval_seq_len)
+        while first < live:
+            rows = slice(first, first + int(min(live - first, max(self.room // tokens, self.granule))))
+            try:
+                place, nats, grads = self.score(ledger, start, end, rows)
+            except torch.OutOfMemoryError:
+                if rows.stop - first <= self.granule:
+                    raise
+                self.room = tokens * (rows.stop - first) // 2
+                continue
+            ledger.add(place, nats)  # final from here on
+            for again in range(self.cfg.ttt_grad_steps * len(grads) // 2):
+                ledger.require(place)
+                self.learn(self.score(ledger, start, end, rows)[2] if again else grads, rows, self.updates + again + 1)
+            first = rows.stop
+        self.updates += self.cfg.ttt_grad_steps
+
+    def score(self, ledger: Ledger, start: int, end: int, rows: slice) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """Places and nats (n,) of the targets start..end-1 of these documents, each in a window that ends on the chunk
+        grid, with its adapter; and the gradient of the adapters, unless all these documents end here."""
+        lora, starts, counts = self.lora.rows(rows), self.starts[rows], self.counts[rows]
+        n, c = min(end, self.cfg.ttt_eval_seq_len), end - start
+        m = next((bucket for bucket in self.buckets if bucket >= n), n)
+        offset = torch.arange(end - n, end - n + m, device=self.device)
+        place = torch.where((offset < counts) & (offset < end), starts + offset, ledger.nowhere)  # (r, m)
+        inside = place != ledger.nowhere
+        inputs = torch.where(inside, ledger.tokens[place], 0)
+        targets = torch.where(inside & (offset >= start), ledger.tokens[(place + 1).clamp_max(ledger.nowhere)], -1)
+        base = torch.arange(0, place.numel(), m, device=self.device)[:, None]
+        ends = F.pad(torch.cat([base, base + n], 1).flatten(), (0, 1), value=place.numel())  # padding: own segments
+        batch = Batch(inputs.flatten().long(), targets.flatten().long(), ends.int(), self.cfg.ttt_eval_seq_len)
+        select = (base + torch.arange(n - c, n, device=self.device)).flatten()
+        nats = self.forward(batch, self.plan, lora=lora, select=select if self.cfg.ttt_fast else None)
+        nats, grads = nats if self.cfg.ttt_fast else nats[select], ()  # with gradient even if nobody learns: one graph
+        if (self.lengths[rows] > end).any():  # no document learns from its last chunk
+            loss = (nats.view(-1, c).mean(1) * (counts[:, 0] > end)).sum()
+            grads = torch.autograd.grad(loss, [lora.down, lora.up])
+        return place[:, n - c : n].flatten(), nats.detach(), grads
+
+    @torch.no_grad()
+    def learn(self, grads: tuple[Tensor, ...], rows: slice, number: int) -> None:
+        t, pairs = torch.full((), float(number), device=self.device), zip(self.lora[-2:], self.master[-2:], strict=True)
+        for (leaf, master), grad, moments in zip(pairs, grads, self.moments, strict=True):
+            mine = master[rows]
+            self.update(mine if leaf is master else leaf[rows], mine, grad, [x[rows] for x in moments], t, self.cfg)
+
+def batches_of(docs: Documents, chosen: np.ndarray, cfg: Config) -> list[np.ndarray]:
+    """Documents of like length together, longest first so that no rank waits at the end; few long ones at once, many
+    short ones. With TTT_WARM_START_A as the stream has them, for what one learns goes on to a later one."""
+    chosen, batches = chosen[docs.counts[chosen] > 0], []
+    if not cfg.ttt_warm_start_a:
+        chosen = chosen[np.argsort(-docs.counts[chosen], kind="stable")]
+    while len(chosen):
+        relative, even = docs.counts[chosen[0]] / cfg.ttt_eval_seq_len, cfg.ttt_warm_start_a or not cfg.ttt_fast
+        factor = 1 if even or 1 / 8 < relative <= 2 else 4 if relative < 1 else 0.25
+        batch, chosen = np.split(chosen, [max(1, int(cfg.ttt_batch_size * factor))])
+        batches.append(batch[np.argsort(-docs.counts[batch], kind="stable")])
+    return batches
+
+def score_then_adapt(state: Adaptation, batch: np.ndarray, ledger: Ledger) -> Iterator[int]:
+    """Chunk by chunk of a batch's documents: scores, only then learns. Yields before each step how many targets of each
+    document are scored; whoever stops there leaves the rest unscored."""
+    state.begin(ledger.docs, batch)
+    for start, end in chunk_grid(state.cfg, int(ledger.docs.counts[batch].max())):
+        yield start
+        state.step(ledger, start, end)
+
+def adapt_documents(state: Adaptation, scorer: Scorer, first: int, stop: int, deadline: Deadline) -> None:
+    """Scores the documents first..stop-1 once; the ranks take batches from a shared counter. When the deadline is near,
+    a rank scores the rest of its batch, and the batches it takes from there on, without learning."""
+    (ledger, cfg, ranks, log), (_, starts, counts) = scorer[2:], scorer.ledger.docs
+    batches, late = batches_of(ledger.docs, np.arange(first, stop), cfg), False
+    left = np.cumsum([counts[stop:].sum(), *(counts[b].sum() for b in batches[::-1])])[::-1]  # targets from a batch on
+    numbers = range(ranks.rank, len(batches), ranks.world_size) if cfg.ttt_warm_start_a else ranks.tickets()
+    for number in takewhile(lambda n: n < len(batches), numbers):
+        batch, done = batches[number], 0
+        for done in score_then_adapt(state, batch, ledger) if not late else ():
+            late = not deadline.allows((counts[batch] - done).clip(0).sum() + left[number + 1] / ranks.world_size)
+            if late:
+                break
             if log.due():
-                running = "running_loss:{val_loss:.4f} running_bpb:{val_bpb:.4f}".format(**meter.result())
+                running = "running_loss:{val_loss:.4f} running_bpb:{val_bpb:.4f}".format(**ledger.result())
                 log(f"ttt_progress: batch {number + 1}/{len(batches)} {running}")
-    return meter.result(ranks)
+        rest = [d for d in batch if late and counts[d] > done]
+        spans = ((d, span) for d in rest for span in windows(counts[d], cfg.eval_seq_len, cfg.eval_seq_len))
+        scorer.score(((starts[d] + start, starts[d] + max(score, done), starts[d] + end)
+                      for d, (start, score, end) in spans if end > done), shared=False)  # fmt: skip
+        ledger.plain += len(rest)
+
+def score_documents(state: Adaptation, scorer: Scorer, deadline: Deadline) -> Iterator[tuple[int, list]]:
+    """Each document with its own adapter. With PHASED_TTT_NUM_PHASES all weights learn (PR #1626) from the documents up
+    to a place in the stream before any document after it is scored: all conditionals belong to the order of the stream,
+    where the published queue, longest document first, has another. Yields as score_chunks."""
+    cfg, docs, size = scorer.cfg, scorer.ledger.docs, scorer.cfg.ttt_chunk_tokens
+    phases = cfg.phased_ttt_num_phases
+    bounds = [min(cfg.phased_ttt_prefix_docs, len(docs.counts)) * p // phases for p in range(1, phases + 1)]
+    for first, stop in zip([0, *bounds], [*bounds, len(docs.counts)], strict=True):
+        adapt_documents(state, scorer, first, stop, deadline)
+        state.warm, places = None, docs.places(stop if stop in bounds else 0)
+        starts = range(0, len(places) - size + 1, size)
+        yield int(docs.counts[stop:].sum()), [(places[i : i + size], i / len(places)) for i in starts]
+
+def score_chunks(scorer: Scorer) -> Iterator[tuple[int, list]]:
+    """TTT_MODE=chunk (PR #461, #1413): scores every window of a chunk of the stream; windows that straddle chunks in
+    parts, EVAL_STRIDE apart with SLIDING_WINDOW_ENABLED. Yields the targets left, and what all weights learn from
+    before the next chunk: (places, share of the schedule that is over). Nothing after the last."""
+    size, places, spans = scorer.cfg.ttt_chunk_tokens, scorer.ledger.docs.places(), {}
+    for start, score, end in scorer.windows(scorer.cfg.eval_stride * scorer.cfg.sliding_window_enabled):
+        at = int(np.searchsorted(places, score))
+        for k in range(at // size, (at + end - score - 1) // size + 1):
+            part = max(score, score + k * size - at), min(end, score + (k + 1) * size - at)
+            spans.setdefault(k, []).append((start, *part))
+    for k in range(len(spans)):
+        scorer.score(spans[k], shared=True)
+        chunk, last = places[k * size : (k + 1) * size], len(spans) - 1
+        yield max(0, len(places) - (k + 1) * size), [(chunk, k / last)] if k < last else []
+
+def evaluate_ttt(scorer: Scorer, state: Adaptation | None, model: GPT, forward: Callable, deadline: Deadline) -> Ledger:
+    """Scores every target once, with adapters `state` or without; in between, SGD on all weights over targets that are
+    scored, the rate on a cosine, the same on all ranks. All call it. Afterwards the weights are as before."""
+    ranks, weights, late = scorer.ranks, list(model.parameters()), False
+    kept, sgd = [p.detach().clone() for p in weights], torch.optim.SGD(weights, momentum=scorer.cfg.ttt_momentum)
+    model.requires_grad_(False)  # or a compiled backward would compute the gradients of all weights
+    for left, learns in score_documents(state, scorer, deadline) if state else score_chunks(scorer):
+        for place, share in learns:
+            late = late or any(ranks.gather(not deadline.allows(left / ranks.world_size)))
+            if not late:
+                sgd.param_groups[0]["lr"] = 0.5 * scorer.cfg.ttt_lr * (1 + math.cos(math.pi * share))
+                learn_weights(model, forward, sgd, scorer, place)
+        scorer.ledger.plain += late and ranks.is_main
+        if state:  # each phase starts anew
+            sgd.state.clear()
+    model.requires_grad_(True)
+    torch._foreach_copy_([p.detach() for p in weights], kept)
+    return scorer.ledger.join(ranks)
+
+def learn_weights(model: GPT, forward: Callable, sgd: torch.optim.SGD, scorer: Scorer, place: np.ndarray) -> None:
+    """TTT_EPOCHS passes over the targets `place` (n,) in rows of EVAL_SEQ_LEN, less a rest. Ranks share the rows, one
+    without any adds a zero gradient. Layers below TTT_FREEZE_BLOCKS stay as they are."""
+    (ledger, cfg, ranks, _), length, tokens = scorer[2:], scorer.cfg.eval_seq_len, scorer.ledger.docs.tokens
+    ledger.require(torch.from_numpy(place).to(ranks.device), ranks)
+    rows, size = place[: len(place) // length * length].reshape(-1, length), cfg.ttt_batch_seqs * ranks.world_size
+    model.requires_grad_(True)
+    for group in [rows[i : i + size] for i in range(0, len(rows), size)] * cfg.ttt_epochs:
+        if len(mine := group[ranks.rank :: ranks.world_size].ravel()):
+            begins = np.isin(mine, ledger.docs.starts) & (cfg.data_loader == "documents")
+            starts = np.union1d(np.arange(0, len(mine), length), np.flatnonzero(begins))
+            shape = len(mine), max(64, 1 << len(starts).bit_length()), length
+            row = pack_row(tokens[mine], tokens[mine + 1], starts, shape, ranks.device)
+            (forward(row, scorer.plan).sum() / group.size).backward()
+        for name, p in model.named_parameters():
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            if name not in ("tok_emb", "skip_weights", "skip_gates"):  # all others go by layer, some banks twice over
+                p.grad.unflatten(0, (-1, cfg.num_layers))[:, : cfg.ttt_freeze_blocks] = 0
+            ranks.sum(p.grad)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.ttt_grad_clip or math.inf)
+        sgd.step()
+        model.zero_grad(set_to_none=True)
+    model.requires_grad_(False)
 
 # === 12. Entry: the phases of a run, each leaving a file ==============================================================
 def load_model_file(cfg: Config, origin: dict[str, str]) -> tuple[Config, dict[str, Any]]:
@@ -1749,6 +2018,7 @@ class Run:  # from its data to its report, the same on all ranks; `go` holds the
                 error = str(caught)
             if found := next(filter(None, ranks.gather(error)), None):  # or a peer would wait for one that has left
                 raise UsageError(found)
+            self.decoded = sum(ranks.gather(self.decoded))
         cfg, run_id = self.cfg, cfg.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}_{cfg.preset}_seed{cfg.seed}"
         run_id = ranks.gather(run_id)[0]
         self.folder = Path(cfg.artifact_dir or f"runs/{run_id}")
@@ -1777,7 +2047,7 @@ class Run:  # from its data to its report, the same on all ranks; `go` holds the
             raise UsageError(f"EVAL_ONLY_PATH={cfg.eval_only_path}: {self.tokenizer.path} is not its tokenizer")
         self.streams = open_shards(cfg, self.tokenizer, ranks, ["val"] if "streams" in self.saved else ["train", "val"])
         self.docs = Documents.load(self.streams["val"], self.tokenizer.bos_id, cfg)
-        self.table = check_bytes(self.tokenizer, self.docs)
+        self.table, self.decoded = check_bytes(self.tokenizer, self.docs, ranks)
         self.backend, lines = choose_attention(cfg.attention_backend, ranks.device, cfg.dtype)
         return lines + [f"{name}_shards: {len(s.paths)} {name}_tokens: {s.size}" for name, s in self.streams.items()]
     @contextlib.contextmanager
@@ -1794,7 +2064,9 @@ class Run:  # from its data to its report, the same on all ranks; `go` holds the
         torch._dynamo.config.recompile_limit = 64  # training, scoring and adaptation share GPT.forward
         self.model = GPT(cfg, self.backend).to(self.ranks.device)
         self.forward = torch.compile(self.model, fullgraph=True, dynamic=False) if cfg.compile else self.model
-        self.ttt_forward = torch.compile(self.model, fullgraph=True, dynamic=True) if cfg.compile else self.model
+        mode = "reduce-overhead" if cfg.ttt_cuda_graph else "default"
+        adapting = partial(torch.compile, fullgraph=True, dynamic=True, mode=mode)
+        self.ttt_forward = adapting(self.model) if cfg.compile else self.model
         self.log(f"model_params:{sum(p.numel() for p in self.model.parameters())}")
         looped = saved.get("looped", cfg.num_loops > 0 and cfg.enable_looping_at < 1)
         with self.phase("warm-up", "none"):
@@ -1810,13 +2082,13 @@ class Run:  # from its data to its report, the same on all ranks; `go` holds the
             self.compress(path, {"looped": looped, "tokenizer": self.tokenizer.sha256})
             self.score("diagnostic pre-quantization post-ema", "none", self.evaluate)
         self.reload(path)
+        deadline = Deadline(cfg.eval_deadline_seconds - cfg.eval_budget_includes_compile * self.eval_warm_up)
         self.score("diagnostic quantized", "eval", self.evaluate)
+        deadline.rate = self.phases[-1][2] * self.ranks.world_size / self.docs.counts.sum()
         if cfg.sliding_window_enabled:
             self.score("diagnostic quantized_sliding_window", "eval", partial(self.evaluate, cfg.eval_stride))
         if cfg.ttt_enabled:
-            state = Adaptation(self.model, self.ttt_forward, self.plan, self.ranks.device)
-            adapting = partial(evaluate_ttt, state, self.docs, self.table, self.ranks, self.log)
-            self.score("quantized_ttt_lora", "eval", adapting)
+            self.score("quantized_ttt_lora", "eval", partial(self.adapt, deadline))
         return self.report()
 
     def warm_up(self, last: tuple[Visit, ...]) -> float:  # synthetic tokens, undone; the seconds to keep after training
@@ -1834,13 +2106,17 @@ class Run:  # from its data to its report, the same on all ranks; `go` holds the
                 middle, rows = ranks.now(), -(-cfg.gptq_calibration_batches // ranks.world_size)
                 pack_artifact(self.model, quantize(self.model, hessians, ranks), {})
                 reserve = 1.0 + 1.25 * (rows * (middle - start) + ranks.now() - middle)
-            if cfg.warmup_steps:
-                with torch.no_grad():
-                    self.forward(synthetic_row(cfg, cfg.val_row_shape, ranks.device), last)
+            start = ranks.now()
+            if cfg.warmup_steps:  # documents of random tokens, in every length of a window
+                count = cfg.ttt_eval_seq_len + cfg.ttt_chunk_size
+                starts = np.arange(0, max(2 * cfg.ttt_chunk_tokens, cfg.val_row_shape[0]), count)
+                tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, count * len(starts) + 1)
+                self.plan, docs = last, Documents(tokens, starts, np.full(len(starts), count))
+                self.evaluate(docs=docs, ranks=ranks.alone())
                 if cfg.ttt_enabled:
-                    Adaptation(self.model, self.ttt_forward, last, ranks.device).warm_up()
-                    self.model.requires_grad_(True)
+                    self.adapt(Deadline(math.inf), docs, ranks.alone())
                 self.log("warmup:done (random tokens, no validation data)")
+            self.eval_warm_up = ranks.now() - start
         if trains and cfg.cuda_graph and ranks.device.type == "cuda" and self.backend != "sdpa":  # sdpa asks the host
             self.optimizers.keep_gradients, pool = True, torch.cuda.graph_pool_handle()
             for p in self.model.parameters():
@@ -1890,22 +2166,40 @@ class Run:  # from its data to its report, the same on all ranks; `go` holds the
         self.log(f"Code size (uncompressed): {len(SOURCE)} bytes; model {len(data)}, its codes' entropy {bound}")
         over = f", {total - LIMIT_BYTES} OVER THE LIMIT" if total > LIMIT_BYTES else ""
         self.log(f"Total submission size quantized+{header['compressor']}: {total} bytes{over}")
-    def evaluate(self, stride: int = 0, plan: tuple[Visit, ...] | None = None) -> dict[str, float]:
-        return evaluate(self.forward, plan or self.plan, self.docs, self.table, stride, self.cfg, self.ranks, self.log)
-    def score(self, label: str, budget: str, evaluation: Callable[[], dict[str, float]]) -> None:
-        """Times an evaluation, logs its result in the field's template, keeps it; refuses one that left targets out."""
-        key, expected = label.removeprefix("diagnostic ").split()[0].replace("-", "_"), int(self.docs.counts.sum())
+    def scorer(self, plan: tuple[Visit, ...], docs: Documents | None, ranks: Ranks | None) -> Scorer:
+        ledger = Ledger(docs or self.docs, self.table, self.ranks.device)
+        return Scorer(self.forward, plan, ledger, self.cfg, ranks or self.ranks, self.log)
+    def evaluate(self, stride: int = 0, plan: tuple[Visit, ...] | None = None, docs: Documents | None = None,
+                 ranks: Ranks | None = None) -> Ledger:  # fmt: skip
+        return evaluate(self.scorer(plan or self.plan, docs, ranks), stride)
+    def adapt(self, deadline: Deadline, docs: Documents | None = None, ranks: Ranks | None = None) -> Ledger:
+        scorer, mode = self.scorer(self.plan, docs, ranks), self.cfg.ttt_mode
+        state = Adaptation(self.model, self.ttt_forward, self.plan, self.ranks.device) if mode == "document" else None
+        return evaluate_ttt(scorer, state, self.model, self.ttt_forward, deadline)
+
+    def score(self, label: str, budget: str, evaluation: Callable[[], Ledger]) -> None:
+        """Times an evaluation, logs its result in the field's template and keeps it. Raises InvalidScore, in place of a
+        result, if the ledger found a broken rule."""
+        key = label.removeprefix("diagnostic ").split()[0].replace("-", "_")
         with self.phase(f"score {key}", budget):
-            result = evaluation()
-        if result["tokens"] != expected:
-            raise RuntimeError(f"{label}: scored {result['tokens']} targets of {expected}")
+            ledger = evaluation()
         self.check_compiled(sum(self.ranks.gather(self.sentinel.poll())))
-        loss, bpb, seconds = result["val_loss"], result["val_bpb"], self.phases[-1][2]
+        problems, held = ledger.problems(self.decoded), (len(self.docs.starts), self.streams["val"].size, self.decoded)
+        known = CANONICAL.get(self.cfg.dataset_dir.name, held) if self.cfg.val_doc_fraction == 1 else held
+        if problems or any(abs(n - m) > 1e-4 * m for n, m in zip(held, known, strict=True) if m):
+            reasons = problems or [f"(documents, tokens, bytes) are {held}, in the field's data set {known}"]
+            raise InvalidScore(f"{label} INVALID: {'; '.join(reasons)}")
+        result, seconds = ledger.result(), self.phases[-1][2]
+        loss, bpb = result["val_loss"], result["val_bpb"]
         self.log(f"{label} val_loss:{loss:.8f} val_bpb:{bpb:.8f} eval_time:{1000 * seconds:.0f}ms")
+        if ledger.plain:
+            self.log(f"deadline: {ledger.plain} of them scored without learning from them")
         self.final |= {f"{key}_loss": loss, f"{key}_bpb": bpb, "val_loss": loss, "val_bpb": bpb}
-        self.final |= {"val_tokens": expected, "val_bytes": result["bytes"]}
+        self.final |= {"val_tokens": result["tokens"], "val_bytes": result["bytes"]}
         if self.ranks.is_main:
             write_atomic(self.folder / "scores.json", json.dumps(self.final, indent=1).encode())
+            np.savez(buffer := io.BytesIO(), **ledger.by_document())
+            write_atomic(self.folder / "documents.npz", buffer.getvalue())
 
     def report(self) -> dict[str, Any]:  # the table of phases and budgets, then the one line that starts with `final`
         self.log(f"{'phase':<34}{'seconds':>9}  counts against")
@@ -1932,10 +2226,16 @@ def main(argv: list[str]) -> int:  # exit status: 0 done, 1 the run failed, 2 wr
         if argv:
             raise UsageError(f"{argv[0]}: knobs are environment variables; the only argument is --knobs")
         Run(*Config.from_env(os.environ, torch.cuda.is_available()), Ranks(os.environ)).go()
-    except (UsageError, RunStopped, FloatingPointError) as error:
+    except (UsageError, RunStopped, FloatingPointError, InvalidScore) as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"train_gpt.py: {error}", file=sys.stderr, flush=True)
         return {UsageError: 2, RunStopped: 3}.get(type(error), 1)
+    except RuntimeError as error:
+        if not dist.is_initialized() or "onnection" not in str(error):
+            raise
+        reason = str(error).splitlines()[0]
+        print(f"train_gpt.py: rank {dist.get_rank()} lost a peer: {reason}", file=sys.stderr, flush=True)
+        return 1
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -154,8 +154,10 @@ def agree(cfg: tg.Config, looped: bool, lengths: tuple[int, ...], adapted: bool 
     exact = [p.detach().double().requires_grad_() for p in leaves]
     weights, per_document = dict(zip(names, exact, strict=True)), [{}] * len(lengths)
     if lora:
-        views = lora._replace(down=weights["down"], up=weights["up"]).views(torch.float64)
-        per_document = [{key: (a[d], b[d]) for key, (a, b) in views.items()} for d in range(len(lengths))]
+        up = dict(zip(lora.sites, weights["up"].split(lora.widths, 1), strict=True))
+        per_document = [{site: (down, cfg.lora_scale * up[site][d])
+                         for site, down in zip(lora.sites, weights["down"][d], strict=True)}
+                        for d in range(len(lengths))]  # fmt: skip
     wanted = torch.cat([
         Reference(cfg, weights, adapters).nats(row.inputs[s], row.targets[s], looped)
         for s, adapters in zip(spans(lengths), per_document, strict=True)
@@ -182,8 +184,23 @@ def test_forward_and_gradients_are_those_of_the_specification(changes, looped):
 
 
 @pytest.mark.parametrize("looped", [False, True])
-def test_adapters_and_their_gradients_are_those_of_the_specification(looped):
-    agree(tiny_config(**DEEPER), looped, (12, 12, 12), adapted=True)
+@pytest.mark.parametrize("changes", [{}, dict(ttt_lora_alpha=12.0), dict(ttt_q_lora=False, ttt_v_lora=False),
+                                     dict(ttt_k_lora=False, ttt_o_lora=False, ttt_mlp_lora=False)])  # fmt: skip
+def test_adapters_and_their_gradients_are_those_of_the_specification(looped, changes):
+    agree(tiny_config(**{**DEEPER, **changes}), looped, (12, 12, 12), adapted=True)
+
+
+@pytest.mark.parametrize("looped", [False, True])
+def test_last_visit_at_selected_positions_only_gives_the_same_nats_and_gradients(looped):
+    cfg, select = tiny_config(**DEEPER), torch.tensor([3, 4, 5, 15, 16, 17, 27, 28, 29])
+    model, row, plan, found = draw(cfg), draw_row((12, 12, 12)), cfg.plans[looped], []
+    for picked in (None, select):
+        lora = draw_lora(cfg, 3, len(plan))
+        nats = model(row, plan, lora=lora, select=picked)
+        nats = nats[select] if picked is None else nats
+        found.append([nats, *torch.autograd.grad(nats.square().sum(), [lora.down, lora.up])])
+    for whole, part in zip(*found, strict=True):
+        assert error(part, whole.double()) < 1e-6
 
 
 # --- Conformance numbers --------------------------------------------------------------------------------------------

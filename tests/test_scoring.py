@@ -12,6 +12,7 @@ import sentencepiece
 import torch
 from conftest import TINY, VOCAB, tiny_config, tiny_text
 from test_data import BOS, rank_of, refused, train_tokenizer
+from conftest import on_ranks
 
 import train_gpt as tg
 
@@ -79,15 +80,18 @@ def test_bytes_of_the_documents_add_up_to_the_manifests(tiny_data):
     cfg = tiny_config(data_dir=tiny_data)
     tokenizer = tg.Tokenizer.load(cfg)
     docs = tg.Documents.load(tg.TokenStream(cfg.dataset_dir, "val"), BOS, cfg)
-    table = tg.check_bytes(tokenizer, docs)
+    table, decoded = tg.check_bytes(tokenizer, docs, rank_of(1))
     parts = [table.count(docs.tokens[s : s + n + 1]) for s, n in zip(docs.starts, docs.counts, strict=True)]
     assert sum(parts) == tokenizer.manifest["splits"]["val"]["bytes"] == table.count(docs.tokens)
+    assert decoded == sum(parts)
+    shares = [tg.check_bytes(tokenizer, docs, rank_of(3, rank))[1] for rank in range(3)]
+    assert sum(shares) == decoded > max(shares)
     assert parts == [len(text.encode()) for text in tiny_text(172, seed=1)[160:]]  # the texts of the fixture
     lone = docs._replace(
         tokens=np.append(docs.tokens, BOS), starts=np.append(docs.starts, len(docs.tokens)),
         counts=np.append([*docs.counts[:-1], docs.counts[-1] + 1], 0),
     )  # fmt: skip
-    tg.check_bytes(tokenizer, lone)
+    tg.check_bytes(tokenizer, lone, rank_of(1))
 
 
 @pytest.mark.parametrize("off", [-1, 1])
@@ -98,7 +102,8 @@ def test_manifest_with_other_bytes_is_refused(tiny_data, off):
     total = tokenizer.manifest["splits"]["val"]["bytes"]
     manifest = json.loads(json.dumps(tokenizer.manifest))
     manifest["splits"]["val"]["bytes"] += off
-    refused(lambda: tg.check_bytes(tokenizer._replace(manifest=manifest), docs), tokenizer.path, total, total + off)
+    tokenizer = tokenizer._replace(manifest=manifest)
+    refused(lambda: tg.check_bytes(tokenizer, docs, rank_of(1)), tokenizer.path, total, total + off)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +118,7 @@ def test_tokenizer_that_miscounts_is_refused(tmp_path, options):
     model = sentencepiece.SentencePieceProcessor(model_file=str(path))
     parts = [[BOS, *model.encode(text)] for text in tiny_text(6, seed=4)]
     docs = documents([len(p) for p in parts])._replace(tokens=np.concatenate(parts))
-    refused(lambda: tg.check_bytes(tg.Tokenizer(path, model, BOS, "", {}), docs), path, "document at")
+    refused(lambda: tg.check_bytes(tg.Tokenizer(path, model, BOS, "", {}), docs, rank_of(1)), path, "document at")
 
 
 # --- Meter ---
@@ -123,27 +128,104 @@ def random_table(rng):
     return tg.ByteTable(rng.integers(0, 9, VOCAB), rng.random(VOCAB) < 0.4, rng.random(VOCAB) < 0.1)
 
 
-def test_meter_equals_a_hand_sum_in_float64():
+def test_result_equals_a_hand_sum_in_float64():
     rng = np.random.default_rng()
-    table = random_table(rng)
-    meter, nats, num_bytes = tg.BpbMeter(table), [], 0
-    for count in (1, 70, 0, 20000, 3000):
-        scores = torch.rand(count) * 1e4  # a sum of these in fp32 is off in the fifth digit
-        before, targets = rng.integers(0, VOCAB, (2, count))
-        targets = np.where(rng.random(count) < 0.3, -1, targets)
-        meter.add(scores, before, targets)
-        for nat, p, t in zip(scores.tolist(), before, targets, strict=True):
-            if t >= 0:
-                num_bytes += int(table.base[t]) + int(table.space[t] and not table.boundary[p])
-                nats.append(nat)
-    for result in (meter.result(), meter.result(rank_of(1))):
-        assert (result["tokens"], result["bytes"]) == (len(nats), num_bytes)
-        assert result["val_loss"] == pytest.approx(math.fsum(nats) / len(nats), rel=1e-12)
-        assert result["val_bpb"] == pytest.approx(math.fsum(nats) / math.log(2) / num_bytes, rel=1e-12)
+    table, docs = random_table(rng), documents([1, 70, 20000, 3000])
+    ledger, nats, num_bytes = tg.Ledger(docs, table, torch.device("cpu")), [], 0
+    for place in np.array_split(rng.permutation(len(docs.tokens) - 1)[:15000], 7):
+        scores = torch.rand(len(place)) * 1e4  # a sum of these in fp32 is off in the fifth digit
+        ledger.add(torch.from_numpy(place), scores)
+        nats += scores.tolist()
+        for p, t in zip(docs.tokens[place], docs.tokens[place + 1], strict=True):
+            num_bytes += int(table.base[t]) + int(table.space[t] and not table.boundary[p])
+    result = ledger.result()
+    assert (result["tokens"], result["bytes"]) == (len(nats), num_bytes)
+    assert result["val_loss"] == pytest.approx(math.fsum(nats) / len(nats), rel=1e-12)
+    assert result["val_bpb"] == pytest.approx(math.fsum(nats) / math.log(2) / num_bytes, rel=1e-12)
 
 
-def test_empty_meter_has_a_result():
-    assert tg.BpbMeter(random_table(np.random.default_rng())).result()["tokens"] == 0
+def test_empty_ledger_has_a_result():
+    ledger = tg.Ledger(documents([5]), random_table(np.random.default_rng()), torch.device("cpu"))
+    assert ledger.result()["tokens"] == 0
+
+
+# --- Ledger ---
+
+
+def full_ledger(docs):
+    """A ledger whose every target is scored, and the bytes it should hold."""
+    table = tg.ByteTable(np.ones(VOCAB, dtype=np.int64), np.zeros(VOCAB, dtype=bool), np.zeros(VOCAB, dtype=bool))
+    ledger, places = tg.Ledger(docs, table, torch.device("cpu")), torch.from_numpy(docs.places())
+    ledger.add(places, torch.rand(len(places)))
+    return ledger, len(places)
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_ledger_of_one_pass_has_no_problem(sampled):
+    docs = documents([9, 1, 40, 2, 7])
+    docs = docs._replace(starts=docs.starts[[0, 3]], counts=docs.counts[[0, 3]]) if sampled else docs
+    ledger, num_bytes = full_ledger(docs)
+    ledger.require(torch.from_numpy(docs.places()))
+    ledger.require(torch.full((3,), ledger.nowhere))  # padding is no target
+    assert ledger.problems(num_bytes) == []
+
+
+def spoil(ledger, how, docs):
+    first = torch.tensor([0])
+    if how == "never":
+        ledger.times[3] = 0
+    elif how == "often":
+        ledger.add(first, torch.ones(1))
+    elif how == "twice at once":
+        ledger.times[0] = 0
+        ledger.add(torch.tensor([0, 0]), torch.ones(2))
+    elif how == "before":
+        ledger.times[0] = 0
+        ledger.require(first)
+        ledger.add(first, torch.ones(1))
+    elif how == "finite":
+        ledger.nats[2] = float("nan")
+    elif how == "outside":
+        ledger.add(torch.tensor([int(docs.starts[1])]), torch.ones(1))
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [("never", "1 targets were never scored"), ("often", "1 targets were scored too often"),
+     ("twice at once", "1 targets were scored too often"), ("before", "1 targets were read by an update before"),
+     ("finite", "1 scores are not finite"), ("outside", "1 targets were scored too often"), ("bytes", "bytes")],
+)  # fmt: skip
+def test_ledger_names_the_broken_rule(how, reason):
+    docs = documents([9, 1, 40, 2, 7])
+    docs = docs._replace(starts=docs.starts[[0, 2]], counts=docs.counts[[0, 2]])
+    ledger, num_bytes = full_ledger(docs)
+    spoil(ledger, how, documents([9, 1, 40, 2, 7]))
+    found = ledger.problems(num_bytes + (how == "bytes"))
+    assert reason in "; ".join(found)
+    assert len(found) == 1 + (how in ("never", "outside"))  # both change the bytes as well
+
+
+def test_first_score_stays():
+    ledger, _ = full_ledger(documents([9, 4]))
+    before = ledger.nats.clone()
+    ledger.add(torch.tensor([1, 2]), torch.zeros(2))
+    assert torch.equal(ledger.nats, before)
+
+
+def ledger_of_rank(ranks, both):
+    docs = documents([9, 4, 6])._replace(tokens=np.full(19, 5))
+    table = tg.ByteTable(np.ones(VOCAB, dtype=np.int64), np.zeros(VOCAB, dtype=bool), np.zeros(VOCAB, dtype=bool))
+    ledger, places = tg.Ledger(docs, table, torch.device("cpu")), torch.from_numpy(docs.places())
+    places = places[ranks.rank :: 2] if not both else places[min(ranks.rank, 1) * 7 :]
+    ledger.add(places, places.float())
+    return ledger.join(ranks).problems(18), ledger.result()
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_ranks_join_their_ledgers_and_see_targets_that_two_scored(tmp_path, both):
+    for problems, result in on_ranks(2, ledger_of_rank, tmp_path, both):
+        assert problems == ([] if not both else ["11 targets were scored too often"])
+        assert both or result["val_loss"] == pytest.approx(np.arange(18).mean())
 
 
 # --- Windows ---
@@ -205,7 +287,8 @@ def score(tmp_path):
     def run(forward, docs, table, stride=LENGTH, ranks=None, **overrides):
         cfg = tiny_config(**overrides)
         log = tg.Log(tmp_path / "log.txt", is_main=False)
-        return tg.evaluate(forward, cfg.plans[1], docs, table, stride, cfg, ranks or rank_of(1), log)
+        ledger = tg.Ledger(docs, table, torch.device("cpu"))
+        return tg.evaluate(tg.Scorer(forward, cfg.plans[1], ledger, cfg, ranks or rank_of(1), log), stride).result()
 
     return run
 

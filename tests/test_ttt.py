@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from test_compression import random_model
 
 import train_gpt as tg
 
-BOS, C, S = 1, 16, 64
+BOS, C, S, CPU = 1, 16, 64, torch.device("cpu")
 ADAPTS = dict(ttt_lora_lr=0.01, ttt_chunk_size=C, ttt_eval_seq_len=S)  # a rate at which every update shows
 SGD = dict(ttt_optimizer="sgd", ttt_beta1=0.9, ttt_lora_lr=1.0)
 LENGTHS = (150, 64, 65, 33, 16, 1, 100)  # targets: beyond the window, on and off the chunk grid
@@ -30,33 +29,39 @@ def documents(*counts: int, seed: int = 0) -> tg.Documents:
     return tg.Documents(tokens, starts, counts)
 
 
-class Scores(tg.BpbMeter):
-    """A meter that keeps what it is given, chunk by chunk."""
-
-    def __init__(self):
-        super().__init__(TABLE)
-        self.chunks = []
-
-    def add(self, nats, before, targets):
-        super().add(nats, before, targets)
-        self.chunks.append((nats.clone(), before, targets))
-
-    def of_document(self, row: int, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """nats, tokens before and targets of one row of the batch, in order."""
-        parts = [np.concatenate([np.asarray(c[i]).reshape(rows, -1)[row] for c in self.chunks]) for i in range(3)]
-        return tuple(part[parts[2] >= 0] for part in parts)
-
-
 def adaptation(model: tg.GPT, forward=None) -> tg.Adaptation:
-    return tg.Adaptation(model, forward or model, model.cfg.plans[1], torch.device("cpu"))
+    model.requires_grad_(False)
+    return tg.Adaptation(model, forward or model, model.cfg.plans[1], CPU)
+
+
+def scorer_for(model: tg.GPT, docs: tg.Documents, ranks: tg.Ranks | None = None, forward=None) -> tg.Scorer:
+    ledger, log = tg.Ledger(docs, TABLE, CPU), tg.Log(Path("unused"), False)
+    return tg.Scorer(forward or model, model.cfg.plans[1], ledger, model.cfg, ranks or tg.Ranks({}), log)
+
+
+def of_documents(ledger: tg.Ledger) -> dict[int, np.ndarray]:
+    """document -> nats of its targets that are scored."""
+    found = {}
+    for d, (start, count) in enumerate(zip(ledger.docs.starts, ledger.docs.counts, strict=True)):
+        nats, times = (x[start : start + count].numpy() for x in (ledger.nats, ledger.times))
+        found[d] = nats[times > 0]
+    return found
 
 
 def scores(state: tg.Adaptation, docs: tg.Documents, batch: list[int] | None = None) -> dict[int, np.ndarray]:
     """document -> nats of its targets, the documents of `batch` (default: all) adapted side by side."""
-    batch, meter = np.array(range(len(docs.starts)) if batch is None else batch), Scores()
-    for _ in tg.score_then_adapt(state, docs, batch, meter):
+    batch = np.array(range(len(docs.starts)) if batch is None else batch)
+    batch, ledger = batch[np.argsort(-docs.counts[batch], kind="stable")], tg.Ledger(docs, TABLE, CPU)
+    for _ in tg.score_then_adapt(state, batch, ledger):
         pass
-    return {d: meter.of_document(row, state.cfg.ttt_batch_size)[0] for row, d in enumerate(batch.tolist())}
+    return {d: nats for d, nats in of_documents(ledger).items() if d in batch}
+
+
+def evaluated(model: tg.GPT, docs: tg.Documents, ranks: tg.Ranks | None = None, seconds: float = 1e9) -> tg.Ledger:
+    """The whole evaluation as the model's config says."""
+    scorer = scorer_for(model, docs, ranks)
+    state = adaptation(model) if model.cfg.ttt_mode == "document" else None
+    return tg.evaluate_ttt(scorer, state, model, model, tg.Deadline(seconds))
 
 
 def model_for(count: int, **overrides: object) -> tg.GPT:
@@ -82,36 +87,27 @@ def assert_equal(a: np.ndarray, b: np.ndarray) -> None:
 @pytest.mark.parametrize(("chunk", "steps"), [(32, 813), (48, 542)])
 def test_longest_validation_document_takes_as_many_chunks_as_published(chunk, steps):
     """A 25,988-token entry: one forward per chunk, windows that grow on the grid, an update after all but the last."""
-    lengths, docs = [], documents(25987)
+    lengths, updates, docs = [], [], documents(25987)
     model = model_for(1, ttt_chunk_size=chunk, ttt_eval_seq_len=2048, ttt_lora_rank=1)
 
     def forward(batch, plan, lora, select):
         lengths.append(len(batch.inputs))
-        return torch.zeros(len(select)) + lora.up.sum()
+        return torch.zeros(len(select)) + lora.up.sum() + lora.down.sum()
 
-    state, meter = adaptation(model, forward), Scores()
-    assert sum(1 for _ in tg.score_then_adapt(state, docs, np.array([0]), meter)) == steps
+    state, ledger = adaptation(model, forward), tg.Ledger(docs, TABLE, CPU)
+    state.learn = lambda grads, rows, number: updates.append(number)
+    assert sum(1 for _ in tg.score_then_adapt(state, np.array([0]), ledger)) == steps
     assert lengths == [min((i + 1) * chunk, 2048) for i in range(steps)]
-    assert_equal(meter.of_document(0, 1)[2], docs.tokens[1:])
-    assert {int(s["step"]) for s in state.optimizer.state.values()} == {steps - 1}
+    assert updates == list(range(1, steps))
+    assert ledger.problems(25987) == []
 
 
-def test_every_target_of_every_document_is_scored_once():
-    docs = documents(*LENGTHS)
-    state, meter = adaptation(model_for(8)), Scores()  # a row more than documents
-    for _ in tg.score_then_adapt(state, docs, np.arange(len(LENGTHS)), meter):
-        pass
-    for row, (start, count) in enumerate(zip(docs.starts, docs.counts, strict=True)):
-        _, before, targets = meter.of_document(row, 8)
-        assert_equal(targets, docs.tokens[start + 1 : start + count + 1])
-        assert_equal(before, docs.tokens[start : start + count])
-    assert meter.result()["tokens"] == sum(LENGTHS) == len(docs.tokens) - 1
-
-
-def test_result_counts_every_target_and_byte(tmp_path):
+def test_result_counts_every_target_and_byte():
     docs = documents(*LENGTHS, 0)  # a last document with nothing to predict
-    model, ranks, log = model_for(4), tg.Ranks({}), tg.Log(tmp_path / "log", True)
-    result = tg.evaluate_ttt(adaptation(model), docs, TABLE, ranks, log)
+    model = model_for(4)
+    ledger = evaluated(model, docs)
+    result = ledger.result()
+    assert ledger.problems(TABLE.count(docs.tokens)) == []
     assert (result["tokens"], result["bytes"]) == (sum(LENGTHS), TABLE.count(docs.tokens))
     alone = [scores(adaptation(with_settings(model, ttt_batch_size=1)), docs, [i]) for i in range(len(LENGTHS))]
     loss = sum(nats.astype(np.float64).sum() for d in alone for nats in d.values()) / sum(LENGTHS)
@@ -139,8 +135,9 @@ def test_chunk_is_scored_with_the_adapters_of_the_chunks_before_it(settings):
     """The loop written plainly for one document: score with what there is, learn, go on."""
     docs, model = documents(75), model_for(1, **settings)
     state = adaptation(model)
-    state.begin([0])
-    leaves, found = [state.lora.down, state.lora.up], []
+    state.begin(docs, np.array([0]))
+    lora = state.lora.rows(slice(0, 1))
+    leaves, found = [lora.down, lora.up], []
     optimizer = torch.optim.AdamW(leaves, lr=0.01, betas=(0.0, 0.999), eps=1e-10, weight_decay=0.5)
     if settings:
         optimizer = torch.optim.SGD(leaves, lr=1.0, momentum=0.9, weight_decay=0.5)
@@ -148,7 +145,7 @@ def test_chunk_is_scored_with_the_adapters_of_the_chunks_before_it(settings):
         first, last = max(0, end - S), min(end, 75)
         ids = torch.from_numpy(docs.tokens[first : last + 1])
         cu = torch.tensor([0, last - first], dtype=torch.int32)
-        nats = model(tg.Batch(ids[:-1], ids[1:], cu, S), state.plan, lora=state.lora)[end - C - first :]
+        nats = model(tg.Batch(ids[:-1], ids[1:], cu, S), state.plan, lora=lora)[end - C - first :]
         found.append(nats.detach().numpy())
         if end < 75:
             optimizer.zero_grad()
@@ -212,16 +209,24 @@ def test_left_out_documents_do_not_change_the_score_of_the_others():
     assert_equal(part[1], whole[0])
 
 
-def adapted_score(ranks: tg.Ranks, folder: Path) -> dict[str, float]:
-    log = tg.Log(folder / "log", ranks.is_main)
-    return tg.evaluate_ttt(adaptation(model_for(2)), documents(*LENGTHS), TABLE, ranks, log)
+MODES = {
+    "document": {}, "phased": dict(phased_ttt_num_phases=2, phased_ttt_prefix_docs=5, ttt_chunk_tokens=64, ttt_lr=0.1),
+    "chunk": dict(ttt_mode="chunk", ttt_chunk_tokens=128, ttt_lr=0.1, ttt_epochs=2),
+}  # fmt: skip
 
 
-def test_two_ranks_score_as_one_does(tmp_path):
-    one = adapted_score(tg.Ranks({}), tmp_path)
-    for result in on_ranks(2, adapted_score, tmp_path, tmp_path):
-        assert result["val_loss"] == pytest.approx(one["val_loss"], abs=1e-6)
-        assert (result["tokens"], result["bytes"]) == (one["tokens"], one["bytes"])
+def nats_of(ranks: tg.Ranks, mode: str) -> np.ndarray:
+    ledger = evaluated(model_for(2, **MODES[mode]), documents(*LENGTHS), ranks)
+    assert ledger.problems(sum(LENGTHS)) == []
+    return ledger.nats.numpy()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_two_and_four_ranks_score_as_one_does(tmp_path, mode):
+    one = nats_of(tg.Ranks({}), mode)
+    for world_size in (2, 4) if mode == "document" else (2,):
+        for found in on_ranks(world_size, nats_of, tmp_path / str(world_size), mode):
+            assert np.abs(found - one).max() < (1e-6 if mode == "document" else 1e-4)
 
 
 # --- Adapters and what they leave behind ------------------------------------------------------------------------------
@@ -268,8 +273,8 @@ def test_batch_leaves_nothing_to_the_next(settings):
 def test_switches_remove_their_adapters(settings, per_visit):
     docs, model = documents(60), model_for(1)
     state = adaptation(with_settings(model, **settings))
-    assert len(state.lora.sites) == per_visit * len(state.plan) + 1
     found, default = scores(state, docs)[0], scores(adaptation(model), docs)[0]
+    assert len(state.lora.sites) == per_visit * len(state.plan) + 1
     assert_equal(found[:C], default[:C])
     assert np.array_equal(found, default) == (not settings)
     assert np.isfinite(found).all()
@@ -286,9 +291,10 @@ def test_updates_per_chunk_and_optimiser_can_be_chosen(settings):
 
 
 def test_every_chunk_but_the_last_is_learnt_from_as_often_as_asked():
-    state = adaptation(model_for(2, ttt_grad_steps=2))
+    state, updates = adaptation(model_for(2, ttt_grad_steps=2)), []
+    state.learn = lambda grads, rows, number: updates.append((number, rows.stop))
     scores(state, documents(100, 20))
-    assert {int(s["step"]) for s in state.optimizer.state.values()} == {2 * (-(-100 // C) - 1)}
+    assert updates == [(n, 2 if n <= 4 else 1) for n in range(1, 13)]  # the second document has two chunks
 
 
 def test_base_weights_are_left_as_they_were():
@@ -297,21 +303,3 @@ def test_base_weights_are_left_as_they_were():
     scores(adaptation(model), documents(100, 70))
     assert all(torch.equal(value, kept[name]) for name, value in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
-
-
-def test_warm_up_gets_no_text_and_leaves_no_trace():
-    """It is handed nothing but the adapters: no validation token can be in it (W43)."""
-    assert list(inspect.signature(tg.Adaptation.warm_up).parameters) == ["self"]
-    docs, model, seen = documents(100, 70), model_for(2), []
-
-    def forward(batch, plan, **options):
-        seen.append(len(batch.inputs) // 2)
-        return model(batch, plan, **options)
-
-    fresh, warm = adaptation(model), adaptation(model, forward)
-    assert not any(isinstance(value, (tg.Documents, tg.TokenStream, np.ndarray)) for value in vars(warm).values())
-    expected = scores(fresh, docs)
-    warm.warm_up()
-    assert {min(seen), max(seen)} == {C, S}  # the shapes it is for
-    found = scores(warm, docs)
-    assert all(np.array_equal(found[d], expected[d]) for d in expected)

@@ -1,0 +1,376 @@
+"""Evaluation as a whole: its deadline, memory, chunk mode and phases, and the rules the ledger keeps."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY, VOCAB, final_line, run_script, tiny_config
+from test_ttt import LENGTHS, S, adaptation, assert_equal, documents, evaluated, model_for, scorer_for, with_settings
+
+import train_gpt as tg
+
+MANY = (150, 3, 64, 65, 33, 16, 1, 100, 200, 40, 7, 80, 30, 64, 12, 90)
+CHUNKS = dict(ttt_mode="chunk", ttt_chunk_tokens=128, ttt_lr=0.05, ttt_epochs=2)
+PHASES = dict(phased_ttt_num_phases=2, phased_ttt_prefix_docs=10, ttt_chunk_tokens=64, ttt_lr=0.1)
+
+
+def edited(docs: tg.Documents, place: int) -> tg.Documents:
+    tokens = docs.tokens.copy()
+    tokens[place] = 4 + (tokens[place] - 3) % (VOCAB - 4)
+    return docs._replace(tokens=tokens)
+
+
+def nats_of(ledger: tg.Ledger) -> np.ndarray:
+    assert ledger.problems(int(ledger.docs.counts.sum())) == []
+    return ledger.nats[:-1].numpy()
+
+
+def plain(model: tg.GPT, docs: tg.Documents, stride: int = 0) -> tg.Ledger:
+    return tg.evaluate(scorer_for(model, docs), stride)
+
+
+# --- Speed leaves the scores alone ------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "changes",
+    [dict(ttt_fast=False), dict(ttt_buckets=3), dict(ttt_batch_size=1), dict(ttt_batch_size=7, ttt_buckets=1),
+     dict(ttt_fast=False, ttt_batch_size=5)],
+    ids=str,
+)  # fmt: skip
+def test_published_way_buckets_and_batches_give_the_same_scores(changes):
+    docs, model = documents(*MANY), model_for(4)
+    found, expected = nats_of(evaluated(with_settings(model, **changes), docs)), nats_of(evaluated(model, docs))
+    assert np.abs(found - expected).max() < 1e-6
+
+
+def test_windows_are_padded_to_few_lengths_and_finished_documents_leave():
+    seen, docs, model = [], documents(*MANY), model_for(4, ttt_buckets=3, ttt_chunk_size=8)
+
+    def forward(batch, plan, lora, select):
+        seen.append((len(lora.down), len(batch.inputs) // len(lora.down), len(select) // len(lora.down)))
+        return model(batch, plan, lora=lora, select=select)
+
+    scorer = scorer_for(model, docs)
+    tg.evaluate_ttt(scorer, adaptation(model, forward), model, forward, tg.Deadline(1e9))
+    assert {n for _, n, _ in seen} == {16, 32, 64}
+    assert {c for _, _, c in seen} == {8}
+    chunks = sum(-(-count // 8) for count in MANY)
+    assert sum(rows for rows, _, _ in seen) == chunks  # no row is processed once its document is over
+    assert {rows for rows, _, _ in seen} >= {1, 2, 3, 4}
+
+
+def test_memory_that_runs_out_makes_batches_smaller_and_changes_no_score():
+    docs, model, failed = documents(*MANY), model_for(8), []
+
+    def forward(batch, plan, **options):
+        if len(batch.inputs) > 150:
+            failed.append(len(batch.inputs))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return model(batch, plan, **options)
+
+    scorer = scorer_for(model, docs)
+    found = nats_of(tg.evaluate_ttt(scorer, adaptation(model, forward), model, forward, tg.Deadline(1e9)))
+    assert failed and len(failed) < 10  # what did not fit is not tried again
+    assert np.abs(found - nats_of(evaluated(model, docs))).max() < 1e-6
+    with pytest.raises(torch.OutOfMemoryError):
+        narrow = model_for(8, ttt_eval_seq_len=S)
+        state = adaptation(narrow, lambda *_, **__: (_ for _ in ()).throw(torch.OutOfMemoryError("too little")))
+        tg.evaluate_ttt(scorer_for(narrow, docs), state, narrow, narrow, tg.Deadline(1e9))
+
+
+@pytest.mark.parametrize("beta1", [0.0, 0.9])
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_updates_are_those_of_torchs_optimisers(optimizer, beta1):
+    cfg = tiny_config(ttt_optimizer=optimizer, ttt_beta1=beta1, ttt_lora_lr=0.01, ttt_weight_decay=0.5)
+    leaf = torch.randn(5, 7).requires_grad_()
+    master, rounded = leaf.detach().clone(), leaf.detach().bfloat16()
+    kind, special = torch.optim.AdamW, dict(betas=(beta1, cfg.ttt_beta2), eps=1e-10)
+    if optimizer == "sgd":
+        kind, special = torch.optim.SGD, dict(momentum=beta1)
+    theirs, moments = kind([leaf], lr=0.01, weight_decay=0.5, **special), [torch.zeros(5, 7) for _ in range(2)]
+    moments = moments[: 1 + (optimizer == "adam" and beta1 > 0)]
+    for number in range(1, 6):
+        leaf.grad = torch.randn(5, 7)
+        theirs.step()
+        tg.adapter_update(rounded, master, leaf.grad, moments, torch.tensor(float(number)), cfg)
+        assert (master - leaf).norm() / leaf.norm() < 1e-6
+        assert torch.equal(rounded, master.bfloat16())
+
+
+def test_short_chunks_go_by_the_place_in_a_document_and_not_by_its_length():
+    cfg = tiny_config(ttt_chunk_size=16, ttt_short_chunks="8:4,30:10")
+    assert tg.chunk_grid(cfg, 50) == [(0, 4), (4, 8), (8, 18), (18, 28), (28, 38), (38, 54)]
+    assert all(tg.chunk_grid(cfg, n) == tg.chunk_grid(cfg, 200)[: len(tg.chunk_grid(cfg, n))] for n in range(1, 200))
+    docs, model = documents(*LENGTHS), model_for(4, ttt_short_chunks="8:4,30:10", ttt_buckets=3)
+    whole = evaluated(model, docs)
+    short = evaluated(model, docs._replace(counts=np.minimum(docs.counts, 40)))
+    for start, count in zip(docs.starts, np.minimum(docs.counts, 40), strict=True):
+        assert np.abs(nats_of(whole)[start : start + count] - short.nats.numpy()[start : start + count]).max() < 1e-6
+
+
+def test_adapters_kept_from_earlier_documents_carry_nothing_back():
+    """TTT_WARM_START_A: what a document teaches goes to documents after it in the stream, never before."""
+    docs, model = documents(*MANY), model_for(2, ttt_warm_start_a=True)
+    before, place = nats_of(evaluated(model, docs)), int(docs.starts[7]) + 5
+    after = nats_of(evaluated(model, edited(docs, place)))
+    assert_equal(after[: docs.starts[6]], before[: docs.starts[6]])  # batches of two
+    assert (after[docs.starts[8] :] != before[docs.starts[8] :]).mean() > 0.5
+    fresh = nats_of(evaluated(with_settings(model, ttt_warm_start_a=False), docs))
+    assert (fresh != before).any()
+
+
+# --- Deadline ---------------------------------------------------------------------------------------------------------
+class Clock:
+    """Time that passes only in forwards: a millisecond per token, three with adapters."""
+
+    def __init__(self, monkeypatch, model):
+        self.now, self.model = 1000.0, model
+        monkeypatch.setattr(tg.time, "monotonic", lambda: self.now)
+
+    def __call__(self, batch, plan, lora=None, select=None):
+        self.now += 1e-3 * len(batch.inputs) * (3 if lora else 1)
+        return self.model(batch, plan, lora=lora, select=select)
+
+    def evaluated(self, docs, seconds, forward=None):
+        start = self.now
+        tg.evaluate(scorer_for(self.model, docs, forward=self), 0)
+        rate, start = (self.now - start) / docs.counts.sum(), self.now
+        deadline, scorer = tg.Deadline(seconds), scorer_for(self.model, docs, forward=self)
+        deadline.rate = rate
+        state = adaptation(self.model, self) if self.model.cfg.ttt_mode == "document" else None
+        ledger = tg.evaluate_ttt(scorer, state, self.model, self, deadline)
+        return ledger, self.now - start
+
+
+@pytest.mark.parametrize("settings", [{}, {**CHUNKS, "ttt_epochs": 9}, PHASES], ids=["document", "chunk", "phase"])
+def test_deadline_of_a_third_of_the_time_ends_inside_it_with_every_target_scored(monkeypatch, settings):
+    docs, model = documents(*MANY * 3), model_for(4, val_batch_tokens=512, **settings)
+    clock = Clock(monkeypatch, model)
+    whole, needed = clock.evaluated(docs, 1e9)
+    part, spent = clock.evaluated(docs, needed / 3)
+    assert part.plain > whole.plain == 0
+    assert needed / 6 < spent <= needed / 3  # inside, and not much before
+    same = nats_of(part) == nats_of(whole)
+    base = np.abs(nats_of(part) - nats_of(plain(model, docs))) < 1e-6
+    assert same.sum() > 100 and base.sum() > 100  # some as if there were no deadline, some without learning
+
+
+@pytest.mark.parametrize("settings", [{}, CHUNKS, PHASES], ids=["document", "chunk", "phases"])
+def test_deadline_of_zero_is_plain_scoring(settings):
+    docs, model = documents(*MANY), model_for(4, **settings)
+    ledger = evaluated(model, docs, seconds=0.0)
+    assert np.abs(nats_of(ledger) - nats_of(plain(model, docs))).max() < 1e-5
+    assert ledger.plain > 0
+
+
+# --- Chunk mode and phases: all weights learn -----------------------------------------------------------------------
+@pytest.fixture
+def learnt(monkeypatch):
+    """The places of every learn_weights, in order, and the weights after it."""
+    calls, real = [], tg.learn_weights
+
+    def spy(model, forward, sgd, scorer, place):
+        real(model, forward, sgd, scorer, place)
+        lr, weights = sgd.param_groups[0]["lr"], {n: p.detach().clone() for n, p in model.named_parameters()}
+        calls.append((place, lr, weights))
+
+    monkeypatch.setattr(tg, "learn_weights", spy)
+    return calls
+
+
+@pytest.mark.parametrize("sliding", [False, True])
+def test_chunk_is_scored_by_weights_that_learnt_from_the_chunks_before_it(learnt, sliding):
+    docs = documents(*MANY)
+    model = model_for(4, **CHUNKS, sliding_window_enabled=sliding, eval_stride=16)
+    found, stride = nats_of(evaluated(model, docs)), 16 if sliding else 0
+    assert [len(place) for place, _, _ in learnt] == [128] * 7  # of 955 targets; the last chunk is not learnt from
+    rates = [0.5 * 0.05 * (1 + math.cos(math.pi * k / 7)) for k in range(7)]
+    assert [lr for _, lr, _ in learnt] == pytest.approx(rates)
+    assert_equal(np.concatenate([place for place, _, _ in learnt]), docs.places()[: 7 * 128])
+    expected, weights = np.zeros_like(found), [model.state_dict(), *(w for _, _, w in learnt)]
+    for k, state in enumerate(weights):
+        other = tg.GPT(model.cfg)
+        other.load_state_dict(state)
+        chunk = docs.places()[k * 128 : (k + 1) * 128]
+        expected[chunk] = nats_of(plain(other, docs, stride))[chunk]
+    assert np.abs(found - expected).max() < 1e-5
+    assert np.abs(found - nats_of(plain(model, docs, stride)))[128:].mean() > 1e-3
+
+
+def test_first_sgd_step_is_that_of_the_mean_loss_of_the_chunk(learnt):
+    """One epoch, clipped, no momentum yet: written out with autograd."""
+    docs, model = documents(*MANY), model_for(4, **{**CHUNKS, "ttt_epochs": 1, "ttt_grad_clip": 0.5})
+    evaluated(model, docs)
+    tokens, place = torch.from_numpy(docs.tokens), docs.places()[:128]
+    starts = sorted({0, S, *(int(s) for s in docs.starts if s < 128)})
+    cu = torch.tensor([*starts, 128], dtype=torch.int32)
+    model.zero_grad()
+    model(tg.Batch(tokens[place], tokens[place + 1], cu, S), model.cfg.plans[1]).mean().backward()
+    norm = math.sqrt(sum(float(p.grad.square().sum()) for p in model.parameters()))
+    for name, p in model.named_parameters():
+        expected = p.detach() - 0.05 * min(1.0, 0.5 / norm) * p.grad
+        assert (learnt[0][2][name] - expected).abs().max() < 1e-6, name
+    assert norm > 0.5
+
+
+def test_edited_token_changes_no_chunk_before_its_own():
+    docs, model = documents(*MANY), model_for(4, **CHUNKS)
+    before = nats_of(evaluated(model, docs))
+    for place in (130, 300, 600):
+        after = nats_of(evaluated(model, edited(docs, place)))
+        assert_equal(after[: place - 1], before[: place - 1])
+        following = (place // 128 + 1) * 128
+        assert (after[following:] != before[following:]).mean() > 0.9
+
+
+@pytest.mark.parametrize("frozen", [0, 1, 3, 4])
+def test_frozen_layers_stay_as_they_are_in_every_bank(learnt, frozen):
+    model = model_for(4, **CHUNKS, ttt_freeze_blocks=frozen)
+    evaluated(model, documents(*MANY))
+    L = model.cfg.num_layers
+    for name, now in learnt[-1][2].items():
+        was = model.get_parameter(name).detach()  # afterwards as before
+        changed = (now != was).flatten(1).any(1) if now.dim() > 1 else now != was
+        if name in ("tok_emb", "skip_weights", "skip_gates"):
+            assert changed.any(), name
+        else:
+            layers = changed.view(-1, L)
+            assert not layers[:, :frozen].any(), name
+            if frozen < L and not name.startswith("parallel"):
+                assert layers[:, frozen:].any(), name
+
+
+@pytest.mark.parametrize("settings", [CHUNKS, PHASES], ids=["chunk", "phases"])
+def test_weights_are_afterwards_as_before(settings):
+    model = model_for(4, **settings)
+    kept = {name: value.clone() for name, value in model.state_dict().items()}
+    evaluated(model, documents(*MANY))
+    assert all(torch.equal(value, kept[name]) for name, value in model.state_dict().items())
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+def test_phases_learn_from_scored_documents_before_the_next_is_scored(learnt):
+    docs, model = documents(*MANY), model_for(4, **PHASES)
+    found, without = nats_of(evaluated(model, docs)), nats_of(evaluated(model_for(4), docs))
+    first, second = docs.counts[:5].sum(), docs.counts[:10].sum()
+    assert [len(place) for place, _, _ in learnt] == [64] * (first // 64 + second // 64)
+    assert_equal(np.concatenate([p for p, _, _ in learnt[: first // 64]]), docs.places(5)[: first // 64 * 64])
+    assert_equal(found[:first], without[:first])
+    assert (found[first:] != without[first:]).mean() > 0.9
+
+
+def test_phases_keep_to_the_order_of_the_stream():
+    """The published queue scores the longest documents first; here nothing flows back in the stream."""
+    docs, model = documents(*MANY), model_for(4, **PHASES)
+    before = nats_of(evaluated(model, docs))
+    for d in (1, 4, 7, 9, 12):
+        place = int(docs.starts[d])
+        after = nats_of(evaluated(model, edited(docs, place + 1)))
+        bound = next(b for b in (0, 5, 10) if b + 5 > d or b == 10)  # the first document of its phase
+        assert_equal(after[: docs.starts[bound]], before[: docs.starts[bound]])
+        others = np.ones(len(before), bool)
+        others[place : place + docs.counts[d]] = False
+        others[docs.starts[min(bound + 5, len(docs.starts) - 1)] :] &= bound == 10
+        assert_equal(after[others], before[others])
+
+
+def test_phases_beyond_the_documents_score_them_all(learnt):
+    docs, model = documents(*LENGTHS), model_for(4, **{**PHASES, "phased_ttt_prefix_docs": 1000})
+    nats_of(evaluated(model, docs))
+    assert learnt
+
+
+def test_epochs_and_batches_make_as_many_steps(monkeypatch):
+    steps = []
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda self: steps.append(1))
+    evaluated(model_for(4, **{**CHUNKS, "ttt_epochs": 3, "ttt_batch_seqs": 1}), documents(*MANY))
+    assert len(steps) == 7 * 3 * 2  # chunks, epochs, rows of 64 targets one at a time
+
+
+# --- The whole program ------------------------------------------------------------------------------------------------
+def broken(line: str, data: Path, folder: Path, **env: str) -> subprocess.CompletedProcess:
+    """A run in which `line` has spoilt the evaluation."""
+    code = f"import sys, train_gpt as tg\n{line}\nsys.exit(tg.main([]))"
+    env = {**os.environ, **TINY, "DATA_DIR": str(data), "PYTHONPATH": str(ROOT), "RUN_ID": "x", **env}
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
+
+
+DROPS_TAIL = "real = tg.windows; tg.windows = lambda n, *rest: real(max(n - 1, 0), *rest)"
+
+
+def test_failed_check_takes_the_place_of_the_score(tiny_data, tmp_path):
+    done = broken(DROPS_TAIL, tiny_data, tmp_path, ITERATIONS="2")
+    assert done.returncode == 1
+    assert re.fullmatch(r"train_gpt.py: diagnostic .* INVALID: \d+ targets were never scored; .*\n", done.stderr)
+    assert "val_bpb:" not in done.stdout and "final " not in done.stdout
+    assert (tmp_path / "runs" / "x" / "final_model.int6.ptz").is_file()  # nothing computed is lost
+
+
+def test_data_with_the_fields_name_must_be_the_fields(tiny_data, tmp_path):
+    (tmp_path / "datasets").mkdir()
+    (tmp_path / "datasets" / "fineweb10B_sp1024").symlink_to(tiny_data / "datasets" / TINY["DATASET"])
+    (tmp_path / "tokenizers").symlink_to(tiny_data / "tokenizers")
+    done = run_script({**TINY, "DATA_DIR": str(tmp_path), "DATASET": "fineweb10B_sp1024", "ITERATIONS": "2"}, tmp_path)
+    assert done.returncode == 1
+    assert "INVALID" in done.stderr and "151080891" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+LONGER = {**TINY, "TTT_CHUNK_SIZE": "1", "TTT_LORA_RANK": "16", "RUN_ID": "x"}  # an adaptation of many steps
+
+
+def torchrun(*options: str) -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", *options, str(ROOT / "train_gpt.py")]
+
+
+def launch(command: list[str], data: Path, folder: Path, **env: str) -> subprocess.Popen:
+    env = {**os.environ, "DATA_DIR": str(data), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **env}
+    return subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_killed_rank_ends_all_with_one_line_and_the_artifact_is_still_there(tiny_data, tmp_path):
+    run = launch(torchrun("--standalone", "--nproc_per_node=2"), tiny_data, tmp_path, **LONGER)
+    for line in run.stdout:
+        if line.startswith("diagnostic quantized"):
+            break
+    ranks = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True, check=True).stdout.split()
+    os.kill(int(ranks[1]), signal.SIGKILL)
+    start = time.monotonic()
+    _, errors = run.communicate(timeout=60)
+    assert time.monotonic() - start < 30
+    assert run.returncode != 0
+    assert len([line for line in errors.splitlines() if line.startswith("train_gpt.py:")]) <= 1
+    assert 'train_gpt.py", line' not in errors  # no traceback of ours
+    artifact = tmp_path / "runs" / "x" / "final_model.int6.ptz"
+    again = run_script({**TINY, "DATA_DIR": str(tiny_data), "EVAL_ONLY_PATH": str(artifact)}, tmp_path)
+    assert again.returncode == 0
+    assert final_line(again.stdout)["val_bpb"] > 0
+
+
+def test_two_nodes_score_as_one_process(tiny_data, tmp_path):
+    artifact = tmp_path / "runs" / "a" / "final_model.int6.ptz"
+    env = {**TINY, "DATA_DIR": str(tiny_data)}
+    one = run_script({**env, "RUN_ID": "a", "ITERATIONS": "2"}, tmp_path)
+    endpoint = f"--rdzv_endpoint=127.0.0.1:{29000 + os.getpid() % 2000}"
+    options = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", "--rdzv_id=x", endpoint]
+    (tmp_path / "other").mkdir()
+    folders = tmp_path, tmp_path / "other"  # nodes do not share folders
+    (tmp_path / "other" / "runs").symlink_to(tmp_path / "runs")
+    env = {**TINY, "EVAL_ONLY_PATH": str(artifact), "RUN_ID": "b"}
+    nodes = [launch(torchrun(*options), tiny_data, folder, **env) for folder in folders]
+    outputs = [node.communicate(timeout=240) for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], outputs
+    two = final_line("".join(out for out, _ in outputs))
+    assert two["world_size"] == 2
+    for key in ("quantized_bpb", "quantized_ttt_lora_bpb"):
+        assert two[key] == pytest.approx(final_line(one.stdout)[key], abs=1e-6)
