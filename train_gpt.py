@@ -655,15 +655,13 @@ class FusedMLP(torch.autograd.Function):
 def fused_mlp(x: Tensor, w_up: Tensor, w_down: Tensor) -> tuple[Tensor, Tensor]:  # out (T, C), post (T, F): no gradient
     pre, post = mlp_up(x.detach(), w_up.detach())  # not outputs of FusedMLP, or autograd would fill zeros for post
     return FusedMLP.apply(x, w_up, w_down, pre, post), post
-
 def plain_mlp(x: Tensor, w_up: Tensor, w_down: Tensor) -> tuple[Tensor, Tensor]:  # the same in separate operators
     post = leaky_relu_sq(F.linear(x, w_up))
     return F.linear(post, w_down), post
 
 # --- Head and softcapped cross-entropy: nats of logits cap * tanh(z / cap), z = x w^T (N, V), in fp32 (W16). ---
-# |logits| <= cap <= 75 bounds a sum of 65,536 exponentials by fp32: no running maximum. d nats / d z replaces z at once
-# and the gradient of the nats scales rows of x and dx (N, C), not of z: three passes over z after its product, two of
-# them the products of the backward.
+# |logits| <= cap <= 75 bounds a sum of 65,536 exponentials: no running maximum. d nats / d z replaces z in the forward,
+# so its gradient scales rows of x and dx (N, C), not of z: the backward is two products and no other pass over z.
 if triton is not None:
     @triton.jit
     def softcap(z, cap):  # cap * tanh(z / cap) and its derivative; exp of a negative number keeps both exact near 0
@@ -851,8 +849,8 @@ def xsa_cuda(y: Tensor, v: Tensor, grad: Tensor | None = None, tile: tuple = ())
     v, y = v if v.stride()[1:] == (D, 1) else v.contiguous(), y.contiguous()
     out, dv = y.new_empty(y.shape), v.new_empty(v.shape if backward else 0)
     args = [grad.contiguous() if backward else y, y, v, out, dv, v.stride(0)]
-    name = "xsa_backward" if backward else "xsa"
-    launch_heads(xsa_kernel, name, args, T * KV, tile, G=y.size(1) // KV, KV=KV, D=D, BACKWARD=backward)
+    shape = dict(G=y.size(1) // KV, KV=KV, D=D, BACKWARD=backward)
+    launch_heads(xsa_kernel, "xsa_backward" if backward else "xsa", args, T * KV, tile, **shape)
     return (out, dv) if backward else out
 
 qk_rope = operator("qk_rope", qk_rope_reference, qk_rope_cuda)
