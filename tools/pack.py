@@ -22,8 +22,11 @@ import argparse
 import ast
 import bz2
 import hashlib
+import io
+import itertools
 import json
 import lzma
+import os
 import re
 import shlex
 import statistics
@@ -31,6 +34,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -43,7 +47,8 @@ PACKED, READABLE, CLAIM, SUMS = "train_gpt.py", "train_gpt_readable.py", "submis
 REQUIRED = (PACKED, READABLE, CLAIM, SUMS, "README.md", "requirements.txt")
 OPTIONAL = re.compile(r"[\w.-]+\.ptz|train_seed\d+\.log|audit\.json")  # artifact and logs: at least one of each
 FACTS = "code_sha256 dataset val_sha256 tokenizer_sha256 preset device torch world_size".split()  # equal over seeds
-FIGURES = "val_bpb val_loss val_tokens val_bytes artifact_sha256 model_bytes code_bytes seconds".split()  # of each
+FIGURES = ["artifact_sha256", "seconds"]  # of each, like COUNTS, which are numbers
+COUNTS = "seed val_bpb val_loss val_tokens val_bytes model_bytes code_bytes".split()
 FREE = {"name": "", "author": "", "github_id": "", "blurb": "", "date": ""}  # of the claim: what no log can tell
 HYPERPARAMETERS = b"\nHyperparameters:\n"  # ends the source at the head of a log
 
@@ -53,44 +58,80 @@ def names_in(*nodes: ast.AST) -> set[str]:  # every name, attribute and string t
              for node in nodes for n in ast.walk(node))  # fmt: skip
     return {name for name in found if isinstance(name, str)}
 
-class Strip(ast.NodeTransformer):
-    """Drops docstrings, annotations that nothing reads, and top-level functions and classes that nothing mentions (only
-    tools use them). Fields of classes keep their annotations; so do functions under any decorator but PLAIN (Triton
-    reads tl.constexpr) and functions handed around as values (torch.library.custom_op makes a schema of them)."""
+class Strip(ast.NodeVisitor):
+    """Takes what does not travel out of a source's syntax tree, and notes in `cuts` the same of its text: docstrings,
+    annotations that nothing reads, top-level functions and classes that nothing mentions (only tools use them). Fields
+    of classes keep their annotations; so do functions under any decorator but PLAIN (Triton reads tl.constexpr) and
+    functions handed around as values (torch.library.custom_op makes a schema of them)."""
     PLAIN = {"staticmethod", "classmethod", "property", "contextlib.contextmanager", "torch.no_grad()"}
 
-    def __init__(self, tree: ast.Module):
-        called = {id(n.func) for n in ast.walk(tree) if isinstance(n, ast.Call)}
-        self.values = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and id(n) not in called}
-        self.keep_docs = "__doc__" in names_in(tree)
-        rest = [n for n in tree.body if not self.removable(n)]
-        while more := [n for n in tree.body if n not in rest and n.name in names_in(*rest)]:
-            rest += more
-        self.dead = [n for n in tree.body if n not in rest]
+    def __init__(self, source: bytes):
+        try:
+            self.source, self.tree, self.cuts = source, ast.parse(source), []  # (start, end, replacement) in bytes
+        except (SyntaxError, ValueError) as error:
+            raise UsageError(f"{READABLE}: no Python ({error})") from error
+        lines, nodes = source.splitlines(keepends=True), list(ast.walk(self.tree))
+        self.starts = [0, *itertools.accumulate(map(len, lines))]
+        called = {id(n.func) for n in nodes if isinstance(n, ast.Call)}
+        self.values = {n.id for n in nodes if isinstance(n, ast.Name) and id(n) not in called}
+        self.keep_docs, body = "__doc__" in names_in(self.tree), self.tree.body
+        alive = [n for n in body if not isinstance(n, (ast.FunctionDef, ast.ClassDef)) or n.decorator_list]
+        while more := [n for n in body if n not in alive and n.name in names_in(*alive)]:
+            alive += more
+        for node in (n for n in body if n not in alive):
+            self.cut(node, node)
+        self.tree.body = [n for n in body if n in alive]
+        self.visit(self.tree)
 
-    @staticmethod
-    def removable(node: ast.stmt) -> bool:
-        return isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.decorator_list
+    def cut(self, first: ast.AST | int, last: ast.AST, replacement: bytes = b"") -> None:
+        start = first if isinstance(first, int) else self.starts[first.lineno - 1] + first.col_offset
+        self.cuts.append((start, self.starts[last.end_lineno - 1] + last.end_col_offset, replacement))
 
-    def generic_visit(self, node: ast.AST) -> ast.AST:  # every block of statements loses its docstring
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
-            documented = not self.keep_docs and ast.get_docstring(node, clean=False) is not None
-            node.body = [n for n in node.body[documented:] if n not in self.dead] or [ast.Pass()]
-        return super().generic_visit(node)
+    def generic_visit(self, node: ast.AST) -> None:
+        documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and not self.keep_docs
+        if documented and ast.get_docstring(node, clean=False) is not None:
+            self.cut(node.body[0], node.body[0], b"" if node.body[1:] else b"pass")
+            node.body = node.body[1:] or [ast.Pass()]
+        super().generic_visit(node)
 
-    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
         if node.name not in self.values and {ast.unparse(d) for d in node.decorator_list} <= self.PLAIN:
-            node.returns = None
-            for argument in ast.walk(node.args):
-                if isinstance(argument, ast.arg):
-                    argument.annotation = None
-            node.body = [ast.Assign([n.target], n.value, lineno=0) if isinstance(n, ast.AnnAssign) and n.value
-                         and isinstance(n.target, ast.Name) else n for n in node.body]  # fmt: skip
-        return self.generic_visit(node)
+            if node.returns:
+                before = self.starts[node.returns.lineno - 1] + node.returns.col_offset
+                self.cut(self.source.rindex(b"->", 0, before), node.returns)
+                node.returns = None
+            for argument in (n for n in ast.walk(node.args) if isinstance(n, ast.arg) and n.annotation):
+                start = self.starts[argument.lineno - 1] + argument.col_offset + len(argument.arg.encode())
+                self.cut(start, argument.annotation)
+                argument.annotation = None
+        self.generic_visit(node)
 
-def stripped(source: bytes) -> ast.Module:  # the tree of what travels
-    tree = ast.parse(source)
-    return Strip(tree).visit(tree)
+    def text(self) -> str:  # what is left of the source
+        text = self.source
+        for start, end, replacement in sorted(self.cuts, reverse=True):
+            text = text[:start] + replacement + text[end:]
+        return squeeze(text.decode())
+
+def squeeze(text: str) -> str:
+    """Python without comments, blank lines and spaces that nothing needs. Literals stay as they are written: the text
+    is the same whatever Python makes it, and runs on as old a one as the source (f-strings changed in 3.12)."""
+    starts, parts, depth, nested = [0, *itertools.accumulate(map(len, io.StringIO(text)))], [], 0, []
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        kind, word = tokenize.tok_name[token.type], token.string
+        depth += (kind == "INDENT") - (kind == "DEDENT")
+        if kind == "FSTRING_START":
+            nested.append(starts[token.start[0] - 1] + token.start[1])
+        elif kind == "FSTRING_END":
+            word = text[nested.pop() : starts[token.end[0] - 1] + token.end[1]]
+        if kind in ("INDENT", "DEDENT", "NL", "COMMENT", "ENDMARKER") or nested:
+            continue
+        last = parts[-1][-1] if parts else "\n"
+        glue = " " * depth if last == "\n" else " " * (is_word(last) and is_word(word[0]))
+        parts.append("\n" if kind == "NEWLINE" else glue + word)
+    return "".join(parts)
+
+def is_word(character: str) -> bool:
+    return character == "_" or character.isalnum()
 
 # The text is Latin-1, the densest a Python file can hold: 2 % more than raw bytes, where base85 takes 25 %. linecache
 # lets Triton and tracebacks find the source; train_gpt.py logs UNPACKED, and counts the bytes of this very file.
@@ -107,10 +148,9 @@ CODECS = {"bz2": (bz2.compress, bz2.BZ2Decompressor), "lzma": (
 def pack_code(source: bytes) -> bytes:
     """The packed file of a readable source, by whichever codec makes it smaller. Raises UsageError if the text in it is
     not the same program."""
-    tree, sha256, files = stripped(source), hashlib.sha256(source).hexdigest(), []
-    text = ast.unparse(tree) + "\n"
-    if ast.dump(ast.parse(text)) != ast.dump(tree):
-        raise UsageError(f"{READABLE}: Python {sys.version.split()[0]} does not write out its syntax tree faithfully")
+    rest, sha256, files = Strip(source), hashlib.sha256(source).hexdigest(), []
+    if ast.dump(ast.parse(text := rest.text())) != ast.dump(rest.tree):
+        raise UsageError(f"{READABLE}: is written in a way that tools/pack.py cannot shorten without changing it")
     for codec, (compress, _) in CODECS.items():
         payload = compress(text.encode()).decode("latin-1").replace("\\", "\\\\").replace("\r", "\\r")
         payload = re.sub("\0(?=[0-7])", r"\\x00", payload).replace("\0", "\\0")  # \0 and a digit would be an octal
@@ -127,9 +167,10 @@ def unpack_code(packed: bytes) -> tuple[str, str]:
     tail = TAIL.format(sha256 := text[start : start + 64])
     codec = next((c for c in CODECS if text.startswith(HEAD.format(c)) and text.endswith(tail)), None)
     try:
-        data = ast.literal_eval(text[len(HEAD.format(codec)) - 3 : 3 - len(tail)]).encode("latin-1")
         decoder = CODECS[codec][1]()
+        data = ast.literal_eval(text[len(HEAD.format(codec)) - 3 : 3 - len(tail)]).encode("latin-1")
         unpacked = decoder.decompress(data, 10_000_000).decode()
+        ast.parse(unpacked)
         if not re.fullmatch("[0-9a-f]{64}", sha256) or not decoder.eof or decoder.unused_data:
             raise ValueError(sha256)
     except (KeyError, ValueError, SyntaxError, AttributeError, OSError, EOFError, lzma.LZMAError) as error:
@@ -144,10 +185,13 @@ def read_final(log: bytes) -> dict[str, Any]:
         raise UsageError(f"has {len(lines)} final lines, a finished run has one")
     try:
         final = json.loads(lines[0].removeprefix(b"final "))
-    except ValueError as error:
-        raise UsageError("its final line is no JSON") from error
-    if missing := [key for key in (*FACTS, "seed", *FIGURES) if final.get(key) is None]:
+        missing = [key for key in (*FACTS, *FIGURES, *COUNTS) if final.get(key) is None]
+    except (ValueError, AttributeError) as error:
+        raise UsageError("its final line is no JSON object") from error
+    if missing:
         raise UsageError(f"its final line lacks {', '.join(missing)}")
+    if wrong := [key for key in COUNTS if type(final[key]) not in (int, float)]:
+        raise UsageError(f"its final line has no number as {', '.join(wrong)}")
     return final
 
 def read_knobs(log: bytes) -> dict[str, str]:
@@ -215,7 +259,8 @@ def find_source(given: Path | None, log: bytes, sha256: str) -> bytes:  # of the
 
 def build(args: argparse.Namespace) -> dict[str, bytes]:
     """All files of the folder for a finished run. Raises UsageError if a part is missing or of another run."""
-    run, own = args.run_dir, args.run_dir.absolute().parents[1] / "logs" / f"{args.run_dir.absolute().name}.txt"
+    run, at = args.run_dir, args.run_dir.absolute()
+    own = at.parent.parent / "logs" / f"{at.name}.txt"
     paths = [own] * (own.is_file() and own.resolve() not in [p.resolve() for p in args.log]) + args.log
     if not paths:
         raise UsageError(f"{run}: its log is not {own}; --log must name it")
@@ -225,13 +270,15 @@ def build(args: argparse.Namespace) -> dict[str, bytes]:
             finals.append(read_final(log))
         except UsageError as error:
             raise UsageError(f"{path}: {error}") from error
+    if twice := {final["seed"] for final in finals if [f["seed"] for f in finals].count(final["seed"]) > 1}:
+        raise UsageError(f"--log: {', '.join(map(str, paths))} are more than once of seed {twice.pop()}")
     hashes = {hashlib.sha256(path.read_bytes()).hexdigest(): path for path in sorted(run.glob("*.ptz"))}
     mine = next((i for i, final in enumerate(finals) if final["artifact_sha256"] in hashes), None)
     if mine is None:
         raise UsageError(f"{run}: holds no artifact (*.ptz) that {', '.join(map(str, paths))} speaks of")
     artifact = hashes[finals[mine]["artifact_sha256"]]
     source = find_source(args.source, logs[mine], finals[mine]["code_sha256"])
-    files = {PACKED: args.packed.read_bytes() if args.packed else pack_code(source), READABLE: source,
+    files = {PACKED: pack_code(source), READABLE: source,
              artifact.name: artifact.read_bytes(), "requirements.txt": args.requirements.read_bytes()}  # fmt: skip
     files |= {f"train_seed{final['seed']}.log": log for final, log in zip(finals, logs, strict=True)}
     if (audit := run / "audit.json").is_file():
@@ -290,14 +337,12 @@ def check_sums(files: dict[str, bytes]) -> Iterator[str]:
 def check_code(files: dict[str, bytes]) -> Iterator[str]:
     try:
         text, sha256 = unpack_code(files[PACKED])
-        if ast.dump(ast.parse(text)) != ast.dump(stripped(files[READABLE])):
+        if ast.dump(Strip(files[READABLE]).tree) != ast.dump(ast.parse(text)):
             yield f"{READABLE}: is another program than {PACKED} unpacks to"
         elif sha256 != hashlib.sha256(files[READABLE]).hexdigest():
             yield f"{READABLE}: is not the text that {PACKED} was made of"
     except UsageError as error:
         yield str(error)
-    except (SyntaxError, ValueError) as error:
-        yield f"{READABLE}: no Python ({error})"
 
 def check_log(name: str, final: dict, files: dict[str, bytes]) -> Iterator[str]:
     """Whether a log is of this code and of sizes that can be: the file that ran was the readable or the packed one."""
@@ -340,8 +385,9 @@ def evaluate(folder: Path, files: dict[str, bytes], given: dict[str, str], ranks
     logs = [content for name, content in files.items() if name.endswith(".log")]
     log = next(log for log in logs if read_final(log)["artifact_sha256"] == sha256)
     wanted, code = read_final(log), [str((folder / PACKED).resolve())]
-    env = {**read_knobs(log), "EVAL_ONLY_PATH": str((folder / artifact).resolve()), **given}
+    env = {"PATH": os.environ.get("PATH", os.defpath), **read_knobs(log), **given}  # PATH: compilers, no state
     env |= {key: str(Path(value).resolve()) for key, value in given.items() if key.endswith(("_DIR", "_PATH"))}
+    env["EVAL_ONLY_PATH"] = str((folder / artifact).resolve())
     if ranks > 1:
         code[:0] = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     with tempfile.TemporaryDirectory() as empty:
@@ -375,7 +421,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--ranks", type=int, default=1, metavar="N", help="processes of --evaluate, one per GPU")
     add("--log", type=Path, nargs="+", default=[], metavar="FILE", help="logs of this run or of further seeds")
     add("--source", type=Path, metavar="FILE", help="readable code; default: what the log opens with, or this one's")
-    add("--packed", type=Path, metavar="FILE", help="the packed file that ran, if this Python would pack other bytes")
     add("--requirements", type=Path, default=ROOT / "requirements.txt", metavar="FILE", help="default: this one's")
     for name, default in {**FREE, "date": time.strftime("%Y-%m-%d")}.items():
         add(f"--{name.replace('_', '-')}", default=default, metavar="TEXT", help=f"of {CLAIM}; default {default!r}")
