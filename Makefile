@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 GPUS := $(shell nvidia-smi -L 2>/dev/null | wc -l)
 
-.PHONY: run record test lint gpu install dev
+.PHONY: run record pack test lint gpu install dev
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -28,6 +28,10 @@ run: install
 record: install
 	$(BIN)/python tools/prepare_data.py fineweb --variant sp8192 --train-shards 128
 	PRESET=record $(BIN)/torchrun --standalone --nproc_per_node=$(GPUS) train_gpt.py
+
+# The submission folder of a finished run, checked: make pack RUN=runs/<RUN_ID>
+pack: install
+	$(BIN)/python tools/pack.py $(RUN) $(RUN)/submission
 
 test: dev
 	$(BIN)/python -m pytest -q

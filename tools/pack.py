@@ -76,8 +76,9 @@ class Strip(ast.NodeVisitor):
         self.values = {n.id for n in nodes if isinstance(n, ast.Name) and id(n) not in called}
         self.keep_docs, body = "__doc__" in names_in(self.tree), self.tree.body
         alive = [n for n in body if not isinstance(n, (ast.FunctionDef, ast.ClassDef)) or n.decorator_list]
-        while more := [n for n in body if n not in alive and n.name in names_in(*alive)]:
-            alive += more
+        found = names_in(*alive)
+        while more := [n for n in body if n not in alive and n.name in found]:
+            alive, found = alive + more, found | names_in(*more)
         for node in (n for n in body if n not in alive):
             self.cut(node, node)
         self.tree.body = [n for n in body if n in alive]
@@ -126,7 +127,7 @@ def squeeze(text: str) -> str:
         if kind in ("INDENT", "DEDENT", "NL", "COMMENT", "ENDMARKER") or nested:
             continue
         last = parts[-1][-1] if parts else "\n"
-        glue = " " * depth if last == "\n" else " " * (is_word(last) and is_word(word[0]))
+        glue = " " * depth if last == "\n" else " " * (is_word(last) and is_word(word[:1]))
         parts.append("\n" if kind == "NEWLINE" else glue + word)
     return "".join(parts)
 
