@@ -8,15 +8,17 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import statistics
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
-from conftest import ROOT, TINY, final_line
+from conftest import ROOT, TINY
 
 import train_gpt as tg
 
@@ -211,40 +213,71 @@ def test_folder_holds_the_files_that_ran_and_counts_them(trained):
         subprocess.run([tool, "--check", "--strict", "--quiet", "SHA256SUMS"], cwd=out, check=True)
 
 
-def test_evaluation_by_the_commands_of_readme_gives_the_runs_score(trained, tiny_data, tmp_path):
-    """In an empty directory with a clean environment; the folder may lie anywhere."""
-    folder = shutil.copytree(trained / "out", tmp_path / "elsewhere")
-    (tmp_path / "empty").mkdir()
-    command = re.search("^env -i .*$", (folder / "README.md").read_text(), re.M)[0]
-    command = command.replace("FOLDER", str(folder)).replace("DATA_DIR=DATA", f"DATA_DIR={tiny_data} OMP_NUM_THREADS=1")
-    command = command.replace(" python ", f" {sys.executable} ")
-    done = subprocess.run(["bash", "-c", command], cwd=tmp_path / "empty", capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    ran = pack.read_final((trained / "logs" / "mine.txt").read_bytes())
-    assert final_line(done.stdout)["val_bpb"] == pytest.approx(ran["val_bpb"], abs=1e-9)
-    assert final_line(done.stdout)["quantized_bpb"] == pytest.approx(ran["quantized_bpb"], abs=1e-9)
+class Evaluated(NamedTuple):
+    folder: Path  # a copy of the submission, far from the run
+    status: int  # of pack.py --evaluate
+    around: list[Path]  # what lay in the working directory before
+    options: dict  # env and cwd of the process
+    done: subprocess.CompletedProcess
 
 
-def test_evaluate_compares_a_fresh_score_with_the_log(trained, tiny_data, capsys, monkeypatch):
-    """A log that is 2e-9 bpb off is found, and so is one of other validation tokens."""
-    out, given = trained / "out", {"DATA_DIR": str(tiny_data), "OMP_NUM_THREADS": "1"}
-    kept, run = [], subprocess.run
-    monkeypatch.setattr(subprocess, "run", lambda *a, **named: kept.append((run(*a, **named), named)) or kept[0][0])
-    assert pack.main(["--evaluate", str(out), *(f"{k}={v}" for k, v in given.items())]) == 0
-    assert "evaluated: val_bpb" in capsys.readouterr().out
-    (done, named), (files, _) = kept[0], pack.load(out)
-    assert named["env"].keys() - given.keys() - {"PATH", "EVAL_ONLY_PATH"} <= {"TTT_LORA_LR", "SEED", *TINY}
-    assert named["env"]["TTT_LORA_LR"] == "0.01"
-    assert not Path(named["cwd"]).exists()
-    monkeypatch.setattr(subprocess, "run", lambda *args, **named: done)
+@pytest.fixture(scope="module")
+def evaluated(trained: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Evaluated:
+    folder, seen, run = shutil.copytree(trained / "out", tmp_path_factory.mktemp("far") / "away"), [], subprocess.run
+
+    def spy(command: list[str], **options: Any) -> subprocess.CompletedProcess:
+        around = list(Path(options["cwd"]).iterdir())
+        seen.extend((around, options, run(command, **options)))
+        return seen[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subprocess, "run", spy)
+        status = pack.main(["--evaluate", str(folder), f"DATA_DIR={tiny_data}", "OMP_NUM_THREADS=1"])
+    return Evaluated(folder, status, *seen)
+
+
+def test_folder_alone_gives_the_runs_score(trained, evaluated):
+    """In a fresh process, an empty directory and an environment without anything but knobs."""
+    assert (evaluated.status, evaluated.around) == (0, [])
+    ran, again = pack.read_final((trained / "logs" / "mine.txt").read_bytes()), pack.read_final(evaluated.done.stdout)
+    for key in ("val_bpb", "quantized_bpb"):
+        assert again[key] == pytest.approx(ran[key], abs=1e-9)
+    assert again["code_bytes"] == (evaluated.folder / "train_gpt.py").stat().st_size
+    env = evaluated.options["env"]
+    assert env.keys() <= {"PATH", "OMP_NUM_THREADS", "DATA_DIR", "EVAL_ONLY_PATH", "SEED", "TTT_LORA_LR", *TINY}
+    assert env["TTT_LORA_LR"] == "0.01"
+
+
+def test_readme_gives_the_command_of_that_evaluation(evaluated, tiny_data):
+    command = re.search("^env -i .*$", (evaluated.folder / "README.md").read_text(), re.M)[0]
+    command = command.replace("FOLDER", str(evaluated.folder)).replace("=DATA ", f"={tiny_data} OMP_NUM_THREADS=1 ")
+    *variables, program, script = shlex.split(command.replace("$PATH", os.environ["PATH"]))[2:]
+    assert dict(word.split("=", 1) for word in variables) == evaluated.options["env"]
+    assert [program, script] == ["python", evaluated.done.args[1]]
+
+
+@pytest.mark.parametrize(
+    ("key", "change"),
+    [("val_bpb", lambda bpb: bpb + 2e-9), ("val_sha256", lambda _: "0" * 64), ("val_tokens", lambda n: n - 1)],
+)
+def test_evaluation_that_is_not_the_logs_is_refused(evaluated, monkeypatch, key, change):
+    """2e-9 bpb are enough."""
+    monkeypatch.setattr(subprocess, "run", lambda *args, **options: evaluated.done)
+    files, _ = pack.load(evaluated.folder)
+    assert pack.evaluate(evaluated.folder, files, {}, 1)
     log = files["train_seed5.log"]
-    for key, change in {"val_bpb": lambda bpb: bpb + 2e-9, "val_sha256": lambda _: "0" * 64}.items():
-        final = pack.read_final(log)
-        final[key] = change(final[key])
-        text = log[: log.rindex(b"final {")] + b"final " + json.dumps(final).encode() + b"\n"
-        with pytest.raises(tg.UsageError, match=key):
-            pack.evaluate(out, {**files, "train_seed5.log": text}, given, 1)
-    assert pack.evaluate(out, files, given, 1)
+    final = pack.read_final(log)
+    final[key] = change(final[key])
+    files["train_seed5.log"] = log[: log.rindex(b"final {")] + b"final " + json.dumps(final).encode() + b"\n"
+    with pytest.raises(tg.UsageError, match=key):
+        pack.evaluate(evaluated.folder, files, {}, 1)
+
+
+def test_evaluation_that_fails_says_why(evaluated, monkeypatch, capsys):
+    failed = subprocess.CompletedProcess([], 2, b"", b"train_gpt.py: no data here\n")
+    monkeypatch.setattr(subprocess, "run", lambda *args, **options: failed)
+    assert pack.main(["--evaluate", str(evaluated.folder), "DATA_DIR=."]) == 2
+    assert "ended with status 2: train_gpt.py: no data here" in capsys.readouterr().err
 
 
 # --- Several seeds ----------------------------------------------------------------------------------------------------
