@@ -371,6 +371,8 @@ FORGED = {  # (change, after which SHA256SUMS is renewed; what the problems must
         ["val_sha256: differs between the logs: v, w", *["submission.json: "] * 3]),
     "two artifacts": (lambda files: {**files, "b.ptz": b""}, ["*.ptz: one artifact belongs here, not 2"]),
     "file too many": (lambda files: {**files, "helper.py": b""}, ["helper.py: not part of a submission"]),
+    "audit of another": (lambda files: {**files, "audit.json": b'{"artifact_sha256": "0"}'},
+                         ["audit.json: does not name this artifact"]),
     **{f"no {name}": (without(name), [f"{name}: missing"]) for name in ("train_gpt.py", "train_gpt_readable.py",
        "submission.json", "requirements.txt", "README.md")},
     "no log": (without(LOG), ["train_seed*.log: missing"]),
@@ -417,6 +419,18 @@ def test_links_and_folders_are_refused(small, tmp_path, capsys):
     assert all(line.startswith(f"pack.py: {tmp_path}/") for line in lines)
     assert [line.split("/")[-1].split(":")[0] for line in lines] == ["README.md", "__pycache__", "README.md", "real", (
         "SHA256SUMS")]  # fmt: skip
+
+
+def test_folder_that_is_none_is_named(tmp_path, capsys):
+    assert pack.main(["--check", str(tmp_path / "none")]) == 2
+    assert capsys.readouterr().err == f"pack.py: {tmp_path}/none: No such file or directory\n"
+
+
+def test_audit_of_the_artifact_travels(tmp_path):
+    run = write_run(tmp_path)
+    audit = json.dumps({"artifact_sha256": sha256((run / ARTIFACT).read_bytes())})
+    (run / "audit.json").write_text(audit)
+    assert make(run, tmp_path / "out")["audit.json"].decode() == audit
 
 
 def test_edited_readme_needs_a_new_seal(small, tmp_path, capsys):

@@ -294,7 +294,7 @@ def load(folder: Path) -> tuple[dict[str, bytes], list[str]]:  # its regular fil
     files, problems = {}, []
     for path in sorted(folder.iterdir()):
         if path.is_symlink() or not path.is_file():
-            problems.append(f"{path.name}: neither a directory nor a link belongs here, only regular files")
+            problems.append(f"{path.name}: only regular files belong here, no folder and no link")
         else:
             files[path.name] = path.read_bytes()
     return files, problems
@@ -365,6 +365,8 @@ def check_claim(files: dict[str, bytes], artifact: str, finals: list[dict]) -> I
         yield f"{artifact}: is not the artifact of seed {' or '.join(str(final['seed']) for final in finals)}"
     elif mine[0]["model_bytes"] != size:
         yield f"{artifact}: has {size} bytes, the log counts {mine[0]['model_bytes']}"
+    if audits := [name for name in files if name == "audit.json" and sha256.encode() not in files[name]]:
+        yield f"{audits[0]}: does not name this artifact"
     if (total := size + len(files[PACKED])) > LIMIT_BYTES:
         yield f"{artifact}: with {PACKED} {total} bytes, {total - LIMIT_BYTES} over the limit of {LIMIT_BYTES}"
     try:
@@ -469,7 +471,8 @@ def main(argv: list[str]) -> int:
         if args.evaluate:
             print(evaluate(folder, files, dict(word.split("=", 1) for word in args.variables), args.ranks))
     except (UsageError, OSError) as error:
-        for line in str(error).splitlines():
+        reason = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
+        for line in reason.splitlines():
             print(f"pack.py: {line}", file=sys.stderr)
         return 2
     return 0
