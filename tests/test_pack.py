@@ -150,6 +150,28 @@ def test_packed_file_of_any_bytes_runs_as_its_source(tmp_path):
     assert seen >= set(range(256)) - set(b"\0\r")
 
 
+QUOTES = [b"'", b"a''", b"'''a", b"'" * 7, b"\\'", b"\0007\0", b"\r\n\r", b"'\n", bytes(range(256))]
+
+
+@pytest.mark.parametrize("data", QUOTES)
+def test_every_byte_survives_in_a_latin1_file(data):
+    space = {}
+    exec(compile(b"# coding: latin-1\nx='''" + pack.escape(data).encode("latin-1") + b"'''", "p", "exec"), space)
+    assert space["x"].encode("latin-1") == data
+
+
+@pytest.mark.parametrize("more", [b"", b"hidden"])
+def test_packed_file_holds_nothing_beside_its_text(more):
+    """Not even bytes that no one would read."""
+    payload = pack.escape(pack.CODECS["bz2"][0](b"x=1\n") + more)
+    packed = (pack.HEAD.format("bz2") + payload + pack.TAIL.format("0" * 64)).encode("latin-1")
+    if not more:
+        assert pack.unpack_code(packed) == ("x=1\n", "0" * 64)
+        return
+    with pytest.raises(tg.UsageError, match="not a file"):
+        pack.unpack_code(packed)
+
+
 @pytest.mark.skipif(tg.triton is None, reason="no Triton")
 def test_kernels_and_operators_of_the_packed_file_work(tmp_path):
     """Triton reads a kernel's source and torch an operator's annotations; an import must find both."""

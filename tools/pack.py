@@ -146,6 +146,11 @@ exec(compile(UNPACKED[0],__file__,'exec'))
 CODECS = {"bz2": (bz2.compress, bz2.BZ2Decompressor), "lzma": (
     lambda data: lzma.compress(data, lzma.FORMAT_ALONE, preset=9 | lzma.PRESET_EXTREME), lzma.LZMADecompressor)}
 
+def escape(data: bytes) -> str:  # what stands between triple quotes for these bytes in a Latin-1 file
+    text = data.decode("latin-1").replace("\\", "\\\\").replace("\r", "\\r")
+    text = re.sub("\0(?=[0-7])", r"\\x00", text).replace("\0", "\\0")  # \0 and a digit would be an octal
+    return re.sub(r"'(?=''|\Z)", r"\\'", text)
+
 def pack_code(source: bytes) -> bytes:
     """The packed file of a readable source, by whichever codec makes it smaller. Raises UsageError if the text in it is
     not the same program."""
@@ -153,10 +158,7 @@ def pack_code(source: bytes) -> bytes:
     if ast.dump(ast.parse(text := rest.text())) != ast.dump(rest.tree):
         raise UsageError(f"{READABLE}: is written in a way that tools/pack.py cannot shorten without changing it")
     for codec, (compress, _) in CODECS.items():
-        payload = compress(text.encode()).decode("latin-1").replace("\\", "\\\\").replace("\r", "\\r")
-        payload = re.sub("\0(?=[0-7])", r"\\x00", payload).replace("\0", "\\0")  # \0 and a digit would be an octal
-        payload = re.sub("'(?=''|$)", r"\\'", payload)
-        files.append((HEAD.format(codec) + payload + TAIL.format(sha256)).encode("latin-1"))
+        files.append((HEAD.format(codec) + escape(compress(text.encode())) + TAIL.format(sha256)).encode("latin-1"))
     return min(files, key=len)
 
 def packed_size(source: bytes) -> int:  # bytes that count for a readable source
