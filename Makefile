@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 GPUS := $(shell nvidia-smi -L 2>/dev/null | wc -l)
 
-.PHONY: run record report test lint gpu install dev
+.PHONY: run record report pack bench test lint gpu install dev
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -33,6 +33,10 @@ record: install
 LOGS ?= $(wildcard logs/*.txt)
 report: dev
 	$(BIN)/python tools/report.py $(LOGS) --html runs/report.html
+
+# The submission folder of a finished run, checked: make pack RUN=runs/<RUN_ID>
+pack: install
+	$(BIN)/python tools/pack.py $(RUN) $(RUN)/submission
 
 test: dev
 	$(BIN)/python -m pytest -q

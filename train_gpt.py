@@ -47,7 +47,9 @@ try:  # the plain reference beside the kernel runs everywhere else
 except ImportError:  # macOS, Windows
     triton = None
 
-SOURCE = Path(__file__).read_bytes()  # the text that runs, taken before anyone can edit the file (W35)
+SOURCE = Path(__file__).read_bytes()  # the file that runs and counts, taken before anyone can edit it (W35)
+# Its text and the hash of the readable source: tools/pack.py puts both into the packed file, otherwise they are SOURCE.
+TEXT, CODE_SHA256 = globals().get("UNPACKED") or (SOURCE.decode(), hashlib.sha256(SOURCE).hexdigest())
 LIMIT_BYTES = 16_000_000  # code and model together, decimal
 class UsageError(ValueError):
     """Wrong configuration, data or file. The message is all the user sees, one line per problem; exit status 2."""
@@ -2026,10 +2028,10 @@ class Run:  # from its data to its report, the same on all ranks; `go` holds the
             "run_id": run_id, "preset": cfg.preset, "seed": cfg.seed, "world_size": ranks.world_size,
             "device": torch.cuda.get_device_name() if ranks.device.type == "cuda" else f"CPU, {os.cpu_count()} cores",
             "torch": torch.__version__, "python": sys.version.split()[0], "dataset": cfg.dataset_dir.name,
-            "code_sha256": hashlib.sha256(SOURCE).hexdigest(), "code_bytes": len(SOURCE), "attention": self.backend,
-            "val_docs": len(self.docs.counts), "tokenizer_sha256": self.tokenizer.sha256,
+            "code_sha256": CODE_SHA256, "file_sha256": hashlib.sha256(SOURCE).hexdigest(), "code_bytes": len(SOURCE),
+            "attention": self.backend, "val_docs": len(self.docs.counts), "tokenizer_sha256": self.tokenizer.sha256,
             "val_sha256": hashlib.sha256(self.docs.tokens.astype("<u2").tobytes()).hexdigest()}  # fmt: skip
-        self.log(SOURCE.decode() + "\nHyperparameters:", terminal=False)
+        self.log(TEXT + "\nHyperparameters:", terminal=False)
         for field, value in sorted(dataclasses.asdict(cfg).items()):
             self.log(f"  {field}: {value} ({origin[field]})", terminal=origin[field] == "env")
         self.log("\n".join([*(f"{key}: {value}" for key, value in self.facts.items()), *lines]))
