@@ -1,12 +1,12 @@
 """A public training script beside ours, in one process: same weights, batch, dtype, threads and attention function.
 
-Written for PR #1530 of openai/parameter-golf (records/track_10min_16mb/2026-04-10_VarLenAttn/train_gpt.py, samacqua) and
-scripts of its family with the same names; the file stays where it is, nothing of it is kept here. It expects CUDA, Triton
-and FlashAttention 3. What a machine lacks is put in its place from outside, and only that:
+Written for PR #1530 of openai/parameter-golf (samacqua; records/track_10min_16mb/2026-04-10_VarLenAttn/train_gpt.py)
+and scripts of its family with the same names. The file stays where it is; nothing of it is kept here. It expects CUDA,
+Triton and FlashAttention 3. What a machine lacks is put in its place from outside, and only that:
 
 - `flash_attn_interface`: `train_gpt.attention` with the backend ours uses, unless that is FA3 itself;
 - on a CPU, `triton`: inert; the function that launches the Triton kernel: PyTorch's operators, the same roundings;
-- on a CPU, device calls: `torch.autocast("cuda", ..)` means the CPU, `torch.cuda.synchronize` and `empty_cache` nothing;
+- on a CPU, device calls: `torch.autocast("cuda", ..)` means the CPU, `torch.cuda`'s waits and clean-ups mean nothing;
 - without COMPILE, `torch.compile` returns what it is given, as ours is then not compiled either.
 
 Its hyperparameters come from our Config: the knobs have the same names. Packed scripts must be unpacked first."""
@@ -14,7 +14,6 @@ Its hyperparameters come from our Config: the knobs have the same names. Packed 
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import sys
 import types
@@ -28,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import train_gpt as tg
@@ -52,8 +52,9 @@ def flash_attention(backend: str) -> types.ModuleType:
 
 
 def linear_leaky_relu_square(a: Tensor, b: Tensor, aux: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-    """What the script's Triton kernel computes, by PyTorch: (pre, post) of a @ b.T, or with `aux` = pre its gradient."""
-    return tg.mlp_up_reference(a, b) if aux is None else tg.mlp_dpre_reference(a, b.T, aux)
+    """What the script's Triton kernel computes, by PyTorch: (pre, post) of a @ b.T; with `aux` = pre, its gradient."""
+    out = a @ b.T
+    return (out, F.leaky_relu(out, 0.5).square()) if aux is None else out.mul_(F.leaky_relu(aux, 0.25)).mul_(2)
 
 
 class OnCPU(types.ModuleType):
@@ -88,7 +89,7 @@ class Reference:
     `module` is the script, `h` its Hyperparameters, `build` gives its model with our weights, `loss`, `step`, `average`
     and `evaluate_ttt` call its functions as its own main loop does. UsageError if the file is no such script."""
     def __init__(self, path: Path, cfg: tg.Config, device: torch.device, backend: str):
-        self.cfg, self.device, on_cpu = cfg, device, device.type == "cpu"
+        self.path, self.cfg, self.device, on_cpu = path, cfg, device, device.type == "cpu"
         inert = mock.MagicMock()
         replaced = {} if backend == "fa3" else {"flash_attn_interface": flash_attention(backend)}
         if on_cpu or tg.triton is None:
@@ -163,7 +164,7 @@ class Reference:
         script, device = self.module, self.device
         for name in ("eval_val_ttt_lora", "BatchedTTTLoRA"):
             if not hasattr(script, name):
-                raise tg.UsageError(f"{script.__file__}: has no {name}")
+                raise tg.UsageError(f"{self.path}: has no {name}")
         script.BOS_ID, script.log = bos_id, log
         space, boundary = (torch.tensor(x, device=device) for x in (table.space, table.boundary))
         data = types.SimpleNamespace(

@@ -4,14 +4,15 @@
     python bench/step.py --reference FILE    # beside a script of the family of PR #1530 (see bench/reference.py)
 
 Knobs are environment variables, as for train_gpt.py: PRESET=record by default with CUDA, cpu without. A ratio is ours /
-reference and valid within this run alone: systems take turns (A B C C B A ..), so drift of the machine cancels. The last
-line is `bench ` and a JSON object; null is what was not measured."""
+reference and holds within this run alone: systems take turns (A B C C B A ..), so drift of the machine cancels. The
+last line is `bench ` and a JSON object; null is what was not measured."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import json
+import math
 import os
 import re
 import sys
@@ -106,8 +107,8 @@ def full_row(cfg: tg.Config, shape: tuple[int, int, int], device: torch.device) 
     return tg.pack_row(ids[:-1], ids[1:], starts, shape, device)
 
 @torch.no_grad()
-def random_weights(cfg: tg.Config) -> dict[str, Tensor]:  # as at the start, but nothing is zero and no two rows alike
-    weights, rng = tg.GPT(cfg).state_dict(), torch.Generator().manual_seed(1)
+def random_weights(cfg: tg.Config, seed: int = 0) -> dict[str, Tensor]:  # as at the start, but nothing is zero
+    weights, rng = tg.GPT(cfg).state_dict(), torch.Generator().manual_seed(seed)
     for w in weights.values():
         spread = float(w.std()) or 1.0
         w.add_(torch.randn(w.shape, generator=rng), alpha=0.1 * min(spread, 1.0))
@@ -180,7 +181,7 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:  
 # --- Counting ---
 def step_flops(cfg: tg.Config, row: tg.Batch, looped: bool) -> tuple[float, float]:
     """FLOPs of forward and backward: of all products with loops, and attention; and 6 x parameters x tokens alone."""
-    sizes = {name: int(np.prod(role.shape)) for name, role in tg.parameter_table(cfg).items() if role.packing != "float"}
+    sizes = {name: math.prod(role.shape) for name, role in tg.parameter_table(cfg).items() if role.packing != "float"}
     head, tokens, visits = sizes.pop("tok_emb"), len(row.inputs), len(cfg.plans[looped])
     lengths = row.cu_seqlens.diff().double()
     visible = float((lengths * (lengths + 1) / 2).sum())  # pairs of a query and a key it sees
@@ -242,51 +243,63 @@ def profile(system: Ours | Theirs, looped: bool, device: torch.device) -> tuple[
     return table, f"{len(kernels)} kernels, GPU idle {100 * (1 - busy(spans) / span):.1f} % of {span / 1000:.2f} ms"
 
 def print_operations(tables: dict[str, dict[str, np.ndarray]], top: int) -> None:  # by job, then the largest alone
-    jobs = {s: {j: sum((v for k, v in t.items() if job_of(k) == j), np.zeros(3)) for j in JOBS} for s, t in tables.items()}
-    names = sorted({n for t in tables.values() for n in t}, key=lambda n: -max(t.get(n, [0])[0] for t in tables.values()))
+    def summed(table: dict[str, np.ndarray], job: str) -> np.ndarray:
+        return sum((value for name, value in table.items() if job_of(name) == job), np.zeros(3))
+    jobs = {system: {job: summed(table, job) for job in JOBS} for system, table in tables.items()}
+    names = sorted(set().union(*tables.values()), key=lambda n: -max(t.get(n, [0])[0] for t in tables.values()))
     for rows, source in ((list(JOBS), jobs), (names[:top], tables)):
-        print(f"\n{'':<46}" + "".join(f"{s + ' ms':>15}{'calls':>7}{'GFLOP/s':>9}" for s in tables))
+        print(f"\n{'':<58}" + "".join(f"{s + ' ms':>15}{'calls':>7}{'GFLOP/s':>9}" for s in tables))
         for name in rows:
             cells = [source[s].get(name, np.zeros(3)) for s in tables]
             rates = [f"{1000 * c[2] / c[0]:.0f}" if c[2] and c[0] else "" for c in cells]
-            print(f"{name[:45]:<46}" + "".join(f"{c[0]:>15.2f}{c[1]:>7.0f}{r:>9}" for c, r in zip(cells, rates, strict=True)))
+            columns = (f"{c[0]:>15.2f}{c[1]:>7.0f}{r:>9}" for c, r in zip(cells, rates, strict=True))
+            print(f"{name[:57]:<58}" + "".join(columns))
 
 
 # --- The four measurements ---
+def gradients(system: Ours | Theirs) -> tuple[float, dict[str, Tensor]]:  # loss; name -> gradient, looped
+    loss = float(system.forward_backward(looped=True))
+    return loss, {name: p.grad.float() for name, p in system.model.named_parameters() if p.grad is not None}
+
+def gradient_errors(cfg: tg.Config, reference: Reference | None, row: tg.Batch, backend: str,
+                    seed: int) -> dict[str, dict[str, float]]:  # fmt: skip
+    """system -> name -> ||gradient - exact|| / ||exact|| in bf16 with random weights; exact is our fp32 run, with which
+    the reference's must agree (AssertionError). In the looped plan a row of skip_weights means the same to both."""
+    weights, device, errors = random_weights(cfg, seed), row.inputs.device, {}
+    bf16, fp32 = (dataclasses.replace(cfg, compute_dtype=d, compile=False) for d in ("bf16", "fp32"))
+    loss, exact = gradients(Ours(fp32, weights, row, "sdpa"))
+    runs = {"ours": gradients(Ours(bf16, weights, row, backend))}
+    if reference:
+        for name, config, attention in (("fp32 reference", fp32, "sdpa"), ("reference", bf16, backend)):
+            script = Reference(reference.path, config, device, attention)
+            found, grads = gradients(Theirs(script, weights, row))
+            runs[name] = found, script.stacked(grads, exact)
+    for name, (found, grads) in runs.items():
+        errors[name] = {n: float((grads[n] - g).norm() / g.norm()) for n, g in exact.items()}
+        errors[name]["loss"] = abs(found - loss) / loss
+    agree = max(errors.pop("fp32 reference", {"": 0.0}).values())
+    assert agree < 1e-3, f"in fp32 the two systems differ by {agree:.1e}: they do not compute the same"
+    return errors
+
 def numeric_gate(cfg: tg.Config, reference: Reference | None, device: torch.device, backend: str) -> float | None:
-    """||gradient - fp32 gradient|| / ||fp32 gradient|| of every parameter, in bf16; the largest ratio ours / reference.
-    Four thousand tokens at most, the looped plan, where a row of skip_weights means the same to both."""
+    """Prints the errors of bf16 (root mean square of three sets of weights); the largest ratio ours / reference."""
     tokens = min(cfg.micro_batch_tokens, 4096)
     row = full_row(cfg, (tokens, cfg.cu_seqlens_capacity, cfg.train_seq_len), device)
-    bf16, fp32 = (dataclasses.replace(cfg, compute_dtype=d, compile=False) for d in ("bf16", "fp32"))
-    def run(system: Ours | Theirs) -> tuple[float, dict[str, Tensor]]:
-        loss = float(system.forward_backward(looped=True))
-        return loss, {name: p.grad.float() for name, p in system.model.named_parameters() if p.grad is not None}
-    weights = random_weights(cfg)
+    precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
-    exact, wanted = run(Ours(fp32, weights, row, "sdpa"))
-    torch.set_float32_matmul_precision("high")
-    found = {"ours": run(Ours(bf16, weights, row, backend))}
-    if reference:
-        path, script = Path(reference.module.__file__), Reference(Path(reference.module.__file__), bf16, device, backend)
-        loss, grads = run(Theirs(script, weights, row))
-        found["reference"] = loss, script.stacked(grads, wanted)
-        check = Reference(path, fp32, device, "sdpa")
-        loss, grads = run(Theirs(check, weights, row))
-        grads = check.stacked(grads, wanted)
-        worst = max(float((grads[n] - g).norm() / g.norm()) for n, g in wanted.items())
-        print(f"fp32, ours and the reference: loss {exact:.6f} {loss:.6f}, gradients differ by {worst:.1e} at most")
-        if worst > 1e-3:
-            raise AssertionError("the two systems do not compute the same: weights are mapped wrongly")
-    errors = {s: {n: float((g[n] - w).norm() / w.norm()) for n, w in wanted.items()} for s, (_, g) in found.items()}
-    print(f"\n{'relative error in bf16':<34}" + "".join(f"{s:>12}" for s in found))
-    print(f"{'loss':<34}" + "".join(f"{abs(loss - exact) / exact:>12.1e}" for loss, _ in found.values()))
-    for name in wanted:
+    runs = [gradient_errors(cfg, reference, row, backend, seed) for seed in range(3)]
+    torch.set_float32_matmul_precision(precision)
+    errors = {s: {n: sum(run[s][n] ** 2 / len(runs) for run in runs) ** 0.5 for n in runs[0][s]} for s in runs[0]}
+    print(f"\n{'relative error in bf16':<34}" + "".join(f"{s:>12}" for s in errors))
+    for name in errors["ours"]:
         print(f"{name:<34}" + "".join(f"{e[name]:>12.1e}" for e in errors.values()))
-    return max(errors["ours"][n] / e for n, e in errors["reference"].items()) if reference else None
+    if not reference:
+        return None
+    print("fp32: the gradients of both agree")
+    return max(errors["ours"][n] / e for n, e in errors["reference"].items())
 
-def training_steps(systems: dict[str, Ours | Theirs], looped: bool, rounds: int, warmups: int) -> tuple[float, ...]:
-    """Times, operations and memory of a step; returns ours / reference (nan without), the noise and our seconds."""
+def training_steps(systems: dict[str, Ours | Theirs], looped: bool, rounds: int, warmups: int) -> tuple:
+    """Times, operations and memory of a step; returns ours / reference (None without), the noise, our seconds."""
     device = systems["ours"].row.inputs.device
     takes = {**systems, "ours again": systems["ours"]}
     jobs = {name: (lambda s=s: step(s, looped)) for name, s in takes.items()}
@@ -297,15 +310,15 @@ def training_steps(systems: dict[str, Ours | Theirs], looped: bool, rounds: int,
         yield
     jobs = {name: (lambda s=s: forward(s)) for name, s in systems.items()}
     print_times("forward alone", take_turns(jobs, max(1, rounds // 3), 1, device), [""])
-    what, measure = ("allocated at the peak", peak_bytes) if device.type == "cuda" else ("kept for backward", saved_bytes)
+    what, measure = ("peak memory", peak_bytes) if device.type == "cuda" else ("kept for backward", saved_bytes)
     print(f"{what}, MB: " + ", ".join(f"{name} {measure(s, looped) / 1e6:.0f}" for name, s in systems.items()))
     profiles = {name: profile(s, looped, device) for name, s in systems.items()}
     print("\n".join(f"{name}: {line}" for name, (_, line) in profiles.items()))
     print_operations({name: table for name, (table, _) in profiles.items()}, top=20)
-    ratio = paired_ratio(seconds["ours"], seconds["reference"]) if "reference" in systems else float("nan")
+    ratio = paired_ratio(seconds["ours"], seconds["reference"]) if "reference" in systems else None
     return ratio, paired_ratio(seconds["ours"], seconds["ours again"]), float(np.median(seconds["ours"].sum(1)))
 
-def gptq(reference: Reference | None, layers: int, rounds: int, device: torch.device) -> float | None:
+def gptq(reference: Reference | None, layers: int, device: torch.device) -> float | None:
     """Seconds to solve the matrices of the record model from given Hessians: ours, and the script's one by one."""
     cfg = tg.Config(num_layers=layers, xsa_last_n=layers, num_loops=0, parallel_start_layer=0)
     table, rng = tg.parameter_table(cfg), torch.Generator().manual_seed(0)
@@ -327,16 +340,15 @@ def gptq(reference: Reference | None, layers: int, rounds: int, device: torch.de
         solved["ours"] = tg.quantize(model, moved, ranks)
         yield
     def theirs() -> Iterable[None]:  # on the CPU, as published
-        solve, values = reference.module.gptq_quantize_weight, {n: p.detach().cpu() for n, p in model.named_parameters()}
+        solve, values = reference.module.gptq_quantize_weight, {n: p.cpu() for n, p in model.state_dict().items()}
         solved["reference"] = {}
         for bank, index, site, layer in listed:
-            embed = table[bank].packing == "embed"
-            sigmas, bits = (cfg.embed_clip_sigmas, cfg.embed_bits) if embed else (cfg.matrix_clip_sigmas, cfg.matrix_bits)
-            weight = values[bank].view(-1, *table[bank].shape[-2:])[index]
+            kind, weight = table[bank].packing, values[bank].view(-1, *table[bank].shape[-2:])[index]
+            sigmas, bits = getattr(cfg, f"{kind}_clip_sigmas"), getattr(cfg, f"{kind}_bits")
             solved["reference"][bank, index] = solve(weight, hessians[site, layer], sigmas, 2 ** (bits - 1) - 1)
         yield
     jobs = {"ours": ours} | ({"reference": theirs} if reference else {})
-    seconds = take_turns(jobs, rounds, 0, device)
+    seconds = take_turns(jobs, 1, 0, device)
     print_times(f"GPTQ of {len(listed)} matrices", seconds, [""])
     if not reference:
         return None
@@ -345,7 +357,7 @@ def gptq(reference: Reference | None, layers: int, rounds: int, device: torch.de
     print(f"equal integers: {100 * np.mean(same):.2f} % on average, {100 * min(same):.2f} % in the worst matrix")
     return paired_ratio(seconds["ours"], seconds["reference"])
 
-def report_speed(cfg: tg.Config, row: tg.Batch, times: dict[bool, tuple[float, ...]], peak: float, source: str) -> float:
+def report_speed(cfg: tg.Config, row: tg.Batch, times: dict[bool, tuple], peak: float, source: str) -> float:
     """Prints FLOP shares and the projection for 8 GPUs; returns the MFU of the looped step."""
     print(f"\nMFU of {peak / 1e12:.2f} TFLOP/s ({source}), with loops and attention; and 6 x parameters x tokens alone")
     mfu = 0.0
@@ -353,57 +365,64 @@ def report_speed(cfg: tg.Config, row: tg.Batch, times: dict[bool, tuple[float, .
         mfu, plain = (f / seconds / peak for f in step_flops(cfg, row, looped))
         print(f"{'looped' if looped else 'not looped':<12}{100 * mfu:>6.1f} %{100 * plain:>7.1f} %"
               f"{len(row.inputs) / seconds:>12.0f} tokens/s")  # fmt: skip
-    if row.inputs.is_cuda and all(r == r for r, _, _ in times.values()) and len(times) == 2:
+    if row.inputs.is_cuda and len(times) == 2 and times[True][0]:
         share = cfg.enable_looping_at
         def count(ratios: tuple[float, float]) -> float:
             return 587e3 * sum(s / (r * ms) for s, r, ms in zip((share, 1 - share), ratios, PUBLIC_MS, strict=True))
-        print(f"estimate for 8 H100 from the ratios of one GPU: {count(tuple(t[0] for t in times.values())):.0f} steps in "
-              f"587 s, the reference {count((1.0, 1.0)):.0f}")  # fmt: skip
+        print(f"estimate for 8 H100 from the ratios of one GPU: {count((times[False][0], times[True][0])):.0f} steps "
+              f"in 587 s, the reference {count((1.0, 1.0)):.0f}")  # fmt: skip
     return mfu
 
+
+def prepare(path: Path | None) -> tuple[tg.Config, tg.Batch, str, Reference | None]:
+    """Config, row, attention backend and the script, each checked (UsageError); prints what the figures depend on."""
+    cfg, _ = tg.Config.from_env(os.environ, torch.cuda.is_available())
+    device = tg.Ranks({}).device
+    torch.manual_seed(cfg.seed)
+    torch.set_float32_matmul_precision("high" if cfg.compute_dtype == "bf16" else "highest")
+    torch._dynamo.config.recompile_limit = 64
+    backend, lines = tg.choose_attention(cfg.attention_backend, device, cfg.dtype)
+    reference, row = Reference(path, cfg, device, backend) if path else None, full_row(cfg, cfg.row_shape, device)
+    versions = f"torch:{torch.__version__} triton:{tg.triton.__version__ if tg.triton else 'none'}"
+    print(f"device:{device_name(device)} {versions} dtype:{cfg.compute_dtype} compile:{cfg.compile}", *lines, sep="\n")
+    print(f"preset:{cfg.preset} layers:{cfg.num_layers} width:{cfg.model_dim} vocabulary:{cfg.vocab_size} row: "
+          f"{len(row.inputs)} tokens, {int((row.cu_seqlens.diff() > 0).sum())} segments")  # fmt: skip
+    return cfg, row, backend, reference
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--reference", type=Path, help="the public script")
     parser.add_argument("--rounds", type=int, help="each runs every system twice; default 15 on CUDA, 5 on a CPU")
-    parser.add_argument("--gptq-layers", type=int, default=11, help="0 leaves GPTQ out")
+    parser.add_argument("--gptq-layers", type=int, help="0: no GPTQ; default 11 with --reference, 2 without")
     args = parser.parse_args(argv)
-    cuda = torch.cuda.is_available()
     try:
-        cfg, _ = tg.Config.from_env(os.environ, cuda)
-        device = tg.Ranks({}).device
-        torch.manual_seed(cfg.seed)
-        torch.set_float32_matmul_precision("high" if cfg.compute_dtype == "bf16" else "highest")
-        torch._dynamo.config.recompile_limit = 64
-        backend, lines = tg.choose_attention(cfg.attention_backend, device, cfg.dtype)
-        reference = Reference(args.reference, cfg, device, backend) if args.reference else None
-        row = full_row(cfg, cfg.row_shape, device)
+        cfg, row, backend, reference = prepare(args.reference)
     except tg.UsageError as error:
         print(f"bench/step.py: {error}", file=sys.stderr)
         return 2
-    name = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
-    print("\n".join([f"device:{name} torch:{torch.__version__} compile:{cfg.compile} {cfg.compute_dtype}", *lines]))
-    if tg.triton:
-        print(f"triton:{tg.triton.__version__}")
-    print(f"preset:{cfg.preset} layers:{cfg.num_layers} width:{cfg.model_dim} vocabulary:{cfg.vocab_size} row: "
-          f"{len(row.inputs)} tokens, {int((row.cu_seqlens.diff() > 0).sum())} segments")  # fmt: skip
+    device, cuda = row.inputs.device, row.inputs.is_cuda
     copy, product = ceilings(device, cfg.dtype)
     print(f"ceilings: copy {copy / 1e9:.1f} GB/s, {cfg.compute_dtype} product {product / 1e12:.2f} TFLOP/s")
-    errors = numeric_gate(cfg, reference, device, backend)
-    weights = random_weights(cfg)
+    errors, weights = numeric_gate(cfg, reference, device, backend), random_weights(cfg)
     systems: dict[str, Ours | Theirs] = {"ours": Ours(cfg, weights, row, backend)}
     if reference:
         systems["reference"] = Theirs(reference, weights, row)
     rounds, warmups = args.rounds or (15 if cuda else 5), 5 if cuda else 1
-    times = {looped: training_steps(systems, looped, rounds, warmups) for looped in ((False, True) if cfg.num_loops else (False,))}
+    depths = (False, True) if cfg.num_loops else (False,)
+    times = {looped: training_steps(systems, looped, rounds, warmups) for looped in depths}
     del systems
-    known = next((flops for gpu, flops in PEAK.items() if cuda and gpu in name), None)
+    known = next((flops for gpu, flops in PEAK.items() if gpu in device_name(device)), None)
     mfu = report_speed(cfg, row, times, known or product, "data sheet" if known else "product measured above")
-    solve = gptq(reference, args.gptq_layers, 1 if not cuda else 2, device) if args.gptq_layers else None
-    plain, looped = times[False], times.get(True, (float("nan"),) * 3)
-    found = {"device": name, "backend": backend, "ratio_plain": plain[0], "ratio_looped": looped[0], "ratio_gptq": solve,
-             "noise_ratio": plain[1], "grad_error_ratio": errors, "mfu": mfu}  # fmt: skip
-    print("bench " + json.dumps({k: None if v != v else round(v, 4) if isinstance(v, float) else v for k, v in found.items()}))
+    layers = (11 if reference else 2) if args.gptq_layers is None else args.gptq_layers
+    solve = gptq(reference, layers, device) if layers else None
+    noise = max((t[1] for t in times.values()), key=lambda r: abs(np.log(r)))  # the worse of the two
+    found = {"device": device_name(device), "backend": backend, "ratio_plain": times[False][0],
+             "ratio_looped": times[True][0] if cfg.num_loops else None, "ratio_gptq": solve, "noise_ratio": noise,
+             "grad_error_ratio": errors, "mfu": mfu}  # fmt: skip
+    print("bench " + json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in found.items()}))
     return 0
 
 
