@@ -75,12 +75,14 @@ def uncompiled(function: Callable | None = None, **_: Any) -> Callable:  # torch
 
 @contextlib.contextmanager
 def modules(replaced: Mapping[str, Any]) -> Iterator[None]:  # in sys.modules, for a while; what is imported then stays
-    before = {name: sys.modules.get(name) for name in replaced}
+    before = {name: sys.modules[name] for name in replaced if name in sys.modules}
     sys.modules.update(replaced)
-    yield
-    for name, module in before.items():
-        if sys.modules.pop(name) and module is not None:
-            sys.modules[name] = module
+    try:
+        yield
+    finally:
+        for name in replaced:
+            del sys.modules[name]
+        sys.modules.update(before)
 
 
 class Reference:

@@ -56,15 +56,16 @@ class Ours:  # the parts of a step as train_gpt.train calls them; one row, as on
         self.run = torch.compile(self.model, fullgraph=True, dynamic=False) if cfg.compile else self.model
         self.optimizers = tg.Optimizers(self.model, cfg, tg.Ranks({}))
         self.live = [p.detach() for p in self.model.parameters()]
-        self.ema = [p.clone() for p in self.live]
+        self.ema = [] if hasattr(self.optimizers, "averages") else [p.clone() for p in self.live]
     def forward(self, looped: bool) -> Tensor:  # mean loss, with its graph
         return self.run(self.row, self.cfg.plans[looped]).sum() / self.count
     def forward_backward(self, looped: bool) -> Tensor:
         return tg.accumulate(self.run, self.cfg.plans[looped], [self.row], self.count)
     def optimize(self) -> None:  # clears the gradients
         self.optimizers.step(1.0, self.cfg.muon_momentum)
-    def average(self) -> None:
-        torch._foreach_lerp_(self.ema, self.live, 1 - self.cfg.ema_decay)
+    def average(self) -> None:  # nothing where the optimizers average in the pass that steps
+        if self.ema:
+            torch._foreach_lerp_(self.ema, self.live, 1 - self.cfg.ema_decay)
 
 
 class Theirs:  # the same by the script's functions, in the order of its training loop
