@@ -168,7 +168,7 @@ def print_times(label: str, seconds: dict[str, np.ndarray], parts: list[str]) ->
 
 def ceilings(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:  # bytes/s of a copy, FLOP/s of a product
     cuda = device.type == "cuda"
-    x, n = torch.empty(8 * 10**9 if cuda else 10**8, dtype=torch.uint8, device=device), 8192 if cuda else 1024
+    x, n = torch.empty(8 * 10**9 if cuda else 5 * 10**7, dtype=torch.uint8, device=device), 8192 if cuda else 768
     y, a, b = torch.empty_like(x), *(torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     def job() -> Iterable[None]:
         y.copy_(x)
