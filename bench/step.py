@@ -117,15 +117,16 @@ def random_weights(cfg: tg.Config, seed: int = 0) -> dict[str, Tensor]:  # as at
 
 
 # --- Measuring ---
-class Stopwatch:  # seconds between marks: device events on CUDA, the steady clock elsewhere
-    def __init__(self, device: torch.device):
+class Stopwatch:  # seconds between marks: device events on CUDA, the steady clock elsewhere; with OMP_NUM_THREADS=1 the
+    def __init__(self, device: torch.device):  # process's CPU time, the same on an idle machine and right on a busy one
         self.cuda, self.marks = device.type == "cuda", []
+        self.clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     def mark(self) -> None:
         if self.cuda:
             self.marks.append(torch.cuda.Event(enable_timing=True))
             self.marks[-1].record()
         else:
-            self.marks.append(time.perf_counter())
+            self.marks.append(self.clock())
     def read(self) -> list[float]:
         pairs = list(zip(self.marks, self.marks[1:], strict=False))
         if not self.cuda:
