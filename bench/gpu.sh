@@ -21,7 +21,7 @@ else
 fi
 mkdir -p bench/results
 STEP="bench/results/step_$(date +%Y%m%d-%H%M%S).txt"  # a comparison that fails or takes too long must not stop the run
-PRESET=record timeout "${STEP_SECONDS:-200}" "$PYTHON" bench/step.py ${REFERENCE:+--reference "$REFERENCE"} --rounds 10 \
+PRESET=record timeout "${STEP_SECONDS:-240}" "$PYTHON" bench/step.py ${REFERENCE:+--reference "$REFERENCE"} --rounds 10 \
   > "$STEP" 2>&1 || echo "bench/step.py: exit status $?" >> "$STEP"
 cat "$STEP"
 if [ -n "${OUT:-}" ]; then cp "$STEP" "$OUT/"; fi

@@ -130,6 +130,9 @@ class Reference:
         unknown = set(self.names(weights)) - set(model.state_dict())
         assert not unknown, f"the script's model has no {sorted(unknown)}"
         model.looping_active = looped
+        for block in model.blocks:
+            if hasattr(block.attn, "rotary"):  # filled before anything is compiled, as it does
+                block.attn.rotary(self.cfg.micro_batch_tokens, self.device, self.cfg.dtype)
         return model.train()
 
     def names(self, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:  # by our names -> by the script's
