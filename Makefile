@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 GPUS := $(shell nvidia-smi -L 2>/dev/null | wc -l)
 
+BENCHES := $(filter-out bench/reference.py,$(wildcard bench/*.py))
+
 .PHONY: run record report pack bench test lint gpu install dev
 
 $(VENV)/installed: requirements.txt
@@ -43,6 +45,10 @@ test: dev
 
 lint: dev
 	$(BIN)/ruff check .
+
+# Every script under bench/ (reference.py is what they share) in its small CPU form; under five minutes.
+bench: install
+	for script in $(BENCHES); do PRESET=cpu CUDA_VISIBLE_DEVICES= $(BIN)/python $$script || exit 1; done
 
 # GPU tests, then a full-size run of a few minutes on one GPU; fits in ten minutes. PYTHON must have torch with CUDA.
 gpu:
