@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
-from conftest import TINY, VOCAB, tiny_config, tiny_text
+from conftest import TINY, VOCAB, on_ranks, tiny_config, tiny_text
 from test_data import BOS, rank_of, refused, train_tokenizer
-from conftest import on_ranks
 
 import train_gpt as tg
 
