@@ -212,7 +212,8 @@ def nats_and_gradients(adapted: bool, **knobs: object) -> list[Tensor]:
         lora.reset(0, [0, 1, 2])
         with torch.no_grad():
             lora.up.normal_(std=0.1, generator=g)
-        leaves = [lora.down, lora.up]
+        leaves = [x.detach().to(cfg.dtype).requires_grad_() for x in (lora.down, lora.up)]
+        lora = lora._replace(down=leaves[0], up=leaves[1])
     nats = model(row, cfg.plans[1], lora=lora)
     return [nats.detach(), *torch.autograd.grad((nats * torch.randn(48, generator=g)).sum(), leaves)]
 
