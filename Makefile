@@ -13,7 +13,7 @@ $(VENV)/installed: requirements.txt
 	touch $@
 
 $(VENV)/developer: $(VENV)/installed
-	$(BIN)/pip install --quiet pytest ruff brotli
+	$(BIN)/pip install --quiet pytest ruff brotli hypothesis
 	touch $@
 
 install: $(VENV)/installed

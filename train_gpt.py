@@ -232,7 +232,8 @@ class Config:  # defaults are the `record` preset's; `PRESETS` overrides them an
             ("EVAL_STRIDE", c.eval_stride <= c.eval_seq_len, "at most EVAL_SEQ_LEN"),
             ("TTT_CHUNK_SIZE", c.ttt_chunk_size <= c.ttt_eval_seq_len, "at most TTT_EVAL_SEQ_LEN"),
             ("GPTQ_RESERVE_SECONDS", not limit or c.gptq_reserve_seconds < limit, "below MAX_WALLCLOCK_SECONDS"),
-            ("COMPRESSOR", package == "ans" or importlib.util.find_spec(package) is not None, f"ans, lzma, or {package} must be installed"),
+            ("COMPRESSOR", package == "ans" or importlib.util.find_spec(package) is not None,
+             f"ans, lzma, or {package} must be installed"),
             ("ARTIFACT_LIMIT_BYTES", not c.artifact_limit_bytes or c.artifact_limit_bytes >= least,
              f"0 or at least {least}, code and one bit a weight; or lower MODEL_DIM, MLP_MULT, NUM_LAYERS"),
             ("VAL_DOC_FRACTION", c.val_doc_fraction == 1 or c.data_loader == "documents", "1 with DATA_LOADER"),
@@ -1157,9 +1158,8 @@ class Solver(NamedTuple):
         dead = diagonal <= 0
         typical = diagonal.sum(-1, keepdim=True) / (~dead).sum(-1, keepdim=True).clamp_min(1)
         hessian = hessian + torch.diag_embed(typical.clamp_min(1e-12) * dead)
-        order, each = diagonal.argsort(-1, descending=True), torch.arange(len(weight), device=weight.device)
-        wide, each = order.unsqueeze(1).expand_as(weight), each[:, None, None]
-        w = weight.float().masked_fill(dead.unsqueeze(1), 0).gather(-1, wide)
+        order, each = diagonal.argsort(-1, descending=True), torch.arange(len(weight))[:, None, None]
+        w = weight.float().masked_fill(dead.unsqueeze(1), 0).gather(-1, order.unsqueeze(1).expand_as(weight))
         return cls(w, order, inverse_factor(hessian[each, order[:, :, None], order[:, None, :]]))
     def solve(self, step: Tensor, qmax: int) -> Tensor:  # (n, rows) -> q int8 (n, rows, cols), W ~ q * step
         w, u, cols = self.weight.clone(), self.u, self.weight.size(-1)
@@ -1185,13 +1185,13 @@ def gptq_quantize(weight: Tensor, hessian: Tensor, clip_sigmas: float, bits: int
     return Solver.prepare(weight, hessian).solve(scale.float(), 2 ** (bits - 1) - 1), scale
 
 class Quantizer:
-    """Everything of quantisation that does not depend on the budget; a rank prepares every W-th slice of a bank.
-    QUANTIZER=gptq: steps as CLIP_SIGMAS say, times one factor. allocated: reverse water-filling over all rows. With
-    entropy-coded integers a row of power p and step s takes 1/2 log2(1 + 2 pi e p / s^2) bits a weight and, by
-    Solver.u, costs e s^2 nats: the sum of costs is least where 12 theta = s^2 (e - theta / p), and a row is nothing but
-    zeros where e p < theta. Steps are powers of 2^(1/8) then, which takes 0.1 % off the gain and 60 KB off the scales."""
-    def __init__(self, model: GPT, hessians: dict[tuple[str, int], Tensor],
-                 sensitivities: dict[str, Tensor] | None, ranks: Ranks):  # fmt: skip
+    """All of quantisation that is the same for any size; a rank prepares every W-th slice of a bank. Steps are those of
+    CLIP_SIGMAS times sqrt(theta), or with sensitivities by reverse water-filling over all rows: a row of power p and
+    step s takes 1/2 log2(1 + 2 pi e p / s^2) bits a weight and costs, by Solver.u, e s^2 / 12 nats a weight. The sum of
+    costs is least at 12 theta = s^2 (e - theta / p), with nothing but zeros where e p < theta. Steps are powers of
+    2^(1/8) then: 0.1 % more error, 60 KB fewer of scales at full size."""
+    def __init__(self, model: GPT, hessians: dict[tuple[str, int], Tensor], sensitivities: dict[str, Tensor] | None,
+                 ranks: Ranks):  # fmt: skip
         self.cfg = cfg = model.cfg
         self.ranks, self.shapes, self.solvers, self.rows = ranks, banks(cfg), {}, {}
         for bank, shape in self.shapes.items():
@@ -1202,17 +1202,11 @@ class Quantizer:
                 solver = Solver.prepare(weight[index], torch.stack([hessians[m[2:]] for m in mine]))
                 self.solvers[bank], spread[index] = (index, solver), solver.u.diagonal(dim1=1, dim2=2).pow(-2).mean(-1)
             qmax = 2 ** ((cfg.embed_bits if bank == "tok_emb" else cfg.matrix_bits) - 1) - 1
-            clips = torch.tensor([self.clip(bank, m[3]) for m in sorted(all_of)], device=weight.device)[:, None]
+            clips = torch.tensor([clip_sigmas(cfg, bank, m[3]) for m in all_of], device=weight.device)[:, None]
             published, power = clip_steps(weight, clips, qmax).float(), weight.square().mean(-1).clamp_min(1e-20)
             cost = ranks.sum(spread)[:, None] * sensitivities[bank] if sensitivities else None
             self.rows[bank] = published, power, weight.abs().amax(-1), cost, 127 if sensitivities else qmax
-
-    def clip(self, bank: str, layer: int) -> float:
-        c = self.cfg
-        if bank == "tok_emb":
-            return c.embed_clip_sigmas
-        looped = c.num_loops > 0 and c.loop_start <= layer <= c.loop_end and c.loop_clip_sigmas
-        return looped or (c.attn_clip_sigmas if bank[1] in "ov" else c.mlp_clip_sigmas) or c.matrix_clip_sigmas
+        self.default = self.theta(self.predict(1.0, published=True)) if sensitivities else 1.0  # size: CLIP_SIGMAS'
     def steps(self, bank: str, theta: float) -> Tensor:  # (n, rows) fp32, values that fp16 has
         published, power, largest, cost, qmax = self.rows[bank]
         if cost is None:
@@ -1232,9 +1226,6 @@ class Quantizer:
             middle = (low + high) / 2
             low, high = (low, middle) if self.predict(2.0**middle) <= budget else (middle, high)
         return 2.0**high
-    @property
-    def default(self) -> float:  # without a limit: the predicted bytes of CLIP_SIGMAS' steps, however allocated
-        return 1.0 if self.rows["tok_emb"][3] is None else self.theta(self.predict(1.0, published=True))
     def solve(self, theta: float) -> dict[str, tuple[Tensor, Tensor]]:
         """name -> (q int8 (n, rows, cols), scale fp16 (n, rows)) on the CPU, the same on all ranks."""
         packed = {}
@@ -1246,48 +1237,58 @@ class Quantizer:
             packed[bank] = self.ranks.sum(q).cpu(), step.half().cpu()
         return packed
 
+def clip_sigmas(cfg: Config, bank: str, layer: int) -> float:
+    looped = cfg.num_loops > 0 and cfg.loop_start <= layer <= cfg.loop_end and cfg.loop_clip_sigmas
+    group = {"qo_bank": cfg.attn_clip_sigmas, "kv_bank": cfg.attn_clip_sigmas}.get(bank, cfg.mlp_clip_sigmas)
+    return cfg.embed_clip_sigmas if bank == "tok_emb" else looped or group or cfg.matrix_clip_sigmas
+
 def quantize(model: GPT, hessians: dict[tuple[str, int], Tensor], ranks: Ranks,
              sensitivities: dict[str, Tensor] | None = None) -> dict[str, tuple[Tensor, Tensor]]:  # fmt: skip
     solver = Quantizer(model, hessians, sensitivities, ranks)
     return solver.solve(solver.default)
+
 def fit(solver: Quantizer, pack: Callable[[dict], bytes], log: Callable[[str], None], rounds: int) -> bytes:
     """The artifact with the finest steps that keep code and model under ARTIFACT_LIMIT_BYTES, at most 4 KB under it
-    unless all weights together take MATRIX_BITS each already: no finer step is worth its bytes. All ranks call it."""
-    cfg, weights = solver.cfg, sum(math.prod(shape) for shape in solver.shapes.values())
+    unless the weights take MATRIX_BITS each on average already: no finer step is worth its bytes. All ranks call it."""
+    cfg, weights = solver.cfg, sum(map(math.prod, solver.shapes.values()))
     room, finest = cfg.artifact_limit_bytes - code_bytes(), weights * cfg.matrix_bits / 8
-    budget, best, fits = min(0.98 * room, finest), b"", 0
+    (low, below), (high, above), best, size = (0.0, 0), (0.0, 0), b"", 0  # predicted and real sizes on either side
+    budget = min(0.96 * room, finest)
     for turn in range(rounds):
         data = pack(solver.solve(solver.theta(budget)))
         size = solver.ranks.gather(len(data))[0]
         log(f"fit:{turn + 1} codes predicted:{budget:.0f} model:{size} room:{room}")
-        if fits < size <= room:
-            best, fits = data, size
+        if size <= room:
+            low, below, best = budget, size, data
+        else:
+            high, above = budget, size
         if room - 4096 < size <= room or (budget == finest and size <= room):
             break
-        budget = min(budget + (room - 2048 - size) * min(1.0, budget / size), finest)
-    if not fits and rounds > 1:
+        aim = room - 2048
+        if below and above:  # between the nearest of both sides; else as if all else stayed the same
+            budget = low + (high - low) * min(max((aim - below) / (above - below), 0.1), 0.9)
+        else:
+            budget = min(max(budget + (aim - size) * min(1.0, budget / size), budget / 4), finest)
+    if not below and rounds > 1:
         raise UsageError(f"ARTIFACT_LIMIT_BYTES={cfg.artifact_limit_bytes}: the model is {size - room} bytes over at "
-                         f"{8 * budget / weights:.2f} bits a weight; lower MLP_MULT, MODEL_DIM or NUM_LAYERS")  # fmt: skip
+                         f"{8 * budget / weights:.2f} bits a weight; lower MLP_MULT or MODEL_DIM")
     return best
 
 # --- Entropy coder: interleaved range ANS (J. Duda) in NumPy, exact integers only, so any machine decodes alike ---
 ANS_BITS, BANDS = 14, 48  # frequencies of a table add up to 2^14; bands of magnitude, times 4 of bias, for each bank
-EDGES = np.array([round(2 ** (16 + (t + 0.5) / 8)) for t in range(-36, 24)])  # of a column's size, relative, 16-bit
-INVERSE = np.array([0] + [round(2 ** (16 - (k - 65) / 8)) for k in range(1, 256)])  # 2^16 / mean |q| of a row of level k
-SHIFT = np.clip(np.arange(BANDS) // 2 - 17, 0, 7).repeat(4)  # low bits that go without a model: uniform enough there
+EDGES = np.array([round(2 ** (16 + (t + 0.5) / 8)) for t in range(-36, 24)])  # of a column's mean |q|, relative, * 2^16
+INVERSE = np.array([0] + [round(2 ** (16 - (k - 65) / 8)) for k in range(1, 256)])  # 2^16 / a level's mean |q|
 def row_levels(q: np.ndarray) -> np.ndarray:  # (n, rows, cols) int8 -> u8 (n, rows): mean |q| in steps of 2^(1/8)
     mean = np.stack([np.abs(matrix.astype(np.int16)).mean(-1) for matrix in q])
     return np.where(mean > 0, np.rint(8 * np.log2(np.maximum(mean, 2**-8)) + 65), 0).astype(np.uint8)
-def num_lanes(shapes: list[tuple[int, int, int]]) -> int:  # independent states: more are faster, each costs 2 bytes
-    return max(max(s[2] for s in shapes), sum(map(math.prod, shapes)) >> 13)
 
 def walk(shapes: list[tuple[int, int, int]], levels: list[np.ndarray], code: Callable) -> None:
-    """Calls code(bank, matrices, row, context, sign), all (m, cols), -> their codes (m, cols), in the stream's order.
-    Context: bank, band of magnitude (the row's level, known beforehand, and the column's mean |q| in the rows above)
-    and how far the column's mean is from 0; codes are coded times `sign`, so that this mean counts as positive."""
+    """Calls code(bank, matrices, row, context, sign) -> codes (m, cols), all rows in the stream's order. Context: bank,
+    band of magnitude (the row's level, known beforehand, and the column's mean |q| in rows above) and how far off 0 the
+    column's mean is; `sign` is this mean's, and times it the codes lean to the positive."""
+    lanes = num_lanes(shapes)
     for bank, (n, rows, cols) in enumerate(shapes):
-        width = max(1, num_lanes(shapes) // cols)
-        for part in (slice(first, first + width) for first in range(0, n, width)):
+        for part in (slice(first, first + lanes // cols) for first in range(0, n, lanes // cols)):
             level = levels[bank][part, :, None].astype(np.int64)  # (m, rows, 1)
             size = np.full((len(level), cols), 8 << 16)
             total, offset, bias, sign = np.zeros_like(size), 0, 0, 1
@@ -1300,88 +1301,66 @@ def walk(shapes: list[tuple[int, int, int]], levels: list[np.ndarray], code: Cal
                 q = code(bank, part, row, (BANDS * bank + band) * 4 + bias, sign).astype(np.int64)
                 size += np.where(k, abs(q) * INVERSE[k], 1 << 16)
                 total += q * INVERSE[k]
+def num_lanes(shapes: list[tuple[int, int, int]]) -> int:  # independent states: more are faster, each costs 2 bytes
+    return max(max(s[2] for s in shapes), sum(map(math.prod, shapes)) >> 13)
 
 def choose_tables(counts: np.ndarray) -> np.ndarray:
-    """counts (banks, BANDS, 4, 256) -> (banks * BANDS * 4,): the context whose table each context uses. Contexts share
-    one for all banks or for all biases where tables of their own, at 9 bits an entry, would not pay."""
+    """counts (banks, BANDS, 4, 256) -> for each context, flat, the context whose table it uses: that of all banks, or
+    of all biases, where tables of their own, at 9 bits an entry, would not pay."""
     def bits(c: np.ndarray) -> np.ndarray:
-        return (special(c.sum(-1)) - special(c).sum(-1)) + 9 * (c > 0).sum(-1)
-    def special(c: np.ndarray) -> np.ndarray:
-        return c * np.log2(np.maximum(c, 1))
+        total, each = (x * np.log2(np.maximum(x, 1)) for x in (c.sum(-1), c))
+        return total - each.sum(-1) + 9 * (c > 0).sum(-1)
     own, bank = np.arange(counts[..., 0].size).reshape(counts.shape[:3]), counts.sum(2)
-    apart, together = bits(counts).sum(-1), bits(bank)
-    split = bits(bank.sum(0)) > np.minimum(apart, together).sum(0)  # (BANDS,): by bank
-    shared = np.where((apart < together)[..., None], own, own[..., :1])
-    return np.where(split[:, None], shared, own[:1, :, :1]).ravel()
+    apart, together = bits(counts).sum(-1), bits(bank)  # (banks, BANDS)
+    split = bits(bank.sum(0)) > np.minimum(apart, together).sum(0)  # (BANDS,)
+    return np.where(split[:, None], np.where((apart < together)[..., None], own, own[..., :1]), own[:1, :, :1]).ravel()
 
 def ans_encode(codes: list[np.ndarray], levels: list[np.ndarray]) -> tuple[bytes, bytes]:
-    """From int8 codes and u8 levels: table of each context and frequencies (contexts, 256), u16; final states u32 and
-    words u16. A step codes a row's high parts, then the low bits."""
+    """int8 codes -> table of each context and frequencies (contexts, 256), u16; final states u32 and words u16."""
     shapes, steps = [q.shape for q in codes], []
     def see(bank: int, part: slice, row: int, context: np.ndarray, sign: np.ndarray) -> np.ndarray:
-        q = codes[bank][part, row]
-        value, shift = (q * sign).astype(np.int16).ravel(), np.tile(SHIFT, len(shapes))[context.ravel()]
-        steps.append(((context.ravel() << 8 | (value >> shift) + 128).astype(np.int32), value & (1 << shift) - 1, shift))
-        return q
+        steps.append((context << 8 | codes[bank][part, row] * sign + 128).ravel().astype(np.int32))
+        return codes[bank][part, row]
     walk(shapes, levels, see)
-    counts = np.zeros((len(shapes) * BANDS * 4, 256), np.int64)
+    seen = np.zeros((len(shapes) * BANDS * 4, 256), np.int64)
     for at in range(0, len(steps), 256):
-        counts += np.bincount(np.concatenate([s[0] for s in steps[at : at + 256]]), minlength=counts.size).reshape(-1, 256)
-    chosen = choose_tables(counts.reshape(len(shapes), BANDS, 4, 256))
-    counts, own = np.zeros_like(counts), counts
-    np.add.at(counts, chosen, own)
+        seen += np.bincount(np.concatenate(steps[at : at + 256]), minlength=seen.size).reshape(-1, 256)
+    chosen, counts = choose_tables(seen.reshape(len(shapes), BANDS, 4, 256)), np.zeros_like(seen)
+    np.add.at(counts, chosen, seen)
     table = np.maximum((counts << ANS_BITS) // np.maximum(counts.sum(1, keepdims=True), 1), counts > 0)
-    used = counts.any(1)
-    table[used, table[used].argmax(1)] += (1 << ANS_BITS) - table[used].sum(1)
+    table[np.arange(len(table)), table.argmax(1)] += ((1 << ANS_BITS) - table.sum(1)) * counts.any(1)
     freq, start = table.ravel(), (table.cumsum(1) - table).ravel()
     state, words = np.full(num_lanes(shapes), 1 << 16, np.int64), []
-    def push(x: np.ndarray, f: np.ndarray, first: np.ndarray) -> None:
-        full = x >= f << 32 - ANS_BITS
+    for step in reversed(steps):
+        x, index = state[: len(step)], chosen[step >> 8] << 8 | step & 255
+        full = x >= freq[index] << 32 - ANS_BITS
         words.append(x[full].astype("<u2"))
         x[full] >>= 16
-        x += (x // f) * ((1 << ANS_BITS) - f) + first
-    for index, low, shift in reversed(steps):
-        if shift.any():
-            push(state[: len(index)], 1 << ANS_BITS - shift, low << ANS_BITS - shift)
-        index = chosen[index >> 8] << 8 | index & 255
-        push(state[: len(index)], freq[index], start[index])
+        x += x // freq[index] * ((1 << ANS_BITS) - freq[index]) + start[index]
     tables = chosen.astype("<u2").tobytes() + table.astype("<u2").tobytes()
     return tables, b"".join(w.tobytes() for w in (state.astype("<u4"), *reversed(words)))
 
 def ans_decode(tables: bytes, data: bytes, shapes: list[tuple], levels: list[np.ndarray]) -> list[np.ndarray]:
-    """The codes. ValueError or IndexError if `data` cannot come from ans_encode with these shapes and levels."""
-    contexts, lanes, at = len(shapes) * BANDS * 4, num_lanes(shapes), 0
+    """The codes. ValueError or IndexError if ans_encode cannot have written `tables` and `data`."""
+    codes, contexts, at = [np.zeros(shape, np.int8) for shape in shapes], len(shapes) * BANDS * 4, 0
     chosen, table = np.split(np.frombuffer(tables, "<u2").astype(np.int64), [contexts])
-    table = table.reshape(contexts, 256)
-    state = np.frombuffer(data, "<u4", lanes).astype(np.int64)
-    words = np.frombuffer(data, "<u2", offset=lanes * 4).astype(np.int64)
-    total = table.sum(1)
-    if (chosen >= contexts).any() or ((total != 0) & (total != 1 << ANS_BITS)).any():
+    table, used = table.reshape(contexts, 256), table.reshape(contexts, 256).any(1)
+    state = np.frombuffer(data, "<u4", num_lanes(shapes)).astype(np.int64)
+    words = np.frombuffer(data, "<u2", offset=4 * len(state)).astype(np.int64)
+    if (table[used].sum(1) != 1 << ANS_BITS).any():
         raise ValueError("a table of frequencies does not add up")
-    row_of = np.cumsum(total > 0) - 1  # only tables in use have slots
     slots = np.repeat(np.tile(np.arange(256, dtype=np.uint8), contexts), table.ravel()).reshape(-1, 1 << ANS_BITS)
-    freq, start = table.ravel(), (table.cumsum(1) - table).ravel()
-    shifts = np.tile(SHIFT, len(shapes))
-    codes = [np.zeros(shape, np.int8) for shape in shapes]
-    def pull(x: np.ndarray, f: np.ndarray, first: np.ndarray, slot: np.ndarray) -> None:
+    place, freq, start = np.cumsum(used) - 1, table.ravel(), (table.cumsum(1) - table).ravel()
+    def read(bank: int, part: slice, row: int, context: np.ndarray, sign: np.ndarray) -> np.ndarray:
         nonlocal at
-        x[:] = f * (x >> ANS_BITS) + slot - first
+        own = chosen[context.ravel()]
+        x, slot = state[: len(own)], state[: len(own)] & (1 << ANS_BITS) - 1
+        index = own << 8 | slots[place[own], slot]
+        x[:] = freq[index] * (x >> ANS_BITS) + slot - start[index]
         low = np.flatnonzero(x < 1 << 16)
         x[low] = x[low] << 16 | words[at : at + len(low)]
         at += len(low)
-    def read(bank: int, part: slice, row: int, context: np.ndarray, sign: np.ndarray) -> np.ndarray:
-        flat, shape = context.ravel(), context.shape
-        x, shift, flat = state[: len(flat)], shifts[flat], chosen[flat]
-        slot = x & (1 << ANS_BITS) - 1
-        symbol = slots[row_of[flat], slot].astype(np.int64)
-        pull(x, freq[flat << 8 | symbol], start[flat << 8 | symbol], slot)
-        value = symbol - 128 << shift
-        if shift.any():
-            slot = x & (1 << ANS_BITS) - 1
-            low = slot >> ANS_BITS - shift
-            pull(x, 1 << ANS_BITS - shift, low << ANS_BITS - shift, slot)
-            value |= low
-        codes[bank][part, row] = value.reshape(shape) * sign
+        codes[bank][part, row] = ((index & 255) - 128).reshape(context.shape) * sign
         return codes[bank][part, row]
     walk(shapes, levels, read)
     if at != len(words) or (state != 1 << 16).any():
@@ -1402,9 +1381,8 @@ def codec(name: str) -> tuple[Callable[[bytes], bytes], Callable[[bytes, int], b
         import brotli
         return partial(brotli.compress, quality=11), lambda data, size: brotli.Decompressor().process(data, size)
     import lzma
-    one = [dict(id=lzma.FILTER_LZMA2, preset=9, dict_size=1 << 26)]  # raw: no header to trust
-    reader = partial(lzma.LZMADecompressor, lzma.FORMAT_RAW, filters=one)
-    return partial(lzma.compress, format=lzma.FORMAT_RAW, filters=one), lambda data, size: reader().decompress(data, size)
+    raw = dict(format=lzma.FORMAT_RAW, filters=[dict(id=lzma.FILTER_LZMA2, preset=6)])  # no header, none to trust
+    return partial(lzma.compress, **raw), lambda data, size: lzma.LZMADecompressor(**raw).decompress(data, size)
 
 def split_planes(tensors: Iterable[Tensor]) -> bytes:  # fp16: all low bytes, then the high ones, which repeat
     values = torch.cat([t.detach().flatten().half() for t in tensors]).cpu().numpy().astype("<f2")
@@ -1439,21 +1417,18 @@ def pack_artifact(model: GPT, packed: dict[str, tuple[Tensor, Tensor]], meta: di
             u8 differences), scales (split_scales) and floats (fp16 planes), without the rows that nothing reads.
     COMPRESSOR=ans codes the codes with ans_encode, its tables with LZMA as all other streams; every other compressor
     gets a bank's rows by rising level, so that alike rows share a block. Names and shapes follow from the config."""
-    cfg = model.cfg
-    params = [(n, model.get_parameter(n)) for n, role in parameter_table(cfg).items() if role.packing == "float"]
+    cfg, table, squeeze = model.cfg, parameter_table(model.cfg).items(), codec("lzma")[0]
     codes = [q.numpy() for q, _ in packed.values()]
-    levels = [row_levels(q) for q in codes]
-    squeeze = codec("lzma")[0]
+    levels, flat = [row_levels(q).ravel() for q in codes], [q.reshape(-1, q.shape[-1]) for q in codes]
     if cfg.compressor == "ans":
-        tables, words = ans_encode(codes, levels)
+        tables, words = ans_encode(codes, [lv.reshape(q.shape[:2]) for lv, q in zip(levels, codes, strict=True)])
         stored = len(tables := squeeze(tables)).to_bytes(4, "little") + tables + words
     else:
-        orders = [lv.argsort(axis=None, kind="stable") for lv in levels]
-        alike = [q.reshape(-1, q.shape[-1])[order] for q, order in zip(codes, orders, strict=True)]
-        stored = codec(cfg.compressor)[0](b"".join(q.tobytes() for q in alike))
-    flat = np.concatenate([lv.ravel() for lv in levels])
-    raw = [np.diff(flat, prepend=np.uint8(0)).tobytes(), split_scales(torch.cat([s.flatten() for _, s in packed.values()])),
-           split_planes(read_part(cfg, n, p) for n, p in params)]  # fmt: skip
+        alike = [q[i].tobytes() for q, i in zip(flat, (lv.argsort(kind="stable") for lv in levels), strict=True)]
+        stored = codec(cfg.compressor)[0](b"".join(alike))
+    raw = [np.diff(np.concatenate(levels), prepend=np.uint8(0)).tobytes(),
+           split_scales(torch.cat([scale.flatten() for _, scale in packed.values()])),
+           split_planes(read_part(cfg, n, model.get_parameter(n)) for n, role in table if role.packing == "float")]
     sizes, stored = [sum(q.size for q in codes), *map(len, raw)], [stored, *map(squeeze, raw)]
     header = {"config": {f: getattr(cfg, f) for f in MODEL_FIELDS}, "compressor": cfg.compressor, **meta}
     header["streams"] = [[size, len(s), zlib.crc32(s)] for size, s in zip(sizes, stored, strict=True)]
@@ -1486,16 +1461,13 @@ def open_artifact(data: bytes, path: Path) -> tuple[dict[str, Any], list[bytes]]
         if header["compressor"] not in COMPRESSORS:
             raise ValueError("an unknown compressor")
         sizes = [size for size, _, _ in header["streams"]]
-        if any(size not in allowed for size, allowed in zip(sizes, stream_sizes(cfg), strict=True)) or sum(sizes) > 1 << 27:
+        right = [size in allowed for size, allowed in zip(sizes, stream_sizes(cfg), strict=True)]
+        if not all(right) or sum(sizes) > 1 << 27:
             raise ValueError("the sizes of its streams are not those of its network")
-        stored = []
-        for _, length, checksum in header["streams"]:
-            stored.append(data[at : at + length])
-            at += length
-            if type(length) is not int or length < 0 or zlib.crc32(stored[-1]) != checksum:
-                raise ValueError("a stream does not match its checksum")
-        if at != len(data):
-            raise ValueError(f"{len(data) - at} bytes too many")
+        ends = np.cumsum([at, *(abs(length) for _, length, _ in header["streams"])]).tolist()
+        stored = [data[start:end] for start, end in zip(ends, ends[1:], strict=False)]
+        if ends[-1] != len(data) or [zlib.crc32(s) for s in stored] != [c for _, _, c in header["streams"]]:
+            raise ValueError("a stream does not match its checksum")
         rest = [codec("lzma")[1](s, size) for s, size in zip(stored[1:], sizes[1:], strict=True)]
         streams = [unpack_codes(header["compressor"], stored[0], cfg, rest[0]), *rest]
         if sizes != [len(s) for s in streams]:
@@ -1506,7 +1478,7 @@ def open_artifact(data: bytes, path: Path) -> tuple[dict[str, Any], list[bytes]]
     return header, streams
 
 def unpack_codes(compressor: str, data: bytes, cfg: Config, levels: bytes) -> bytes:  # the codes as the model has them
-    shapes, flat, codes = list(banks(cfg).values()), np.cumsum(np.frombuffer(levels, np.uint8), dtype=np.uint8), []
+    shapes, flat = list(banks(cfg).values()), np.cumsum(np.frombuffer(levels, np.uint8), dtype=np.uint8)
     by_bank = np.split(flat, np.cumsum([n * rows for n, rows, _ in shapes])[:-1])
     if compressor == "ans":
         end = 4 + int.from_bytes(data[:4], "little")
@@ -1514,12 +1486,9 @@ def unpack_codes(compressor: str, data: bytes, cfg: Config, levels: bytes) -> by
         by_bank = [levels.reshape(shape[:2]) for levels, shape in zip(by_bank, shapes, strict=True)]
         return b"".join(q.tobytes() for q in ans_decode(tables, data[end:], shapes, by_bank))
     alike = np.frombuffer(codec(compressor)[1](data, sum(map(math.prod, shapes))), np.int8)
-    for levels, (_, _, cols) in zip(by_bank, shapes, strict=True):
-        q, alike = np.empty((len(levels), cols), np.int8), np.split(alike, [len(levels) * cols])
-        q[levels.argsort(kind="stable")] = alike[0].reshape(-1, cols)
-        codes.append(q.tobytes())
-        alike = alike[1]
-    return b"".join(codes)
+    parts = np.split(alike, np.cumsum([math.prod(shape) for shape in shapes])[:-1])
+    orders = [lv.argsort(kind="stable").argsort() for lv in by_bank]
+    return b"".join(q.reshape(len(i), -1)[i].tobytes() for q, i in zip(parts, orders, strict=True))
 
 @torch.no_grad()
 def load_artifact(model: GPT, streams: list[bytes]) -> None:  # every parameter becomes q * scale or its fp16 value
@@ -1743,8 +1712,9 @@ class Run:  # from its data to its report, the same on all ranks; `go` holds the
 
     def calibrate(self, plan: tuple[Visit, ...], rows: list[Batch]) -> tuple[dict, dict | None]:
         hessians = collect_hessians(self.model, plan, rows, self.ranks)
-        by_loss = self.cfg.quantizer == "allocated"
-        return hessians, collect_sensitivities(self.forward, self.model, plan, rows, hessians, self.ranks) if by_loss else None
+        if self.cfg.quantizer == "gptq":
+            return hessians, None
+        return hessians, collect_sensitivities(self.forward, self.model, plan, rows, hessians, self.ranks)
     def pack(self, solver: Quantizer, meta: dict[str, Any], rounds: int = 10) -> bytes:  # the file, on rank 0
         def pack(packed: dict) -> bytes:
             return pack_artifact(self.model, packed, meta) if self.ranks.is_main else b""

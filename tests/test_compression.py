@@ -293,6 +293,8 @@ def test_loaded_network_is_q_times_scale_and_fp16_to_the_bit(settings, compresso
                 assert 0 < (byhand.get_parameter(name) - p).norm() < 0.5 * p.norm()
             else:
                 byhand.get_parameter(name).copy_(p.half())
+                for network in (byhand, loaded):  # rows that nothing reads do not travel
+                    network.get_parameter(name)[: cfg.parallel_start_layer if "parallel" in name else 0] = 0
     tg.load_artifact(loaded, tg.open_artifact(data, Path("file"))[1])
     assert all(torch.equal(p, byhand.get_parameter(name)) for name, p in loaded.named_parameters())
     row = random_rows(cfg, 1)[0]
@@ -313,7 +315,7 @@ def test_header_carries_the_config_of_the_network():
     assert rebuilt.plans == cfg.plans
     assert (rebuilt.rope_base, rebuilt.num_heads, rebuilt.logit_softcap) == (5000.0, 4, cfg.logit_softcap)
     assert (header["looped"], header["tokenizer"]) == (True, "abc")
-    assert [raw for raw, _ in header["sizes"]] == [len(s) for s in streams]
+    assert [raw for raw, _, _ in header["streams"]] == [len(s) for s in streams]
 
 
 @pytest.fixture(scope="module")
@@ -349,8 +351,8 @@ def test_file_with_any_bit_flipped_is_refused_in_one_line(small_artifact):
 def test_foreign_and_newer_files_are_refused_for_what_they_are(small_artifact):
     assert "not an artifact" in refusal(b"PK\3\4" + small_artifact[4:])
     assert "not an artifact" in refusal(b"")
-    assert "version 2" in refusal(small_artifact[:4] + b"\2" + small_artifact[5:])
-    assert "damaged" in refusal(small_artifact[:4] + b"\0" + small_artifact[5:])
+    for version in (0, 1, 3):
+        assert f"version {version}" in refusal(small_artifact[:4] + bytes([version]) + small_artifact[5:])
 
 
 def test_artifact_holds_no_pickle(small_artifact, monkeypatch):
