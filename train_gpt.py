@@ -1728,8 +1728,10 @@ class Run:  # from its data to its report, the same on all ranks; `go` holds the
             rows, _ = loader.rows(self.cfg.gptq_calibration_batches)
             calibration = self.calibrate(self.plan, rows)
         self.log(f"GPTQ:collected {len(calibration[0])} Hessians for {len(matrices(self.cfg))} matrices")
-        with self.phase("quantise and pack", budget):
-            data = self.pack(Quantizer(self.model, *calibration, self.ranks), meta)
+        with self.phase("quantise", budget):
+            solver = Quantizer(self.model, *calibration, self.ranks)
+        with self.phase("pack", budget):
+            data = self.pack(solver, meta)
             if self.ranks.is_main:
                 write_atomic(path, data)
 

@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -102,15 +103,15 @@ class Methods:
 
             found["pickle + Brotli 11"] = (lambda: brotli.compress(pickled, quality=11), brotli.decompress, pickled)
         if shutil.which("lrzip") and os.environ.get("ZPAQ", "1") == "1":
-            found["ZPAQ (lrzip -z -L 9)"] = (lambda: lrzip(plain, "-z", "-L", "9"), lambda data: lrzip(data, "-d"), plain)
+            found["ZPAQ (lrzip -z -L 9)"] = partial(lrzip, plain, "-z -L 9"), partial(lrzip, options="-d"), plain
         return found
 
 
-def lrzip(data: bytes, *options: str) -> bytes:
+def lrzip(data: bytes, options: str) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder) / "in.lrz", Path(folder) / "out"
         source.write_bytes(data)
-        subprocess.run(["lrzip", "-Q", *options, "-o", str(target), str(source)], check=True)
+        subprocess.run(["lrzip", "-Q", *options.split(), "-o", str(target), str(source)], check=True)
         return target.read_bytes()
 
 
@@ -119,7 +120,7 @@ def coders(packed: Packed) -> dict[str, float]:
     codes = np.concatenate([q.ravel() for q in methods.arrays])
     entropy, conditional = order_0(codes), per_row(packed)
     print(f"{codes.size} codes; entropy of order 0 {entropy:.0f} bytes, given the row's level {conditional:.0f}")
-    print(f"{'method':<22}{'bytes':>11}{'bits/w':>8}{'/order 0':>10}{'/given row':>11}{'enc s':>8}{'dec s':>8}{'peak MiB':>10}")
+    print(f"{'method':<22}{'bytes':>11}{'bits/w':>8}{'/order0':>8}{'/row':>8}{'enc s':>7}{'dec s':>7}{'MiB':>7}")
     for name, (encode, decode, plain) in methods.table().items():
         start = time.perf_counter()
         data = encode()
@@ -127,8 +128,8 @@ def coders(packed: Packed) -> dict[str, float]:
         assert decode(data) == plain, name
         end, peak = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
         found[name] = len(data), middle - start, end - middle
-        print(f"{name:<22}{len(data):>11}{8 * len(data) / codes.size:>8.3f}{len(data) / entropy:>10.4f}"
-              f"{len(data) / conditional:>11.4f}{middle - start:>8.2f}{end - middle:>8.2f}{peak:>10}", flush=True)  # fmt: skip
+        print(f"{name:<22}{len(data):>11}{8 * len(data) / codes.size:>8.3f}{len(data) / entropy:>8.4f}"
+            found["ZPAQ (lrzip -z -L 9)"] = partial(lrzip, plain, "-z -L 9"), partial(lrzip, options="-d"), plain
     size, encode_s, decode_s = found["ans (ours)"]
     brotli = found.get("pickle + Brotli 11", (math.nan,))[0]
     return {"zstd_over_entropy": found["zstd (ours)"][0] / entropy, "ans_over_entropy": size / entropy,
@@ -184,13 +185,13 @@ class Checkpoint:
 
 
 def quantizers(point: Checkpoint) -> Packed:
-    """Round to nearest, published GPTQ and ours, all fitted to the bytes of the published one, and all coded with ans."""
+    """Round to nearest, published GPTQ and ours, all fitted to the bytes of the published one and coded with ans."""
     cfg, model, ranks = point.cfg, point.model, point.ranks
     published = dataclasses.replace(cfg, quantizer="gptq", compressor="ans", artifact_limit_bytes=0)
     model.cfg, before = published, point.bpb()
     packed = tg.quantize(model, point.hessians, ranks)
     limit = len(tg.pack_artifact(model, packed, {})) + 2048 + tg.code_bytes()
-    print(f"{'quantiser':<20}{'bytes':>11}{'weighted error':>16}{'bpb lost':>10}{'s':>7}   unquantised bpb {before:.5f}")
+    print(f"{'quantiser':<20}{'bytes':>11}{'weighted error':>16}{'bpb lost':>10}{'s':>7}  unquantised {before:.5f}")
     for name, hessians, loss in (("round to nearest", point.nearest(), None), ("published GPTQ", point.hessians, None),
                                  ("allocated (ours)", point.both, point.loss)):  # fmt: skip
         start, chosen = time.perf_counter(), {}
@@ -204,7 +205,8 @@ def quantizers(point: Checkpoint) -> Packed:
 
         data = tg.fit(solver, pack, Quiet(), 10)
         seconds, packed = time.perf_counter() - start, chosen[data]
-        print(f"{name:<20}{len(data):>11}{point.error(packed):>16.4e}{point.bpb(data) - before:>10.5f}{seconds:>7.1f}", flush=True)
+        lost = point.bpb(data) - before
+        print(f"{name:<20}{len(data):>11}{point.error(packed):>16.4e}{lost:>10.5f}{seconds:>7.1f}", flush=True)
     return packed
 
 
