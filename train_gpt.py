@@ -1441,8 +1441,8 @@ def header_config(header: dict[str, Any]) -> Config:  # of the network an artifa
     if any(type(value) is not type(getattr(defaults, f)) for f, value in theirs.items()):
         raise ValueError("a field of another type")
     cfg = dataclasses.replace(defaults, **theirs)
-    if not 0 < cfg.num_layers * (1 + cfg.num_loops) <= 1024:
-        raise ValueError("more visits of layers than any plan has")
+    if cfg.num_layers * (1 + cfg.num_loops) > 1024 or any(p.split("=")[0].lower() in theirs for p in cfg.problems()):
+        raise ValueError("a field out of range")
     return cfg
 
 def open_artifact(data: bytes, path: Path) -> tuple[dict[str, Any], list[bytes]]:

@@ -103,7 +103,8 @@ class Methods:
 
             found["pickle + Brotli 11"] = (lambda: brotli.compress(pickled, quality=11), brotli.decompress, pickled)
         if shutil.which("lrzip") and os.environ.get("ZPAQ", "1") == "1":
-            found["ZPAQ (lrzip -z -L 9)"] = partial(lrzip, plain, "-z -L 9"), partial(lrzip, options="-d"), plain
+            pack, unpack = partial(lrzip, plain, "-z -L 9"), partial(lrzip, options="-d")
+            found["ZPAQ (lrzip -z -L 9)"] = pack, unpack, plain
         return found
 
 
@@ -129,7 +130,7 @@ def coders(packed: Packed) -> dict[str, float]:
         end, peak = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
         found[name] = len(data), middle - start, end - middle
         print(f"{name:<22}{len(data):>11}{8 * len(data) / codes.size:>8.3f}{len(data) / entropy:>8.4f}"
-            found["ZPAQ (lrzip -z -L 9)"] = partial(lrzip, plain, "-z -L 9"), partial(lrzip, options="-d"), plain
+              f"{len(data) / conditional:>8.4f}{middle - start:>7.2f}{end - middle:>7.2f}{peak:>7}")  # fmt: skip
     size, encode_s, decode_s = found["ans (ours)"]
     brotli = found.get("pickle + Brotli 11", (math.nan,))[0]
     return {"zstd_over_entropy": found["zstd (ours)"][0] / entropy, "ans_over_entropy": size / entropy,
