@@ -1179,10 +1179,6 @@ class Solver(NamedTuple):
 def clip_steps(weight: Tensor, clip_sigmas: Tensor | float, qmax: int) -> Tensor:  # SDClip (PR #1394): (n, rows) fp16
     floor = torch.finfo(torch.float16).tiny  # below, fp16 loses bits (W33)
     return (clip_sigmas * weight.float().std(dim=-1) / qmax).clamp_min(floor).half()
-def gptq_quantize(weight: Tensor, hessian: Tensor, clip_sigmas: float, bits: int) -> tuple[Tensor, Tensor]:
-    """q int8 (n, rows, cols) and scale fp16 (n, rows), as published: a row's integers span `clip_sigmas` deviations."""
-    scale = clip_steps(weight, clip_sigmas, 2 ** (bits - 1) - 1)
-    return Solver.prepare(weight, hessian).solve(scale.float(), 2 ** (bits - 1) - 1), scale
 
 class Quantizer:
     """All of quantisation that is the same for any size; a rank prepares every W-th slice of a bank. Steps are those of
@@ -1247,29 +1243,26 @@ def quantize(model: GPT, hessians: dict[tuple[str, int], Tensor], ranks: Ranks,
     solver = Quantizer(model, hessians, sensitivities, ranks)
     return solver.solve(solver.default)
 
-def fit(solver: Quantizer, pack: Callable[[dict], bytes], log: Callable[[str], None], rounds: int) -> bytes:
-    """The artifact with the finest steps that keep code and model under ARTIFACT_LIMIT_BYTES, at most 4 KB under it
-    unless the weights take MATRIX_BITS each on average already: no finer step is worth its bytes. All ranks call it."""
-    cfg, weights = solver.cfg, sum(map(math.prod, solver.shapes.values()))
+def fit(solver: Quantizer, model: GPT, meta: dict[str, Any], log: Callable[[str], None], rounds: int = 12) -> bytes:
+    """The artifact (on rank 0; all call it) with the finest steps that keep code and model under ARTIFACT_LIMIT_BYTES,
+    at most 4 KB under it unless the weights take MATRIX_BITS each on average: no finer step is worth its bytes."""
+    cfg, weights, lead = model.cfg, sum(map(math.prod, solver.shapes.values())), solver.ranks.is_main
+    if not cfg.artifact_limit_bytes:
+        packed = solver.solve(solver.default)
+        return pack_artifact(model, packed, meta) if lead else b""
     room, finest = cfg.artifact_limit_bytes - code_bytes(), weights * cfg.matrix_bits / 8
-    (low, below), (high, above), best, size = (0.0, 0), (0.0, 0), b"", 0  # predicted and real sizes on either side
-    budget = min(0.96 * room, finest)
+    budget, fits, best, size = min(0.96 * room, finest), 0, b"", 0
     for turn in range(rounds):
-        data = pack(solver.solve(solver.theta(budget)))
+        packed = solver.solve(solver.theta(budget))
+        data = pack_artifact(model, packed, meta) if lead else b""
         size = solver.ranks.gather(len(data))[0]
         log(f"fit:{turn + 1} codes predicted:{budget:.0f} model:{size} room:{room}")
-        if size <= room:
-            low, below, best = budget, size, data
-        else:
-            high, above = budget, size
+        if fits < size <= room:
+            best, fits = data, size
         if room - 4096 < size <= room or (budget == finest and size <= room):
             break
-        aim = room - 2048
-        if below and above:  # between the nearest of both sides; else as if all else stayed the same
-            budget = low + (high - low) * min(max((aim - below) / (above - below), 0.1), 0.9)
-        else:
-            budget = min(max(budget + (aim - size) * min(1.0, budget / size), budget / 4), finest)
-    if not below and rounds > 1:
+        budget = min(max(budget + (room - 2048 - size) * min(1.0, budget / size), budget / 4), finest)
+    if not fits and rounds > 1:
         raise UsageError(f"ARTIFACT_LIMIT_BYTES={cfg.artifact_limit_bytes}: the model is {size - room} bytes over at "
                          f"{8 * budget / weights:.2f} bits a weight; lower MLP_MULT or MODEL_DIM")
     return best
@@ -1686,8 +1679,8 @@ class Run:  # from its data to its report, the same on all ranks; `go` holds the
                 start = ranks.now()
                 calibration = self.calibrate(last, [row])
                 middle, rows = ranks.now(), -(-cfg.gptq_calibration_batches // ranks.world_size)
-                self.pack(Quantizer(self.model, *calibration, ranks), {}, rounds=1)
-                rounds = 4 if cfg.artifact_limit_bytes else 1
+                fit(Quantizer(self.model, *calibration, ranks), self.model, {}, self.log, rounds=1)
+                rounds = 4 if cfg.artifact_limit_bytes else 1  # the most that any fit has taken
                 reserve = 1.0 + 1.25 * (rows * (middle - start) + rounds * (ranks.now() - middle))
             if cfg.warmup_steps:
                 with torch.no_grad():
@@ -1715,12 +1708,6 @@ class Run:  # from its data to its report, the same on all ranks; `go` holds the
         if self.cfg.quantizer == "gptq":
             return hessians, None
         return hessians, collect_sensitivities(self.forward, self.model, plan, rows, hessians, self.ranks)
-    def pack(self, solver: Quantizer, meta: dict[str, Any], rounds: int = 10) -> bytes:  # the file, on rank 0
-        def pack(packed: dict) -> bytes:
-            return pack_artifact(self.model, packed, meta) if self.ranks.is_main else b""
-        if self.cfg.artifact_limit_bytes:
-            return fit(solver, pack, self.log, rounds)
-        return pack(solver.solve(solver.default))
     def compress(self, path: Path, meta: dict[str, Any]) -> None:
         budget = "none" if self.saved else "train"
         with self.phase("calibrate", budget):
@@ -1731,7 +1718,7 @@ class Run:  # from its data to its report, the same on all ranks; `go` holds the
         with self.phase("quantise", budget):
             solver = Quantizer(self.model, *calibration, self.ranks)
         with self.phase("pack", budget):
-            data = self.pack(solver, meta)
+            data = fit(solver, self.model, meta, self.log)
             if self.ranks.is_main:
                 write_atomic(path, data)
 

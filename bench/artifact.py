@@ -185,6 +185,18 @@ class Checkpoint:
         return {key: torch.eye(len(h), device=h.device) for key, h in self.hessians.items()}
 
 
+def unpacked(data: bytes, cfg: tg.Config) -> Packed:  # codes and scales of an artifact
+    _, streams = tg.open_artifact(data, Path("artifact"))
+    codes, scales = np.frombuffer(streams[0], np.int8), tg.join_scales(streams[2], len(streams[1]))
+    packed = {}
+    for bank, (n, rows, cols) in tg.banks(cfg).items():
+        size = n * rows * cols
+        q, scale = codes[:size].reshape(n, rows, cols), scales[: n * rows].reshape(n, rows)
+        packed[bank] = torch.from_numpy(q.copy()), torch.from_numpy(scale).half()
+        codes, scales = codes[size:], scales[n * rows :]
+    return packed
+
+
 def quantizers(point: Checkpoint) -> Packed:
     """Round to nearest, published GPTQ and ours, all fitted to the bytes of the published one and coded with ans."""
     cfg, model, ranks = point.cfg, point.model, point.ranks
@@ -195,17 +207,11 @@ def quantizers(point: Checkpoint) -> Packed:
     print(f"{'quantiser':<20}{'bytes':>11}{'weighted error':>16}{'bpb lost':>10}{'s':>7}  unquantised {before:.5f}")
     for name, hessians, loss in (("round to nearest", point.nearest(), None), ("published GPTQ", point.hessians, None),
                                  ("allocated (ours)", point.both, point.loss)):  # fmt: skip
-        start, chosen = time.perf_counter(), {}
+        start = time.perf_counter()
         model.cfg = dataclasses.replace(published, artifact_limit_bytes=limit)
         solver = tg.Quantizer(model, hessians, loss, ranks)
-
-        def pack(found: Packed, chosen: dict = chosen) -> bytes:
-            data = tg.pack_artifact(model, found, {})
-            chosen[data] = found
-            return data
-
-        data = tg.fit(solver, pack, Quiet(), 10)
-        seconds, packed = time.perf_counter() - start, chosen[data]
+        data = tg.fit(solver, model, {}, Quiet())
+        seconds, packed = time.perf_counter() - start, unpacked(data, cfg)
         lost = point.bpb(data) - before
         print(f"{name:<20}{len(data):>11}{point.error(packed):>16.4e}{lost:>10.5f}{seconds:>7.1f}", flush=True)
     return packed

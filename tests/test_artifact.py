@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_config
-from test_compression import ONE, correlated, random_model, random_rows, weighted_error
+from test_compression import ONE, correlated, gptq_quantize, random_model, random_rows, weighted_error
 from test_optim import on_ranks
 
 import train_gpt as tg
@@ -90,7 +90,7 @@ def test_published_steps_are_kept_to_the_bit_by_the_published_presets():
     for bank, i, site, layer in tg.matrices(cfg):
         weight = model.get_parameter(bank).detach().view(tg.banks(cfg)[bank])[i : i + 1]
         clip, bits = (15.0, 7) if bank == "tok_emb" else (12.85, 6)
-        q, scale = tg.gptq_quantize(weight, hessians[site, layer][None], clip, bits)
+        q, scale = gptq_quantize(weight, hessians[site, layer][None], clip, bits)
         assert torch.equal(packed[bank][1][i], scale[0])
         assert (packed[bank][0][i] != q[0]).double().mean() < 1e-3
     for preset in ("pr1530", "pr1560"):
@@ -178,7 +178,7 @@ def fitted(limit: int, ranks: tg.Ranks = ONE, **changes: object) -> bytes:
     model.cfg = dataclasses.replace(model.cfg, artifact_limit_bytes=limit + tg.code_bytes(), **changes)
     loss = sensitivities if model.cfg.quantizer == "allocated" else None
     solver = tg.Quantizer(model, hessians, loss, ranks)
-    return tg.fit(solver, lambda packed: tg.pack_artifact(model, packed, {}), lambda line: None, 10)
+    return tg.fit(solver, model, {}, lambda line: None)
 
 
 @pytest.mark.parametrize("limit", [40_000, 53_211, 60_001, 66_666, 72_345, 80_000, 87_654, 93_000, 101_010, 110_000])
