@@ -1158,7 +1158,8 @@ class Solver(NamedTuple):
         dead = diagonal <= 0
         typical = diagonal.sum(-1, keepdim=True) / (~dead).sum(-1, keepdim=True).clamp_min(1)
         hessian = hessian + torch.diag_embed(typical.clamp_min(1e-12) * dead)
-        order, each = diagonal.argsort(-1, descending=True), torch.arange(len(weight))[:, None, None]
+        order = diagonal.argsort(-1, descending=True)
+        each = torch.arange(len(order), device=order.device)[:, None, None]
         w = weight.float().masked_fill(dead.unsqueeze(1), 0).gather(-1, order.unsqueeze(1).expand_as(weight))
         return cls(w, order, inverse_factor(hessian[each, order[:, :, None], order[:, None, :]]))
     def solve(self, step: Tensor, qmax: int) -> Tensor:  # (n, rows) -> q int8 (n, rows, cols), W ~ q * step
@@ -1190,6 +1191,7 @@ class Quantizer:
                  ranks: Ranks):  # fmt: skip
         self.cfg = cfg = model.cfg
         self.ranks, self.shapes, self.solvers, self.rows = ranks, banks(cfg), {}, {}
+        self.finest = sum(map(math.prod, self.shapes.values())) * cfg.matrix_bits / 8  # bytes; see fit
         for bank, shape in self.shapes.items():
             weight, spread = model.get_parameter(bank).detach().view(shape), torch.zeros(shape[0], device=ranks.device)
             all_of = [m for m in matrices(cfg) if m[0] == bank]
@@ -1246,12 +1248,12 @@ def quantize(model: GPT, hessians: dict[tuple[str, int], Tensor], ranks: Ranks,
 def fit(solver: Quantizer, model: GPT, meta: dict[str, Any], log: Callable[[str], None], rounds: int = 12) -> bytes:
     """The artifact (on rank 0; all call it) with the finest steps that keep code and model under ARTIFACT_LIMIT_BYTES,
     at most 4 KB under it unless the weights take MATRIX_BITS each on average: no finer step is worth its bytes."""
-    cfg, weights, lead = model.cfg, sum(map(math.prod, solver.shapes.values())), solver.ranks.is_main
+    cfg, lead, finest = model.cfg, solver.ranks.is_main, solver.finest
     if not cfg.artifact_limit_bytes:
         packed = solver.solve(solver.default)
         return pack_artifact(model, packed, meta) if lead else b""
-    room, finest = cfg.artifact_limit_bytes - code_bytes(), weights * cfg.matrix_bits / 8
-    budget, fits, best, size = min(0.96 * room, finest), 0, b"", 0
+    room, fits, best, size = cfg.artifact_limit_bytes - code_bytes(), 0, b"", 0
+    budget = min(0.96 * room, finest)
     for turn in range(rounds):
         packed = solver.solve(solver.theta(budget))
         data = pack_artifact(model, packed, meta) if lead else b""
@@ -1264,7 +1266,7 @@ def fit(solver: Quantizer, model: GPT, meta: dict[str, Any], log: Callable[[str]
         budget = min(max(budget + (room - 2048 - size) * min(1.0, budget / size), budget / 4), finest)
     if not fits and rounds > 1:
         raise UsageError(f"ARTIFACT_LIMIT_BYTES={cfg.artifact_limit_bytes}: the model is {size - room} bytes over at "
-                         f"{8 * budget / weights:.2f} bits a weight; lower MLP_MULT or MODEL_DIM")
+                         f"{budget / finest * cfg.matrix_bits:.2f} bits a weight; lower MLP_MULT or MODEL_DIM")
     return best
 
 # --- Entropy coder: interleaved range ANS (J. Duda) in NumPy, exact integers only, so any machine decodes alike ---
@@ -1679,8 +1681,9 @@ class Run:  # from its data to its report, the same on all ranks; `go` holds the
                 start = ranks.now()
                 calibration = self.calibrate(last, [row])
                 middle, rows = ranks.now(), -(-cfg.gptq_calibration_batches // ranks.world_size)
-                fit(Quantizer(self.model, *calibration, ranks), self.model, {}, self.log, rounds=1)
-                rounds = 4 if cfg.artifact_limit_bytes else 1  # the most that any fit has taken
+                solver = Quantizer(self.model, *calibration, ranks)
+                fit(solver, self.model, {}, self.log, rounds=1)
+                rounds = 4 if 0 < cfg.artifact_limit_bytes < 1.2 * solver.finest else 1  # a fit has taken up to four
                 reserve = 1.0 + 1.25 * (rows * (middle - start) + rounds * (ranks.now() - middle))
             if cfg.warmup_steps:
                 with torch.no_grad():

@@ -240,11 +240,11 @@ def parts(data: bytes) -> tuple[dict, list[bytes]]:
 
 
 def refused(data: bytes) -> None:
-    """In one line, less than a second and less than 200 MB; the memory is NumPy's and Python's."""
-    start = time.perf_counter()
+    """In one line, in less than a second of this processor."""
+    start = time.process_time()
     with pytest.raises(tg.UsageError) as caught:
         tg.open_artifact(data, Path("some.ptz"))
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
     assert str(caught.value).startswith("some.ptz: ")
     assert "\n" not in str(caught.value)
 
@@ -269,7 +269,7 @@ def mutations(draw: st.DrawFn) -> bytes:
     if kind == "flip":
         return data[:at] + bytes([data[at] ^ draw(st.integers(1, 255))]) + data[at + 1 :]
     if kind == "config":  # a network that the streams do not hold
-        sized = "vocab_size num_layers model_dim num_kv_heads num_loops loop_end parallel_start_layer mlp_mult".split()
+        sized = "vocab_size num_layers model_dim num_kv_heads num_loops parallel_start_layer mlp_mult".split()
         field = draw(st.sampled_from(sized))
         value = draw(junk.filter(lambda v: type(v) is not float and (type(v) is not int or not 0 <= v < 2**20)))
         header["config"][field] = value

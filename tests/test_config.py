@@ -206,6 +206,7 @@ COMBINATIONS = [  # (changed fields over the tiny config, the variable to blame)
     (dict(ttt_chunk_size=65), "TTT_CHUNK_SIZE"),
     (dict(max_wallclock_seconds=20.0, gptq_reserve_seconds=20.0), "GPTQ_RESERVE_SECONDS"),
     (dict(data_loader="rows", val_doc_fraction=0.5), "VAL_DOC_FRACTION"),
+    (dict(artifact_limit_bytes=1000), "ARTIFACT_LIMIT_BYTES"),
     *((dict(compressor=name), "COMPRESSOR") for name in ("zstd", "brotli")),
     (dict(artifact_dir="{file}"), "ARTIFACT_DIR"),
     (dict(artifact_dir="{file}/deeper"), "ARTIFACT_DIR"),
