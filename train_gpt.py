@@ -1370,7 +1370,7 @@ def codec(name: str) -> tuple[Callable[[bytes], bytes], Callable[[bytes, int], b
         # zstd's own levels look for matches that are not there (+16 % at level 3): codes want Huffman on literals
         fast = dict(strategy=1, window_log=17, hash_log=6, chain_log=6, search_log=1, min_match=6)
         coder = zstandard.ZstdCompressor(compression_params=zstandard.ZstdCompressionParameters(**fast))
-        reader = partial(zstandard.ZstdDecompressor(max_window_size=1 << 27).stream_reader, read_across_frames=False)
+        reader = partial(zstandard.ZstdDecompressor(max_window_size=1 << 20).stream_reader, read_across_frames=False)
         return coder.compress, lambda data, size: reader(data).read(size)
     if name == "brotli":
         import brotli
