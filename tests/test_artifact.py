@@ -67,6 +67,13 @@ def test_ans_models_rows_and_columns_below_the_order_0_entropy():
     assert sizes[1] - tables < 0.93 * entropy_bytes(uneven)
 
 
+def test_ans_models_columns_whose_mean_is_not_zero():
+    plain = gaussian_codes([(2, 512, 256)], 0.0)
+    leaning = [plain[0] + np.random.default_rng(1).integers(-3, 4, (2, 1, 256)).astype(np.int8)]
+    sizes = [sum(map(len, tg.ans_encode(q, [tg.row_levels(x) for x in q]))) for q in (plain, leaning)]
+    assert sizes[1] - sizes[0] < 0.7 * (entropy_bytes(leaning) - entropy_bytes(plain))
+
+
 def test_contexts_use_integers_that_no_machine_rounds_otherwise():
     # Whole powers of two are exact anywhere.
     exact = [2 ** (16 + (t + 0.5) / 8) for t in range(-36, 24)]
@@ -134,6 +141,12 @@ def test_rows_the_loss_does_not_mind_become_zeros_and_dear_ones_get_finer_steps(
     assert not q[0, 3].any()
     assert q[0, 4].any()
     assert scale[0, 4] < 0.2 * scale[0].median()
+    solver = tg.Quantizer(model, hessians, sensitivities, ONE)
+    _, power, _, cost, _ = solver.rows["up_bank"]
+    cost[0, 5], cost[0, 6] = 0.5 * solver.default / power[0, 5], 3 * solver.default / power[0, 6]
+    step = solver.steps("up_bank", solver.default)[0]
+    assert step[5] > 50 * power[0, 5].sqrt()  # as zeros it costs less than theta
+    assert abs(step[6] / (6 * power[0, 6]).sqrt() - 1) < 0.05  # 12 theta / (3 theta - theta) of its power
     logs = 8 * scale.double().log2()
     assert (logs - logs.round()).abs().max() < 0.01  # steps of 2^(1/8), stored as fp16
 
