@@ -71,7 +71,7 @@ def test_ans_models_columns_whose_mean_is_not_zero():
     plain = gaussian_codes([(2, 512, 256)], 0.0)
     leaning = [plain[0] + np.random.default_rng(1).integers(-3, 4, (2, 1, 256)).astype(np.int8)]
     sizes = [sum(map(len, tg.ans_encode(q, [tg.row_levels(x) for x in q]))) for q in (plain, leaning)]
-    assert sizes[1] - sizes[0] < 0.7 * (entropy_bytes(leaning) - entropy_bytes(plain))
+    assert sizes[1] - sizes[0] < 0.11 * (entropy_bytes(leaning) - entropy_bytes(plain))
 
 
 def test_contexts_use_integers_that_no_machine_rounds_otherwise():
