@@ -223,7 +223,9 @@ def fit_digest(ranks: tg.Ranks) -> str:
 
 
 def test_two_ranks_fit_to_the_bytes_of_one(tmp_path):
-    assert set(on_ranks(2, fit_digest, tmp_path)) == {fit_digest(ONE)} == {fit_digest(ONE)}
+    first, second = on_ranks(2, fit_digest, tmp_path)
+    assert first == fit_digest(ONE) == fit_digest(ONE)
+    assert second == hashlib.sha256(b"").hexdigest()  # only rank 0 has the file
 
 
 # --- A reader that trusts nothing -------------------------------------------------------------------------------------
@@ -331,24 +333,25 @@ def test_no_mutated_artifact_is_read(data):
 
 def test_bombs_take_no_memory():
     header, streams = parts(whole("zstd"))
-    at = 13 + int.from_bytes(whole("zstd")[5:9], "little")
     tracemalloc.start()
     head = zlib.compress(b" " * (300 << 20), 9)
     tracemalloc.reset_peak()
+    peak = 0
     refused(b"PGLM\2" + len(head).to_bytes(4, "little") + zlib.crc32(head).to_bytes(4, "little") + head)
     for i, bomb in [(0, _bombs()[1]), (1, _bombs()[0]), (3, _bombs()[0])]:
         forged, swapped = json.loads(json.dumps(header)), list(streams)
         swapped[i] = bomb
         forged["streams"][i][1:] = [len(bomb), zlib.crc32(bomb)]
         data = rebuilt(whole("zstd"), forged, swapped)
-        if i == 0:  # exactly as many codes come out as the network has, and they say nothing: the file is read
-            assert len(tg.open_artifact(data, Path("x"))[1][0]) == header["streams"][0][0]
-        tracemalloc.reset_peak()
+        if i:  # cut off at the size that the network allows, and read as zeros
+            assert [len(s) for s in tg.open_artifact(data, Path("x"))[1]] == [raw for raw, _, _ in header["streams"]]
+        else:  # its window is larger than any of ours
+            refused(data)
+        peak = max(peak, tracemalloc.get_traced_memory()[1])
     forged = json.loads(json.dumps(header))
     forged["config"] |= {"vocab_size": 65536, "model_dim": 65536}
     forged["streams"][0][0] = 1 << 33
     refused(rebuilt(whole("zstd"), forged))
-    peak = tracemalloc.get_traced_memory()[1]
+    peak = max(peak, tracemalloc.get_traced_memory()[1])
     tracemalloc.stop()
     assert peak < 200 << 20
-    assert at
