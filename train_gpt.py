@@ -51,6 +51,9 @@ SOURCE = Path(__file__).read_bytes()  # the file that runs and counts, taken bef
 # Its text and the hash of the readable source: tools/pack.py puts both into the packed file, otherwise they are SOURCE.
 TEXT, CODE_SHA256 = globals().get("UNPACKED") or (SOURCE.decode(), hashlib.sha256(SOURCE).hexdigest())
 LIMIT_BYTES = 16_000_000  # code and model together, decimal
+COMPRESSORS = ("zstd", "ans", "lzma", "brotli")
+def code_bytes() -> int:  # what the code counts for
+    return len(SOURCE)
 class UsageError(ValueError):
     """Wrong configuration, data or file. The message is all the user sees, one line per problem; exit status 2."""
 class RunStopped(RuntimeError): ...  # by a limit that the user has set; one line, exit status 3
@@ -135,11 +138,16 @@ class Config:  # defaults are the `record` preset's; `PRESETS` overrides them an
     ema_decay: float = knob(0.9965, "of the average of all parameters that is exported", 0, 0.999999)
     # Artifact
     gptq_calibration_batches: int = knob(16, "training rows for the Hessians, shared out over the ranks", 1)
-    matrix_bits: int = knob(6, "integer width of the bank matrices", 2, 8)
-    embed_bits: int = knob(7, "integer width of the embedding (PR #1586)", 2, 8)
+    quantizer: str = knob("allocated", "steps by what the loss minds, or as published", choices=("allocated", "gptq"))
+    artifact_limit_bytes: int = knob(LIMIT_BYTES, "code and model: the steps are fitted to it; 0: the clips decide")
+    matrix_bits: int = knob(6, "integer width of the banks; allocated: most bits a weight, integers being 8 wide", 2, 8)
+    embed_bits: int = knob(7, "integer width of the embedding (PR #1586); allocated: 8", 2, 8)
     matrix_clip_sigmas: float = knob(12.85, "range of the integers in standard deviations of a row", 0.1)
     embed_clip_sigmas: float = knob(15.0, "the same for the embedding", 0.1)
-    compressor: str = knob("zstd", "of the container's streams", choices=("zstd", "lzma", "brotli"))
+    attn_clip_sigmas: float = knob(0.0, "the same for q, k, v, o; 0: MATRIX_CLIP_SIGMAS")
+    mlp_clip_sigmas: float = knob(0.0, "the same for the MLP; 0: MATRIX_CLIP_SIGMAS")
+    loop_clip_sigmas: float = knob(0.0, "the same for looped layers, before the two above; 0: no other than those")
+    compressor: str = knob("zstd", "of the codes", choices=COMPRESSORS)
     # Scoring and test-time training
     val_batch_tokens: int = knob(524288, "eight rows of scoring; a row never cuts a window", 16)
     eval_seq_len: int = knob(2048, "longest window of plain and sliding scoring", 2)
@@ -234,6 +242,7 @@ class Config:  # defaults are the `record` preset's; `PRESETS` overrides them an
     def combinations(self) -> list[tuple[str, bool, str]]:  # (variable, whether it is fine, what it must be)
         c, loops, row, lanes = self, self.num_loops > 0, self.micro_batch_tokens, self.parallel_start_layer
         stale, package = loops and 0 < lanes <= c.loop_end, c.compressor.replace("zstd", "zstandard")
+        least = code_bytes() + sum(math.prod(r.shape) for r in parameter_table(c).values()) // 8
         pushed = any(visit.parallel and visit.push for plan in c.plans for visit in plan)
         room, limit = c.cu_seqlens_capacity - 2 - 2 * -(-row // c.train_seq_len), c.max_wallclock_seconds
         def writable(path: Path) -> bool:
@@ -269,7 +278,10 @@ class Config:  # defaults are the `record` preset's; `PRESETS` overrides them an
             ("TTT_CHUNK_TOKENS", c.ttt_chunk_tokens >= c.eval_seq_len, "at least EVAL_SEQ_LEN"),
             ("TTT_FREEZE_BLOCKS", c.ttt_freeze_blocks <= c.num_layers, "at most NUM_LAYERS"),
             ("GPTQ_RESERVE_SECONDS", not limit or c.gptq_reserve_seconds < limit, "below MAX_WALLCLOCK_SECONDS"),
-            ("COMPRESSOR", importlib.util.find_spec(package) is not None, f"lzma, or {package} must be installed"),
+            ("COMPRESSOR", package == "ans" or importlib.util.find_spec(package) is not None,
+             f"ans, lzma, or {package} must be installed"),
+            ("ARTIFACT_LIMIT_BYTES", not c.artifact_limit_bytes or c.artifact_limit_bytes >= least,
+             f"0 or at least {least}, code and one bit a weight; or lower MODEL_DIM, MLP_MULT, NUM_LAYERS"),
             ("VAL_DOC_FRACTION", c.val_doc_fraction == 1 or c.data_loader == "documents", "1 with DATA_LOADER"),
             ("ARTIFACT_DIR", writable(Path(c.artifact_dir or "runs").absolute()), "a folder that can be written"),
         ]  # fmt: skip
@@ -282,7 +294,8 @@ MODEL_FIELDS = """vocab_size num_layers model_dim num_heads num_kv_heads mlp_mul
 NOT_KNOBS = """EMBEDDING_DIM TIE_EMBEDDINGS EMBED_LR HEAD_LR ROPE_TRAIN_SEQ_LEN ROPE_YARN MUON_BETA2 TTT_DEBUG_BYPASS
     CONTROL_TENSOR_NAME_PATTERNS TTT_EVAL_BATCHES TTT_OUTPUT_DIR""".split()
 PR1530 = dict(warmdown_frac=0.72, min_lr=0.0, matrix_lr=0.022, gptq_reserve_seconds=13.0, embed_bits=8,
-              embed_clip_sigmas=20.0, compressor="brotli", ttt_chunk_size=32, gptq_calibration_batches=64)  # fmt: skip
+              embed_clip_sigmas=20.0, compressor="brotli", ttt_chunk_size=32, gptq_calibration_batches=64,
+              quantizer="gptq", artifact_limit_bytes=0)  # fmt: skip
 PR1560 = {**PR1530, "warmdown_frac": 0.75, "ttt_chunk_size": 48}
 CPU = dict(
     dataset="pydocs_sp1024", vocab_size=1024, compile=False, num_layers=6, model_dim=192, num_heads=3, num_kv_heads=1,
@@ -1622,12 +1635,15 @@ def train(run: Run, reserve: float) -> bool:
     run.save("final_model.pt", ema, step, looped)
     return looped
 
-# === 10. Compression: Hessians -> GPTQ -> integers -> one file ========================================================
+# === 10. Compression: Hessians -> steps -> GPTQ -> integers -> one file ===============================================
 def matrices(cfg: Config) -> list[tuple[str, int, str, int]]:  # all integer ones: (bank, slice, input site, layer)
     L, each = cfg.num_layers, [("qo_bank", 0, "attn_in"), ("qo_bank", 1, "attn_out"), ("kv_bank", 0, "attn_in"),
                                ("kv_bank", 1, "attn_in"), ("up_bank", 0, "mlp_in"), ("down_bank", 0, "mlp_mid")]
     found = [(bank, half * L + i, site, i) for bank, half, site in each for i in range(L)]
     return [*found, ("tok_emb", 0, "head_in", 0)]
+def banks(cfg: Config) -> dict[str, tuple[int, int, int]]:  # name -> (n, rows, cols), in the order of the artifact
+    table = parameter_table(cfg).items()
+    return {name: (math.prod(r.shape[:-2]), *r.shape[-2:]) for name, r in table if r.packing != "float"}
 
 @torch.no_grad()
 def collect_hessians(model: GPT, plan: tuple[Visit, ...], rows: list[Batch], ranks: Ranks) -> dict[tuple, Tensor]:
@@ -1641,6 +1657,28 @@ def collect_hessians(model: GPT, plan: tuple[Visit, ...], rows: list[Batch], ran
     count = ranks.sum(torch.tensor(float(len(rows)), device=ranks.device)) * model.cfg.micro_batch_tokens
     return {key: ranks.sum(total) / count for key, total in sums.items()}
 
+def collect_sensitivities(forward: Callable, model: GPT, plan: tuple[Visit, ...], rows: list[Batch],
+                          hessians: dict[tuple, Tensor], ranks: Ranks) -> dict[str, Tensor]:  # fmt: skip
+    """bank -> (n, rows) fp32, all ranks: what a squared error of a row's output costs in nats, up to one factor: the
+    mean square of the loss's gradient by it, here the squared gradient of the row's weights over its inputs' energy.
+    The tied table's gradient holds both its roles, so its Hessian becomes, in `hessians`, their covariance (W31)."""
+    squares = {name: torch.zeros(shape[:2], device=ranks.device) for name, shape in banks(model.cfg).items()}
+    both, key, found = torch.zeros_like(hessians["head_in", 0]), ("head_in", 0), {}
+    for row in rows:
+        forward(row, plan).sum().backward()
+        with torch.no_grad():
+            for name, total in squares.items():
+                total += model.get_parameter(name).grad.square().sum(-1).view_as(total)
+            directions = F.normalize(model.tok_emb.grad, dim=-1)
+            both.addmm_(directions.mT, directions)
+        model.zero_grad(set_to_none=True)
+    hessians[key] = ranks.sum(both) * (hessians[key].trace() / both.trace().clamp_min(1e-30))
+    for name, total in squares.items():
+        energy = torch.stack([hessians[m[2:]].trace() for m in matrices(model.cfg) if m[0] == name])
+        found[name] = ranks.sum(total) / energy.clamp_min(1e-30)[:, None]
+    rare = 0.25 * found["tok_emb"].sqrt().mean().square()  # a token may be absent from these rows, not from the test
+    return {**found, "tok_emb": found["tok_emb"] + rare}
+
 def inverse_factor(hessian: Tensor) -> Tensor:  # upper U (n, c, c) with H^-1 = U^T U
     mean = hessian.diagonal(dim1=-2, dim2=-1).mean(-1)  # damped by 1 % of it, more where that is not enough
     damping, eye = torch.full_like(mean, 0.01), torch.eye(hessian.size(-1), device=hessian.device)
@@ -1653,113 +1691,358 @@ def inverse_factor(hessian: Tensor) -> Tensor:  # upper U (n, c, c) with H^-1 = 
         damping[bad] *= 10
     raise FloatingPointError(f"Hessians {bad.nonzero().flatten().tolist()} of a bank have no Cholesky factor")
 
-def gptq_quantize(weight: Tensor, hessian: Tensor, clip_sigmas: float, bits: int) -> tuple[Tensor, Tensor]:
-    """GPTQ (Frantar et al. 2022) with act-order and SDClip (PR #1394), all matrices of one shape at once:
-    weight (n, rows, cols), hessian (n, cols, cols) -> q int8 (n, rows, cols) and scale fp16 (n, rows), W ~ q * scale.
-    A row's range is `clip_sigmas` of its standard deviations. Columns go by falling Hessian diagonal, the error of each
-    to those after it; inputs that are never active get zero columns."""
-    qmax, cols, floor = 2 ** (bits - 1) - 1, weight.size(-1), torch.finfo(torch.float16).tiny
-    scale = (clip_sigmas * weight.float().std(dim=-1) / qmax).clamp_min(floor).half()  # below, fp16 loses bits (W33)
-    step, diagonal = scale.float(), hessian.diagonal(dim1=-2, dim2=-1)
-    dead = diagonal <= 0
-    typical = diagonal.sum(-1, keepdim=True) / (~dead).sum(-1, keepdim=True).clamp_min(1)
-    hessian = hessian + torch.diag_embed(typical.clamp_min(1e-12) * dead)
-    order = diagonal.argsort(-1, descending=True)  # (n, cols)
-    each, wide = torch.arange(len(order), device=order.device)[:, None, None], order.unsqueeze(1).expand_as(weight)
-    u = inverse_factor(hessian[each, order[:, :, None], order[:, None, :]])
-    w = weight.float().masked_fill(dead.unsqueeze(1), 0).gather(-1, wide)
-    q = torch.empty_like(w)
-    for start in range(0, cols, 128):
-        stop = min(start + 128, cols)
-        block, error = w[..., start:stop], torch.empty_like(w[..., start:stop])
-        for j in range(stop - start):
-            q[..., start + j] = (block[..., j] / step).round().clamp(-qmax, qmax)
-            error[..., j] = (block[..., j] - q[..., start + j] * step) / u[:, start + j, start + j, None]
-            block[..., j:] -= error[..., j, None] * u[:, start + j, None, start + j : stop]
-        w[..., stop:] -= error @ u[:, start:stop, stop:]
-    if not q.isfinite().all():
-        raise FloatingPointError("GPTQ: a weight or a Hessian is not finite")
-    return torch.empty_like(q).scatter_(-1, wide, q).to(torch.int8), scale
+class Solver(NamedTuple):
+    """GPTQ (Frantar et al. 2022) with act-order for all matrices of one shape at once. Columns go by falling Hessian
+    diagonal, the error of each to those after it; inputs that are never active get zero columns."""
+    weight: Tensor  # (n, rows, cols) fp32, columns in that order
+    order: Tensor  # (n, cols)
+    u: Tensor  # (n, cols, cols) upper, H^-1 = U^T U: a step s costs s^2 / 12 / U_jj^2 of weighted error in column j
+    @classmethod
+    def prepare(cls, weight: Tensor, hessian: Tensor) -> Solver:  # (n, rows, cols), (n, cols, cols)
+        diagonal = hessian.diagonal(dim1=-2, dim2=-1)
+        dead = diagonal <= 0
+        typical = diagonal.sum(-1, keepdim=True) / (~dead).sum(-1, keepdim=True).clamp_min(1)
+        hessian = hessian + torch.diag_embed(typical.clamp_min(1e-12) * dead)
+        order = diagonal.argsort(-1, descending=True)
+        each = torch.arange(len(order), device=order.device)[:, None, None]
+        w = weight.float().masked_fill(dead.unsqueeze(1), 0).gather(-1, order.unsqueeze(1).expand_as(weight))
+        return cls(w, order, inverse_factor(hessian[each, order[:, :, None], order[:, None, :]]))
+    def solve(self, step: Tensor, qmax: int) -> Tensor:  # (n, rows) -> q int8 (n, rows, cols), W ~ q * step
+        w, u, cols = self.weight.clone(), self.u, self.weight.size(-1)
+        q = torch.empty_like(w)
+        for start in range(0, cols, 128):
+            stop = min(start + 128, cols)
+            block, error = w[..., start:stop], torch.empty_like(w[..., start:stop])
+            for j in range(stop - start):
+                q[..., start + j] = (block[..., j] / step).round().clamp(-qmax, qmax)
+                error[..., j] = (block[..., j] - q[..., start + j] * step) / u[:, start + j, start + j, None]
+                block[..., j:] -= error[..., j, None] * u[:, start + j, None, start + j : stop]
+            w[..., stop:] -= error @ u[:, start:stop, stop:]
+        if not q.isfinite().all():
+            raise FloatingPointError("GPTQ: a weight or a Hessian is not finite")
+        return torch.empty_like(q).scatter_(-1, self.order.unsqueeze(1).expand_as(q), q).to(torch.int8)
 
-def quantize(model: GPT, hessians: dict[tuple[str, int], Tensor], ranks: Ranks) -> dict[str, tuple[Tensor, Tensor]]:
-    """name -> (q int8 (n, rows, cols), scale fp16 (n, rows)) on the CPU; a rank solves every W-th slice of a bank."""
-    cfg, packed = model.cfg, {}
-    width = {"matrix": (cfg.matrix_clip_sigmas, cfg.matrix_bits), "embed": (cfg.embed_clip_sigmas, cfg.embed_bits)}
-    for bank, role in parameter_table(cfg).items():
-        if role.packing in width:
-            weight = model.get_parameter(bank).detach().view(-1, *role.shape[-2:])
-            q, scale = torch.zeros_like(weight, dtype=torch.int8), torch.zeros_like(weight[..., 0])
-            if mine := [m for m in matrices(cfg) if m[0] == bank][ranks.rank :: ranks.world_size]:
+def clip_steps(weight: Tensor, clip_sigmas: Tensor | float, qmax: int) -> Tensor:  # SDClip (PR #1394): (n, rows) fp16
+    floor = torch.finfo(torch.float16).tiny  # below, fp16 loses bits (W33)
+    return (clip_sigmas * weight.float().std(dim=-1) / qmax).clamp_min(floor).half()
+
+class Quantizer:
+    """All of quantisation that is the same for any size; a rank prepares every W-th slice of a bank. Steps are those of
+    CLIP_SIGMAS times sqrt(theta), or with sensitivities by reverse water-filling over all rows: a row of power p and
+    step s takes 1/2 log2(1 + 2 pi e p / s^2) bits a weight and costs, by Solver.u, e s^2 / 12 nats a weight. The sum of
+    costs is least at 12 theta = s^2 (e - theta / p), with nothing but zeros where e p < theta. Steps are powers of
+    2^(1/8) then: 0.1 % more error, 60 KB fewer of scales at full size."""
+    def __init__(self, model: GPT, hessians: dict[tuple[str, int], Tensor], sensitivities: dict[str, Tensor] | None,
+                 ranks: Ranks):  # fmt: skip
+        self.cfg = cfg = model.cfg
+        self.ranks, self.shapes, self.solvers, self.rows = ranks, banks(cfg), {}, {}
+        self.finest = sum(map(math.prod, self.shapes.values())) * cfg.matrix_bits / 8  # bytes; see fit
+        for bank, shape in self.shapes.items():
+            weight, spread = model.get_parameter(bank).detach().view(shape), torch.zeros(shape[0], device=ranks.device)
+            all_of = [m for m in matrices(cfg) if m[0] == bank]
+            if mine := all_of[ranks.rank :: ranks.world_size]:
                 index = torch.tensor([m[1] for m in mine], device=weight.device)
-                hessian = torch.stack([hessians[m[2:]] for m in mine])
-                q[index], solved = gptq_quantize(weight[index], hessian, *width[role.packing])
-                scale[index] = solved.float()
-            packed[bank] = ranks.sum(q).cpu(), ranks.sum(scale).half().cpu()
-    return packed
+                solver = Solver.prepare(weight[index], torch.stack([hessians[m[2:]] for m in mine]))
+                self.solvers[bank], spread[index] = (index, solver), solver.u.diagonal(dim1=1, dim2=2).pow(-2).mean(-1)
+            qmax = 2 ** ((cfg.embed_bits if bank == "tok_emb" else cfg.matrix_bits) - 1) - 1
+            clips = torch.tensor([clip_sigmas(cfg, bank, m[3]) for m in all_of], device=weight.device)[:, None]
+            published, power = clip_steps(weight, clips, qmax).float(), weight.square().mean(-1).clamp_min(1e-20)
+            cost = ranks.sum(spread)[:, None] * sensitivities[bank] if sensitivities else None
+            self.rows[bank] = published, power, weight.abs().amax(-1), cost, 127 if sensitivities else qmax
+        self.default = self.theta(self.predict(1.0, published=True)) if sensitivities else 1.0  # size: CLIP_SIGMAS'
+    def steps(self, bank: str, theta: float) -> Tensor:  # (n, rows) fp32, values that fp16 has
+        published, power, largest, cost, qmax = self.rows[bank]
+        if cost is None:
+            return (published * math.sqrt(theta)).half().float()
+        step = (12 * theta / (cost - theta / power).clamp_min(1e-37)).sqrt()
+        step = torch.minimum(step, 100 * power.sqrt()).maximum(largest / qmax).clamp(2.0**-14, 2.0**15)
+        return torch.exp2((8 * step.log2()).round() / 8).half().float()
+    def predict(self, theta: float, published: bool = False) -> float:  # bytes of codes by the entropy formula
+        total = 0.0
+        for bank, (_, _, cols) in self.shapes.items():
+            step = self.rows[bank][0] if published else self.steps(bank, theta)
+            total += cols / 16 * torch.log2(1 + 17.08 * self.rows[bank][1] / step.square()).double().sum().item()
+        return total
+    def theta(self, budget: float) -> float:  # the least with codes of at most `budget` bytes, predicted
+        low, high = -140.0, 60.0  # log2
+        for _ in range(48):
+            middle = (low + high) / 2
+            low, high = (low, middle) if self.predict(2.0**middle) <= budget else (middle, high)
+        return 2.0**high
+    def solve(self, theta: float) -> dict[str, tuple[Tensor, Tensor]]:
+        """name -> (q int8 (n, rows, cols), scale fp16 (n, rows)) on the CPU, the same on all ranks."""
+        packed = {}
+        for bank, shape in self.shapes.items():
+            step, q = self.steps(bank, theta), torch.zeros(shape, dtype=torch.int8, device=self.ranks.device)
+            if bank in self.solvers:
+                index, solver = self.solvers[bank]
+                q[index] = solver.solve(step[index], self.rows[bank][4])
+            packed[bank] = self.ranks.sum(q).cpu(), step.half().cpu()
+        return packed
 
+def clip_sigmas(cfg: Config, bank: str, layer: int) -> float:
+    looped = cfg.num_loops > 0 and cfg.loop_start <= layer <= cfg.loop_end and cfg.loop_clip_sigmas
+    group = {"qo_bank": cfg.attn_clip_sigmas, "kv_bank": cfg.attn_clip_sigmas}.get(bank, cfg.mlp_clip_sigmas)
+    return cfg.embed_clip_sigmas if bank == "tok_emb" else looped or group or cfg.matrix_clip_sigmas
+
+def quantize(model: GPT, hessians: dict[tuple[str, int], Tensor], ranks: Ranks,
+             sensitivities: dict[str, Tensor] | None = None) -> dict[str, tuple[Tensor, Tensor]]:  # fmt: skip
+    solver = Quantizer(model, hessians, sensitivities, ranks)
+    return solver.solve(solver.default)
+
+def fit(solver: Quantizer, model: GPT, meta: dict[str, Any], log: Callable[[str], None], rounds: int = 12) -> bytes:
+    """The artifact (on rank 0; all call it) with the finest steps that keep code and model under ARTIFACT_LIMIT_BYTES,
+    at most 4 KB under it unless the weights take MATRIX_BITS each on average: no finer step is worth its bytes."""
+    cfg, lead, finest = model.cfg, solver.ranks.is_main, solver.finest
+    if not cfg.artifact_limit_bytes:
+        packed = solver.solve(solver.default)
+        return pack_artifact(model, packed, meta) if lead else b""
+    room, fits, best, size = cfg.artifact_limit_bytes - code_bytes(), 0, b"", 0
+    budget = min(0.96 * room, finest)
+    for turn in range(rounds):
+        packed = solver.solve(solver.theta(budget))
+        data = pack_artifact(model, packed, meta) if lead else b""
+        size = solver.ranks.gather(len(data))[0]
+        log(f"fit:{turn + 1} codes predicted:{budget:.0f} model:{size} room:{room}")
+        if fits < size <= room:
+            best, fits = data, size
+        if room - 4096 < size <= room or (budget == finest and size <= room):
+            break
+        budget = min(max(budget + (room - 2048 - size) * min(1.0, budget / size), budget / 4), finest)
+    if not fits and rounds > 1:
+        raise UsageError(f"ARTIFACT_LIMIT_BYTES={cfg.artifact_limit_bytes}: the model is {size - room} bytes over at "
+                         f"{budget / finest * cfg.matrix_bits:.2f} bits a weight; lower MLP_MULT or MODEL_DIM")
+    return best
+
+# --- Entropy coder: interleaved range ANS (J. Duda) in NumPy, exact integers only, so any machine decodes alike ---
+ANS_BITS, BANDS = 14, 48  # frequencies of a table add up to 2^14; bands of magnitude, times 4 of bias, for each bank
+EDGES = np.array([round(2 ** (16 + (t + 0.5) / 8)) for t in range(-36, 24)])  # of a column's mean |q|, relative, * 2^16
+INVERSE = np.array([0] + [round(2 ** (16 - (k - 65) / 8)) for k in range(1, 256)])  # 2^16 / a level's mean |q|
+def row_levels(q: np.ndarray) -> np.ndarray:  # (n, rows, cols) int8 -> u8 (n, rows): mean |q| in steps of 2^(1/8)
+    mean = np.stack([np.abs(matrix.astype(np.int16)).mean(-1) for matrix in q])
+    return np.where(mean > 0, np.rint(8 * np.log2(np.maximum(mean, 2**-8)) + 65), 0).astype(np.uint8)
+
+def walk(shapes: list[tuple[int, int, int]], levels: list[np.ndarray], code: Callable) -> None:
+    """Calls code(bank, matrices, row, context, sign) -> codes (m, cols), all rows in the stream's order. Context: bank,
+    band of magnitude (the row's level, known beforehand, and the column's mean |q| in rows above) and how far off 0 the
+    column's mean is; `sign` is this mean's, and times it the codes lean to the positive."""
+    lanes = num_lanes(shapes)
+    for bank, (n, rows, cols) in enumerate(shapes):
+        for part in (slice(first, first + lanes // cols) for first in range(0, n, lanes // cols)):
+            level = levels[bank][part, :, None].astype(np.int64)  # (m, rows, 1)
+            size = np.full((len(level), cols), 8 << 16)
+            total, offset, bias, sign = np.zeros_like(size), 0, 0, 1
+            for row in range(rows):
+                if row % 8 == 0:
+                    offset = np.searchsorted(EDGES, size // (row + 8))
+                    bias, sign = np.searchsorted([7, 19, 39], 100 * abs(total) // size, "right"), 1 - 2 * (total < 0)
+                k = level[:, row]
+                band = np.where(k, np.minimum((k + offset) // 4, BANDS - 1), 0)
+                q = code(bank, part, row, (BANDS * bank + band) * 4 + bias, sign).astype(np.int64)
+                size += np.where(k, abs(q) * INVERSE[k], 1 << 16)
+                total += q * INVERSE[k]
+def num_lanes(shapes: list[tuple[int, int, int]]) -> int:  # independent states: more are faster, each costs 2 bytes
+    return max(max(s[2] for s in shapes), sum(map(math.prod, shapes)) >> 13)
+
+def choose_tables(counts: np.ndarray) -> np.ndarray:
+    """counts (banks, BANDS, 4, 256) -> for each context, flat, the context whose table it uses: that of all banks, or
+    of all biases, where tables of their own, at 9 bits an entry, would not pay."""
+    def bits(c: np.ndarray) -> np.ndarray:
+        total, each = (x * np.log2(np.maximum(x, 1)) for x in (c.sum(-1), c))
+        return total - each.sum(-1) + 9 * (c > 0).sum(-1)
+    own, bank = np.arange(counts[..., 0].size).reshape(counts.shape[:3]), counts.sum(2)
+    apart, together = bits(counts).sum(-1), bits(bank)  # (banks, BANDS)
+    split = bits(bank.sum(0)) > np.minimum(apart, together).sum(0)  # (BANDS,)
+    return np.where(split[:, None], np.where((apart < together)[..., None], own, own[..., :1]), own[:1, :, :1]).ravel()
+
+def ans_encode(codes: list[np.ndarray], levels: list[np.ndarray]) -> tuple[bytes, bytes]:
+    """int8 codes -> table of each context and frequencies (contexts, 256), u16; final states u32 and words u16."""
+    shapes, steps = [q.shape for q in codes], []
+    def see(bank: int, part: slice, row: int, context: np.ndarray, sign: np.ndarray) -> np.ndarray:
+        steps.append((context << 8 | codes[bank][part, row] * sign + 128).ravel().astype(np.int32))
+        return codes[bank][part, row]
+    walk(shapes, levels, see)
+    seen = np.zeros((len(shapes) * BANDS * 4, 256), np.int64)
+    for at in range(0, len(steps), 256):
+        seen += np.bincount(np.concatenate(steps[at : at + 256]), minlength=seen.size).reshape(-1, 256)
+    chosen, counts = choose_tables(seen.reshape(len(shapes), BANDS, 4, 256)), np.zeros_like(seen)
+    np.add.at(counts, chosen, seen)
+    table = np.maximum((counts << ANS_BITS) // np.maximum(counts.sum(1, keepdims=True), 1), counts > 0)
+    table[np.arange(len(table)), table.argmax(1)] += ((1 << ANS_BITS) - table.sum(1)) * counts.any(1)
+    freq, start = table.ravel(), (table.cumsum(1) - table).ravel()
+    state, words = np.full(num_lanes(shapes), 1 << 16, np.int64), []
+    for step in reversed(steps):
+        x, index = state[: len(step)], chosen[step >> 8] << 8 | step & 255
+        full = x >= freq[index] << 32 - ANS_BITS
+        words.append(x[full].astype("<u2"))
+        x[full] >>= 16
+        x += x // freq[index] * ((1 << ANS_BITS) - freq[index]) + start[index]
+    tables = chosen.astype("<u2").tobytes() + table.astype("<u2").tobytes()
+    return tables, b"".join(w.tobytes() for w in (state.astype("<u4"), *reversed(words)))
+
+def ans_decode(tables: bytes, data: bytes, shapes: list[tuple], levels: list[np.ndarray]) -> list[np.ndarray]:
+    """The codes. ValueError or IndexError if ans_encode cannot have written `tables` and `data`."""
+    codes, contexts, at = [np.zeros(shape, np.int8) for shape in shapes], len(shapes) * BANDS * 4, 0
+    chosen, table = np.split(np.frombuffer(tables, "<u2").astype(np.int64), [contexts])
+    table, used = table.reshape(contexts, 256), table.reshape(contexts, 256).any(1)
+    state = np.frombuffer(data, "<u4", num_lanes(shapes)).astype(np.int64)
+    words = np.frombuffer(data, "<u2", offset=4 * len(state)).astype(np.int64)
+    if (table[used].sum(1) != 1 << ANS_BITS).any():
+        raise ValueError("a table of frequencies does not add up")
+    slots = np.repeat(np.tile(np.arange(256, dtype=np.uint8), contexts), table.ravel()).reshape(-1, 1 << ANS_BITS)
+    place, freq, start = np.cumsum(used) - 1, table.ravel(), (table.cumsum(1) - table).ravel()
+    def read(bank: int, part: slice, row: int, context: np.ndarray, sign: np.ndarray) -> np.ndarray:
+        nonlocal at
+        own = chosen[context.ravel()]
+        x, slot = state[: len(own)], state[: len(own)] & (1 << ANS_BITS) - 1
+        index = own << 8 | slots[place[own], slot]
+        x[:] = freq[index] * (x >> ANS_BITS) + slot - start[index]
+        low = np.flatnonzero(x < 1 << 16)
+        x[low] = x[low] << 16 | words[at : at + len(low)]
+        at += len(low)
+        codes[bank][part, row] = ((index & 255) - 128).reshape(context.shape) * sign
+        return codes[bank][part, row]
+    walk(shapes, levels, read)
+    if at != len(words) or (state != 1 << 16).any():
+        raise ValueError("words are left over")
+    return codes
+
+# --- Container ---
 def codec(name: str) -> tuple[Callable[[bytes], bytes], Callable[[bytes, int], bytes]]:
-    """compress(data) and decompress(data, size), which returns at most `size` bytes or a little more."""
+    """compress(data) and decompress(data, size): at most `size` bytes and little memory besides, whatever data says."""
     if name == "zstd":
         import zstandard
         # zstd's own levels look for matches that are not there (+16 % at level 3): codes want Huffman on literals
         fast = dict(strategy=1, window_log=17, hash_log=6, chain_log=6, search_log=1, min_match=6)
         coder = zstandard.ZstdCompressor(compression_params=zstandard.ZstdCompressionParameters(**fast))
-        return coder.compress, lambda data, size: zstandard.ZstdDecompressor().decompress(data, max_output_size=size)
+        reader = partial(zstandard.ZstdDecompressor(max_window_size=1 << 20).stream_reader, read_across_frames=False)
+        return coder.compress, lambda data, size: reader(data).read(size)
     if name == "brotli":
         import brotli
-        return partial(brotli.compress, quality=11), lambda data, size: brotli.decompress(data)
+        return partial(brotli.compress, quality=11), lambda data, size: brotli.Decompressor().process(data, size)
     import lzma
-    return partial(lzma.compress, preset=6), lambda data, size: lzma.LZMADecompressor().decompress(data, size)
+    raw = dict(format=lzma.FORMAT_RAW, filters=[dict(id=lzma.FILTER_LZMA2, preset=6)])  # no header, none to trust
+    return partial(lzma.compress, **raw), lambda data, size: lzma.LZMADecompressor(**raw).decompress(data, size)
 
 def split_planes(tensors: Iterable[Tensor]) -> bytes:  # fp16: all low bytes, then the high ones, which repeat
     values = torch.cat([t.detach().flatten().half() for t in tensors]).cpu().numpy().astype("<f2")
     return values.view(np.uint8).reshape(-1, 2).T.tobytes()
 def join_planes(data: bytes) -> np.ndarray:  # the inverse, as fp32
     return np.frombuffer(data, np.uint8).reshape(2, -1).T.copy().view("<f2").ravel().astype(np.float32)
+def split_scales(scale: Tensor) -> bytes:  # fp16 (rows,): 256 sorted values and a u8 each if that is less, else planes
+    values, index = np.unique(scale.numpy(), return_inverse=True)
+    if len(values) > 256 or len(scale) <= 512:  # then the length tells the two apart
+        return split_planes([scale])
+    table = np.pad(values, (0, 256 - len(values)), mode="edge")
+    return split_planes([torch.from_numpy(table)]) + np.diff(index.astype(np.uint8), prepend=np.uint8(0)).tobytes()
+def join_scales(data: bytes, rows: int) -> np.ndarray:  # the inverse, as fp32; which of the two is seen by the length
+    if len(data) == 2 * rows:
+        return join_planes(data)
+    return join_planes(data[:512])[np.cumsum(np.frombuffer(data[512:], np.uint8), dtype=np.uint8)]
+def read_part(cfg: Config, name: str, p: Tensor) -> Tensor:  # the rows of a parameter that the network reads
+    return p[cfg.parallel_start_layer :] if name.startswith("parallel_") else p
 
-MAGIC, VERSION = b"PGLM", 1
+MAGIC, VERSION = b"PGLM", 2
+def stream_sizes(cfg: Config) -> list[set[int]]:  # allowed raw sizes of codes, levels, scales and floats
+    rows, params = sum(n * rows for n, rows, _ in banks(cfg).values()), parameter_table(cfg).items()
+    floats = [read_part(cfg, n, torch.empty(r.shape, device="meta")) for n, r in params if r.packing == "float"]
+    codes = sum(map(math.prod, banks(cfg).values()))
+    return [{codes}, {rows}, {2 * rows, min(2 * rows, 512 + rows)}, {2 * sum(f.numel() for f in floats)}]
+
 def pack_artifact(model: GPT, packed: dict[str, tuple[Tensor, Tensor]], meta: dict[str, Any]) -> bytes:
-    """The artifact file, equal for equal weights. All numbers little-endian: magic "PGLM", u8 version, the first 16
-    bytes of the SHA-256 of all that follows; u32 length and zlib-compressed JSON header {config, compressor, sizes,
-    ..meta}; then three compressed streams, `sizes` giving raw and stored bytes of each: codes (int8, every matrix in
-    the order of the parameter table), scales and floats (fp16 planes). Names and shapes follow from the config."""
-    cfg, (pack, _) = model.cfg, codec(model.cfg.compressor)
-    floats = [model.get_parameter(n) for n, role in parameter_table(cfg).items() if role.packing == "float"]
-    codes = b"".join(q.numpy().tobytes() for q, _ in packed.values())
-    raw = [codes, split_planes(scale for _, scale in packed.values()), split_planes(floats)]
-    stored = [pack(stream) for stream in raw]
+    """The artifact file, equal for equal weights. All numbers little-endian:
+        "PGLM", u8 version, u32 length and u32 CRC-32 of the header, the header: zlib-compressed JSON of at most 64 KiB
+            {config, compressor, streams: [[raw bytes, stored bytes, CRC-32 of the stored ones], ..], ..meta};
+        four streams: codes (int8, each matrix in the order of the parameter table), the level of each row (row_levels,
+            u8 differences), scales (split_scales) and floats (fp16 planes), without the rows that nothing reads.
+    COMPRESSOR=ans codes the codes with ans_encode, its tables with LZMA as all other streams; every other compressor
+    gets a bank's rows by rising level, so that alike rows share a block. Names and shapes follow from the config."""
+    cfg, table, squeeze = model.cfg, parameter_table(model.cfg).items(), codec("lzma")[0]
+    codes = [q.numpy() for q, _ in packed.values()]
+    levels, flat = [row_levels(q).ravel() for q in codes], [q.reshape(-1, q.shape[-1]) for q in codes]
+    if cfg.compressor == "ans":
+        tables, words = ans_encode(codes, [lv.reshape(q.shape[:2]) for lv, q in zip(levels, codes, strict=True)])
+        stored = len(tables := squeeze(tables)).to_bytes(4, "little") + tables + words
+    else:
+        alike = [q[i].tobytes() for q, i in zip(flat, (lv.argsort(kind="stable") for lv in levels), strict=True)]
+        stored = codec(cfg.compressor)[0](b"".join(alike))
+    raw = [np.diff(np.concatenate(levels), prepend=np.uint8(0)).tobytes(),
+           split_scales(torch.cat([scale.flatten() for _, scale in packed.values()])),
+           split_planes(read_part(cfg, n, model.get_parameter(n)) for n, role in table if role.packing == "float")]
+    sizes, stored = [sum(q.size for q in codes), *map(len, raw)], [stored, *map(squeeze, raw)]
     header = {"config": {f: getattr(cfg, f) for f in MODEL_FIELDS}, "compressor": cfg.compressor, **meta}
-    header["sizes"] = [[len(r), len(s)] for r, s in zip(raw, stored, strict=True)]
+    header["streams"] = [[size, len(s), zlib.crc32(s)] for size, s in zip(sizes, stored, strict=True)]
     head = zlib.compress(json.dumps(header, sort_keys=True).encode(), 9)
-    body = len(head).to_bytes(4, "little") + head + b"".join(stored)
-    return MAGIC + bytes([VERSION]) + hashlib.sha256(body).digest()[:16] + body
+    numbers = len(head).to_bytes(4, "little") + zlib.crc32(head).to_bytes(4, "little")
+    return MAGIC + bytes([VERSION]) + numbers + head + b"".join(stored)
+
+def header_config(header: dict[str, Any]) -> Config:  # of the network an artifact holds; ValueError if none can be
+    theirs, defaults = {f: header["config"][f] for f in MODEL_FIELDS}, Config(artifact_limit_bytes=0)
+    if any(type(value) is not type(getattr(defaults, f)) for f, value in theirs.items()):
+        raise ValueError("a field of another type")
+    cfg = dataclasses.replace(defaults, **theirs)
+    if cfg.num_layers * (1 + cfg.num_loops) > 1024 or any(p.split("=")[0].lower() in theirs for p in cfg.problems()):
+        raise ValueError("a field out of range")
+    return cfg
 
 def open_artifact(data: bytes, path: Path) -> tuple[dict[str, Any], list[bytes]]:
-    """Header and raw streams of an artifact. Raises UsageError (one line) for whatever was not written whole by us."""
+    """Header and raw streams (codes, levels, scales, floats) of an artifact. Raises UsageError (one line) for whatever
+    was not written whole by us, forged with care or not; nothing read is executed, sizes are checked before use."""
     if data[:4] != MAGIC:
         raise UsageError(f"{path}: not an artifact of train_gpt.py (starts with {data[:4]!r})")
-    if len(data) > 4 and data[4] > VERSION:
-        raise UsageError(f"{path}: container version {data[4]}, this program reads up to {VERSION}")
-    if len(data) < 25 or hashlib.sha256(data[21:]).digest()[:16] != data[5:21] or data[4] < 1:
-        raise UsageError(f"{path}: damaged: its {len(data)} bytes do not match its checksum")
-    at = 25 + int.from_bytes(data[21:25], "little")
-    header, streams = json.loads(zlib.decompress(data[25:at])), []
-    for size, stored in header["sizes"]:
-        streams.append(codec(header["compressor"])[1](data[at : at + stored], size))
-        at += stored
+    if len(data) > 4 and data[4] != VERSION:
+        raise UsageError(f"{path}: container version {data[4]}, this program reads {VERSION}")
+    at = 13 + int.from_bytes(data[5:9], "little")
+    try:
+        if len(data) < at or zlib.crc32(data[13:at]).to_bytes(4, "little") != data[9:13]:
+            raise ValueError("its header does not match its checksum")
+        header = json.loads(zlib.decompressobj().decompress(data[13:at], 1 << 16))
+        cfg = header_config(header)
+        if header["compressor"] not in COMPRESSORS:
+            raise ValueError("an unknown compressor")
+        sizes = [size for size, _, _ in header["streams"]]
+        right = [size in allowed for size, allowed in zip(sizes, stream_sizes(cfg), strict=True)]
+        if not all(right) or sum(sizes) > 1 << 27:
+            raise ValueError("the sizes of its streams are not those of its network")
+        ends = np.cumsum([at, *(abs(length) for _, length, _ in header["streams"])]).tolist()
+        stored = [data[start:end] for start, end in zip(ends, ends[1:], strict=False)]
+        if ends[-1] != len(data) or [zlib.crc32(s) for s in stored] != [c for _, _, c in header["streams"]]:
+            raise ValueError("a stream does not match its checksum")
+        rest = [codec("lzma")[1](s, size) for s, size in zip(stored[1:], sizes[1:], strict=True)]
+        streams = [unpack_codes(header["compressor"], stored[0], cfg, rest[0]), *rest]
+        if sizes != [len(s) for s in streams]:
+            raise ValueError("a stream is shorter than its header says")
+    except Exception as error:  # each codec has its own class of errors, and a hostile file may provoke any of them
+        reason = str(error).splitlines()[:1] if type(error) is ValueError else [type(error).__name__]
+        raise UsageError(f"{path}: damaged: {' '.join(reason)}") from error
     return header, streams
+
+def unpack_codes(compressor: str, data: bytes, cfg: Config, levels: bytes) -> bytes:  # the codes as the model has them
+    shapes, flat = list(banks(cfg).values()), np.cumsum(np.frombuffer(levels, np.uint8), dtype=np.uint8)
+    by_bank = np.split(flat, np.cumsum([n * rows for n, rows, _ in shapes])[:-1])
+    if compressor == "ans":
+        end = 4 + int.from_bytes(data[:4], "little")
+        tables = codec("lzma")[1](data[4:end], len(shapes) * BANDS * 4 * 514)
+        by_bank = [levels.reshape(shape[:2]) for levels, shape in zip(by_bank, shapes, strict=True)]
+        return b"".join(q.tobytes() for q in ans_decode(tables, data[end:], shapes, by_bank))
+    alike = np.frombuffer(codec(compressor)[1](data, sum(map(math.prod, shapes))), np.int8)
+    parts = np.split(alike, np.cumsum([math.prod(shape) for shape in shapes])[:-1])
+    orders = [lv.argsort(kind="stable").argsort() for lv in by_bank]
+    return b"".join(q.reshape(len(i), -1)[i].tobytes() for q, i in zip(parts, orders, strict=True))
 
 @torch.no_grad()
 def load_artifact(model: GPT, streams: list[bytes]) -> None:  # every parameter becomes q * scale or its fp16 value
-    codes, scales, floats = np.frombuffer(streams[0], np.int8), join_planes(streams[1]), join_planes(streams[2])
-    for name, role in parameter_table(model.cfg).items():
-        n, rows = math.prod(role.shape), math.prod(role.shape[:-1])
+    cfg, codes, floats = model.cfg, np.frombuffer(streams[0], np.int8), join_planes(streams[3])
+    scales = join_scales(streams[2], len(streams[1]))
+    for name, role in parameter_table(cfg).items():
+        p, rows = model.get_parameter(name), math.prod(role.shape[:-1])
         if role.packing == "float":
-            value, floats = floats[:n], floats[n:]
+            p = read_part(cfg, name, p)
+            value, floats = floats[: p.numel()], floats[p.numel() :]
         else:
-            value = codes[:n].reshape(rows, -1) * scales[:rows, None]
-            codes, scales = codes[n:], scales[rows:]
-        model.get_parameter(name).copy_(torch.from_numpy(value).view(role.shape))
+            value = codes[: p.numel()].reshape(rows, -1) * scales[:rows, None]
+            codes, scales = codes[p.numel() :], scales[rows:]
+        p.copy_(torch.from_numpy(value).view(p.shape))
     assert len(codes) == len(scales) == len(floats) == 0, "artifact and config disagree"
 
 # === 11. Test-time training: score a chunk, then learn from it, before a deadline =====================================
@@ -2028,7 +2311,7 @@ class Run:  # from its data to its report, the same on all ranks; `go` holds the
             "run_id": run_id, "preset": cfg.preset, "seed": cfg.seed, "world_size": ranks.world_size,
             "device": torch.cuda.get_device_name() if ranks.device.type == "cuda" else f"CPU, {os.cpu_count()} cores",
             "torch": torch.__version__, "python": sys.version.split()[0], "dataset": cfg.dataset_dir.name,
-            "code_sha256": CODE_SHA256, "file_sha256": hashlib.sha256(SOURCE).hexdigest(), "code_bytes": len(SOURCE),
+            "code_sha256": CODE_SHA256, "file_sha256": hashlib.sha256(SOURCE).hexdigest(), "code_bytes": code_bytes(),
             "attention": self.backend, "val_docs": len(self.docs.counts), "tokenizer_sha256": self.tokenizer.sha256,
             "val_sha256": hashlib.sha256(self.docs.tokens.astype("<u2").tobytes()).hexdigest()}  # fmt: skip
         self.log(TEXT + "\nHyperparameters:", terminal=False)
@@ -2102,10 +2385,12 @@ class Run:  # from its data to its report, the same on all ranks; `go` holds the
                 self.log(f"warmup_step: {step + 1}/{cfg.warmup_steps}")
             for _ in range(2 * trains * (cfg.max_wallclock_seconds > 0)):  # cold, then timed
                 start = ranks.now()
-                hessians = collect_hessians(self.model, last, [row], ranks)
+                calibration = self.calibrate(last, [row])
                 middle, rows = ranks.now(), -(-cfg.gptq_calibration_batches // ranks.world_size)
-                pack_artifact(self.model, quantize(self.model, hessians, ranks), {})
-                reserve = 1.0 + 1.25 * (rows * (middle - start) + ranks.now() - middle)
+                solver = Quantizer(self.model, *calibration, ranks)
+                fit(solver, self.model, {}, self.log, rounds=1)
+                rounds = 4 if 0 < cfg.artifact_limit_bytes < 1.2 * solver.finest else 1  # a fit has taken up to four
+                reserve = 1.0 + 1.25 * (rows * (middle - start) + rounds * (ranks.now() - middle))
             start = ranks.now()
             if cfg.warmup_steps:  # documents of random tokens, in every length of a window
                 count = cfg.ttt_eval_seq_len + cfg.ttt_chunk_size
@@ -2142,28 +2427,34 @@ class Run:  # from its data to its report, the same on all ranks; `go` holds the
             write_atomic(self.folder / name, buffer.getvalue())
         self.log(f"Serialized model: {buffer.tell()} bytes in {self.folder / name}")
 
+    def calibrate(self, plan: tuple[Visit, ...], rows: list[Batch]) -> tuple[dict, dict | None]:
+        hessians = collect_hessians(self.model, plan, rows, self.ranks)
+        if self.cfg.quantizer == "gptq":
+            return hessians, None
+        return hessians, collect_sensitivities(self.forward, self.model, plan, rows, hessians, self.ranks)
     def compress(self, path: Path, meta: dict[str, Any]) -> None:
         budget = "none" if self.saved else "train"
         with self.phase("calibrate", budget):
             loader = PackedLoader(self.streams["train"], self.tokenizer.bos_id, self.cfg, self.ranks)
             rows, _ = loader.rows(self.cfg.gptq_calibration_batches)
-            hessians = collect_hessians(self.model, self.plan, rows, self.ranks)
-        self.log(f"GPTQ:collected {len(hessians)} Hessians for {len(matrices(self.cfg))} matrices")
+            calibration = self.calibrate(self.plan, rows)
+        self.log(f"GPTQ:collected {len(calibration[0])} Hessians for {len(matrices(self.cfg))} matrices")
         with self.phase("quantise", budget):
-            packed = quantize(self.model, hessians, self.ranks)
+            solver = Quantizer(self.model, *calibration, self.ranks)
         with self.phase("pack", budget):
+            data = fit(solver, self.model, meta, self.log)
             if self.ranks.is_main:
-                write_atomic(path, pack_artifact(self.model, packed, meta))
+                write_atomic(path, data)
 
     def reload(self, path: Path) -> None:
         data = self.ranks.gather(path.read_bytes() if self.ranks.is_main else None)[0]  # nodes may not share folders
         header, streams = open_artifact(data, path)
         load_artifact(self.model, streams)
-        counts, total = np.bincount(np.frombuffer(streams[0], np.uint8)), len(data) + len(SOURCE)
+        counts, total = np.bincount(np.frombuffer(streams[0], np.uint8)), len(data) + code_bytes()
         bound = int(sum(-n * math.log2(n / counts.sum()) / 8 for n in counts if n))  # order-0 entropy
-        self.final |= {"model_bytes": len(data), "artifact_bytes": total, "codes_bytes": header["sizes"][0][1]}
+        self.final |= {"model_bytes": len(data), "artifact_bytes": total, "codes_bytes": header["streams"][0][1]}
         self.final |= {"codes_entropy_bytes": bound, "artifact_sha256": hashlib.sha256(data).hexdigest()}
-        self.log(f"Code size (uncompressed): {len(SOURCE)} bytes; model {len(data)}, its codes' entropy {bound}")
+        self.log(f"Code size (uncompressed): {code_bytes()} bytes; model {len(data)}, its codes' entropy {bound}")
         over = f", {total - LIMIT_BYTES} OVER THE LIMIT" if total > LIMIT_BYTES else ""
         self.log(f"Total submission size quantized+{header['compressor']}: {total} bytes{over}")
     def scorer(self, plan: tuple[Visit, ...], docs: Documents | None, ranks: Ranks | None) -> Scorer:

@@ -1,0 +1,229 @@
+"""What an artifact costs, in two tables: coders of the same integers, and quantisers at equal bytes.
+
+    python bench/artifact.py                        # seeded Gaussian weights of uneven rows and columns, full size
+    python bench/artifact.py runs/ID/final_model.pt # a checkpoint; environment as for the run that made it
+
+Needs what the run needs; pickle + Brotli and ZPAQ (lrzip) appear where these are installed. ZPAQ of 36 M codes takes
+minutes: ZPAQ=0 leaves it out. The last line is `bench ` and JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import io
+import json
+import lzma
+import math
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import train_gpt as tg
+
+Packed = dict[str, tuple[torch.Tensor, torch.Tensor]]
+
+
+def gaussian(cfg: tg.Config) -> Packed:
+    """Integers of the published steps for Gaussian weights whose rows and columns differ in size."""
+    rng, packed = np.random.default_rng(0), {}
+    for bank, (n, rows, cols) in tg.banks(cfg).items():
+        weight = rng.standard_normal((n, rows, cols), dtype=np.float32)
+        weight *= np.exp(0.4 * rng.standard_normal((n, rows, 1), dtype=np.float32))
+        weight *= np.exp(0.3 * rng.standard_normal((n, 1, cols), dtype=np.float32))
+        bits, clip = (7, 15.0) if bank == "tok_emb" else (6, 12.85)
+        scale = tg.clip_steps(torch.from_numpy(weight), clip, 2 ** (bits - 1) - 1)
+        q = np.rint(weight / scale.float().numpy()[..., None]).clip(-127, 127).astype(np.int8)
+        packed[bank] = torch.from_numpy(q), scale
+    return packed
+
+
+def order_0(codes: np.ndarray) -> float:  # bytes
+    count = np.bincount(codes.view(np.uint8).ravel())
+    count = count[count > 0]
+    return float(-(count * np.log2(count / count.sum())).sum() / 8)
+
+
+def per_row(packed: Packed) -> float:
+    """Entropy given each row's level, in bytes: what a coder reaches that knows rows but not columns."""
+    total = 0.0
+    for q, _ in packed.values():
+        level, rows = tg.row_levels(q.numpy()).ravel(), q.numpy().reshape(-1, q.shape[-1])
+        total += sum(order_0(rows[level == k]) for k in np.unique(level))
+    return total
+
+
+class Methods:
+    """name -> (encode, decode) of the codes of one network; pickles hold the tensors, the others their bytes."""
+
+    def __init__(self, packed: Packed):
+        self.arrays = [q.numpy() for q, _ in packed.values()]
+        self.plain = b"".join(q.tobytes() for q in self.arrays)
+        buffer = io.BytesIO()
+        torch.save({name: q for name, (q, _) in packed.items()}, buffer)
+        self.pickled, self.levels = buffer.getvalue(), [tg.row_levels(q) for q in self.arrays]
+
+    def ans(self) -> bytes:
+        tables, words = tg.ans_encode(self.arrays, self.levels)
+        tables, levels = (tg.codec("lzma")[0](x) for x in (tables, self.difference()))
+        return b"".join([len(tables).to_bytes(4, "little"), len(levels).to_bytes(4, "little"), tables, levels, words])
+
+    def difference(self) -> bytes:  # the rows' levels as the container stores them
+        return np.diff(np.concatenate([lv.ravel() for lv in self.levels]), prepend=np.uint8(0)).tobytes()
+
+    def unans(self, data: bytes) -> bytes:
+        a, b = (int.from_bytes(data[i : i + 4], "little") for i in (0, 4))
+        tables = tg.codec("lzma")[1](data[8 : 8 + a], len(self.arrays) * tg.BANDS * 4 * 514)
+        codes = tg.ans_decode(tables, data[8 + a + b :], [q.shape for q in self.arrays], self.levels)
+        return b"".join(q.tobytes() for q in codes)
+
+    def table(self) -> dict[str, tuple[Callable[[], bytes], Callable[[bytes], bytes], bytes]]:
+        import zstandard
+
+        zstd, unzstd = tg.codec("zstd")
+        size, plain, pickled = len(self.plain), self.plain, self.pickled
+        found = {
+            "pickle + zstd 22": (lambda: zstandard.compress(pickled, 22), zstandard.decompress, pickled),
+            "lzma 6": (lambda: lzma.compress(plain, preset=6), lzma.decompress, plain),
+            "zstd (ours)": (lambda: zstd(plain), lambda data: unzstd(data, size), plain),
+            "ans (ours)": (self.ans, self.unans, plain),
+        }
+        if importlib.util.find_spec("brotli"):
+            import brotli
+
+            found["pickle + Brotli 11"] = (lambda: brotli.compress(pickled, quality=11), brotli.decompress, pickled)
+        if shutil.which("lrzip") and os.environ.get("ZPAQ", "1") == "1":
+            pack, unpack = partial(lrzip, plain, "-z -L 9"), partial(lrzip, options="-d")
+            found["ZPAQ (lrzip -z -L 9)"] = pack, unpack, plain
+        return found
+
+
+def lrzip(data: bytes, options: str) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = Path(folder) / "in.lrz", Path(folder) / "out"
+        source.write_bytes(data)
+        subprocess.run(["lrzip", "-Q", *options.split(), "-o", str(target), str(source)], check=True)
+        return target.read_bytes()
+
+
+def coders(packed: Packed) -> dict[str, float]:
+    methods, found = Methods(packed), {}
+    codes = np.concatenate([q.ravel() for q in methods.arrays])
+    entropy, conditional = order_0(codes), per_row(packed)
+    print(f"{codes.size} codes; entropy of order 0 {entropy:.0f} bytes, given the row's level {conditional:.0f}")
+    print(f"{'method':<22}{'bytes':>11}{'bits/w':>8}{'/order0':>8}{'/row':>8}{'enc s':>7}{'dec s':>7}{'MiB':>7}")
+    for name, (encode, decode, plain) in methods.table().items():
+        start = time.perf_counter()
+        data = encode()
+        middle = time.perf_counter()
+        assert decode(data) == plain, name
+        end, peak = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+        found[name] = len(data), middle - start, end - middle
+        print(f"{name:<22}{len(data):>11}{8 * len(data) / codes.size:>8.3f}{len(data) / entropy:>8.4f}"
+              f"{len(data) / conditional:>8.4f}{middle - start:>7.2f}{end - middle:>7.2f}{peak:>7}")  # fmt: skip
+    size, encode_s, decode_s = found["ans (ours)"]
+    brotli = found.get("pickle + Brotli 11", (math.nan,))[0]
+    return {"zstd_over_entropy": found["zstd (ours)"][0] / entropy, "ans_over_entropy": size / entropy,
+            "ans_over_brotli": size / brotli, "encode_s": encode_s, "decode_s": decode_s}  # fmt: skip
+
+
+class Quiet:  # in place of the run's log
+    def __call__(self, line: str, terminal: bool = True) -> None: ...
+    def due(self) -> bool:
+        return False
+
+
+class Checkpoint:
+    """A trained network with its calibration rows and its validation documents."""
+
+    def __init__(self, path: str):
+        env = {"TTT_ENABLED": "0", "VAL_DOC_FRACTION": "0.1", **os.environ, "EVAL_ONLY_PATH": path}
+        cfg, origin = tg.Config.from_env(env, torch.cuda.is_available())
+        self.cfg, saved = tg.load_model_file(cfg, origin)
+        self.ranks, tokenizer = tg.Ranks({}), tg.Tokenizer.load(self.cfg)
+        streams = tg.open_shards(self.cfg, tokenizer, self.ranks, ["train", "val"])
+        self.docs = tg.Documents.load(streams["val"], tokenizer.bos_id, self.cfg)
+        self.table, self.plan = tg.check_bytes(tokenizer, self.docs), self.cfg.plans[saved["looped"]]
+        backend, _ = tg.choose_attention(self.cfg.attention_backend, self.ranks.device, self.cfg.dtype)
+        self.model = tg.GPT(self.cfg, backend).to(self.ranks.device)
+        self.model.load_state_dict(saved["weights"])
+        loader = tg.PackedLoader(streams["train"], tokenizer.bos_id, self.cfg, self.ranks)
+        self.rows, _ = loader.rows(self.cfg.gptq_calibration_batches)
+        self.hessians = tg.collect_hessians(self.model, self.plan, self.rows, self.ranks)
+        self.both = dict(self.hessians)  # the embedding's Hessian of both its roles
+        self.loss = tg.collect_sensitivities(self.model, self.model, self.plan, self.rows, self.both, self.ranks)
+
+    def bpb(self, data: bytes | None = None) -> float:
+        model = self.model
+        if data:
+            model = tg.GPT(self.cfg, self.model.attention_backend).to(self.ranks.device)
+            tg.load_artifact(model, tg.open_artifact(data, Path("artifact"))[1])
+        score = tg.evaluate(model, self.plan, self.docs, self.table, 0, self.cfg, self.ranks, Quiet())
+        return score["val_bpb"]
+
+    def error(self, packed: Packed) -> float:
+        """Sum over rows of sensitivity * e H e^T: the quantisers' own measure of harm, nats up to one factor."""
+        total = 0.0
+        for bank, i, site, layer in tg.matrices(self.cfg):
+            q, scale = (x[i].to(self.ranks.device).float() for x in packed[bank])
+            weight = self.model.get_parameter(bank).detach().view(tg.banks(self.cfg)[bank])[i]
+            e = weight - q * scale[:, None]
+            total += float((((e @ self.both[site, layer]) * e).sum(-1) * self.loss[bank][i]).sum())
+        return total
+
+    def nearest(self) -> dict:  # Hessians without correlations: the solver then rounds to nearest
+        return {key: torch.eye(len(h), device=h.device) for key, h in self.hessians.items()}
+
+
+def unpacked(data: bytes, cfg: tg.Config) -> Packed:  # codes and scales of an artifact
+    _, streams = tg.open_artifact(data, Path("artifact"))
+    codes, scales = np.frombuffer(streams[0], np.int8), tg.join_scales(streams[2], len(streams[1]))
+    packed = {}
+    for bank, (n, rows, cols) in tg.banks(cfg).items():
+        size = n * rows * cols
+        q, scale = codes[:size].reshape(n, rows, cols), scales[: n * rows].reshape(n, rows)
+        packed[bank] = torch.from_numpy(q.copy()), torch.from_numpy(scale).half()
+        codes, scales = codes[size:], scales[n * rows :]
+    return packed
+
+
+def quantizers(point: Checkpoint) -> Packed:
+    """Round to nearest, published GPTQ and ours, all fitted to the bytes of the published one and coded with ans."""
+    cfg, model, ranks = point.cfg, point.model, point.ranks
+    published = dataclasses.replace(cfg, quantizer="gptq", compressor="ans", artifact_limit_bytes=0)
+    model.cfg, before = published, point.bpb()
+    packed = tg.quantize(model, point.hessians, ranks)
+    limit = len(tg.pack_artifact(model, packed, {})) + 2048 + tg.code_bytes()
+    print(f"{'quantiser':<20}{'bytes':>11}{'weighted error':>16}{'bpb lost':>10}{'s':>7}  unquantised {before:.5f}")
+    for name, hessians, loss in (("round to nearest", point.nearest(), None), ("published GPTQ", point.hessians, None),
+                                 ("allocated (ours)", point.both, point.loss)):  # fmt: skip
+        start = time.perf_counter()
+        model.cfg = dataclasses.replace(published, artifact_limit_bytes=limit)
+        solver = tg.Quantizer(model, hessians, loss, ranks)
+        data = tg.fit(solver, model, {}, Quiet())
+        seconds, packed = time.perf_counter() - start, unpacked(data, cfg)
+        lost = point.bpb(data) - before
+        print(f"{name:<20}{len(data):>11}{point.error(packed):>16.4e}{lost:>10.5f}{seconds:>7.1f}", flush=True)
+    return packed
+
+
+def main(argv: list[str]) -> None:
+    if argv and argv[0] in ("-h", "--help"):
+        print(__doc__)
+        return
+    packed = quantizers(Checkpoint(argv[0])) if argv else gaussian(tg.Config())
+    print("bench " + json.dumps({key: round(value, 5) for key, value in coders(packed).items()}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
