@@ -15,7 +15,7 @@ $(VENV)/installed: requirements.txt
 	touch $@
 
 $(VENV)/developer: $(VENV)/installed requirements-tools.txt
-	$(BIN)/pip install --quiet -r requirements-tools.txt pytest ruff brotli
+	$(BIN)/pip install --quiet -r requirements-tools.txt pytest pytest-xdist ruff brotli
 	touch $@
 
 install: $(VENV)/installed
@@ -41,7 +41,7 @@ pack: install
 	$(BIN)/python tools/pack.py $(RUN) $(RUN)/submission
 
 test: dev
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 lint: dev
 	$(BIN)/ruff check .

@@ -1623,7 +1623,7 @@ def train(run: Run, reserve: float) -> bool:
         if cfg.val_loss_every and progress.step % cfg.val_loss_every == 0:
             progress.read()
             with run.phase("validate", "none"):
-                result = run.evaluate(plan=plan)
+                result = run.evaluate(plan=plan).result()
             progress.start += run.phases[-1][2]  # off the clock
             log(f"{step + 1}/{cfg.iterations} val_loss: {result['val_loss']:.4f} val_bpb: {result['val_bpb']:.4f}")
     steps.close()
@@ -2203,6 +2203,8 @@ def score_documents(state: Adaptation, scorer: Scorer, deadline: Deadline) -> It
     cfg, docs, size = scorer.cfg, scorer.ledger.docs, scorer.cfg.ttt_chunk_tokens
     phases = cfg.phased_ttt_num_phases
     bounds = [min(cfg.phased_ttt_prefix_docs, len(docs.counts)) * p // phases for p in range(1, phases + 1)]
+    about = f"rank:{cfg.ttt_lora_rank} lr:{cfg.ttt_lora_lr} chunk:{cfg.ttt_chunk_size}"
+    scorer.log(f"ttt_lora:docs:{len(docs.starts)} {about}")
     for first, stop in zip([0, *bounds], [*bounds, len(docs.counts)], strict=True):
         adapt_documents(state, scorer, first, stop, deadline)
         state.warm, places = None, docs.places(stop if stop in bounds else 0)

@@ -153,7 +153,8 @@ class Checkpoint:
         self.ranks, tokenizer = tg.Ranks({}), tg.Tokenizer.load(self.cfg)
         streams = tg.open_shards(self.cfg, tokenizer, self.ranks, ["train", "val"])
         self.docs = tg.Documents.load(streams["val"], tokenizer.bos_id, self.cfg)
-        self.table, self.plan = tg.check_bytes(tokenizer, self.docs), self.cfg.plans[saved["looped"]]
+        self.table, _ = tg.check_bytes(tokenizer, self.docs, self.ranks)
+        self.plan = self.cfg.plans[saved["looped"]]
         backend, _ = tg.choose_attention(self.cfg.attention_backend, self.ranks.device, self.cfg.dtype)
         self.model = tg.GPT(self.cfg, backend).to(self.ranks.device)
         self.model.load_state_dict(saved["weights"])
@@ -168,8 +169,9 @@ class Checkpoint:
         if data:
             model = tg.GPT(self.cfg, self.model.attention_backend).to(self.ranks.device)
             tg.load_artifact(model, tg.open_artifact(data, Path("artifact"))[1])
-        score = tg.evaluate(model, self.plan, self.docs, self.table, 0, self.cfg, self.ranks, Quiet())
-        return score["val_bpb"]
+        ledger = tg.Ledger(self.docs, self.table, self.ranks.device)
+        scorer = tg.Scorer(model, self.plan, ledger, self.cfg, self.ranks, Quiet())
+        return tg.evaluate(scorer, 0).result()["val_bpb"]
 
     def error(self, packed: Packed) -> float:
         """Sum over rows of sensitivity * e H e^T: the quantisers' own measure of harm, nats up to one factor."""

@@ -23,6 +23,7 @@ from conftest import TINY, VOCAB, final_line, run_script, tiny_text
 
 import train_gpt as tg
 
+SCORE_FILES = ("scores.json", "documents.npz")
 SCORES = ("pre_quantization", "quantized", "quantized_ttt_lora")
 OF_NETWORK = {name.upper() for name in tg.MODEL_FIELDS}  # what a model file knows by itself
 SHARDS = f"data/datasets/tiny_sp{VOCAB}"
@@ -104,7 +105,7 @@ def test_figures_name_the_code_data_and_artifact_they_come_from(first_run, tiny_
 
 def test_run_leaves_its_log_checkpoint_artifact_and_scores(first_run):
     expected = {"logs", "logs/first.txt", "runs", "runs/first"}
-    expected |= {f"runs/first/{name}" for name in ("final_model.pt", "final_model.int6.ptz", "scores.json")}
+    expected |= {f"runs/first/{name}" for name in ("final_model.pt", "final_model.int6.ptz", *SCORE_FILES)}
     assert listing(first_run.cwd).keys() == expected
     kept = json.loads((first_run.folder / "scores.json").read_text())
     assert kept.items() <= first_run.final.items()
@@ -153,7 +154,7 @@ def test_artifact_alone_gives_the_same_scores_without_training_data(first_run, t
     for key in ("quantized_loss", "quantized_ttt_lora_loss", "val_bpb", "artifact_sha256", "artifact_bytes"):
         assert again.final[key] == first_run.final[key], key
     assert not {"pre_quantization_loss", "quantized_sliding_window_loss", "steps"} & again.final.keys()
-    assert listing(again.folder).keys() == {"scores.json"}
+    assert listing(again.folder).keys() == set(SCORE_FILES)
 
 
 def test_checkpoint_gives_the_same_artifact_to_the_byte(first_run, tiny_data, tmp_path):
