@@ -4,7 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 GPUS := $(shell nvidia-smi -L 2>/dev/null | wc -l)
 
-.PHONY: run record test lint gpu install dev
+BENCHES := $(filter-out bench/reference.py,$(wildcard bench/*.py))
+
+.PHONY: run record test lint bench gpu install dev
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -34,6 +36,10 @@ test: dev
 
 lint: dev
 	$(BIN)/ruff check .
+
+# Every script under bench/ (reference.py is what they share) in its small CPU form; under five minutes.
+bench: install
+	for script in $(BENCHES); do PRESET=cpu CUDA_VISIBLE_DEVICES= $(BIN)/python $$script || exit 1; done
 
 # GPU tests, then a full-size run of a few minutes on one GPU; fits in ten minutes. PYTHON must have torch with CUDA.
 gpu:

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# GPU tests, then the record preset on one GPU for a few minutes; the table it prints goes to bench/results/.
+# GPU tests, the speed of a step (beside the public script REFERENCE=FILE, if set), then the record preset on one GPU for
+# a few minutes; the tables go to bench/results/.
 # Usage: bench/gpu.sh [PYTHON]. Needs a CUDA torch in PYTHON; packages it lacks are taken from ./wheels if that is there.
-# Ten minutes on one H100 or H200: GPU_SECONDS (default 180) of training, documents scored: GPU_DOCS (default 0.02).
+# Ten minutes on one H100 or H200: GPU_SECONDS (default 120) of training, documents scored: GPU_DOCS (default 0.02).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${1:-python3}
@@ -18,10 +19,15 @@ else
   "$PYTHON" tools/prepare_data.py fineweb --variant sp8192 --train-shards 1
   DATASET=fineweb10B_sp8192
 fi
-export RUN_ID="gpu_$(date +%Y%m%d-%H%M%S)" DATASET PRESET=record MAX_WALLCLOCK_SECONDS=${GPU_SECONDS:-180}
+mkdir -p bench/results
+STEP="bench/results/step_$(date +%Y%m%d-%H%M%S).txt"  # a comparison that fails or takes too long must not stop the run
+PRESET=record timeout "${STEP_SECONDS:-240}" "$PYTHON" bench/step.py ${REFERENCE:+--reference "$REFERENCE"} --rounds 10 \
+  > "$STEP" 2>&1 || echo "bench/step.py: exit status $?" >> "$STEP"
+cat "$STEP"
+if [ -n "${OUT:-}" ]; then cp "$STEP" "$OUT/"; fi
+export RUN_ID="gpu_$(date +%Y%m%d-%H%M%S)" DATASET PRESET=record MAX_WALLCLOCK_SECONDS=${GPU_SECONDS:-120}
 export VAL_DOC_FRACTION=${GPU_DOCS:-0.02} VAL_LOSS_EVERY=0 WARMUP_STEPS=2 GPTQ_CALIBRATION_BATCHES=16
 "$PYTHON" train_gpt.py
-mkdir -p bench/results
 {
   echo "date: $(date -u +%Y-%m-%d) commit: $(git rev-parse --short HEAD 2>/dev/null || echo unknown)"
   nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
