@@ -1370,6 +1370,7 @@ class Adaptation:
     def __init__(self, model: GPT, forward: Callable, plan: tuple[Visit, ...], device: torch.device):
         self.cfg, self.forward, self.plan, self.device, cfg = model.cfg, forward, plan, device, model.cfg
         self.granule = 8 if cfg.compile else 1  # documents at once are a multiple of it: few shapes
+        self.split = cfg.ttt_fast and not cfg.compile  # one graph serves documents that learn and those that end
         self.update = torch.compile(adapter_update, dynamic=True) if cfg.compile else adapter_update
         lengths = np.geomspace(min(2 * cfg.ttt_chunk_size, cfg.ttt_eval_seq_len), cfg.ttt_eval_seq_len, cfg.ttt_buckets)
         self.buckets = [min(-(-int(n) // 16) * 16, cfg.ttt_eval_seq_len) for n in lengths] if cfg.ttt_fast else []
@@ -1394,8 +1395,10 @@ class Adaptation:
         are over drop out; if memory runs out, fewer go at once."""
         live = int((self.lengths > start).sum()) if self.cfg.ttt_fast else len(self.lengths)
         first, live, tokens = 0, -(-live // self.granule) * self.granule, min(end, self.cfg.ttt_eval_seq_len)
+        learners = int((self.lengths > end).sum()) if self.split else 0  # a prefix; the others need no gradient
         while first < live:
-            rows = slice(first, first + int(min(live - first, max(self.room // tokens, self.granule))))
+            stop = learners if first < learners else live
+            rows = slice(first, first + int(min(stop - first, max(self.room // tokens, self.granule))))
             try:
                 place, nats, grads = self.score(ledger, start, end, rows)
             except torch.OutOfMemoryError:
@@ -1425,9 +1428,11 @@ class Adaptation:
         ends = F.pad(torch.cat([base, base + n], 1).flatten(), (0, 1), value=place.numel())  # padding: own segments
         batch = Batch(inputs.flatten().long(), targets.flatten().long(), ends.int(), self.cfg.ttt_eval_seq_len)
         select = (base + torch.arange(n - c, n, device=self.device)).flatten()
-        nats = self.forward(batch, self.plan, lora=lora, select=select if self.cfg.ttt_fast else None)
-        nats, grads = nats if self.cfg.ttt_fast else nats[select], ()  # with gradient even if nobody learns: one graph
-        if (self.lengths[rows] > end).any():  # no document learns from its last chunk
+        learns = bool((self.lengths[rows] > end).any())  # no document learns from its last chunk
+        with torch.set_grad_enabled(learns or not self.split):
+            nats = self.forward(batch, self.plan, lora=lora, select=select if self.cfg.ttt_fast else None)
+        nats, grads = nats if self.cfg.ttt_fast else nats[select], ()
+        if learns:
             loss = (nats.view(-1, c).mean(1) * (counts[:, 0] > end)).sum()
             grads = torch.autograd.grad(loss, [lora.down, lora.up])
         return place[:, n - c : n].flatten(), nats.detach(), grads
