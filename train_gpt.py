@@ -149,7 +149,7 @@ class Config:  # defaults are the `record` preset's; `PRESETS` overrides them an
     ttt_chunk_size: int = knob(48, "tokens scored, then learnt from, at once (PR #1560)", 1)
     ttt_short_chunks: str = knob("", "smaller chunks up to a position in a document, as in 256:8,2000:24 (PR #2014)")
     ttt_eval_seq_len: int = knob(2048, "longest window", 2)
-    ttt_batch_size: int = knob(64, "documents at once on a rank; fast: four times as many short, a quarter long", 1)
+    ttt_batch_size: int = knob(64, "documents at once on a rank; fast: four times as many short; ranks: a quarter long", 1)
     ttt_grad_steps: int = knob(1, "updates per scored chunk", 1)
     ttt_weight_decay: float = knob(0.5, "decoupled")
     ttt_beta1: float = knob(0.0, "AdamW; momentum with sgd", 0, 0.9999)
@@ -1444,15 +1444,15 @@ class Adaptation:
             mine = master[rows]
             self.update(mine if leaf is master else leaf[rows], mine, grad, [x[rows] for x in moments], t, self.cfg)
 
-def batches_of(docs: Documents, chosen: np.ndarray, cfg: Config) -> list[np.ndarray]:
-    """Documents of like length together, longest first so that no rank waits at the end; few long ones at once, many
-    short ones. With TTT_WARM_START_A as the stream has them, for what one learns goes on to a later one."""
+def batches_of(docs: Documents, chosen: np.ndarray, cfg: Config, world_size: int = 1) -> list[np.ndarray]:
+    """Documents of like length together, longest first so that no rank waits at the end; many short ones at once, few
+    long ones if there are several ranks. With TTT_WARM_START_A as the stream has them, for what one learns goes on to a later one."""
     chosen, batches = chosen[docs.counts[chosen] > 0], []
     if not cfg.ttt_warm_start_a:
         chosen = chosen[np.argsort(-docs.counts[chosen], kind="stable")]
     while len(chosen):
         relative, even = docs.counts[chosen[0]] / cfg.ttt_eval_seq_len, cfg.ttt_warm_start_a or not cfg.ttt_fast
-        factor = 1 if even or 1 / 8 < relative <= 2 else 4 if relative < 1 else 0.25
+        factor = 1 if even or 1 / 8 < relative <= 2 else 4 if relative < 1 else 0.25 if world_size > 1 else 1
         batch, chosen = np.split(chosen, [max(1, int(cfg.ttt_batch_size * factor))])
         batches.append(batch[np.argsort(-docs.counts[batch], kind="stable")])
     return batches
@@ -1469,7 +1469,7 @@ def adapt_documents(state: Adaptation, scorer: Scorer, first: int, stop: int, de
     """Scores the documents first..stop-1 once; the ranks take batches from a shared counter. When the deadline is near,
     a rank scores the rest of its batch, and the batches it takes from there on, without learning."""
     (ledger, cfg, ranks, log), (_, starts, counts) = scorer[2:], scorer.ledger.docs
-    batches, late = batches_of(ledger.docs, np.arange(first, stop), cfg), False
+    batches, late = batches_of(ledger.docs, np.arange(first, stop), cfg, ranks.world_size), False
     left = np.cumsum([counts[stop:].sum(), *(counts[b].sum() for b in batches[::-1])])[::-1]  # targets from a batch on
     numbers = range(ranks.rank, len(batches), ranks.world_size) if cfg.ttt_warm_start_a else ranks.tickets()
     for number in takewhile(lambda n: n < len(batches), numbers):

@@ -4,11 +4,13 @@
     python bench/evaluation.py --reference FILE    # also a script of the family of PR #1530 (see bench/reference.py)
 
 Knobs are environment variables, as for train_gpt.py; EVAL_ONLY_PATH names a checkpoint or artifact to measure with,
-without it the weights are random. Documents are the data set's if it is there, else random ones as long as FineWeb's;
-measured are --batches of the batches that the published way makes of them all, at equal shares of its work, documents
-cut at --longest targets. Ways take turns (A B C C B A) in one process; a ratio is ours / the other. The largest
-difference of a target's nats, ours and the published way, is measured in fp32. Seconds for 50,000 FineWeb documents
-come from measured steps on a GPU alone. The last line is `bench ` and a JSON object; null is what was not measured."""
+without it the weights are random. Documents are the data set's if it is there, else random ones as long as FineWeb's.
+Either --docs of them, drawn at random, are a validation set of their own (the default on a CPU, 8); or --batches of the
+batches that the published way makes of them all are, at equal shares of its work (the default on CUDA, 4). Documents
+are cut at --longest targets (default: 4 windows on a CPU, 2 on CUDA). Ways take turns (A B C C B A) in one process; a
+ratio is ours / the other. The largest difference of a target's nats, ours and the published way, is measured in fp32.
+Seconds for 50,000 FineWeb documents come from measured steps on a GPU alone. The last line is `bench ` and a JSON
+object; null is what was not measured."""
 
 from __future__ import annotations
 
@@ -88,8 +90,8 @@ def short_documents(text: Text, cfg: tg.Config, count: int) -> Text:  # beginnin
     docs = text.docs._replace(starts=text.docs.starts[chosen], counts=text.docs.counts[chosen])
     return cut(text._replace(docs=docs), sizes)
 
-def load_text(cfg: tg.Config, batches: int, longest: int) -> tuple[Text, str]:
-    """The documents to measure with, and where they are from."""
+def load_text(cfg: tg.Config, count: int, batches: int, longest: int) -> tuple[Text, str]:
+    """The documents to measure with (`count` drawn, or of `batches`), and where they are from."""
     rng, random = np.random.default_rng(0), not cfg.dataset_dir.is_dir()
     if random:
         lengths, bos_id, source = fineweb_lengths(50_000), 1, "random tokens, as long as FineWeb's"
@@ -100,11 +102,12 @@ def load_text(cfg: tg.Config, batches: int, longest: int) -> tuple[Text, str]:
         all_docs = tg.Documents.load(stream, tokenizer.bos_id, cfg)
         lengths, bos_id, source = all_docs.counts, tokenizer.bos_id, f"{cfg.dataset_dir.name}, validation"
         table = tg.ByteTable.from_sentencepiece(tokenizer.model)
+    drawn = np.sort(np.random.default_rng(cfg.seed).permutation(len(lengths))[:count])
     pieces = []
-    for d in representative(lengths, cfg, batches):
+    for d in drawn if count else representative(lengths, cfg, batches):
         count, start = min(int(lengths[d]), longest), 0 if random else all_docs.starts[d]
-        drawn = rng.integers(bos_id + 1, cfg.vocab_size, count)
-        pieces.append(np.append(bos_id, drawn[1:] if random else all_docs.tokens[start + 1 : start + count]))
+        ids = rng.integers(bos_id + 1, cfg.vocab_size, count) if random else all_docs.tokens[start : start + count]
+        pieces.append(np.append(bos_id, ids[1:]))
     return joined(pieces, table, bos_id), source
 
 
@@ -302,8 +305,9 @@ def warm_up_text(cfg: tg.Config, text: Text, compiled: bool) -> Text:  # as Run.
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--reference", type=Path, help="the public script")
-    parser.add_argument("--batches", type=int, help="of the published way; default 4 on CUDA, 1 on a CPU")
-    parser.add_argument("--longest", type=int, help="targets of a document; default 2 windows on CUDA, 1.25 on a CPU")
+    parser.add_argument("--docs", type=int, help="documents drawn at random; default 8 on a CPU")
+    parser.add_argument("--batches", type=int, default=4, help="of the published way, without --docs; default 4")
+    parser.add_argument("--longest", type=int, help="targets of a document; default 2 windows on CUDA, 4 on a CPU")
     parser.add_argument("--check", type=int, help="documents compared in fp32; default 64 on CUDA, 16 on a CPU")
     parser.add_argument("--rounds", type=int, default=1, help="each runs every way twice")
     args = parser.parse_args(argv)
@@ -311,8 +315,8 @@ def main(argv: list[str]) -> int:
         cfg, origin = tg.Config.from_env(os.environ, torch.cuda.is_available())
         cfg, weights, looped = load_weights(cfg, origin)
         device, cuda = tg.Ranks({}).device, torch.cuda.is_available()
-        longest = args.longest or int(cfg.ttt_eval_seq_len * (2 if cuda else 1.25))
-        text, source = load_text(cfg, args.batches or (4 if cuda else 1), longest)
+        longest = args.longest or cfg.ttt_eval_seq_len * (2 if cuda else 4)
+        text, source = load_text(cfg, (0 if cuda else 8) if args.docs is None else args.docs, args.batches, longest)
         backend, lines = tg.choose_attention(cfg.attention_backend, device, cfg.dtype)
         reference = Reference(args.reference, cfg, device, backend) if args.reference else None
     except tg.UsageError as error:
