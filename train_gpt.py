@@ -149,7 +149,7 @@ class Config:  # defaults are the `record` preset's; `PRESETS` overrides them an
     ttt_chunk_size: int = knob(48, "tokens scored, then learnt from, at once (PR #1560)", 1)
     ttt_short_chunks: str = knob("", "smaller chunks up to a position in a document, as in 256:8,2000:24 (PR #2014)")
     ttt_eval_seq_len: int = knob(2048, "longest window", 2)
-    ttt_batch_size: int = knob(64, "documents at once on a rank; fast: four times as many short; ranks: a quarter long", 1)
+    ttt_batch_size: int = knob(64, "documents at once on a rank; fast: four times as many short, a quarter long", 1)
     ttt_grad_steps: int = knob(1, "updates per scored chunk", 1)
     ttt_weight_decay: float = knob(0.5, "decoupled")
     ttt_beta1: float = knob(0.0, "AdamW; momentum with sgd", 0, 0.9999)
@@ -1446,7 +1446,8 @@ class Adaptation:
 
 def batches_of(docs: Documents, chosen: np.ndarray, cfg: Config, world_size: int = 1) -> list[np.ndarray]:
     """Documents of like length together, longest first so that no rank waits at the end; many short ones at once, few
-    long ones if there are several ranks. With TTT_WARM_START_A as the stream has them, for what one learns goes on to a later one."""
+    long ones where another rank can take the others. With TTT_WARM_START_A as the stream has them, for what one learns
+    goes on to a later one."""
     chosen, batches = chosen[docs.counts[chosen] > 0], []
     if not cfg.ttt_warm_start_a:
         chosen = chosen[np.argsort(-docs.counts[chosen], kind="stable")]

@@ -232,10 +232,11 @@ def fit(sizes: np.ndarray, seconds: np.ndarray) -> np.ndarray:
             return cost
         used.remove(int(cost.argmin()))
 
-def predicted_batches(cfg: tg.Config, state: tg.Adaptation, cost: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Seconds of each batch that the evaluation of documents with these lengths makes, in its order."""
+def predicted_batches(cfg: tg.Config, state: tg.Adaptation, cost: np.ndarray, lengths: np.ndarray,
+                      ranks: int) -> np.ndarray:  # fmt: skip
+    """Seconds of each batch that the evaluation of documents with these lengths makes on so many ranks, in order."""
     docs, seconds = tg.Documents(np.arange(0), np.arange(len(lengths)), lengths), []
-    for batch in tg.batches_of(docs, np.arange(len(lengths)), cfg):
+    for batch in tg.batches_of(docs, np.arange(len(lengths)), cfg, ranks):
         starts, ends = np.array(tg.chunk_grid(cfg, int(lengths[batch].max()))).T
         live = len(batch) - np.searchsorted(np.sort(lengths[batch]), starts, side="right")
         rows = -(-np.where(cfg.ttt_fast, live, len(batch)) // state.granule) * state.granule
@@ -257,15 +258,15 @@ def predict(cfg: tg.Config, state: tg.Adaptation, sizes: np.ndarray, seconds: np
     cost = fit(sizes, seconds)
     modelled = features(sizes[:, 0], sizes[:, 1] / sizes[:, 0]) @ cost
     error = np.median(np.abs(modelled / seconds - 1)[sizes[:, 2] > 0])
-    batches = predicted_batches(cfg, state, cost, fineweb_lengths(50_000))
+    batches = {n: predicted_batches(cfg, state, cost, fineweb_lengths(50_000), n) for n in (1, 8)}
     here = next((factor for gpu, factor in SLOWER.items() if gpu in device_name(device)), None)
     print(f"a step: {1e3 * cost[0]:.2f} ms + {1e3 * cost[1]:.3f} per document + {1e6 * cost[2]:.3f} us per position + "
           f"{1e9 * cost[3]:.3f} ns per pair; median error {100 * error:.1f} %")  # fmt: skip
-    print(f"50,000 FineWeb documents at this rate: {batches.sum():.0f} s on one such device, longest batch "
-          f"{batches.max():.0f} s" + ("" if here else " (neither H100 nor H200: no prediction for those)"))
+    print(f"50,000 FineWeb documents with these windows at this rate: {batches[1].sum():.0f} s on one such device, on "
+          f"eight {makespan(batches[8], 8):.0f} s" + ("" if here else "; H100 and H200: not measured"))  # fmt: skip
     if not here:
         return None, None
-    return makespan(batches * SLOWER["H100"] / here, 8), makespan(batches / here, 1)
+    return makespan(batches[8] * SLOWER["H100"] / here, 8), batches[1].sum() / here
 
 
 # --- The run ---
