@@ -2084,6 +2084,7 @@ class Adaptation:
     def __init__(self, model: GPT, forward: Callable, plan: tuple[Visit, ...], device: torch.device):
         self.cfg, self.forward, self.plan, self.device, cfg = model.cfg, forward, plan, device, model.cfg
         self.granule = 8 if cfg.compile else 1  # documents at once are a multiple of it: few shapes
+        self.split = cfg.ttt_fast and not cfg.compile  # one graph serves documents that learn and those that end
         self.update = torch.compile(adapter_update, dynamic=True) if cfg.compile else adapter_update
         lengths = np.geomspace(min(2 * cfg.ttt_chunk_size, cfg.ttt_eval_seq_len), cfg.ttt_eval_seq_len, cfg.ttt_buckets)
         self.buckets = [min(-(-int(n) // 16) * 16, cfg.ttt_eval_seq_len) for n in lengths] if cfg.ttt_fast else []
@@ -2108,8 +2109,10 @@ class Adaptation:
         are over drop out; if memory runs out, fewer go at once."""
         live = int((self.lengths > start).sum()) if self.cfg.ttt_fast else len(self.lengths)
         first, live, tokens = 0, -(-live // self.granule) * self.granule, min(end, self.cfg.ttt_eval_seq_len)
+        learners = int((self.lengths > end).sum()) if self.split else 0  # a prefix; the others need no gradient
         while first < live:
-            rows = slice(first, first + int(min(live - first, max(self.room // tokens, self.granule))))
+            stop = learners if first < learners else live
+            rows = slice(first, first + int(min(stop - first, max(self.room // tokens, self.granule))))
             try:
                 place, nats, grads = self.score(ledger, start, end, rows)
             except torch.OutOfMemoryError:
@@ -2139,9 +2142,11 @@ class Adaptation:
         ends = F.pad(torch.cat([base, base + n], 1).flatten(), (0, 1), value=place.numel())  # padding: own segments
         batch = Batch(inputs.flatten().long(), targets.flatten().long(), ends.int(), self.cfg.ttt_eval_seq_len)
         select = (base + torch.arange(n - c, n, device=self.device)).flatten()
-        nats = self.forward(batch, self.plan, lora=lora, select=select if self.cfg.ttt_fast else None)
-        nats, grads = nats if self.cfg.ttt_fast else nats[select], ()  # with gradient even if nobody learns: one graph
-        if (self.lengths[rows] > end).any():  # no document learns from its last chunk
+        learns = bool((self.lengths[rows] > end).any())  # no document learns from its last chunk
+        with torch.set_grad_enabled(learns or not self.split):
+            nats = self.forward(batch, self.plan, lora=lora, select=select if self.cfg.ttt_fast else None)
+        nats, grads = nats if self.cfg.ttt_fast else nats[select], ()
+        if learns:
             loss = (nats.view(-1, c).mean(1) * (counts[:, 0] > end)).sum()
             grads = torch.autograd.grad(loss, [lora.down, lora.up])
         return place[:, n - c : n].flatten(), nats.detach(), grads
@@ -2153,15 +2158,16 @@ class Adaptation:
             mine = master[rows]
             self.update(mine if leaf is master else leaf[rows], mine, grad, [x[rows] for x in moments], t, self.cfg)
 
-def batches_of(docs: Documents, chosen: np.ndarray, cfg: Config) -> list[np.ndarray]:
-    """Documents of like length together, longest first so that no rank waits at the end; few long ones at once, many
-    short ones. With TTT_WARM_START_A as the stream has them, for what one learns goes on to a later one."""
+def batches_of(docs: Documents, chosen: np.ndarray, cfg: Config, world_size: int = 1) -> list[np.ndarray]:
+    """Documents of like length together, longest first so that no rank waits at the end; many short ones at once, few
+    long ones where another rank can take the others. With TTT_WARM_START_A as the stream has them, for what one learns
+    goes on to a later one."""
     chosen, batches = chosen[docs.counts[chosen] > 0], []
     if not cfg.ttt_warm_start_a:
         chosen = chosen[np.argsort(-docs.counts[chosen], kind="stable")]
     while len(chosen):
         relative, even = docs.counts[chosen[0]] / cfg.ttt_eval_seq_len, cfg.ttt_warm_start_a or not cfg.ttt_fast
-        factor = 1 if even or 1 / 8 < relative <= 2 else 4 if relative < 1 else 0.25
+        factor = 1 if even or 1 / 8 < relative <= 2 else 4 if relative < 1 else 0.25 if world_size > 1 else 1
         batch, chosen = np.split(chosen, [max(1, int(cfg.ttt_batch_size * factor))])
         batches.append(batch[np.argsort(-docs.counts[batch], kind="stable")])
     return batches
@@ -2178,7 +2184,7 @@ def adapt_documents(state: Adaptation, scorer: Scorer, first: int, stop: int, de
     """Scores the documents first..stop-1 once; the ranks take batches from a shared counter. When the deadline is near,
     a rank scores the rest of its batch, and the batches it takes from there on, without learning."""
     (ledger, cfg, ranks, log), (_, starts, counts) = scorer[2:], scorer.ledger.docs
-    batches, late = batches_of(ledger.docs, np.arange(first, stop), cfg), False
+    batches, late = batches_of(ledger.docs, np.arange(first, stop), cfg, ranks.world_size), False
     left = np.cumsum([counts[stop:].sum(), *(counts[b].sum() for b in batches[::-1])])[::-1]  # targets from a batch on
     numbers = range(ranks.rank, len(batches), ranks.world_size) if cfg.ttt_warm_start_a else ranks.tickets()
     for number in takewhile(lambda n: n < len(batches), numbers):

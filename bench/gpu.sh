@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# GPU tests, the speed of a step (beside the public script REFERENCE=FILE, if set), then the record preset on one GPU for
-# a few minutes; the tables go to bench/results/.
+# GPU tests, the speed of a step and of the evaluation (beside the public script REFERENCE=FILE, if set), then the record
+# preset on one GPU for a minute; the tables go to bench/results/.
 # Usage: bench/gpu.sh [PYTHON]. Needs a CUDA torch in PYTHON; packages it lacks are taken from ./wheels if that is there.
-# Ten minutes on one H100 or H200: GPU_SECONDS (default 120) of training, documents scored: GPU_DOCS (default 0.02).
+# Ten minutes on one H100 or H200: at most STEP_SECONDS (default 130) and EVAL_SECONDS (default 150) for the two speeds,
+# GPU_SECONDS (default 60) of training, documents scored: GPU_DOCS (default 0.01).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${1:-python3}
@@ -20,13 +21,18 @@ else
   DATASET=fineweb10B_sp8192
 fi
 mkdir -p bench/results
-STEP="bench/results/step_$(date +%Y%m%d-%H%M%S).txt"  # a comparison that fails or takes too long must not stop the run
-PRESET=record timeout "${STEP_SECONDS:-240}" "$PYTHON" bench/step.py ${REFERENCE:+--reference "$REFERENCE"} --rounds 10 \
-  > "$STEP" 2>&1 || echo "bench/step.py: exit status $?" >> "$STEP"
-cat "$STEP"
-if [ -n "${OUT:-}" ]; then cp "$STEP" "$OUT/"; fi
-export RUN_ID="gpu_$(date +%Y%m%d-%H%M%S)" DATASET PRESET=record MAX_WALLCLOCK_SECONDS=${GPU_SECONDS:-120}
-export VAL_DOC_FRACTION=${GPU_DOCS:-0.02} VAL_LOSS_EVERY=0 WARMUP_STEPS=2 GPTQ_CALIBRATION_BATCHES=16
+STAMP=$(date +%Y%m%d-%H%M%S)
+measure() {  # NAME SECONDS OPTIONS..: a comparison that fails or takes too long must not stop the run
+  local table="bench/results/$1_$STAMP.txt"
+  PRESET=record timeout "$2" "$PYTHON" -u "bench/$1.py" ${REFERENCE:+--reference "$REFERENCE"} "${@:3}" > "$table" 2>&1 \
+    || echo "bench/$1.py: exit status $?" >> "$table"
+  cat "$table"
+  if [ -n "${OUT:-}" ]; then cp "$table" "$OUT/"; fi
+}
+measure step "${STEP_SECONDS:-130}" --rounds 5
+measure evaluation "${EVAL_SECONDS:-150}" --batches 2
+export RUN_ID="gpu_$STAMP" DATASET PRESET=record MAX_WALLCLOCK_SECONDS=${GPU_SECONDS:-60}
+export VAL_DOC_FRACTION=${GPU_DOCS:-0.01} VAL_LOSS_EVERY=0 WARMUP_STEPS=2 GPTQ_CALIBRATION_BATCHES=16
 "$PYTHON" train_gpt.py
 {
   echo "date: $(date -u +%Y-%m-%d) commit: $(git rev-parse --short HEAD 2>/dev/null || echo unknown)"
