@@ -437,7 +437,8 @@ class Audit:
                     self.always_on.append(str(error))
                 finding = Finding(False, " ".join(said.split())[:300])
             figures = {**finding.figures, "seconds": round(time.monotonic() - start, 2)}
-            self.findings[name] = finding._replace(figures=figures)
+            passed = None if finding.passed is None else bool(finding.passed)
+            self.findings[name] = finding._replace(passed=passed, figures=figures)
         return self.findings
 
     def over_evaluations(self, test: Callable[[str], tuple[float, float, str]]) -> Finding:
@@ -1087,7 +1088,7 @@ def main(argv: list[str]) -> int:
     log = args.run_log or folder.parent.parent / "logs" / f"{folder.name}.txt"
     result = audit(args.script, args.artifact, dict(os.environ), args.tests, args.docs, log if log.is_file() else None)
     out = args.json or folder / "audit.json"
-    out.write_text(json.dumps(result, indent=1) + "\n")
+    out.write_text(json.dumps(result, indent=1, default=float) + "\n")
     for name, test in result["tests"].items():
         verdict = {True: "ok", False: "VIOLATION", None: "-"}[test["passed"]]
         print(f"{name:<5}{verdict:<10}{test['seconds']:>6.1f} s  {test['evidence']}")
