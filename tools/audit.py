@@ -612,7 +612,8 @@ class Audit:
         return Finding(worst <= self.allowed(last) and size <= 16_000_000, text, {"bytes": size, "worst": worst})
 
     def few(self) -> Any:  # the documents that the fresh process scores
-        return self.tg.Documents.load(self.subject.run.streams["val"], self.subject.bos, self.fraction(self.subject.cfg))
+        run = self.subject.run
+        return self.tg.Documents.load(run.streams["val"], self.subject.bos, self.fraction(self.subject.cfg))
 
     def fraction(self, cfg: Any) -> Any:
         whole = cfg.data_loader != "documents"
@@ -760,7 +761,7 @@ class Audit:
             ids = [int(i) for i in docs.tokens[start + 1 : start + count + 1] if i != subject.bos]
             changed += model.encode(model.decode(ids)) != ids
         text = f"{len(real)} documents: {int(counted.sum())} bytes counted, {int(real.sum())} decoded, "
-        text += f"{wrong} documents differ; {changed} of {min(200, len(real))} change their ids when decoded and encoded again"
+        text += f"{wrong} documents differ; {changed} of {min(200, len(real))} change their ids when encoded again"
         if wrong:
             text += f" (factor {counted.sum() / real.sum():.4f})"
         return Finding(wrong == 0, text, {"counted": int(counted.sum()), "decoded": int(real.sum())})
