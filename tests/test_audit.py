@@ -1,0 +1,210 @@
+"""The audit: passes the honest evaluation in every mode, catches each planted cheat, reads logs of whoever."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cheats import CHEATS, CHUNK, ROOT, plant
+from conftest import TINY, run_script
+
+sys.path.insert(0, str(ROOT / "tools"))
+import audit
+
+RATES = {"TTT_LORA_LR": "0.01"}  # at which every update shows
+PHASES = {"PHASED_TTT_NUM_PHASES": "2", "PHASED_TTT_PREFIX_DOCS": "8", "TTT_CHUNK_TOKENS": "64", "TTT_LR": "0.05"}
+IN_PROCESS = [test for test in audit.TESTS if test not in ("T7", "T8", "T18")]
+SCRIPT = ROOT / "train_gpt.py"
+
+
+@pytest.fixture(scope="session")
+def run(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a short run: logs/a.txt, runs/a/final_model.int6.ptz."""
+    folder = tmp_path_factory.mktemp("audited")
+    done = run_script({**TINY, **RATES, "DATA_DIR": str(tiny_data), "ITERATIONS": "40", "RUN_ID": "a"}, folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture
+def knobs(tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    monkeypatch.setenv("DATA_DIR", str(tiny_data))
+    return {**TINY, **RATES, "DATA_DIR": str(tiny_data), "WARMUP_STEPS": "0"}
+
+
+def artifact_of(run: Path) -> Path:
+    return run / "runs" / "a" / "final_model.int6.ptz"
+
+
+def failed(result: dict) -> list[str]:
+    return [name for name, test in result["tests"].items() if test["passed"] is False]
+
+
+# === Honest ===========================================================================================================
+@pytest.mark.parametrize("mode", ["document", "chunk", "phases"])
+def test_honest_run_passes_every_test(run, knobs, mode):
+    changes = {"document": {"WARMUP_STEPS": "1"}, "chunk": CHUNK, "phases": PHASES}[mode]
+    tests, log = (audit.TESTS, run / "logs" / "a.txt") if mode == "document" else (IN_PROCESS, None)
+    result = audit.audit(SCRIPT, artifact_of(run), {**knobs, **changes}, tests, 8, log)
+    assert failed(result) == [], {name: result["tests"][name]["evidence"] for name in failed(result)}
+    assert result["always_on"] == []
+    ran = {name for name, test in result["tests"].items() if test["passed"]}
+    assert ran >= set(IN_PROCESS) - {"T13", "T15", "T16", "T19"}
+    assert mode != "document" or ran >= set(audit.TESTS) - {"T15"}
+    held = {name: row["passed"] for name, row in result["properties"].items()}
+    assert held["document_independent"] is (True if mode == "document" else None)
+    assert all(held[name] for name in ("repeatable", "causal", "normalised", "score_first", "single_pass", "lossless"))
+    if mode != "document":  # learning happened, or the tests above had nothing to see
+        assert re.search(r"quantized_ttt_lora [1-9]\d+ targets read", result["tests"]["T5"]["evidence"])
+
+
+# === Planted cheats ===================================================================================================
+@pytest.mark.parametrize("name", CHEATS)
+def test_cheat_is_caught(run, knobs, tmp_path, name):
+    _, expected, changes = CHEATS[name]
+    beside = artifact_of(run).with_name("beside.npy")
+    if name == "state_beside_the_artifact":
+        np.save(beside, np.float32(0.01))
+    try:
+        result = audit.audit(plant(name, tmp_path), artifact_of(run), {**knobs, **changes}, list(expected), 8)
+    finally:
+        beside.unlink(missing_ok=True)
+    evidence = {test: found["evidence"] for test, found in result["tests"].items()}
+    assert set(failed(result)) - {"T0"} == set(expected), evidence
+    assert not any("Error:" in text for text in evidence.values()), evidence  # caught, not crashed
+    broken = {name for name, row in result["properties"].items() if row["passed"] is False}
+    assert broken  # and said in terms of a property
+
+
+def test_sixteen_kinds_of_cheat_and_more_are_planted():
+    assert len(CHEATS) >= 16
+    assert {test for _, tests, _ in CHEATS.values() for test in tests} >= {
+        "T1", "T2", "T3", "T4", "T5", "T6", "T7", "T8", "T9", "T10", "T11", "T12", "T14", "T17", "T18"}  # fmt: skip
+
+
+# === Logs =============================================================================================================
+def log_of(tmp_path: Path, loss: float, bpb: float, tokens: int, digits: int = 8) -> Path:
+    path = tmp_path / "train.log"
+    path.write_text(f"val_tokens: {tokens}\n1/2 val_loss: 4.1 val_bpb: 2.5\n"
+                    f"quantized_ttt val_loss:{loss:.{digits}f} val_bpb:{bpb:.{digits}f} eval_time:1ms\n")  # fmt: skip
+    return path
+
+
+@pytest.mark.parametrize(
+    "tokens,factor,passed",
+    [(40_540_160, 1.0, True), (40_540_160, 1.1671, False), (62_021_632, 1.0413, False), (62_021_632, 1.0, True),
+     (45_508_608, 1.0099, False), (47_851_520, 1.0, True), (63_779_840, 1.0, False), (9_662_464, 1.0, False)],
+)  # fmt: skip
+def test_implied_bytes_of_published_logs(tmp_path, tokens, factor, passed):
+    known = audit.CANONICAL.get(tokens, ("", 32_756_252))[1]
+    path = log_of(tmp_path, 2.77383724, 2.77383724 / math.log(2) * tokens / (known * factor), tokens)
+    assert audit.implied_bytes(path).passed is passed
+
+
+def test_implied_bytes_allow_for_the_digits_printed(tmp_path):
+    bpb = 2.77383724 / math.log(2) * 40_540_160 / 151_078_222
+    assert audit.implied_bytes(log_of(tmp_path, 2.77383724, bpb, 40_540_160, digits=4)).passed
+    empty = tmp_path / "empty.log"
+    empty.write_text("step:1 train_loss:3.0\n")
+    assert audit.implied_bytes(empty).passed is None
+
+
+def test_logs_of_this_repository_imply_their_own_bytes():
+    for path in sorted((ROOT / "logs").glob("*.txt")):
+        finding = audit.implied_bytes(path)
+        assert finding.passed, (path, finding)
+        assert abs(finding.figures["ratio"] - 1) < 1e-6
+
+
+def edited(run: Path, tmp_path: Path, pattern: str, replacement: str) -> Path:
+    text, number = re.subn(pattern, replacement, (run / "logs" / "a.txt").read_text(), flags=re.M)
+    assert number
+    path = tmp_path / "a.txt"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize(
+    "test,pattern,replacement,word",
+    [("T16", r"^(all of eval +)[\d.]+ ", r"\g<1>700.1 ", "OVER"),
+     ("T16", r"^(score quantized_ttt_lora +)[\d.]+ ", r"\g<1>601.0 ", "OVER"),
+     ("T16", r"^(Total submission size [^:]*: )\d+", r"\g<1>16000001", "bytes OVER"),
+     ("T19", r'"artifact_sha256": "..', r'"artifact_sha256": "zz', "artifact_sha256"),
+     ("T19", r"^  ttt_chunk_size: 16", r"  ttt_chunk_size: 17", "ttt_chunk_size"),
+     ("T19", r"^MLP_SLOPE = 0.5", r"MLP_SLOPE = 0.6", "source text"),
+     ("T13", r"^(quantized_ttt_lora val_loss:\S+ val_bpb:)\S+", r"\g<1>1.00000000", "factor")],
+)  # fmt: skip
+def test_log_that_does_not_fit_is_found(run, knobs, tmp_path, test, pattern, replacement, word):
+    visit = audit.Audit(SCRIPT, artifact_of(run), knobs, 4, edited(run, tmp_path, pattern, replacement))
+    finding = visit.run([test])[test]
+    assert finding.passed is False and word in finding.evidence, finding
+    visit.log_path = run / "logs" / "a.txt"
+    assert visit.run([test])[test].passed, visit.findings
+
+
+def test_what_the_run_refuses_by_itself_is_a_finding(run, knobs, tmp_path):
+    """Without the part of the cheat that takes the run's own comparison of bytes away, no score comes about."""
+    path = plant("leading_space_twice", tmp_path)
+    path.write_text(path.read_text().replace("    tg.check_bytes = check_bytes\n", ""))
+    result = audit.audit(path, artifact_of(run), knobs, ["T12"], 4)
+    assert "T12" in failed(result) and "the run refuses" in result["tests"]["T12"]["evidence"]
+    assert result["always_on"]
+
+
+# === Command ==========================================================================================================
+def command(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
+    base = {k: os.environ[k] for k in ("PATH", "HOME", "LANG") if k in os.environ} | {"OMP_NUM_THREADS": "1"}
+    line = [sys.executable, str(ROOT / "tools" / "audit.py"), *arguments]
+    return subprocess.run(line, env=base | (env or {}), capture_output=True, text=True, timeout=240, check=False)
+
+
+def test_command_writes_what_the_report_reads_and_says_so_by_its_status(run, knobs, tmp_path):
+    artifact, out = str(artifact_of(run)), tmp_path / "audit.json"
+    done = command(artifact, "--tests", "T4,T14", "--json", str(out), "--markdown", "--docs", "4", env=knobs)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads(out.read_text())
+    assert result["properties"]["single_pass"]["passed"] is True
+    assert result["properties"]["causal"]["passed"] is None  # not run is not shown
+    assert "| single pass | yes | T4 |" in done.stdout and "/" not in json.dumps(result["knobs"])
+    bad = plant("hard_documents_left_out", tmp_path)
+    done = command(artifact, "--tests", "T14", "--json", str(out), "--script", str(bad), env=knobs)
+    assert done.returncode == 1 and "VIOLATION" in done.stdout
+    assert json.loads(out.read_text())["properties"]["lossless"]["passed"] is False
+
+
+def test_wrong_usage_ends_with_status_2_and_inflated_logs_with_1(tmp_path):
+    for arguments in ([], ["nowhere"], ["x", "--log", "y"], [__file__, "--tests", "T99"], [__file__, "--docs", "1"]):
+        assert command(*arguments).returncode == 2, arguments
+    bpb = 2.7 / math.log(2) * 40_540_160 / 151_078_222
+    assert command("--log", str(log_of(tmp_path, 2.7, bpb, 40_540_160))).returncode == 0
+    done = command("--log", str(log_of(tmp_path, 2.7, bpb / 1.1671, 40_540_160)))
+    assert done.returncode == 1 and "factor 1.167" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "event,violation",
+    [(("open", "{f}/artifact", False, "artifact"), False),
+     (("open", "{d}/x_val_0.bin", False, "data/datasets/d/x_val_0.bin"), False),
+     (("open", "{d}/x_val_0.bin", False, "data/datasets/d/x_train_0.bin"), True),
+     (("open", "{f}/runs/alone/scores.json", True, "runs/alone/scores.json"), False),
+     (("open", "/root/elsewhere", False, "/root/elsewhere"), True),
+     (("open", "/proc/meminfo", False, "/proc/meminfo"), False),
+     (("open", "/proc/meminfo", True, "/proc/meminfo"), True),
+     (("socket.connect", "x", False, "x"), True), (("subprocess.Popen", "curl", False, "curl"), True)],
+    ids=str,
+)  # fmt: skip
+def test_what_a_fresh_process_may_open(tmp_path, event, violation):
+    cfg = type("Config", (), dict(dataset_dir=Path("d"), compile=False))
+    data = tmp_path / "data" / "datasets" / "d"
+    data.mkdir(parents=True)
+    (data / "x_val_0.bin").touch()
+    kind, path, writes, name = event
+    found = audit.judge([(kind, path.format(f=tmp_path, d=data), writes, name)], tmp_path, cfg)
+    assert bool(found["violations"]) is violation
