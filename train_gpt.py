@@ -1679,48 +1679,52 @@ def collect_sensitivities(forward: Callable, model: GPT, plan: tuple[Visit, ...]
     rare = 0.25 * found["tok_emb"].sqrt().mean().square()  # a token may be absent from these rows, not from the test
     return {**found, "tok_emb": found["tok_emb"] + rare}
 
-def inverse_factor(hessian: Tensor) -> Tensor:  # upper U (n, c, c) with H^-1 = U^T U
+def lower_factor(hessian: Tensor) -> Tensor:  # L (n, c, c) with H = L L^T, from the lower triangle
     mean = hessian.diagonal(dim1=-2, dim2=-1).mean(-1)  # damped by 1 % of it, more where that is not enough
-    damping, eye = torch.full_like(mean, 0.01), torch.eye(hessian.size(-1), device=hessian.device)
+    damping = torch.full_like(mean, 0.01)
     for _ in range(6):
-        lower, failed = torch.linalg.cholesky_ex(hessian + (damping * mean)[:, None, None] * eye)
-        upper, failed_too = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-        bad = (failed != 0) | (failed_too != 0) | ~upper.isfinite().all(-1).all(-1)
+        damped = hessian.clone()
+        damped.diagonal(dim1=-2, dim2=-1).add_((damping * mean)[:, None])
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        bad = (failed != 0) | ~lower.diagonal(dim1=-2, dim2=-1).isfinite().all(-1)
         if not bad.any():
-            return upper
+            return lower
         damping[bad] *= 10
     raise FloatingPointError(f"Hessians {bad.nonzero().flatten().tolist()} of a bank have no Cholesky factor")
 
 class Solver(NamedTuple):
     """GPTQ (Frantar et al. 2022) with act-order for all matrices of one shape at once. Columns go by falling Hessian
-    diagonal, the error of each to those after it; inputs that are never active get zero columns."""
-    weight: Tensor  # (n, rows, cols) fp32, columns in that order
+    diagonal, the error of each to those after it; inputs that are never active get zero columns. With H = L L^T in the
+    opposite order no inverse is needed: column j is rounded as w_j + sum of e_k L_kj / L_jj over the columns k before
+    it, e = w - q step (QuIP, arXiv 2307.13304, theorem 6). A column is contiguous."""
+    weight: Tensor  # (n, cols, rows) fp32, columns in that order: from the last to the first
     order: Tensor  # (n, cols)
-    u: Tensor  # (n, cols, cols) upper, H^-1 = U^T U: a step s costs s^2 / 12 / U_jj^2 of weighted error in column j
+    upper: Tensor  # L^T (n, cols, cols): a step s costs s^2 / 12 * L_jj^2 of weighted error in column j
     @classmethod
     def prepare(cls, weight: Tensor, hessian: Tensor) -> Solver:  # (n, rows, cols), (n, cols, cols)
         diagonal = hessian.diagonal(dim1=-2, dim2=-1)
-        dead = diagonal <= 0
+        dead, order = diagonal <= 0, diagonal.argsort(-1, descending=True).flip(-1)
         typical = diagonal.sum(-1, keepdim=True) / (~dead).sum(-1, keepdim=True).clamp_min(1)
-        hessian = hessian + torch.diag_embed(typical.clamp_min(1e-12) * dead)
-        order = diagonal.argsort(-1, descending=True)
-        each = torch.arange(len(order), device=order.device)[:, None, None]
-        w = weight.float().masked_fill(dead.unsqueeze(1), 0).gather(-1, order.unsqueeze(1).expand_as(weight))
-        return cls(w, order, inverse_factor(hessian[each, order[:, :, None], order[:, None, :]]))
+        w = torch.stack([x.float().index_select(1, o).mT for x, o in zip(weight, order, strict=True)])
+        h = torch.stack([x.index_select(0, o).index_select(1, o) for x, o in zip(hessian, order, strict=True)])
+        dead = dead.gather(-1, order)
+        h.diagonal(dim1=-2, dim2=-1).add_(typical.clamp_min(1e-12) * dead)
+        return cls(w.masked_fill_(dead.unsqueeze(2), 0), order, lower_factor(h).mT)
     def solve(self, step: Tensor, qmax: int) -> Tensor:  # (n, rows) -> q int8 (n, rows, cols), W ~ q * step
-        w, u, cols = self.weight.clone(), self.u, self.weight.size(-1)
-        q = torch.empty_like(w)
-        for start in range(0, cols, 128):
-            stop = min(start + 128, cols)
-            block, error = w[..., start:stop], torch.empty_like(w[..., start:stop])
-            for j in range(stop - start):
-                q[..., start + j] = (block[..., j] / step).round().clamp(-qmax, qmax)
-                error[..., j] = (block[..., j] - q[..., start + j] * step) / u[:, start + j, start + j, None]
-                block[..., j:] -= error[..., j, None] * u[:, start + j, None, start + j : stop]
-            w[..., stop:] -= error @ u[:, start:stop, stop:]
-        if not q.isfinite().all():
+        e, q = self.weight.clone(), torch.empty_like(self.weight, dtype=torch.int8)
+        for stop in range(e.size(1), 0, -32):
+            start = max(stop - 32, 0)
+            block, u = e[:, start:stop], self.upper[:, start:stop, start:]
+            u, inside = u / u.diagonal(dim1=1, dim2=2).unsqueeze(2), stop - start
+            wanted = torch.baddbmm(block, u[..., inside:], e[:, stop:])
+            for j in reversed(range(inside)):
+                sent = u[:, j, None, j + 1 : inside] @ block[:, j + 1 :]
+                rounded = sent.squeeze(1).add_(wanted[:, j]).div_(step).round_().clamp_(-qmax, qmax)
+                block[:, j].addcmul_(rounded, step, value=-1)
+                q[:, start + j] = rounded
+        if not e.isfinite().all():
             raise FloatingPointError("GPTQ: a weight or a Hessian is not finite")
-        return torch.empty_like(q).scatter_(-1, self.order.unsqueeze(1).expand_as(q), q).to(torch.int8)
+        return torch.stack([x.index_select(0, o).mT for x, o in zip(q, self.order.argsort(-1), strict=True)])
 
 def clip_steps(weight: Tensor, clip_sigmas: Tensor | float, qmax: int) -> Tensor:  # SDClip (PR #1394): (n, rows) fp16
     floor = torch.finfo(torch.float16).tiny  # below, fp16 loses bits (W33)
@@ -1729,9 +1733,9 @@ def clip_steps(weight: Tensor, clip_sigmas: Tensor | float, qmax: int) -> Tensor
 class Quantizer:
     """All of quantisation that is the same for any size; a rank prepares every W-th slice of a bank. Steps are those of
     CLIP_SIGMAS times sqrt(theta), or with sensitivities by reverse water-filling over all rows: a row of power p and
-    step s takes 1/2 log2(1 + 2 pi e p / s^2) bits a weight and costs, by Solver.u, e s^2 / 12 nats a weight. The sum of
-    costs is least at 12 theta = s^2 (e - theta / p), with nothing but zeros where e p < theta. Steps are powers of
-    2^(1/8) then: 0.1 % more error, 60 KB fewer of scales at full size."""
+    step s takes 1/2 log2(1 + 2 pi e p / s^2) bits a weight and costs, by Solver.upper, e s^2 / 12 nats a weight. The
+    sum of costs is least at 12 theta = s^2 (e - theta / p), with nothing but zeros where e p < theta. Steps are powers
+    of 2^(1/8) then: 0.1 % more error, 60 KB fewer of scales at full size."""
     def __init__(self, model: GPT, hessians: dict[tuple[str, int], Tensor], sensitivities: dict[str, Tensor] | None,
                  ranks: Ranks):  # fmt: skip
         self.cfg = cfg = model.cfg
@@ -1743,7 +1747,8 @@ class Quantizer:
             if mine := all_of[ranks.rank :: ranks.world_size]:
                 index = torch.tensor([m[1] for m in mine], device=weight.device)
                 solver = Solver.prepare(weight[index], torch.stack([hessians[m[2:]] for m in mine]))
-                self.solvers[bank], spread[index] = (index, solver), solver.u.diagonal(dim1=1, dim2=2).pow(-2).mean(-1)
+                self.solvers[bank] = index, solver
+                spread[index] = solver.upper.diagonal(dim1=1, dim2=2).square().mean(-1)
             qmax = 2 ** ((cfg.embed_bits if bank == "tok_emb" else cfg.matrix_bits) - 1) - 1
             clips = torch.tensor([clip_sigmas(cfg, bank, m[3]) for m in all_of], device=weight.device)[:, None]
             published, power = clip_steps(weight, clips, qmax).float(), weight.square().mean(-1).clamp_min(1e-20)

@@ -175,7 +175,7 @@ def test_solver_spread_predicts_the_weighted_error_of_a_fine_step():
     step = 0.05 * weight.std(-1)
     solver = tg.Solver.prepare(weight, hessian)
     error = weighted_error(weight, solver.solve(step, 127).float(), step, hessian)
-    spread = solver.u.diagonal(dim1=1, dim2=2).pow(-2).sum(-1)
+    spread = solver.upper.diagonal(dim1=1, dim2=2).square().sum(-1)
     assert 0.8 < float(error / (spread * step.square().sum(-1) / 12)) < 1.1
 
 
