@@ -1255,6 +1255,11 @@ def deal(banks: dict[str, Tensor], world_size: int) -> list[dict[str, slice]]:
     ends = {name: np.cumsum(count).tolist() for name, count in counts.items()}
     return [{name: slice(ends[name][r] - counts[name][r], ends[name][r]) for name in banks} for r in range(world_size)]
 
+def views(flat: Tensor, like: dict[str, Tensor]) -> dict[str, Tensor]:  # its first values, in the shapes of `like`
+    sizes = [x.numel() for x in like.values()]
+    parts = zip(like.items(), flat[: sum(sizes)].split(sizes), strict=True)
+    return {name: part.view_as(x) for (name, x), part in parts}
+
 class Muon:
     """Muon for banks of matrices (B, out, in) that act as y = x W^T: reduce-scatter of gradients, one pass over what a
     rank owns, all-gather of weights (PR #399 gathers updates). Momentum, average and exact weights exist only at their
@@ -1265,21 +1270,20 @@ class Muon:
     def __init__(self, banks: dict[str, nn.Parameter], cfg: Config, ranks: Ranks):
         self.banks, self.cfg, self.ranks, self.shares = banks, cfg, ranks, deal(banks, ranks.world_size)
         self.one_pass = torch.compile(muon_step, dynamic=False) if cfg.compile else muon_step
-        self.mine, self.sent, self.alone = self.shares[ranks.rank], {}, ranks.world_size == 1
-        self.own = {name: banks[name].data[s] for name, s in self.mine.items()}  # views: stepped in place
+        slices = [{name: bank.data[share[name]] for name, bank in banks.items()} for share in self.shares]  # by rank
+        self.mine, self.own, self.sent = self.shares[ranks.rank], slices[ranks.rank], {}  # stepped in place
+        self.alone = ranks.world_size == 1
         self.momentum = {name: torch.zeros_like(w) for name, w in self.own.items()}
         self.average = {name: w.clone() for name, w in self.own.items()}
         if not self.alone:
-            room = max(sum(banks[name][s].numel() for name, s in share.items()) for share in self.shares)
+            room = max(sum(x.numel() for x in share.values()) for share in slices)
             self.message = torch.zeros(ranks.world_size, room, dtype=cfg.dtype, device=ranks.device)
             self.reduced, self.part = torch.zeros_like(self.message[0]), torch.zeros_like(self.message[0])
-            self.sent, rows = self.pieces(self.part, self.mine), zip(self.message, self.shares, strict=True)
-            self.places = [(rank, *x) for rank, row in enumerate(rows) for x in self.pieces(*row).items()]
+            self.sent, rows = views(self.part, self.own), map(views, self.message, slices)
+            self.places = [(rank, *x) for rank, row in enumerate(rows) for x in row.items()]
+            others = [place for place in self.places if place[0] != ranks.rank]
+            self.theirs = [slices[rank][name] for rank, name, _ in others], [x for *_, x in others]
 
-    def pieces(self, row: Tensor, share: dict[str, slice]) -> dict[str, Tensor]:  # of a message -> a rank's slices
-        sizes = [self.banks[name][s].numel() for name, s in share.items()]
-        parts = zip(share.items(), row[: sum(sizes)].split(sizes), strict=True)
-        return {name: x.view_as(self.banks[name][s]) for (name, s), x in parts}
     def whole(self, own: dict[str, Tensor]) -> dict[str, Tensor]:  # banks in fp32 of all ranks' slices; all call it
         banks = {name: torch.zeros_like(p, requires_grad=False) for name, p in self.banks.items()}
         for name, s in self.mine.items():
@@ -1291,7 +1295,7 @@ class Muon:
             parts = [self.grads[name][self.shares[rank][name]] for rank, name, _ in self.places]
             torch._foreach_copy_([x for *_, x in self.places], parts)
             self.ranks.reduce_scatter(self.reduced, self.message)
-            self.grads = self.pieces(self.reduced, self.mine)
+            self.grads = views(self.reduced, self.own)
         return self.ranks.sum(torch.stack([g.float().square().sum() for g in self.grads.values()]).sum())
     def step(self, rates: Tensor) -> None:  # one update from the reduced gradients; `rates` as in muon_step
         for name, w in self.own.items():
@@ -1300,9 +1304,7 @@ class Muon:
                 self.one_pass(self.grads[name], *state, rates, self.cfg)
         if not self.alone:
             self.ranks.all_gather(self.message, self.part)
-            theirs = [place for place in self.places if place[0] != self.ranks.rank]
-            copies = [self.banks[name].data[self.shares[rank][name]] for rank, name, _ in theirs]
-            torch._foreach_copy_(copies, [x for *_, x in theirs])
+            torch._foreach_copy_(*self.theirs)
 
 class Optimizers:
     """All as one: reduce every gradient, clip by the norm of the reduced ones (W2), step, average. The embedding and
@@ -1317,18 +1319,16 @@ class Optimizers:
         aligned = sorted(group["scalar"].items(), key=lambda item: item[1].numel() % 4)  # vector loads want 16 bytes
         self.muon, self.small = Muon(group["muon"], cfg, ranks), group["embed"] | dict(aligned)
         self.flat = torch.cat([p.detach().flatten() for p in self.small.values()])
-        for name, view in self.views(self.flat).items():
+        for name, view in views(self.flat, self.small).items():
             self.small[name].data = view
         self.average, size = self.flat.clone(), sum(p.numel() for p in group["embed"].values())
         self.leaves = [nn.Parameter(x) for x in (self.flat[:size], self.flat[size:])]
         settings = zip(self.leaves, (cfg.tied_embed_lr, cfg.scalar_lr), (cfg.embed_wd, cfg.adam_wd), strict=True)
         groups = [dict(params=[leaf], lr=lr, base_lr=lr, weight_decay=decay) for leaf, lr, decay in settings]
         self.adam = torch.optim.AdamW(groups, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=True)
-        weights, average = self.views(self.flat) | self.muon.own, self.views(self.average) | self.muon.average
-        self.state = {"weights": weights, "average": average, "momentum": self.muon.momentum}  # this rank's, exact
-    def views(self, flat: Tensor) -> dict[str, Tensor]:
-        parts = flat.split([p.numel() for p in self.small.values()])
-        return {name: x.view_as(p) for (name, p), x in zip(self.small.items(), parts, strict=True)}
+        weights, average = (views(flat, self.small) for flat in (self.flat, self.average))
+        self.state = {"weights": weights | self.muon.own, "average": average | self.muon.average,
+                      "momentum": self.muon.momentum}  # this rank's, exact
 
     @torch.no_grad()
     def step(self, lr_scale: float, momentum: float) -> Tensor:  # clears the gradients; returns the reduced one's norm
@@ -1738,8 +1738,7 @@ class Quantizer:
     2^(1/8) then: 0.1 % more error, 60 KB fewer of scales at full size."""
     def __init__(self, model: GPT, hessians: dict[tuple[str, int], Tensor], sensitivities: dict[str, Tensor] | None,
                  ranks: Ranks):  # fmt: skip
-        self.cfg = cfg = model.cfg
-        self.ranks, self.shapes, self.solvers, self.rows = ranks, banks(cfg), {}, {}
+        cfg, self.ranks, self.shapes, self.solvers, self.rows = model.cfg, ranks, banks(model.cfg), {}, {}
         self.finest = sum(map(math.prod, self.shapes.values())) * cfg.matrix_bits / 8  # bytes; see fit
         for bank, shape in self.shapes.items():
             weight, spread = model.get_parameter(bank).detach().view(shape), torch.zeros(shape[0], device=ranks.device)
@@ -1788,11 +1787,6 @@ def clip_sigmas(cfg: Config, bank: str, layer: int) -> float:
     looped = cfg.num_loops > 0 and cfg.loop_start <= layer <= cfg.loop_end and cfg.loop_clip_sigmas
     group = {"qo_bank": cfg.attn_clip_sigmas, "kv_bank": cfg.attn_clip_sigmas}.get(bank, cfg.mlp_clip_sigmas)
     return cfg.embed_clip_sigmas if bank == "tok_emb" else looped or group or cfg.matrix_clip_sigmas
-
-def quantize(model: GPT, hessians: dict[tuple[str, int], Tensor], ranks: Ranks,
-             sensitivities: dict[str, Tensor] | None = None) -> dict[str, tuple[Tensor, Tensor]]:  # fmt: skip
-    solver = Quantizer(model, hessians, sensitivities, ranks)
-    return solver.solve(solver.default)
 
 def fit(solver: Quantizer, model: GPT, meta: dict[str, Any], log: Callable[[str], None], rounds: int = 12) -> bytes:
     """The artifact (on rank 0; all call it) with the finest steps that keep code and model under ARTIFACT_LIMIT_BYTES,

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_config
-from test_compression import ONE, correlated, gptq_quantize, random_model, random_rows, weighted_error
+from test_compression import ONE, correlated, gptq_quantize, quantize, random_model, random_rows, weighted_error
 from test_optim import on_ranks
 
 import train_gpt as tg
@@ -89,7 +89,7 @@ def test_contexts_use_integers_that_no_machine_rounds_otherwise():
 def test_published_steps_are_kept_to_the_bit_by_the_published_presets():
     cfg = tiny_config(quantizer="gptq", artifact_limit_bytes=0)
     model, hessians, _ = calibrated(cfg)
-    packed = tg.quantize(model, hessians, ONE)
+    packed = quantize(model, hessians, ONE)
     for bank, i, site, layer in tg.matrices(cfg):
         weight = model.get_parameter(bank).detach().view(tg.banks(cfg)[bank])[i : i + 1]
         clip, bits = (15.0, 7) if bank == "tok_emb" else (12.85, 6)
@@ -133,7 +133,7 @@ def test_rows_the_loss_does_not_mind_become_zeros_and_dear_ones_get_finer_steps(
     model, hessians, sensitivities = calibrated(cfg)
     sensitivities["up_bank"][0, 3] = 0.0
     sensitivities["up_bank"][0, 4] *= 64
-    q, scale = tg.quantize(model, hessians, ONE, sensitivities)["up_bank"]
+    q, scale = quantize(model, hessians, ONE, sensitivities)["up_bank"]
     assert not q[0, 3].any()
     assert q[0, 4].any()
     assert scale[0, 4] < 0.2 * scale[0].median()
@@ -229,7 +229,7 @@ def test_two_ranks_fit_to_the_bytes_of_one(tmp_path):
 def whole(compressor: str) -> bytes:
     cfg = tiny_config(**SMALL, compressor=compressor)
     model = random_model(cfg)
-    packed = tg.quantize(model, tg.collect_hessians(model, cfg.plans[0], random_rows(cfg, 2), ONE), ONE)
+    packed = quantize(model, tg.collect_hessians(model, cfg.plans[0], random_rows(cfg, 2), ONE), ONE)
     return tg.pack_artifact(model, packed, {"looped": False})
 
 
