@@ -1255,6 +1255,11 @@ def deal(banks: dict[str, Tensor], world_size: int) -> list[dict[str, slice]]:
     ends = {name: np.cumsum(count).tolist() for name, count in counts.items()}
     return [{name: slice(ends[name][r] - counts[name][r], ends[name][r]) for name in banks} for r in range(world_size)]
 
+def views(flat: Tensor, like: dict[str, Tensor]) -> dict[str, Tensor]:  # its first values, in the shapes of `like`
+    sizes = [x.numel() for x in like.values()]
+    parts = zip(like.items(), flat[: sum(sizes)].split(sizes), strict=True)
+    return {name: part.view_as(x) for (name, x), part in parts}
+
 class Muon:
     """Muon for banks of matrices (B, out, in) that act as y = x W^T: reduce-scatter of gradients, one pass over what a
     rank owns, all-gather of weights (PR #399 gathers updates). Momentum, average and exact weights exist only at their
@@ -1265,21 +1270,20 @@ class Muon:
     def __init__(self, banks: dict[str, nn.Parameter], cfg: Config, ranks: Ranks):
         self.banks, self.cfg, self.ranks, self.shares = banks, cfg, ranks, deal(banks, ranks.world_size)
         self.one_pass = torch.compile(muon_step, dynamic=False) if cfg.compile else muon_step
-        self.mine, self.sent, self.alone = self.shares[ranks.rank], {}, ranks.world_size == 1
-        self.own = {name: banks[name].data[s] for name, s in self.mine.items()}  # views: stepped in place
+        slices = [{name: bank.data[share[name]] for name, bank in banks.items()} for share in self.shares]  # by rank
+        self.mine, self.own, self.sent = self.shares[ranks.rank], slices[ranks.rank], {}  # stepped in place
+        self.alone = ranks.world_size == 1
         self.momentum = {name: torch.zeros_like(w) for name, w in self.own.items()}
         self.average = {name: w.clone() for name, w in self.own.items()}
         if not self.alone:
-            room = max(sum(banks[name][s].numel() for name, s in share.items()) for share in self.shares)
+            room = max(sum(x.numel() for x in share.values()) for share in slices)
             self.message = torch.zeros(ranks.world_size, room, dtype=cfg.dtype, device=ranks.device)
             self.reduced, self.part = torch.zeros_like(self.message[0]), torch.zeros_like(self.message[0])
-            self.sent, rows = self.pieces(self.part, self.mine), zip(self.message, self.shares, strict=True)
-            self.places = [(rank, *x) for rank, row in enumerate(rows) for x in self.pieces(*row).items()]
+            self.sent, rows = views(self.part, self.own), map(views, self.message, slices)
+            self.places = [(rank, *x) for rank, row in enumerate(rows) for x in row.items()]
+            others = [place for place in self.places if place[0] != ranks.rank]
+            self.theirs = [slices[rank][name] for rank, name, _ in others], [x for *_, x in others]
 
-    def pieces(self, row: Tensor, share: dict[str, slice]) -> dict[str, Tensor]:  # of a message -> a rank's slices
-        sizes = [self.banks[name][s].numel() for name, s in share.items()]
-        parts = zip(share.items(), row[: sum(sizes)].split(sizes), strict=True)
-        return {name: x.view_as(self.banks[name][s]) for (name, s), x in parts}
     def whole(self, own: dict[str, Tensor]) -> dict[str, Tensor]:  # banks in fp32 of all ranks' slices; all call it
         banks = {name: torch.zeros_like(p, requires_grad=False) for name, p in self.banks.items()}
         for name, s in self.mine.items():
@@ -1291,7 +1295,7 @@ class Muon:
             parts = [self.grads[name][self.shares[rank][name]] for rank, name, _ in self.places]
             torch._foreach_copy_([x for *_, x in self.places], parts)
             self.ranks.reduce_scatter(self.reduced, self.message)
-            self.grads = self.pieces(self.reduced, self.mine)
+            self.grads = views(self.reduced, self.own)
         return self.ranks.sum(torch.stack([g.float().square().sum() for g in self.grads.values()]).sum())
     def step(self, rates: Tensor) -> None:  # one update from the reduced gradients; `rates` as in muon_step
         for name, w in self.own.items():
@@ -1300,9 +1304,7 @@ class Muon:
                 self.one_pass(self.grads[name], *state, rates, self.cfg)
         if not self.alone:
             self.ranks.all_gather(self.message, self.part)
-            theirs = [place for place in self.places if place[0] != self.ranks.rank]
-            copies = [self.banks[name].data[self.shares[rank][name]] for rank, name, _ in theirs]
-            torch._foreach_copy_(copies, [x for *_, x in theirs])
+            torch._foreach_copy_(*self.theirs)
 
 class Optimizers:
     """All as one: reduce every gradient, clip by the norm of the reduced ones (W2), step, average. The embedding and
@@ -1317,18 +1319,16 @@ class Optimizers:
         aligned = sorted(group["scalar"].items(), key=lambda item: item[1].numel() % 4)  # vector loads want 16 bytes
         self.muon, self.small = Muon(group["muon"], cfg, ranks), group["embed"] | dict(aligned)
         self.flat = torch.cat([p.detach().flatten() for p in self.small.values()])
-        for name, view in self.views(self.flat).items():
+        for name, view in views(self.flat, self.small).items():
             self.small[name].data = view
         self.average, size = self.flat.clone(), sum(p.numel() for p in group["embed"].values())
         self.leaves = [nn.Parameter(x) for x in (self.flat[:size], self.flat[size:])]
         settings = zip(self.leaves, (cfg.tied_embed_lr, cfg.scalar_lr), (cfg.embed_wd, cfg.adam_wd), strict=True)
         groups = [dict(params=[leaf], lr=lr, base_lr=lr, weight_decay=decay) for leaf, lr, decay in settings]
         self.adam = torch.optim.AdamW(groups, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=True)
-        weights, average = self.views(self.flat) | self.muon.own, self.views(self.average) | self.muon.average
-        self.state = {"weights": weights, "average": average, "momentum": self.muon.momentum}  # this rank's, exact
-    def views(self, flat: Tensor) -> dict[str, Tensor]:
-        parts = flat.split([p.numel() for p in self.small.values()])
-        return {name: x.view_as(p) for (name, p), x in zip(self.small.items(), parts, strict=True)}
+        weights, average = (views(flat, self.small) for flat in (self.flat, self.average))
+        self.state = {"weights": weights | self.muon.own, "average": average | self.muon.average,
+                      "momentum": self.muon.momentum}  # this rank's, exact
 
     @torch.no_grad()
     def step(self, lr_scale: float, momentum: float) -> Tensor:  # clears the gradients; returns the reduced one's norm
@@ -1644,6 +1644,10 @@ def matrices(cfg: Config) -> list[tuple[str, int, str, int]]:  # all integer one
 def banks(cfg: Config) -> dict[str, tuple[int, int, int]]:  # name -> (n, rows, cols), in the order of the artifact
     table = parameter_table(cfg).items()
     return {name: (math.prod(r.shape[:-2]), *r.shape[-2:]) for name, r in table if r.packing != "float"}
+def floats(cfg: Config) -> dict[str, tuple[int, ...]]:  # name -> shape of all others: the last rows, which are read
+    unread, table = cfg.parallel_start_layer, parameter_table(cfg).items()
+    shapes = {name: r.shape for name, r in table if r.packing == "float"}
+    return {name: (n - unread * name.startswith("parallel_"), *more) for name, (n, *more) in shapes.items()}
 
 @torch.no_grad()
 def collect_hessians(model: GPT, plan: tuple[Visit, ...], rows: list[Batch], ranks: Ranks) -> dict[tuple, Tensor]:
@@ -1738,8 +1742,7 @@ class Quantizer:
     of 2^(1/8) then: 0.1 % more error, 60 KB fewer of scales at full size."""
     def __init__(self, model: GPT, hessians: dict[tuple[str, int], Tensor], sensitivities: dict[str, Tensor] | None,
                  ranks: Ranks):  # fmt: skip
-        self.cfg = cfg = model.cfg
-        self.ranks, self.shapes, self.solvers, self.rows = ranks, banks(cfg), {}, {}
+        cfg, self.ranks, self.shapes, self.solvers, self.rows = model.cfg, ranks, banks(model.cfg), {}, {}
         self.finest = sum(map(math.prod, self.shapes.values())) * cfg.matrix_bits / 8  # bytes; see fit
         for bank, shape in self.shapes.items():
             weight, spread = model.get_parameter(bank).detach().view(shape), torch.zeros(shape[0], device=ranks.device)
@@ -1790,11 +1793,6 @@ def clip_sigmas(cfg: Config, bank: str, layer: int) -> float:
     group = {"qo_bank": cfg.attn_clip_sigmas, "kv_bank": cfg.attn_clip_sigmas}.get(bank, cfg.mlp_clip_sigmas)
     return cfg.embed_clip_sigmas if bank == "tok_emb" else looped or group or cfg.matrix_clip_sigmas
 
-def quantize(model: GPT, hessians: dict[tuple[str, int], Tensor], ranks: Ranks,
-             sensitivities: dict[str, Tensor] | None = None) -> dict[str, tuple[Tensor, Tensor]]:  # fmt: skip
-    solver = Quantizer(model, hessians, sensitivities, ranks)
-    return solver.solve(solver.default)
-
 def fit(solver: Quantizer, model: GPT, meta: dict[str, Any], log: Callable[[str], None], rounds: int = 12) -> bytes:
     """The artifact (on rank 0; all call it) with the finest steps that keep code and model under ARTIFACT_LIMIT_BYTES,
     at most 4 KB under it unless the weights take MATRIX_BITS each on average: no finer step is worth its bytes."""
@@ -1820,94 +1818,72 @@ def fit(solver: Quantizer, model: GPT, meta: dict[str, Any], log: Callable[[str]
     return best
 
 # --- Entropy coder: interleaved range ANS (J. Duda) in NumPy, exact integers only, so any machine decodes alike ---
-ANS_BITS, BANDS = 14, 48  # frequencies of a table add up to 2^14; bands of magnitude, times 4 of bias, for each bank
+ANS_BITS, BANDS = 14, 64  # frequencies of a table add up to 2^14; a table per band of magnitude, times 4 of bias
 EDGES = np.array([round(2 ** (16 + (t + 0.5) / 8)) for t in range(-36, 24)])  # of a column's mean |q|, relative, * 2^16
 INVERSE = np.array([0] + [round(2 ** (16 - (k - 65) / 8)) for k in range(1, 256)])  # 2^16 / a level's mean |q|
 def row_levels(q: np.ndarray) -> np.ndarray:  # (n, rows, cols) int8 -> u8 (n, rows): mean |q| in steps of 2^(1/8)
     mean = np.stack([np.abs(matrix.astype(np.int16)).mean(-1) for matrix in q])
     return np.where(mean > 0, np.rint(8 * np.log2(np.maximum(mean, 2**-8)) + 65), 0).astype(np.uint8)
+def num_lanes(codes: list[np.ndarray]) -> int:  # independent states: more are faster, each costs 2 bytes
+    return max(max(q.shape[2] for q in codes), sum(q.size for q in codes) >> 13)
 
-def walk(shapes: list[tuple[int, int, int]], levels: list[np.ndarray], code: Callable) -> None:
-    """Calls code(bank, matrices, row, context, sign) -> codes (m, cols), all rows in the stream's order. Context: bank,
-    band of magnitude (the row's level, known beforehand, and the column's mean |q| in rows above) and how far off 0 the
-    column's mean is; `sign` is this mean's, and times it the codes lean to the positive."""
-    lanes = num_lanes(shapes)
-    for bank, (n, rows, cols) in enumerate(shapes):
-        for part in (slice(first, first + lanes // cols) for first in range(0, n, lanes // cols)):
-            level = levels[bank][part, :, None].astype(np.int64)  # (m, rows, 1)
-            size = np.full((len(level), cols), 8 << 16)
-            total, offset, bias, sign = np.zeros_like(size), 0, 0, 1
-            for row in range(rows):
+def walk(codes: list[np.ndarray], levels: list[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """(codes, contexts, signs), each (m, cols), of one row of m matrices, all rows in the stream's order; who decodes
+    fills in the codes before going on. Context: band of magnitude (the row's level, known beforehand, and the column's
+    mean |q| in rows above) and how far off 0 the column's mean is. The sign is this mean's: times it, codes lean up."""
+    lanes = num_lanes(codes)
+    for bank, bank_levels in zip(codes, levels, strict=True):
+        for first in range(0, len(bank), lanes // bank.shape[2]):
+            part, level = (x[first : first + lanes // bank.shape[2]] for x in (bank, bank_levels))
+            size = np.full((len(part), part.shape[2]), 8 << 16)
+            total = np.zeros_like(size)
+            for row in range(part.shape[1]):
                 if row % 8 == 0:
                     offset = np.searchsorted(EDGES, size // (row + 8))
                     bias, sign = np.searchsorted([7, 19, 39], 100 * abs(total) // size, "right"), 1 - 2 * (total < 0)
-                k = level[:, row]
-                band = np.where(k, np.minimum((k + offset) // 4, BANDS - 1), 0)
-                q = code(bank, part, row, (BANDS * bank + band) * 4 + bias, sign).astype(np.int64)
+                k = level[:, row, None].astype(np.int64)
+                yield part[:, row], np.where(k, np.minimum((k + offset) // 3, BANDS - 1), 0) * 4 + bias, sign
+                q = part[:, row].astype(np.int64)
                 size += np.where(k, abs(q) * INVERSE[k], 1 << 16)
                 total += q * INVERSE[k]
-def num_lanes(shapes: list[tuple[int, int, int]]) -> int:  # independent states: more are faster, each costs 2 bytes
-    return max(max(s[2] for s in shapes), sum(map(math.prod, shapes)) >> 13)
 
-def choose_tables(counts: np.ndarray) -> np.ndarray:
-    """counts (banks, BANDS, 4, 256) -> for each context, flat, the context whose table it uses: that of all banks, or
-    of all biases, where tables of their own, at 9 bits an entry, would not pay."""
-    def bits(c: np.ndarray) -> np.ndarray:
-        total, each = (x * np.log2(np.maximum(x, 1)) for x in (c.sum(-1), c))
-        return total - each.sum(-1) + 9 * (c > 0).sum(-1)
-    own, bank = np.arange(counts[..., 0].size).reshape(counts.shape[:3]), counts.sum(2)
-    apart, together = bits(counts).sum(-1), bits(bank)  # (banks, BANDS)
-    split = bits(bank.sum(0)) > np.minimum(apart, together).sum(0)  # (BANDS,)
-    return np.where(split[:, None], np.where((apart < together)[..., None], own, own[..., :1]), own[:1, :, :1]).ravel()
-
-def ans_encode(codes: list[np.ndarray], levels: list[np.ndarray]) -> tuple[bytes, bytes]:
-    """int8 codes -> table of each context and frequencies (contexts, 256), u16; final states u32 and words u16."""
-    shapes, steps = [q.shape for q in codes], []
-    def see(bank: int, part: slice, row: int, context: np.ndarray, sign: np.ndarray) -> np.ndarray:
-        steps.append((context << 8 | codes[bank][part, row] * sign + 128).ravel().astype(np.int32))
-        return codes[bank][part, row]
-    walk(shapes, levels, see)
-    seen = np.zeros((len(shapes) * BANDS * 4, 256), np.int64)
-    for at in range(0, len(steps), 256):
-        seen += np.bincount(np.concatenate(steps[at : at + 256]), minlength=seen.size).reshape(-1, 256)
-    chosen, counts = choose_tables(seen.reshape(len(shapes), BANDS, 4, 256)), np.zeros_like(seen)
-    np.add.at(counts, chosen, seen)
+def ans_encode(codes: list[np.ndarray], levels: list[np.ndarray]) -> bytes:
+    """u32 size of the tables, these, LZMA of frequencies u16 (contexts, 256), then final states u32, then words u16."""
+    steps = [(context << 8 | q * sign + 128).ravel().astype(np.int32) for q, context, sign in walk(codes, levels)]
+    counts = np.bincount(np.concatenate(steps), minlength=BANDS * 4 * 256).reshape(-1, 256)
     table = np.maximum((counts << ANS_BITS) // np.maximum(counts.sum(1, keepdims=True), 1), counts > 0)
-    table[np.arange(len(table)), table.argmax(1)] += ((1 << ANS_BITS) - table.sum(1)) * counts.any(1)
+    table[np.arange(len(table)), table.argmax(1)] += (1 << ANS_BITS) - table.sum(1)
     freq, start = table.ravel(), (table.cumsum(1) - table).ravel()
-    state, words = np.full(num_lanes(shapes), 1 << 16, np.int64), []
+    state, words = np.full(num_lanes(codes), 1 << 16, np.int64), []
     for step in reversed(steps):
-        x, index = state[: len(step)], chosen[step >> 8] << 8 | step & 255
-        full = x >= freq[index] << 32 - ANS_BITS
+        x = state[: len(step)]
+        full = x >= freq[step] << 32 - ANS_BITS
         words.append(x[full].astype("<u2"))
         x[full] >>= 16
-        x += x // freq[index] * ((1 << ANS_BITS) - freq[index]) + start[index]
-    tables = chosen.astype("<u2").tobytes() + table.astype("<u2").tobytes()
-    return tables, b"".join(w.tobytes() for w in (state.astype("<u4"), *reversed(words)))
+        x += x // freq[step] * ((1 << ANS_BITS) - freq[step]) + start[step]
+    tables = codec("lzma")[0](table.astype("<u2").tobytes())
+    numbers = b"".join(x.tobytes() for x in (state.astype("<u4"), *reversed(words)))
+    return len(tables).to_bytes(4, "little") + tables + numbers
 
-def ans_decode(tables: bytes, data: bytes, shapes: list[tuple], levels: list[np.ndarray]) -> list[np.ndarray]:
-    """The codes. ValueError or IndexError if ans_encode cannot have written `tables` and `data`."""
-    codes, contexts, at = [np.zeros(shape, np.int8) for shape in shapes], len(shapes) * BANDS * 4, 0
-    chosen, table = np.split(np.frombuffer(tables, "<u2").astype(np.int64), [contexts])
-    table, used = table.reshape(contexts, 256), table.reshape(contexts, 256).any(1)
-    state = np.frombuffer(data, "<u4", num_lanes(shapes)).astype(np.int64)
-    words = np.frombuffer(data, "<u2", offset=4 * len(state)).astype(np.int64)
-    if (table[used].sum(1) != 1 << ANS_BITS).any():
+def ans_decode(data: bytes, shapes: Iterable[tuple], levels: list[np.ndarray]) -> list[np.ndarray]:
+    """The codes. ValueError or IndexError if ans_encode cannot have written `data`."""
+    codes, end, at = [np.zeros(shape, np.int8) for shape in shapes], 4 + int.from_bytes(data[:4], "little"), 0
+    tables = codec("lzma")[1](data[4:end], BANDS * 4 * 512)
+    table = np.frombuffer(tables, "<u2").astype(np.int64).reshape(BANDS * 4, 256)
+    if (table.sum(1) != 1 << ANS_BITS).any():
         raise ValueError("a table of frequencies does not add up")
-    slots = np.repeat(np.tile(np.arange(256, dtype=np.uint8), contexts), table.ravel()).reshape(-1, 1 << ANS_BITS)
-    place, freq, start = np.cumsum(used) - 1, table.ravel(), (table.cumsum(1) - table).ravel()
-    def read(bank: int, part: slice, row: int, context: np.ndarray, sign: np.ndarray) -> np.ndarray:
-        nonlocal at
-        own = chosen[context.ravel()]
-        x, slot = state[: len(own)], state[: len(own)] & (1 << ANS_BITS) - 1
-        index = own << 8 | slots[place[own], slot]
+    symbols = np.repeat(np.tile(np.arange(256), len(table)), table.ravel()).astype(np.uint8).reshape(len(table), -1)
+    freq, start = table.ravel(), (table.cumsum(1) - table).ravel()
+    state = np.frombuffer(data, "<u4", num_lanes(codes), end).astype(np.int64)
+    words = np.frombuffer(data, "<u2", offset=end + 4 * len(state)).astype(np.int64)
+    for q, context, sign in walk(codes, levels):
+        x, slot = state[: q.size], state[: q.size] & (1 << ANS_BITS) - 1
+        index = context.ravel() << 8 | symbols[context.ravel(), slot]
         x[:] = freq[index] * (x >> ANS_BITS) + slot - start[index]
         low = np.flatnonzero(x < 1 << 16)
         x[low] = x[low] << 16 | words[at : at + len(low)]
         at += len(low)
-        codes[bank][part, row] = ((index & 255) - 128).reshape(context.shape) * sign
-        return codes[bank][part, row]
-    walk(shapes, levels, read)
+        q[:] = ((index & 255) - 128).reshape(q.shape) * sign
     if at != len(words) or (state != 1 << 16).any():
         raise ValueError("words are left over")
     return codes
@@ -1926,57 +1902,48 @@ def codec(name: str) -> tuple[Callable[[bytes], bytes], Callable[[bytes, int], b
         import brotli
         return partial(brotli.compress, quality=11), lambda data, size: brotli.Decompressor().process(data, size)
     import lzma
-    raw = dict(format=lzma.FORMAT_RAW, filters=[dict(id=lzma.FILTER_LZMA2, preset=6)])  # no header, none to trust
+    pairs = dict(id=lzma.FILTER_LZMA2, preset=6, lc=0, lp=1, pb=1)  # models low and high bytes of fp16 apart
+    raw = dict(format=lzma.FORMAT_RAW, filters=[pairs])  # no header, none to trust
     return partial(lzma.compress, **raw), lambda data, size: lzma.LZMADecompressor(**raw).decompress(data, size)
 
-def split_planes(tensors: Iterable[Tensor]) -> bytes:  # fp16: all low bytes, then the high ones, which repeat
-    values = torch.cat([t.detach().flatten().half() for t in tensors]).cpu().numpy().astype("<f2")
-    return values.view(np.uint8).reshape(-1, 2).T.tobytes()
-def join_planes(data: bytes) -> np.ndarray:  # the inverse, as fp32
-    return np.frombuffer(data, np.uint8).reshape(2, -1).T.copy().view("<f2").ravel().astype(np.float32)
-def split_scales(scale: Tensor) -> bytes:  # fp16 (rows,): 256 sorted values and a u8 each if that is less, else planes
-    values, index = np.unique(scale.numpy(), return_inverse=True)
-    if len(values) > 256 or len(scale) <= 512:  # then the length tells the two apart
-        return split_planes([scale])
-    table = np.pad(values, (0, 256 - len(values)), mode="edge")
-    return split_planes([torch.from_numpy(table)]) + np.diff(index.astype(np.uint8), prepend=np.uint8(0)).tobytes()
-def join_scales(data: bytes, rows: int) -> np.ndarray:  # the inverse, as fp32; which of the two is seen by the length
-    if len(data) == 2 * rows:
-        return join_planes(data)
-    return join_planes(data[:512])[np.cumsum(np.frombuffer(data[512:], np.uint8), dtype=np.uint8)]
-def read_part(cfg: Config, name: str, p: Tensor) -> Tensor:  # the rows of a parameter that the network reads
-    return p[cfg.parallel_start_layer :] if name.startswith("parallel_") else p
+def cut(flat: np.ndarray, shapes: Iterable[tuple[int, ...]]) -> list[np.ndarray]:  # arrays that lie end to end
+    ends = np.cumsum([math.prod(shape) for shape in shapes])[:-1]
+    return [part.reshape(shape) for part, shape in zip(np.split(flat, ends), shapes, strict=True)]
+def pack_codes(compressor: str, codes: list[np.ndarray], levels: list[np.ndarray]) -> bytes:
+    """COMPRESSOR=ans knows a row's level, every other one gets a bank's rows by rising level: alike ones in a block."""
+    if compressor == "ans":
+        return ans_encode(codes, levels)
+    rows = [q.reshape(lv.size, -1)[lv.argsort(axis=None, kind="stable")] for q, lv in zip(codes, levels, strict=True)]
+    return codec(compressor)[0](b"".join(q.tobytes() for q in rows))
+def unpack_codes(compressor: str, data: bytes, shapes: list[tuple], levels: list[np.ndarray]) -> list[np.ndarray]:
+    if compressor == "ans":
+        return ans_decode(data, shapes, levels)
+    rows = np.frombuffer(codec(compressor)[1](data, sum(map(math.prod, shapes))), np.int8)
+    places = [lv.argsort(axis=None, kind="stable").argsort() for lv in levels]
+    return [q.reshape(len(i), -1)[i] for q, i in zip(cut(rows, shapes), places, strict=True)]
 
 MAGIC, VERSION = b"PGLM", 2
-def stream_sizes(cfg: Config) -> list[set[int]]:  # allowed raw sizes of codes, levels, scales and floats
-    rows, params = sum(n * rows for n, rows, _ in banks(cfg).values()), parameter_table(cfg).items()
-    floats = [read_part(cfg, n, torch.empty(r.shape, device="meta")) for n, r in params if r.packing == "float"]
-    codes = sum(map(math.prod, banks(cfg).values()))
-    return [{codes}, {rows}, {2 * rows, min(2 * rows, 512 + rows)}, {2 * sum(f.numel() for f in floats)}]
+def stream_sizes(cfg: Config) -> list[int]:  # raw: codes, levels, scales, floats
+    shapes = banks(cfg).values()
+    rows = sum(math.prod(shape[:2]) for shape in shapes)
+    return [sum(map(math.prod, shapes)), rows, 2 * rows, 2 * sum(map(math.prod, floats(cfg).values()))]
+def fp16(tensors: Iterable[Tensor]) -> bytes:
+    return torch.cat([t.detach().flatten().half() for t in tensors]).cpu().numpy().astype("<f2").tobytes()
 
 def pack_artifact(model: GPT, packed: dict[str, tuple[Tensor, Tensor]], meta: dict[str, Any]) -> bytes:
     """The artifact file, equal for equal weights. All numbers little-endian:
         "PGLM", u8 version, u32 length and u32 CRC-32 of the header, the header: zlib-compressed JSON of at most 64 KiB
             {config, compressor, streams: [[raw bytes, stored bytes, CRC-32 of the stored ones], ..], ..meta};
-        four streams: codes (int8, each matrix in the order of the parameter table), the level of each row (row_levels,
-            u8 differences), scales (split_scales) and floats (fp16 planes), without the rows that nothing reads.
-    COMPRESSOR=ans codes the codes with ans_encode, its tables with LZMA as all other streams; every other compressor
-    gets a bank's rows by rising level, so that alike rows share a block. Names and shapes follow from the config."""
-    cfg, table, squeeze = model.cfg, parameter_table(model.cfg).items(), codec("lzma")[0]
-    codes = [q.numpy() for q, _ in packed.values()]
-    levels, flat = [row_levels(q).ravel() for q in codes], [q.reshape(-1, q.shape[-1]) for q in codes]
-    if cfg.compressor == "ans":
-        tables, words = ans_encode(codes, [lv.reshape(q.shape[:2]) for lv, q in zip(levels, codes, strict=True)])
-        stored = len(tables := squeeze(tables)).to_bytes(4, "little") + tables + words
-    else:
-        alike = [q[i].tobytes() for q, i in zip(flat, (lv.argsort(kind="stable") for lv in levels), strict=True)]
-        stored = codec(cfg.compressor)[0](b"".join(alike))
-    raw = [np.diff(np.concatenate(levels), prepend=np.uint8(0)).tobytes(),
-           split_scales(torch.cat([scale.flatten() for _, scale in packed.values()])),
-           split_planes(read_part(cfg, n, model.get_parameter(n)) for n, role in table if role.packing == "float")]
-    sizes, stored = [sum(q.size for q in codes), *map(len, raw)], [stored, *map(squeeze, raw)]
+        four streams: codes (int8, each matrix in the order of the parameter table; pack_codes), and with LZMA the level
+            of each row (u8, row_levels), scales and floats (fp16), without the rows that nothing reads.
+    Names and shapes follow from the config."""
+    cfg, codes = model.cfg, [q.numpy() for q, _ in packed.values()]
+    levels = [row_levels(q) for q in codes]
+    raw = [b"".join(lv.tobytes() for lv in levels), fp16(scale for _, scale in packed.values()),
+           fp16(model.get_parameter(n)[-shape[0] :] for n, shape in floats(cfg).items())]  # fmt: skip
+    stored = [pack_codes(cfg.compressor, codes, levels), *map(codec("lzma")[0], raw)]
     header = {"config": {f: getattr(cfg, f) for f in MODEL_FIELDS}, "compressor": cfg.compressor, **meta}
-    header["streams"] = [[size, len(s), zlib.crc32(s)] for size, s in zip(sizes, stored, strict=True)]
+    header["streams"] = [[n, len(s), zlib.crc32(s)] for n, s in zip(stream_sizes(cfg), stored, strict=True)]
     head = zlib.compress(json.dumps(header, sort_keys=True).encode(), 9)
     numbers = len(head).to_bytes(4, "little") + zlib.crc32(head).to_bytes(4, "little")
     return MAGIC + bytes([VERSION]) + numbers + head + b"".join(stored)
@@ -2002,53 +1969,35 @@ def open_artifact(data: bytes, path: Path) -> tuple[dict[str, Any], list[bytes]]
         if len(data) < at or zlib.crc32(data[13:at]).to_bytes(4, "little") != data[9:13]:
             raise ValueError("its header does not match its checksum")
         header = json.loads(zlib.decompressobj().decompress(data[13:at], 1 << 16))
-        cfg = header_config(header)
-        if header["compressor"] not in COMPRESSORS:
-            raise ValueError("an unknown compressor")
-        sizes = [size for size, _, _ in header["streams"]]
-        right = [size in allowed for size, allowed in zip(sizes, stream_sizes(cfg), strict=True)]
-        if not all(right) or sum(sizes) > 1 << 27:
-            raise ValueError("the sizes of its streams are not those of its network")
-        ends = np.cumsum([at, *(abs(length) for _, length, _ in header["streams"])]).tolist()
+        cfg, (sizes, lengths, checksums) = header_config(header), zip(*header["streams"], strict=True)
+        if list(sizes) != stream_sizes(cfg) or sum(sizes) > 1 << 27 or header["compressor"] not in COMPRESSORS:
+            raise ValueError("its streams are not those of its network, or of an unknown compressor")
+        ends = np.cumsum([at, *lengths]).tolist()
         stored = [data[start:end] for start, end in zip(ends, ends[1:], strict=False)]
-        if ends[-1] != len(data) or [zlib.crc32(s) for s in stored] != [c for _, _, c in header["streams"]]:
+        if ends[-1] != len(data) or [zlib.crc32(s) for s in stored] != list(checksums):
             raise ValueError("a stream does not match its checksum")
-        rest = [codec("lzma")[1](s, size) for s, size in zip(stored[1:], sizes[1:], strict=True)]
-        streams = [unpack_codes(header["compressor"], stored[0], cfg, rest[0]), *rest]
-        if sizes != [len(s) for s in streams]:
+        rest, shapes = list(map(codec("lzma")[1], stored[1:], sizes[1:])), list(banks(cfg).values())
+        levels = cut(np.frombuffer(rest[0], np.uint8), [shape[:2] for shape in shapes])
+        codes = unpack_codes(header["compressor"], stored[0], shapes, levels)
+        streams = [b"".join(q.tobytes() for q in codes), *rest]
+        if [len(s) for s in streams] != list(sizes):
             raise ValueError("a stream is shorter than its header says")
     except Exception as error:  # each codec has its own class of errors, and a hostile file may provoke any of them
         reason = str(error).splitlines()[:1] if type(error) is ValueError else [type(error).__name__]
         raise UsageError(f"{path}: damaged: {' '.join(reason)}") from error
     return header, streams
 
-def unpack_codes(compressor: str, data: bytes, cfg: Config, levels: bytes) -> bytes:  # the codes as the model has them
-    shapes, flat = list(banks(cfg).values()), np.cumsum(np.frombuffer(levels, np.uint8), dtype=np.uint8)
-    by_bank = np.split(flat, np.cumsum([n * rows for n, rows, _ in shapes])[:-1])
-    if compressor == "ans":
-        end = 4 + int.from_bytes(data[:4], "little")
-        tables = codec("lzma")[1](data[4:end], len(shapes) * BANDS * 4 * 514)
-        by_bank = [levels.reshape(shape[:2]) for levels, shape in zip(by_bank, shapes, strict=True)]
-        return b"".join(q.tobytes() for q in ans_decode(tables, data[end:], shapes, by_bank))
-    alike = np.frombuffer(codec(compressor)[1](data, sum(map(math.prod, shapes))), np.int8)
-    parts = np.split(alike, np.cumsum([math.prod(shape) for shape in shapes])[:-1])
-    orders = [lv.argsort(kind="stable").argsort() for lv in by_bank]
-    return b"".join(q.reshape(len(i), -1)[i].tobytes() for q, i in zip(parts, orders, strict=True))
-
 @torch.no_grad()
 def load_artifact(model: GPT, streams: list[bytes]) -> None:  # every parameter becomes q * scale or its fp16 value
-    cfg, codes, floats = model.cfg, np.frombuffer(streams[0], np.int8), join_planes(streams[3])
-    scales = join_scales(streams[2], len(streams[1]))
-    for name, role in parameter_table(cfg).items():
-        p, rows = model.get_parameter(name), math.prod(role.shape[:-1])
-        if role.packing == "float":
-            p = read_part(cfg, name, p)
-            value, floats = floats[: p.numel()], floats[p.numel() :]
-        else:
-            value = codes[: p.numel()].reshape(rows, -1) * scales[:rows, None]
-            codes, scales = codes[p.numel() :], scales[rows:]
-        p.copy_(torch.from_numpy(value).view(p.shape))
-    assert len(codes) == len(scales) == len(floats) == 0, "artifact and config disagree"
+    shapes, small = banks(model.cfg), floats(model.cfg)
+    codes = cut(np.frombuffer(streams[0], np.int8), shapes.values())
+    scales, values = (np.frombuffer(data, "<f2").astype(np.float32) for data in streams[2:])
+    scales = cut(scales, [shape[:2] for shape in shapes.values()])
+    for name, q, scale in zip(shapes, codes, scales, strict=True):
+        p = model.get_parameter(name)
+        p.copy_(torch.from_numpy(q * scale[..., None]).view(p.shape))
+    for (name, shape), value in zip(small.items(), cut(values, small.values()), strict=True):
+        model.get_parameter(name)[-shape[0] :] = torch.from_numpy(value)
 
 # === 11. Test-time training: score a chunk, then learn from it, before a deadline =====================================
 class Deadline:  # of all evaluation: is there time for one more step, if all that is left must then be scored plainly?

@@ -74,18 +74,14 @@ class Methods:
         self.pickled, self.levels = buffer.getvalue(), [tg.row_levels(q) for q in self.arrays]
 
     def ans(self) -> bytes:
-        tables, words = tg.ans_encode(self.arrays, self.levels)
-        tables, levels = (tg.codec("lzma")[0](x) for x in (tables, self.difference()))
-        return b"".join([len(tables).to_bytes(4, "little"), len(levels).to_bytes(4, "little"), tables, levels, words])
-
-    def difference(self) -> bytes:  # the rows' levels as the container stores them
-        return np.diff(np.concatenate([lv.ravel() for lv in self.levels]), prepend=np.uint8(0)).tobytes()
+        levels = tg.codec("lzma")[0](b"".join(lv.tobytes() for lv in self.levels))  # as the container stores them
+        return len(levels).to_bytes(4, "little") + levels + tg.ans_encode(self.arrays, self.levels)
 
     def unans(self, data: bytes) -> bytes:
-        a, b = (int.from_bytes(data[i : i + 4], "little") for i in (0, 4))
-        tables = tg.codec("lzma")[1](data[8 : 8 + a], len(self.arrays) * tg.BANDS * 4 * 514)
-        codes = tg.ans_decode(tables, data[8 + a + b :], [q.shape for q in self.arrays], self.levels)
-        return b"".join(q.tobytes() for q in codes)
+        shapes, end = [q.shape for q in self.arrays], 4 + int.from_bytes(data[:4], "little")
+        levels = np.frombuffer(tg.codec("lzma")[1](data[4:end], sum(lv.size for lv in self.levels)), np.uint8)
+        levels = tg.cut(levels, [shape[:2] for shape in shapes])
+        return b"".join(q.tobytes() for q in tg.ans_decode(data[end:], shapes, levels))
 
     def table(self) -> dict[str, tuple[Callable[[], bytes], Callable[[bytes], bytes], bytes]]:
         import zstandard
@@ -189,14 +185,11 @@ class Checkpoint:
 
 def unpacked(data: bytes, cfg: tg.Config) -> Packed:  # codes and scales of an artifact
     _, streams = tg.open_artifact(data, Path("artifact"))
-    codes, scales = np.frombuffer(streams[0], np.int8), tg.join_scales(streams[2], len(streams[1]))
-    packed = {}
-    for bank, (n, rows, cols) in tg.banks(cfg).items():
-        size = n * rows * cols
-        q, scale = codes[:size].reshape(n, rows, cols), scales[: n * rows].reshape(n, rows)
-        packed[bank] = torch.from_numpy(q.copy()), torch.from_numpy(scale).half()
-        codes, scales = codes[size:], scales[n * rows :]
-    return packed
+    shapes = tg.banks(cfg)
+    codes = tg.cut(np.frombuffer(streams[0], np.int8), shapes.values())
+    scales = tg.cut(np.frombuffer(streams[2], np.float16), [shape[:2] for shape in shapes.values()])
+    parts = zip(shapes, codes, scales, strict=True)
+    return {bank: (torch.from_numpy(q.copy()), torch.from_numpy(scale.copy())) for bank, q, scale in parts}
 
 
 def quantizers(point: Checkpoint) -> Packed:
@@ -204,8 +197,7 @@ def quantizers(point: Checkpoint) -> Packed:
     cfg, model, ranks = point.cfg, point.model, point.ranks
     published = dataclasses.replace(cfg, quantizer="gptq", compressor="ans", artifact_limit_bytes=0)
     model.cfg, before = published, point.bpb()
-    packed = tg.quantize(model, point.hessians, ranks)
-    limit = len(tg.pack_artifact(model, packed, {})) + 2048 + tg.code_bytes()
+    limit = len(tg.fit(tg.Quantizer(model, point.hessians, None, ranks), model, {}, Quiet())) + 2048 + tg.code_bytes()
     print(f"{'quantiser':<20}{'bytes':>11}{'weighted error':>16}{'bpb lost':>10}{'s':>7}  unquantised {before:.5f}")
     for name, hessians, loss in (("round to nearest", point.nearest(), None), ("published GPTQ", point.hessians, None),
                                  ("allocated (ours)", point.both, point.loss)):  # fmt: skip

@@ -339,7 +339,8 @@ def gptq(reference: Reference | None, layers: int, device: torch.device) -> floa
     moved = {key: h.to(device) for key, h in hessians.items()}
     model.to(device)
     def ours() -> Iterable[None]:
-        solved["ours"] = tg.quantize(model, moved, ranks)
+        solver = tg.Quantizer(model, moved, None, ranks)
+        solved["ours"] = solver.solve(solver.default)
         yield
     def theirs() -> Iterable[None]:  # on the CPU, as published
         solve, values = reference.module.gptq_quantize_weight, {n: p.cpu() for n, p in model.state_dict().items()}

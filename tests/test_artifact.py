@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_config
-from test_compression import ONE, correlated, gptq_quantize, random_model, random_rows, weighted_error
+from test_compression import ONE, correlated, gptq_quantize, quantize, random_model, random_rows, weighted_error
 from test_optim import on_ranks
 
 import train_gpt as tg
@@ -55,23 +55,26 @@ def test_ans_returns_every_code(shapes, uneven):
     codes[0][0, 0] = 0
     codes[-1].flat[0] = -128
     levels = [tg.row_levels(q) for q in codes]
-    back = tg.ans_decode(*tg.ans_encode(codes, levels), shapes, levels)
+    back = tg.ans_decode(tg.ans_encode(codes, levels), shapes, levels)
     assert all(np.array_equal(a, b) for a, b in zip(codes, back, strict=True))
+
+
+def ans_bytes(codes: list[np.ndarray]) -> int:
+    """Without the tables, whose size hardly depends on the number of codes."""
+    data = tg.ans_encode(codes, [tg.row_levels(q) for q in codes])
+    return len(data) - int.from_bytes(data[:4], "little")
 
 
 def test_ans_models_rows_and_columns_below_the_order_0_entropy():
     even, uneven = (gaussian_codes([(2, 512, 256), (1, 1024, 256)], s) for s in (0.0, 0.5))
-    sizes = [sum(map(len, tg.ans_encode(q, [tg.row_levels(x) for x in q]))) for q in (even, uneven)]
-    tables = 3 * 2 * tg.BANDS * 4 * 257 * 2 // 3  # the tables are compressed later
-    assert sizes[0] - tables < 1.012 * entropy_bytes(even)
-    assert sizes[1] - tables < 0.93 * entropy_bytes(uneven)
+    assert ans_bytes(even) < 1.012 * entropy_bytes(even)
+    assert ans_bytes(uneven) < 0.93 * entropy_bytes(uneven)
 
 
 def test_ans_models_columns_whose_mean_is_not_zero():
     plain = gaussian_codes([(2, 512, 256)], 0.0)
     leaning = [plain[0] + np.random.default_rng(1).integers(-3, 4, (2, 1, 256)).astype(np.int8)]
-    sizes = [sum(map(len, tg.ans_encode(q, [tg.row_levels(x) for x in q]))) for q in (plain, leaning)]
-    assert sizes[1] - sizes[0] < 0.11 * (entropy_bytes(leaning) - entropy_bytes(plain))
+    assert ans_bytes(leaning) - ans_bytes(plain) < 0.11 * (entropy_bytes(leaning) - entropy_bytes(plain))
 
 
 def test_contexts_use_integers_that_no_machine_rounds_otherwise():
@@ -82,18 +85,11 @@ def test_contexts_use_integers_that_no_machine_rounds_otherwise():
     assert {tg.EDGES.dtype, tg.INVERSE.dtype} == {np.dtype(np.int64)}
 
 
-@pytest.mark.parametrize("count", [3, 512, 513, 2000])
-def test_scales_come_back_whether_few_or_many(count):
-    for distinct in (1, 100, 256, 600):
-        scale = torch.rand(distinct).half()[torch.randint(distinct, (count,))]
-        assert np.array_equal(tg.join_scales(tg.split_scales(scale), count), scale.float().numpy())
-
-
 # --- Allocation -------------------------------------------------------------------------------------------------------
 def test_published_steps_are_kept_to_the_bit_by_the_published_presets():
     cfg = tiny_config(quantizer="gptq", artifact_limit_bytes=0)
     model, hessians, _ = calibrated(cfg)
-    packed = tg.quantize(model, hessians, ONE)
+    packed = quantize(model, hessians, ONE)
     for bank, i, site, layer in tg.matrices(cfg):
         weight = model.get_parameter(bank).detach().view(tg.banks(cfg)[bank])[i : i + 1]
         clip, bits = (15.0, 7) if bank == "tok_emb" else (12.85, 6)
@@ -137,7 +133,7 @@ def test_rows_the_loss_does_not_mind_become_zeros_and_dear_ones_get_finer_steps(
     model, hessians, sensitivities = calibrated(cfg)
     sensitivities["up_bank"][0, 3] = 0.0
     sensitivities["up_bank"][0, 4] *= 64
-    q, scale = tg.quantize(model, hessians, ONE, sensitivities)["up_bank"]
+    q, scale = quantize(model, hessians, ONE, sensitivities)["up_bank"]
     assert not q[0, 3].any()
     assert q[0, 4].any()
     assert scale[0, 4] < 0.2 * scale[0].median()
@@ -233,7 +229,7 @@ def test_two_ranks_fit_to_the_bytes_of_one(tmp_path):
 def whole(compressor: str) -> bytes:
     cfg = tiny_config(**SMALL, compressor=compressor)
     model = random_model(cfg)
-    packed = tg.quantize(model, tg.collect_hessians(model, cfg.plans[0], random_rows(cfg, 2), ONE), ONE)
+    packed = quantize(model, tg.collect_hessians(model, cfg.plans[0], random_rows(cfg, 2), ONE), ONE)
     return tg.pack_artifact(model, packed, {"looped": False})
 
 
