@@ -87,8 +87,9 @@ def test_fit_finds_the_costs_and_none_is_negative():
     sizes = np.stack([rows, rows * window, np.ones(50, int)], 1)
     assert np.allclose(bench.fit(sizes, seconds), cost, rtol=1e-3, atol=1e-13)
     seconds *= rng.uniform(0.8, 1.2, 50)
-    sizes[:5, 2], seconds[:5] = 0, 1e3  # steps that learnt nothing are not fitted
+    sizes[:5, 2], seconds[:5] = 0, 1e-9  # steps that learnt nothing are not fitted
     assert (found := bench.fit(sizes, seconds)).min() >= 0 and np.allclose(found[2], cost[2], rtol=0.3)
+    assert bench.fit(sizes, sizes[:, 1] / (1 + window / 500)).min() >= 0  # else negative for the square
 
 
 def test_batches_go_to_the_rank_that_is_free_first():
