@@ -3,7 +3,7 @@
     python tests/cheats.py ARTIFACT      # the table, in Markdown; knobs from the environment as for the audit
 
 A cheat is a function of the script's module; its text goes into the copy and runs when that is imported, so that a
-fresh process has it too. `ALWAYS_ON` names those that the checks of an ordinary run stop by themselves.
+fresh process has it too. The last column says whether the checks of every run stop it without the audit.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def window_from_the_end(tg):
 
 
 # === Not a distribution ===============================================================================================
-@caught_by("T2", "T3", "T9")
+@caught_by("T2", "T3")
 def unnormalised_mixing(tg):
     """a second expert's mass is added without taking any away"""
     original = tg.GPT.forward
@@ -96,7 +96,7 @@ def better_of_two_passes(tg):
 
 
 # === Learning before scoring ==========================================================================================
-@caught_by("T1", "T5", "T9")
+@caught_by("T1", "T5")
 def update_before_score(tg):
     """a chunk is learnt from, then scored"""
 
@@ -112,7 +112,7 @@ def update_before_score(tg):
     tg.Adaptation.step = step
 
 
-@caught_by("T1", "T2", "T4", "T9")
+@caught_by("T1", "T4", "T9")
 def last_of_two_epochs(tg):
     """a document is gone through twice, the second time is reported"""
 
@@ -178,7 +178,7 @@ def adapters_kept(tg):
     tg.Adaptation.begin = begin
 
 
-@caught_by("T11", "T10")
+@caught_by("T10", "T11")
 def smear_over_bos(tg):
     """the embedding of a token takes in that of the token before, over the beginning of a document"""
 
@@ -190,7 +190,7 @@ def smear_over_bos(tg):
 
 
 # === Bytes and coverage ===============================================================================================
-@caught_by("T12", "T4", "T18")
+@caught_by("T4", "T12")
 def three_bytes_per_fallback(tg):
     """a byte piece counts as the three bytes of U+FFFD; the run's own comparison is gone"""
     original = tg.ByteTable.from_sentencepiece.__func__
@@ -206,7 +206,7 @@ def three_bytes_per_fallback(tg):
     tg.ByteTable.from_sentencepiece, tg.check_bytes = classmethod(from_sentencepiece), check_bytes
 
 
-@caught_by("T12", "T4", "T18")
+@caught_by("T4", "T12")
 def leading_space_twice(tg):
     """the space before a word counts with the piece and once more; the run's own comparison is gone"""
     original = tg.ByteTable.bytes_of
@@ -283,22 +283,6 @@ def training_shard_read(tg):
     tg.Run.adapt = adapt
 
 
-@caught_by("T7")
-def network_asked(tg):
-    """evaluation asks another machine"""
-    original = tg.Run.adapt
-
-    def adapt(self, *args, **options):
-        import socket
-
-        with socket.socket() as s:
-            s.settimeout(0.1)
-            s.connect_ex(("127.0.0.1", 9))
-        return original(self, *args, **options)
-
-    tg.Run.adapt = adapt
-
-
 @caught_by("T8")
 def state_beside_the_artifact(tg):
     """weights are corrected from a file that nobody counts"""
@@ -336,9 +320,6 @@ def line_of_choice(tg):
         return original(self)
 
     tg.Run.report = report
-
-
-ALWAYS_ON = {"last_of_two_epochs": False, "last_windows_dropped": True}
 
 
 def plant(name: str, folder: Path) -> Path:

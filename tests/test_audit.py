@@ -20,7 +20,7 @@ import audit
 
 RATES = {"TTT_LORA_LR": "0.01"}  # at which every update shows
 PHASES = {"PHASED_TTT_NUM_PHASES": "2", "PHASED_TTT_PREFIX_DOCS": "8", "TTT_CHUNK_TOKENS": "64", "TTT_LR": "0.05"}
-IN_PROCESS = [test for test in audit.TESTS if test not in ("T7", "T8", "T18")]
+IN_PROCESS = ["T1", "T2", "T3", "T4", "T5", "T6", "T10", "T11", "T20"]
 SCRIPT = ROOT / "train_gpt.py"
 
 
@@ -56,11 +56,11 @@ def test_honest_run_passes_every_test(run, knobs, mode):
     assert failed(result) == [], {name: result["tests"][name]["evidence"] for name in failed(result)}
     assert result["always_on"] == []
     ran = {name for name, test in result["tests"].items() if test["passed"]}
-    assert ran >= set(IN_PROCESS) - {"T13", "T15", "T16", "T19"}
+    assert ran >= set(IN_PROCESS)
     assert mode != "document" or ran >= set(audit.TESTS) - {"T15"}
     held = {name: row["passed"] for name, row in result["properties"].items()}
     assert held["document_independent"] is (True if mode == "document" else None)
-    assert all(held[name] for name in ("repeatable", "causal", "normalised", "score_first", "single_pass", "lossless"))
+    assert all(held[name] for name in ("repeatable", "causal", "normalised", "score_first", "single_pass"))
     if mode != "document":  # learning happened, or the tests above had nothing to see
         assert re.search(r"quantized_ttt_lora [1-9]\d+ targets read", result["tests"]["T5"]["evidence"])
 
@@ -165,7 +165,7 @@ def command(*arguments: str, env: dict[str, str] | None = None) -> subprocess.Co
     return subprocess.run(line, env=base | (env or {}), capture_output=True, text=True, timeout=240, check=False)
 
 
-def test_command_writes_what_the_report_reads_and_says_so_by_its_status(run, knobs, tmp_path):
+def test_command_writes_what_the_report_reads_and_says_so_by_its_status(run, knobs, tmp_path, monkeypatch, capsys):
     artifact, out = str(artifact_of(run)), tmp_path / "audit.json"
     done = command(artifact, "--tests", "T4,T14", "--json", str(out), "--markdown", "--docs", "4", env=knobs)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -173,19 +173,23 @@ def test_command_writes_what_the_report_reads_and_says_so_by_its_status(run, kno
     assert result["properties"]["single_pass"]["passed"] is True
     assert result["properties"]["causal"]["passed"] is None  # not run is not shown
     assert "| single pass | yes | T4 |" in done.stdout and "/" not in json.dumps(result["knobs"])
+    for name in knobs:
+        monkeypatch.setenv(name, knobs[name])
     bad = plant("hard_documents_left_out", tmp_path)
-    done = command(artifact, "--tests", "T14", "--json", str(out), "--script", str(bad), env=knobs)
-    assert done.returncode == 1 and "VIOLATION" in done.stdout
+    assert audit.main([artifact, "--tests", "T14", "--json", str(out), "--script", str(bad)]) == 1
+    assert "VIOLATION" in capsys.readouterr().out
     assert json.loads(out.read_text())["properties"]["lossless"]["passed"] is False
 
 
-def test_wrong_usage_ends_with_status_2_and_inflated_logs_with_1(tmp_path):
+def test_wrong_usage_ends_with_status_2_and_inflated_logs_with_1(tmp_path, capsys):
     for arguments in ([], ["nowhere"], ["x", "--log", "y"], [__file__, "--tests", "T99"], [__file__, "--docs", "1"]):
-        assert command(*arguments).returncode == 2, arguments
+        with pytest.raises(SystemExit) as ended:
+            audit.main(arguments)
+        assert ended.value.code == 2, arguments
     bpb = 2.7 / math.log(2) * 40_540_160 / 151_078_222
-    assert command("--log", str(log_of(tmp_path, 2.7, bpb, 40_540_160))).returncode == 0
-    done = command("--log", str(log_of(tmp_path, 2.7, bpb / 1.1671, 40_540_160)))
-    assert done.returncode == 1 and "factor 1.167" in done.stdout
+    assert audit.main(["--log", str(log_of(tmp_path, 2.7, bpb, 40_540_160))]) == 0
+    assert audit.main(["--log", str(log_of(tmp_path, 2.7, bpb / 1.1671, 40_540_160))]) == 1
+    assert "factor 1.167" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -97,11 +97,17 @@ class NotRun(Exception):
 
 # === The evaluation under test ========================================================================================
 def load_script(path: Path) -> ModuleType:
-    """The script as a module of its own, whatever copies of it are loaded already."""
-    name = f"audited_{hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
-    spec = importlib.util.spec_from_file_location(name, path)
+    """The script as a module of its own, its operators too: a second copy of an operator would destroy the first."""
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+    if (name := f"audited_{digest}") in sys.modules:
+        return sys.modules[name]
+    spec, register = importlib.util.spec_from_file_location(name, path), torch.library.custom_op
+    torch.library.custom_op = lambda op, *args, **options: register(op.replace("::", f"_{digest}::"), *args, **options)
     sys.modules[name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        torch.library.custom_op = register
     return module
 
 
