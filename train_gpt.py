@@ -1867,7 +1867,7 @@ def ans_decode(data: bytes, shapes: Iterable[tuple], levels: list[np.ndarray]) -
     table = np.frombuffer(tables, "<u2").astype(np.int64).reshape(BANDS * 4, 256)
     if (table.sum(1) != 1 << ANS_BITS).any():
         raise ValueError("a table of frequencies does not add up")
-    symbols = np.repeat(np.tile(np.arange(256), len(table)), table.ravel()).astype(np.uint8).reshape(len(table), -1)
+    symbols = np.repeat(np.tile(np.arange(256, dtype=np.uint8), len(table)), table.ravel()).reshape(len(table), -1)
     freq, start = table.ravel(), (table.cumsum(1) - table).ravel()
     state = np.frombuffer(data, "<u4", num_lanes(codes), end).astype(np.int64)
     words = np.frombuffer(data, "<u2", offset=end + 4 * len(state)).astype(np.int64)
