@@ -1232,7 +1232,7 @@ def newton_schulz(g: Tensor, steps: int, coeffs: str = "quintic") -> Tensor:
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for a, b, c in MUON_COEFFS[coeffs][:steps]:
         y = x @ x.mT
-        x = a * x + torch.baddbmm(y, y, y, beta=b, alpha=c) @ x
+        x = torch.baddbmm(x, torch.baddbmm(y, y, y, beta=b, alpha=c), x, beta=a)
     return x.mT if g.size(-2) > g.size(-1) else x
 
 def muon_update(grad: Tensor, buffer: Tensor, momentum: Tensor, cfg: Config) -> Tensor:
