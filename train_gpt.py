@@ -754,11 +754,21 @@ def head_loss(x: Tensor, w: Tensor, extra: Tensor | None, targets: Tensor, cap: 
 # --- Norm, RoPE, gain: rows (T, H + 2 Hkv heads of D) -> q (T, H, D), k, v (T, Hkv, D). And XSA, on y (T, H, D). ---
 # v is a view of the row, which therefore outlives the step anyway: the backward norms it again and saves nothing else.
 NORM_EPS = torch.finfo(torch.float32).eps  # for any dtype
+class NormOnCPU(torch.autograd.Function):  # in bf16, F.rms_norm takes 20 times as long
+    @staticmethod
+    def forward(ctx, x: Tensor, scale: float) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + NORM_EPS)
+        ctx.save_for_backward(x, rstd)
+        ctx.scale = scale
+        return (wide * (rstd * scale)).to(x.dtype)
+    @staticmethod
+    def backward(ctx, g: Tensor) -> tuple[Tensor, None]:
+        x, rstd = ctx.saved_tensors
+        g, n = g.to(rstd.dtype), x * rstd
+        return g.addcmul(n, (g * n).mean(-1, keepdim=True), value=-1).mul_(rstd * ctx.scale).to(x.dtype), None
 def rms_norm(x: Tensor, scale: float = 1.0) -> Tensor:  # scale * x / sqrt(mean(x^2) + eps) over the last axis, in fp32
-    if x.is_cuda:  # on a CPU in bf16, F.rms_norm takes 20 times as long as the lines below
-        return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS) * scale
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return (wide * (torch.rsqrt(wide.square().mean(-1, keepdim=True) + NORM_EPS) * scale)).to(x.dtype)
+    return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS) * scale if x.is_cuda else NormOnCPU.apply(x, scale)
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # RoPE on the first 2 * half dims of x (T, H, D)
     half = cos.size(-1)  # dims j and j + half form a pair
     x1, x2, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
@@ -920,6 +930,8 @@ def causal_gradients(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, _
     ds = p * (grad @ v.mT - (grad * y).sum(-1, keepdim=True)) * scale
     return (ds @ k).flatten(1, 2), (ds.mT @ q).sum(2), (p.mT @ grad).sum(2)
 
+def dense_rows(x: Tensor) -> Tensor:  # the CPU kernels misread a strided last dimension
+    return x if x.stride(-1) == 1 else x.contiguous()
 def sdpa_outputs(q: Tensor) -> tuple[Tensor, Tensor]:  # y (T, H, D), logsumexp (H, T), used only on a CPU
     return q.new_empty(q.shape), q.new_zeros(q.shape[1::-1], dtype=torch.promote_types(q.dtype, torch.float32))
 
@@ -928,7 +940,7 @@ def sdpa_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen:
     """y and logsumexp. On two cores, 16 x 512 bf16 tokens, H=4, D=32: 16 ms, 35 ms in backward."""
     ends, (shortest, longest) = cu_seqlens[[0, -1]].tolist(), map(int, cu_seqlens.diff().aminmax())
     assert ends == [0, q.size(0)] and 0 <= shortest <= longest <= max_seqlen, f"{ends=}, {shortest=}, {longest=}"
-    inputs = tuple(x.contiguous() for x in (q, k, v))  # the CPU kernels misread a strided last dimension
+    inputs = tuple(map(dense_rows, (q, k, v)))
     y, lse = sdpa_outputs(q)
     flash = partial(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, is_causal=True)
     plain = partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=True)
@@ -939,7 +951,7 @@ def sdpa_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen:
 def sdpa_varlen_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor,
                          cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv. Autograd is off inside an operator, so off the CPU the gradient is written out (slow)."""
-    inputs = (*(x.contiguous() for x in (grad, q, k, v, y)), lse.T)
+    inputs = (*map(dense_rows, (grad, q, k, v, y)), lse.T)
     grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     flash = partial(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward, dropout_p=0.0, is_causal=True)
     over_documents(flash if q.is_cpu else causal_gradients, inputs, grads, cu_seqlens)
@@ -1220,7 +1232,7 @@ def newton_schulz(g: Tensor, steps: int, coeffs: str = "quintic") -> Tensor:
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for a, b, c in MUON_COEFFS[coeffs][:steps]:
         y = x @ x.mT
-        x = a * x + torch.baddbmm(y, y, y, beta=b, alpha=c) @ x
+        x = torch.baddbmm(x, torch.baddbmm(y, y, y, beta=b, alpha=c), x, beta=a)
     return x.mT if g.size(-2) > g.size(-1) else x
 
 def muon_update(grad: Tensor, buffer: Tensor, momentum: Tensor, cfg: Config) -> Tensor:
