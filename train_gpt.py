@@ -24,6 +24,8 @@ import os
 import pickle
 import random
 import re
+import shutil
+import signal
 import sys
 import time
 import zlib
@@ -54,6 +56,7 @@ LIMIT_BYTES = 16_000_000  # code and model together, decimal
 class UsageError(ValueError):
     """Wrong configuration, data or file. The message is all the user sees, one line per problem; exit status 2."""
 class RunStopped(RuntimeError): ...  # by a limit that the user has set; one line, exit status 3
+class RunOver(Exception): ...  # it has its result from before; one line, exit status 0
 
 # === 1. Configuration: every knob is an environment variable; a field is its variable in lower case ===================
 def knob(default: Any, doc: str, lo: float = 0, hi: float = 1e18, choices: tuple = ()) -> Any:
@@ -66,6 +69,8 @@ class Config:  # defaults are the `record` preset's; `PRESETS` overrides them an
     seed: int = knob(1337, "initial weights, adapter init, document sampling", 0, 2**31)
     run_id: str = knob("", "names the log and the output folder; default: date, preset and seed")
     artifact_dir: str = knob("", "output folder; default: runs/<RUN_ID>")
+    checkpoint_every: float = knob(0.0, "seconds of training; started again, RUN_ID goes on from the last; 0: never")
+    tensorboard_dir: str = knob("", "folder for TensorBoard, a curve per RUN_ID")
     eval_only_path: str = knob("", "checkpoint (quantise, score, adapt) or artifact (score, adapt) instead of training")
     data_dir: str = knob("./data", "holds datasets/ and tokenizers/")
     dataset: str = knob("", "folder under datasets/; default: fineweb10B_sp<VOCAB_SIZE>")
@@ -236,11 +241,16 @@ class Config:  # defaults are the `record` preset's; `PRESETS` overrides them an
         stale, package = loops and 0 < lanes <= c.loop_end, c.compressor.replace("zstd", "zstandard")
         pushed = any(visit.parallel and visit.push for plan in c.plans for visit in plan)
         room, limit = c.cu_seqlens_capacity - 2 - 2 * -(-row // c.train_seq_len), c.max_wallclock_seconds
+        def found(package: str) -> bool:
+            return importlib.util.find_spec(package) is not None
         def writable(path: Path) -> bool:
             folder = next(p for p in (path, *path.parents) if p.exists())
             return folder.is_dir() and os.access(folder, os.W_OK)
         return [
             ("RUN_ID", "/" not in c.run_id and writable(Path("logs").absolute()), "a name of a file to write in logs"),
+            ("CHECKPOINT_EVERY", not c.checkpoint_every or c.run_id != "", "0 without a RUN_ID to go on by"),
+            ("CHECKPOINT_EVERY", not c.checkpoint_every or not c.eval_only_path, "0 with EVAL_ONLY_PATH"),
+            ("TENSORBOARD_DIR", not c.tensorboard_dir or found("tensorboard"), "empty, or install tensorboard"),
             ("MODEL_DIM", c.model_dim % (2 * c.num_heads) == 0, "a multiple of 2 * NUM_HEADS"),
             ("NUM_KV_HEADS", c.num_heads % c.num_kv_heads == 0, "a divisor of NUM_HEADS"),
             ("ROPE_DIMS", c.rope_dims % 2 == 0 and c.rope_dims <= c.head_dim, f"even and at most {c.head_dim}"),
@@ -269,7 +279,7 @@ class Config:  # defaults are the `record` preset's; `PRESETS` overrides them an
             ("TTT_CHUNK_TOKENS", c.ttt_chunk_tokens >= c.eval_seq_len, "at least EVAL_SEQ_LEN"),
             ("TTT_FREEZE_BLOCKS", c.ttt_freeze_blocks <= c.num_layers, "at most NUM_LAYERS"),
             ("GPTQ_RESERVE_SECONDS", not limit or c.gptq_reserve_seconds < limit, "below MAX_WALLCLOCK_SECONDS"),
-            ("COMPRESSOR", importlib.util.find_spec(package) is not None, f"lzma, or {package} must be installed"),
+            ("COMPRESSOR", found(package), f"lzma, or {package} must be installed"),
             ("VAL_DOC_FRACTION", c.val_doc_fraction == 1 or c.data_loader == "documents", "1 with DATA_LOADER"),
             ("ARTIFACT_DIR", writable(Path(c.artifact_dir or "runs").absolute()), "a folder that can be written"),
         ]  # fmt: skip
@@ -278,6 +288,8 @@ class Config:  # defaults are the `record` preset's; `PRESETS` overrides them an
 MODEL_FIELDS = """vocab_size num_layers model_dim num_heads num_kv_heads mlp_mult xsa_last_n skip_gates_enabled
     rope_base rope_dims logit_softcap ln_scale num_loops loop_start loop_end parallel_start_layer parallel_final_lane
     data_loader""".split()
+# What a checkpoint does not depend on.
+FREE_FIELDS = "run_id artifact_dir checkpoint_every tensorboard_dir train_log_every data_dir tokenizer_path".split()
 # Knobs of the published scripts that are none here: the head is the embedding, the others were dead or for debugging.
 NOT_KNOBS = """EMBEDDING_DIM TIE_EMBEDDINGS EMBED_LR HEAD_LR ROPE_TRAIN_SEQ_LEN ROPE_YARN MUON_BETA2 TTT_DEBUG_BYPASS
     CONTROL_TENSOR_NAME_PATTERNS TTT_EVAL_BATCHES TTT_OUTPUT_DIR""".split()
@@ -322,6 +334,11 @@ class Ranks:  # this process among its peers: all ranks must call a method toget
         if self.distributed:
             dist.all_gather_object(values, value)
         return values
+    def first(self, value: Any) -> Any:  # rank 0's
+        values = [value]
+        if self.distributed:
+            dist.broadcast_object_list(values, device=self.device)
+        return values[0]
     def alone(self) -> Ranks:  # this rank as if it were the only one
         other = copy.copy(self)
         other.rank, other.world_size, other.distributed = 0, 1, False
@@ -351,18 +368,43 @@ class Ranks:  # this process among its peers: all ranks must call a method toget
         there.record()
         return lambda: (there.synchronize(), (host.tolist(), time.monotonic()))[1]
 
-class Log:  # lines for people on rank 0: to the terminal and to a file
-    def __init__(self, path: Path, is_main: bool):
-        self.last, self.is_main = time.monotonic(), is_main
+class Log:  # lines for people on rank 0: to the terminal and to a file; below them, on a real one, a line rewritten
+    def __init__(self, path: Path, is_main: bool, board: str = ""):
+        self.last, self.shown, self.is_main, self.board, self.live = time.monotonic(), 0.0, is_main, board, False
         if is_main:
             path.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists():  # a killed run may have left half a line
+                os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
             self.file = path.open("a", encoding="utf-8")
+            self.live = sys.stdout.isatty() and "CI" not in os.environ
     def __call__(self, line: str, terminal: bool = True) -> None:
         self.last = time.monotonic()
         for file in [self.file, sys.stdout][: 1 + terminal] if self.is_main else []:
-            print(line, file=file, flush=True)
+            print("\r\033[K" * (self.live and file is sys.stdout) + line, file=file, flush=True)
     def due(self) -> bool:  # whether the last line is 8 s ago: a long loop shows that it is alive
         return time.monotonic() - self.last > 8
+    def show(self, line: str) -> None:  # in place of what it showed before, at most ten times a second
+        if self.live and time.monotonic() - self.shown > 0.1:
+            self.shown = time.monotonic()
+            print(f"\r\033[K{line[: shutil.get_terminal_size().columns - 1]}", end="", flush=True)
+    def scalars(self, step: int, **values: float) -> None:  # for TensorBoard
+        if self.board and self.is_main:
+            if isinstance(self.board, str):
+                from torch.utils.tensorboard import SummaryWriter
+                self.board = SummaryWriter(self.board, purge_step=step)  # points after it are a stopped run's
+            for name, value in values.items():
+                self.board.add_scalar(name, value, step)
+
+@contextlib.contextmanager
+def signals(act: Callable[[int, Any], Any]) -> Iterator[None]:  # SIGINT and SIGTERM do this meanwhile
+    before = {number: signal.signal(number, act) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, act in before.items():
+            signal.signal(number, act)
+def stop(number: int, _: Any = None, where: str = "") -> None:  # exit status as a shell has it
+    raise KeyboardInterrupt(f"{signal.Signals(number).name}: the run is stopped{where}", 128 + number)
 
 class Sentinel:  # counts graphs and kernels compiled since it was made, and logs why
     def __init__(self, log: Callable[[str], None]):
@@ -1533,37 +1575,52 @@ def restored(model: nn.Module, optimizers: Optimizers) -> Iterator[None]:  # aft
     optimizers.adam.state.clear()
     model.zero_grad(set_to_none=True)
 
+def expected_bytes(cfg: Config) -> float:  # of codes at the entropy of Gaussian rows; the other parameters in fp16
+    width = {"matrix": (cfg.matrix_clip_sigmas, cfg.matrix_bits), "embed": (cfg.embed_clip_sigmas, cfg.embed_bits)}
+    entropy = {kind: math.log2(2 * math.pi * math.e * ((2 ** (bits - 1) - 1) / sigmas) ** 2) / 2
+               for kind, (sigmas, bits) in width.items()}  # fmt: skip
+    return sum(math.prod(r.shape) * entropy.get(r.packing, 16) / 8 for r in parameter_table(cfg).values())
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12}  # dense bf16, by data sheet
 class Progress:
     """What all ranks know of the training. A step's numbers are read one step late, while the device has the next one's
     work (W20). Time is the ranks' mean clock at the end of a step; in later ones a visit of a layer counts as long as
-    the longest, so that none ends after `budget` seconds."""
+    the longest, so that none ends after `budget` seconds. But for the first line it is what a checkpoint restores."""
     def __init__(self, run: Run, budget: float):
-        self.run, self.cfg, self.budget, self.unread, self.start = run, run.cfg, budget, None, run.ranks.now()
+        self.run, self.cfg, self.budget, self.unread, self.signals, self.stop = run, run.cfg, budget, None, [], 0
         self.step, self.tokens, self.loss, self.ended, self.marked = 0, 0, math.nan, 0.0, (0.0, 0)  # on this rank
         self.elapsed, self.visits, self.flying, self.longest, self.timed = 0.0, 0, 0, 0.0, (0.0, 0)  # on all
+        self.looped, self.expected, self.kept = False, self.cfg.iterations, 0.0
+        self.own = vars(self).keys() - {"run", "cfg", "budget", "unread", "signals", "stop", "own"}
+        if "progress" in run.kept:
+            vars(self).update(run.kept["progress"])
+            run.optimizers.load_state_dict(run.kept["optimizers"])
+            torch.set_rng_state(run.kept["random"])
+        self.start = run.ranks.now() - self.ended
+        run.inner -= self.ended  # the phase has lasted so long already
     def frac(self) -> float:  # share of the budget, or of ITERATIONS, at the start of the next step
         spent = self.elapsed * (1 + self.flying / max(self.visits, 1))
         return self.step / self.cfg.iterations if self.budget == math.inf else spent / self.budget
     def fits(self, visits: int) -> bool:  # whether a step of so many visits will end within the budget
         return self.elapsed + self.longest * (self.flying + visits) <= self.budget
 
-    def send(self, local: Tensor, norm: Tensor, visits: int, num_targets: int, about: tuple[float, bool]) -> None:
-        """After a step: part of the loss, norm of the reduced gradient, and `about`: rate factor, whether it looped."""
+    def send(self, local: Tensor, norm: Tensor, visits: int, num_targets: int, scale: float) -> None:
+        """After a step: part of the loss, norm of the reduced gradient, visits of layers, targets, rate factor."""
         ranks, first = self.run.ranks, self.step == 0  # the first is waited for: without it, no time is known
         clock, ending = (ranks.now() - self.start, visits) if first else (self.ended, self.flying)
         self.flying, self.step, self.tokens = self.flying + visits, self.step + 1, self.tokens + num_targets
-        facts = (norm.new_full((), x) for x in (clock / ranks.world_size, self.run.sentinel.poll()))  # fills: no wait
-        self.unread = ending, about, ranks.late(ranks.sum(torch.stack([local, norm / ranks.world_size, *facts])))
+        facts = (clock / ranks.world_size, self.run.sentinel.poll(), max(self.signals, default=0) / ranks.world_size)
+        facts = (norm.new_full((), x) for x in facts)  # fills: no wait
+        self.unread = ending, scale, ranks.late(ranks.sum(torch.stack([local, norm / ranks.world_size, *facts])))
         if first:
             self.read()
     def read(self) -> None:  # what has not been read; raises if it is bad
         if not self.unread:
             return
-        (ending, (scale, looped), late), self.unread, run, step = self.unread, None, self.run, self.step
-        (self.loss, norm, clock, compiled), now = late()
+        (ending, scale, late), self.unread, run, step, before = self.unread, None, self.run, self.step, self.ended
+        (self.loss, norm, clock, compiled, self.stop), now = late()
         self.ended = now - self.start
         if not math.isfinite(self.loss + norm):
-            run.save("last_good.pt", run.optimizers.averages(newest=False), step - 1, looped)
+            run.save("last_good.pt", run.optimizers.averages(newest=False), step - 1, self.looped)
             raise FloatingPointError(f"loss {self.loss}, gradient norm {norm} in step {step}; last_good.pt is before")
         run.check_compiled(compiled)
         if ending:
@@ -1573,54 +1630,82 @@ class Progress:
             self.timed = self.elapsed, self.visits
         elif step == 22:
             self.judge(self.elapsed - self.timed[0], self.visits - self.timed[1])
-        if step <= 3 or run.log.due() or (self.cfg.train_log_every and step % self.cfg.train_log_every == 0):
+        self.tell(step, scale, max(self.ended - before, 1e-9))
+    def tell(self, step: int, scale: float, seconds: float) -> None:  # what all can know of a step that took so long
+        cfg, log, tokens = self.cfg, self.run.log, self.cfg.train_batch_tokens
+        if step <= 3 or log.due() or (cfg.train_log_every and step % cfg.train_log_every == 0):
             ms, rate = 1000 * self.ended, (self.tokens - self.marked[1]) / max(self.ended - self.marked[0], 1e-9)
             self.marked = self.ended, self.tokens
-            run.log(f"step:{step}/{self.cfg.iterations} train_loss:{self.loss:.4f} train_time:{ms:.0f}ms "
-                    f"step_avg:{ms / step:.2f}ms tok/s:{rate:.0f} lr_scale:{scale:.3f}")  # fmt: skip
+            log(f"step:{step}/{cfg.iterations} train_loss:{self.loss:.4f} train_time:{ms:.0f}ms "
+                f"step_avg:{ms / step:.2f}ms tok/s:{rate:.0f} lr_scale:{scale:.3f}", terminal=not log.live)  # fmt: skip
+        log.scalars(step, **{"train_loss": self.loss, "lr_scale": scale, "tok/s": tokens / seconds})
+        if log.live:
+            banks = sum(math.prod(role.shape) for role in parameter_table(cfg).values() if role.group == "muon")
+            products = banks * len(cfg.plans[self.looped]) / cfg.num_layers + cfg.vocab_size * cfg.model_dim
+            rate, gpu = 6 * products * tokens / seconds / self.run.ranks.world_size, str(self.run.facts["device"])
+            mfu = [f"MFU {100 * rate / peak:.1f} %" for name, peak in PEAK_FLOPS.items() if name in gpu]
+            left = min(self.budget - self.ended, (cfg.iterations - step) * self.ended / step)
+            words = [f"train: step {step} of about {self.expected:.0f}", f"loss {self.loss:.4f}", f"{left:.0f} s left",
+                     f"{1000 * seconds:.0f} ms/step", f"{tokens / seconds:.0f} tok/s", *mfu]  # fmt: skip
+            log.show(", ".join([*words, f"about {expected_bytes(cfg) + len(SOURCE):.0f} bytes"]))
     def judge(self, seconds: float, visits: int) -> None:  # by steps 2 to 21: what the budget allows, whether to go on
         cfg, (plain, looped), share = self.cfg, map(len, self.cfg.plans), min(self.cfg.enable_looping_at, 1.0)
-        steps = min(cfg.iterations, self.budget * visits / seconds * (share / plain + (1 - share) / looped))
-        self.run.log(f"speed: {50 * seconds:.1f}ms per step; the budget allows about {steps:.0f} steps")
+        steps = self.budget * visits / seconds * (share / plain + (1 - share) / looped)
+        self.expected = min(cfg.iterations, steps)
+        self.run.log(f"speed: {50 * seconds:.1f}ms per step; the budget allows about {self.expected:.0f} steps")
         if 0 < cfg.pod_speedgate_ms < 50 * seconds:
             raise RunStopped(f"POD_SPEEDGATE_MS={cfg.pod_speedgate_ms:g}: a step takes {50 * seconds:.1f} ms")
+    def pause(self) -> None:  # a checkpoint when it is time; after a signal, one and the end. All ranks agree on both
+        run, every, here = self.run, self.cfg.checkpoint_every, self.run.ranks.now
+        if every and (self.stop or self.elapsed - self.kept >= every):
+            self.read()
+            self.kept, start = self.elapsed, here()
+            run.keep(progress={name: getattr(self, name) for name in self.own}, random=torch.get_rng_state(),
+                     optimizers=run.optimizers.state_dict())  # fmt: skip
+            self.start, run.inner = self.start + here() - start, run.inner + here() - start  # off the clock
+        if self.stop:
+            stop(round(self.stop), where=f" after step {self.step}" + "; the same command goes on" * (every > 0))
 
 def train(run: Run, reserve: float) -> bool:
     """Trains until the budget less `reserve` seconds is spent and leaves the EMA of the weights in the model. Schedules
     follow the share of the budget spent, or of ITERATIONS without one. No step may end too late. Returns whether the
     loops ran at the end: scoring uses the depth that was trained (W6). Raises FloatingPointError on a loss or gradient
     that is not finite, once the average of the steps before is saved."""
-    cfg, ranks, log, plans, looped = run.cfg, run.ranks, run.log, run.cfg.plans, False
-    steps = PackedLoader(run.streams["train"], run.tokenizer.bos_id, cfg, ranks).steps()
+    cfg, ranks, log, plans = run.cfg, run.ranks, run.log, run.cfg.plans
     progress = Progress(run, (cfg.max_wallclock_seconds or math.inf) - reserve)
-    while progress.step < cfg.iterations:
-        frac, step = progress.frac(), progress.step
-        switch = cfg.num_loops > 0 and not looped and frac >= cfg.enable_looping_at
-        plan = plans[looped or switch]
-        if not progress.fits(len(plan)):
-            break
-        if switch:
-            looped = True
-            log(f"layer_loop:enabled step:{step} frac:{frac:.3f} order:{[v.layer for v in plan]}")
-        rows, num_targets = next(steps)
-        local = accumulate(run.forward, plan, rows, num_targets, run.graphs)
-        progress.read()  # of the step before, which the device has done by now
-        norm = run.optimizers.step(lr_scale(frac, cfg), muon_momentum(step, cfg))
-        progress.send(local, norm, len(plan), num_targets, (lr_scale(frac, cfg), looped))
-        if cfg.val_loss_every and progress.step % cfg.val_loss_every == 0:
-            progress.read()
-            with run.phase("validate", "none"):
-                result = run.evaluate(plan=plan)
-            progress.start += run.phases[-1][2]  # off the clock
-            log(f"{step + 1}/{cfg.iterations} val_loss: {result['val_loss']:.4f} val_bpb: {result['val_bpb']:.4f}")
-    steps.close()
-    progress.read()
+    loader = PackedLoader(run.streams["train"], run.tokenizer.bos_id, cfg, ranks)
+    loader.cursor, steps = progress.tokens, loader.steps()
+    with signals(lambda number, _: progress.signals.append(number)):
+        while progress.step < cfg.iterations:
+            frac, step = progress.frac(), progress.step
+            switch = cfg.num_loops > 0 and not progress.looped and frac >= cfg.enable_looping_at
+            plan = plans[progress.looped or switch]
+            if not progress.fits(len(plan)):
+                break
+            if switch:
+                log(f"layer_loop:enabled step:{step} frac:{frac:.3f} order:{[v.layer for v in plan]}")
+            rows, num_targets = next(steps)
+            local = accumulate(run.forward, plan, rows, num_targets, run.graphs)
+            progress.read()  # of the step before, which the device has done by now
+            progress.looped |= switch
+            norm = run.optimizers.step(lr_scale(frac, cfg), muon_momentum(step, cfg))
+            progress.send(local, norm, len(plan), num_targets, lr_scale(frac, cfg))
+            if cfg.val_loss_every and progress.step % cfg.val_loss_every == 0:
+                progress.read()
+                with run.phase("validate", "none"):
+                    result = run.evaluate(plan=plan)
+                progress.start += run.phases[-1][2]  # off the clock
+                log(f"{step + 1}/{cfg.iterations} val_loss: {result['val_loss']:.4f} val_bpb: {result['val_bpb']:.4f}")
+                log.scalars(step + 1, val_bpb=result["val_bpb"])
+            progress.pause()
+        steps.close()
+        progress.read()
     step, ema = progress.step, run.optimizers.averages(newest=True)
     log(f"stopping: step:{step}/{cfg.iterations} train_time:{1000 * progress.ended:.0f}ms; ema:applying EMA weights")
     run.model.load_state_dict(ema)
     run.final |= {"steps": step, "train_loss": progress.loss, "train_tokens": progress.tokens}
-    run.save("final_model.pt", ema, step, looped)
-    return looped
+    run.save("final_model.pt", ema, step, progress.looped)
+    return progress.looped
 
 # === 10. Compression: Hessians -> GPTQ -> integers -> one file ========================================================
 def matrices(cfg: Config) -> list[tuple[str, int, str, int]]:  # all integer ones: (bank, slice, input site, layer)
@@ -2009,7 +2094,7 @@ def load_model_file(cfg: Config, origin: dict[str, str]) -> tuple[Config, dict[s
 
 class Run:  # from its data to its report, the same on all ranks; `go` holds the phases in order
     def __init__(self, cfg: Config, origin: dict[str, str], ranks: Ranks):  # checks all that can be wrong, on all ranks
-        self.cfg, self.ranks, self.saved, self.final, error = cfg, ranks, {}, {}, None
+        self.cfg, self.ranks, self.saved, self.final, error = cfg, ranks, {}, {}, None  # saved: EVAL_ONLY_PATH's file
         self.phases, self.inner = [], 0.0
         with self.phase("check", "none"):
             try:
@@ -2022,8 +2107,6 @@ class Run:  # from its data to its report, the same on all ranks; `go` holds the
         cfg, run_id = self.cfg, cfg.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}_{cfg.preset}_seed{cfg.seed}"
         run_id = ranks.gather(run_id)[0]
         self.folder = Path(cfg.artifact_dir or f"runs/{run_id}")
-        self.log = Log(Path(f"logs/{run_id}.txt"), ranks.is_main)
-        self.sentinel, self.graphs = Sentinel(self.log), {}
         self.facts = {
             "run_id": run_id, "preset": cfg.preset, "seed": cfg.seed, "world_size": ranks.world_size,
             "device": torch.cuda.get_device_name() if ranks.device.type == "cuda" else f"CPU, {os.cpu_count()} cores",
@@ -2031,7 +2114,11 @@ class Run:  # from its data to its report, the same on all ranks; `go` holds the
             "code_sha256": CODE_SHA256, "file_sha256": hashlib.sha256(SOURCE).hexdigest(), "code_bytes": len(SOURCE),
             "attention": self.backend, "val_docs": len(self.docs.counts), "tokenizer_sha256": self.tokenizer.sha256,
             "val_sha256": hashlib.sha256(self.docs.tokens.astype("<u2").tobytes()).hexdigest()}  # fmt: skip
-        self.log(TEXT + "\nHyperparameters:", terminal=False)
+        lines += self.resume(log := Path(f"logs/{run_id}.txt"))
+        self.log = Log(log, ranks.is_main, cfg.tensorboard_dir and f"{cfg.tensorboard_dir}/{run_id}")
+        self.sentinel, self.graphs = Sentinel(self.log), {}
+        self.log("" if self.kept else TEXT, terminal=False)
+        self.log("Hyperparameters:", terminal=False)
         for field, value in sorted(dataclasses.asdict(cfg).items()):
             self.log(f"  {field}: {value} ({origin[field]})", terminal=origin[field] == "env")
         self.log("\n".join([*(f"{key}: {value}" for key, value in self.facts.items()), *lines]))
@@ -2050,9 +2137,50 @@ class Run:  # from its data to its report, the same on all ranks; `go` holds the
         self.table, self.decoded = check_bytes(self.tokenizer, self.docs, ranks)
         self.backend, lines = choose_attention(cfg.attention_backend, ranks.device, cfg.dtype)
         return lines + [f"{name}_shards: {len(s.paths)} {name}_tokens: {s.size}" for name, s in self.streams.items()]
+    def resume(self, log: Path) -> list[str]:
+        """Sets `kept`, where to go on: the newest whole checkpoint of this run, rank 0's on all ranks; empty if there
+        is none. Returns lines for the log. UsageError if all are damaged or another run's; RunOver at a run's end."""
+        facts = {key: self.facts[key] for key in ("code_sha256", "tokenizer_sha256", "val_sha256")}
+        self.made = {k: v for k, v in dataclasses.asdict(self.cfg).items() if k not in FREE_FIELDS} | facts
+        found, lines, over = (-1, b""), [], False
+        for path in [self.folder / f"checkpoint.{i}.pt" for i in range(2 * self.ranks.is_main)]:
+            if self.cfg.checkpoint_every and path.exists():
+                data, state = path.read_bytes(), {"made": {}}
+                if whole := hashlib.sha256(data[32:]).digest() == data[:32]:
+                    state = torch.load(io.BytesIO(data[32:]), weights_only=True)
+                theirs = [f"{k}={state['made'].get(k)}" for k, v in self.made.items() if state["made"].get(k) != v]
+                reason = "made with " + ", ".join(theirs) if whole else "damaged"
+                lines += [f"{path}: refused: {reason}"] * bool(theirs)
+                found = found if theirs else max(found, (state["number"], data))
+        if self.cfg.checkpoint_every and self.ranks.is_main and log.exists():
+            over = re.search(rb"^final \{.*\}\n", log.read_bytes(), re.M) is not None
+        (_, data), lines, over = self.ranks.first((found, lines, over))
+        if over:
+            raise RunOver(f"RUN_ID={self.cfg.run_id}: {log} has its result already")
+        if lines and not data:
+            raise UsageError("\n".join(lines))
+        self.kept = torch.load(io.BytesIO(data[32:]), map_location="cpu", weights_only=True) if data else {}
+        self.final, self.phases = self.kept.get("final", {}), self.phases + self.kept.get("phases", [])
+        if data:
+            self.final["resumed"] = self.final.get("resumed", 0) + 1
+            step = self.kept.get("progress", {}).get("step", "the last")
+            lines.append(f"resumed:{self.final['resumed']} after step {step}")
+        return lines
+    def keep(self, **state: Any) -> None:  # a checkpoint, in place of the one before the last; all ranks must call it
+        if not self.cfg.checkpoint_every:
+            return
+        self.kept = {"number": self.kept.get("number", -1) + 1}
+        spent = [phase for phase in self.phases if phase[1] != "none"]
+        state |= {**self.kept, "made": self.made, "phases": spent, "final": self.final}
+        if self.ranks.is_main:
+            torch.save(state, buffer := io.BytesIO())
+            data = buffer.getvalue()
+            write_atomic(self.folder / f"checkpoint.{self.kept['number'] % 2}.pt", hashlib.sha256(data).digest() + data)
     @contextlib.contextmanager
     def phase(self, name: str, budget: str) -> Iterator[None]:  # times, against a budget, less phases within it
         outer, self.inner, start = self.inner, 0.0, self.ranks.now()
+        if "log" in vars(self):
+            self.log.show(f"{name} ..")
         yield
         seconds = self.ranks.now() - start
         self.phases.append((name, budget, seconds - self.inner))
@@ -2068,18 +2196,22 @@ class Run:  # from its data to its report, the same on all ranks; `go` holds the
         adapting = partial(torch.compile, fullgraph=True, dynamic=True, mode=mode)
         self.ttt_forward = adapting(self.model) if cfg.compile else self.model
         self.log(f"model_params:{sum(p.numel() for p in self.model.parameters())}")
-        looped = saved.get("looped", cfg.num_loops > 0 and cfg.enable_looping_at < 1)
+        start = saved or self.kept
+        looped = start.get("looped", cfg.num_loops > 0 and cfg.enable_looping_at < 1)
         with self.phase("warm-up", "none"):
             reserve = self.warm_up(cfg.plans[looped])
-        if not saved:
+        if "weights" in start:
+            self.model.load_state_dict(start["weights"])
+        elif not saved:
             with self.phase("train", "train"):
                 looped = train(self, reserve)
-        elif "weights" in saved:
-            self.model.load_state_dict(saved["weights"])
+            self.keep(weights=self.model.state_dict(), looped=looped)
         self.plan = cfg.plans[looped]
         if "streams" not in saved:
             path = self.folder / "final_model.int6.ptz"
-            self.compress(path, {"looped": looped, "tokenizer": self.tokenizer.sha256})
+            if self.hash_of(path) != start.get("artifact", ""):
+                self.compress(path, {"looped": looped, "tokenizer": self.tokenizer.sha256})
+                self.keep(weights=self.model.state_dict(), looped=looped, artifact=self.hash_of(path))
             self.score("diagnostic pre-quantization post-ema", "none", self.evaluate)
         self.reload(path)
         deadline = Deadline(cfg.eval_deadline_seconds - cfg.eval_budget_includes_compile * self.eval_warm_up)
@@ -2091,8 +2223,10 @@ class Run:  # from its data to its report, the same on all ranks; `go` holds the
             self.score("quantized_ttt_lora", "eval", partial(self.adapt, deadline))
         return self.report()
 
+    def hash_of(self, path: Path) -> str:  # rank 0's; "none" where there is no file
+        return self.ranks.first(hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "none")
     def warm_up(self, last: tuple[Visit, ...]) -> float:  # synthetic tokens, undone; the seconds to keep after training
-        cfg, ranks, reserve, trains = self.cfg, self.ranks, 0.0, not self.saved
+        cfg, ranks, reserve, trains = self.cfg, self.ranks, 0.0, "weights" not in (self.saved or self.kept)
         self.optimizers, row = Optimizers(self.model, cfg, ranks), synthetic_row(cfg, cfg.row_shape, ranks.device)
         with restored(self.model, self.optimizers):
             for step in range(cfg.warmup_steps * trains):
@@ -2192,6 +2326,7 @@ class Run:  # from its data to its report, the same on all ranks; `go` holds the
         result, seconds = ledger.result(), self.phases[-1][2]
         loss, bpb = result["val_loss"], result["val_bpb"]
         self.log(f"{label} val_loss:{loss:.8f} val_bpb:{bpb:.8f} eval_time:{1000 * seconds:.0f}ms")
+        self.log.scalars(self.final.get("steps", 0), **{f"val_bpb/{key}": bpb})
         if ledger.plain:
             self.log(f"deadline: {ledger.plain} of them scored without learning from them")
         self.final |= {f"{key}_loss": loss, f"{key}_bpb": bpb, "val_loss": loss, "val_bpb": bpb}
@@ -2225,11 +2360,14 @@ def main(argv: list[str]) -> int:  # exit status: 0 done, 1 the run failed, 2 wr
             return 0
         if argv:
             raise UsageError(f"{argv[0]}: knobs are environment variables; the only argument is --knobs")
-        Run(*Config.from_env(os.environ, torch.cuda.is_available()), Ranks(os.environ)).go()
-    except (UsageError, RunStopped, FloatingPointError, InvalidScore) as error:
+        with signals(stop):
+            Run(*Config.from_env(os.environ, torch.cuda.is_available()), Ranks(os.environ)).go()
+    except (UsageError, RunStopped, RunOver, KeyboardInterrupt, FloatingPointError, InvalidScore) as error:
         if os.environ.get("RANK", "0") == "0":
-            print(f"train_gpt.py: {error}", file=sys.stderr, flush=True)
-        return {UsageError: 2, RunStopped: 3}.get(type(error), 1)
+            print(f"train_gpt.py: {error.args[0]}", file=sys.stderr, flush=True)
+        if isinstance(error, KeyboardInterrupt):
+            return error.args[1]
+        return {UsageError: 2, RunStopped: 3, RunOver: 0}.get(type(error), 1)
     except RuntimeError as error:
         if not dist.is_initialized() or "onnection" not in str(error):
             raise
