@@ -56,7 +56,6 @@ LIMIT_BYTES = 16_000_000  # code and model together, decimal
 class UsageError(ValueError):
     """Wrong configuration, data or file. The message is all the user sees, one line per problem; exit status 2."""
 class RunStopped(RuntimeError): ...  # by a limit that the user has set; one line, exit status 3
-class RunOver(Exception): ...  # it has its result from before; one line, exit status 0
 
 # === 1. Configuration: every knob is an environment variable; a field is its variable in lower case ===================
 def knob(default: Any, doc: str, lo: float = 0, hi: float = 1e18, choices: tuple = ()) -> Any:
@@ -241,16 +240,15 @@ class Config:  # defaults are the `record` preset's; `PRESETS` overrides them an
         stale, package = loops and 0 < lanes <= c.loop_end, c.compressor.replace("zstd", "zstandard")
         pushed = any(visit.parallel and visit.push for plan in c.plans for visit in plan)
         room, limit = c.cu_seqlens_capacity - 2 - 2 * -(-row // c.train_seq_len), c.max_wallclock_seconds
-        def found(package: str) -> bool:
-            return importlib.util.find_spec(package) is not None
         def writable(path: Path) -> bool:
             folder = next(p for p in (path, *path.parents) if p.exists())
             return folder.is_dir() and os.access(folder, os.W_OK)
         return [
             ("RUN_ID", "/" not in c.run_id and writable(Path("logs").absolute()), "a name of a file to write in logs"),
-            ("CHECKPOINT_EVERY", not c.checkpoint_every or c.run_id != "", "0 without a RUN_ID to go on by"),
-            ("CHECKPOINT_EVERY", not c.checkpoint_every or not c.eval_only_path, "0 with EVAL_ONLY_PATH"),
-            ("TENSORBOARD_DIR", not c.tensorboard_dir or found("tensorboard"), "empty, or install tensorboard"),
+            ("CHECKPOINT_EVERY", not c.checkpoint_every or c.run_id != "" and not c.eval_only_path,
+             "0 without RUN_ID, or with EVAL_ONLY_PATH"),
+            ("TENSORBOARD_DIR", not c.tensorboard_dir or importlib.util.find_spec("tensorboard") is not None,
+             "empty, or tensorboard must be installed"),
             ("MODEL_DIM", c.model_dim % (2 * c.num_heads) == 0, "a multiple of 2 * NUM_HEADS"),
             ("NUM_KV_HEADS", c.num_heads % c.num_kv_heads == 0, "a divisor of NUM_HEADS"),
             ("ROPE_DIMS", c.rope_dims % 2 == 0 and c.rope_dims <= c.head_dim, f"even and at most {c.head_dim}"),
@@ -279,7 +277,7 @@ class Config:  # defaults are the `record` preset's; `PRESETS` overrides them an
             ("TTT_CHUNK_TOKENS", c.ttt_chunk_tokens >= c.eval_seq_len, "at least EVAL_SEQ_LEN"),
             ("TTT_FREEZE_BLOCKS", c.ttt_freeze_blocks <= c.num_layers, "at most NUM_LAYERS"),
             ("GPTQ_RESERVE_SECONDS", not limit or c.gptq_reserve_seconds < limit, "below MAX_WALLCLOCK_SECONDS"),
-            ("COMPRESSOR", found(package), f"lzma, or {package} must be installed"),
+            ("COMPRESSOR", importlib.util.find_spec(package) is not None, f"lzma, or {package} must be installed"),
             ("VAL_DOC_FRACTION", c.val_doc_fraction == 1 or c.data_loader == "documents", "1 with DATA_LOADER"),
             ("ARTIFACT_DIR", writable(Path(c.artifact_dir or "runs").absolute()), "a folder that can be written"),
         ]  # fmt: skip
@@ -318,6 +316,7 @@ class Ranks:  # this process among its peers: all ranks must call a method toget
     def __init__(self, environ: Mapping[str, str]):
         self.rank, self.world_size = int(environ.get("RANK", 0)), int(environ.get("WORLD_SIZE", 1))
         self.is_main, self.distributed, self.queues = self.rank == 0, "RANK" in environ, 0
+        self.live = self.is_main and sys.stdout.isatty() and "CI" not in environ  # whether someone may be looking on
         cuda, local = torch.cuda.is_available(), int(environ.get("LOCAL_RANK", 0))
         self.device = torch.device("cuda", local) if cuda else torch.device("cpu")
         if cuda:
@@ -334,11 +333,6 @@ class Ranks:  # this process among its peers: all ranks must call a method toget
         if self.distributed:
             dist.all_gather_object(values, value)
         return values
-    def first(self, value: Any) -> Any:  # rank 0's
-        values = [value]
-        if self.distributed:
-            dist.broadcast_object_list(values, device=self.device)
-        return values[0]
     def alone(self) -> Ranks:  # this rank as if it were the only one
         other = copy.copy(self)
         other.rank, other.world_size, other.distributed = 0, 1, False
@@ -368,43 +362,36 @@ class Ranks:  # this process among its peers: all ranks must call a method toget
         there.record()
         return lambda: (there.synchronize(), (host.tolist(), time.monotonic()))[1]
 
-class Log:  # lines for people on rank 0: to the terminal and to a file; below them, on a real one, a line rewritten
-    def __init__(self, path: Path, is_main: bool, board: str = ""):
-        self.last, self.shown, self.is_main, self.board, self.live = time.monotonic(), 0.0, is_main, board, False
+class Log:  # lines for people on rank 0: to the terminal and to a file; `live`: also one that is rewritten in place
+    def __init__(self, path: Path, is_main: bool, live: bool = False, board: Any = ""):
+        self.last, self.shown, self.is_main, self.live, self.board = time.monotonic(), 0.0, is_main, live, board
         if is_main:
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.exists():  # a killed run may have left half a line
                 os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
             self.file = path.open("a", encoding="utf-8")
-            self.live = sys.stdout.isatty() and "CI" not in os.environ
     def __call__(self, line: str, terminal: bool = True) -> None:
         self.last = time.monotonic()
         for file in [self.file, sys.stdout][: 1 + terminal] if self.is_main else []:
             print("\r\033[K" * (self.live and file is sys.stdout) + line, file=file, flush=True)
     def due(self) -> bool:  # whether the last line is 8 s ago: a long loop shows that it is alive
         return time.monotonic() - self.last > 8
-    def show(self, line: str) -> None:  # in place of what it showed before, at most ten times a second
+    def show(self, line: str) -> None:  # at most ten times a second
         if self.live and time.monotonic() - self.shown > 0.1:
             self.shown = time.monotonic()
             print(f"\r\033[K{line[: shutil.get_terminal_size().columns - 1]}", end="", flush=True)
-    def scalars(self, step: int, **values: float) -> None:  # for TensorBoard
-        if self.board and self.is_main:
-            if isinstance(self.board, str):
-                from torch.utils.tensorboard import SummaryWriter
-                self.board = SummaryWriter(self.board, purge_step=step)  # points after it are a stopped run's
-            for name, value in values.items():
-                self.board.add_scalar(name, value, step)
+    def scalars(self, step: int, values: dict[str, float]) -> None:  # for TensorBoard
+        if self.is_main and self.board and isinstance(self.board, str):
+            from torch.utils.tensorboard import SummaryWriter
+            self.board = SummaryWriter(self.board, purge_step=step)  # what is there from later steps was lost
+        for name, value in values.items() if self.is_main and self.board else ():
+            self.board.add_scalar(name, value, step)
 
-@contextlib.contextmanager
-def signals(act: Callable[[int, Any], Any]) -> Iterator[None]:  # SIGINT and SIGTERM do this meanwhile
-    before = {number: signal.signal(number, act) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, act in before.items():
-            signal.signal(number, act)
-def stop(number: int, _: Any = None, where: str = "") -> None:  # exit status as a shell has it
-    raise KeyboardInterrupt(f"{signal.Signals(number).name}: the run is stopped{where}", 128 + number)
+def stop(number: int, _: Any = None, after: str = "") -> None:  # exit status as a shell has it
+    raise KeyboardInterrupt(f"{signal.Signals(number).name}: the run is stopped{after}", 128 + number)
+def on_signals(act: Callable[[int, Any], Any]) -> None:  # `stop` wherever it comes, in training after a step
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, act)
 
 class Sentinel:  # counts graphs and kernels compiled since it was made, and logs why
     def __init__(self, log: Callable[[str], None]):
@@ -1575,28 +1562,25 @@ def restored(model: nn.Module, optimizers: Optimizers) -> Iterator[None]:  # aft
     optimizers.adam.state.clear()
     model.zero_grad(set_to_none=True)
 
-def expected_bytes(cfg: Config) -> float:  # of codes at the entropy of Gaussian rows; the other parameters in fp16
-    width = {"matrix": (cfg.matrix_clip_sigmas, cfg.matrix_bits), "embed": (cfg.embed_clip_sigmas, cfg.embed_bits)}
-    entropy = {kind: math.log2(2 * math.pi * math.e * ((2 ** (bits - 1) - 1) / sigmas) ** 2) / 2
-               for kind, (sigmas, bits) in width.items()}  # fmt: skip
-    return sum(math.prod(r.shape) * entropy.get(r.packing, 16) / 8 for r in parameter_table(cfg).values())
+def expected_bytes(cfg: Config) -> float:  # of an artifact: codes at the entropy of Gaussian rows, the rest in fp16
+    kinds = {"matrix": (cfg.matrix_bits, cfg.matrix_clip_sigmas), "embed": (cfg.embed_bits, cfg.embed_clip_sigmas)}
+    bits = {kind: math.log2(math.sqrt(2 * math.pi * math.e) * (2**b / 2 - 1) / sd) for kind, (b, sd) in kinds.items()}
+    return sum(math.prod(role.shape) * bits.get(role.packing, 16) / 8 for role in parameter_table(cfg).values())
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12}  # dense bf16, by data sheet
 class Progress:
     """What all ranks know of the training. A step's numbers are read one step late, while the device has the next one's
     work (W20). Time is the ranks' mean clock at the end of a step; in later ones a visit of a layer counts as long as
-    the longest, so that none ends after `budget` seconds. But for the first line it is what a checkpoint restores."""
+    the longest, so that none ends after `budget` seconds. A checkpoint restores all numbers of the first lines."""
     def __init__(self, run: Run, budget: float):
-        self.run, self.cfg, self.budget, self.unread, self.signals, self.stop = run, run.cfg, budget, None, [], 0
         self.step, self.tokens, self.loss, self.ended, self.marked = 0, 0, math.nan, 0.0, (0.0, 0)  # on this rank
         self.elapsed, self.visits, self.flying, self.longest, self.timed = 0.0, 0, 0, 0.0, (0.0, 0)  # on all
-        self.looped, self.expected, self.kept = False, self.cfg.iterations, 0.0
-        self.own = vars(self).keys() - {"run", "cfg", "budget", "unread", "signals", "stop", "own"}
+        self.looped, self.expected, self.kept = False, run.cfg.iterations, 0.0
         if "progress" in run.kept:
             vars(self).update(run.kept["progress"])
             run.optimizers.load_state_dict(run.kept["optimizers"])
             torch.set_rng_state(run.kept["random"])
-        self.start = run.ranks.now() - self.ended
-        run.inner -= self.ended  # the phase has lasted so long already
+        self.run, self.cfg, self.budget, self.unread, self.signal, self.stop = run, run.cfg, budget, None, 0, 0.0
+        self.start, run.inner = run.ranks.now() - self.ended, run.inner - self.ended  # it has trained so long before
     def frac(self) -> float:  # share of the budget, or of ITERATIONS, at the start of the next step
         spent = self.elapsed * (1 + self.flying / max(self.visits, 1))
         return self.step / self.cfg.iterations if self.budget == math.inf else spent / self.budget
@@ -1608,7 +1592,7 @@ class Progress:
         ranks, first = self.run.ranks, self.step == 0  # the first is waited for: without it, no time is known
         clock, ending = (ranks.now() - self.start, visits) if first else (self.ended, self.flying)
         self.flying, self.step, self.tokens = self.flying + visits, self.step + 1, self.tokens + num_targets
-        facts = (clock / ranks.world_size, self.run.sentinel.poll(), max(self.signals, default=0) / ranks.world_size)
+        facts = clock / ranks.world_size, self.run.sentinel.poll(), self.signal
         facts = (norm.new_full((), x) for x in facts)  # fills: no wait
         self.unread = ending, scale, ranks.late(ranks.sum(torch.stack([local, norm / ranks.world_size, *facts])))
         if first:
@@ -1638,33 +1622,34 @@ class Progress:
             self.marked = self.ended, self.tokens
             log(f"step:{step}/{cfg.iterations} train_loss:{self.loss:.4f} train_time:{ms:.0f}ms "
                 f"step_avg:{ms / step:.2f}ms tok/s:{rate:.0f} lr_scale:{scale:.3f}", terminal=not log.live)  # fmt: skip
-        log.scalars(step, **{"train_loss": self.loss, "lr_scale": scale, "tok/s": tokens / seconds})
+        rate = tokens / seconds
+        log.scalars(step, {"train_loss": self.loss, "lr_scale": scale, "tok/s": rate})
         if log.live:
-            banks = sum(math.prod(role.shape) for role in parameter_table(cfg).values() if role.group == "muon")
-            products = banks * len(cfg.plans[self.looped]) / cfg.num_layers + cfg.vocab_size * cfg.model_dim
-            rate, gpu = 6 * products * tokens / seconds / self.run.ranks.world_size, str(self.run.facts["device"])
-            mfu = [f"MFU {100 * rate / peak:.1f} %" for name, peak in PEAK_FLOPS.items() if name in gpu]
+            table, share = parameter_table(cfg).values(), len(cfg.plans[self.looped]) / cfg.num_layers  # of visits
+            used = sum(math.prod(role.shape) * (share if role.group == "muon" else 1) for role in table)
+            mfu = [f"MFU {600 * used * rate / self.run.ranks.world_size / peak:.0f} %"
+                   for gpu, peak in PEAK_FLOPS.items() if gpu in self.run.facts["device"]]  # fmt: skip
             left = min(self.budget - self.ended, (cfg.iterations - step) * self.ended / step)
-            words = [f"train: step {step} of about {self.expected:.0f}", f"loss {self.loss:.4f}", f"{left:.0f} s left",
-                     f"{1000 * seconds:.0f} ms/step", f"{tokens / seconds:.0f} tok/s", *mfu]  # fmt: skip
-            log.show(", ".join([*words, f"about {expected_bytes(cfg) + len(SOURCE):.0f} bytes"]))
+            log.show(", ".join([f"train: step {step} of about {self.expected:.0f}", f"{left:.0f} s left",
+                                f"loss {self.loss:.4f}", f"{1000 * seconds:.0f} ms/step", f"{rate:.0f} tok/s", *mfu,
+                                f"about {expected_bytes(cfg) + len(SOURCE):.0f} bytes"]))  # fmt: skip
     def judge(self, seconds: float, visits: int) -> None:  # by steps 2 to 21: what the budget allows, whether to go on
         cfg, (plain, looped), share = self.cfg, map(len, self.cfg.plans), min(self.cfg.enable_looping_at, 1.0)
-        steps = self.budget * visits / seconds * (share / plain + (1 - share) / looped)
-        self.expected = min(cfg.iterations, steps)
+        self.expected = min(cfg.iterations, self.budget * visits / seconds * (share / plain + (1 - share) / looped))
         self.run.log(f"speed: {50 * seconds:.1f}ms per step; the budget allows about {self.expected:.0f} steps")
         if 0 < cfg.pod_speedgate_ms < 50 * seconds:
             raise RunStopped(f"POD_SPEEDGATE_MS={cfg.pod_speedgate_ms:g}: a step takes {50 * seconds:.1f} ms")
     def pause(self) -> None:  # a checkpoint when it is time; after a signal, one and the end. All ranks agree on both
-        run, every, here = self.run, self.cfg.checkpoint_every, self.run.ranks.now
+        run, every, now = self.run, self.cfg.checkpoint_every, self.run.ranks.now
         if every and (self.stop or self.elapsed - self.kept >= every):
             self.read()
-            self.kept, start = self.elapsed, here()
-            run.keep(progress={name: getattr(self, name) for name in self.own}, random=torch.get_rng_state(),
-                     optimizers=run.optimizers.state_dict())  # fmt: skip
-            self.start, run.inner = self.start + here() - start, run.inner + here() - start  # off the clock
+            self.kept, start = self.elapsed, now()
+            numbers = {name: x for name, x in vars(self).items() if isinstance(x, (int, float, tuple))}
+            run.keep(progress=numbers, optimizers=run.optimizers.state_dict(), random=torch.get_rng_state())
+            self.start, run.inner = self.start + now() - start, run.inner + now() - start  # off the clock
         if self.stop:
-            stop(round(self.stop), where=f" after step {self.step}" + "; the same command goes on" * (every > 0))
+            hint = "; the same command goes on" * (every > 0)
+            stop(self.signal or signal.SIGTERM, after=f" after step {self.step}{hint}")
 
 def train(run: Run, reserve: float) -> bool:
     """Trains until the budget less `reserve` seconds is spent and leaves the EMA of the weights in the model. Schedules
@@ -1675,31 +1660,32 @@ def train(run: Run, reserve: float) -> bool:
     progress = Progress(run, (cfg.max_wallclock_seconds or math.inf) - reserve)
     loader = PackedLoader(run.streams["train"], run.tokenizer.bos_id, cfg, ranks)
     loader.cursor, steps = progress.tokens, loader.steps()
-    with signals(lambda number, _: progress.signals.append(number)):
-        while progress.step < cfg.iterations:
-            frac, step = progress.frac(), progress.step
-            switch = cfg.num_loops > 0 and not progress.looped and frac >= cfg.enable_looping_at
-            plan = plans[progress.looped or switch]
-            if not progress.fits(len(plan)):
-                break
-            if switch:
-                log(f"layer_loop:enabled step:{step} frac:{frac:.3f} order:{[v.layer for v in plan]}")
-            rows, num_targets = next(steps)
-            local = accumulate(run.forward, plan, rows, num_targets, run.graphs)
-            progress.read()  # of the step before, which the device has done by now
-            progress.looped |= switch
-            norm = run.optimizers.step(lr_scale(frac, cfg), muon_momentum(step, cfg))
-            progress.send(local, norm, len(plan), num_targets, lr_scale(frac, cfg))
-            if cfg.val_loss_every and progress.step % cfg.val_loss_every == 0:
-                progress.read()
-                with run.phase("validate", "none"):
-                    result = run.evaluate(plan=plan)
-                progress.start += run.phases[-1][2]  # off the clock
-                log(f"{step + 1}/{cfg.iterations} val_loss: {result['val_loss']:.4f} val_bpb: {result['val_bpb']:.4f}")
-                log.scalars(step + 1, val_bpb=result["val_bpb"])
-            progress.pause()
-        steps.close()
-        progress.read()
+    on_signals(lambda number, _: setattr(progress, "signal", number))
+    while progress.step < cfg.iterations:
+        frac, step = progress.frac(), progress.step
+        switch = cfg.num_loops > 0 and not progress.looped and frac >= cfg.enable_looping_at
+        plan = plans[progress.looped or switch]
+        if not progress.fits(len(plan)):
+            break
+        if switch:
+            log(f"layer_loop:enabled step:{step} frac:{frac:.3f} order:{[v.layer for v in plan]}")
+        rows, num_targets = next(steps)
+        local = accumulate(run.forward, plan, rows, num_targets, run.graphs)
+        progress.read()  # of the step before, which the device has done by now
+        progress.looped |= switch
+        norm = run.optimizers.step(lr_scale(frac, cfg), muon_momentum(step, cfg))
+        progress.send(local, norm, len(plan), num_targets, lr_scale(frac, cfg))
+        if cfg.val_loss_every and progress.step % cfg.val_loss_every == 0:
+            progress.read()
+            with run.phase("validate", "none"):
+                result = run.evaluate(plan=plan)
+            progress.start += run.phases[-1][2]  # off the clock
+            log(f"{step + 1}/{cfg.iterations} val_loss: {result['val_loss']:.4f} val_bpb: {result['val_bpb']:.4f}")
+            log.scalars(step + 1, {"val_bpb": result["val_bpb"]})
+        progress.pause()
+    steps.close()
+    progress.read()
+    on_signals(stop)
     step, ema = progress.step, run.optimizers.averages(newest=True)
     log(f"stopping: step:{step}/{cfg.iterations} train_time:{1000 * progress.ended:.0f}ms; ema:applying EMA weights")
     run.model.load_state_dict(ema)
@@ -2115,10 +2101,9 @@ class Run:  # from its data to its report, the same on all ranks; `go` holds the
             "attention": self.backend, "val_docs": len(self.docs.counts), "tokenizer_sha256": self.tokenizer.sha256,
             "val_sha256": hashlib.sha256(self.docs.tokens.astype("<u2").tobytes()).hexdigest()}  # fmt: skip
         lines += self.resume(log := Path(f"logs/{run_id}.txt"))
-        self.log = Log(log, ranks.is_main, cfg.tensorboard_dir and f"{cfg.tensorboard_dir}/{run_id}")
+        self.log = Log(log, ranks.is_main, ranks.live, cfg.tensorboard_dir and f"{cfg.tensorboard_dir}/{run_id}")
         self.sentinel, self.graphs = Sentinel(self.log), {}
-        self.log("" if self.kept else TEXT, terminal=False)
-        self.log("Hyperparameters:", terminal=False)
+        self.log(TEXT * (not self.kept) + "\nHyperparameters:", terminal=False)
         for field, value in sorted(dataclasses.asdict(cfg).items()):
             self.log(f"  {field}: {value} ({origin[field]})", terminal=origin[field] == "env")
         self.log("\n".join([*(f"{key}: {value}" for key, value in self.facts.items()), *lines]))
@@ -2138,48 +2123,43 @@ class Run:  # from its data to its report, the same on all ranks; `go` holds the
         self.backend, lines = choose_attention(cfg.attention_backend, ranks.device, cfg.dtype)
         return lines + [f"{name}_shards: {len(s.paths)} {name}_tokens: {s.size}" for name, s in self.streams.items()]
     def resume(self, log: Path) -> list[str]:
-        """Sets `kept`, where to go on: the newest whole checkpoint of this run, rank 0's on all ranks; empty if there
-        is none. Returns lines for the log. UsageError if all are damaged or another run's; RunOver at a run's end."""
+        """Sets `kept`, the newest whole checkpoint of this run, rank 0's on all ranks; empty if there is none. Returns
+        lines for the log. UsageError if all there are damaged or another run's, or the log has a result."""
         facts = {key: self.facts[key] for key in ("code_sha256", "tokenizer_sha256", "val_sha256")}
         self.made = {k: v for k, v in dataclasses.asdict(self.cfg).items() if k not in FREE_FIELDS} | facts
-        found, lines, over = (-1, b""), [], False
-        for path in [self.folder / f"checkpoint.{i}.pt" for i in range(2 * self.ranks.is_main)]:
-            if self.cfg.checkpoint_every and path.exists():
-                data, state = path.read_bytes(), {"made": {}}
-                if whole := hashlib.sha256(data[32:]).digest() == data[:32]:
-                    state = torch.load(io.BytesIO(data[32:]), weights_only=True)
-                theirs = [f"{k}={state['made'].get(k)}" for k, v in self.made.items() if state["made"].get(k) != v]
-                reason = "made with " + ", ".join(theirs) if whole else "damaged"
-                lines += [f"{path}: refused: {reason}"] * bool(theirs)
-                found = found if theirs else max(found, (state["number"], data))
-        if self.cfg.checkpoint_every and self.ranks.is_main and log.exists():
-            over = re.search(rb"^final \{.*\}\n", log.read_bytes(), re.M) is not None
-        (_, data), lines, over = self.ranks.first((found, lines, over))
-        if over:
-            raise RunOver(f"RUN_ID={self.cfg.run_id}: {log} has its result already")
-        if lines and not data:
+        kept, lines = {}, []
+        if self.cfg.checkpoint_every and self.ranks.is_main:
+            over = log.exists() and re.search(rb"^final .*\n", log.read_bytes(), re.M)
+            lines = [f"RUN_ID={self.cfg.run_id}: {log} has its result already"] if over else []
+            for path in [] if over else self.folder.glob("checkpoint.[01].pt"):
+                data = path.read_bytes()
+                whole, other = hashlib.sha256(data[32:]).digest() == data[:32], ["damaged"]
+                if whole:
+                    state = torch.load(io.BytesIO(data[32:]), map_location="cpu", weights_only=True)
+                    other = [f"made with {k}={v}" for k, v in state["made"].items() if self.made.get(k, v) != v]
+                lines += [f"{path}: refused: {', '.join(other)}"] * bool(other)
+                kept = kept if other else max(kept, state, key=lambda s: s.get("number", -1))
+        self.kept, lines = self.ranks.gather((kept, lines))[0]  # nodes may not share folders
+        if lines and not self.kept:
             raise UsageError("\n".join(lines))
-        self.kept = torch.load(io.BytesIO(data[32:]), map_location="cpu", weights_only=True) if data else {}
         self.final, self.phases = self.kept.get("final", {}), self.phases + self.kept.get("phases", [])
-        if data:
+        if self.kept:
             self.final["resumed"] = self.final.get("resumed", 0) + 1
-            step = self.kept.get("progress", {}).get("step", "the last")
-            lines.append(f"resumed:{self.final['resumed']} after step {step}")
+            lines.append(f"resumed: from checkpoint {self.kept['number']}")
         return lines
-    def keep(self, **state: Any) -> None:  # a checkpoint, in place of the one before the last; all ranks must call it
-        if not self.cfg.checkpoint_every:
-            return
-        self.kept = {"number": self.kept.get("number", -1) + 1}
-        spent = [phase for phase in self.phases if phase[1] != "none"]
-        state |= {**self.kept, "made": self.made, "phases": spent, "final": self.final}
-        if self.ranks.is_main:
-            torch.save(state, buffer := io.BytesIO())
-            data = buffer.getvalue()
-            write_atomic(self.folder / f"checkpoint.{self.kept['number'] % 2}.pt", hashlib.sha256(data).digest() + data)
+    def keep(self, **state: Any) -> None:  # a checkpoint, in place of the one before the last
+        if self.cfg.checkpoint_every:
+            self.kept = {"number": self.kept.get("number", -1) + 1}
+            spent = [phase for phase in self.phases if phase[1] != "none"]
+            state |= {**self.kept, "made": self.made, "phases": spent, "final": self.final}
+            torch.save(state, data := io.BytesIO())
+            if self.ranks.is_main:
+                path, data = self.folder / f"checkpoint.{self.kept['number'] % 2}.pt", data.getvalue()
+                write_atomic(path, hashlib.sha256(data).digest() + data)
     @contextlib.contextmanager
     def phase(self, name: str, budget: str) -> Iterator[None]:  # times, against a budget, less phases within it
         outer, self.inner, start = self.inner, 0.0, self.ranks.now()
-        if "log" in vars(self):
+        if name != "check":  # which comes before the log
             self.log.show(f"{name} ..")
         yield
         seconds = self.ranks.now() - start
@@ -2209,9 +2189,9 @@ class Run:  # from its data to its report, the same on all ranks; `go` holds the
         self.plan = cfg.plans[looped]
         if "streams" not in saved:
             path = self.folder / "final_model.int6.ptz"
-            if self.hash_of(path) != start.get("artifact", ""):
+            if "packed" not in start:
                 self.compress(path, {"looped": looped, "tokenizer": self.tokenizer.sha256})
-                self.keep(weights=self.model.state_dict(), looped=looped, artifact=self.hash_of(path))
+                self.keep(weights=self.model.state_dict(), looped=looped, packed=True)
             self.score("diagnostic pre-quantization post-ema", "none", self.evaluate)
         self.reload(path)
         deadline = Deadline(cfg.eval_deadline_seconds - cfg.eval_budget_includes_compile * self.eval_warm_up)
@@ -2223,8 +2203,6 @@ class Run:  # from its data to its report, the same on all ranks; `go` holds the
             self.score("quantized_ttt_lora", "eval", partial(self.adapt, deadline))
         return self.report()
 
-    def hash_of(self, path: Path) -> str:  # rank 0's; "none" where there is no file
-        return self.ranks.first(hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "none")
     def warm_up(self, last: tuple[Visit, ...]) -> float:  # synthetic tokens, undone; the seconds to keep after training
         cfg, ranks, reserve, trains = self.cfg, self.ranks, 0.0, "weights" not in (self.saved or self.kept)
         self.optimizers, row = Optimizers(self.model, cfg, ranks), synthetic_row(cfg, cfg.row_shape, ranks.device)
@@ -2326,7 +2304,7 @@ class Run:  # from its data to its report, the same on all ranks; `go` holds the
         result, seconds = ledger.result(), self.phases[-1][2]
         loss, bpb = result["val_loss"], result["val_bpb"]
         self.log(f"{label} val_loss:{loss:.8f} val_bpb:{bpb:.8f} eval_time:{1000 * seconds:.0f}ms")
-        self.log.scalars(self.final.get("steps", 0), **{f"val_bpb/{key}": bpb})
+        self.log.scalars(self.final.get("steps", 0), {f"val_bpb/{key}": bpb})
         if ledger.plain:
             self.log(f"deadline: {ledger.plain} of them scored without learning from them")
         self.final |= {f"{key}_loss": loss, f"{key}_bpb": bpb, "val_loss": loss, "val_bpb": bpb}
@@ -2360,14 +2338,12 @@ def main(argv: list[str]) -> int:  # exit status: 0 done, 1 the run failed, 2 wr
             return 0
         if argv:
             raise UsageError(f"{argv[0]}: knobs are environment variables; the only argument is --knobs")
-        with signals(stop):
-            Run(*Config.from_env(os.environ, torch.cuda.is_available()), Ranks(os.environ)).go()
-    except (UsageError, RunStopped, RunOver, KeyboardInterrupt, FloatingPointError, InvalidScore) as error:
+        on_signals(stop)
+        Run(*Config.from_env(os.environ, torch.cuda.is_available()), Ranks(os.environ)).go()
+    except (UsageError, RunStopped, KeyboardInterrupt, FloatingPointError, InvalidScore) as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"train_gpt.py: {error.args[0]}", file=sys.stderr, flush=True)
-        if isinstance(error, KeyboardInterrupt):
-            return error.args[1]
-        return {UsageError: 2, RunStopped: 3, RunOver: 0}.get(type(error), 1)
+        return {UsageError: 2, RunStopped: 3, KeyboardInterrupt: error.args[-1]}.get(type(error), 1)
     except RuntimeError as error:
         if not dist.is_initialized() or "onnection" not in str(error):
             raise

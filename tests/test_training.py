@@ -32,10 +32,23 @@ def folder(tmp_path_factory) -> Iterator[None]:
 class Lines(list):
     """A log that keeps its lines."""
 
-    __call__ = list.append
+    live = False
+
+    def __init__(self):
+        super().__init__()
+        self.points = []
+
+    def __call__(self, line: str, terminal: bool = True) -> None:
+        self.append(line)
 
     def due(self) -> bool:
         return False
+
+    def show(self, line: str) -> None:
+        pass
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        self.points.append((step, values))
 
 
 class Session(tg.Run):
