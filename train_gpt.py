@@ -323,7 +323,10 @@ class Ranks:  # this process among its peers: all ranks must call a method toget
             torch.cuda.set_device(self.device)
         if self.distributed:
             importlib.import_module("torch.distributed.nn")  # later, its defaults would keep the group's threads alive
-            dist.init_process_group("nccl" if cuda else "gloo", device_id=self.device if cuda else None)
+            store, rank, size = next(dist.rendezvous("env://"))  # torchrun keeps it over restarts, old keys and all
+            store = dist.PrefixStore(f"start {environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            backend, device = ("nccl", self.device) if cuda else ("gloo", None)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, device_id=device)
     def sum(self, t: Tensor) -> Tensor:  # in place
         if self.distributed:
             dist.all_reduce(t)
@@ -1678,7 +1681,7 @@ def train(run: Run, reserve: float) -> bool:
         if cfg.val_loss_every and progress.step % cfg.val_loss_every == 0:
             progress.read()
             with run.phase("validate", "none"):
-                result = run.evaluate(plan=plan)
+                result = run.evaluate(plan=plan).result()
             progress.start += run.phases[-1][2]  # off the clock
             log(f"{step + 1}/{cfg.iterations} val_loss: {result['val_loss']:.4f} val_bpb: {result['val_bpb']:.4f}")
             log.scalars(step + 1, {"val_bpb": result["val_bpb"]})
@@ -2129,6 +2132,8 @@ class Run:  # from its data to its report, the same on all ranks; `go` holds the
         self.made = {k: v for k, v in dataclasses.asdict(self.cfg).items() if k not in FREE_FIELDS} | facts
         kept, lines = {}, []
         if self.cfg.checkpoint_every and self.ranks.is_main:
+            for part in self.folder.glob("*.part"):  # of a killed run
+                part.unlink()
             over = log.exists() and re.search(rb"^final .*\n", log.read_bytes(), re.M)
             lines = [f"RUN_ID={self.cfg.run_id}: {log} has its result already"] if over else []
             for path in [] if over else self.folder.glob("checkpoint.[01].pt"):
