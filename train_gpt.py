@@ -24,6 +24,8 @@ import os
 import pickle
 import random
 import re
+import shutil
+import signal
 import sys
 import time
 import zlib
@@ -69,6 +71,8 @@ class Config:  # defaults are the `record` preset's; `PRESETS` overrides them an
     seed: int = knob(1337, "initial weights, adapter init, document sampling", 0, 2**31)
     run_id: str = knob("", "names the log and the output folder; default: date, preset and seed")
     artifact_dir: str = knob("", "output folder; default: runs/<RUN_ID>")
+    checkpoint_every: float = knob(0.0, "seconds of training; started again, RUN_ID goes on from the last; 0: never")
+    tensorboard_dir: str = knob("", "folder for TensorBoard, a curve per RUN_ID")
     eval_only_path: str = knob("", "checkpoint (quantise, score, adapt) or artifact (score, adapt) instead of training")
     data_dir: str = knob("./data", "holds datasets/ and tokenizers/")
     dataset: str = knob("", "folder under datasets/; default: fineweb10B_sp<VOCAB_SIZE>")
@@ -250,6 +254,10 @@ class Config:  # defaults are the `record` preset's; `PRESETS` overrides them an
             return folder.is_dir() and os.access(folder, os.W_OK)
         return [
             ("RUN_ID", "/" not in c.run_id and writable(Path("logs").absolute()), "a name of a file to write in logs"),
+            ("CHECKPOINT_EVERY", not c.checkpoint_every or c.run_id != "" and not c.eval_only_path,
+             "0 without RUN_ID, or with EVAL_ONLY_PATH"),
+            ("TENSORBOARD_DIR", not c.tensorboard_dir or importlib.util.find_spec("tensorboard") is not None,
+             "empty, or tensorboard must be installed"),
             ("MODEL_DIM", c.model_dim % (2 * c.num_heads) == 0, "a multiple of 2 * NUM_HEADS"),
             ("NUM_KV_HEADS", c.num_heads % c.num_kv_heads == 0, "a divisor of NUM_HEADS"),
             ("ROPE_DIMS", c.rope_dims % 2 == 0 and c.rope_dims <= c.head_dim, f"even and at most {c.head_dim}"),
@@ -290,6 +298,8 @@ class Config:  # defaults are the `record` preset's; `PRESETS` overrides them an
 MODEL_FIELDS = """vocab_size num_layers model_dim num_heads num_kv_heads mlp_mult xsa_last_n skip_gates_enabled
     rope_base rope_dims logit_softcap ln_scale num_loops loop_start loop_end parallel_start_layer parallel_final_lane
     data_loader""".split()
+# What a checkpoint does not depend on.
+FREE_FIELDS = "run_id artifact_dir checkpoint_every tensorboard_dir train_log_every data_dir tokenizer_path".split()
 # Knobs of the published scripts that are none here: the head is the embedding, the others were dead or for debugging.
 NOT_KNOBS = """EMBEDDING_DIM TIE_EMBEDDINGS EMBED_LR HEAD_LR ROPE_TRAIN_SEQ_LEN ROPE_YARN MUON_BETA2 TTT_DEBUG_BYPASS
     CONTROL_TENSOR_NAME_PATTERNS TTT_EVAL_BATCHES TTT_OUTPUT_DIR""".split()
@@ -319,13 +329,17 @@ class Ranks:  # this process among its peers: all ranks must call a method toget
     def __init__(self, environ: Mapping[str, str]):
         self.rank, self.world_size = int(environ.get("RANK", 0)), int(environ.get("WORLD_SIZE", 1))
         self.is_main, self.distributed, self.queues = self.rank == 0, "RANK" in environ, 0
+        self.live = self.is_main and sys.stdout.isatty() and "CI" not in environ  # whether someone may be looking on
         cuda, local = torch.cuda.is_available(), int(environ.get("LOCAL_RANK", 0))
         self.device = torch.device("cuda", local) if cuda else torch.device("cpu")
         if cuda:
             torch.cuda.set_device(self.device)
         if self.distributed:
             importlib.import_module("torch.distributed.nn")  # later, its defaults would keep the group's threads alive
-            dist.init_process_group("nccl" if cuda else "gloo", device_id=self.device if cuda else None)
+            store, rank, size = next(dist.rendezvous("env://"))  # torchrun keeps it over restarts, old keys and all
+            store = dist.PrefixStore(f"start {environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            backend, device = ("nccl", self.device) if cuda else ("gloo", None)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, device_id=device)
     def sum(self, t: Tensor) -> Tensor:  # in place
         if self.distributed:
             dist.all_reduce(t)
@@ -364,18 +378,36 @@ class Ranks:  # this process among its peers: all ranks must call a method toget
         there.record()
         return lambda: (there.synchronize(), (host.tolist(), time.monotonic()))[1]
 
-class Log:  # lines for people on rank 0: to the terminal and to a file
-    def __init__(self, path: Path, is_main: bool):
-        self.last, self.is_main = time.monotonic(), is_main
+class Log:  # lines for people on rank 0: to the terminal and to a file; `live`: also one that is rewritten in place
+    def __init__(self, path: Path, is_main: bool, live: bool = False, board: Any = ""):
+        self.last, self.shown, self.is_main, self.live, self.board = time.monotonic(), 0.0, is_main, live, board
         if is_main:
             path.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists():  # a killed run may have left half a line
+                os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
             self.file = path.open("a", encoding="utf-8")
     def __call__(self, line: str, terminal: bool = True) -> None:
         self.last = time.monotonic()
         for file in [self.file, sys.stdout][: 1 + terminal] if self.is_main else []:
-            print(line, file=file, flush=True)
+            print("\r\033[K" * (self.live and file is sys.stdout) + line, file=file, flush=True)
     def due(self) -> bool:  # whether the last line is 8 s ago: a long loop shows that it is alive
         return time.monotonic() - self.last > 8
+    def show(self, line: str) -> None:  # at most ten times a second
+        if self.live and time.monotonic() - self.shown > 0.1:
+            self.shown = time.monotonic()
+            print(f"\r\033[K{line[: shutil.get_terminal_size().columns - 1]}", end="", flush=True)
+    def scalars(self, step: int, values: dict[str, float]) -> None:  # for TensorBoard
+        if self.is_main and self.board and isinstance(self.board, str):
+            from torch.utils.tensorboard import SummaryWriter
+            self.board = SummaryWriter(self.board, purge_step=step)  # what is there from later steps was lost
+        for name, value in values.items() if self.is_main and self.board else ():
+            self.board.add_scalar(name, value, step)
+
+def stop(number: int, _: Any = None, after: str = "") -> None:  # exit status as a shell has it
+    raise KeyboardInterrupt(f"{signal.Signals(number).name}: the run is stopped{after}", 128 + number)
+def on_signals(act: Callable[[int, Any], Any]) -> None:  # `stop` wherever it comes, in training after a step
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, act)
 
 class Sentinel:  # counts graphs and kernels compiled since it was made, and logs why
     def __init__(self, log: Callable[[str], None]):
@@ -1558,37 +1590,49 @@ def restored(model: nn.Module, optimizers: Optimizers) -> Iterator[None]:  # aft
     optimizers.adam.state.clear()
     model.zero_grad(set_to_none=True)
 
+def expected_bytes(cfg: Config) -> float:  # of an artifact: codes at the entropy of Gaussian rows, the rest in fp16
+    kinds = {"matrix": (cfg.matrix_bits, cfg.matrix_clip_sigmas), "embed": (cfg.embed_bits, cfg.embed_clip_sigmas)}
+    bits = {kind: math.log2(math.sqrt(2 * math.pi * math.e) * (2**b / 2 - 1) / sd) for kind, (b, sd) in kinds.items()}
+    return sum(math.prod(role.shape) * bits.get(role.packing, 16) / 8 for role in parameter_table(cfg).values())
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12}  # dense bf16, by data sheet
 class Progress:
     """What all ranks know of the training. A step's numbers are read one step late, while the device has the next one's
     work (W20). Time is the ranks' mean clock at the end of a step; in later ones a visit of a layer counts as long as
-    the longest, so that none ends after `budget` seconds."""
+    the longest, so that none ends after `budget` seconds. A checkpoint restores all numbers of the first lines."""
     def __init__(self, run: Run, budget: float):
-        self.run, self.cfg, self.budget, self.unread, self.start = run, run.cfg, budget, None, run.ranks.now()
         self.step, self.tokens, self.loss, self.ended, self.marked = 0, 0, math.nan, 0.0, (0.0, 0)  # on this rank
         self.elapsed, self.visits, self.flying, self.longest, self.timed = 0.0, 0, 0, 0.0, (0.0, 0)  # on all
+        self.looped, self.expected, self.kept = False, run.cfg.iterations, 0.0
+        if "progress" in run.kept:
+            vars(self).update(run.kept["progress"])
+            run.optimizers.load_state_dict(run.kept["optimizers"])
+            torch.set_rng_state(run.kept["random"])
+        self.run, self.cfg, self.budget, self.unread, self.signal, self.stop = run, run.cfg, budget, None, 0, 0.0
+        self.start, run.inner = run.ranks.now() - self.ended, run.inner - self.ended  # it has trained so long before
     def frac(self) -> float:  # share of the budget, or of ITERATIONS, at the start of the next step
         spent = self.elapsed * (1 + self.flying / max(self.visits, 1))
         return self.step / self.cfg.iterations if self.budget == math.inf else spent / self.budget
     def fits(self, visits: int) -> bool:  # whether a step of so many visits will end within the budget
         return self.elapsed + self.longest * (self.flying + visits) <= self.budget
 
-    def send(self, local: Tensor, norm: Tensor, visits: int, num_targets: int, about: tuple[float, bool]) -> None:
-        """After a step: part of the loss, norm of the reduced gradient, and `about`: rate factor, whether it looped."""
+    def send(self, local: Tensor, norm: Tensor, visits: int, num_targets: int, scale: float) -> None:
+        """After a step: part of the loss, norm of the reduced gradient, visits of layers, targets, rate factor."""
         ranks, first = self.run.ranks, self.step == 0  # the first is waited for: without it, no time is known
         clock, ending = (ranks.now() - self.start, visits) if first else (self.ended, self.flying)
         self.flying, self.step, self.tokens = self.flying + visits, self.step + 1, self.tokens + num_targets
-        facts = (norm.new_full((), x) for x in (clock / ranks.world_size, self.run.sentinel.poll()))  # fills: no wait
-        self.unread = ending, about, ranks.late(ranks.sum(torch.stack([local, norm / ranks.world_size, *facts])))
+        facts = clock / ranks.world_size, self.run.sentinel.poll(), self.signal
+        facts = (norm.new_full((), x) for x in facts)  # fills: no wait
+        self.unread = ending, scale, ranks.late(ranks.sum(torch.stack([local, norm / ranks.world_size, *facts])))
         if first:
             self.read()
     def read(self) -> None:  # what has not been read; raises if it is bad
         if not self.unread:
             return
-        (ending, (scale, looped), late), self.unread, run, step = self.unread, None, self.run, self.step
-        (self.loss, norm, clock, compiled), now = late()
+        (ending, scale, late), self.unread, run, step, before = self.unread, None, self.run, self.step, self.ended
+        (self.loss, norm, clock, compiled, self.stop), now = late()
         self.ended = now - self.start
         if not math.isfinite(self.loss + norm):
-            run.save("last_good.pt", run.optimizers.averages(newest=False), step - 1, looped)
+            run.save("last_good.pt", run.optimizers.averages(newest=False), step - 1, self.looped)
             raise FloatingPointError(f"loss {self.loss}, gradient norm {norm} in step {step}; last_good.pt is before")
         run.check_compiled(compiled)
         if ending:
@@ -1598,54 +1642,84 @@ class Progress:
             self.timed = self.elapsed, self.visits
         elif step == 22:
             self.judge(self.elapsed - self.timed[0], self.visits - self.timed[1])
-        if step <= 3 or run.log.due() or (self.cfg.train_log_every and step % self.cfg.train_log_every == 0):
+        self.tell(step, scale, max(self.ended - before, 1e-9))
+    def tell(self, step: int, scale: float, seconds: float) -> None:  # what all can know of a step that took so long
+        cfg, log, tokens = self.cfg, self.run.log, self.cfg.train_batch_tokens
+        if step <= 3 or log.due() or (cfg.train_log_every and step % cfg.train_log_every == 0):
             ms, rate = 1000 * self.ended, (self.tokens - self.marked[1]) / max(self.ended - self.marked[0], 1e-9)
             self.marked = self.ended, self.tokens
-            run.log(f"step:{step}/{self.cfg.iterations} train_loss:{self.loss:.4f} train_time:{ms:.0f}ms "
-                    f"step_avg:{ms / step:.2f}ms tok/s:{rate:.0f} lr_scale:{scale:.3f}")  # fmt: skip
+            log(f"step:{step}/{cfg.iterations} train_loss:{self.loss:.4f} train_time:{ms:.0f}ms "
+                f"step_avg:{ms / step:.2f}ms tok/s:{rate:.0f} lr_scale:{scale:.3f}", terminal=not log.live)  # fmt: skip
+        rate = tokens / seconds
+        log.scalars(step, {"train_loss": self.loss, "lr_scale": scale, "tok/s": rate})
+        if log.live:
+            table, share = parameter_table(cfg).values(), len(cfg.plans[self.looped]) / cfg.num_layers  # of visits
+            used = sum(math.prod(role.shape) * (share if role.group == "muon" else 1) for role in table)
+            mfu = [f"MFU {600 * used * rate / self.run.ranks.world_size / peak:.0f} %"
+                   for gpu, peak in PEAK_FLOPS.items() if gpu in self.run.facts["device"]]  # fmt: skip
+            left = min(self.budget - self.ended, (cfg.iterations - step) * self.ended / step)
+            log.show(", ".join([f"train: step {step} of about {self.expected:.0f}", f"{left:.0f} s left",
+                                f"loss {self.loss:.4f}", f"{1000 * seconds:.0f} ms/step", f"{rate:.0f} tok/s", *mfu,
+                                f"about {expected_bytes(cfg) + len(SOURCE):.0f} bytes"]))  # fmt: skip
     def judge(self, seconds: float, visits: int) -> None:  # by steps 2 to 21: what the budget allows, whether to go on
         cfg, (plain, looped), share = self.cfg, map(len, self.cfg.plans), min(self.cfg.enable_looping_at, 1.0)
-        steps = min(cfg.iterations, self.budget * visits / seconds * (share / plain + (1 - share) / looped))
-        self.run.log(f"speed: {50 * seconds:.1f}ms per step; the budget allows about {steps:.0f} steps")
+        self.expected = min(cfg.iterations, self.budget * visits / seconds * (share / plain + (1 - share) / looped))
+        self.run.log(f"speed: {50 * seconds:.1f}ms per step; the budget allows about {self.expected:.0f} steps")
         if 0 < cfg.pod_speedgate_ms < 50 * seconds:
             raise RunStopped(f"POD_SPEEDGATE_MS={cfg.pod_speedgate_ms:g}: a step takes {50 * seconds:.1f} ms")
+    def pause(self) -> None:  # a checkpoint when it is time; after a signal, one and the end. All ranks agree on both
+        run, every, now = self.run, self.cfg.checkpoint_every, self.run.ranks.now
+        if every and (self.stop or self.elapsed - self.kept >= every):
+            self.read()
+            self.kept, start = self.elapsed, now()
+            numbers = {name: x for name, x in vars(self).items() if isinstance(x, (int, float, tuple))}
+            run.keep(progress=numbers, optimizers=run.optimizers.state_dict(), random=torch.get_rng_state())
+            self.start, run.inner = self.start + now() - start, run.inner + now() - start  # off the clock
+        if self.stop:
+            hint = "; the same command goes on" * (every > 0)
+            stop(self.signal or signal.SIGTERM, after=f" after step {self.step}{hint}")
 
 def train(run: Run, reserve: float) -> bool:
     """Trains until the budget less `reserve` seconds is spent and leaves the EMA of the weights in the model. Schedules
     follow the share of the budget spent, or of ITERATIONS without one. No step may end too late. Returns whether the
     loops ran at the end: scoring uses the depth that was trained (W6). Raises FloatingPointError on a loss or gradient
     that is not finite, once the average of the steps before is saved."""
-    cfg, ranks, log, plans, looped = run.cfg, run.ranks, run.log, run.cfg.plans, False
-    steps = PackedLoader(run.streams["train"], run.tokenizer.bos_id, cfg, ranks).steps()
+    cfg, ranks, log, plans = run.cfg, run.ranks, run.log, run.cfg.plans
     progress = Progress(run, (cfg.max_wallclock_seconds or math.inf) - reserve)
+    loader = PackedLoader(run.streams["train"], run.tokenizer.bos_id, cfg, ranks)
+    loader.cursor, steps = progress.tokens, loader.steps()
+    on_signals(lambda number, _: setattr(progress, "signal", number))
     while progress.step < cfg.iterations:
         frac, step = progress.frac(), progress.step
-        switch = cfg.num_loops > 0 and not looped and frac >= cfg.enable_looping_at
-        plan = plans[looped or switch]
+        switch = cfg.num_loops > 0 and not progress.looped and frac >= cfg.enable_looping_at
+        plan = plans[progress.looped or switch]
         if not progress.fits(len(plan)):
             break
         if switch:
-            looped = True
             log(f"layer_loop:enabled step:{step} frac:{frac:.3f} order:{[v.layer for v in plan]}")
         rows, num_targets = next(steps)
         local = accumulate(run.forward, plan, rows, num_targets, run.graphs)
         progress.read()  # of the step before, which the device has done by now
+        progress.looped |= switch
         norm = run.optimizers.step(lr_scale(frac, cfg), muon_momentum(step, cfg))
-        progress.send(local, norm, len(plan), num_targets, (lr_scale(frac, cfg), looped))
+        progress.send(local, norm, len(plan), num_targets, lr_scale(frac, cfg))
         if cfg.val_loss_every and progress.step % cfg.val_loss_every == 0:
             progress.read()
             with run.phase("validate", "none"):
                 result = run.evaluate(plan=plan).result()
             progress.start += run.phases[-1][2]  # off the clock
             log(f"{step + 1}/{cfg.iterations} val_loss: {result['val_loss']:.4f} val_bpb: {result['val_bpb']:.4f}")
+            log.scalars(step + 1, {"val_bpb": result["val_bpb"]})
+        progress.pause()
     steps.close()
     progress.read()
+    on_signals(stop)
     step, ema = progress.step, run.optimizers.averages(newest=True)
     log(f"stopping: step:{step}/{cfg.iterations} train_time:{1000 * progress.ended:.0f}ms; ema:applying EMA weights")
     run.model.load_state_dict(ema)
     run.final |= {"steps": step, "train_loss": progress.loss, "train_tokens": progress.tokens}
-    run.save("final_model.pt", ema, step, looped)
-    return looped
+    run.save("final_model.pt", ema, step, progress.looped)
+    return progress.looped
 
 # === 10. Compression: Hessians -> steps -> GPTQ -> integers -> one file ===============================================
 def matrices(cfg: Config) -> list[tuple[str, int, str, int]]:  # all integer ones: (bank, slice, input site, layer)
@@ -2266,7 +2340,7 @@ def load_model_file(cfg: Config, origin: dict[str, str]) -> tuple[Config, dict[s
 
 class Run:  # from its data to its report, the same on all ranks; `go` holds the phases in order
     def __init__(self, cfg: Config, origin: dict[str, str], ranks: Ranks):  # checks all that can be wrong, on all ranks
-        self.cfg, self.ranks, self.saved, self.final, error = cfg, ranks, {}, {}, None
+        self.cfg, self.ranks, self.saved, self.final, error = cfg, ranks, {}, {}, None  # saved: EVAL_ONLY_PATH's file
         self.phases, self.inner = [], 0.0
         with self.phase("check", "none"):
             try:
@@ -2279,8 +2353,6 @@ class Run:  # from its data to its report, the same on all ranks; `go` holds the
         cfg, run_id = self.cfg, cfg.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}_{cfg.preset}_seed{cfg.seed}"
         run_id = ranks.gather(run_id)[0]
         self.folder = Path(cfg.artifact_dir or f"runs/{run_id}")
-        self.log = Log(Path(f"logs/{run_id}.txt"), ranks.is_main)
-        self.sentinel, self.graphs = Sentinel(self.log), {}
         self.facts = {
             "run_id": run_id, "preset": cfg.preset, "seed": cfg.seed, "world_size": ranks.world_size,
             "device": torch.cuda.get_device_name() if ranks.device.type == "cuda" else f"CPU, {os.cpu_count()} cores",
@@ -2288,7 +2360,10 @@ class Run:  # from its data to its report, the same on all ranks; `go` holds the
             "code_sha256": CODE_SHA256, "file_sha256": hashlib.sha256(SOURCE).hexdigest(), "code_bytes": code_bytes(),
             "attention": self.backend, "val_docs": len(self.docs.counts), "tokenizer_sha256": self.tokenizer.sha256,
             "val_sha256": hashlib.sha256(self.docs.tokens.astype("<u2").tobytes()).hexdigest()}  # fmt: skip
-        self.log(TEXT + "\nHyperparameters:", terminal=False)
+        lines += self.resume(log := Path(f"logs/{run_id}.txt"))
+        self.log = Log(log, ranks.is_main, ranks.live, cfg.tensorboard_dir and f"{cfg.tensorboard_dir}/{run_id}")
+        self.sentinel, self.graphs = Sentinel(self.log), {}
+        self.log(TEXT * (not self.kept) + "\nHyperparameters:", terminal=False)
         for field, value in sorted(dataclasses.asdict(cfg).items()):
             self.log(f"  {field}: {value} ({origin[field]})", terminal=origin[field] == "env")
         self.log("\n".join([*(f"{key}: {value}" for key, value in self.facts.items()), *lines]))
@@ -2307,9 +2382,47 @@ class Run:  # from its data to its report, the same on all ranks; `go` holds the
         self.table, self.decoded = check_bytes(self.tokenizer, self.docs, ranks)
         self.backend, lines = choose_attention(cfg.attention_backend, ranks.device, cfg.dtype)
         return lines + [f"{name}_shards: {len(s.paths)} {name}_tokens: {s.size}" for name, s in self.streams.items()]
+    def resume(self, log: Path) -> list[str]:
+        """Sets `kept`, the newest whole checkpoint of this run, rank 0's on all ranks; empty if there is none. Returns
+        lines for the log. UsageError if all there are damaged or another run's, or the log has a result."""
+        facts = {key: self.facts[key] for key in ("code_sha256", "tokenizer_sha256", "val_sha256")}
+        self.made = {k: v for k, v in dataclasses.asdict(self.cfg).items() if k not in FREE_FIELDS} | facts
+        kept, lines = {}, []
+        if self.cfg.checkpoint_every and self.ranks.is_main:
+            for part in self.folder.glob("*.part"):  # of a killed run
+                part.unlink()
+            over = log.exists() and re.search(rb"^final .*\n", log.read_bytes(), re.M)
+            lines = [f"RUN_ID={self.cfg.run_id}: {log} has its result already"] if over else []
+            for path in [] if over else self.folder.glob("checkpoint.[01].pt"):
+                data = path.read_bytes()
+                whole, other = hashlib.sha256(data[32:]).digest() == data[:32], ["damaged"]
+                if whole:
+                    state = torch.load(io.BytesIO(data[32:]), map_location="cpu", weights_only=True)
+                    other = [f"made with {k}={v}" for k, v in state["made"].items() if self.made.get(k, v) != v]
+                lines += [f"{path}: refused: {', '.join(other)}"] * bool(other)
+                kept = kept if other else max(kept, state, key=lambda s: s.get("number", -1))
+        self.kept, lines = self.ranks.gather((kept, lines))[0]  # nodes may not share folders
+        if lines and not self.kept:
+            raise UsageError("\n".join(lines))
+        self.final, self.phases = self.kept.get("final", {}), self.phases + self.kept.get("phases", [])
+        if self.kept:
+            self.final["resumed"] = self.final.get("resumed", 0) + 1
+            lines.append(f"resumed: from checkpoint {self.kept['number']}")
+        return lines
+    def keep(self, **state: Any) -> None:  # a checkpoint, in place of the one before the last
+        if self.cfg.checkpoint_every:
+            self.kept = {"number": self.kept.get("number", -1) + 1}
+            spent = [phase for phase in self.phases if phase[1] != "none"]
+            state |= {**self.kept, "made": self.made, "phases": spent, "final": self.final}
+            torch.save(state, data := io.BytesIO())
+            if self.ranks.is_main:
+                path, data = self.folder / f"checkpoint.{self.kept['number'] % 2}.pt", data.getvalue()
+                write_atomic(path, hashlib.sha256(data).digest() + data)
     @contextlib.contextmanager
     def phase(self, name: str, budget: str) -> Iterator[None]:  # times, against a budget, less phases within it
         outer, self.inner, start = self.inner, 0.0, self.ranks.now()
+        if name != "check":  # which comes before the log
+            self.log.show(f"{name} ..")
         yield
         seconds = self.ranks.now() - start
         self.phases.append((name, budget, seconds - self.inner))
@@ -2325,18 +2438,22 @@ class Run:  # from its data to its report, the same on all ranks; `go` holds the
         adapting = partial(torch.compile, fullgraph=True, dynamic=True, mode=mode)
         self.ttt_forward = adapting(self.model) if cfg.compile else self.model
         self.log(f"model_params:{sum(p.numel() for p in self.model.parameters())}")
-        looped = saved.get("looped", cfg.num_loops > 0 and cfg.enable_looping_at < 1)
+        start = saved or self.kept
+        looped = start.get("looped", cfg.num_loops > 0 and cfg.enable_looping_at < 1)
         with self.phase("warm-up", "none"):
             reserve = self.warm_up(cfg.plans[looped])
-        if not saved:
+        if "weights" in start:
+            self.model.load_state_dict(start["weights"])
+        elif not saved:
             with self.phase("train", "train"):
                 looped = train(self, reserve)
-        elif "weights" in saved:
-            self.model.load_state_dict(saved["weights"])
+            self.keep(weights=self.model.state_dict(), looped=looped)
         self.plan = cfg.plans[looped]
         if "streams" not in saved:
             path = self.folder / "final_model.int6.ptz"
-            self.compress(path, {"looped": looped, "tokenizer": self.tokenizer.sha256})
+            if "packed" not in start:
+                self.compress(path, {"looped": looped, "tokenizer": self.tokenizer.sha256})
+                self.keep(weights=self.model.state_dict(), looped=looped, packed=True)
             self.score("diagnostic pre-quantization post-ema", "none", self.evaluate)
         self.reload(path)
         deadline = Deadline(cfg.eval_deadline_seconds - cfg.eval_budget_includes_compile * self.eval_warm_up)
@@ -2349,7 +2466,7 @@ class Run:  # from its data to its report, the same on all ranks; `go` holds the
         return self.report()
 
     def warm_up(self, last: tuple[Visit, ...]) -> float:  # synthetic tokens, undone; the seconds to keep after training
-        cfg, ranks, reserve, trains = self.cfg, self.ranks, 0.0, not self.saved
+        cfg, ranks, reserve, trains = self.cfg, self.ranks, 0.0, "weights" not in (self.saved or self.kept)
         self.optimizers, row = Optimizers(self.model, cfg, ranks), synthetic_row(cfg, cfg.row_shape, ranks.device)
         with restored(self.model, self.optimizers):
             for step in range(cfg.warmup_steps * trains):
@@ -2457,6 +2574,7 @@ class Run:  # from its data to its report, the same on all ranks; `go` holds the
         result, seconds = ledger.result(), self.phases[-1][2]
         loss, bpb = result["val_loss"], result["val_bpb"]
         self.log(f"{label} val_loss:{loss:.8f} val_bpb:{bpb:.8f} eval_time:{1000 * seconds:.0f}ms")
+        self.log.scalars(self.final.get("steps", 0), {f"val_bpb/{key}": bpb})
         if ledger.plain:
             self.log(f"deadline: {ledger.plain} of them scored without learning from them")
         self.final |= {f"{key}_loss": loss, f"{key}_bpb": bpb, "val_loss": loss, "val_bpb": bpb}
@@ -2490,11 +2608,12 @@ def main(argv: list[str]) -> int:  # exit status: 0 done, 1 the run failed, 2 wr
             return 0
         if argv:
             raise UsageError(f"{argv[0]}: knobs are environment variables; the only argument is --knobs")
+        on_signals(stop)
         Run(*Config.from_env(os.environ, torch.cuda.is_available()), Ranks(os.environ)).go()
-    except (UsageError, RunStopped, FloatingPointError, InvalidScore) as error:
+    except (UsageError, RunStopped, KeyboardInterrupt, FloatingPointError, InvalidScore) as error:
         if os.environ.get("RANK", "0") == "0":
-            print(f"train_gpt.py: {error}", file=sys.stderr, flush=True)
-        return {UsageError: 2, RunStopped: 3}.get(type(error), 1)
+            print(f"train_gpt.py: {error.args[0]}", file=sys.stderr, flush=True)
+        return {UsageError: 2, RunStopped: 3, KeyboardInterrupt: error.args[-1]}.get(type(error), 1)
     except RuntimeError as error:
         if not dist.is_initialized() or "onnection" not in str(error):
             raise

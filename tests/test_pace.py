@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -55,7 +56,8 @@ def test_a_step_is_read_once_the_next_one_has_its_work(tiny_data):
 
 def test_numbers_are_read_before_a_validation_and_only_once(tiny_data):
     run = Watched(tiny_data, iterations=4, micro_batch_tokens=512, val_loss_every=2)
-    run.evaluate = lambda plan: run.events.append("validate") or {"val_loss": 0.0, "val_bpb": 0.0}
+    scored = SimpleNamespace(result=lambda: {"val_loss": 0.0, "val_bpb": 0.0})
+    run.evaluate = lambda plan: run.events.append("validate") or scored
     run.train()
     assert [e for e in run.events if e[0] in "rv"] == "read 1,read 2,validate,read 3,read 4,validate".split(",")
 

@@ -40,6 +40,7 @@ if __name__ != "__main__":
         num_heads: int = dataclasses.field(default=3, metadata=dict(choices=()))
         val_loss_every: int = dataclasses.field(default=0, metadata=dict(choices=()))
         eval_only_path: str = dataclasses.field(default="", metadata=dict(choices=()))
+        checkpoint_every: float = dataclasses.field(default=0.0, metadata=dict(choices=()))
         @classmethod
         def from_env(cls, env, has_cuda):
             fields = cls.__dataclass_fields__.values()
@@ -53,6 +54,8 @@ else:
         with open(env.get("RAN", "ran.txt"), "a") as file:
             file.write(f"{word} {seed} {lr:g} {os.getpid()}\\n")
     note("start")
+    with open("ids.txt", "a") as file:
+        file.write(f"{env['RUN_ID']} {env['ARTIFACT_DIR']}\\n")
     if env.get("GRANDCHILD"):
         sleeper = subprocess.Popen(["sleep", "30"], start_new_session=True)
         open("sleepers.txt", "a").write(f"{sleeper.pid}\\n")
@@ -267,6 +270,23 @@ def test_ctrl_c_ends_the_runs_and_the_same_command_goes_on(place: Path) -> None:
     assert {t.user_attrs["outcome"] for t in trials(place, "stop")} == {"interrupted"}
     assert sweep(place, *args).returncode == 0
     assert ran(place, "end") == {("0", "0.02"): 1, ("1", "0.02"): 1}
+
+
+@pytest.mark.parametrize(("every", "same"), [("60", True), ("0", False)])
+def test_a_stopped_run_with_checkpoints_goes_on_under_its_name(place: Path, every: str, same: bool) -> None:
+    args, env = ("on", "SEED=3"), {"CHECKPOINT_EVERY": every}
+    process = begin(place, *args, FAKE_SECONDS="20", **env)
+    until(lambda: (place / "ids.txt").exists() and (place / "ids.txt").read_text().endswith("\n"))
+    (place / "logs").mkdir()
+    (place / "logs/on-0000.txt").write_text("step:1/9\n")
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60) and process.returncode == 130
+    assert sweep(place, *args, **env).returncode == 0
+    ids = [line.split() for line in (place / "ids.txt").read_text().splitlines()]
+    again = "0000" if same else "0001"
+    assert ids == [["on-0000", "runs/sweeps/on/0000"], [f"on-{again}", f"runs/sweeps/on/{again}"]]
+    assert (place / "logs/on-0000.txt").exists()
+    assert [t.state.name for t in trials(place, "on")] == ["FAIL", "COMPLETE"]
 
 
 def test_two_workers_on_one_file_share_the_runs(place: Path) -> None:

@@ -7,6 +7,7 @@ import random
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -32,10 +33,23 @@ def folder(tmp_path_factory) -> Iterator[None]:
 class Lines(list):
     """A log that keeps its lines."""
 
-    __call__ = list.append
+    live = False
+
+    def __init__(self):
+        super().__init__()
+        self.points = []
+
+    def __call__(self, line: str, terminal: bool = True) -> None:
+        self.append(line)
 
     def due(self) -> bool:
         return False
+
+    def show(self, line: str) -> None:
+        pass
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        self.points.append((step, values))
 
 
 class Session(tg.Run):
@@ -229,10 +243,10 @@ class Slow(Session):
         self.seconds += len(plan) / self.cfg.rows_per_step
         return super().forward(row, plan)
 
-    def evaluate(self, plan: tuple[tg.Visit, ...]) -> dict[str, float]:
+    def evaluate(self, plan: tuple[tg.Visit, ...]) -> SimpleNamespace:
         self.seconds += 1000
         self.checked.append(plan)
-        return {"val_loss": 0.0, "val_bpb": 0.0}
+        return SimpleNamespace(result=lambda: {"val_loss": 0.0, "val_bpb": 0.0})
 
 
 @pytest.mark.parametrize("share", [0.0, 0.35, 0.95, 1.0])

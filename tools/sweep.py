@@ -179,7 +179,7 @@ class Space:  # every run the command stands for
         self.searched = [k for k in knobs if k.name != "SEED"]
 
     def config(self, env: dict[str, str]) -> Any:  # the script's own check; raises its UsageError
-        around = {k: v for k, v in os.environ.items() if k not in OWN}
+        around = {k: v for k, v in os.environ.items() if k not in OWN} | {"RUN_ID": "sweep"}
         return self.script.Config.from_env({**around, **self.base, **env}, self.has_cuda)[0]
 
     def check(self) -> Any:
@@ -398,7 +398,7 @@ class Study:
     def fill(self, again: bool = False) -> None:
         """Queues every run that is wanted and neither queued, running nor over. A trial that failed without an outcome
         was lost with its worker; it and an interrupted one are wanted again, with `again` all that failed."""
-        covered, lost, settings = set(), {}, {}
+        covered, lost, left, settings = set(), {}, {}, {}
         for trial in self.trials():
             env = trial.user_attrs["env"]
             setting, seed = self.key(env)
@@ -408,15 +408,19 @@ class Study:
                 covered.add((setting, seed))
             elif outcome == "lost":
                 lost.setdefault((setting, seed), []).append(trial)
+            if outcome in ("lost", "interrupted") and "run_id" in trial.user_attrs:
+                left[setting, seed] = trial.user_attrs["run_id"]
         if self.args.search == "grid":
             settings |= {self.key(s)[0]: s for s in self.space.settings()}
         for seed in self.space.seeds or ("",):  # every setting with the first seed, then with the second ..
             for setting, env in settings.items():
                 if (setting, seed) not in covered and (again or len(lost.get((setting, seed), [])) < LOSSES):
-                    self.queue({**env, **({"SEED": seed} if seed else {})})
+                    self.queue({**env, **({"SEED": seed} if seed else {})}, left.get((setting, seed), ""))
 
-    def queue(self, env: dict[str, str]) -> None:
+    def queue(self, env: dict[str, str], run_id: str = "") -> None:  # a new run, or on with the one that left run_id
         about = {"env": env, "setting": label(env), **({"seed": int(env["SEED"])} if "SEED" in env else {})}
+        if run_id and self.space.config(env).checkpoint_every:
+            about["run_id"] = run_id
         self.study.enqueue_trial(self.space.shown(env)[0], user_attrs=about)
 
     def completed(self, env: dict[str, str]) -> int:  # runs of the same setting
@@ -445,7 +449,8 @@ class Study:
                     continue
                 self.storage.record_heartbeat(asked._trial_id)
                 asked.set_user_attr("worker", self.worker)
-                asked.set_user_attr("run_id", f"{self.args.name}-{asked.number:04d}")
+                if "run_id" not in trial.user_attrs:  # else it goes on from a lost one's checkpoint
+                    asked.set_user_attr("run_id", f"{self.args.name}-{asked.number:04d}")
                 return asked, False
         return None
 
@@ -628,9 +633,11 @@ class Sweep:
         run.folder.mkdir(parents=True, exist_ok=True)
         for name in ("exit.json", "stop", "output.txt"):  # of a study of this name that was deleted
             (run.folder / name).unlink(missing_ok=True)
-        if (log := Path("logs") / f"{attrs['run_id']}.txt").exists():
+        number = attrs["run_id"].rpartition("-")[2]  # an earlier trial's, whose checkpoints this one goes on from
+        log, artifacts = Path("logs") / f"{attrs['run_id']}.txt", run.folder.with_name(number)
+        if log.exists() and artifacts == run.folder:
             log.rename(log.with_suffix(f".{int(time.time())}.txt"))
-        own = {**env, "RUN_ID": attrs["run_id"], "ARTIFACT_DIR": os.path.relpath(run.folder)}
+        own = {**env, "RUN_ID": attrs["run_id"], "ARTIFACT_DIR": os.path.relpath(artifacts)}
         write_json(run.folder / "job.json", {
             "token": uuid.uuid4().hex, "command": self.command(), "cwd": os.getcwd(), "timeout": self.args.timeout,
             "parent": self.launcher.parent(), "env": {**self.space.base, **self.launcher.env(slot), **own},
