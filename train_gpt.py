@@ -313,7 +313,7 @@ CPU = dict(
     max_wallclock_seconds=125.0, train_batch_tokens=2048, micro_batch_tokens=2048, train_seq_len=512,
     cu_seqlens_capacity=64, train_log_every=0, val_loss_every=0, matrix_lr=0.03, muon_momentum=0.95,
     muon_momentum_warmup_start=0.85, muon_momentum_warmup_steps=100, ema_decay=0.98,
-    val_batch_tokens=65536, eval_seq_len=512, ttt_lora_rank=8, ttt_lora_lr=1e-3, ttt_chunk_size=128,
+    val_batch_tokens=65536, eval_seq_len=512, ttt_lora_rank=8, ttt_lora_lr=3e-3, ttt_chunk_size=128,
     ttt_eval_seq_len=512, ttt_batch_size=16, ttt_buckets=0, ttt_chunk_tokens=4096)  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {"record": {}, "pr1530": PR1530, "pr1560": PR1560, "cpu": CPU}
 
@@ -1590,10 +1590,13 @@ def restored(model: nn.Module, optimizers: Optimizers) -> Iterator[None]:  # aft
     optimizers.adam.state.clear()
     model.zero_grad(set_to_none=True)
 
-def expected_bytes(cfg: Config) -> float:  # of an artifact: codes at the entropy of Gaussian rows, the rest in fp16
+def expected_bytes(cfg: Config) -> float:  # code and model: codes at the entropy of Gaussian rows, or to fit the limit
     kinds = {"matrix": (cfg.matrix_bits, cfg.matrix_clip_sigmas), "embed": (cfg.embed_bits, cfg.embed_clip_sigmas)}
     bits = {kind: math.log2(math.sqrt(2 * math.pi * math.e) * (2**b / 2 - 1) / sd) for kind, (b, sd) in kinds.items()}
-    return sum(math.prod(role.shape) * bits.get(role.packing, 16) / 8 for role in parameter_table(cfg).values())
+    fitted = cfg.quantizer == "allocated" and cfg.artifact_limit_bytes > 0
+    bits = dict.fromkeys(bits, cfg.matrix_bits) if fitted else bits
+    size = sum(math.prod(role.shape) * bits.get(role.packing, 16) / 8 for role in parameter_table(cfg).values())
+    return min(size + code_bytes(), cfg.artifact_limit_bytes if fitted else math.inf)
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12}  # dense bf16, by data sheet
 class Progress:
     """What all ranks know of the training. A step's numbers are read one step late, while the device has the next one's
@@ -1660,7 +1663,7 @@ class Progress:
             left = min(self.budget - self.ended, (cfg.iterations - step) * self.ended / step)
             log.show(", ".join([f"train: step {step} of about {self.expected:.0f}", f"{left:.0f} s left",
                                 f"loss {self.loss:.4f}", f"{1000 * seconds:.0f} ms/step", f"{rate:.0f} tok/s", *mfu,
-                                f"about {expected_bytes(cfg) + len(SOURCE):.0f} bytes"]))  # fmt: skip
+                                f"about {expected_bytes(cfg):.0f} bytes"]))  # fmt: skip
     def judge(self, seconds: float, visits: int) -> None:  # by steps 2 to 21: what the budget allows, whether to go on
         cfg, (plain, looped), share = self.cfg, map(len, self.cfg.plans), min(self.cfg.enable_looping_at, 1.0)
         self.expected = min(cfg.iterations, self.budget * visits / seconds * (share / plain + (1 - share) / looped))
