@@ -2131,7 +2131,7 @@ class Adaptation:
         self.update = torch.compile(adapter_update, dynamic=True) if cfg.compile else adapter_update
         lengths = np.geomspace(min(2 * cfg.ttt_chunk_size, cfg.ttt_eval_seq_len), cfg.ttt_eval_seq_len, cfg.ttt_buckets)
         self.buckets = [min(-(-int(n) // 16) * 16, cfg.ttt_eval_seq_len) for n in lengths] if cfg.ttt_fast else []
-        self.room, self.warm = math.inf, None  # tokens that memory holds at once; A of the batch before, if kept
+        self.room, self.warm = math.inf, None  # tokens that memory holds at once; kept A, its rows in stream order
 
     @torch.no_grad()
     def begin(self, docs: Documents, batch: np.ndarray) -> None:  # new adapters for the documents (n,), longest first
@@ -2139,10 +2139,11 @@ class Adaptation:
         self.lengths, starts = (np.pad(x[batch], (0, rows - len(batch))) for x in (docs.counts, docs.starts))
         self.counts, self.starts = (torch.from_numpy(x[:, None]).to(self.device) for x in (self.lengths, starts))
         self.master, self.updates = LoRA.zeros(cfg, rows, len(self.plan), self.device), 0
-        self.master.reset(cfg.seed, range(rows) if cfg.ttt_warm_start_a else starts[: len(batch)].tolist())
-        if self.warm is not None and len(self.warm) >= rows:
-            self.master.down.copy_(self.warm[:rows])
-        self.warm = self.master.down if cfg.ttt_warm_start_a else None
+        rank = np.append(np.argsort(np.argsort(batch)), np.arange(len(batch), rows))  # a row's place in the stream
+        self.master.reset(cfg.seed, (rank if cfg.ttt_warm_start_a else starts[: len(batch)]).tolist())
+        if self.warm is not None and len(self.warm[0]) >= rows:  # by that place: rows go by length, later text's too
+            self.master.down.copy_(self.warm[0][self.warm[1][rank]])
+        self.warm = (self.master.down, np.argsort(rank)) if cfg.ttt_warm_start_a else None
         down, up = (x.to(cfg.dtype) for x in self.master[-2:])  # the same tensors in fp32
         self.lora, kept = self.master._replace(down=down, up=up), 1 + (cfg.ttt_beta1 > 0) * (cfg.ttt_optimizer != "sgd")
         self.moments = [[torch.zeros_like(x) for _ in range(kept)] for x in self.master[-2:]]

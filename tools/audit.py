@@ -336,22 +336,23 @@ class Subject:
         return self.evaluate(name, docs, watch).nats[:-1].cpu().double().numpy()
 
     def distribution(self, batch: Any, plan: tuple, lora: Any = None, select: Tensor | None = None) -> Tensor:
-        """log p(.) (n, V) fp32, by softmax outside, of the logits that the script's forward has for its loss."""
-        caught, original = [], F.cross_entropy
+        """log p(.) (n, V) fp32, made here of what the script's forward hands to its loss; no target takes part."""
+        caught, original = [], self.tg.head_loss
 
-        def catch(logits: Tensor, targets: Tensor, **options: Any) -> Tensor:
-            caught.append(logits.detach().float())
-            return original(logits, targets, **options)
+        def catch(x: Tensor, w: Tensor, extra: Tensor | None, targets: Tensor, cap: float, *rest: Any) -> Tensor:
+            z = F.linear(x, w) if extra is None else F.linear(x, w) + extra
+            caught.append((cap * torch.tanh(z.detach().float() / cap)).log_softmax(-1))
+            return original(x, w, extra, targets, cap, *rest)
 
-        F.cross_entropy = catch
+        self.tg.head_loss = catch
         try:
             with torch.no_grad():
                 self.run.model(batch, plan, lora=lora, select=select)
         finally:
-            F.cross_entropy = original
+            self.tg.head_loss = original
         if len(caught) != 1:
-            raise NotRun("the forward makes no logits for F.cross_entropy")
-        return caught[0].log_softmax(-1)
+            raise NotRun(f"the forward calls head_loss {len(caught)} times")
+        return caught[0]
 
     def stream(self, texts: list[np.ndarray]) -> Any:  # ids of documents without BOS -> Documents, closed by a BOS
         tokens = np.concatenate([part for text in texts for part in ([self.bos], text)] + [[self.bos]]).astype(np.int64)
@@ -998,7 +999,8 @@ def judge(events: list[tuple[str, str, bool, str]], folder: Path, cfg: Any) -> d
     system |= {Path(p).resolve() for p in sys.path if "site-packages" in p}
     data = folder / "data" / "datasets" / cfg.dataset_dir.name
     mine = {str(folder / name) for name in ("train_gpt.py", "artifact", "tokenizer.model", "opened.json")}
-    mine |= {str(path) for path in data.glob("*_val_*.bin")} | {str(data / "manifest.json")}
+    mine |= {str(path) for path in data.glob("*_val_*.bin")}
+    mine |= {str(data / "manifest.json"), str(data / "doctor.json")}  # the last is looked for and not there
     opened, violations = set(), []
     for event, path, writes, name in events:
         given = os.path.normpath(os.path.join(folder, name))  # before links are followed: the bait is one
