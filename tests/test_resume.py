@@ -427,7 +427,7 @@ def test_a_terminal_shows_one_line_in_place_and_the_file_every_step(tiny_data, t
     assert len(re.findall(r"^step:\d+/16 train_loss:\S+ train_time:\d+ms .*tok/s:\d+ lr_scale:\S+$", log, re.M)) == 16
     assert "\x1b" not in log.split("\nHyperparameters:")[1]
     final = final_line(log)
-    assert int(re.search(r"about (\d+) bytes", shown[-1])[1]) == pytest.approx(final["artifact_bytes"], rel=0.02)
+    assert int(re.search(r"about (\d+) bytes", shown[-1])[1]) == pytest.approx(final["artifact_bytes"], rel=0.03)
 
 
 @pytest.mark.parametrize("sd", [0.02, 1.0])

@@ -832,9 +832,15 @@ def load_script(path: Path) -> ModuleType:  # train_gpt.py as a module: its Conf
     spec = importlib.util.spec_from_file_location("swept_script", path)
     if spec is None or not path.is_file():
         raise Refused(f"--script {path}: is not a Python file")
-    module = importlib.util.module_from_spec(spec)
+    import torch  # the script needs it anyway
+    module, register = importlib.util.module_from_spec(spec), torch.library.custom_op
     sys.modules["swept_script"] = module
-    spec.loader.exec_module(module)
+    # Under own names: a second copy of an operator would destroy the first, if this process has the script already.
+    torch.library.custom_op = lambda op, *args, **options: register(op.replace("::", "_swept::"), *args, **options)
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        torch.library.custom_op = register
     return module
 
 def gpu_names(script: ModuleType) -> list[str]:  # those the script may use
