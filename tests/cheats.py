@@ -352,7 +352,7 @@ def main(argv: list[str]) -> int:
             tests = [*expected, "T4"] if argv[1:] == ["expected"] else argv[1:] or audit.TESTS
             result = audit.audit(script, artifact, environ, list(dict.fromkeys(tests)), 6)
             beside.unlink(missing_ok=True)
-            tests = [test for test, found in result["tests"].items() if found["passed"] is False]
+            tests = [test for test in audit.TESTS if result["tests"].get(test, {}).get("passed") is False]
             missed += not set(expected) & set(tests)
             mark = "" if set(expected) <= set(tests) else f" (expected {', '.join(expected)})"
             own = "yes" if result["always_on"] else "no"
