@@ -1,6 +1,7 @@
 """Evaluations with one defect each, planted in a copy of train_gpt.py, and which test of tools/audit.py catches which.
 
-    python tests/cheats.py ARTIFACT      # the table, in Markdown; knobs from the environment as for the audit
+    python tests/cheats.py ARTIFACT            # the table, in Markdown; knobs from the environment as for the audit
+    python tests/cheats.py ARTIFACT expected   # only the tests that must catch a cheat, and T4
 
 A cheat is a function of the script's module; its text goes into the copy and runs when that is imported, so that a
 fresh process has it too. The last column says whether the checks of every run stop it without the audit.
@@ -348,9 +349,10 @@ def main(argv: list[str]) -> int:
             script, environ = plant(name, Path(folder)), {**os.environ, **knobs}
             if name == "state_beside_the_artifact":
                 np.save(beside, np.float32(0.01))
-            result = audit.audit(script, artifact, environ, argv[1:] or audit.TESTS, 12)
+            tests = [*expected, "T4"] if argv[1:] == ["expected"] else argv[1:] or audit.TESTS
+            result = audit.audit(script, artifact, environ, list(dict.fromkeys(tests)), 6)
             beside.unlink(missing_ok=True)
-            tests = [test for test, found in result["tests"].items() if found["passed"] is False]
+            tests = [test for test in audit.TESTS if result["tests"].get(test, {}).get("passed") is False]
             missed += not set(expected) & set(tests)
             mark = "" if set(expected) <= set(tests) else f" (expected {', '.join(expected)})"
             own = "yes" if result["always_on"] else "no"

@@ -19,7 +19,8 @@ sys.path.insert(0, str(ROOT / "tools"))
 import audit
 
 RATES = {"TTT_LORA_LR": "0.01"}  # at which every update shows
-PHASES = {"PHASED_TTT_NUM_PHASES": "2", "PHASED_TTT_PREFIX_DOCS": "8", "TTT_CHUNK_TOKENS": "64", "TTT_LR": "0.05"}
+PHASES = {"PHASED_TTT_NUM_PHASES": "2", "PHASED_TTT_PREFIX_DOCS": "8", "TTT_CHUNK_TOKENS": "64", "TTT_LR": "0.05",
+          "TTT_WARM_START_A": "1"}  # fmt: skip
 IN_PROCESS = ["T1", "T2", "T3", "T4", "T5", "T6", "T10", "T11", "T20"]
 SCRIPT = ROOT / "train_gpt.py"
 
@@ -28,7 +29,7 @@ SCRIPT = ROOT / "train_gpt.py"
 def run(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a short run: logs/a.txt, runs/a/final_model.int6.ptz."""
     folder = tmp_path_factory.mktemp("audited")
-    done = run_script({**TINY, **RATES, "DATA_DIR": str(tiny_data), "ITERATIONS": "40", "RUN_ID": "a"}, folder)
+    done = run_script({**TINY, **RATES, "DATA_DIR": str(tiny_data), "ITERATIONS": "24", "RUN_ID": "a"}, folder)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -52,12 +53,12 @@ def failed(result: dict) -> list[str]:
 def test_honest_run_passes_every_test(run, knobs, mode):
     changes = {"document": {"WARMUP_STEPS": "1"}, "chunk": CHUNK, "phases": PHASES}[mode]
     tests, log = (audit.TESTS, run / "logs" / "a.txt") if mode == "document" else (IN_PROCESS, None)
-    result = audit.audit(SCRIPT, artifact_of(run), {**knobs, **changes}, tests, 8, log)
+    result = audit.audit(SCRIPT, artifact_of(run), {**knobs, **changes}, tests, 6, log)
     assert failed(result) == [], {name: result["tests"][name]["evidence"] for name in failed(result)}
     assert result["always_on"] == []
     ran = {name for name, test in result["tests"].items() if test["passed"]}
     assert ran >= set(IN_PROCESS)
-    assert mode != "document" or ran >= set(audit.TESTS) - {"T15"}
+    assert mode != "document" or ran == set(audit.TESTS)
     held = {name: row["passed"] for name, row in result["properties"].items()}
     assert held["document_independent"] is (True if mode == "document" else None)
     assert all(held[name] for name in ("repeatable", "causal", "normalised", "score_first", "single_pass"))
@@ -73,7 +74,7 @@ def test_cheat_is_caught(run, knobs, tmp_path, name):
     if name == "state_beside_the_artifact":
         np.save(beside, np.float32(0.01))
     try:
-        result = audit.audit(plant(name, tmp_path), artifact_of(run), {**knobs, **changes}, list(expected), 8)
+        result = audit.audit(plant(name, tmp_path), artifact_of(run), {**knobs, **changes}, list(expected), 6)
     finally:
         beside.unlink(missing_ok=True)
     evidence = {test: found["evidence"] for test, found in result["tests"].items()}

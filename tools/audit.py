@@ -361,7 +361,8 @@ class Subject:
 
     def sample(self, count: int, window: int) -> list[np.ndarray]:
         """Texts from all over the validation set, longest first, cut to half a window and up to 2.2 windows."""
-        docs, rng = self.run.docs, random.Random(self.cfg.seed)
+        every, rng = dataclasses.replace(self.cfg, val_doc_fraction=1.0), random.Random(self.cfg.seed)
+        docs = self.tg.Documents.load(self.run.streams["val"], self.bos, every)
         chosen = sorted(rng.sample(range(len(docs.starts)), min(count, len(docs.starts))))
         texts = [docs.tokens[docs.starts[d] + 1 : docs.starts[d] + docs.counts[d]] for d in chosen]
         texts.sort(key=lambda text: -len(text))
@@ -470,15 +471,17 @@ class Audit:
     def cuts(self) -> list[int]:  # places in the middle of an early, a middle and a late document
         docs = self.docs
         order = [d for d in range(len(docs.counts)) if docs.counts[d] > 8]
+        if not order:
+            raise NotRun("no document of the sample has more than 8 targets")
         chosen = {order[int(f * (len(order) - 1))]: g for f, g in ((0.1, 0.55), (0.5, 0.3), (0.9, 0.8))}
         return [int(docs.starts[d] + docs.counts[d] * share) for d, share in chosen.items()]
 
     def T1(self) -> Finding:
-        rng, docs = np.random.default_rng(1), self.docs
+        rng, docs, cuts = np.random.default_rng(1), self.docs, self.cuts()
 
         def test(name: str) -> tuple[float, float, str]:
             base, worst, scored, compared = self.subject.nats(name, docs), 0.0, 0.0, 0
-            for cut in self.cuts():
+            for cut in cuts:
                 tokens = docs.tokens.copy()
                 later = np.flatnonzero((np.arange(len(tokens)) > cut) & (tokens != self.subject.bos))
                 tokens[later] = rng.choice(self.subject.words, len(later))
@@ -492,7 +495,7 @@ class Audit:
             base = exact.nats(name, docs)
             window, longest = exact.cfg.eval_seq_len, int(docs.counts.argmax())
             rest = max(2, (docs.counts[longest] % window or window) // 2)  # the cut leaves a part of its last window
-            for cut in (self.cuts()[1], int(docs.starts[longest] + docs.counts[longest] - rest)):
+            for cut in (cuts[len(cuts) // 2], int(docs.starts[longest] + docs.counts[longest] - rest)):
                 tokens = docs.tokens.copy()
                 tokens[cut] = self.subject.bos
                 owner = int(np.searchsorted(docs.starts, cut, side="right"))
@@ -509,7 +512,8 @@ class Audit:
 
     def T2(self) -> Finding:
         exact, docs, rng = self.exact, self.docs, np.random.default_rng(2)
-        wanted = {int(docs.starts[d] + rng.integers(docs.counts[d] - 1)) for d in range(len(docs.counts))}
+        pairs = zip(docs.starts, docs.counts, strict=True)
+        wanted = {int(start + place) for start, count in pairs for place in rng.integers(count - 1, size=2)}
 
         def test(name: str) -> tuple[float, float, str]:
             watch = Watch(exact, wanted=wanted)
