@@ -421,7 +421,7 @@ def test_a_terminal_shows_one_line_in_place_and_the_file_every_step(tiny_data, t
     assert len(shown) >= 3
     words = (r"train: step \d+ of about \d+, \d+ s left, loss \d+\.\d{4}, \d+ ms/step, \d+ tok/s, about \d+ bytes")
     assert all(re.fullmatch(words, line) for line in shown), shown  # no MFU: the peak of this device is not known
-    assert re.search(r"\r\x1b\[Kscore quantized \.\.", text.decode())
+    assert re.search(r"\r\x1b\[K(calibrate|quantise|pack|score \w+) \.\.", text.decode())  # at most ten lines a second
     assert "step:1/16" not in text.decode()
     log = (tmp_path / "logs/live.txt").read_text(encoding="utf-8")
     assert len(re.findall(r"^step:\d+/16 train_loss:\S+ train_time:\d+ms .*tok/s:\d+ lr_scale:\S+$", log, re.M)) == 16
