@@ -381,6 +381,7 @@ class Ranks:  # this process among its peers: all ranks must call a method toget
 class Log:  # lines for people on rank 0: to the terminal and to a file; `live`: also one that is rewritten in place
     def __init__(self, path: Path, is_main: bool, live: bool = False, board: Any = ""):
         self.last, self.shown, self.is_main, self.live, self.board = time.monotonic(), 0.0, is_main, live, board
+        self.prefix = ""
         if is_main:
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.exists():  # a killed run may have left half a line
@@ -389,7 +390,7 @@ class Log:  # lines for people on rank 0: to the terminal and to a file; `live`:
     def __call__(self, line: str, terminal: bool = True) -> None:
         self.last = time.monotonic()
         for file in [self.file, sys.stdout][: 1 + terminal] if self.is_main else []:
-            print("\r\033[K" * (self.live and file is sys.stdout) + line, file=file, flush=True)
+            print("\r\033[K" * (self.live and file is sys.stdout) + self.prefix + line, file=file, flush=True)
     def due(self) -> bool:  # whether the last line is 8 s ago: a long loop shows that it is alive
         return time.monotonic() - self.last > 8
     def show(self, line: str) -> None:  # at most ten times a second
@@ -2492,9 +2493,11 @@ class Run:  # from its data to its report, the same on all ranks; `go` holds the
                 starts = np.arange(0, max(2 * cfg.ttt_chunk_tokens, cfg.val_row_shape[0]), count)
                 tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, count * len(starts) + 1)
                 self.plan, docs = last, Documents(tokens, starts, np.full(len(starts), count))
+                self.log.prefix = "warmup: "  # what it scores are random tokens
                 self.evaluate(docs=docs, ranks=ranks.alone())
                 if cfg.ttt_enabled:
                     self.adapt(Deadline(math.inf), docs, ranks.alone())
+                self.log.prefix = ""
                 self.log("warmup:done (random tokens, no validation data)")
             self.eval_warm_up = ranks.now() - start
         if trains and cfg.cuda_graph and ranks.device.type == "cuda" and self.backend != "sdpa":  # sdpa asks the host
