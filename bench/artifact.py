@@ -1,6 +1,7 @@
 """What an artifact costs, in two tables: coders of the same integers, and quantisers at equal bytes.
 
-    python bench/artifact.py                        # seeded Gaussian weights of uneven rows and columns, full size
+    python bench/artifact.py --full                 # seeded Gaussian weights of uneven rows and columns, full size
+    python bench/artifact.py                        # the same of a small network, for a quick look
     python bench/artifact.py runs/ID/final_model.pt # a checkpoint; environment as for the run that made it
 
 Needs what the run needs; pickle + Brotli and ZPAQ (lrzip) appear where these are installed. ZPAQ of 36 M codes takes
@@ -215,7 +216,9 @@ def main(argv: list[str]) -> None:
     if argv and argv[0] in ("-h", "--help"):
         print(__doc__)
         return
-    packed = quantizers(Checkpoint(argv[0])) if argv else gaussian(tg.Config())
+    small = dict(num_layers=2, model_dim=256, vocab_size=2048, num_loops=0, parallel_start_layer=0, xsa_last_n=2)
+    cfg = tg.Config(**({} if argv == ["--full"] else small))
+    packed = quantizers(Checkpoint(argv[0])) if argv and argv != ["--full"] else gaussian(cfg)
     print("bench " + json.dumps({key: round(value, 5) for key, value in coders(packed).items()}))
 
 
