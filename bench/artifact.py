@@ -134,10 +134,7 @@ def coders(packed: Packed) -> dict[str, float]:
             "ans_over_brotli": size / brotli, "encode_s": encode_s, "decode_s": decode_s}  # fmt: skip
 
 
-class Quiet:  # in place of the run's log
-    def __call__(self, line: str, terminal: bool = True) -> None: ...
-    def due(self) -> bool:
-        return False
+QUIET = tg.Log(Path(os.devnull), is_main=False)
 
 
 class Checkpoint:
@@ -167,7 +164,7 @@ class Checkpoint:
             model = tg.GPT(self.cfg, self.model.attention_backend).to(self.ranks.device)
             tg.load_artifact(model, tg.open_artifact(data, Path("artifact"))[1])
         ledger = tg.Ledger(self.docs, self.table, self.ranks.device)
-        scorer = tg.Scorer(model, self.plan, ledger, self.cfg, self.ranks, Quiet())
+        scorer = tg.Scorer(model, self.plan, ledger, self.cfg, self.ranks, QUIET)
         return tg.evaluate(scorer, 0).result()["val_bpb"]
 
     def error(self, packed: Packed) -> float:
@@ -198,14 +195,14 @@ def quantizers(point: Checkpoint) -> Packed:
     cfg, model, ranks = point.cfg, point.model, point.ranks
     published = dataclasses.replace(cfg, quantizer="gptq", compressor="ans", artifact_limit_bytes=0)
     model.cfg, before = published, point.bpb()
-    limit = len(tg.fit(tg.Quantizer(model, point.hessians, None, ranks), model, {}, Quiet())) + 2048 + tg.code_bytes()
+    limit = len(tg.fit(tg.Quantizer(model, point.hessians, None, ranks), model, {}, QUIET)) + 2048 + tg.code_bytes()
     print(f"{'quantiser':<20}{'bytes':>11}{'weighted error':>16}{'bpb lost':>10}{'s':>7}  unquantised {before:.5f}")
     for name, hessians, loss in (("round to nearest", point.nearest(), None), ("published GPTQ", point.hessians, None),
                                  ("allocated (ours)", point.both, point.loss)):  # fmt: skip
         start = time.perf_counter()
         model.cfg = dataclasses.replace(published, artifact_limit_bytes=limit)
         solver = tg.Quantizer(model, hessians, loss, ranks)
-        data = tg.fit(solver, model, {}, Quiet())
+        data = tg.fit(solver, model, {}, QUIET)
         seconds, packed = time.perf_counter() - start, unpacked(data, cfg)
         lost = point.bpb(data) - before
         print(f"{name:<20}{len(data):>11}{point.error(packed):>16.4e}{lost:>10.5f}{seconds:>7.1f}", flush=True)

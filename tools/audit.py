@@ -42,7 +42,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import importlib.util
 import io
 import json
 import math
@@ -65,16 +64,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from common import PUBLISHED, load_script  # noqa: E402
+
 ROOT = Path(__file__).resolve().parents[1]
 EXACT = 1e-6  # nats, or the floor that T0 finds: same shapes on both sides
 CLOSE = 1e-3  # nats in fp32: other shapes, and adaptation that enlarges the rounding
 THRESHOLD = math.log(1e6)  # of the e-value: honest scorers get there with probability 1e-6
-# Validation targets in logs of merged records -> (variant, bytes); long windows drop a tail of up to 0.04 %.
-CANONICAL = {
-    62_021_632: ("sp1024", 151_080_363), 45_508_608: ("sp4096", 151_074_053), 40_540_160: ("sp8192", 151_078_222),
-    40_540_802: ("sp8192, all", 151_080_891), 47_851_520: ("sp8192 CaseOps", 151_074_499),
-    151_130_112: ("byte260", 151_080_114), 63_779_840: ("sp1024, withdrawn split", 155_769_746),
-}  # fmt: skip
+CANONICAL = {**PUBLISHED, 40_540_802: ("sp8192, all", 151_080_891)}
 BYTES_TOLERANCE = 1e-4
 # property -> its tests
 PROPERTIES = {
@@ -96,21 +93,6 @@ class NotRun(Exception):
 
 
 # === The evaluation under test ========================================================================================
-def load_script(path: Path) -> ModuleType:
-    """The script as a module of its own, its operators too: a second copy of an operator would destroy the first."""
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
-    if (name := f"audited_{digest}") in sys.modules:
-        return sys.modules[name]
-    spec, register = importlib.util.spec_from_file_location(name, path), torch.library.custom_op
-    torch.library.custom_op = lambda op, *args, **options: register(op.replace("::", f"_{digest}::"), *args, **options)
-    sys.modules[name] = module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        torch.library.custom_op = register
-    return module
-
-
 @contextlib.contextmanager
 def elsewhere() -> Iterator[None]:  # in an empty folder, without output: runs write logs where they are
     before = Path.cwd()

@@ -38,7 +38,7 @@ import numpy as np
 import sentencepiece as spm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from train_gpt import SHARD_HEADER, ByteTable, UsageError, read_shard, write_atomic  # noqa: E402
+from train_gpt import CANONICAL, SHARD_HEADER, ByteTable, UsageError, read_shard, write_atomic  # noqa: E402
 
 SHINGLE = 32  # ids in a row; a power of two
 STRIDE = 8  # every 8th shingle of a validation document is looked for at every position of training
@@ -54,9 +54,10 @@ VERSION = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]  # anothe
 
 # What the published FineWeb validation set holds: 50,000 documents, 151,080,891 bytes. The ids are exact for sp8192,
 # the others from scored totals in logs of merged records, which leave out a last part of at most 2048 ids.
-CANONICAL_DOCUMENTS, CANONICAL_BYTES, BYTES_TOLERANCE = 50_000, 151_080_891, 1e-4
+CANONICAL_DOCUMENTS, SP8192_TOKENS, CANONICAL_BYTES = CANONICAL["fineweb10B_sp8192"]
+BYTES_TOLERANCE = 1e-4
 CANONICAL_TOKENS = {
-    "sp1024": (62_021_632, 62_023_681), "sp4096": (45_508_608, 45_510_657), "sp8192": (40_540_803, 40_540_803),
+    "sp1024": (62_021_632, 62_023_681), "sp4096": (45_508_608, 45_510_657), "sp8192": (SP8192_TOKENS, SP8192_TOKENS),
 }  # fmt: skip
 WITHDRAWN_TOKENS = range(63_779_840, 63_779_840 + 2049)  # sp1024 of the first baseline
 

@@ -50,18 +50,14 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+from common import PUBLISHED as CANONICAL  # noqa: E402
+
 from train_gpt import LIMIT_BYTES, UsageError, write_atomic  # noqa: E402
 
 LIMIT_SECONDS = 600.0  # of training and, apart from it, of evaluation
 BAR_NATS, ALPHA, PRACTICE = 0.005, 0.01, 0.25  # the record rule; the p that the public frontier has accepted
 STAGES = {"before": "before quantisation", "after": "quantised", "sliding": "sliding window", "adapted": "adapted"}
-# Validation targets -> (name, bytes they decode to), as counted over the public logs.
-CANONICAL = {
-    62_021_632: ("sp1024", 151_080_363), 45_508_608: ("sp4096", 151_074_053), 40_540_160: ("sp8192", 151_078_222),
-    47_851_520: ("sp8192 CaseOps", 151_074_499), 151_130_112: ("byte260", 151_080_114),
-    63_779_840: ("sp1024, first split", 155_769_746),
-}  # fmt: skip
 TOLERANCE = 1e-4  # of the bytes: dropped tails make 4e-5 at usual lengths, the smallest known fault 1e-2
 WHOLE = 1e-3  # of the tokens: what may be missing, or more, where the validation set still counts as the canonical one
 FACTS = "code_sha256 dataset val_sha256 tokenizer_sha256 preset device torch world_size".split()

@@ -28,7 +28,6 @@ import argparse
 import contextlib
 import fcntl
 import hashlib
-import importlib.util
 import itertools
 import json
 import math
@@ -47,6 +46,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import common  # noqa: E402
 
 SCRIPT = Path(__file__).resolve().parents[1] / "train_gpt.py"
 OWN = ("RUN_ID", "ARTIFACT_DIR")  # what tells runs apart is the sweep's to set
@@ -829,19 +831,9 @@ class View:  # a live table on a terminal, plain lines and a table at the end el
 # ---- Command line ----------------------------------------------------------------------------------------------------
 
 def load_script(path: Path) -> ModuleType:  # train_gpt.py as a module: its Config checks the knobs
-    spec = importlib.util.spec_from_file_location("swept_script", path)
-    if spec is None or not path.is_file():
+    if path.suffix != ".py" or not path.is_file():
         raise Refused(f"--script {path}: is not a Python file")
-    import torch  # the script needs it anyway
-    module, register = importlib.util.module_from_spec(spec), torch.library.custom_op
-    sys.modules["swept_script"] = module
-    # Under own names: a second copy of an operator would destroy the first, if this process has the script already.
-    torch.library.custom_op = lambda op, *args, **options: register(op.replace("::", "_swept::"), *args, **options)
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        torch.library.custom_op = register
-    return module
+    return common.load_script(path)
 
 def gpu_names(script: ModuleType) -> list[str]:  # those the script may use
     found = [str(i) for i in range(script.torch.cuda.device_count())]
