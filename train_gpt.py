@@ -68,6 +68,7 @@ def knob(default: Any, doc: str, lo: float = 0, hi: float = 1e18, choices: tuple
 class Config:  # defaults are the `record` preset's; `PRESETS` overrides them and the environment both
     # Run and data
     preset: str = knob("record", "row of the preset table; default: record with CUDA, cpu without")
+    shrink: bool = knob(False, "the preset's structure in small, for a CPU: narrow, short rows, little time")
     seed: int = knob(1337, "initial weights, adapter init, document sampling", 0, 2**31)
     run_id: str = knob("", "names the log and the output folder; default: date, preset and seed")
     artifact_dir: str = knob("", "output folder; default: runs/<RUN_ID>")
@@ -77,7 +78,8 @@ class Config:  # defaults are the `record` preset's; `PRESETS` overrides them an
     data_dir: str = knob("./data", "holds datasets/ and tokenizers/")
     dataset: str = knob("", "folder under datasets/; default: fineweb10B_sp<VOCAB_SIZE>")
     tokenizer_path: str = knob("", "SentencePiece model; default: the manifest's, else fineweb_<VOCAB_SIZE>_bpe.model")
-    data_loader: str = knob("documents", "attention stays within documents, or rows", choices=("documents", "rows"))
+    data_loader: str = knob("documents", "packed documents; or rows across them, as they come or shuffled",
+                            choices=("documents", "rows", "shuffled"))  # fmt: skip
     compute_dtype: str = knob("bf16", "activations and products; parameters are fp32", choices=("bf16", "fp32"))
     cuda_graph: bool = knob(False, "forward and backward of a row as a CUDA graph, where attention allows it")
     compile: bool = knob(True, "torch.compile the forwards and Newton-Schulz")
@@ -92,6 +94,7 @@ class Config:  # defaults are the `record` preset's; `PRESETS` overrides them an
     gptq_reserve_seconds: float = knob(-1.0, "of that, kept for all after the last step; -1: measured in warm-up", -1)
     warmup_steps: int = knob(3, "synthetic steps per graph, undone afterwards; 0: compile inside the run")
     warmdown_frac: float = knob(0.75, "last share of the budget, over which the rates fall linearly", 0, 1)
+    warmdown_iters: int = knob(0, "steps of that fall, at the mean time of a step (PR #473); 0: WARMDOWN_FRAC")
     min_lr: float = knob(0.1, "floor of the learning-rate factor (PR #1787)", 0, 1)
     enable_looping_at: float = knob(0.35, "share of the budget after which the loops run", 0, 1)
     train_batch_tokens: int = knob(786432, "tokens per step, all ranks together", 1)
@@ -109,19 +112,29 @@ class Config:  # defaults are the `record` preset's; `PRESETS` overrides them an
     num_heads: int = knob(8, "query heads", 1)
     num_kv_heads: int = knob(4, "key and value heads", 1)
     mlp_mult: float = knob(4.0, "hidden width / MODEL_DIM", 0.01)
+    leaky_slope: float = knob(0.5, "MLP: the square of the input, of this times it below zero; 0: relu squared", 0, 1)
     xsa_last_n: int = knob(11, "layers with XSA, counted from the top")
     skip_gates_enabled: bool = knob(True, "gated skips; 0: weighted add")
     tied_embed_init_std: float = knob(0.005, "initial standard deviation of the embedding")
     logit_softcap: float = knob(30.0, "logits = cap * tanh(z / cap)", 0.01)
     rope_base: float = knob(10000.0, "slowest wavelength / 2 pi", 1.01)
     rope_dims: int = knob(16, "rotated dims per head; 0: all")
+    rope_train_seq_len: int = knob(0, "longer segments raise ROPE_BASE (NTK, PR #414); 0: none does")
     ln_scale: bool = knob(True, "norm outputs times 1 / sqrt(layer + 1)")
+    branch_scale: bool = knob(False, "what a layer adds to the stream times that, instead (PR #568)")
     qk_gain_init: float = knob(5.0, "query scale per head after QK norm, learned")
     num_loops: int = knob(2, "extra passes over LOOP_START..LOOP_END", 0, 64)
     loop_start: int = knob(3, "first looped layer")
     loop_end: int = knob(5, "last looped layer")
     parallel_start_layer: int = knob(8, "first layer with two lanes; 0: never")
     parallel_final_lane: str = knob("mean", "what leaves the two lanes", choices=("mean", "mlp", "attn"))
+    bigram_vocab_size: int = knob(0, "rows of the hashed table of token pairs (PR #162); 0: none")
+    bigram_dim: int = knob(128, "its width", 1)
+    smear_enabled: bool = knob(False, "mix every token with the one before in its document (SmearGate, PR #162)")
+    train_input_features: bool = knob(True, "0: both stay as initialised (PR #605)")
+    ve_enabled: bool = knob(False, "a second embedding, added to the values of VE_LAYERS (PR #414)")
+    ve_dim: int = knob(128, "its width", 1)
+    ve_layers: str = knob("9,10", "layers, from 0")
     # Optimisers
     tied_embed_lr: float = knob(0.03, "AdamW rate of the embedding")
     scalar_lr: float = knob(0.02, "AdamW rate of scales, gains, gates and lambdas")
@@ -139,10 +152,20 @@ class Config:  # defaults are the `record` preset's; `PRESETS` overrides them an
     adam_wd: float = knob(0.02, "decoupled decay of what SCALAR_LR moves")
     muon_wd: float = knob(0.095, "decoupled decay of the banks")
     embed_wd: float = knob(0.085, "decoupled decay of the embedding")
-    ema_decay: float = knob(0.9965, "of the average of all parameters that is exported", 0, 0.999999)
+    export_weights: str = knob("ema", "averages, or the last weights", choices=("ema", "swa", "raw"))
+    ema_decay: float = knob(0.9965, "of the average of all parameters, per step", 0, 0.999999)
+    ema_every: int = knob(1, "steps between weights that enter it", 1)
+    swa_threshold: float = knob(0.2, "swa: the mean of all weights while the rate factor is below (PR #374)", 0, 2)
+    swa_every: int = knob(50, "steps between weights that enter it", 1)
+    late_qat: bool = knob(False, "train through the rounding of the banks to MATRIX_BITS, late in the run")
+    late_qat_threshold: float = knob(0.15, "from this rate factor on; 2: from the start", 0, 2)
     # Artifact
     gptq_calibration_batches: int = knob(16, "training rows for the Hessians, shared out over the ranks", 1)
-    quantizer: str = knob("allocated", "steps by what the loss minds, or as published", choices=("allocated", "gptq"))
+    quantizer: str = knob("allocated", "steps by what the loss minds; as in PR #1394; without Hessians: #374, #568",
+                          choices=("allocated", "gptq", "gptq_lite", "int6"))  # fmt: skip
+    clip_floor: float = knob(1.0, "least range of a row's integers, of the two without Hessians")
+    tables_fp16: bool = knob(False, "embeddings as fp16, not as integers")
+    prune_frac: float = knob(0.0, "this share of the weights, the smallest, becomes 0 (PR #568)", 0, 0.99)
     artifact_limit_bytes: int = knob(LIMIT_BYTES, "code and model: the steps are fitted to it; 0: the clips decide")
     matrix_bits: int = knob(6, "integer width of the banks; allocated: most bits a weight, integers being 8 wide", 2, 8)
     embed_bits: int = knob(7, "integer width of the embedding (PR #1586); allocated: 8", 2, 8)
@@ -156,8 +179,9 @@ class Config:  # defaults are the `record` preset's; `PRESETS` overrides them an
     val_batch_tokens: int = knob(524288, "eight rows of scoring; a row never cuts a window", 16)
     eval_seq_len: int = knob(2048, "longest window of plain and sliding scoring", 2)
     eval_stride: int = knob(64, "tokens scored by each sliding window but the first", 1)
+    logit_temperature: float = knob(1.0, "logits / it wherever something is scored; to be chosen beforehand", 0.01)
     sliding_window_enabled: bool = knob(False, "score with sliding windows as well")
-    val_doc_fraction: float = knob(1.0, "share of the validation documents, drawn with SEED, for quick looks", 1e-9, 1)
+    val_doc_fraction: float = knob(1.0, "for quick looks: share of the documents, by SEED; of rows, the first", 1e-9, 1)
     eval_deadline_seconds: float = knob(580.0, "from the first scored token; what is left then is scored plainly")
     eval_budget_includes_compile: bool = knob(False, "take warm-up of the evaluation off EVAL_DEADLINE_SECONDS")
     ttt_enabled: bool = knob(True, "learn from what is scored, score first")
@@ -168,6 +192,12 @@ class Config:  # defaults are the `record` preset's; `PRESETS` overrides them an
     ttt_lora_rank: int = knob(96, "rank of every adapter", 1)
     ttt_lora_alpha: float = knob(0.0, "adapters times TTT_LORA_ALPHA / TTT_LORA_RANK (PR #1767); 0: times 1")
     ttt_lora_lr: float = knob(1e-4, "rate of the adapters")
+    ttt_lm_rank: int = knob(0, "of the head's; 0: TTT_LORA_RANK")
+    ttt_bias_tune: bool = knob(False, "learn a vector to add after every layer, too (PR #596)")
+    ttt_lr_factors: str = knob("", "of TTT_LORA_LR, as in q:0.5,v:1.5,head:2,bias:3 (PR #596)")
+    ttt_cosine_chunks: int = knob(0, "chunks of a document in which it falls on a cosine to a tenth; 0: it stays")
+    ttt_min_doc_len: int = knob(0, "learn nothing before this place in a document")
+    ttt_max_doc_len: int = knob(0, "nor after this one; 0: none")
     ttt_warm_start_a: bool = knob(False, "keep A from earlier documents (PR #1767): stream order, fixed schedule")
     ttt_chunk_size: int = knob(48, "tokens scored, then learnt from, at once (PR #1560)", 1)
     ttt_short_chunks: str = knob("", "smaller chunks up to a position in a document, as in 256:8,2000:24 (PR #2014)")
@@ -185,6 +215,7 @@ class Config:  # defaults are the `record` preset's; `PRESETS` overrides them an
     ttt_optimizer: str = knob("adam", "AdamW or SGD", choices=("adam", "sgd"))
     phased_ttt_num_phases: int = knob(0, "SGD of all weights on the documents before each of so many places (PR #1626)")
     phased_ttt_prefix_docs: int = knob(2000, "the last of these places, in documents of the stream", 1)
+    ttt_chunk_optimizer: str = knob("sgd", "the same: or AdamW, to repeat PR #473", choices=("sgd", "adam"))
     ttt_lr: float = knob(0.002, "SGD of all weights: first rate of a cosine over its chunks (PR #461)")
     ttt_momentum: float = knob(0.9, "the same: momentum", 0, 0.9999)
     ttt_epochs: int = knob(1, "the same: passes over a chunk that has been scored (PR #1413: 3)", 1)
@@ -198,6 +229,8 @@ class Config:  # defaults are the `record` preset's; `PRESETS` overrides them an
     rows_per_step = property(lambda c: c.train_batch_tokens // c.micro_batch_tokens)
     plans = property(lambda c: (layer_plan(c, looped=False), layer_plan(c, looped=True)))
     lora_scale = property(lambda c: c.ttt_lora_alpha / c.ttt_lora_rank if c.ttt_lora_alpha else 1.0)
+    lr_factors = property(lambda c: dict(pair.split(":") for pair in c.ttt_lr_factors.split(",") if pair))
+    ve_at = property(lambda c: [int(n) for n in re.findall(r"\d+", c.ve_layers) if c.ve_enabled])
     short_chunks = property(lambda c: sorted(  # (position in a document, size of the chunks up to it)
         tuple(map(int, pair.split(":"))) for pair in c.ttt_short_chunks.split(",") if pair))  # fmt: skip
     dataset_dir = property(lambda c: Path(c.data_dir) / "datasets" / (c.dataset or f"fineweb10B_sp{c.vocab_size}"))
@@ -208,16 +241,20 @@ class Config:  # defaults are the `record` preset's; `PRESETS` overrides them an
     @classmethod
     def from_env(cls, environ: Mapping[str, str], has_cuda: bool) -> tuple[Config, dict[str, str]]:
         """The config of `environ`, and each field's origin: default, preset or env. UsageError names every problem."""
-        fields, problems = {f.name.upper(): f for f in dataclasses.fields(cls)}, []
+        fields, problems, given = {f.name.upper(): f for f in dataclasses.fields(cls)}, [], environ
+        environ = {ALIASES.get(name, name): text for name, text in sorted(given.items(), key=lambda i: i[0] in fields)}
         for name in sorted(environ.keys() - fields.keys()):
             if name in NOT_KNOBS:
-                problems.append(f"{name}={environ[name]}: not a knob of this program")
+                problems.append(f"{name}={environ[name]}: not a knob of this program; {NOT_KNOBS[name]}")
             elif near := difflib.get_close_matches(name, fields, n=1, cutoff=0.85):
                 problems.append(f"{name}={environ[name]}: not a knob; did you mean {near[0]}?")
         preset = environ.get("PRESET", "record" if has_cuda else "cpu")
         if preset not in PRESETS:
             raise UsageError("\n".join([*problems, f"PRESET={preset}: must be one of {', '.join(PRESETS)}"]))
         values = {**PRESETS[preset], "preset": preset}
+        if environ.get("SHRINK") == "1":  # what the preset has not stays off
+            values |= {f: x for f, x in SHRINK.items() if values.get(f, getattr(cls, f)) or f == "dataset"}
+            values |= {f: values.get(f, getattr(cls, f)) // 8 for f in LENGTHS}
         origin = {f.name: "preset" if f.name in values else "default" for f in fields.values()}
         expected = {bool: "0 or 1", int: "a whole number", float: "a number"}
         for name in sorted(fields.keys() & environ.keys()):
@@ -228,6 +265,11 @@ class Config:  # defaults are the `record` preset's; `PRESETS` overrides them an
             except (KeyError, ValueError):
                 problems.append(f"{name}={text}: must be {expected[kind]}")
         cfg = cls(**values)
+        for name, other in ALIASES.items():
+            if other in given and given.get(name, given[other]) != given[other]:
+                problems.append(f"{name}={given[name]}: the same knob as {other}={given[other]}")
+        if cfg.warmdown_iters and origin["warmdown_frac"] == "env":
+            problems.append(f"WARMDOWN_FRAC={cfg.warmdown_frac:g}: not with WARMDOWN_ITERS={cfg.warmdown_iters}")
         if problems := problems + cfg.problems():
             raise UsageError("\n".join(problems))
         return cfg, origin
@@ -260,9 +302,14 @@ class Config:  # defaults are the `record` preset's; `PRESETS` overrides them an
              "empty, or tensorboard must be installed"),
             ("MODEL_DIM", c.model_dim % (2 * c.num_heads) == 0, "a multiple of 2 * NUM_HEADS"),
             ("NUM_KV_HEADS", c.num_heads % c.num_kv_heads == 0, "a divisor of NUM_HEADS"),
+            ("ROPE_TRAIN_SEQ_LEN", not c.rope_train_seq_len or (c.rope_dims or c.head_dim) > 2, "0 with two ROPE_DIMS"),
             ("ROPE_DIMS", c.rope_dims % 2 == 0 and c.rope_dims <= c.head_dim, f"even and at most {c.head_dim}"),
             ("MLP_MULT", c.mlp_dim >= 1, "enough for one hidden unit at MODEL_DIM"),
             ("XSA_LAST_N", c.xsa_last_n <= c.num_layers, "at most NUM_LAYERS"),
+            ("BRANCH_SCALE", not (c.branch_scale and c.ln_scale), "0 with LN_SCALE"),
+            ("BIGRAM_VOCAB_SIZE", c.bigram_vocab_size != 1, "0, or at least 2"),
+            ("VE_LAYERS", not c.ve_enabled or re.fullmatch(r"\d+(,\d+)*", c.ve_layers) is not None
+             and len({*c.ve_at}) == len(c.ve_at) and max(c.ve_at) < c.num_layers, "as in 9,10, below NUM_LAYERS"),
             ("LOGIT_SOFTCAP", not c.fused_ce or c.logit_softcap <= 75, "at most 75 with FUSED_CE"),
             ("LOOP_START", not loops or c.loop_start <= c.loop_end, "at most LOOP_END"),
             ("LOOP_END", not loops or c.loop_end < c.num_layers, "below NUM_LAYERS"),
@@ -271,6 +318,8 @@ class Config:  # defaults are the `record` preset's; `PRESETS` overrides them an
             ("PARALLEL_START_LAYER", stale or not pushed, "in the decoder half of the layers"),
             ("TRAIN_BATCH_TOKENS", c.train_batch_tokens % row == 0, "a multiple of MICRO_BATCH_TOKENS"),
             ("TRAIN_SEQ_LEN", c.train_seq_len <= row, "at most MICRO_BATCH_TOKENS"),
+            ("TRAIN_SEQ_LEN", c.data_loader != "shuffled" or row % c.train_seq_len == 0,
+             "a divisor of MICRO_BATCH_TOKENS with DATA_LOADER"),
             ("CU_SEQLENS_CAPACITY", room >= 0, "at least 2 + 2 * MICRO_BATCH_TOKENS / TRAIN_SEQ_LEN"),
             ("VAL_BATCH_TOKENS", c.val_batch_tokens >= 8 * c.eval_seq_len, "at least 8 * EVAL_SEQ_LEN"),
             ("EVAL_STRIDE", c.eval_stride <= c.eval_seq_len, "at most EVAL_SEQ_LEN"),
@@ -280,6 +329,10 @@ class Config:  # defaults are the `record` preset's; `PRESETS` overrides them an
             ("TTT_SHORT_CHUNKS", re.fullmatch(r"(\d+:[1-9]\d*(,|$))*", c.ttt_short_chunks) is not None and max(
                 [size for _, size in c.short_chunks], default=1) <= c.ttt_eval_seq_len,
              "position:size,.. with sizes up to TTT_EVAL_SEQ_LEN"),
+            ("TTT_LR_FACTORS", re.fullmatch(r"((q|k|v|o|mlp|head|bias):\d*\.?\d+(,|$))*", c.ttt_lr_factors) is not None,
+             "site:factor,.. of q, k, v, o, mlp, head, bias"),
+            ("TTT_MAX_DOC_LEN", not c.ttt_max_doc_len or c.ttt_max_doc_len > c.ttt_min_doc_len,
+             "0 or above TTT_MIN_DOC_LEN"),
             ("TTT_MODE", c.ttt_mode != "chunk" or not c.phased_ttt_num_phases, "document for PHASED_TTT_NUM_PHASES"),
             ("TTT_EPOCHS", c.ttt_epochs == 1 or c.ttt_mode == "chunk" or c.phased_ttt_num_phases > 0,
              "1 with TTT_MODE=document: a document is learnt from once (ruling on PR #605)"),
@@ -290,23 +343,80 @@ class Config:  # defaults are the `record` preset's; `PRESETS` overrides them an
              f"ans, lzma, or {package} must be installed"),
             ("ARTIFACT_LIMIT_BYTES", not c.artifact_limit_bytes or c.artifact_limit_bytes >= least,
              f"0 or at least {least}, code and one bit a weight; or lower MODEL_DIM, MLP_MULT, NUM_LAYERS"),
-            ("VAL_DOC_FRACTION", c.val_doc_fraction == 1 or c.data_loader == "documents", "1 with DATA_LOADER"),
             ("ARTIFACT_DIR", writable(Path(c.artifact_dir or "runs").absolute()), "a folder that can be written"),
         ]  # fmt: skip
 
-# What defines the network and travels with its weights: a model file decides these, not the environment.
+    def warnings(self) -> list[str]:  # what others have tried and regretted
+        c, chunks = self, self.ttt_enabled and (self.ttt_mode == "chunk" or self.phased_ttt_num_phases > 0)
+        return [text for applies, text in [
+            (chunks and c.ttt_chunk_optimizer == "adam", "TTT_CHUNK_OPTIMIZER=adam overfits the chunk: 1.1598 bpb, SGD "
+             "1.1220 (PR #473); 1.0825 became 1.1885 (PR #1947)"),
+            (chunks and c.ttt_epochs > 3, f"TTT_EPOCHS={c.ttt_epochs}: gains end near 1.1202 bpb, and only 3 fit into "
+             "600 s on 8xH100 (PR #473); from 3 to 30 they gave 0.002 (PR #526)"),
+            (chunks and c.ttt_freeze_blocks > 0 and c.ttt_epochs <= 3,
+             f"TTT_FREEZE_BLOCKS={c.ttt_freeze_blocks}: with few epochs, none frozen was best (PR #473, #549)"),
+            (chunks and c.late_qat, "LATE_QAT=1 hurt under test-time training of all weights (PR #398)"),
+            (chunks and c.quantizer == "gptq" and not c.num_loops, "QUANTIZER=gptq: SGD by chunks gained nothing on "
+             "such a model (1.12075, before 1.12070: PR #533)"),
+            (c.export_weights == "swa" and c.swa_threshold > 0.2,
+             f"SWA_THRESHOLD={c.swa_threshold:g}: an average from 0.5 on hurt, from 0.2 on it cost nothing (PR #374)"),
+            (c.compile and c.num_loops > 0 and not c.warmup_steps, "WARMUP_STEPS=0: loops and compilation in the clock "
+             "left 1440 steps of 600 s to a port (remark in PR #1530)"),
+            (c.loop_clip_sigmas > 0, f"LOOP_CLIP_SIGMAS={c.loop_clip_sigmas:g}: no gain was ever given (PR #1530)"),
+            (c.logit_temperature != 1, f"LOGIT_TEMPERATURE={c.logit_temperature:g}: legal only if chosen without a "
+             "look at validation scores (issue #1017; PR #605 was refused)")] if applies]  # fmt: skip
+
+# What defines the network and travels with its weights: a model file decides these, not the environment. A file holds
+# the second group only where they are not the defaults.
+ADDED_FIELDS = """leaky_slope branch_scale rope_train_seq_len bigram_vocab_size bigram_dim smear_enabled ve_enabled
+    ve_dim ve_layers tables_fp16""".split()
 MODEL_FIELDS = """vocab_size num_layers model_dim num_heads num_kv_heads mlp_mult xsa_last_n skip_gates_enabled
     rope_base rope_dims logit_softcap ln_scale num_loops loop_start loop_end parallel_start_layer parallel_final_lane
-    data_loader""".split()
+    data_loader""".split() + ADDED_FIELDS
+def network(cfg: Config) -> dict[str, Any]:  # as a file holds it
+    return {f: getattr(cfg, f) for f in MODEL_FIELDS if f not in ADDED_FIELDS or getattr(cfg, f) != getattr(Config, f)}
+def stored_network(config: Mapping[str, Any]) -> dict[str, Any]:  # all fields of what a file holds; KeyError
+    return {f: config.get(f, getattr(Config, f)) if f in ADDED_FIELDS else config[f] for f in MODEL_FIELDS}
 # What a checkpoint does not depend on.
 FREE_FIELDS = "run_id artifact_dir checkpoint_every tensorboard_dir train_log_every data_dir tokenizer_path".split()
-# Knobs of the published scripts that are none here: the head is the embedding, the others were dead or for debugging.
-NOT_KNOBS = """EMBEDDING_DIM TIE_EMBEDDINGS EMBED_LR HEAD_LR ROPE_TRAIN_SEQ_LEN ROPE_YARN MUON_BETA2 TTT_DEBUG_BYPASS
-    CONTROL_TENSOR_NAME_PATTERNS TTT_EVAL_BATCHES TTT_OUTPUT_DIR""".split()
+# Knobs of the published scripts that are none here, and why.
+NOT_KNOBS = {
+    "ROPE_YARN": "ROPE_TRAIN_SEQ_LEN alone decides", "MLP_HIDDEN": "set MLP_MULT", "DATA_PATH": "set DATA_DIR, DATASET",
+    "QAT_ENABLED": "set LATE_QAT=1 LATE_QAT_THRESHOLD=2", "TTT_TEMP_RESCALE": "a factor on the nats is no probability "
+    "(ruling on PR #605); LOGIT_TEMPERATURE keeps a sum of 1", "TTT_MIN_NLL": "the best of several passes is chosen by "
+    "the answer (ruling on PR #605)", "TTT_COSINE_LR": "a fall as long as the document tells where it ends; set "
+    "TTT_COSINE_CHUNKS", **dict.fromkeys(("EMA_ENABLED", "SWA_ENABLED", "LAWA_ENABLED"), "set EXPORT_WEIGHTS"),
+    **dict.fromkeys(("EMBEDDING_DIM", "TIE_EMBEDDINGS", "EMBED_LR", "HEAD_LR"), "the head is the embedding"),
+    **dict.fromkeys(("MUON_BETA2", "CONTROL_TENSOR_NAME_PATTERNS", "TTT_EVAL_BATCHES", "TTT_OUTPUT_DIR",
+                     "TTT_DEBUG_BYPASS"), "it was dead, or for debugging")}  # fmt: skip
+ALIASES = {"VAL_BATCH_SIZE": "VAL_BATCH_TOKENS", "TTT_MAX_EVAL_SECS": "EVAL_DEADLINE_SECONDS"}  # spellings of others
+ALIASES |= {f"GLOBAL_{x}": x for x in ("TTT_LR", "TTT_EPOCHS", "TTT_CHUNK_TOKENS", "TTT_MOMENTUM", "TTT_BATCH_SEQS",
+                                       "TTT_GRAD_CLIP")}  # fmt: skip
 PR1530 = dict(warmdown_frac=0.72, min_lr=0.0, matrix_lr=0.022, gptq_reserve_seconds=13.0, embed_bits=8,
               embed_clip_sigmas=20.0, compressor="brotli", ttt_chunk_size=32, gptq_calibration_batches=64,
               quantizer="gptq", artifact_limit_bytes=0)  # fmt: skip
 PR1560 = {**PR1530, "warmdown_frac": 0.75, "ttt_chunk_size": 48}
+SEEDS = {**PR1530, **dict(  # what the systems before have in common
+    parallel_start_layer=0, muon_momentum=0.99, matrix_lr=0.02, sliding_window_enabled=True, ttt_mode="chunk",
+    ttt_epochs=3)}  # fmt: skip
+PR1413 = {**SEEDS, **dict(
+    data_loader="shuffled", loop_start=4, enable_looping_at=0.5, muon_wd=0.085, ema_decay=0.997, warmdown_frac=0.667,
+    gptq_reserve_seconds=12.0, ttt_lr=0.005)}  # fmt: skip
+OLDER = {**SEEDS, **dict(
+    vocab_size=1024, data_loader="rows", num_loops=0, mlp_mult=3.0, leaky_slope=0.0, skip_gates_enabled=False,
+    qk_gain_init=1.5, rope_train_seq_len=1024, smear_enabled=True, muon_row_normalize=False, muon_wd=0.04, adam_wd=0.04,
+    embed_wd=0.04, warmdown_iters=3500, gptq_reserve_seconds=-1.0)}  # fmt: skip
+PR473 = {**OLDER, **dict(
+    iterations=9000, bigram_vocab_size=3072, ve_enabled=True, xsa_last_n=4, tied_embed_lr=0.035, matrix_lr=0.025,
+    scalar_lr=0.025, ema_decay=0.997, quantizer="gptq_lite", compressor="lzma")}  # fmt: skip
+PR605 = {**OLDER, **dict(  # the legal form: one pass, scored first
+    train_seq_len=1024, bigram_vocab_size=2048, train_input_features=False, xsa_last_n=0, ln_scale=False,
+    branch_scale=True, rope_dims=0, rope_base=50000.0, warmdown_iters=3000, ema_decay=0.999, ema_every=10,
+    export_weights="swa", quantizer="int6", prune_frac=0.04, tables_fp16=True, compressor="zstd",
+    sliding_window_enabled=False, ttt_mode="document", ttt_epochs=1, ttt_lora_rank=8, ttt_lm_rank=16, ttt_k_lora=False,
+    ttt_mlp_lora=False, ttt_o_lora=False, ttt_bias_tune=True, ttt_lora_lr=0.01, ttt_cosine_chunks=8,
+    ttt_lr_factors="q:0.5,v:1.5,head:2,bias:3", ttt_beta1=0.9, ttt_beta2=0.95, ttt_weight_decay=0.0,
+    ttt_chunk_size=256, ttt_eval_seq_len=1024, ttt_min_doc_len=512, eval_deadline_seconds=550.0)}  # fmt: skip
 CPU = dict(
     dataset="pydocs_sp1024", vocab_size=1024, compile=False, num_layers=6, model_dim=192, num_heads=3, num_kv_heads=1,
     mlp_mult=3.0, xsa_last_n=6, num_loops=1, loop_start=2, loop_end=3, enable_looping_at=0.8, parallel_start_layer=4,
@@ -315,7 +425,16 @@ CPU = dict(
     muon_momentum_warmup_start=0.85, muon_momentum_warmup_steps=100, ema_decay=0.98,
     val_batch_tokens=65536, eval_seq_len=512, ttt_lora_rank=8, ttt_lora_lr=3e-3, ttt_chunk_size=128,
     ttt_eval_seq_len=512, ttt_batch_size=16, ttt_buckets=0, ttt_chunk_tokens=4096)  # fmt: skip
-PRESETS: dict[str, dict[str, Any]] = {"record": {}, "pr1530": PR1530, "pr1560": PR1560, "cpu": CPU}
+PRESETS: dict[str, dict[str, Any]] = {"record": {}, "pr1530": PR1530, "pr1560": PR1560, "pr1413": PR1413,
+                                      "pr473": PR473, "pr605": PR605, "cpu": CPU}  # fmt: skip
+SHRINK = {**{f: CPU[f] for f in (
+    "dataset", "vocab_size", "compile", "train_batch_tokens", "micro_batch_tokens", "cu_seqlens_capacity", "ema_decay",
+    "muon_momentum", "muon_momentum_warmup_start", "muon_momentum_warmup_steps", "val_batch_tokens", "ttt_lora_rank",
+    "ttt_batch_size", "ttt_buckets", "ttt_chunk_tokens")}, **dict(
+    model_dim=128, num_heads=4, num_kv_heads=2, bigram_vocab_size=512, bigram_dim=32, ve_dim=32, ttt_lora_lr=3e-3,
+    max_wallclock_seconds=40.0, gptq_reserve_seconds=-1.0, gptq_calibration_batches=16, warmdown_iters=200,
+    swa_every=5, ttt_chunk_size=32)}  # fmt: skip
+LENGTHS = "train_seq_len", "eval_seq_len", "ttt_eval_seq_len", "rope_train_seq_len", "ttt_min_doc_len"  # an eighth
 
 def print_knobs() -> None:  # variable, default per preset, meaning
     print(f"{'variable':28}" + "".join(f"{p:>14}" for p in PRESETS) + "  meaning")
@@ -492,19 +611,33 @@ def segment_starts(tokens: np.ndarray, bos_id: int, max_seqlen: int) -> np.ndarr
 
 class PackedLoader:
     """Rows of the stream in order, each transition once an epoch (W13). All ranks walk over all rows and build every
-    W-th, so the world size changes no step. A row takes MICRO_BATCH_TOKENS tokens, or what the capacity allows."""
+    W-th, so the world size changes no step. A row takes MICRO_BATCH_TOKENS tokens, or what the capacity allows. With
+    DATA_LOADER=shuffled (PR #1394) an epoch takes pieces of TRAIN_SEQ_LEN tokens, from a random one on, at random."""
     def __init__(self, stream: TokenStream, bos_id: int, cfg: Config, ranks: Ranks):
         self.stream, self.cfg, self.ranks, self.cursor = stream, cfg, ranks, 0
         self.bos_id = bos_id if cfg.data_loader == "documents" else -1
+        self.order = -1, 0, np.arange(0)  # of the pieces: epoch, first place, permutation
+    def read(self, count: int) -> tuple[np.ndarray, np.ndarray]:  # inputs and targets (count,) from the cursor on
+        if self.cfg.data_loader != "shuffled":
+            tokens = self.stream.read(self.cursor, count + 1)
+            return tokens[:-1], tokens[1:]
+        length, pieces = self.cfg.train_seq_len, []
+        for number in range(self.cursor // length, (self.cursor + count) // length):
+            epoch, number = divmod(number, (self.stream.size - 1) // length - 1)
+            if epoch != self.order[0]:
+                rng = np.random.Generator(np.random.PCG64([self.cfg.seed, epoch]))
+                self.order = epoch, rng.integers(length), rng.permutation((self.stream.size - 1) // length - 1)
+            pieces.append(self.stream.read(int(self.order[1] + self.order[2][number] * length), length + 1))
+        return np.concatenate([x[:-1] for x in pieces]), np.concatenate([x[1:] for x in pieces])
     def rows(self, count: int) -> tuple[list[Batch], int]:  # this rank's of the next rows, and the targets in them all
         mine, first, (size, capacity, max_seqlen) = [], self.cursor, self.cfg.row_shape
         for row in range(count):
-            tokens, n = self.stream.read(self.cursor, size + 1), size
-            starts = segment_starts(tokens[:-1], self.bos_id, max_seqlen)
+            (tokens, targets), n = self.read(size), size
+            starts = segment_starts(tokens, self.bos_id, max_seqlen)
             if len(starts) > capacity:  # leave room for the segments of the padding
                 starts, n = starts[: capacity // 2], int(starts[capacity // 2])
             if row % self.ranks.world_size == self.ranks.rank:
-                mine.append(pack_row(tokens[:n], tokens[1 : n + 1], starts, self.cfg.row_shape, self.ranks.device))
+                mine.append(pack_row(tokens[:n], targets[:n], starts, self.cfg.row_shape, self.ranks.device))
             self.cursor += n
         return mine, self.cursor - first
     def steps(self) -> Iterator[tuple[list[Batch], int]]:  # `rows` of each step; a thread prepares the next
@@ -522,9 +655,11 @@ class Documents(NamedTuple):  # targets end with the next one's BOS: all tokens 
     def load(cls, stream: TokenStream, bos_id: int, cfg: Config) -> Documents:
         tokens = stream.read(0, stream.size)
         starts = np.flatnonzero(tokens == bos_id)
-        wanted = max(1, round(cfg.val_doc_fraction * len(starts)))
-        sample = sorted(random.Random(cfg.seed).sample(range(len(starts)), wanted))
-        return cls(tokens, starts[sample], np.diff(starts, append=len(tokens) - 1)[sample])
+        wanted, counts = max(1, round(cfg.val_doc_fraction * len(starts))), np.diff(starts, append=len(tokens) - 1)
+        if cfg.data_loader == "documents":
+            sample = sorted(random.Random(cfg.seed).sample(range(len(starts)), wanted))
+            return cls(tokens, starts[sample], counts[sample])
+        return cls(tokens[: starts[wanted - 1] + counts[wanted - 1] + 1], starts[:wanted], counts[:wanted])  # one row
     def places(self, stop: int | None = None) -> np.ndarray:  # of all targets of the documents before `stop`, rising
         pairs = zip(self.starts[:stop], self.counts[:stop], strict=True)
         return np.concatenate([np.arange(0), *(np.arange(start, start + count) for start, count in pairs)])
@@ -555,6 +690,8 @@ class Tokenizer(NamedTuple):
         loaded = cls(path, model, model.bos_id(), hashlib.sha256(data).hexdigest(), manifest)
         if model.vocab_size() != cfg.vocab_size:
             raise UsageError(f"VOCAB_SIZE={cfg.vocab_size}: {path} has {model.vocab_size()} pieces")
+        if cfg.smear_enabled and loaded.bos_id != BOS_ID:
+            raise UsageError(f"SMEAR_ENABLED=1: needs BOS id {BOS_ID}, {path} has {loaded.bos_id}")
         if loaded.bos_id < 0 or model.piece_to_id("\u2581") == model.unk_id():
             raise UsageError(f"TOKENIZER_PATH={path}: needs BOS and the bare space mark, or bytes are miscounted")
         if sha256 not in (None, loaded.sha256):
@@ -624,8 +761,8 @@ def launch_heads(kernel: Any, name: str, args: list, rows: int, tile: tuple, **s
 # --- Fused MLP: out = leaky_relu(x @ w_up.T)^2 @ w_down.T for x (T, C), w_up (F, C), w_down (C, F). ---
 # PR #1530; after modded-nanogpt. Both products with an activation epilogue are operators: PyTorch, or Triton on Hopper.
 MLP_SLOPE = 0.5  # a power of two: both branches, of the activation and of its derivative, are exact before one rounding
-def leaky_relu_sq(pre: Tensor) -> Tensor:  # in the dtype given: pre^2 above zero, (MLP_SLOPE * pre)^2 below
-    return F.leaky_relu(pre, MLP_SLOPE).square()
+def leaky_relu_sq(pre: Tensor, slope: float = MLP_SLOPE) -> Tensor:  # pre^2 above zero, (slope * pre)^2 below
+    return F.leaky_relu(pre, slope).square()
 
 if triton is not None:
     @triton.jit
@@ -654,7 +791,8 @@ if triton is not None:
                 if not BACKWARD:
                     pre.store(at, half)
 
-def launch_mlp(a: Tensor, w: Tensor, pre: Tensor, out: Tensor, programs: int, backward: bool, tile: tuple) -> None:
+def launch_mlp(a: Tensor, w: Tensor, pre: Tensor, out: Tensor, programs: int, backward: bool, tile: tuple,
+               slope: float = MLP_SLOPE) -> None:  # fmt: skip
     """Fills `out` (forward also `pre`) with at most that many persistent programs. T must not be 0; a new T compiles
     nothing. Descriptors are made per call (a cache would keep activations alive), never in a replayed CUDA graph.
     Shared memory, of 227 KB: forward 224 (4 stages), backward with its staged `pre` 208 (3 stages)."""
@@ -662,49 +800,50 @@ def launch_mlp(a: Tensor, w: Tensor, pre: Tensor, out: Tensor, programs: int, ba
     boxes = [bm, bk], [bk, bn] if backward else [bn, bk], [bm, bn // 2], [bm, bn // 2]
     args = [TensorDescriptor(t, t.shape, t.stride(), box) for t, box in zip((a, w, pre, out), boxes, strict=True)]
     grid = (min(programs, triton.cdiv(out.shape[0], bm) * triton.cdiv(out.shape[1], bn)),)
-    mlp_kernel[grid](*args, BACKWARD=backward, SLOPE=MLP_SLOPE, num_warps=8, num_stages=3 if backward else 4)
+    mlp_kernel[grid](*args, BACKWARD=backward, SLOPE=slope, num_warps=8, num_stages=3 if backward else 4)
 
-def mlp_up_reference(x: Tensor, w_up: Tensor) -> tuple[Tensor, Tensor]:
+def mlp_up_reference(x: Tensor, w_up: Tensor, slope: float = MLP_SLOPE) -> tuple[Tensor, Tensor]:
     pre = F.linear(x, w_up)
-    return pre, leaky_relu_sq(pre)
-def mlp_dpre_reference(dy: Tensor, w_down: Tensor, pre: Tensor) -> Tensor:
-    return (dy @ w_down).mul_(F.leaky_relu(pre, MLP_SLOPE**2)).mul_(2)  # 1/12 of torch.where's time on a CPU in bf16
+    return pre, leaky_relu_sq(pre, slope)
+def mlp_dpre_reference(dy: Tensor, w_down: Tensor, pre: Tensor, slope: float = MLP_SLOPE) -> Tensor:
+    return (dy @ w_down).mul_(F.leaky_relu(pre, slope**2)).mul_(2)  # 1/12 of torch.where's time on a CPU in bf16
 
-def mlp_cuda(a: Tensor, w: Tensor, pre: Tensor | None = None) -> tuple[Tensor, Tensor] | Tensor:
+def mlp_cuda(a: Tensor, w: Tensor, pre: Tensor | None = None, slope: float = MLP_SLOPE) -> Any:
     """Either operator; the reference off Hopper, for dtypes that have not two bytes, or without TMA's alignment."""
     backward, gpu = pre is not None, torch.cuda.get_device_properties(a.device)
     hidden, inputs = (w.shape[1], (a, w, pre)) if backward else (w.shape[0], (a, w))
     fits = triton is not None and gpu.major == 9 and a.dtype in (torch.bfloat16, torch.float16) and len(a) > 0
     rows = ((t.dtype == a.dtype, t.stride(1) == 1, t.stride(0) % 8 == 0, t.data_ptr() % 16 == 0) for t in inputs)
     if not (fits and hidden % 8 == 0 and all(map(all, rows))):
-        return mlp_dpre_reference(*inputs) if backward else mlp_up_reference(*inputs)
+        return mlp_dpre_reference(*inputs, slope) if backward else mlp_up_reference(*inputs, slope)
     pre, out = pre if backward else a.new_empty(len(a), hidden), a.new_empty(len(a), hidden)
-    launch = partial(launch_mlp, a, w, pre, out, gpu.multi_processor_count, backward)
+    launch = partial(launch_mlp, a, w, pre, out, gpu.multi_processor_count, backward, slope=slope)
     launch(fastest("mlp_dpre" if backward else "mlp_up", (hidden, a.size(1), a.dtype), launch))
     return out if backward else (pre, out)
 
-mlp_up = operator("mlp_up", mlp_up_reference, mlp_cuda)
+mlp_up = operator("mlp_up", mlp_up_reference, lambda x, w_up, slope=MLP_SLOPE: mlp_cuda(x, w_up, slope=slope))
 mlp_dpre = operator("mlp_dpre", mlp_dpre_reference, mlp_cuda)
 
 class FusedMLP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, w_up: Tensor, w_down: Tensor, pre: Tensor, post: Tensor) -> Tensor:
-        _, need_up, need_down, *_ = ctx.needs_input_grad  # a frozen weight keeps nothing alive
+    def forward(ctx, x: Tensor, w_up: Tensor, w_down: Tensor, pre: Tensor, post: Tensor, slope: float) -> Tensor:
+        ctx.slope, (_, need_up, need_down, *_) = slope, ctx.needs_input_grad  # a frozen weight keeps nothing alive
         ctx.save_for_backward(x if need_up else None, w_up, w_down, pre, post if need_down else None)
         return F.linear(post, w_down)
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, w_up, w_down, pre, post = ctx.saved_tensors
         need_x, need_up, need_down, *_ = ctx.needs_input_grad
-        dpre = mlp_dpre(dy, w_down, pre) if need_x or need_up else None
+        dpre = mlp_dpre(dy, w_down, pre, ctx.slope) if need_x or need_up else None
         dx, dw_up = dpre @ w_up if need_x else None, dpre.t() @ x if need_up else None
-        return dx, dw_up, dy.t() @ post if need_down else None, None, None
+        return dx, dw_up, dy.t() @ post if need_down else None, None, None, None
 
-def fused_mlp(x: Tensor, w_up: Tensor, w_down: Tensor) -> tuple[Tensor, Tensor]:  # out (T, C), post (T, F): no gradient
-    pre, post = mlp_up(x.detach(), w_up.detach())  # not outputs of FusedMLP, or autograd would fill zeros for post
-    return FusedMLP.apply(x, w_up, w_down, pre, post), post
-def plain_mlp(x: Tensor, w_up: Tensor, w_down: Tensor) -> tuple[Tensor, Tensor]:  # the same in separate operators
-    post = leaky_relu_sq(F.linear(x, w_up))
+def fused_mlp(x: Tensor, w_up: Tensor, w_down: Tensor, slope: float = MLP_SLOPE) -> tuple[Tensor, Tensor]:
+    """out (T, C), and post (T, F) without gradient."""
+    pre, post = mlp_up(x.detach(), w_up.detach(), slope)  # outputs of FusedMLP would have autograd fill zeros for post
+    return FusedMLP.apply(x, w_up, w_down, pre, post, slope), post
+def plain_mlp(x: Tensor, w_up: Tensor, w_down: Tensor, slope: float = MLP_SLOPE) -> tuple[Tensor, Tensor]:  # the same
+    post = leaky_relu_sq(F.linear(x, w_up), slope)
     return F.linear(post, w_down), post
 
 # --- Head and softcapped cross-entropy: nats of logits cap * tanh(z / cap), z = x w^T (N, V), in fp32 (W16). ---
@@ -760,11 +899,12 @@ def softcap_ce_cuda(z: Tensor, targets: Tensor, cap: float, gradient: bool, tile
 softcap_ce = operator("softcap_ce", softcap_ce_reference, softcap_ce_cuda,
                       lambda z, *_: z.new_empty(len(z), dtype=torch.promote_types(z.dtype, torch.float32)), ("z",))
 
+def head_product(x: Tensor, w: Tensor, extra: Tensor | None) -> Tensor:
+    return F.linear(x, w) if extra is None else F.linear(x, w) + extra
 class HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, w: Tensor, extra: Tensor | None, targets: Tensor, cap: float) -> Tensor:
-        z = F.linear(x, w) if extra is None else F.linear(x, w) + extra
-        nats = softcap_ce(z, targets, cap, True)
+        nats = softcap_ce(z := head_product(x, w, extra), targets, cap, True)
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, w, z)
         return nats
     @staticmethod
@@ -778,7 +918,7 @@ def head_loss(x: Tensor, w: Tensor, extra: Tensor | None, targets: Tensor, cap: 
     """Nats (N,) of the targets, 0 where -1, from x (N, C), w (V, C) and what an adapter adds to the product (N, V)."""
     if fused and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w, extra)):
         return HeadLoss.apply(x, w, extra, targets, cap)
-    z = F.linear(x, w) if extra is None else F.linear(x, w) + extra
+    z = head_product(x, w, extra)
     if fused:
         return softcap_ce(z, targets, cap, False)
     logits = cap * torch.tanh(z.to(torch.promote_types(z.dtype, torch.float32)) / cap)
@@ -1072,8 +1212,8 @@ def layer_plan(cfg: Config, looped: bool) -> tuple[Visit, ...]:
 
 class Role(NamedTuple):  # what the rest of the program needs to know of a parameter
     shape: tuple[int, ...]
-    init: float | str  # constant, "orthogonal" (gain 1), "normal", or "first": row 0 ones, row 1 zeros
-    group: str = "scalar"  # optimiser: muon, embed or scalar
+    init: float | str  # constant, "orthogonal" (gain 1), "normal", "small", or "first": row 0 ones, row 1 zeros
+    group: str = "scalar"  # optimiser: muon, embed, scalar, or fixed
     packing: str = "float"  # in the artifact: matrix or embed (integers), or float (fp16)
 
 def parameter_table(cfg: Config) -> dict[str, Role]:  # the only list of parameters; weights act as y = x W^T
@@ -1093,15 +1233,30 @@ def parameter_table(cfg: Config) -> dict[str, Role]:  # the only list of paramet
     if cfg.parallel_start_layer:
         table["parallel_post_lambdas"] = Role((L, 2, 2), 1.0)  # [layer, source, lane]
         table["parallel_resid_lambdas"] = Role((L, 2), 1.1)  # [layer, lane]
+    table_packing, fixed = "float" if cfg.tables_fp16 else "embed", "scalar" if cfg.train_input_features else "fixed"
+    table["tok_emb"] = table["tok_emb"]._replace(packing=table_packing)
+    if N := cfg.bigram_vocab_size:  # scale * table[hash] P^T; zero at first
+        group = "embed" if cfg.train_input_features else fixed
+        table["bigram_emb"] = Role((N, cfg.bigram_dim), 0.0, group, table_packing)
+        table["bigram_proj"] = Role((C, cfg.bigram_dim), "orthogonal", fixed)
+        table["bigram_scale"] = Role((1,), 0.05, fixed)
+    if cfg.smear_enabled:
+        table["smear_gate"] = Role((C,), 0.0, fixed)
+    if cfg.ve_enabled:  # scale * layer scale * table[token] P^T
+        table["ve_emb"] = Role((V, cfg.ve_dim), "small", "embed", table_packing)
+        table["ve_proj"] = Role((kv, cfg.ve_dim), "orthogonal")
+        table["ve_scale"], table["ve_layer_scales"] = Role((1,), 0.1), Role((len(cfg.ve_at),), 1.0)
     return table
 
 LAYER_TENSORS = "qkv o up down attn_scale mlp_scale resid_mix q_gain".split()
 LayerWeights = NamedTuple("LayerWeights", [(name, Tensor) for name in LAYER_TENSORS])  # of one layer, compute dtype
 class PassInfo(NamedTuple):  # what every layer of one forward shares
     batch: Batch
+    place: Tensor  # (T,) int64: index in the segment
     rope: Tensor  # fp32 (T, 2, 1, rope_dims / 2): cos, sin at each token's position in its segment
     tap: Callable[[str, int, Tensor], None]  # (site, layer, input of a product): calibration
     lora: LoRAViews | None
+    values: Tensor | None = None  # (T, kv) that VE_LAYERS add to theirs
     def lora_in(self, x: Tensor, source: str, slot: int) -> dict[str, Tensor]:
         """x (T, C), T / B tokens per document -> x A^T (B, T / B, rank) of all adapters that read it, in a product."""
         a, sites = self.lora.down.get((source, slot), (x, ())) if self.lora else (x, ())
@@ -1113,7 +1268,12 @@ class PassInfo(NamedTuple):  # what every layer of one forward shares
             return y
         b = self.lora.up[site, slot] if scale is None else self.lora.up[site, slot] * scale[:, None]
         return torch.baddbmm(y.unflatten(0, (len(b), -1)), h[site], b.mT, alpha=self.lora.scale).flatten(0, 1)
+    def biased(self, x: Tensor, slot: int) -> Tensor:  # x (T, C) and what a document's adapter adds to it
+        if self.lora is None or self.lora.bias is None:
+            return x
+        return (x.unflatten(0, (len(self.lora.bias), -1)) + self.lora.bias[:, slot, None]).flatten(0, 1)
 
+BOS_ID = 1  # of all tokenizers of the field; SmearGate needs it where rows cross documents
 def positions(cu_seqlens: Tensor, num_tokens: int) -> Tensor:  # (T,) int64: each token's index in its segment (W17)
     index = torch.arange(num_tokens, device=cu_seqlens.device)
     return index - cu_seqlens[torch.searchsorted(cu_seqlens, index, right=True) - 1]
@@ -1122,22 +1282,55 @@ class GPT(nn.Module):  # the network of PR #1530; parameters are fp32, products 
     def __init__(self, cfg: Config, attention_backend: str = "sdpa"):
         super().__init__()
         self.cfg, self.attention_backend, g = cfg, attention_backend, torch.Generator().manual_seed(cfg.seed)
-        half = (cfg.rope_dims or cfg.head_dim) // 2
         longest = max(cfg.train_seq_len, cfg.eval_seq_len, cfg.ttt_eval_seq_len)
-        frequencies = cfg.rope_base ** (-torch.arange(half, dtype=torch.float64) / half)
-        angles = torch.arange(longest)[:, None, None] * frequencies  # (longest, 1, half)
-        self.register_buffer("rope", torch.stack([angles.cos(), angles.sin()], 1).float(), persistent=False)
+        self.register_buffer("rope", self.rotations(torch.arange(longest), 0), persistent=False)
+        if cfg.late_qat:
+            self.register_buffer("qat", torch.zeros(()), persistent=False)  # 1: the banks are rounded; see bank
         for name, role in parameter_table(cfg).items():  # drawn on the CPU: equal on every rank and device
             weight = torch.full(role.shape, 0.0 if isinstance(role.init, str) else float(role.init))
             if role.init == "orthogonal":
-                for matrix in weight:
+                for matrix in weight.view(-1, *role.shape[-2:]):
                     nn.init.orthogonal_(matrix, generator=g)
             elif role.init == "normal":
                 nn.init.normal_(weight, std=cfg.tied_embed_init_std, generator=g)
+            elif role.init == "small":
+                nn.init.normal_(weight, std=0.01, generator=g)
             elif role.init == "first":
                 weight[:, 0] = 1.0
             self.register_parameter(name, nn.Parameter(weight))
         self.qo_bank.data[cfg.num_layers :] = 0.0  # like down_bank: every block starts as the identity
+
+    def rotations(self, place: Tensor, length: int) -> Tensor:  # cos, sin (T, 2, 1, half) fp32, for segments so long
+        dims, short = self.cfg.rope_dims or self.cfg.head_dim, self.cfg.rope_train_seq_len
+        base = self.cfg.rope_base * (max(length / short, 1) ** (dims / (dims - 2)) if short else 1)
+        half = torch.arange(dims // 2, dtype=torch.float64, device=place.device)
+        angles = place[:, None, None] * base ** (-half / (dims // 2))
+        return torch.stack([angles.cos(), angles.sin()], 1).float()
+    def embed(self, info: PassInfo) -> tuple[Tensor, PassInfo]:  # x0 (T, C), and what the tokens add to values
+        cfg, ids, dtype = self.cfg, info.batch.inputs, self.cfg.dtype
+        x = F.embedding(ids, self.tok_emb.to(dtype))
+        if N := cfg.bigram_vocab_size:
+            pair = torch.where(info.place == 0, N - 1, (36313 * ids ^ 27191 * ids.roll(1)) % (N - 1))
+            proj = (self.bigram_scale * self.bigram_proj).to(dtype)
+            x = x + F.linear(F.embedding(pair, self.bigram_emb.to(dtype)), proj)
+        x = rms_norm(x)
+        if cfg.smear_enabled:
+            gate, begins = self.smear_gate.sigmoid().to(dtype), (info.place == 0) | (ids == BOS_ID)
+            x = (1 - gate) * x + gate * x.roll(1, 0) * ~begins[:, None]
+        if cfg.ve_enabled:
+            values = F.linear(F.embedding(ids, self.ve_emb.to(dtype)), (self.ve_scale * self.ve_proj).to(dtype))
+            info = info._replace(values=values)
+        return x, info
+    def rounded(self, on: bool) -> None:  # LATE_QAT in the next forwards: a value in the graph, so nothing compiles
+        if self.cfg.late_qat:
+            self.qat.fill_(on)
+    def bank(self, name: str) -> Tensor:  # with LATE_QAT as if rounded, by qat; the gradient passes as it is
+        w = self.get_parameter(name)
+        if not self.cfg.late_qat:
+            return w
+        q = 2 ** (self.cfg.matrix_bits - 1) - 1
+        step = (w.detach().abs().amax(-1, keepdim=True) / q).clamp_min(1e-12)
+        return w + self.qat * ((w.detach() / step).round().clamp(-q, q) * step - w.detach())
 
     def attend(self, n: Tensor, w: LayerWeights, visit: Visit, info: PassInfo, keep: slice | Tensor) -> Tensor:
         """Attention of normalised n (T, C); the output (n, C) at the positions `keep`."""
@@ -1145,6 +1338,9 @@ class GPT(nn.Module):  # the network of PR #1530; parameters are fp32, products 
         if h:
             parts = zip(qkv.split((len(w.qkv) - 2 * kv, kv, kv), -1), "qkv", strict=True)
             qkv = torch.cat([info.lora_out(y, h, site, visit.slot) for y, site in parts], -1)
+        if info.values is not None and visit.layer in self.cfg.ve_at:
+            scale = self.ve_layer_scales[self.cfg.ve_at.index(visit.layer)].to(n.dtype)
+            qkv = qkv + F.pad(scale * info.values, (qkv.size(1) - kv, 0))
         q, k, v = norm_rope(qkv, w.q_gain, info.rope, self.cfg.head_dim, self.cfg.fused_qk)
         y = attention(q, k, v, info.batch.cu_seqlens, info.batch.max_seqlen, self.attention_backend)
         if visit.layer >= self.cfg.num_layers - self.cfg.xsa_last_n:
@@ -1156,7 +1352,7 @@ class GPT(nn.Module):  # the network of PR #1530; parameters are fp32, products 
             y, h = y[keep], {site: x.flatten(0, 1)[keep].unflatten(0, (len(x), -1)) for site, x in h.items()}
         return info.lora_out(F.linear(y, w.o), h, "o", visit.slot, w.attn_scale)
     def feed(self, n: Tensor, w: LayerWeights, visit: Visit, info: PassInfo) -> Tensor:  # the same for the MLP
-        out, post = (fused_mlp if self.cfg.fused_mlp else plain_mlp)(n, w.up, w.down)
+        out, post = (fused_mlp if self.cfg.fused_mlp else plain_mlp)(n, w.up, w.down, self.cfg.leaky_slope)
         info.tap("mlp_in", visit.layer, n)
         info.tap("mlp_mid", visit.layer, post)
         return info.lora_out(out, info.lora_in(n, "mlp", visit.slot), "mlp", visit.slot, w.mlp_scale)
@@ -1167,15 +1363,20 @@ class GPT(nn.Module):  # the network of PR #1530; parameters are fp32, products 
     def layers(self) -> list[LayerWeights]:
         """Weights cast once: q, k, v as one product; scale * (y W^T) = y (diag(scale) W)^T as rows of o and down. The
         adapters beside those need the scales. unbind, because its gradient is one stack and not L padded copies."""
-        (q, o), (k, v) = (bank.chunk(2) for bank in (self.qo_bank, self.kv_bank))
-        o, down = (scale.unsqueeze(2) * w for scale, w in ((self.attn_scale, o), (self.mlp_scale, self.down_bank)))
-        stacks = torch.cat([q, k, v], 1), o, self.up_bank, down, *map(self.get_parameter, LAYER_TENSORS[4:])
+        (q, o), (k, v) = self.bank("qo_bank").chunk(2), self.bank("kv_bank").chunk(2)
+        scales = self.attn_scale, self.mlp_scale
+        if self.cfg.branch_scale:
+            depth = torch.arange(1, self.cfg.num_layers + 1, device=o.device).rsqrt().unsqueeze(1)
+            scales = tuple(depth * x for x in scales)
+        o, down = (scale.unsqueeze(2) * w for scale, w in zip(scales, (o, self.bank("down_bank")), strict=True))
+        others = scales + (self.resid_mix, self.q_gain)
+        stacks = torch.cat([q, k, v], 1), o, self.bank("up_bank"), down, *others
         return [LayerWeights(*w) for w in zip(*(t.to(self.cfg.dtype).unbind(0) for t in stacks), strict=True)]
     def hidden(self, info: PassInfo, plan: tuple[Visit, ...], select: Tensor | None) -> Tensor:
         """Final normalised hidden states (T, C); (n, C) with `select` (n,): the last visit skips what nobody reads."""
         layers = self.layers()
-        x = x0 = rms_norm(F.embedding(info.batch.inputs, self.tok_emb.to(self.cfg.dtype)))
-        skips, lane = [], None  # `lane` is the MLP lane; x is the attention lane once there are two
+        x0, info = self.embed(info)
+        x, skips, lane = x0, [], None  # `lane` is the MLP lane; x is the attention lane once there are two
         for visit in plan:
             w, scale = layers[visit.layer], 1 / math.sqrt(visit.layer + 1) if self.cfg.ln_scale else 1.0
             lane = x if visit.parallel and lane is None else lane
@@ -1192,63 +1393,85 @@ class GPT(nn.Module):  # the network of PR #1530; parameters are fp32, products 
             else:
                 h = u + a
                 x = h + self.feed(rms_norm(h, scale), w, visit, info)
+            x = info.biased(x, visit.slot)
             skips += [x] if visit.push else []
         if lane is not None:
             x = {"mean": (x + lane) / 2, "attn": x, "mlp": lane}[self.cfg.parallel_final_lane]
         return rms_norm(x)
 
     def forward(self, batch: Batch, plan: tuple[Visit, ...], lora: LoRA | None = None, select: Tensor | None = None,
-                tap: Callable[[str, int, Tensor], None] = lambda site, layer, x: None) -> Tensor:  # fmt: skip
+                tap: Callable[[str, int, Tensor], None] = lambda site, layer, x: None,
+                temperature: float = 1.0) -> Tensor:  # fmt: skip
         """Nats per token (T,) fp32, 0 where the target is -1. `lora` adapts segments of equal length, one adapter each.
         `tap` sees the input of every product. With `select` (n,) int64, only these positions get logits: (n,)."""
-        place, dtype = positions(batch.cu_seqlens, batch.inputs.numel()), self.cfg.dtype
-        info = PassInfo(batch, self.rope[place], tap, lora.views() if lora else None)
+        place, cfg = positions(batch.cu_seqlens, batch.inputs.numel()), self.cfg
+        stretched = 0 < cfg.rope_train_seq_len < batch.max_seqlen
+        rope = self.rotations(place, batch.max_seqlen) if stretched else self.rope[place]
+        info = PassInfo(batch, place, rope, tap, lora.views() if lora else None)
         x, targets = self.hidden(info, plan, select if lora else None), batch.targets
         tap("head_in", 0, x)
         if select is not None:
             x, targets = x if lora else x[select], targets[select]
         h = info.lora_in(x, "head", 0)
         extra = (h["head"] @ (info.lora.up["head", 0] * info.lora.scale).mT).flatten(0, 1) if h else None
-        return head_loss(x, self.tok_emb.to(dtype), extra, targets, self.cfg.logit_softcap, self.cfg.fused_ce)
+        if temperature != 1:  # cap / T * tanh(z / cap) is a cap of cap / T on z / T
+            x, extra = x / temperature, None if extra is None else extra / temperature
+        return head_loss(x, self.tok_emb.to(cfg.dtype), extra, targets, cfg.logit_softcap / temperature, cfg.fused_ce)
 
 # === 6. Adapters: a LoRA for every document of a batch, at every visit of a layer =====================================
 class LoRAViews(NamedTuple):  # of the adapters of one forward
     down: dict[tuple[str, int], tuple[Tensor, tuple[str, ...]]]  # (input, slot) -> A (B, sites * rank, C), sites
     up: dict[tuple[str, int], Tensor]  # (site, slot) -> B (B, out, rank)
     scale: float
+    bias: Tensor | None
 class LoRA(NamedTuple):
     """Adapters of B documents in two leaf tensors: y += scale * (x A^T) B^T. q, k, v and o read the normalised input of
     the attention, mlp that of the MLP, head the final state. Record: 8,355,840 values per document, 17 visits, head."""
     sites: tuple[tuple[str, int], ...]  # (site, slot) of every adapter; those that read one input are neighbours
     widths: tuple[int, ...]  # its output width
+    ranks: tuple[int, ...]  # rows of A in use: zeros get no gradient, so what is one stays one
     scale: float
     down: Tensor  # (B, len(sites), rank, C)
     up: Tensor  # (B, sum(widths), rank)
+    bias: Tensor | None  # (B, slots, C): added after every visit
+    leaves = property(lambda lora: [x for x in lora[4:] if x is not None])
     @classmethod
     def zeros(cls, cfg: Config, batch: int, slots: int, device: torch.device) -> LoRA:
-        C, kv, rank = cfg.model_dim, cfg.num_kv_heads * cfg.head_dim, cfg.ttt_lora_rank
+        C, kv, ranks = cfg.model_dim, cfg.num_kv_heads * cfg.head_dim, {"head": cfg.ttt_lm_rank or cfg.ttt_lora_rank}
         on = {"q": C * cfg.ttt_q_lora, "k": kv * cfg.ttt_k_lora, "v": kv * cfg.ttt_v_lora, "o": C * cfg.ttt_o_lora,
               "mlp": C * cfg.ttt_mlp_lora}  # fmt: skip
         widths = {(site, slot): width for slot in range(slots) for site, width in on.items() if width}
         widths["head", 0] = cfg.vocab_size
-        shapes = (len(widths), rank, C), (sum(widths.values()), rank)
-        leaves = (torch.zeros(batch, *shape, device=device, requires_grad=True) for shape in shapes)
-        return cls(tuple(widths), tuple(widths.values()), cfg.lora_scale, *leaves)
+        ranks = tuple(ranks.get(site, cfg.ttt_lora_rank) for site, _ in widths)
+        shapes = [(len(widths), max(ranks), C), (sum(widths.values()), max(ranks)), (slots, C)]
+        leaves = [torch.zeros(batch, *shape, device=device, requires_grad=True) for shape in shapes]
+        return cls(tuple(widths), tuple(widths.values()), ranks, cfg.lora_scale, *leaves[:2],
+                   leaves[2] if cfg.ttt_bias_tune else None)  # fmt: skip
+    def over(self, change: Callable[[Tensor], Tensor]) -> LoRA:  # the same of changed leaves
+        return LoRA(*self[:4], *(None if x is None else change(x) for x in self[4:]))
     def rows(self, rows: slice) -> LoRA:  # the adapters of these documents, as leaves on the same memory
-        down, up = (leaf[rows].detach().requires_grad_() for leaf in (self.down, self.up))
-        return self._replace(down=down, up=up)
+        return self.over(lambda leaf: leaf[rows].detach().requires_grad_())
     @torch.no_grad()
     def reset(self, seed: int, keys: Iterable[int]) -> None:  # B 0, A +-1/sqrt(C) by seed and document key alone (W48)
         generator, bound = torch.Generator(self.down.device), self.down.size(-1) ** -0.5
         for a, key in zip(self.down, keys, strict=False):
             a.uniform_(-bound, bound, generator=generator.manual_seed(seed * 1_000_000_007 + key))  # CPU: low 32 bits
-        self.up.zero_()
+        for i in [i for i, rank in enumerate(self.ranks) if rank < self.down.size(2)]:
+            self.down[:, i, self.ranks[i] :] = 0
+        for leaf in self.leaves[1:]:
+            leaf.zero_()
+    def factors(self, of: Mapping[str, str]) -> list[Tensor]:  # of the rate, for each leaf: TTT_LR_FACTORS
+        if not of:
+            return [torch.ones((), dtype=torch.float64, device=self.down.device)] * 3
+        each = torch.tensor([float(of.get(site, 1)) for site, _ in self.sites], device=self.down.device)
+        widths = torch.tensor(self.widths, device=self.down.device)
+        return [each[:, None, None], each.repeat_interleave(widths)[:, None], each.new_tensor(float(of.get("bias", 1)))]
     def views(self) -> LoRAViews:  # by split, so that a gradient is one copy
         by_input = groupby(self.sites, lambda s: ("attn" if s[0] in "qkvo" else s[0], s[1]))
         reads = {source: tuple(site for site, _ in sites) for source, sites in by_input}
         a = self.down.flatten(1, 2).split([len(sites) * self.down.size(2) for sites in reads.values()], 1)
         up = dict(zip(self.sites, self.up.split(self.widths, 1), strict=True))
-        return LoRAViews(dict(zip(reads, zip(a, reads.values(), strict=True), strict=True)), up, self.scale)
+        return LoRAViews(dict(zip(reads, zip(a, reads.values(), strict=True), strict=True)), up, self.scale, self.bias)
 
 # === 7. Optimisation: Muon on banks, AdamW on the rest, schedules =====================================================
 MUON_COEFFS = {  # x -> a x + b x^3 + c x^5 of every singular value, a triple per iteration
@@ -1279,10 +1502,10 @@ def muon_update(grad: Tensor, buffer: Tensor, momentum: Tensor, cfg: Config) -> 
 def muon_step(grad: Tensor, buffer: Tensor, weight: Tensor, average: Tensor, sent: Tensor | None, rates: Tensor,
               cfg: Config) -> None:  # fmt: skip
     """One pass over matrices (n, r, c) of a rank: fp32 and changed in place, but `sent`, which gets the new weights in
-    the compute dtype. `rates`: clip, momentum, learning rate. The average takes in the weights of the step before: by
-    then the host knows that its loss was finite."""
-    clip, momentum, lr = rates.unbind()
-    average.lerp_(weight, 1 - cfg.ema_decay)
+    the compute dtype. `rates`: clip, momentum, learning rate, and the share of the weights of the step before in the
+    average, which takes them in now: by now the host knows that their loss was finite."""
+    clip, momentum, lr, share = rates.unbind()
+    average.lerp_(weight, share)
     update = muon_update(grad.float() * clip, buffer, momentum, cfg).float()
     weight.mul_(1 - lr * cfg.muon_wd).sub_(update * (lr * math.sqrt(max(1.0, weight.size(-2) / weight.size(-1)))))
     if sent is not None:
@@ -1357,17 +1580,18 @@ class Optimizers:
     def __init__(self, model: GPT, cfg: Config, ranks: Ranks):
         self.model, self.cfg, self.ranks, table = model, cfg, ranks, parameter_table(cfg)
         self.keep_gradients = False  # zeroed in place: a CUDA graph adds to them
-        group = {"muon": {}, "embed": {}, "scalar": {}}
+        self.share, group = 1 - cfg.ema_decay, {"muon": {}, "embed": {}, "scalar": {}, "fixed": {}}
         for name, p in model.named_parameters():
             group[table.pop(name).group][name] = p
         assert not table, f"the table names {list(table)}, which the model has not"
         aligned = sorted(group["scalar"].items(), key=lambda item: item[1].numel() % 4)  # vector loads want 16 bytes
-        self.muon, self.small = Muon(group["muon"], cfg, ranks), group["embed"] | dict(aligned)
+        self.muon, self.small = Muon(group["muon"], cfg, ranks), group["embed"] | dict(aligned) | group["fixed"]
         self.flat = torch.cat([p.detach().flatten() for p in self.small.values()])
         for name, view in views(self.flat, self.small).items():
             self.small[name].data = view
-        self.average, size = self.flat.clone(), sum(p.numel() for p in group["embed"].values())
-        self.leaves = [nn.Parameter(x) for x in (self.flat[:size], self.flat[size:])]
+        self.average = self.flat.clone()
+        self.sizes = [sum(p.numel() for p in group[name].values()) for name in ("embed", "scalar", "fixed")]
+        self.leaves = [nn.Parameter(x) for x in self.flat.split(self.sizes)[:2]]
         settings = zip(self.leaves, (cfg.tied_embed_lr, cfg.scalar_lr), (cfg.embed_wd, cfg.adam_wd), strict=True)
         groups = [dict(params=[leaf], lr=lr, base_lr=lr, weight_decay=decay) for leaf, lr, decay in settings]
         self.adam = torch.optim.AdamW(groups, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=True)
@@ -1381,21 +1605,22 @@ class Optimizers:
         flat = self.ranks.sum(torch.cat([p.grad.flatten() for p in self.small.values()]))
         norm = (squares + flat.square().sum()).sqrt()
         clip = ((self.cfg.grad_clip_norm or math.inf) / (norm + 1e-6)).clamp_max(1.0)
-        self.average.lerp_(self.flat, 1 - self.cfg.ema_decay)  # of the step before, as in muon_step
-        for leaf, g in zip(self.leaves, flat.mul_(clip).split([x.numel() for x in self.leaves]), strict=True):
+        self.average.lerp_(self.flat, self.share)  # of the step before, as in muon_step
+        for leaf, g in zip(self.leaves, flat.mul_(clip).split(self.sizes), strict=False):
             leaf.grad = g
         for g in self.adam.param_groups:  # anew each time: load_state_dict replaces them
             g["lr"] = g["base_lr"] * lr_scale
         self.adam.step()
-        rates = [norm.new_full((), x) for x in (momentum, self.cfg.matrix_lr * lr_scale)]  # a copy would be waited for
+        rates = momentum, self.cfg.matrix_lr * lr_scale, self.share
+        rates = [norm.new_full((), x) for x in rates]  # a copy would be waited for
         self.muon.step(torch.stack([clip, *rates]))
         self.model.zero_grad(set_to_none=not self.keep_gradients)
         return norm
 
     @torch.no_grad()
     def averages(self, newest: bool) -> dict[str, Tensor]:  # whole, with the newest step's weights or as before it
-        share, weights = 1 - self.cfg.ema_decay, self.state["weights"]
-        found = {n: old.lerp(weights[n], share) if newest else old for n, old in self.state["average"].items()}
+        weights = self.state["weights"]
+        found = {n: old.lerp(weights[n], self.share) if newest else old for n, old in self.state["average"].items()}
         return self.muon.whole(found)
     def state_dict(self) -> dict[str, Any]:
         """All that steps read and change, in whole tensors, equal for any number of ranks; all must call it. As in
@@ -1408,8 +1633,9 @@ class Optimizers:
             x.copy_(saved[self.muon.mine.get(name, ...)])
         self.adam.load_state_dict(state["adam"])
 
-def lr_scale(frac: float, cfg: Config) -> float:  # 1, then linear to 0 over the last WARMDOWN_FRAC; at least MIN_LR
-    return 1.0 if frac < 1 - cfg.warmdown_frac else max((1 - frac) / cfg.warmdown_frac, cfg.min_lr)
+def lr_scale(frac: float, cfg: Config, step: int = 0) -> float:  # 1, then linear to 0 at the end; at least MIN_LR
+    fall = cfg.warmdown_iters * frac / max(step, 1) if cfg.warmdown_iters else cfg.warmdown_frac
+    return 1.0 if frac < 1 - fall else max((1 - frac) / fall, cfg.min_lr)
 def muon_momentum(step: int, cfg: Config) -> float:
     share = min((step + 1e-9) / (cfg.muon_momentum_warmup_steps + 1e-9), 1.0)
     return cfg.muon_momentum_warmup_start + (cfg.muon_momentum - cfg.muon_momentum_warmup_start) * share
@@ -1442,7 +1668,8 @@ def check_bytes(tokenizer: Tokenizer, docs: Documents, ranks: Ranks) -> tuple[By
         if (counted := table.count(ids)) != real:
             raise UsageError(f"{tokenizer.path}: counts {counted} bytes, not {real}, for the document at {start}")
         decoded += real
-    total = tokenizer.manifest.get("splits", {}).get("val", {}).get("bytes")
+    about = tokenizer.manifest.get("splits", {}).get("val", {})
+    total = about.get("bytes") if about.get("tokens") == len(docs.tokens) else None
     if total not in (None, table.count(docs.tokens)):
         raise UsageError(f"{tokenizer.path}: counts {table.count(docs.tokens)} validation bytes, the manifest {total}")
     return table, decoded
@@ -1607,10 +1834,12 @@ class Progress:
         self.step, self.tokens, self.loss, self.ended, self.marked = 0, 0, math.nan, 0.0, (0.0, 0)  # on this rank
         self.elapsed, self.visits, self.flying, self.longest, self.timed = 0.0, 0, 0, 0.0, (0.0, 0)  # on all
         self.looped, self.expected, self.kept = False, run.cfg.iterations, 0.0
+        self.share, self.taken, self.rounds = run.optimizers.share, 0, False  # of the average; LATE_QAT
         if "progress" in run.kept:
             vars(self).update(run.kept["progress"])
             run.optimizers.load_state_dict(run.kept["optimizers"])
             torch.set_rng_state(run.kept["random"])
+            run.optimizers.share = self.share
         self.run, self.cfg, self.budget, self.unread, self.signal, self.stop = run, run.cfg, budget, None, 0, 0.0
         self.start, run.inner = run.ranks.now() - self.ended, run.inner - self.ended  # it has trained so long before
     def frac(self) -> float:  # share of the budget, or of ITERATIONS, at the start of the next step
@@ -1619,6 +1848,16 @@ class Progress:
     def fits(self, visits: int) -> bool:  # whether a step of so many visits will end within the budget
         return self.elapsed + self.longest * (self.flying + visits) <= self.budget
 
+    def average(self, scale: float) -> float:
+        """The share of the newest weights in the average. SWA starts anew with its first weights and is the mean of all
+        from there on; until then it decays as EMA does."""
+        cfg, step = self.cfg, self.step + 1
+        swa = cfg.export_weights == "swa" and scale < cfg.swa_threshold
+        due = step % (cfg.swa_every if swa else cfg.ema_every) == 0
+        self.taken += swa and due
+        self.share = 1 / max(self.taken, 1) if swa else 1 - cfg.ema_decay**cfg.ema_every
+        self.share = 1.0 if cfg.export_weights == "raw" else self.share * due
+        return self.share
     def send(self, local: Tensor, norm: Tensor, visits: int, num_targets: int, scale: float) -> None:
         """After a step: part of the loss, norm of the reduced gradient, visits of layers, targets, rate factor."""
         ranks, first = self.run.ranks, self.step == 0  # the first is waited for: without it, no time is known
@@ -1701,12 +1940,18 @@ def train(run: Run, reserve: float) -> bool:
             break
         if switch:
             log(f"layer_loop:enabled step:{step} frac:{frac:.3f} order:{[v.layer for v in plan]}")
-        rows, num_targets = next(steps)
+        (rows, num_targets), scale = next(steps), lr_scale(frac, cfg, step)
+        if cfg.late_qat and scale < cfg.late_qat_threshold and not progress.rounds:
+            log(f"late_qat:enabled step:{step} lr_scale:{scale:.3f}")
+            progress.rounds = True
+        run.model.rounded(progress.rounds)
         local = accumulate(run.forward, plan, rows, num_targets, run.graphs)
+        run.model.rounded(False)
         progress.read()  # of the step before, which the device has done by now
         progress.looped |= switch
-        norm = run.optimizers.step(lr_scale(frac, cfg), muon_momentum(step, cfg))
-        progress.send(local, norm, len(plan), num_targets, lr_scale(frac, cfg))
+        norm = run.optimizers.step(scale, muon_momentum(step, cfg))
+        run.optimizers.share = progress.average(scale)
+        progress.send(local, norm, len(plan), num_targets, scale)
         if cfg.val_loss_every and progress.step % cfg.val_loss_every == 0:
             progress.read()
             with run.phase("validate", "none"):
@@ -1719,7 +1964,8 @@ def train(run: Run, reserve: float) -> bool:
     progress.read()
     on_signals(stop)
     step, ema = progress.step, run.optimizers.averages(newest=True)
-    log(f"stopping: step:{step}/{cfg.iterations} train_time:{1000 * progress.ended:.0f}ms; ema:applying EMA weights")
+    log(f"stopping: step:{step}/{cfg.iterations} train_time:{1000 * progress.ended:.0f}ms; "
+        f"{cfg.export_weights}:applying {cfg.export_weights.upper()} weights")  # fmt: skip
     run.model.load_state_dict(ema)
     run.final |= {"steps": step, "train_loss": progress.loss, "train_tokens": progress.tokens}
     run.save("final_model.pt", ema, step, progress.looped)
@@ -1730,7 +1976,8 @@ def matrices(cfg: Config) -> list[tuple[str, int, str, int]]:  # all integer one
     L, each = cfg.num_layers, [("qo_bank", 0, "attn_in"), ("qo_bank", 1, "attn_out"), ("kv_bank", 0, "attn_in"),
                                ("kv_bank", 1, "attn_in"), ("up_bank", 0, "mlp_in"), ("down_bank", 0, "mlp_mid")]
     found = [(bank, half * L + i, site, i) for bank, half, site in each for i in range(L)]
-    return [*found, ("tok_emb", 0, "head_in", 0)]
+    tables = [name for name, role in parameter_table(cfg).items() if role.packing == "embed"]
+    return found + [(name, 0, "head_in" if name == "tok_emb" else name, 0) for name in tables]
 def banks(cfg: Config) -> dict[str, tuple[int, int, int]]:  # name -> (n, rows, cols), in the order of the artifact
     table = parameter_table(cfg).items()
     return {name: (math.prod(r.shape[:-2]), *r.shape[-2:]) for name, r in table if r.packing != "float"}
@@ -1741,15 +1988,18 @@ def floats(cfg: Config) -> dict[str, tuple[int, ...]]:  # name -> shape of all o
 
 @torch.no_grad()
 def collect_hessians(model: GPT, plan: tuple[Visit, ...], rows: list[Batch], ranks: Ranks) -> dict[tuple, Tensor]:
-    """(site, layer) -> mean of x x^T (in, in) fp32 over visits and all ranks' rows, packed as in training (W31)."""
+    """(site, layer) -> mean of x x^T (in, in) fp32 over visits and all ranks' rows, packed as in training (W31); the
+    identity for tables that are only looked up."""
     sites = {(site, layer): model.get_parameter(bank).size(-1) for bank, _, site, layer in matrices(model.cfg)}
-    sums = {key: torch.zeros(size, size, device=ranks.device) for key, size in sites.items()}
+    lookups = {key: torch.eye(size, device=ranks.device) for key, size in sites.items() if key[0].endswith("_emb")}
+    sums = {key: torch.zeros(size, size, device=ranks.device) for key, size in sites.items() if key not in lookups}
     def tap(site: str, layer: int, x: Tensor) -> None:
-        sums[site, layer].addmm_(x.mT.float(), x.float())
+        if (site, layer) in sums:
+            sums[site, layer].addmm_(x.mT.float(), x.float())
     for row in rows:
         model(row, plan, tap=tap, select=torch.zeros(1, dtype=torch.long, device=ranks.device))
     count = ranks.sum(torch.tensor(float(len(rows)), device=ranks.device)) * model.cfg.micro_batch_tokens
-    return {key: ranks.sum(total) / count for key, total in sums.items()}
+    return {key: ranks.sum(total) / count for key, total in sums.items()} | lookups
 
 def collect_sensitivities(forward: Callable, model: GPT, plan: tuple[Visit, ...], rows: list[Batch],
                           hessians: dict[tuple, Tensor], ranks: Ranks) -> dict[str, Tensor]:  # fmt: skip
@@ -1757,7 +2007,7 @@ def collect_sensitivities(forward: Callable, model: GPT, plan: tuple[Visit, ...]
     mean square of the loss's gradient by it, here the squared gradient of the row's weights over its inputs' energy.
     The tied table's gradient holds both its roles, so its Hessian becomes, in `hessians`, their covariance (W31)."""
     squares = {name: torch.zeros(shape[:2], device=ranks.device) for name, shape in banks(model.cfg).items()}
-    both, key, found = torch.zeros_like(hessians["head_in", 0]), ("head_in", 0), {}
+    both, key, found = torch.zeros(2 * [model.cfg.model_dim], device=ranks.device), ("head_in", 0), {}
     for row in rows:
         forward(row, plan).sum().backward()
         with torch.no_grad():
@@ -1766,12 +2016,14 @@ def collect_sensitivities(forward: Callable, model: GPT, plan: tuple[Visit, ...]
             directions = F.normalize(model.tok_emb.grad, dim=-1)
             both.addmm_(directions.mT, directions)
         model.zero_grad(set_to_none=True)
-    hessians[key] = ranks.sum(both) * (hessians[key].trace() / both.trace().clamp_min(1e-30))
+    if key in hessians:
+        hessians[key] = ranks.sum(both) * (hessians[key].trace() / both.trace().clamp_min(1e-30))
     for name, total in squares.items():
         energy = torch.stack([hessians[m[2:]].trace() for m in matrices(model.cfg) if m[0] == name])
         found[name] = ranks.sum(total) / energy.clamp_min(1e-30)[:, None]
-    rare = 0.25 * found["tok_emb"].sqrt().mean().square()  # a token may be absent from these rows, not from the test
-    return {**found, "tok_emb": found["tok_emb"] + rare}
+        if name.endswith("_emb"):  # a token may be absent from these rows, not from the test
+            found[name] += 0.25 * found[name].sqrt().mean().square()
+    return found
 
 def lower_factor(hessian: Tensor) -> Tensor:  # L (n, c, c) with H = L L^T, from the lower triangle
     mean = hessian.diagonal(dim1=-2, dim2=-1).mean(-1)  # damped by 1 % of it, more where that is not enough
@@ -1820,6 +2072,27 @@ class Solver(NamedTuple):
             raise FloatingPointError("GPTQ: a weight or a Hessian is not finite")
         return torch.stack([x.index_select(0, o).mT for x, o in zip(q, self.order.argsort(-1), strict=True)])
 
+class Nearest(NamedTuple):  # in place of Solver without Hessians: every weight by itself
+    weight: Tensor  # (n, rows, cols)
+    def solve(self, step: Tensor, qmax: int) -> Tensor:
+        return (self.weight / step[..., None]).round_().clamp_(-qmax, qmax).to(torch.int8)
+def percentile_steps(weight: Tensor, qmax: int, floor: float, shares: Iterable[float]) -> Tensor:
+    """(n, rows) fp16. A row's largest integer stands for this percentile of its |w|, at least for `floor`; of several,
+    each matrix has the one with the least squared error: GPTQ-lite (PR #374), which is no GPTQ."""
+    found = []
+    for w in weight.float():
+        steps = [(w.abs().quantile(q, -1).clamp_min(floor) / qmax).half() for q in shares]
+        rounded = [s[:, None] * (w / s[:, None]).round().clamp(-qmax, qmax) for s in map(Tensor.float, steps)]
+        found.append(steps[int(torch.stack([(w - x).square().mean() for x in rounded]).argmin())])
+    return torch.stack(found)
+def prune(model: GPT) -> None:  # PRUNE_FRAC (PR #568): of all banks and tables together, the smallest weights become 0
+    names = [name for name, role in parameter_table(model.cfg).items() if role.group == "muon" or name.endswith("_emb")]
+    weights = [model.get_parameter(name).detach() for name in names]
+    sizes = torch.cat([w.abs().flatten() for w in weights])
+    least = sizes.kthvalue(1 + int(model.cfg.prune_frac * (len(sizes) - 1))).values
+    for w in weights:
+        w[w.abs() < least] = 0
+
 def clip_steps(weight: Tensor, clip_sigmas: Tensor | float, qmax: int) -> Tensor:  # SDClip (PR #1394): (n, rows) fp16
     floor = torch.finfo(torch.float16).tiny  # below, fp16 loses bits (W33)
     return (clip_sigmas * weight.float().std(dim=-1) / qmax).clamp_min(floor).half()
@@ -1829,9 +2102,9 @@ class Quantizer:
     CLIP_SIGMAS times sqrt(theta), or with sensitivities by reverse water-filling over all rows: a row of power p and
     step s takes 1/2 log2(1 + 2 pi e p / s^2) bits a weight and costs, by Solver.upper, e s^2 / 12 nats a weight. The
     sum of costs is least at 12 theta = s^2 (e - theta / p), with nothing but zeros where e p < theta. Steps are powers
-    of 2^(1/8) then: 0.1 % more error, 60 KB fewer of scales at full size."""
-    def __init__(self, model: GPT, hessians: dict[tuple[str, int], Tensor], sensitivities: dict[str, Tensor] | None,
-                 ranks: Ranks):  # fmt: skip
+    of 2^(1/8) then: 0.1 % more error, 60 KB fewer of scales at full size. Without Hessians: percentile_steps."""
+    def __init__(self, model: GPT, hessians: dict[tuple[str, int], Tensor] | None,
+                 sensitivities: dict[str, Tensor] | None, ranks: Ranks):
         cfg, self.ranks, self.shapes, self.solvers, self.rows = model.cfg, ranks, banks(model.cfg), {}, {}
         self.finest = sum(map(math.prod, self.shapes.values())) * cfg.matrix_bits / 8  # bytes; see fit
         for bank, shape in self.shapes.items():
@@ -1839,12 +2112,18 @@ class Quantizer:
             all_of = [m for m in matrices(cfg) if m[0] == bank]
             if mine := all_of[ranks.rank :: ranks.world_size]:
                 index = torch.tensor([m[1] for m in mine], device=weight.device)
-                solver = Solver.prepare(weight[index], torch.stack([hessians[m[2:]] for m in mine]))
+                solver = Nearest(weight[index])
+                if hessians is not None:
+                    solver = Solver.prepare(weight[index], torch.stack([hessians[m[2:]] for m in mine]))
+                    spread[index] = solver.upper.diagonal(dim1=1, dim2=2).square().mean(-1)
                 self.solvers[bank] = index, solver
-                spread[index] = solver.upper.diagonal(dim1=1, dim2=2).square().mean(-1)
-            qmax = 2 ** ((cfg.embed_bits if bank == "tok_emb" else cfg.matrix_bits) - 1) - 1
+            qmax = 2 ** ((cfg.embed_bits if bank.endswith("_emb") else cfg.matrix_bits) - 1) - 1
             clips = torch.tensor([clip_sigmas(cfg, bank, m[3]) for m in all_of], device=weight.device)[:, None]
-            published, power = clip_steps(weight, clips, qmax).float(), weight.square().mean(-1).clamp_min(1e-20)
+            lite = cfg.quantizer == "gptq_lite" and not bank.endswith("_emb")
+            shares = (0.999, 0.9995, 0.9999, 0.99999, 1.0) if lite else (0.9999984,)
+            published = (clip_steps(weight, clips, qmax) if hessians is not None else
+                         percentile_steps(weight, qmax, cfg.clip_floor, shares)).float()  # fmt: skip
+            power = weight.square().mean(-1).clamp_min(1e-20)
             cost = ranks.sum(spread)[:, None] * sensitivities[bank] if sensitivities else None
             self.rows[bank] = published, power, weight.abs().amax(-1), cost, 127 if sensitivities else qmax
         self.default = self.theta(self.predict(1.0, published=True)) if sensitivities else 1.0  # size: CLIP_SIGMAS'
@@ -1881,7 +2160,7 @@ class Quantizer:
 def clip_sigmas(cfg: Config, bank: str, layer: int) -> float:
     looped = cfg.num_loops > 0 and cfg.loop_start <= layer <= cfg.loop_end and cfg.loop_clip_sigmas
     group = {"qo_bank": cfg.attn_clip_sigmas, "kv_bank": cfg.attn_clip_sigmas}.get(bank, cfg.mlp_clip_sigmas)
-    return cfg.embed_clip_sigmas if bank == "tok_emb" else looped or group or cfg.matrix_clip_sigmas
+    return cfg.embed_clip_sigmas if bank.endswith("_emb") else looped or group or cfg.matrix_clip_sigmas
 
 def fit(solver: Quantizer, model: GPT, meta: dict[str, Any], log: Callable[[str], None], rounds: int = 12) -> bytes:
     """The artifact (on rank 0; all call it) with the finest steps that keep code and model under ARTIFACT_LIMIT_BYTES,
@@ -2032,14 +2311,14 @@ def pack_artifact(model: GPT, packed: dict[str, tuple[Tensor, Tensor]], meta: di
     raw = [b"".join(lv.tobytes() for lv in levels), fp16(scale for _, scale in packed.values()),
            fp16(model.get_parameter(n)[-shape[0] :] for n, shape in floats(cfg).items())]  # fmt: skip
     stored = [pack_codes(cfg.compressor, codes, levels), *map(codec("lzma")[0], raw)]
-    header = {"config": {f: getattr(cfg, f) for f in MODEL_FIELDS}, "compressor": cfg.compressor, **meta}
+    header = {"config": network(cfg), "compressor": cfg.compressor, **meta}
     header["streams"] = [[n, len(s), zlib.crc32(s)] for n, s in zip(stream_sizes(cfg), stored, strict=True)]
     head = zlib.compress(json.dumps(header, sort_keys=True).encode(), 9)
     numbers = len(head).to_bytes(4, "little") + zlib.crc32(head).to_bytes(4, "little")
     return MAGIC + bytes([VERSION]) + numbers + head + b"".join(stored)
 
 def header_config(header: dict[str, Any]) -> Config:  # of the network an artifact holds; ValueError if none can be
-    theirs, defaults = {f: header["config"][f] for f in MODEL_FIELDS}, Config(artifact_limit_bytes=0)
+    theirs, defaults = stored_network(header["config"]), Config(artifact_limit_bytes=0)
     if any(type(value) is not type(getattr(defaults, f)) for f, value in theirs.items()):
         raise ValueError("a field of another type")
     cfg = dataclasses.replace(defaults, **theirs)
@@ -2098,18 +2377,19 @@ class Deadline:  # of all evaluation: is there time for one more step, if all th
         self.step, self.last = max(0.9 * self.step, now - self.last), now
         return now + 2 * self.step + 2 * self.rate * targets < self.end  # rate: seconds per plain target
 
-def adapter_update(leaf: Tensor, master: Tensor, grad: Tensor, moments: list[Tensor], t: Tensor, cfg: Config) -> None:
+def adapter_update(leaf: Tensor, master: Tensor, grad: Tensor, moments: list[Tensor], t: Tensor, rate: Tensor,
+                   cfg: Config) -> None:  # fmt: skip
     """Update number `t` of adapters, in place: AdamW (`moments`: second, with TTT_BETA1 > 0 also first) or SGD with
     momentum TTT_BETA1. `master` is fp32; `leaf`, what the forward reads, is the same or its rounding."""
-    grad, lr, decay = grad.float(), cfg.ttt_lora_lr, cfg.ttt_weight_decay
+    grad, decay = grad.float(), cfg.ttt_weight_decay
     if cfg.ttt_optimizer == "sgd":
         grad = moments[0].mul_(cfg.ttt_beta1).add_(grad.add(master, alpha=decay))
-        master.sub_(grad, alpha=lr)
+        master.sub_(rate * grad)
     else:
         second, *first = moments
         second.mul_(cfg.ttt_beta2).addcmul_(grad, grad, value=1 - cfg.ttt_beta2)
         grad = first[0].lerp_(grad, 1 - cfg.ttt_beta1) / (1 - cfg.ttt_beta1**t) if first else grad
-        master.mul_(1 - lr * decay).addcdiv_(grad, (second / (1 - cfg.ttt_beta2**t)).sqrt_().add_(1e-10), value=-lr)
+        master.mul_(1 - rate * decay).sub_(rate * grad / (second / (1 - cfg.ttt_beta2**t)).sqrt_().add_(1e-10))
     if leaf is not master:
         leaf.copy_(master)
 
@@ -2145,10 +2425,12 @@ class Adaptation:
         if self.warm is not None and len(self.warm[0]) >= rows:  # by that place: rows go by length, later text's too
             self.master.down.copy_(self.warm[0][self.warm[1][rank]])
         self.warm = (self.master.down, np.argsort(rank)) if cfg.ttt_warm_start_a else None
-        down, up = (x.to(cfg.dtype) for x in self.master[-2:])  # the same tensors in fp32
-        self.lora, kept = self.master._replace(down=down, up=up), 1 + (cfg.ttt_beta1 > 0) * (cfg.ttt_optimizer != "sgd")
-        self.moments = [[torch.zeros_like(x) for _ in range(kept)] for x in self.master[-2:]]
+        self.lora = self.master.over(lambda x: x.to(cfg.dtype))  # the same tensors in fp32
+        kept, self.factors = 1 + (cfg.ttt_beta1 > 0) * (cfg.ttt_optimizer != "sgd"), self.master.factors(cfg.lr_factors)
+        self.moments = [[torch.zeros_like(x) for _ in range(kept)] for x in self.master.leaves]
 
+    def learning(self, end: int) -> bool:  # from a chunk that ends there; never by where the document does (W51)
+        return self.cfg.ttt_min_doc_len <= end <= (self.cfg.ttt_max_doc_len or math.inf)
     def step(self, ledger: Ledger, start: int, end: int) -> None:
         """Scores the targets start..end-1 of the documents of the batch, and only then learns from them. Documents that
         are over drop out; if memory runs out, fewer go at once."""
@@ -2166,11 +2448,11 @@ class Adaptation:
                 self.room = tokens * (rows.stop - first) // 2
                 continue
             ledger.add(place, nats)  # final from here on
-            for again in range(self.cfg.ttt_grad_steps * len(grads) // 2):
+            for again in range(self.cfg.ttt_grad_steps * (len(grads) > 0)):
                 ledger.require(place)
                 self.learn(self.score(ledger, start, end, rows)[2] if again else grads, rows, self.updates + again + 1)
             first = rows.stop
-        self.updates += self.cfg.ttt_grad_steps
+        self.updates += self.cfg.ttt_grad_steps * self.learning(end)
 
     def score(self, ledger: Ledger, start: int, end: int, rows: slice) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """Places and nats (n,) of the targets start..end-1 of these documents, each in a window that ends on the chunk
@@ -2187,21 +2469,24 @@ class Adaptation:
         ends = F.pad(torch.cat([base, base + n], 1).flatten(), (0, 1), value=place.numel())  # padding: own segments
         batch = Batch(inputs.flatten().long(), targets.flatten().long(), ends.int(), self.cfg.ttt_eval_seq_len)
         select = (base + torch.arange(n - c, n, device=self.device)).flatten()
-        learns = bool((self.lengths[rows] > end).any())  # no document learns from its last chunk
+        learns = self.learning(end) and bool((self.lengths[rows] > end).any())  # no document from its last chunk
         with torch.set_grad_enabled(learns or not self.split):
             nats = self.forward(batch, self.plan, lora=lora, select=select if self.cfg.ttt_fast else None)
         nats, grads = nats if self.cfg.ttt_fast else nats[select], ()
         if learns:
             loss = (nats.view(-1, c).mean(1) * (counts[:, 0] > end)).sum()
-            grads = torch.autograd.grad(loss, [lora.down, lora.up])
+            grads = torch.autograd.grad(loss, lora.leaves)
         return place[:, n - c : n].flatten(), nats.detach(), grads
 
     @torch.no_grad()
     def learn(self, grads: tuple[Tensor, ...], rows: slice, number: int) -> None:
-        t, pairs = torch.full((), float(number), device=self.device), zip(self.lora[-2:], self.master[-2:], strict=True)
-        for (leaf, master), grad, moments in zip(pairs, grads, self.moments, strict=True):
-            mine = master[rows]
-            self.update(mine if leaf is master else leaf[rows], mine, grad, [x[rows] for x in moments], t, self.cfg)
+        t, cfg = torch.full((), float(number), device=self.device), self.cfg
+        share = min((number - 1) // cfg.ttt_grad_steps / (cfg.ttt_cosine_chunks or math.inf), 1)
+        lr = cfg.ttt_lora_lr * max(0.1, 0.5 + 0.5 * math.cos(math.pi * share))
+        leaves = zip(self.lora.leaves, self.master.leaves, grads, self.moments, self.factors, strict=False)
+        for leaf, master, grad, moments, factor in leaves:
+            mine, about = master[rows], [x[rows] for x in moments]
+            self.update(mine if leaf is master else leaf[rows], mine, grad, about, t, lr * factor, cfg)
 
 def batches_of(docs: Documents, chosen: np.ndarray, cfg: Config, world_size: int = 1) -> list[np.ndarray]:
     """Documents of like length together, longest first so that no rank waits at the end; many short ones at once, few
@@ -2281,13 +2566,16 @@ def evaluate_ttt(scorer: Scorer, state: Adaptation | None, model: GPT, forward: 
     """Scores every target once, with adapters `state` or without; in between, SGD on all weights over targets that are
     scored, the rate on a cosine, the same on all ranks. All call it. Afterwards the weights are as before."""
     ranks, weights, late = scorer.ranks, list(model.parameters()), False
-    kept, sgd = [p.detach().clone() for p in weights], torch.optim.SGD(weights, momentum=scorer.cfg.ttt_momentum)
+    kept, cfg = [p.detach().clone() for p in weights], scorer.cfg
+    sgd = torch.optim.SGD(weights, momentum=cfg.ttt_momentum)
+    if cfg.ttt_chunk_optimizer == "adam":
+        sgd = torch.optim.AdamW(weights, betas=(cfg.beta1, cfg.beta2), weight_decay=0)
     model.requires_grad_(False)  # or a compiled backward would compute the gradients of all weights
     for left, learns in score_documents(state, scorer, deadline) if state else score_chunks(scorer):
         for place, share in learns:
             late = late or any(ranks.gather(not deadline.allows(left / ranks.world_size)))
             if not late:
-                sgd.param_groups[0]["lr"] = 0.5 * scorer.cfg.ttt_lr * (1 + math.cos(math.pi * share))
+                sgd.param_groups[0]["lr"] = 0.5 * cfg.ttt_lr * (1 + math.cos(math.pi * share))
                 learn_weights(model, forward, sgd, scorer, place)
         scorer.ledger.plain += late and ranks.is_main
         if state:  # each phase starts anew
@@ -2296,7 +2584,7 @@ def evaluate_ttt(scorer: Scorer, state: Adaptation | None, model: GPT, forward: 
     torch._foreach_copy_([p.detach() for p in weights], kept)
     return scorer.ledger.join(ranks)
 
-def learn_weights(model: GPT, forward: Callable, sgd: torch.optim.SGD, scorer: Scorer, place: np.ndarray) -> None:
+def learn_weights(model: GPT, forward: Callable, sgd: torch.optim.Optimizer, scorer: Scorer, place: np.ndarray) -> None:
     """TTT_EPOCHS passes over the targets `place` (n,) in rows of EVAL_SEQ_LEN, less a rest. Ranks share the rows, one
     without any adds a zero gradient. Layers below TTT_FREEZE_BLOCKS stay as they are."""
     (ledger, cfg, ranks, _), length, tokens = scorer[2:], scorer.cfg.eval_seq_len, scorer.ledger.docs.tokens
@@ -2312,7 +2600,7 @@ def learn_weights(model: GPT, forward: Callable, sgd: torch.optim.SGD, scorer: S
             (forward(row, scorer.plan).sum() / group.size).backward()
         for name, p in model.named_parameters():
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            if name not in ("tok_emb", "skip_weights", "skip_gates"):  # all others go by layer, some banks twice over
+            if not name.startswith(("tok_", "skip_", "bigram_", "smear_", "ve_")):  # others: by layer, some twice over
                 p.grad.unflatten(0, (-1, cfg.num_layers))[:, : cfg.ttt_freeze_blocks] = 0
             ranks.sum(p.grad)
         torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.ttt_grad_clip or math.inf)
@@ -2331,7 +2619,7 @@ def load_model_file(cfg: Config, origin: dict[str, str]) -> tuple[Config, dict[s
             saved = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         else:
             saved, saved["streams"] = open_artifact(data, path)
-        theirs = {f: saved["config"][f] for f in MODEL_FIELDS}
+        theirs = stored_network(saved["config"])
         asked = [f"{f.upper()}={v}" for f, v in theirs.items() if origin[f] == "env" and getattr(cfg, f) != v]
         cfg = dataclasses.replace(cfg, **theirs)
         shapes = {n: role.shape for n, role in parameter_table(cfg).items()}
@@ -2372,6 +2660,8 @@ class Run:  # from its data to its report, the same on all ranks; `go` holds the
         for field, value in sorted(dataclasses.asdict(cfg).items()):
             self.log(f"  {field}: {value} ({origin[field]})", terminal=origin[field] == "env")
         self.log("\n".join([*(f"{key}: {value}" for key, value in self.facts.items()), *lines]))
+        for warning in cfg.warnings():
+            self.log(f"warning: {warning}")
 
     def check(self, origin: dict[str, str]) -> list[str]:  # sets what the phases need, returns lines for the log
         if self.cfg.eval_only_path:
@@ -2441,7 +2731,10 @@ class Run:  # from its data to its report, the same on all ranks; `go` holds the
         self.forward = torch.compile(self.model, fullgraph=True, dynamic=False) if cfg.compile else self.model
         mode = "reduce-overhead" if cfg.ttt_cuda_graph else "default"
         adapting = partial(torch.compile, fullgraph=True, dynamic=True, mode=mode)
-        self.ttt_forward = adapting(self.model) if cfg.compile else self.model
+        self.scoring, self.ttt_forward = self.forward, adapting(self.model) if cfg.compile else self.model
+        if cfg.logit_temperature != 1:
+            both = self.forward, self.ttt_forward
+            self.scoring, self.ttt_forward = (partial(f, temperature=cfg.logit_temperature) for f in both)
         self.log(f"model_params:{sum(p.numel() for p in self.model.parameters())}")
         start = saved or self.kept
         looped = start.get("looped", cfg.num_loops > 0 and cfg.enable_looping_at < 1)
@@ -2518,14 +2811,16 @@ class Run:  # from its data to its report, the same on all ranks; `go` holds the
         if 0 <= self.cfg.recompile_limit < count:
             raise RunStopped(f"RECOMPILE_LIMIT={self.cfg.recompile_limit}: {count:.0f} compilations after warm-up")
     def save(self, name: str, weights: dict[str, Tensor], step: int, looped: bool) -> None:
-        saved = {"config": {f: getattr(self.cfg, f) for f in MODEL_FIELDS}, "looped": looped, "step": step}
+        saved = {"config": network(self.cfg), "looped": looped, "step": step}
         saved |= {"tokenizer": self.tokenizer.sha256, "weights": {k: v.detach().cpu() for k, v in weights.items()}}
         torch.save(saved, buffer := io.BytesIO())
         if self.ranks.is_main:
             write_atomic(self.folder / name, buffer.getvalue())
         self.log(f"Serialized model: {buffer.tell()} bytes in {self.folder / name}")
 
-    def calibrate(self, plan: tuple[Visit, ...], rows: list[Batch]) -> tuple[dict, dict | None]:
+    def calibrate(self, plan: tuple[Visit, ...], rows: list[Batch]) -> tuple[dict | None, dict | None]:
+        if self.cfg.quantizer in ("gptq_lite", "int6"):
+            return None, None
         hessians = collect_hessians(self.model, plan, rows, self.ranks)
         if self.cfg.quantizer == "gptq":
             return hessians, None
@@ -2536,7 +2831,9 @@ class Run:  # from its data to its report, the same on all ranks; `go` holds the
             loader = PackedLoader(self.streams["train"], self.tokenizer.bos_id, self.cfg, self.ranks)
             rows, _ = loader.rows(self.cfg.gptq_calibration_batches)
             calibration = self.calibrate(self.plan, rows)
-        self.log(f"GPTQ:collected {len(calibration[0])} Hessians for {len(matrices(self.cfg))} matrices")
+        self.log(f"GPTQ:collected {len(calibration[0] or ())} Hessians for {len(matrices(self.cfg))} matrices")
+        if self.cfg.prune_frac:
+            prune(self.model)
         with self.phase("quantise", budget):
             solver = Quantizer(self.model, *calibration, self.ranks)
         with self.phase("pack", budget):
@@ -2557,7 +2854,7 @@ class Run:  # from its data to its report, the same on all ranks; `go` holds the
         self.log(f"Total submission size quantized+{header['compressor']}: {total} bytes{over}")
     def scorer(self, plan: tuple[Visit, ...], docs: Documents | None, ranks: Ranks | None) -> Scorer:
         ledger = Ledger(docs or self.docs, self.table, self.ranks.device)
-        return Scorer(self.forward, plan, ledger, self.cfg, ranks or self.ranks, self.log)
+        return Scorer(self.scoring, plan, ledger, self.cfg, ranks or self.ranks, self.log)
     def evaluate(self, stride: int = 0, plan: tuple[Visit, ...] | None = None, docs: Documents | None = None,
                  ranks: Ranks | None = None) -> Ledger:  # fmt: skip
         return evaluate(self.scorer(plan or self.plan, docs, ranks), stride)
