@@ -428,19 +428,19 @@ CPU = dict(
 PRESETS: dict[str, dict[str, Any]] = {"record": {}, "pr1530": PR1530, "pr1560": PR1560, "pr1413": PR1413,
                                       "pr473": PR473, "pr605": PR605, "cpu": CPU}  # fmt: skip
 SHRINK = {**{f: CPU[f] for f in (
-    "dataset", "vocab_size", "compile", "train_batch_tokens", "micro_batch_tokens", "cu_seqlens_capacity", "ema_decay",
+    "dataset", "vocab_size", "compile", "train_batch_tokens", "micro_batch_tokens", "ema_decay",
     "muon_momentum", "muon_momentum_warmup_start", "muon_momentum_warmup_steps", "val_batch_tokens", "ttt_lora_rank",
     "ttt_batch_size", "ttt_buckets", "ttt_chunk_tokens")}, **dict(
     model_dim=128, num_heads=4, num_kv_heads=2, bigram_vocab_size=512, bigram_dim=32, ve_dim=32, ttt_lora_lr=3e-3,
     max_wallclock_seconds=40.0, gptq_reserve_seconds=-1.0, gptq_calibration_batches=16, warmdown_iters=200,
-    swa_every=5, ttt_chunk_size=32)}  # fmt: skip
+    cu_seqlens_capacity=128, swa_every=5, ttt_chunk_size=32)}  # fmt: skip
 LENGTHS = "train_seq_len", "eval_seq_len", "ttt_eval_seq_len", "rope_train_seq_len", "ttt_min_doc_len"  # an eighth
 
 def print_knobs() -> None:  # variable, default per preset, meaning
     print(f"{'variable':28}" + "".join(f"{p:>14}" for p in PRESETS) + "  meaning")
     for f in dataclasses.fields(Config):
         values = [PRESETS[p].get(f.name, f.default) if f.name != "preset" else p for p in PRESETS]
-        cells = [f"{v:>14g}" if isinstance(v, (int, float)) else f"{v or '-':>14}" for v in values]
+        cells = [f" {v:>13g}" if isinstance(v, (int, float)) else f" {v or '-':>13}" for v in values]
         print(f"{f.name.upper():28}{''.join(cells)}  {f.metadata['doc']} {' | '.join(f.metadata['choices'])}")
 
 # === 2. Runtime: ranks, log, clock ====================================================================================
@@ -2647,7 +2647,7 @@ class Run:  # from its data to its report, the same on all ranks; `go` holds the
         run_id = ranks.gather(run_id)[0]
         self.folder = Path(cfg.artifact_dir or f"runs/{run_id}")
         self.facts = {
-            "run_id": run_id, "preset": cfg.preset, "seed": cfg.seed, "world_size": ranks.world_size,
+            "run_id": run_id, "preset": cfg.preset + " shrunk" * cfg.shrink, "seed": cfg.seed, "world_size": ranks.world_size,
             "device": torch.cuda.get_device_name() if ranks.device.type == "cuda" else f"CPU, {os.cpu_count()} cores",
             "torch": torch.__version__, "python": sys.version.split()[0], "dataset": cfg.dataset_dir.name,
             "code_sha256": CODE_SHA256, "file_sha256": hashlib.sha256(SOURCE).hexdigest(), "code_bytes": code_bytes(),

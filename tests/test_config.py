@@ -58,7 +58,50 @@ RECORD = PR1560 | dict(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "expected"), [("pr1530", PUBLISHED), ("pr1560", PR1560), ("record", RECORD)])
+SEEDS = dict(  # of PR #473, #1413 and #605, where their published runs agree; the values in force by the logs
+    num_layers=11, model_dim=512, num_heads=8, num_kv_heads=4, tied_embed_init_std=0.005, logit_softcap=30,
+    train_batch_tokens=786432, max_wallclock_seconds=600, min_lr=0, muon_momentum=0.99, muon_momentum_warmup_start=0.92,
+    muon_momentum_warmup_steps=1500, muon_backend_steps=5, beta1=0.9, beta2=0.95, adam_eps=1e-8, grad_clip_norm=0.3,
+    matrix_bits=6, embed_bits=8, eval_seq_len=2048, eval_stride=64, ttt_momentum=0.9, ttt_chunk_tokens=32768,
+    ttt_batch_seqs=32, ttt_grad_clip=1, ttt_freeze_blocks=0, parallel_start_layer=0, artifact_limit_bytes=0,
+)  # fmt: skip
+PR473 = SEEDS | dict(
+    vocab_size=1024, data_loader="rows", train_seq_len=2048, iterations=9000, mlp_mult=3, leaky_slope=0, xsa_last_n=4,
+    qk_gain_init=1.5, skip_gates_enabled=False, num_loops=0, rope_base=10000, rope_dims=16, rope_train_seq_len=1024,
+    ln_scale=True, bigram_vocab_size=3072, bigram_dim=128, smear_enabled=True, ve_enabled=True, ve_dim=128,
+    ve_layers="9,10", tied_embed_lr=0.035, matrix_lr=0.025, scalar_lr=0.025, muon_row_normalize=False, muon_wd=0.04,
+    adam_wd=0.04, embed_wd=0.04, warmdown_iters=3500, ema_decay=0.997, export_weights="ema", late_qat=False,
+    quantizer="gptq_lite", compressor="lzma", prune_frac=0, sliding_window_enabled=True, ttt_mode="chunk", ttt_lr=0.002,
+    ttt_epochs=3,
+)  # fmt: skip
+PR1413 = SEEDS | dict(
+    vocab_size=8192, data_loader="shuffled", train_seq_len=2048, mlp_mult=4, leaky_slope=0.5, xsa_last_n=11,
+    qk_gain_init=5, skip_gates_enabled=True, num_loops=2, loop_start=4, loop_end=5, enable_looping_at=0.5,
+    bigram_vocab_size=0, smear_enabled=False, ve_enabled=False, tied_embed_lr=0.03, matrix_lr=0.02, scalar_lr=0.02,
+    muon_row_normalize=True, muon_wd=0.085, adam_wd=0.02, embed_wd=0.085, warmdown_frac=0.667, warmdown_iters=0,
+    gptq_reserve_seconds=12, ema_decay=0.997, quantizer="gptq", compressor="brotli", matrix_clip_sigmas=12.85,
+    embed_clip_sigmas=20, gptq_calibration_batches=64, sliding_window_enabled=True, ttt_mode="chunk", ttt_lr=0.005,
+    ttt_epochs=3,
+)  # fmt: skip
+PR605 = SEEDS | dict(
+    vocab_size=1024, data_loader="rows", train_seq_len=1024, mlp_mult=3, leaky_slope=0, xsa_last_n=0, qk_gain_init=1.5,
+    skip_gates_enabled=False, num_loops=0, rope_base=50000, rope_dims=0, rope_train_seq_len=1024, ln_scale=False,
+    branch_scale=True, bigram_vocab_size=2048, smear_enabled=True, train_input_features=False, ve_enabled=False,
+    tied_embed_lr=0.03, matrix_lr=0.02, scalar_lr=0.02, muon_row_normalize=False, muon_wd=0.04, adam_wd=0.04,
+    embed_wd=0.04, warmdown_iters=3000, ema_decay=0.999, ema_every=10, export_weights="swa", swa_threshold=0.2,
+    swa_every=50, prune_frac=0.04, quantizer="int6", tables_fp16=True, compressor="zstd", ttt_mode="document",
+    ttt_lora_rank=8, ttt_lm_rank=16, ttt_q_lora=True, ttt_v_lora=True, ttt_k_lora=False, ttt_o_lora=False,
+    ttt_mlp_lora=False, ttt_lora_lr=0.01, ttt_lr_factors="q:0.5,v:1.5,head:2,bias:3", ttt_bias_tune=True, ttt_beta1=0.9,
+    ttt_beta2=0.95, ttt_weight_decay=0, ttt_chunk_size=256, ttt_eval_seq_len=1024, ttt_batch_size=64,
+    ttt_min_doc_len=512, eval_deadline_seconds=550, ttt_epochs=1, logit_temperature=1,  # the legal form
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("pr1530", PUBLISHED), ("pr1560", PR1560), ("record", RECORD), ("pr473", PR473), ("pr1413", PR1413),
+     ("pr605", PR605)],
+)  # fmt: skip
 def test_presets_hold_the_published_values(name, expected):
     found = dataclasses.asdict(preset(name))
     assert {k: (v, found[k]) for k, v in expected.items() if found[k] != v} == {}
@@ -74,6 +117,33 @@ def test_cuda_selects_record_and_no_cuda_selects_cpu():
 @pytest.mark.parametrize("name", tg.PRESETS)
 def test_every_preset_is_valid(name):
     assert dataclasses.replace(preset(name), compressor="lzma").problems() == []
+
+
+@pytest.mark.parametrize(
+    ("name", "changed", "count"),
+    [("pr473", {}, 27_124_828), ("pr473", {"bigram_vocab_size": 1536}, 26_928_220),
+     ("pr473", {"bigram_vocab_size": 2048}, 26_993_756), ("pr1413", {}, 35_943_512), ("pr605", {}, 26_829_913),
+     ("record", {}, 35_944_602)],
+)  # fmt: skip
+def test_networks_have_as_many_parameters_as_the_published_logs_say(name, changed, count):
+    cfg = dataclasses.replace(preset(name), **changed)
+    assert sum(math.prod(role.shape) for role in tg.parameter_table(cfg).values()) == count
+
+
+@pytest.mark.parametrize("name", tg.PRESETS)
+def test_shrunk_preset_keeps_its_structure(name):
+    """Layers and their order, what it has and has not, and the ratios of its lengths; only sizes and times differ."""
+    full, small = preset(name), tg.Config.from_env({"PRESET": name, "SHRINK": "1"}, has_cuda=False)[0]
+    sizes = {*tg.SHRINK, *tg.LENGTHS, "shrink"}
+    changed = {k for k, v in dataclasses.asdict(full).items() if getattr(small, k) != v}
+    assert changed <= sizes
+    assert small.plans == full.plans
+    assert tg.parameter_table(small).keys() == tg.parameter_table(full).keys()
+    assert {f: bool(getattr(small, f)) for f in sizes - {"compile", "dataset", "ttt_buckets", "shrink"}} == {
+        f: bool(getattr(full, f)) for f in sizes - {"compile", "dataset", "ttt_buckets", "shrink"}
+    }
+    assert small.train_seq_len * full.eval_seq_len == small.eval_seq_len * full.train_seq_len
+    assert small.shrink and small.model_dim == 128
 
 
 def test_environment_overrides_preset_overrides_default():
@@ -125,8 +195,9 @@ def test_text_of_the_wrong_kind_is_refused(kind, texts, expected):
 
 def test_bools_are_0_and_1():
     for text, value in (("0", False), ("1", True)):
-        names = [f.name for f in FIELDS if type(f.default) is bool]
-        cfg, _ = tg.Config.from_env({"PRESET": "cpu", **{n.upper(): text for n in names}}, has_cuda=False)
+        names = [f.name for f in FIELDS if type(f.default) is bool and f.name != "ln_scale"]  # not with BRANCH_SCALE
+        fine = {"PRESET": "cpu", "LN_SCALE": "0", "VE_LAYERS": "1"}
+        cfg, _ = tg.Config.from_env({**fine, **{n.upper(): text for n in names}}, has_cuda=False)
         assert {n: getattr(cfg, n) for n in names} == dict.fromkeys(names, value)
 
 
@@ -175,12 +246,79 @@ def test_unrelated_variables_are_left_alone():
 
 @pytest.mark.parametrize(
     "name",
-    ["EMBEDDING_DIM", "TIE_EMBEDDINGS", "EMBED_LR", "HEAD_LR", "ROPE_TRAIN_SEQ_LEN", "ROPE_YARN", "MUON_BETA2",
+    ["EMBEDDING_DIM", "TIE_EMBEDDINGS", "EMBED_LR", "HEAD_LR", "ROPE_YARN", "MUON_BETA2",
      "CONTROL_TENSOR_NAME_PATTERNS", "TTT_DEBUG_BYPASS", "TTT_EVAL_BATCHES", "TTT_OUTPUT_DIR"],
 )  # fmt: skip
 def test_published_knob_that_does_nothing_here_is_refused(name):
     """To be silent would promise what it did there (W7, W56), even for its published default."""
-    assert refusals(**{name: "1"}) == [f"{name}=1: not a knob of this program"]
+    (line,) = refusals(**{name: "1"})
+    assert line.startswith(f"{name}=1: not a knob of this program; ")
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("TTT_TEMP_RESCALE", "a factor on the nats is no probability (ruling on PR #605)"),
+     ("TTT_MIN_NLL", "the best of several passes is chosen by the answer (ruling on PR #605)"),
+     ("TTT_COSINE_LR", "tells where it ends; set TTT_COSINE_CHUNKS"), ("QAT_ENABLED", "set LATE_QAT=1"),
+     ("SWA_ENABLED", "set EXPORT_WEIGHTS"), ("MLP_HIDDEN", "set MLP_MULT"), ("DATA_PATH", "set DATA_DIR, DATASET")],
+)  # fmt: skip
+def test_knob_that_would_mean_something_else_is_refused_with_the_reason(name, reason):
+    (line,) = refusals(**{name: "1"})
+    assert reason in line
+
+
+def test_several_passes_over_a_document_are_refused_with_the_ruling():
+    (line,) = refusals(PRESET="pr605", TTT_EPOCHS="6")
+    assert line.startswith("TTT_EPOCHS=6: must be 1 with TTT_MODE=document") and "ruling on PR #605" in line
+
+
+@pytest.mark.parametrize(
+    ("theirs", "text", "field"),
+    [("VAL_BATCH_SIZE", "32768", "val_batch_tokens"), ("TTT_MAX_EVAL_SECS", "350", "eval_deadline_seconds"),
+     ("GLOBAL_TTT_LR", "0.001", "ttt_lr"), ("GLOBAL_TTT_CHUNK_TOKENS", "8192", "ttt_chunk_tokens")],
+)  # fmt: skip
+def test_other_spelling_of_a_knob_is_that_knob(theirs, text, field):
+    cfg, origin = tg.Config.from_env({"PRESET": "pr473", theirs: text}, has_cuda=False)
+    assert (getattr(cfg, field), origin[field]) == (float(text), "env")
+    same = tg.Config.from_env({"PRESET": "pr473", theirs: text, field.upper(): text}, has_cuda=False)
+    assert same == (cfg, origin)
+    (line,) = refusals(PRESET="pr473", **{theirs: text, field.upper(): "16384"})
+    assert line == f"{theirs}={text}: the same knob as {field.upper()}=16384"
+
+
+def test_two_lengths_of_the_warm_down_are_refused():
+    for setting in ({"PRESET": "pr473"}, {"WARMDOWN_ITERS": "3500"}):
+        (line,) = refusals(WARMDOWN_FRAC="0.5", **setting)
+        assert line == "WARMDOWN_FRAC=0.5: not with WARMDOWN_ITERS=3500"
+    assert tg.Config.from_env({"PRESET": "pr473", "WARMDOWN_FRAC": "0.5", "WARMDOWN_ITERS": "0"}, has_cuda=False)
+
+
+# --- Warnings ---
+
+WARNINGS = [  # (preset, changed fields, what is said, its source)
+    ("pr473", dict(ttt_chunk_optimizer="adam"), "TTT_CHUNK_OPTIMIZER=adam", "#473"),
+    ("record", dict(ttt_chunk_optimizer="adam", phased_ttt_num_phases=1), "TTT_CHUNK_OPTIMIZER=adam", "#1947"),
+    ("pr1413", dict(ttt_epochs=10), "TTT_EPOCHS=10", "#526"),
+    ("pr473", dict(ttt_freeze_blocks=2), "TTT_FREEZE_BLOCKS=2", "#549"),
+    ("pr473", dict(late_qat=True), "LATE_QAT=1", "#398"),
+    ("pr473", dict(quantizer="gptq"), "QUANTIZER=gptq", "#533"),
+    ("pr605", dict(swa_threshold=0.5), "SWA_THRESHOLD=0.5", "#374"),
+    ("record", dict(warmup_steps=0), "WARMUP_STEPS=0", "#1530"),
+    ("record", dict(loop_clip_sigmas=10.0), "LOOP_CLIP_SIGMAS=10", "#1530"),
+    ("pr605", dict(logit_temperature=0.98), "LOGIT_TEMPERATURE=0.98", "#605"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "changed", "about", "source"), WARNINGS, ids=lambda x: str(x)[:30])
+def test_setting_that_others_regretted_is_warned_of_with_its_source(name, changed, about, source):
+    (text,) = dataclasses.replace(preset(name), **changed).warnings()
+    assert text.startswith(about) and source in text
+
+
+def test_no_preset_repeats_what_others_regretted():
+    assert {name: preset(name).warnings() for name in tg.PRESETS} == dict.fromkeys(tg.PRESETS, [])
+    quiet = dataclasses.replace(preset("pr473"), ttt_enabled=False, ttt_chunk_optimizer="adam", ttt_epochs=10)
+    assert quiet.warnings() == []  # where nothing adapts, its knobs do not matter
 
 
 # --- Combinations ---
@@ -217,7 +355,13 @@ COMBINATIONS = [  # (changed fields over the tiny config, the variable to blame)
     (dict(ttt_chunk_tokens=63), "TTT_CHUNK_TOKENS"),
     (dict(ttt_freeze_blocks=5), "TTT_FREEZE_BLOCKS"),
     (dict(max_wallclock_seconds=20.0, gptq_reserve_seconds=20.0), "GPTQ_RESERVE_SECONDS"),
-    (dict(data_loader="rows", val_doc_fraction=0.5), "VAL_DOC_FRACTION"),
+    (dict(branch_scale=True), "BRANCH_SCALE"),
+    (dict(bigram_vocab_size=1), "BIGRAM_VOCAB_SIZE"),
+    *((dict(ve_enabled=1, ve_layers=layers), "VE_LAYERS") for layers in ("3,4", "", "1;2", "2,2")),
+    (dict(rope_train_seq_len=32, rope_dims=2), "ROPE_TRAIN_SEQ_LEN"),
+    (dict(data_loader="shuffled", train_seq_len=60), "TRAIN_SEQ_LEN"),
+    *((dict(ttt_lr_factors=text), "TTT_LR_FACTORS") for text in ("q", "w:1", "q:0.5;v:2", "q:-1")),
+    (dict(ttt_min_doc_len=64, ttt_max_doc_len=64), "TTT_MAX_DOC_LEN"),
     (dict(artifact_limit_bytes=1000), "ARTIFACT_LIMIT_BYTES"),
     *((dict(compressor=name), "COMPRESSOR") for name in ("zstd", "brotli")),
     (dict(artifact_dir="{file}"), "ARTIFACT_DIR"),
@@ -359,6 +503,6 @@ def test_no_function_is_longer_than_80_lines():
     assert [(f.name, f.lineno) for f in FUNCTIONS if f.end_lineno - f.lineno >= 80] == []
 
 
-def test_the_file_has_at_most_2650_lines():
+def test_the_file_has_at_most_2950_lines():
     lines = (ROOT / "train_gpt.py").read_bytes().count(b"\n")
-    assert lines <= 2650
+    assert lines <= 2950
