@@ -2647,7 +2647,8 @@ class Run:  # from its data to its report, the same on all ranks; `go` holds the
         run_id = ranks.gather(run_id)[0]
         self.folder = Path(cfg.artifact_dir or f"runs/{run_id}")
         self.facts = {
-            "run_id": run_id, "preset": cfg.preset + " shrunk" * cfg.shrink, "seed": cfg.seed, "world_size": ranks.world_size,
+            "run_id": run_id, "preset": cfg.preset + " shrunk" * cfg.shrink, "seed": cfg.seed,
+            "world_size": ranks.world_size,
             "device": torch.cuda.get_device_name() if ranks.device.type == "cuda" else f"CPU, {os.cpu_count()} cores",
             "torch": torch.__version__, "python": sys.version.split()[0], "dataset": cfg.dataset_dir.name,
             "code_sha256": CODE_SHA256, "file_sha256": hashlib.sha256(SOURCE).hexdigest(), "code_bytes": code_bytes(),

@@ -357,7 +357,7 @@ COMBINATIONS = [  # (changed fields over the tiny config, the variable to blame)
     (dict(max_wallclock_seconds=20.0, gptq_reserve_seconds=20.0), "GPTQ_RESERVE_SECONDS"),
     (dict(branch_scale=True), "BRANCH_SCALE"),
     (dict(bigram_vocab_size=1), "BIGRAM_VOCAB_SIZE"),
-    *((dict(ve_enabled=1, ve_layers=layers), "VE_LAYERS") for layers in ("3,4", "", "1;2", "2,2")),
+    *((dict(ve_enabled=1, ve_layers=layers), "VE_LAYERS") for layers in ("3,4", "x", "1;2", "2,2")),
     (dict(rope_train_seq_len=32, rope_dims=2), "ROPE_TRAIN_SEQ_LEN"),
     (dict(data_loader="shuffled", train_seq_len=60), "TRAIN_SEQ_LEN"),
     *((dict(ttt_lr_factors=text), "TTT_LR_FACTORS") for text in ("q", "w:1", "q:0.5;v:2", "q:-1")),
