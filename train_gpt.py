@@ -31,7 +31,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cached_property, partial
 from itertools import groupby, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -181,7 +181,7 @@ class Config:  # defaults are the `record` preset's; `PRESETS` overrides them an
     eval_stride: int = knob(64, "tokens scored by each sliding window but the first", 1)
     logit_temperature: float = knob(1.0, "logits / it wherever something is scored; to be chosen beforehand", 0.01)
     sliding_window_enabled: bool = knob(False, "score with sliding windows as well")
-    val_doc_fraction: float = knob(1.0, "for quick looks: share of the documents, by SEED; of rows, the first", 1e-9, 1)
+    val_doc_fraction: float = knob(1.0, "share of the validation documents, drawn with SEED, for quick looks", 1e-9, 1)
     eval_deadline_seconds: float = knob(580.0, "from the first scored token; what is left then is scored plainly")
     eval_budget_includes_compile: bool = knob(False, "take warm-up of the evaluation off EVAL_DEADLINE_SECONDS")
     ttt_enabled: bool = knob(True, "learn from what is scored, score first")
@@ -227,7 +227,7 @@ class Config:  # defaults are the `record` preset's; `PRESETS` overrides them an
     head_dim = property(lambda c: c.model_dim // c.num_heads)
     mlp_dim = property(lambda c: int(c.mlp_mult * c.model_dim))
     rows_per_step = property(lambda c: c.train_batch_tokens // c.micro_batch_tokens)
-    plans = property(lambda c: (layer_plan(c, looped=False), layer_plan(c, looped=True)))
+    plans = cached_property(lambda c: (layer_plan(c, looped=False), layer_plan(c, looped=True)))
     lora_scale = property(lambda c: c.ttt_lora_alpha / c.ttt_lora_rank if c.ttt_lora_alpha else 1.0)
     lr_factors = property(lambda c: dict(pair.split(":") for pair in c.ttt_lr_factors.split(",") if pair))
     ve_at = property(lambda c: [int(n) for n in re.findall(r"\d+", c.ve_layers) if c.ve_enabled])
@@ -655,11 +655,15 @@ class Documents(NamedTuple):  # targets end with the next one's BOS: all tokens 
     def load(cls, stream: TokenStream, bos_id: int, cfg: Config) -> Documents:
         tokens = stream.read(0, stream.size)
         starts = np.flatnonzero(tokens == bos_id)
-        wanted, counts = max(1, round(cfg.val_doc_fraction * len(starts))), np.diff(starts, append=len(tokens) - 1)
+        wanted = max(1, round(cfg.val_doc_fraction * len(starts)))
+        sample = sorted(random.Random(cfg.seed).sample(range(len(starts)), wanted))
+        docs = cls(tokens, starts[sample], np.diff(starts, append=len(tokens) - 1)[sample])
         if cfg.data_loader == "documents":
-            sample = sorted(random.Random(cfg.seed).sample(range(len(starts)), wanted))
-            return cls(tokens, starts[sample], counts[sample])
-        return cls(tokens[: starts[wanted - 1] + counts[wanted - 1] + 1], starts[:wanted], counts[:wanted])  # one row
+            return docs
+        return cls(docs.text(), np.cumsum(np.append(0, docs.counts[:-1])), docs.counts)
+    def text(self) -> np.ndarray:  # of these documents alone, end to end, with the target after the last
+        spans = [(start, start + count) for start, count in zip(self.starts, self.counts, strict=True)]
+        return np.concatenate([*(self.tokens[a:b] for a, b in spans), self.tokens[spans[-1][1] :][:1]])
     def places(self, stop: int | None = None) -> np.ndarray:  # of all targets of the documents before `stop`, rising
         pairs = zip(self.starts[:stop], self.counts[:stop], strict=True)
         return np.concatenate([np.arange(0), *(np.arange(start, start + count) for start, count in pairs)])
@@ -2653,7 +2657,7 @@ class Run:  # from its data to its report, the same on all ranks; `go` holds the
             "torch": torch.__version__, "python": sys.version.split()[0], "dataset": cfg.dataset_dir.name,
             "code_sha256": CODE_SHA256, "file_sha256": hashlib.sha256(SOURCE).hexdigest(), "code_bytes": code_bytes(),
             "attention": self.backend, "val_docs": len(self.docs.counts), "tokenizer_sha256": self.tokenizer.sha256,
-            "val_sha256": hashlib.sha256(self.docs.tokens.astype("<u2").tobytes()).hexdigest()}  # fmt: skip
+            "val_sha256": hashlib.sha256(self.docs.text().astype("<u2").tobytes()).hexdigest()}  # fmt: skip
         lines += self.resume(log := Path(f"logs/{run_id}.txt"))
         self.log = Log(log, ranks.is_main, ranks.live, cfg.tensorboard_dir and f"{cfg.tensorboard_dir}/{run_id}")
         self.sentinel, self.graphs = Sentinel(self.log), {}
