@@ -623,10 +623,10 @@ class PackedLoader:
             return tokens[:-1], tokens[1:]
         length, pieces = self.cfg.train_seq_len, []
         for number in range(self.cursor // length, (self.cursor + count) // length):
-            epoch, number = divmod(number, (self.stream.size - 1) // length - 1)
+            epoch, number = divmod(number, (self.stream.size - 1) // length)
             if epoch != self.order[0]:
                 rng = np.random.Generator(np.random.PCG64([self.cfg.seed, epoch]))
-                self.order = epoch, rng.integers(length), rng.permutation((self.stream.size - 1) // length - 1)
+                self.order = epoch, rng.integers(length), rng.permutation((self.stream.size - 1) // length)
             pieces.append(self.stream.read(int(self.order[1] + self.order[2][number] * length), length + 1))
         return np.concatenate([x[:-1] for x in pieces]), np.concatenate([x[1:] for x in pieces])
     def rows(self, count: int) -> tuple[list[Batch], int]:  # this rank's of the next rows, and the targets in them all
