@@ -2832,9 +2832,9 @@ class Run:  # from its data to its report, the same on all ranks; `go` holds the
             rows, _ = loader.rows(self.cfg.gptq_calibration_batches)
             calibration = self.calibrate(self.plan, rows)
         self.log(f"GPTQ:collected {len(calibration[0] or ())} Hessians for {len(matrices(self.cfg))} matrices")
-        if self.cfg.prune_frac:
-            prune(self.model)
         with self.phase("quantise", budget):
+            if self.cfg.prune_frac:
+                prune(self.model)
             solver = Quantizer(self.model, *calibration, self.ranks)
         with self.phase("pack", budget):
             data = fit(solver, self.model, meta, self.log)
