@@ -2081,8 +2081,9 @@ def percentile_steps(weight: Tensor, qmax: int, floor: float, shares: Iterable[f
     each matrix has the one with the least squared error: GPTQ-lite (PR #374), which is no GPTQ."""
     found = []
     for w in weight.float():
-        steps = [(w.abs().quantile(q, -1).clamp_min(floor) / qmax).half() for q in shares]
-        rounded = [s[:, None] * (w / s[:, None]).round().clamp(-qmax, qmax) for s in map(Tensor.float, steps)]
+        largest = w.abs().quantile(w.new_tensor(shares), -1).clamp_min(max(floor, qmax * torch.finfo(torch.half).tiny))
+        steps = (largest / qmax).half()
+        rounded = (s[:, None] * (w / s[:, None]).round().clamp(-qmax, qmax) for s in steps.float())
         found.append(steps[int(torch.stack([(w - x).square().mean() for x in rounded]).argmin())])
     return torch.stack(found)
 def prune(model: GPT) -> None:  # PRUNE_FRAC (PR #568): of all banks and tables together, the smallest weights become 0
