@@ -228,6 +228,7 @@ class Config:  # defaults are the `record` preset's; `PRESETS` overrides them an
     mlp_dim = property(lambda c: int(c.mlp_mult * c.model_dim))
     rows_per_step = property(lambda c: c.train_batch_tokens // c.micro_batch_tokens)
     plans = property(lambda c: (layer_plan(c, looped=False), layer_plan(c, looped=True)))
+    no_hessians = property(lambda c: c.quantizer in ("gptq_lite", "int6"))
     lora_scale = property(lambda c: c.ttt_lora_alpha / c.ttt_lora_rank if c.ttt_lora_alpha else 1.0)
     lr_factors = property(lambda c: dict(pair.split(":") for pair in c.ttt_lr_factors.split(",") if pair))
     ve_at = property(lambda c: [int(n) for n in re.findall(r"\d+", c.ve_layers) if c.ve_enabled])
@@ -1325,12 +1326,12 @@ class GPT(nn.Module):  # the network of PR #1530; parameters are fp32, products 
         if self.cfg.late_qat:
             self.qat.fill_(on)
     def bank(self, name: str) -> Tensor:  # with LATE_QAT as if rounded, by qat; the gradient passes as it is
-        w = self.get_parameter(name)
-        if not self.cfg.late_qat:
+        w, cfg = self.get_parameter(name), self.cfg
+        if not cfg.late_qat:
             return w
-        q = 2 ** (self.cfg.matrix_bits - 1) - 1
-        step = (w.detach().abs().amax(-1, keepdim=True) / q).clamp_min(1e-12)
-        return w + self.qat * ((w.detach() / step).round().clamp(-q, q) * step - w.detach())
+        q, seen = 2 ** (cfg.matrix_bits - 1) - 1, w.detach().to(cfg.dtype).float()  # by all ranks: see Muon
+        step = seen.abs().amax(-1, keepdim=True).clamp_min(cfg.clip_floor * cfg.no_hessians + 1e-12) / q
+        return w + self.qat * ((seen / step).round().clamp(-q, q) * step - w.detach())
 
     def attend(self, n: Tensor, w: LayerWeights, visit: Visit, info: PassInfo, keep: slice | Tensor) -> Tensor:
         """Attention of normalised n (T, C); the output (n, C) at the positions `keep`."""
@@ -2821,7 +2822,7 @@ class Run:  # from its data to its report, the same on all ranks; `go` holds the
         self.log(f"Serialized model: {buffer.tell()} bytes in {self.folder / name}")
 
     def calibrate(self, plan: tuple[Visit, ...], rows: list[Batch]) -> tuple[dict | None, dict | None]:
-        if self.cfg.quantizer in ("gptq_lite", "int6"):
+        if self.cfg.no_hessians:
             return None, None
         hessians = collect_hessians(self.model, plan, rows, self.ranks)
         if self.cfg.quantizer == "gptq":
