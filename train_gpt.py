@@ -1585,8 +1585,8 @@ class Optimizers:
         for name, p in model.named_parameters():
             group[table.pop(name).group][name] = p
         assert not table, f"the table names {list(table)}, which the model has not"
-        aligned = sorted(group["scalar"].items(), key=lambda item: item[1].numel() % 4)  # vector loads want 16 bytes
-        self.muon, self.small = Muon(group["muon"], cfg, ranks), group["embed"] | dict(aligned) | group["fixed"]
+        rest = [x for g in ("scalar", "fixed") for x in sorted(group[g].items(), key=lambda item: item[1].numel() % 4)]
+        self.muon, self.small = Muon(group["muon"], cfg, ranks), group["embed"] | dict(rest)  # loads want 16 bytes
         self.flat = torch.cat([p.detach().flatten() for p in self.small.values()])
         for name, view in views(self.flat, self.small).items():
             self.small[name].data = view
