@@ -2127,13 +2127,13 @@ class Quantizer:
                          percentile_steps(weight, qmax, cfg.clip_floor, shares)).float()  # fmt: skip
             power = weight.square().mean(-1).clamp_min(1e-20)
             cost = ranks.sum(spread)[:, None] * sensitivities[bank] if sensitivities else None
-            wide = sensitivities or (hessians is None and cfg.artifact_limit_bytes)  # finer steps would clip
+            wide = sensitivities or (hessians is None and cfg.artifact_limit_bytes)  # or finer steps would clip
             self.rows[bank] = published, power, weight.abs().amax(-1), cost, 127 if wide else qmax
         self.default = self.theta(self.predict(1.0, published=True)) if sensitivities else 1.0  # size: CLIP_SIGMAS'
     def steps(self, bank: str, theta: float) -> Tensor:  # (n, rows) fp32, values that fp16 has
         published, power, largest, cost, qmax = self.rows[bank]
         if cost is None:
-            return (published * math.sqrt(theta)).half().float()
+            return (published * math.sqrt(theta)).maximum(torch.minimum(published, largest / qmax)).half().float()
         step = (12 * theta / (cost - theta / power).clamp_min(1e-37)).sqrt()
         step = torch.minimum(step, 100 * power.sqrt()).maximum(largest / qmax).clamp(2.0**-14, 2.0**15)
         return torch.exp2((8 * step.log2()).round() / 8).half().float()

@@ -61,11 +61,11 @@ def test_an_epoch_takes_every_piece_once_and_the_next_another_order(tmp_path, si
 def test_any_number_of_ranks_and_a_new_loader_at_a_cursor_serve_the_same_rows(tmp_path):
     stream = stream_of(tmp_path, np.arange(1000, dtype=np.uint16))
     one, wanted = loader_of(stream), []
-    for step in range(12):  # more than an epoch of 31 pieces, whose end lies within a row
+    for _ in range(12):  # more than an epoch of 31 pieces, whose end lies within a row
         wanted += one.rows(4)[0]
     for world_size in (2, 3, 4):
         loaders, found = [loader_of(stream, world_size, rank) for rank in range(world_size)], []
-        for step in range(12):
+        for _ in range(12):
             served, row = [iter(x.rows(4)[0]) for x in loaders], [i % world_size for i in range(4)]
             found += [next(served[rank]) for rank in row]
         assert equal(found, wanted)
