@@ -228,6 +228,7 @@ class Config:  # defaults are the `record` preset's; `PRESETS` overrides them an
     mlp_dim = property(lambda c: int(c.mlp_mult * c.model_dim))
     rows_per_step = property(lambda c: c.train_batch_tokens // c.micro_batch_tokens)
     plans = cached_property(lambda c: (layer_plan(c, looped=False), layer_plan(c, looped=True)))
+    no_hessians = property(lambda c: c.quantizer in ("gptq_lite", "int6"))
     lora_scale = property(lambda c: c.ttt_lora_alpha / c.ttt_lora_rank if c.ttt_lora_alpha else 1.0)
     lr_factors = property(lambda c: dict(pair.split(":") for pair in c.ttt_lr_factors.split(",") if pair))
     ve_at = property(lambda c: [int(n) for n in re.findall(r"\d+", c.ve_layers) if c.ve_enabled])
@@ -623,10 +624,10 @@ class PackedLoader:
             return tokens[:-1], tokens[1:]
         length, pieces = self.cfg.train_seq_len, []
         for number in range(self.cursor // length, (self.cursor + count) // length):
-            epoch, number = divmod(number, (self.stream.size - 1) // length - 1)
+            epoch, number = divmod(number, (self.stream.size - 1) // length)
             if epoch != self.order[0]:
                 rng = np.random.Generator(np.random.PCG64([self.cfg.seed, epoch]))
-                self.order = epoch, rng.integers(length), rng.permutation((self.stream.size - 1) // length - 1)
+                self.order = epoch, rng.integers(length), rng.permutation((self.stream.size - 1) // length)
             pieces.append(self.stream.read(int(self.order[1] + self.order[2][number] * length), length + 1))
         return np.concatenate([x[:-1] for x in pieces]), np.concatenate([x[1:] for x in pieces])
     def rows(self, count: int) -> tuple[list[Batch], int]:  # this rank's of the next rows, and the targets in them all
@@ -1329,12 +1330,12 @@ class GPT(nn.Module):  # the network of PR #1530; parameters are fp32, products 
         if self.cfg.late_qat:
             self.qat.fill_(on)
     def bank(self, name: str) -> Tensor:  # with LATE_QAT as if rounded, by qat; the gradient passes as it is
-        w = self.get_parameter(name)
-        if not self.cfg.late_qat:
+        w, cfg = self.get_parameter(name), self.cfg
+        if not cfg.late_qat:
             return w
-        q = 2 ** (self.cfg.matrix_bits - 1) - 1
-        step = (w.detach().abs().amax(-1, keepdim=True) / q).clamp_min(1e-12)
-        return w + self.qat * ((w.detach() / step).round().clamp(-q, q) * step - w.detach())
+        q, seen = 2 ** (cfg.matrix_bits - 1) - 1, w.detach().to(cfg.dtype).float()  # by all ranks: see Muon
+        step = seen.abs().amax(-1, keepdim=True).clamp_min(cfg.clip_floor * cfg.no_hessians + 1e-12) / q
+        return w + self.qat * ((seen / step).round().clamp(-q, q) * step - w.detach())
 
     def attend(self, n: Tensor, w: LayerWeights, visit: Visit, info: PassInfo, keep: slice | Tensor) -> Tensor:
         """Attention of normalised n (T, C); the output (n, C) at the positions `keep`."""
@@ -1588,8 +1589,8 @@ class Optimizers:
         for name, p in model.named_parameters():
             group[table.pop(name).group][name] = p
         assert not table, f"the table names {list(table)}, which the model has not"
-        aligned = sorted(group["scalar"].items(), key=lambda item: item[1].numel() % 4)  # vector loads want 16 bytes
-        self.muon, self.small = Muon(group["muon"], cfg, ranks), group["embed"] | dict(aligned) | group["fixed"]
+        rest = [x for g in ("scalar", "fixed") for x in sorted(group[g].items(), key=lambda item: item[1].numel() % 4)]
+        self.muon, self.small = Muon(group["muon"], cfg, ranks), group["embed"] | dict(rest)  # loads want 16 bytes
         self.flat = torch.cat([p.detach().flatten() for p in self.small.values()])
         for name, view in views(self.flat, self.small).items():
             self.small[name].data = view
@@ -2085,8 +2086,9 @@ def percentile_steps(weight: Tensor, qmax: int, floor: float, shares: Iterable[f
     each matrix has the one with the least squared error: GPTQ-lite (PR #374), which is no GPTQ."""
     found = []
     for w in weight.float():
-        steps = [(w.abs().quantile(q, -1).clamp_min(floor) / qmax).half() for q in shares]
-        rounded = [s[:, None] * (w / s[:, None]).round().clamp(-qmax, qmax) for s in map(Tensor.float, steps)]
+        largest = w.abs().quantile(w.new_tensor(shares), -1).clamp_min(max(floor, qmax * torch.finfo(torch.half).tiny))
+        steps = (largest / qmax).half()
+        rounded = (s[:, None] * (w / s[:, None]).round().clamp(-qmax, qmax) for s in steps.float())
         found.append(steps[int(torch.stack([(w - x).square().mean() for x in rounded]).argmin())])
     return torch.stack(found)
 def prune(model: GPT) -> None:  # PRUNE_FRAC (PR #568): of all banks and tables together, the smallest weights become 0
@@ -2129,12 +2131,13 @@ class Quantizer:
                          percentile_steps(weight, qmax, cfg.clip_floor, shares)).float()  # fmt: skip
             power = weight.square().mean(-1).clamp_min(1e-20)
             cost = ranks.sum(spread)[:, None] * sensitivities[bank] if sensitivities else None
-            self.rows[bank] = published, power, weight.abs().amax(-1), cost, 127 if sensitivities else qmax
+            wide = sensitivities or (hessians is None and cfg.artifact_limit_bytes)  # or finer steps would clip
+            self.rows[bank] = published, power, weight.abs().amax(-1), cost, 127 if wide else qmax
         self.default = self.theta(self.predict(1.0, published=True)) if sensitivities else 1.0  # size: CLIP_SIGMAS'
     def steps(self, bank: str, theta: float) -> Tensor:  # (n, rows) fp32, values that fp16 has
         published, power, largest, cost, qmax = self.rows[bank]
         if cost is None:
-            return (published * math.sqrt(theta)).half().float()
+            return (published * math.sqrt(theta)).maximum(torch.minimum(published, largest / qmax)).half().float()
         step = (12 * theta / (cost - theta / power).clamp_min(1e-37)).sqrt()
         step = torch.minimum(step, 100 * power.sqrt()).maximum(largest / qmax).clamp(2.0**-14, 2.0**15)
         return torch.exp2((8 * step.log2()).round() / 8).half().float()
@@ -2824,7 +2827,7 @@ class Run:  # from its data to its report, the same on all ranks; `go` holds the
         self.log(f"Serialized model: {buffer.tell()} bytes in {self.folder / name}")
 
     def calibrate(self, plan: tuple[Visit, ...], rows: list[Batch]) -> tuple[dict | None, dict | None]:
-        if self.cfg.quantizer in ("gptq_lite", "int6"):
+        if self.cfg.no_hessians:
             return None, None
         hessians = collect_hessians(self.model, plan, rows, self.ranks)
         if self.cfg.quantizer == "gptq":
@@ -2837,9 +2840,9 @@ class Run:  # from its data to its report, the same on all ranks; `go` holds the
             rows, _ = loader.rows(self.cfg.gptq_calibration_batches)
             calibration = self.calibrate(self.plan, rows)
         self.log(f"GPTQ:collected {len(calibration[0] or ())} Hessians for {len(matrices(self.cfg))} matrices")
-        if self.cfg.prune_frac:
-            prune(self.model)
         with self.phase("quantise", budget):
+            if self.cfg.prune_frac:
+                prune(self.model)
             solver = Quantizer(self.model, *calibration, self.ranks)
         with self.phase("pack", budget):
             data = fit(solver, self.model, meta, self.log)
