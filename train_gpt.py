@@ -310,7 +310,8 @@ class Config:  # defaults are the `record` preset's; `PRESETS` overrides them an
             ("BIGRAM_VOCAB_SIZE", c.bigram_vocab_size != 1, "0, or at least 2"),
             ("VE_LAYERS", not c.ve_enabled or re.fullmatch(r"\d+(,\d+)*", c.ve_layers) is not None
              and len({*c.ve_at}) == len(c.ve_at) and max(c.ve_at) < c.num_layers, "as in 9,10, below NUM_LAYERS"),
-            ("LOGIT_SOFTCAP", not c.fused_ce or c.logit_softcap <= 75, "at most 75 with FUSED_CE"),
+            ("LOGIT_SOFTCAP", not c.fused_ce or c.logit_softcap <= 75 * min(c.logit_temperature, 1),
+             "at most 75, and 75 * LOGIT_TEMPERATURE, with FUSED_CE"),
             ("LOOP_START", not loops or c.loop_start <= c.loop_end, "at most LOOP_END"),
             ("LOOP_END", not loops or c.loop_end < c.num_layers, "below NUM_LAYERS"),
             ("PARALLEL_START_LAYER", not stale, "0 or above LOOP_END: later passes would work on stale lanes"),
@@ -1467,8 +1468,10 @@ class LoRA(NamedTuple):
         widths = torch.tensor(self.widths, device=self.down.device)
         return [each[:, None, None], each.repeat_interleave(widths)[:, None], each.new_tensor(float(of.get("bias", 1)))]
     def views(self) -> LoRAViews:  # by split, so that a gradient is one copy
-        by_input = groupby(self.sites, lambda s: ("attn" if s[0] in "qkvo" else s[0], s[1]))
-        reads = {source: tuple(site for site, _ in sites) for source, sites in by_input}
+        reads: dict[tuple[str, int], tuple[str, ...]] = {}  # input -> its sites; torch.compile takes no groupby here
+        for site, slot in self.sites:
+            source = "attn" if site in "qkvo" else site, slot
+            reads[source] = (*reads.get(source, ()), site)
         a = self.down.flatten(1, 2).split([len(sites) * self.down.size(2) for sites in reads.values()], 1)
         up = dict(zip(self.sites, self.up.split(self.widths, 1), strict=True))
         return LoRAViews(dict(zip(reads, zip(a, reads.values(), strict=True), strict=True)), up, self.scale, self.bias)
@@ -2727,6 +2730,7 @@ class Run:  # from its data to its report, the same on all ranks; `go` holds the
         torch.manual_seed(cfg.seed)
         torch.set_float32_matmul_precision("high" if cfg.compute_dtype == "bf16" else "highest")
         torch._dynamo.config.recompile_limit = 64  # training, scoring and adaptation share GPT.forward
+        torch._dynamo.config.specialize_int = torch._dynamo.config.specialize_float = True  # settings; only sizes vary
         self.model = GPT(cfg, self.backend).to(self.ranks.device)
         self.forward = torch.compile(self.model, fullgraph=True, dynamic=False) if cfg.compile else self.model
         mode = "reduce-overhead" if cfg.ttt_cuda_graph else "default"
