@@ -898,7 +898,7 @@ def softcap_ce_cuda(z: Tensor, targets: Tensor, cap: float, gradient: bool, tile
     return nats
 
 softcap_ce = operator("softcap_ce", softcap_ce_reference, softcap_ce_cuda,
-                      lambda z, *_: z.new_empty(len(z), dtype=torch.promote_types(z.dtype, torch.float32)), ("z",))
+                      lambda z, *_: z.new_empty(z.size(0), dtype=torch.promote_types(z.dtype, torch.float32)), ("z",))
 
 def head_product(x: Tensor, w: Tensor, extra: Tensor | None) -> Tensor:
     return F.linear(x, w) if extra is None else F.linear(x, w) + extra
@@ -1261,18 +1261,18 @@ class PassInfo(NamedTuple):  # what every layer of one forward shares
     def lora_in(self, x: Tensor, source: str, slot: int) -> dict[str, Tensor]:
         """x (T, C), T / B tokens per document -> x A^T (B, T / B, rank) of all adapters that read it, in a product."""
         a, sites = self.lora.down.get((source, slot), (x, ())) if self.lora else (x, ())
-        h = (x.unflatten(0, (len(a), -1)) @ a.mT).chunk(len(sites), -1) if sites else ()
+        h = (x.unflatten(0, (a.size(0), -1)) @ a.mT).chunk(len(sites), -1) if sites else ()
         return dict(zip(sites, h, strict=True))
     def lora_out(self, y: Tensor, h: dict[str, Tensor], site: str, slot: int, scale: Tensor | None = None) -> Tensor:
         """y (T, out) + h B^T, the columns of the product times `scale` (out,)."""
         if site not in h:
             return y
         b = self.lora.up[site, slot] if scale is None else self.lora.up[site, slot] * scale[:, None]
-        return torch.baddbmm(y.unflatten(0, (len(b), -1)), h[site], b.mT, alpha=self.lora.scale).flatten(0, 1)
+        return torch.baddbmm(y.unflatten(0, (b.size(0), -1)), h[site], b.mT, alpha=self.lora.scale).flatten(0, 1)
     def biased(self, x: Tensor, slot: int) -> Tensor:  # x (T, C) and what a document's adapter adds to it
         if self.lora is None or self.lora.bias is None:
             return x
-        return (x.unflatten(0, (len(self.lora.bias), -1)) + self.lora.bias[:, slot, None]).flatten(0, 1)
+        return (x.unflatten(0, (self.lora.bias.size(0), -1)) + self.lora.bias[:, slot, None]).flatten(0, 1)
 
 BOS_ID = 1  # of all tokenizers of the field; SmearGate needs it where rows cross documents
 def positions(cu_seqlens: Tensor, num_tokens: int) -> Tensor:  # (T,) int64: each token's index in its segment (W17)
@@ -1350,7 +1350,7 @@ class GPT(nn.Module):  # the network of PR #1530; parameters are fp32, products 
         info.tap("attn_in", visit.layer, n)
         info.tap("attn_out", visit.layer, y)
         if not isinstance(keep, slice):
-            y, h = y[keep], {site: x.flatten(0, 1)[keep].unflatten(0, (len(x), -1)) for site, x in h.items()}
+            y, h = y[keep], {site: x.flatten(0, 1)[keep].unflatten(0, (x.size(0), -1)) for site, x in h.items()}
         return info.lora_out(F.linear(y, w.o), h, "o", visit.slot, w.attn_scale)
     def feed(self, n: Tensor, w: LayerWeights, visit: Visit, info: PassInfo) -> Tensor:  # the same for the MLP
         out, post = (fused_mlp if self.cfg.fused_mlp else plain_mlp)(n, w.up, w.down, self.cfg.leaky_slope)
