@@ -311,7 +311,8 @@ class Config:  # defaults are the `record` preset's; `PRESETS` overrides them an
             ("BIGRAM_VOCAB_SIZE", c.bigram_vocab_size != 1, "0, or at least 2"),
             ("VE_LAYERS", not c.ve_enabled or re.fullmatch(r"\d+(,\d+)*", c.ve_layers) is not None
              and len({*c.ve_at}) == len(c.ve_at) and max(c.ve_at) < c.num_layers, "as in 9,10, below NUM_LAYERS"),
-            ("LOGIT_SOFTCAP", not c.fused_ce or c.logit_softcap <= 75, "at most 75 with FUSED_CE"),
+            ("LOGIT_SOFTCAP", not c.fused_ce or c.logit_softcap <= 75 * min(c.logit_temperature, 1),
+             "at most 75, and 75 * LOGIT_TEMPERATURE, with FUSED_CE"),
             ("LOOP_START", not loops or c.loop_start <= c.loop_end, "at most LOOP_END"),
             ("LOOP_END", not loops or c.loop_end < c.num_layers, "below NUM_LAYERS"),
             ("PARALLEL_START_LAYER", not stale, "0 or above LOOP_END: later passes would work on stale lanes"),
@@ -902,7 +903,7 @@ def softcap_ce_cuda(z: Tensor, targets: Tensor, cap: float, gradient: bool, tile
     return nats
 
 softcap_ce = operator("softcap_ce", softcap_ce_reference, softcap_ce_cuda,
-                      lambda z, *_: z.new_empty(len(z), dtype=torch.promote_types(z.dtype, torch.float32)), ("z",))
+                      lambda z, *_: z.new_empty(z.size(0), dtype=torch.promote_types(z.dtype, torch.float32)), ("z",))
 
 def head_product(x: Tensor, w: Tensor, extra: Tensor | None) -> Tensor:
     return F.linear(x, w) if extra is None else F.linear(x, w) + extra
@@ -1265,18 +1266,18 @@ class PassInfo(NamedTuple):  # what every layer of one forward shares
     def lora_in(self, x: Tensor, source: str, slot: int) -> dict[str, Tensor]:
         """x (T, C), T / B tokens per document -> x A^T (B, T / B, rank) of all adapters that read it, in a product."""
         a, sites = self.lora.down.get((source, slot), (x, ())) if self.lora else (x, ())
-        h = (x.unflatten(0, (len(a), -1)) @ a.mT).chunk(len(sites), -1) if sites else ()
+        h = (x.unflatten(0, (a.size(0), -1)) @ a.mT).chunk(len(sites), -1) if sites else ()
         return dict(zip(sites, h, strict=True))
     def lora_out(self, y: Tensor, h: dict[str, Tensor], site: str, slot: int, scale: Tensor | None = None) -> Tensor:
         """y (T, out) + h B^T, the columns of the product times `scale` (out,)."""
         if site not in h:
             return y
         b = self.lora.up[site, slot] if scale is None else self.lora.up[site, slot] * scale[:, None]
-        return torch.baddbmm(y.unflatten(0, (len(b), -1)), h[site], b.mT, alpha=self.lora.scale).flatten(0, 1)
+        return torch.baddbmm(y.unflatten(0, (b.size(0), -1)), h[site], b.mT, alpha=self.lora.scale).flatten(0, 1)
     def biased(self, x: Tensor, slot: int) -> Tensor:  # x (T, C) and what a document's adapter adds to it
         if self.lora is None or self.lora.bias is None:
             return x
-        return (x.unflatten(0, (len(self.lora.bias), -1)) + self.lora.bias[:, slot, None]).flatten(0, 1)
+        return (x.unflatten(0, (self.lora.bias.size(0), -1)) + self.lora.bias[:, slot, None]).flatten(0, 1)
 
 BOS_ID = 1  # of all tokenizers of the field; SmearGate needs it where rows cross documents
 def positions(cu_seqlens: Tensor, num_tokens: int) -> Tensor:  # (T,) int64: each token's index in its segment (W17)
@@ -1354,7 +1355,7 @@ class GPT(nn.Module):  # the network of PR #1530; parameters are fp32, products 
         info.tap("attn_in", visit.layer, n)
         info.tap("attn_out", visit.layer, y)
         if not isinstance(keep, slice):
-            y, h = y[keep], {site: x.flatten(0, 1)[keep].unflatten(0, (len(x), -1)) for site, x in h.items()}
+            y, h = y[keep], {site: x.flatten(0, 1)[keep].unflatten(0, (x.size(0), -1)) for site, x in h.items()}
         return info.lora_out(F.linear(y, w.o), h, "o", visit.slot, w.attn_scale)
     def feed(self, n: Tensor, w: LayerWeights, visit: Visit, info: PassInfo) -> Tensor:  # the same for the MLP
         out, post = (fused_mlp if self.cfg.fused_mlp else plain_mlp)(n, w.up, w.down, self.cfg.leaky_slope)
@@ -1472,8 +1473,10 @@ class LoRA(NamedTuple):
         widths = torch.tensor(self.widths, device=self.down.device)
         return [each[:, None, None], each.repeat_interleave(widths)[:, None], each.new_tensor(float(of.get("bias", 1)))]
     def views(self) -> LoRAViews:  # by split, so that a gradient is one copy
-        by_input = groupby(self.sites, lambda s: ("attn" if s[0] in "qkvo" else s[0], s[1]))
-        reads = {source: tuple(site for site, _ in sites) for source, sites in by_input}
+        reads: dict[tuple[str, int], tuple[str, ...]] = {}  # input -> its sites; torch.compile takes no groupby here
+        for site, slot in self.sites:
+            source = "attn" if site in "qkvo" else site, slot
+            reads[source] = (*reads.get(source, ()), site)
         a = self.down.flatten(1, 2).split([len(sites) * self.down.size(2) for sites in reads.values()], 1)
         up = dict(zip(self.sites, self.up.split(self.widths, 1), strict=True))
         return LoRAViews(dict(zip(reads, zip(a, reads.values(), strict=True), strict=True)), up, self.scale, self.bias)
@@ -2735,6 +2738,7 @@ class Run:  # from its data to its report, the same on all ranks; `go` holds the
         torch.manual_seed(cfg.seed)
         torch.set_float32_matmul_precision("high" if cfg.compute_dtype == "bf16" else "highest")
         torch._dynamo.config.recompile_limit = 64  # training, scoring and adaptation share GPT.forward
+        torch._dynamo.config.specialize_int = torch._dynamo.config.specialize_float = True  # settings; only sizes vary
         self.model = GPT(cfg, self.backend).to(self.ranks.device)
         self.forward = torch.compile(self.model, fullgraph=True, dynamic=False) if cfg.compile else self.model
         mode = "reduce-overhead" if cfg.ttt_cuda_graph else "default"

@@ -174,7 +174,7 @@ def adapters_kept(tg):
         if before is not None:
             n = min(len(before.up), len(self.master.up))
             with torch.no_grad():
-                for mine, theirs, leaf in zip(self.master[-2:], before[-2:], self.lora[-2:], strict=True):
+                for mine, theirs, leaf in zip(self.master.leaves, before.leaves, self.lora.leaves, strict=True):
                     mine[:n] = theirs[:n]
                     leaf.copy_(mine)
 

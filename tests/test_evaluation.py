@@ -101,7 +101,7 @@ def test_updates_are_those_of_torchs_optimisers(optimizer, beta1):
     for number in range(1, 6):
         leaf.grad = torch.randn(5, 7)
         theirs.step()
-        tg.adapter_update(rounded, master, leaf.grad, moments, torch.tensor(float(number)), cfg)
+        tg.adapter_update(rounded, master, leaf.grad, moments, torch.tensor(float(number)), torch.tensor(0.01), cfg)
         assert (master - leaf).norm() / leaf.norm() < 1e-6
         assert torch.equal(rounded, master.bfloat16())
 

@@ -128,7 +128,7 @@ def probe_of(tg: ModuleType) -> type:
 
     class Probe(tg.Run):
         def warm_up(self, last: tuple) -> float:
-            self.warm_inputs, forwards = [], (self.forward, self.ttt_forward)
+            self.warm_inputs, forwards = [], (self.forward, self.scoring, self.ttt_forward)
 
             def spied(forward: Callable) -> Callable:
                 def spy(batch: Any, *args: Any, **options: Any) -> Tensor:
@@ -138,9 +138,9 @@ def probe_of(tg: ModuleType) -> type:
                 return spy
 
             before = fold(list(self.model.state_dict().values())), random_state()
-            self.forward, self.ttt_forward = map(spied, forwards)
+            self.forward, self.scoring, self.ttt_forward = map(spied, forwards)
             seconds = super().warm_up(last)
-            self.forward, self.ttt_forward = forwards
+            self.forward, self.scoring, self.ttt_forward = forwards
             after = fold(list(self.model.state_dict().values())), random_state()
             self.warm_up_kept = [a == b for a, b in zip(before, after, strict=True)]
             return seconds
@@ -171,7 +171,7 @@ class Watch:
             return (0, 0)
         model, adapters = self.subject.run.model, []
         for state in self.states[-1:]:
-            adapters += [*state.master[-2:], *(x for x in state.lora[-2:]), *(m for ms in state.moments for m in ms)]
+            adapters += [*state.master.leaves, *state.lora.leaves, *(m for ms in state.moments for m in ms)]
         momenta = [v for o in self.optimisers for s in o.state.values() for v in s.values() if isinstance(v, Tensor)]
         return fold([*model.parameters(), *model.buffers(), *momenta]), fold(adapters)
 
@@ -257,14 +257,14 @@ class Watch:
             if all(optimiser is not known for known in watch.optimisers):
                 watch.optimisers.append(optimiser)
 
-        kept = tg.Ledger, tg.Adaptation, run.forward, run.ttt_forward
+        kept = tg.Ledger, tg.Adaptation, run.scoring, run.ttt_forward
         hook = register_optimizer_step_post_hook(stepped)
         tg.Ledger, tg.Adaptation = Ledger, Adaptation
-        run.forward, run.ttt_forward = self.forward(run.forward), self.forward(run.ttt_forward)
+        run.scoring, run.ttt_forward = self.forward(run.scoring), self.forward(run.ttt_forward)
         try:
             yield self
         finally:
-            tg.Ledger, tg.Adaptation, run.forward, run.ttt_forward = kept
+            tg.Ledger, tg.Adaptation, run.scoring, run.ttt_forward = kept
             hook.remove()
 
 
@@ -329,7 +329,7 @@ class Subject:
         self.tg.head_loss = catch
         try:
             with torch.no_grad():
-                self.run.model(batch, plan, lora=lora, select=select)
+                self.run.model(batch, plan, lora=lora, select=select, temperature=self.run.cfg.logit_temperature)
         finally:
             self.tg.head_loss = original
         if len(caught) != 1:
