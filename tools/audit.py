@@ -392,9 +392,11 @@ class Audit:
         self.asked = {k: v for k, v in environ.items() if k in knobs}
         self.environ = {**environ, "EVAL_ONLY_PATH": str(artifact.resolve()), "EVAL_DEADLINE_SECONDS": "1e9"}
         self.environ |= {"RUN_ID": "audit", "ARTIFACT_DIR": "", "DATA_DIR": self.absolute("DATA_DIR", "data")}
+        self.environ["MAX_WALLCLOCK_SECONDS"] = "0"  # nothing trains here: no time for it is measured, none can lack
         if environ.get("TOKENIZER_PATH"):
             self.environ["TOKENIZER_PATH"] = self.absolute("TOKENIZER_PATH", "")
         self.findings: dict[str, Finding] = {}
+        self.broken: Exception | None = None
         self.always_on: list[str] = []  # what the run's own ledger said
         self.floor: dict[str, float] = {}
 
@@ -402,7 +404,16 @@ class Audit:
         return str(Path(os.environ.get(name) or default).resolve())
 
     @functools.cached_property
-    def subject(self) -> Subject:
+    def subject(self) -> Subject:  # what goes wrong in it goes wrong once, for every test
+        if self.broken:
+            raise self.broken
+        try:
+            return self.prepared()
+        except Exception as error:
+            self.broken = error
+            raise
+
+    def prepared(self) -> Subject:  # with the sample: texts, the stream of them, and the settings that fit it
         asked = self.tg.Config.from_env(self.environ, torch.cuda.is_available())[0]
         rows = dict(val_batch_tokens=min(asked.val_batch_tokens, 32 * asked.eval_seq_len))  # the sample fills no larger
         self.environ["VAL_BATCH_TOKENS"] = str(rows["val_batch_tokens"])
@@ -475,16 +486,17 @@ class Audit:
         return [int(docs.starts[d] + docs.counts[d] * share) for d, share in chosen.items()]
 
     def T1(self) -> Finding:
-        rng, docs, cuts = np.random.default_rng(1), self.docs, self.cuts()
+        subject, rng, cuts = self.subject, np.random.default_rng(1), self.cuts()
+        docs = self.docs
 
         def test(name: str) -> tuple[float, float, str]:
-            base, worst, scored, compared = self.subject.nats(name, docs), 0.0, 0.0, 0
+            base, worst, scored, compared = subject.nats(name, docs), 0.0, 0.0, 0
             for cut in cuts:
                 tokens = docs.tokens.copy()
-                later = np.flatnonzero((np.arange(len(tokens)) > cut) & (tokens != self.subject.bos))
-                tokens[later] = rng.choice(self.subject.words, len(later))
-                watch = Watch(self.subject)
-                nats = self.subject.nats(name, docs._replace(tokens=tokens), watch)
+                later = np.flatnonzero((np.arange(len(tokens)) > cut) & (tokens != subject.bos))
+                tokens[later] = rng.choice(subject.words, len(later))
+                watch = Watch(subject)
+                nats = subject.nats(name, docs._replace(tokens=tokens), watch)
                 before = watch.order[: next(i for i, places in enumerate(watch.order) if (places >= cut).any())]
                 before = np.concatenate([np.arange(0), *before]).astype(int)
                 worst, compared = max(worst, far(nats[:cut], base[:cut])), compared + cut
@@ -495,7 +507,7 @@ class Audit:
             rest = max(2, (docs.counts[longest] % window or window) // 2)  # the cut leaves a part of its last window
             for cut in (cuts[len(cuts) // 2], int(docs.starts[longest] + docs.counts[longest] - rest)):
                 tokens = docs.tokens.copy()
-                tokens[cut] = self.subject.bos
+                tokens[cut] = subject.bos
                 owner = int(np.searchsorted(docs.starts, cut, side="right"))
                 starts = np.insert(docs.starts, owner, cut)
                 shorter = self.tg.Documents(tokens, starts, np.diff(starts, append=len(tokens) - 1))
@@ -665,8 +677,9 @@ class Audit:
                    if k in os.environ}  # fmt: skip
             env |= self.asked | {"HOME": str(folder / "home"), "TMPDIR": str(folder / "tmp"), "OMP_NUM_THREADS": "1"}
             env |= {"EVAL_ONLY_PATH": "artifact", "DATA_DIR": "data", "TOKENIZER_PATH": "tokenizer.model"}
-            env |= {"EVAL_DEADLINE_SECONDS": "1e9", "VAL_DOC_FRACTION": repr(share), "RUN_ID": "alone"}
-            env |= {name.upper(): str(value) for name, value in self.changes.items()} | {"DATASET": data.name}
+            env |= {"MAX_WALLCLOCK_SECONDS": "0", "EVAL_DEADLINE_SECONDS": "1e9", "RUN_ID": "alone"}
+            env |= {"VAL_DOC_FRACTION": repr(share), "DATASET": data.name}
+            env |= {name.upper(): str(value) for name, value in self.changes.items()}
             env.pop("ARTIFACT_DIR", None)
             command = [sys.executable, str(Path(__file__).resolve()), "--locked", str(folder / "train_gpt.py")]
             piped = dict(capture_output=True, text=True, timeout=3600, check=False)
