@@ -398,14 +398,21 @@ class Audit:
         self.findings: dict[str, Finding] = {}
         self.broken: Exception | None = None
         self.always_on: list[str] = []  # what the run's own ledger said
+        self.watches: dict[str, tuple[Watch, Any]] = {}
+        self.bases: dict[str, np.ndarray] = {}
         self.floor: dict[str, float] = {}
 
     def absolute(self, name: str, default: str) -> str:
         return str(Path(os.environ.get(name) or default).resolve())
 
+    subject = property(lambda self: self.ready[0])
+    texts = property(lambda self: self.ready[1])
+    docs = property(lambda self: self.ready[2])  # the stream of the texts
+    changes = property(lambda self: self.ready[3])  # settings that fit it
+
     @functools.cached_property
-    def subject(self) -> Subject:  # what goes wrong in it goes wrong once, for every test
-        if self.broken:
+    def ready(self) -> tuple[Subject, list[np.ndarray], Any, dict[str, int]]:
+        if self.broken:  # once is enough, for all tests
             raise self.broken
         try:
             return self.prepared()
@@ -413,21 +420,22 @@ class Audit:
             self.broken = error
             raise
 
-    def prepared(self) -> Subject:  # with the sample: texts, the stream of them, and the settings that fit it
+    def prepared(self) -> tuple[Subject, list[np.ndarray], Any, dict[str, int]]:
         asked = self.tg.Config.from_env(self.environ, torch.cuda.is_available())[0]
+        window = max(asked.eval_seq_len, asked.ttt_eval_seq_len)
         rows = dict(val_batch_tokens=min(asked.val_batch_tokens, 32 * asked.eval_seq_len))  # the sample fills no larger
         self.environ["VAL_BATCH_TOKENS"] = str(rows["val_batch_tokens"])
+        most = max(asked.eval_seq_len, self.count * window // 3)  # of a chunk, as below: nor need warm-up be longer
+        self.environ["TTT_CHUNK_TOKENS"] = str(min(asked.ttt_chunk_tokens, most))
         subject = Subject(self.tg, self.environ)
-        window = max(subject.cfg.eval_seq_len, subject.cfg.ttt_eval_seq_len)
-        self.texts = subject.sample(self.count, window)
-        self.docs, total = subject.stream(self.texts), sum(map(len, self.texts))
-        self.changes = rows | dict(
-            ttt_chunk_tokens=max(subject.cfg.eval_seq_len, min(subject.cfg.ttt_chunk_tokens, total // 4)),
-            ttt_batch_size=min(subject.cfg.ttt_batch_size, max(2, len(self.texts) // 8)),
-            phased_ttt_prefix_docs=min(subject.cfg.phased_ttt_prefix_docs, max(1, 3 * len(self.texts) // 4)),
+        cfg, texts = subject.cfg, subject.sample(self.count, window)
+        changes = rows | dict(
+            ttt_chunk_tokens=max(cfg.eval_seq_len, min(cfg.ttt_chunk_tokens, sum(map(len, texts)) // 4)),
+            ttt_batch_size=min(cfg.ttt_batch_size, max(2, len(texts) // 8)),
+            phased_ttt_prefix_docs=min(cfg.phased_ttt_prefix_docs, max(1, 3 * len(texts) // 4)),
         )
-        subject.set(**self.changes)
-        return subject
+        subject.set(**changes)
+        return subject, texts, subject.stream(texts), changes
 
     @functools.cached_property
     def exact(self) -> Subject:  # the same in fp32, where other shapes leave scores as they are
@@ -466,10 +474,15 @@ class Audit:
         evidence = "; ".join([*(f"{name} {detail}" for name, (_, _, detail) in found.items()), *without])
         return Finding(passed, evidence, {name: value for name, (value, _, _) in found.items()})
 
+    def base(self, name: str) -> np.ndarray:  # nats of the sample by this evaluation, with the settings of the run
+        if name not in self.bases:
+            self.bases[name] = self.subject.nats(name, self.docs)
+        return self.bases[name]
+
     def T0(self) -> Finding:
         subject = self.subject
         for name in subject.names:
-            self.floor[name] = far(subject.nats(name, self.docs), subject.nats(name, self.docs))
+            self.floor[name] = far(self.base(name), subject.nats(name, self.docs))
         worst = max(self.floor.values())
         text = f"{len(self.docs.counts)} documents, {self.docs.counts.sum()} targets twice: max {worst:.1e} nats apart"
         return Finding(worst <= CLOSE, text, self.floor)
@@ -490,7 +503,7 @@ class Audit:
         docs = self.docs
 
         def test(name: str) -> tuple[float, float, str]:
-            base, worst, scored, compared = subject.nats(name, docs), 0.0, 0.0, 0
+            base, worst, scored, compared = self.base(name), 0.0, 0.0, 0
             for cut in cuts:
                 tokens = docs.tokens.copy()
                 later = np.flatnonzero((np.arange(len(tokens)) > cut) & (tokens != subject.bos))
@@ -502,7 +515,7 @@ class Audit:
                 worst, compared = max(worst, far(nats[:cut], base[:cut])), compared + cut
                 scored = max(scored, far(nats[before], base[before]))
             ends, exact = 0.0, self.exact
-            base = exact.nats(name, docs)
+            base = base if exact is subject else exact.nats(name, docs)
             window, longest = exact.cfg.eval_seq_len, int(docs.counts.argmax())
             rest = max(2, (docs.counts[longest] % window or window) // 2)  # the cut leaves a part of its last window
             for cut in (cuts[len(cuts) // 2], int(docs.starts[longest] + docs.counts[longest] - rest)):
@@ -550,7 +563,8 @@ class Audit:
         if "ttt" in name and cfg.ttt_mode == "chunk":
             size = sum(len(text) + 1 for text in block)
             warm = [np.resize(np.concatenate(self.texts), size - 1)]
-            changes |= dict(ttt_chunk_tokens=size, ttt_batch_seqs=cfg.ttt_batch_seqs * cfg.eval_seq_len // (2 * stride))
+            as_many = cfg.ttt_batch_seqs * cfg.eval_seq_len // (2 * stride)  # tokens as in rows of the run
+            changes |= dict(ttt_chunk_tokens=size, ttt_batch_seqs=as_many, ttt_epochs=1)
         elif "ttt" in name:
             changes |= dict(ttt_short_chunks=f"{len(prefix)}:8", ttt_warm_start_a=False, ttt_batch_size=256)
             if cfg.phased_ttt_num_phases:
@@ -579,13 +593,12 @@ class Audit:
         return self.over_evaluations(test)
 
     def T4(self) -> Finding:
-        subject, docs = self.subject, self.docs
+        docs = self.docs
         wanted = np.bincount(docs.places(), minlength=len(docs.tokens) - 1)
         total = sum(self.decoded(docs))
 
         def test(name: str) -> tuple[float, float, str]:
-            watch = Watch(subject)
-            ledger = subject.evaluate(name, docs, watch)
+            watch, ledger = self.watched(name)
             times = np.bincount(np.concatenate([np.arange(0), *watch.order]), minlength=len(wanted))
             kept, wrong = ledger.times[:-1].cpu().numpy(), int((times != wanted).sum())
             wrong += int((kept != wanted).sum())
@@ -598,16 +611,15 @@ class Audit:
 
         return self.over_evaluations(test)
 
-    def watched(self, name: str) -> Watch:  # one evaluation with states hashed, for T5 and T6
-        if name not in self.__dict__.setdefault("watches", {}):
+    def watched(self, name: str) -> tuple[Watch, Any]:  # one evaluation with states hashed, and its ledger
+        if name not in self.watches:
             watch = Watch(self.subject, hashes=True)
-            self.subject.evaluate(name, self.docs, watch)
-            self.watches[name] = watch
+            self.watches[name] = watch, self.subject.evaluate(name, self.docs, watch)
         return self.watches[name]
 
     def T5(self) -> Finding:
         def test(name: str) -> tuple[float, float, str]:
-            watch = self.watched(name)
+            watch, _ = self.watched(name)
             wrong = watch.problems["T5"] + [f"{watch.early} targets read before their score"] * (watch.early > 0)
             said = f": {wrong[0]}" if wrong else ""
             return len(wrong), 0, f"{watch.reads} targets read by updates, {len(wrong)} faults{said}"
@@ -616,7 +628,7 @@ class Audit:
 
     def T6(self) -> Finding:
         def test(name: str) -> tuple[float, float, str]:
-            watch = self.watched(name)
+            watch, _ = self.watched(name)
             wrong = watch.problems["T6"]
             return len(wrong), 0, f"{watch.scoring} blocks of scores, {len(wrong)} with another state after than before"
 
@@ -779,7 +791,8 @@ class Audit:
             tokens, changed = docs.tokens.copy(), changed & (docs.tokens != subject.bos)
             tokens[changed] = rng.choice(subject.words, int(changed.sum()))
             with subject.without_crossing():
-                before, after = (subject.nats(name, d) for d in (docs, docs._replace(tokens=tokens)))
+                before = subject.nats(name, docs) if subject.crosses else self.base(name)
+                after = subject.nats(name, docs._replace(tokens=tokens))
             worst = far(before[kept], after[kept])
             return worst, self.allowed(name), f"{worst:.1e} nats {about}"
 
@@ -1080,7 +1093,7 @@ def audit(script: Path, artifact: Path, environ: dict[str, str], tests: list[str
         tests = ["T0", *tests]  # the floor of the others
     findings = visit.run(tests)
     held = properties(findings)
-    if "subject" in visit.__dict__ and held["document_independent"]["passed"]:
+    if "ready" in visit.__dict__ and held["document_independent"]["passed"]:
         subject, row = visit.subject, held["document_independent"]
         said = ["documents learn from earlier ones"] * subject.crosses
         said += ["windows run over documents (DATA_LOADER)"] * any(map(subject.by_rows, subject.names))
@@ -1090,7 +1103,8 @@ def audit(script: Path, artifact: Path, environ: dict[str, str], tests: list[str
         "artifact_sha256": hashlib.sha256(artifact.read_bytes()).hexdigest(),
         "code_sha256": hashlib.sha256(script.read_bytes()).hexdigest(),
         "knobs": {k: v for k, v in visit.asked.items() if k not in ("DATA_DIR", "EVAL_ONLY_PATH", "TOKENIZER_PATH")},
-        "documents": len(getattr(visit, "texts", [])), "seconds": round(time.monotonic() - start, 1),
+        "documents": len(visit.texts) if "ready" in visit.__dict__ else 0,
+        "seconds": round(time.monotonic() - start, 1),
         "properties": held, "always_on": sorted(set(visit.always_on)),
         "tests": {name: {"passed": f.passed, "evidence": f.evidence, **f.figures} for name, f in findings.items()},
     }  # fmt: skip
