@@ -6,7 +6,7 @@ GPUS := $(shell nvidia-smi -L 2>/dev/null | wc -l)
 
 BENCHES := $(filter-out bench/reference.py,$(wildcard bench/*.py))
 
-.PHONY: run record report pack bench test lint gpu install dev
+.PHONY: run record report compare pack bench test lint gpu install dev
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -35,6 +35,21 @@ record: install
 LOGS ?= $(wildcard logs/*.txt)
 report: dev
 	$(BIN)/python tools/report.py $(LOGS) --html runs/report.html
+
+# Five systems on the same data with the same budget, small enough for a CPU (SHRINK=1), as one table. Killed, it goes on
+# when typed again. SEED=0,1,2 for spread; at full size, on GPUs: make compare SHRINK=0 DATASET=.. VOCAB_SIZE=..
+SYSTEMS ?= pr1530,pr1560,pr1413,pr473,pr605
+SHRINK ?= 1
+SEED ?= 1337
+DATASET ?= pydocs_sp1024
+DATA_DIR ?= data
+CODE := $(shell cksum < train_gpt.py | cut -d ' ' -f 1)
+COMPARE ?= compare-$(DATASET)-$(CODE)
+compare: dev
+	$(if $(filter pydocs_sp1024,$(DATASET)),$(BIN)/python tools/prepare_data.py pydocs --data-dir "$(DATA_DIR)")
+	DATASET=$(DATASET) DATA_DIR="$(DATA_DIR)" $(BIN)/python tools/sweep.py $(COMPARE) PRESET=$(SYSTEMS) SHRINK=$(SHRINK) \
+	  SEED=$(SEED) || [ $$? = 1 ]
+	$(BIN)/python tools/report.py --compare logs/$(COMPARE)-????.txt
 
 # The submission folder of a finished run, checked: make pack RUN=runs/<RUN_ID>
 pack: install

@@ -192,6 +192,26 @@ def smear_over_bos(tg):
     tg.F = types.SimpleNamespace(**{**vars(tg.F), "embedding": embedding})
 
 
+@caught_by("T10", "T11")
+def memory_of_the_stream(tg):
+    """hidden states take in those of the text before, beyond the window"""
+    original = tg.Scorer.score
+
+    def score(self, spans, shared):
+        embed, past = tg.F.embedding, [0.0]
+
+        def embedding(ids, table):
+            x = embed(ids, table)
+            x, past[0] = x + 0.1 * past[0], 0.9 * past[0] + x.mean(0)
+            return x
+
+        tg.F = types.SimpleNamespace(**{**vars(tg.F), "embedding": embedding})
+        original(self, spans, shared)
+        tg.F = types.SimpleNamespace(**{**vars(tg.F), "embedding": embed})
+
+    tg.Scorer.score = score
+
+
 # === Bytes and coverage ===============================================================================================
 @caught_by("T4", "T12")
 def three_bytes_per_fallback(tg):

@@ -66,6 +66,34 @@ def test_honest_run_passes_every_test(run, knobs, mode):
         assert re.search(r"quantized_ttt_lora [1-9]\d+ targets read", result["tests"]["T5"]["evidence"])
 
 
+@pytest.fixture(scope="session")
+def run_of_rows(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with rows that cross documents."""
+    folder = tmp_path_factory.mktemp("rows")
+    environ = {**TINY, **RATES, "DATA_DIR": str(tiny_data), "ITERATIONS": "24", "RUN_ID": "a", "DATA_LOADER": "rows"}
+    done = run_script(environ, folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.parametrize("mode", ["document", "chunk"])
+def test_honest_run_on_rows_passes_and_claims_no_more_than_it_has(run_of_rows, knobs, mode):
+    sliding = {**CHUNK, "SLIDING_WINDOW_ENABLED": "1"}
+    environ = {**knobs, "DATA_LOADER": "rows", **(sliding if mode == "chunk" else {})}
+    result = audit.audit(SCRIPT, artifact_of(run_of_rows), environ, [*IN_PROCESS, "T7", "T8", "T9", "T18"], 6)
+    assert failed(result) == [], {name: result["tests"][name]["evidence"] for name in failed(result)}
+    held = {name: row["passed"] for name, row in result["properties"].items()}
+    assert all(held[name] for name in ("repeatable", "causal", "normalised", "score_first", "single_pass"))
+    assert held["self_contained"] and held["document_independent"] is None
+    assert "over documents (DATA_LOADER)" in result["properties"]["document_independent"]["evidence"]
+    evidence = {name: test["evidence"] for name, test in result["tests"].items()}
+    assert "quantized not claimed: DATA_LOADER=rows" in evidence["T10"]
+    assert result["tests"]["T10"]["passed"] is (True if mode == "document" else None)  # adapters are a document's own
+    assert re.search(r"quantized 0.0e\+00 nats at \d+ places beyond a window", evidence["T11"])
+    assert re.search(r"quantized_ttt_lora [1-9]\d+ targets read", evidence["T5"])
+    assert "2 documents in an empty folder" in evidence["T8"]  # the first ones, not the whole set
+
+
 # === Planted cheats ===================================================================================================
 @pytest.mark.parametrize("name", CHEATS)
 def test_cheat_is_caught(run, knobs, tmp_path, name):
@@ -82,6 +110,33 @@ def test_cheat_is_caught(run, knobs, tmp_path, name):
     assert not any("Error:" in text for text in evidence.values()), evidence  # caught, not crashed
     broken = {name for name, row in result["properties"].items() if row["passed"] is False}
     assert broken  # and said in terms of a property
+
+
+@pytest.mark.parametrize(
+    "name,expected",
+    [("bias_from_target", {"T2", "T3", "T9"}), ("unnormalised_mixing", {"T2", "T3"}),
+     ("peek_in_attention", {"T1", "T2"}), ("chunk_before_its_score", {"T1", "T5"}), ("memory_of_the_stream", {"T11"}),
+     ("last_windows_dropped", {"T4"})],
+)  # fmt: skip
+def test_cheat_on_rows_is_caught(run_of_rows, knobs, tmp_path, name, expected):
+    environ = {**knobs, **CHUNK, "DATA_LOADER": "rows", "SLIDING_WINDOW_ENABLED": "1", **CHEATS[name][2]}
+    result = audit.audit(plant(name, tmp_path), artifact_of(run_of_rows), environ, sorted(expected), 6)
+    evidence = {test: found["evidence"] for test, found in result["tests"].items()}
+    assert set(failed(result)) - {"T0"} == expected, evidence
+    assert not any("Error:" in text for text in evidence.values()), evidence
+
+
+def test_a_subject_that_cannot_start_is_tried_once(run, knobs, monkeypatch):
+    tries = []
+
+    def refused(*_):
+        tries.append(1)
+        raise audit.load_script(SCRIPT).UsageError("no")
+
+    monkeypatch.setattr(audit, "Subject", refused)
+    result = audit.audit(SCRIPT, artifact_of(run), knobs, IN_PROCESS, 4)
+    assert len(tries) == 1
+    assert {result["tests"][name]["evidence"] for name in IN_PROCESS} == {"the run refuses: no"}
 
 
 def test_sixteen_kinds_of_cheat_and_more_are_planted():

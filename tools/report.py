@@ -4,12 +4,15 @@
     report.py new*.txt --baseline old*.txt                        # is the difference real? is it a record?
     report.py logs/*.txt --html out.html --png pictures           # curves, budgets, losses by length and position
     report.py logs/*.txt --markdown README.md --submission submission.json --name "what was run"
+    report.py --compare logs/compare-*.txt                        # presets side by side, as `make compare` runs them
 
 It reads the logs of train_gpt.py (the one `final {json}` line, the phase table, the config) and those of the public
 records (Hyperparameters or key:value headers, `LABEL val_loss:X val_bpb:Y`, whatever the label).
 
 Only runs of one code and one configuration are seeds of one claim. Others are refused with the knobs that differ;
 --mixed takes them all the same and gives mean and deviation per configuration too. A log given twice is always refused.
+--compare takes other presets and knobs, a row each over its seeds, but one code, one data set, one budget of training
+and one machine. It leaves out, and names, logs of runs that did not finish.
 
 Bytes: val_loss, val_bpb and the number of tokens imply how many bytes were counted. Every score line is checked against
 the run's own val_bytes and against the canonical validation sets; a denominator 0.01 % off is INVALID (exit status 1).
@@ -41,6 +44,7 @@ import os
 import re
 import statistics
 import sys
+import time
 import zipfile
 from collections.abc import Callable
 from functools import cached_property, partial
@@ -85,6 +89,7 @@ class Run:
     path: Path
     seed: int | None
     config: dict[str, str]
+    given: set[str]  # the settings that came from the environment
     facts: dict[str, Any]  # what makes two runs comparable: code, data, hardware
     steps: int | None
     train_seconds: float | None
@@ -286,7 +291,8 @@ def read_run(path: Path) -> Run:
     named = re.search(r"seed[_-]?(\d+)", path.stem)
     seed = final.get("seed", config.get("seed", named and named[1]))
     limits = {m[1]: float(m[2]) for m in map(LIMIT.match, lines) if m}
-    return Run(path, None if seed is None else int(seed), config, facts, steps, train, stages,
+    given = {m[1] for m in (re.match(r"  (\w+): .* \(env\)$", line) for line in lines) if m}
+    return Run(path, None if seed is None else int(seed), config, given, facts, steps, train, stages,
                read_phases(lines, final, stages, train), {"train": LIMIT_SECONDS, "eval": LIMIT_SECONDS, **limits},
                read_sizes(lines, final), points, final)  # fmt: skip
 
@@ -632,14 +638,111 @@ def as_markdown(report: Report) -> str:
     return "\n".join([BEGIN, *lines, END])
 
 
-def write_markdown(report: Report, path: str) -> None:  # in place; `-` is the terminal
+def write_markdown(block: str, path: str) -> None:  # in place of what its first and last line enclose; `-`: terminal
     if path == "-":
-        return print(as_markdown(report))
-    text = Path(path).read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise UsageError(f"{path}: needs one line {BEGIN} and after it one {END} around what is to be replaced")
-    before, rest = text.split(BEGIN)
-    return write_atomic(Path(path), (before + as_markdown(report) + rest.split(END)[1]).encode())
+        return print(block)
+    text, (begin, *_, end) = Path(path).read_text(encoding="utf-8"), block.splitlines()
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise UsageError(f"{path}: needs one line {begin} and after it one {end} around what is to be replaced")
+    before, rest = text.split(begin)
+    return write_atomic(Path(path), (before + block + rest.split(end)[1]).encode())
+
+
+# === Systems side by side: presets over their seeds ===================================================================
+SYSTEMS = {  # preset -> (system, what it has, published score)
+    "pr1530": ("#1530", "attention within documents, layers 3–5 looped, two lanes from 8, XSA, leaky², GPTQ; "
+               "adapts a LoRA per document", "1.07336"),
+    "pr1560": ("#1560", "the same, warm-down over 0.75, chunks of 48", "1.07406"),
+    "pr1413": ("#1413", "shuffled rows, layers 4–5 looped, no lanes, XSA, leaky², GPTQ; sliding window; adapts by SGD, "
+               "chunk by chunk", "1.08279"),
+    "pr473": ("#473", "rows, no loops, bigram hash, SmearGate, value embedding, XSA in 4 layers, relu², GPTQ-lite; "
+              "sliding window; adapts by SGD, chunk by chunk", "1.12139"),
+    "pr605": ("#605", "rows, no loops, no XSA, whole RoPE, scaled branches, relu², SWA, pruning, int6; adapts a LoRA "
+              "and biases per document, one pass", "about 1.15, legal form"),
+}  # fmt: skip
+PUBLISHED_WITH = ("published: FineWeb, 8 x H100, 600 s of training, mean of three seeds, vocabulary 1024 for #473 and "
+                  "#605, else 8192; #605 printed 0.7227 with a second pass, which was ruled out")  # fmt: skip
+
+
+def budget_of(run: Run) -> str:
+    seconds = float(run.config.get("max_wallclock_seconds", 0))
+    steps = f"{run.config.get('iterations')} steps of {run.config.get('train_batch_tokens')} tokens"
+    return f"{seconds:g} s of training" if seconds else steps
+
+
+def systems_of(runs: list[Run]) -> dict[str, list[Run]]:
+    """Preset and what was set for it alone -> its runs, in the order of SYSTEMS. Raises UsageError unless all else is
+    the same: code, data, machine and budget."""
+    same = {"budget": budget_of, "shrink": lambda run: run.config.get("shrink"),
+            "val_doc_fraction": lambda run: run.config.get("val_doc_fraction")}  # fmt: skip
+    same |= {name: lambda run, name=name: run.facts.get(name) for name in FACTS if name != "preset"}
+    found = {name: dict.fromkeys(str(of(run))[: 12 if "sha256" in name else 99] for run in runs)
+             for name, of in same.items()}  # fmt: skip
+    if wrong := [f"{name}: {', '.join(values)}" for name, values in found.items() if len(values) > 1]:
+        raise UsageError(f"cannot stand in one table, {'; '.join(wrong)}")
+    names = set().union(*(run.given for run in runs)) - VOLATILE - {"preset"}
+    own = sorted(n for n in names if len({run.config.get(n) if n in run.given else None for run in runs}) > 1)
+    groups: dict[str, list[Run]] = {}
+    order = [*SYSTEMS, *sorted({str(run.facts.get("preset")) for run in runs} - {*SYSTEMS})]
+    for run in sorted(runs, key=lambda run: order.index(str(run.facts.get("preset")))):
+        knobs = (f"{name.upper()}={run.config[name]}" for name in own if name in run.given)
+        groups.setdefault(" ".join([str(run.facts.get("preset")), *knobs]), []).append(run)
+    for group in groups.values():
+        check_claim(group, mixed=False)
+    return groups
+
+
+def system_row(name: str, runs: list[Run], kinds: list[str]) -> list[str]:
+    def mean(of: Callable[[Run], float | None], form: str) -> str:  # with the deviation, where there is one
+        values = [value for run in runs if (value := of(run)) is not None]
+        if not values:
+            return "–"
+        spread = f" ± {statistics.stdev(values):{form}}" if len(values) > 1 and form == ".5f" else ""
+        return f"{statistics.fmean(values):{form}}{spread}"
+    preset, *knobs = name.split(" ")
+    system, has, published = SYSTEMS.get(preset, (f"`{preset}`", "", "–"))
+    if knobs:
+        has, published = f"{has}; here `{' '.join(knobs)}`", "–"
+    scores = [mean(lambda run, kind=kind: (s := run.stage(kind)) and s.bpb, ".5f") for kind in kinds]
+    return [system, has, published, str(len(runs)), *scores, mean(lambda run: run.sizes.get("artifact_bytes"), ",.0f"),
+            mean(lambda run: run.spent("train"), ".1f"), mean(lambda run: run.spent("eval"), ".1f"),
+            mean(lambda run: run.steps, ".0f"), mean(lambda run: run.ms_per_step, ".1f")]  # fmt: skip
+
+
+def as_comparison(runs: list[Run], left_out: list[str], date: str | None = None) -> str:
+    """The block between its markers: one row per system, what the figures were made with, what is wrong with them."""
+    groups, facts, run = systems_of(runs), runs[0].facts, runs[0]
+    kinds = [kind for kind in STAGES if any(r.stage(kind) for r in runs)]
+    head = ["system", "what it has", "published", "runs", *(STAGES[k] for k in kinds), "artifact + code", "training s",
+            "evaluation s", "steps", "ms/step"]  # fmt: skip
+    rows = [system_row(name, group, kinds) for name, group in groups.items()]
+    lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
+    days = sorted({time.strftime("%Y-%m-%d", time.localtime(r.path.stat().st_mtime)) for r in runs})
+    when = date or (days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}")
+    where = f"{facts.get('world_size', '?')} x {facts.get('device', '?')}, torch {facts.get('torch', '?')}"
+    what = f"{facts.get('dataset')}, {run.sizes.get('val_tokens', 0):,} validation targets"
+    small = ", SHRINK=1: small widths, short windows" * (run.config.get("shrink") == "True")
+    code = str(facts.get("code_sha256", "?"))[:12]
+    lines += ["", f"- measured: {what}; {budget_of(run)} each{small}; {where}; {when}; code {code}",
+              f"- {PUBLISHED_WITH}", *(f"- left out: {text}" for text in left_out)]  # fmt: skip
+    lines += [f"- {r.label}: over the limit: {text}" for r in runs for text in r.over()]
+    lines += [f"- {r.label}: INVALID: {text}" for r in runs for text in check_scores(r)]
+    return "\n".join(["<!-- compare:begin -->", *lines, "<!-- compare:end -->"])
+
+
+def compare_systems(paths: list[Path], date: str | None, out: str) -> int:  # exit status
+    runs, left_out = [], []
+    for path in paths:
+        try:
+            runs.append(read_run(path))
+        except UsageError as error:
+            left_out.append(str(error))
+    if not runs:
+        raise UsageError(left_out[0])
+    for run, label in zip(runs, short_names([run.path for run in runs]), strict=True):
+        run.label = label
+    write_markdown(as_comparison(runs, left_out, date), out)
+    return int(any(check_scores(run) for run in runs))
 
 
 def compliance(runs: list[Run], audits: list[Path]) -> tuple[dict[str, bool], dict[str, dict[str, Any]]]:
@@ -837,6 +940,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("logs", nargs="+", type=Path, metavar="LOG", help="logs of finished runs")
     add("--baseline", nargs="+", type=Path, default=[], metavar="LOG", help="logs to compare with")
     add("--mixed", action="store_true", help="take different codes, configurations and repeated seeds all the same")
+    add("--compare", action="store_true", help="presets side by side; with --markdown between marks of its own")
     add("--json", metavar="FILE", help="all figures; - is the terminal, in place of the table")
     add("--markdown", metavar="FILE", help=f"rewrite what stands between {BEGIN} and {END}; - is the terminal")
     add("--html", type=Path, metavar="FILE", help="one self-contained page with interactive charts")
@@ -854,6 +958,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.submission and not args.name:
         parser.error("--submission needs --name")
+    others = args.baseline, args.mixed, args.json, args.html, args.png, args.submission, args.audit
+    if args.compare and any(others):
+        parser.error("--compare goes with --markdown and --date alone")
     return args
 
 
@@ -869,7 +976,7 @@ def write_outputs(report: Report, args: argparse.Namespace) -> None:
     if args.png:
         write_pictures(report, args.png)
     if args.markdown:
-        write_markdown(report, args.markdown)
+        write_markdown(as_markdown(report), args.markdown)
     if "-" not in (args.json, args.markdown):
         print_table(report)
 
@@ -877,6 +984,8 @@ def write_outputs(report: Report, args: argparse.Namespace) -> None:
 def main(argv: list[str]) -> int:
     args = parse(argv)
     try:
+        if args.compare:
+            return compare_systems(args.logs, args.date, args.markdown or "-")
         runs, baseline = ([read_run(path) for path in paths] for paths in (args.logs, args.baseline))
         mixed = check_claim(runs, args.mixed)
         if baseline:
