@@ -1239,7 +1239,7 @@ class GPT(nn.Module):  # the network of PR #1530; parameters are fp32, products 
 
 # === 6. Adapters: a LoRA for every document of a batch, at every visit of a layer =====================================
 class LoRAViews(NamedTuple):  # of the adapters of one forward
-    down: dict[tuple[str, int], tuple[Tensor, tuple[str, ...]]]  # (input, slot) -> A (B, sites * rank, C), sites
+    down: dict[tuple[str, int], tuple[Tensor, list[str]]]  # (input, slot) -> A (B, sites * rank, C), sites
     up: dict[tuple[str, int], Tensor]  # (site, slot) -> B (B, out, rank)
     scale: float
 class LoRA(NamedTuple):
@@ -1270,8 +1270,9 @@ class LoRA(NamedTuple):
             a.uniform_(-bound, bound, generator=generator.manual_seed(seed * 1_000_000_007 + key))  # CPU: low 32 bits
         self.up.zero_()
     def views(self) -> LoRAViews:  # by split, so that a gradient is one copy
-        by_input = groupby(self.sites, lambda s: ("attn" if s[0] in "qkvo" else s[0], s[1]))
-        reads = {source: tuple(site for site, _ in sites) for source, sites in by_input}
+        reads = {}  # Dynamo does not trace groupby with a key
+        for site, slot in self.sites:
+            reads.setdefault(("attn" if site in "qkvo" else site, slot), []).append(site)
         a = self.down.flatten(1, 2).split([len(sites) * self.down.size(2) for sites in reads.values()], 1)
         up = dict(zip(self.sites, self.up.split(self.widths, 1), strict=True))
         return LoRAViews(dict(zip(reads, zip(a, reads.values(), strict=True), strict=True)), up, self.scale)
