@@ -1085,27 +1085,36 @@ def norm_rope(qkv: Tensor, gain: Tensor, rope: Tensor, head_dim: int, fused: boo
 # --- Attention over packed documents, one signature for every backend: q (T, H, D), k and v (T, Hkv, D), cu_seqlens
 # int32 (capacity + 1,) ending in repeated T, max_seqlen a constant: one graph for all batches. FA2, FA3 (from 2025-12)
 # and torch's varlen trace as operators, FA4 not by 2026-08 (refused until it does); per-document SDPA becomes one here.
+# Queries may have own cu_seqlens: then they are the last positions of each segment of keys, or none of them.
 ATTENTION_BACKENDS = {"fa3": "flash_attn_interface", "fa4": "flash_attn.cute", "fa2": "flash_attn"}  # by preference
 ATTENTION_BACKENDS |= {"torch": "torch.nn.attention.varlen", "sdpa": ""}  # sdpa: any device, any float type
 ATTENTION_TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 5e-3, torch.float32: 2e-3, torch.float64: 1e-5}  # TF32 2e-3
 # Package absent; library does not load; another version; dtype, head width or GPU refused, or a graph break.
 BACKEND_ERRORS = (ImportError, OSError, AttributeError, KeyError, TypeError, AssertionError, ValueError, RuntimeError)
-def over_documents(kernel: Callable, inputs: tuple, outputs: tuple, cu_seqlens: Tensor) -> None:
-    """Fills outputs (T, heads, ...) with kernel(*inputs), called on (rows, heads, n, ...) views of equal neighbours."""
-    start, lengths = 0, [n for n in cu_seqlens.diff().tolist() if n]
-    runs = [(n, len(list(same))) for n, same in groupby(lengths)]
-    for n, rows in runs if inputs[0].is_cpu else ((n, 1) for n in lengths):  # a GPU holds the (n, n) scores: one row
-        parts = [x[start : start + rows * n].unflatten(0, (rows, n)).transpose(1, 2) for x in (*inputs, *outputs)]
-        for part, result in zip(parts[len(inputs) :], kernel(*parts[: len(inputs)]), strict=False):
+def over_documents(kernel: Callable, inputs: tuple, outputs: tuple, cu: Tensor) -> None:
+    """Fills outputs (T, heads, ...) with kernel(*inputs), called on (rows, heads, n, ...) views of equal neighbours
+    with queries. cu (2, segments + 1): cu_seqlens of queries, of keys."""
+    totals, pairs = cu[:, -1].tolist(), [pair for pair in cu.diff().T.tolist() if pair[1]]
+    start, runs = dict.fromkeys(totals, 0), [(pair, len(list(same))) for pair, same in groupby(pairs)]
+    for pair, rows in runs if inputs[0].is_cpu else ((p, 1) for p in pairs):  # a GPU holds the (n, m) scores: one row
+        n = dict(zip(totals, pair, strict=True))  # by length of a tensor: as many queries as keys are the same segments
+        views = (x[start[len(x)] :][: rows * n[len(x)]].unflatten(0, (rows, n[len(x)])) for x in (*inputs, *outputs))
+        parts = [x.transpose(1, 2) for x in views]
+        for part, result in zip(parts[len(inputs) :], kernel(*parts[: len(inputs)]) if pair[0] else (), strict=False):
             part.copy_(result)
-        start += rows * n
+        start = {total: first + rows * n[total] for total, first in start.items()}
 
+def causal_bias(q: Tensor, k: Tensor) -> Tensor:  # (n, m): queries (.., n, D) are the last of the positions (.., m, D)
+    return q.new_full((q.size(-2), k.size(-2)), -torch.inf).triu(1 + k.size(-2) - q.size(-2))
+def causal(q: Tensor, k: Tensor) -> dict[str, Any]:  # is_causal takes queries for the first positions
+    same = q.size(-2) == k.size(-2)
+    return {"is_causal": same, "attn_mask": None if same else causal_bias(q, k)}
 def causal_gradients(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, _: Tensor) -> tuple[Tensor, ...]:
-    """dq, dk, dv of causal attention on (rows, heads, n, D) from the whole (n, n) scores, in fp32 or better."""
+    """dq, dk, dv of causal attention on (rows, heads, n, D) from the whole (n, m) scores, in fp32 or better."""
     wide, scale = torch.promote_types(q.dtype, torch.float32), q.size(-1) ** -0.5
     grad, q, y = (x.to(wide).unflatten(1, (k.size(1), -1)) for x in (grad, q, y))  # (rows, Hkv, H // Hkv, n, D)
     k, v = k.to(wide).unsqueeze(2), v.to(wide).unsqueeze(2)
-    p = (q @ k.mT * scale + q.new_full(q.shape[3:4] * 2, -torch.inf).triu(1)).softmax(-1)
+    p = (q @ k.mT * scale + causal_bias(q, k)).softmax(-1)
     ds = p * (grad @ v.mT - (grad * y).sum(-1, keepdim=True)) * scale
     return (ds @ k).flatten(1, 2), (ds.mT @ q).sum(2), (p.mT @ grad).sum(2)
 
@@ -1115,36 +1124,42 @@ def sdpa_outputs(q: Tensor) -> tuple[Tensor, Tensor]:  # y (T, H, D), logsumexp 
     return q.new_empty(q.shape), q.new_zeros(q.shape[1::-1], dtype=torch.promote_types(q.dtype, torch.float32))
 
 @torch.library.custom_op("golf::sdpa_varlen", mutates_args=())
-def sdpa_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, Tensor]:
+def sdpa_varlen(q: Tensor, k: Tensor, v: Tensor, cu_queries: Tensor, cu_seqlens: Tensor,
+                max_seqlen: int) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y and logsumexp. On two cores, 16 x 512 bf16 tokens, H=4, D=32: 16 ms, 35 ms in backward."""
-    ends, (shortest, longest) = cu_seqlens[[0, -1]].tolist(), map(int, cu_seqlens.diff().aminmax())
-    assert ends == [0, q.size(0)] and 0 <= shortest <= longest <= max_seqlen, f"{ends=}, {shortest=}, {longest=}"
+    lengths = (cu := torch.stack([cu_queries, cu_seqlens])).diff()
+    ends, shortest, longest = cu[:, [0, -1]].tolist(), int(lengths[0].min()), int(lengths[1].max())
+    fits = ends == [[0, len(q)], [0, len(k)]] and shortest >= 0 and longest <= max_seqlen
+    assert fits and bool((lengths[0] <= lengths[1]).all()), f"{ends=}, {shortest=}, {longest=}, {lengths=}"
     inputs = tuple(map(dense_rows, (q, k, v)))
     y, lse = sdpa_outputs(q)
-    flash = partial(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, is_causal=True)
-    plain = partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=True)
-    over_documents(flash if q.is_cpu else lambda *rows: [plain(*rows)], inputs, (y, lse.T), cu_seqlens)
+    flash, plain = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, F.scaled_dot_product_attention
+    def kernel(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        return flash(q, k, v, **causal(q, k)) if q.is_cpu else (plain(q, k, v, **causal(q, k), enable_gqa=True),)
+    over_documents(kernel, inputs, (y, lse.T), cu)
     return y, lse
 
 @torch.library.custom_op("golf::sdpa_varlen_backward", mutates_args=())
-def sdpa_varlen_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor,
+def sdpa_varlen_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, cu_queries: Tensor,
                          cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv. Autograd is off inside an operator, so off the CPU the gradient is written out (slow)."""
     inputs = (*map(dense_rows, (grad, q, k, v, y)), lse.T)
-    grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-    flash = partial(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward, dropout_p=0.0, is_causal=True)
-    over_documents(flash if q.is_cpu else causal_gradients, inputs, grads, cu_seqlens)
+    grads = q.new_empty(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    kernel = (lambda *x: flash(*x, dropout_p=0.0, **causal(*x[1:3]))) if q.is_cpu else causal_gradients
+    over_documents(kernel, inputs, grads, torch.stack([cu_queries, cu_seqlens]))
     return grads
 
 sdpa_varlen.register_fake(lambda q, *_: sdpa_outputs(q))
 sdpa_varlen_backward.register_fake(lambda grad, *saved: tuple(x.new_empty(x.shape) for x in saved[:3]))
 sdpa_varlen.register_autograd(
-    lambda ctx, grad, _: (*sdpa_varlen_backward(grad, *ctx.saved_tensors), None, None),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:3], *output, inputs[3]))  # fmt: skip
+    lambda ctx, grad, _: (*sdpa_varlen_backward(grad, *ctx.saved_tensors), None, None, None),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:3], *output, *inputs[3:5]))  # fmt: skip
 ATTENTION = {"sdpa": sdpa_varlen}  # check_attention adds the others
-def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, backend: str) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, backend: str,
+              cu_queries: Tensor | None = None) -> Tensor:  # fmt: skip
     """y (T, H, D), causal within each segment, scale D ** -0.5; query head h reads key/value head h // (H // Hkv)."""
-    y = ATTENTION[backend](q, k, v, cu_seqlens, max_seqlen)
+    y = ATTENTION[backend](q, k, v, cu_seqlens if cu_queries is None else cu_queries, cu_seqlens, max_seqlen)
     return y[0] if isinstance(y, tuple) else y  # ours, FA4, and FA3 before 2025-07 add the logsumexp
 
 def load_attention(backend: str) -> Callable[..., Tensor]:  # with our signature; raises one of BACKEND_ERRORS
@@ -1154,25 +1169,28 @@ def load_attention(backend: str) -> Callable[..., Tensor]:  # with our signature
         known = inspect.signature(function).parameters
         options = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
         options |= {"enable_gqa": True} if "enable_gqa" in known else {}
-        return lambda q, k, v, cu, n: function(q, k, v, cu, cu, n, n, **options)
-    return lambda q, k, v, cu, n: function(q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=n, max_seqlen_k=n,
-                                           causal=True)  # fmt: skip
+        return lambda q, k, v, cu_q, cu_k, n: function(q, k, v, cu_q, cu_k, n, n, **options)
+    return lambda q, k, v, cu_q, cu_k, n: function(q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, max_seqlen_q=n,
+                                                   max_seqlen_k=n, causal=True)  # fmt: skip
 
 def check_attention(backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Compiles a backend whole and compares y, dq, dk, dv with masked SDPA; the reason to refuse it, or nothing."""
-    cu = torch.tensor([0, 1, 130, 300, 300, 300], dtype=torch.int32, device=device)
+    """Compiles a backend whole and compares y, dq, dk, dv with masked SDPA, of all queries, then of the last 1, 0 and
+    48 of the segments; the reason to refuse it, or nothing."""
+    cu, few = torch.tensor([[0, 1, 130, 300, 300, 300], [0, 1, 1, 49, 49, 49]], dtype=torch.int32, device=device)
     segment = torch.tensor([0] + 129 * [1] + 170 * [2], device=device)
     rng = torch.Generator(device).manual_seed(0)  # leaves the global one alone
     grad, *leaves = (torch.randn(300, n, 64, generator=rng, device=device).to(dtype) for n in (4, 4, 2, 2))
     exact = [x.to(torch.promote_types(dtype, torch.float32)).requires_grad_() for x in leaves]
     heads = (x.repeat_interleave(4 // x.size(1), 1).transpose(0, 1) for x in exact)
     y = F.scaled_dot_product_attention(*heads, attn_mask=(segment[:, None] == segment).tril()).transpose(0, 1)
-    wanted = y, *torch.autograd.grad(y, exact, grad.to(y.dtype))
+    compiled, found, wanted = torch.compile(attention, backend="aot_eager", fullgraph=True), [], []
     try:
         ATTENTION[backend] = sdpa_varlen if backend == "sdpa" else load_attention(backend)
-        leaves = [x.detach().clone().requires_grad_() for x in leaves]
-        y = torch.compile(attention, backend="aot_eager", fullgraph=True)(*leaves, cu, 256, backend)
-        found = y, *torch.autograd.grad(y, leaves, grad)
+        q, *kv = leaves = [x.detach().clone().requires_grad_() for x in leaves]
+        for cu_queries, at in ((None, slice(None)), (few, [0, *range(252, 300)])):
+            z, x = y[at], compiled(q[at], *kv, cu, 256, backend, cu_queries)
+            wanted += [z, *torch.autograd.grad(z, exact, grad[at].to(y.dtype), retain_graph=True)]
+            found += [x, *torch.autograd.grad(x, leaves, grad[at])]
     except BACKEND_ERRORS as error:
         return (str(error).strip() or repr(error)).splitlines()[0][:200]
     error = float(torch.stack([(x - z).norm() / z.norm() for x, z in zip(found, wanted, strict=True)]).max().detach())
@@ -1339,23 +1357,30 @@ class GPT(nn.Module):  # the network of PR #1530; parameters are fp32, products 
         return w + self.qat * ((seen / step).round().clamp(-q, q) * step - w.detach())
 
     def attend(self, n: Tensor, w: LayerWeights, visit: Visit, info: PassInfo, keep: slice | Tensor) -> Tensor:
-        """Attention of normalised n (T, C); the output (n, C) at the positions `keep`."""
-        qkv, kv, h = F.linear(n, w.qkv), self.cfg.num_kv_heads * self.cfg.head_dim, info.lora_in(n, "attn", visit.slot)
-        if h:
-            parts = zip(qkv.split((len(w.qkv) - 2 * kv, kv, kv), -1), "qkv", strict=True)
-            qkv = torch.cat([info.lora_out(y, h, site, visit.slot) for y, site in parts], -1)
-        if info.values is not None and visit.layer in self.cfg.ve_at:
-            scale = self.ve_layer_scales[self.cfg.ve_at.index(visit.layer)].to(n.dtype)
-            qkv = qkv + F.pad(scale * info.values, (qkv.size(1) - kv, 0))
-        q, k, v = norm_rope(qkv, w.q_gain, info.rope, self.cfg.head_dim, self.cfg.fused_qk)
-        y = attention(q, k, v, info.batch.cu_seqlens, info.batch.max_seqlen, self.attention_backend)
+        """Attention of normalised n (T, C); the output (n, C) at the positions `keep`: all, or the last of segments."""
+        C, kv, h = n.size(1), self.cfg.num_kv_heads * self.cfg.head_dim, info.lora_in(n, "attn", visit.slot)
+        def heads(sites: str, n: Tensor, weight: Tensor, gain: Tensor, rope: Tensor, h: dict) -> tuple[Tensor, ...]:
+            x = F.linear(n, weight)
+            if h:
+                parts = zip(x.split([C if site == "q" else kv for site in sites], -1), sites, strict=True)
+                x = torch.cat([info.lora_out(y, h, site, visit.slot) for y, site in parts], -1)
+            if info.values is not None and "v" in sites and visit.layer in self.cfg.ve_at:
+                scale = self.ve_layer_scales[self.cfg.ve_at.index(visit.layer)].to(n.dtype)
+                x = x + F.pad(scale * info.values, (x.size(1) - kv, 0))
+            return norm_rope(x, gain, rope, self.cfg.head_dim, self.cfg.fused_qk)
+        if isinstance(keep, slice):
+            (q, k, v), cu_queries = heads("qkv", n, w.qkv, w.q_gain, info.rope, h), None
+        else:  # of queries, only these
+            _, k, v = heads("kv", n, w.qkv[C:], w.q_gain[:0], info.rope, h)
+            h = {site: x.flatten(0, 1)[keep].unflatten(0, (x.size(0), -1)) for site, x in h.items()}
+            q, _, _ = heads("q", n[keep], w.qkv[:C], w.q_gain, info.rope[keep], h)
+            cu_queries = torch.searchsorted(keep, info.batch.cu_seqlens.long(), out_int32=True)
+        y = attention(q, k, v, info.batch.cu_seqlens, info.batch.max_seqlen, self.attention_backend, cu_queries)
         if visit.layer >= self.cfg.num_layers - self.cfg.xsa_last_n:
-            y = (xsa if self.cfg.fused_xsa else remove_own_value)(y, v)
+            y = (xsa if self.cfg.fused_xsa else remove_own_value)(y, v if cu_queries is None else v[keep])
         y = y.flatten(1)  # (T, C)
         info.tap("attn_in", visit.layer, n)
         info.tap("attn_out", visit.layer, y)
-        if not isinstance(keep, slice):
-            y, h = y[keep], {site: x.flatten(0, 1)[keep].unflatten(0, (x.size(0), -1)) for site, x in h.items()}
         return info.lora_out(F.linear(y, w.o), h, "o", visit.slot, w.attn_scale)
     def feed(self, n: Tensor, w: LayerWeights, visit: Visit, info: PassInfo) -> Tensor:  # the same for the MLP
         out, post = (fused_mlp if self.cfg.fused_mlp else plain_mlp)(n, w.up, w.down, self.cfg.leaky_slope)
@@ -1409,7 +1434,8 @@ class GPT(nn.Module):  # the network of PR #1530; parameters are fp32, products 
                 tap: Callable[[str, int, Tensor], None] = lambda site, layer, x: None,
                 temperature: float = 1.0) -> Tensor:  # fmt: skip
         """Nats per token (T,) fp32, 0 where the target is -1. `lora` adapts segments of equal length, one adapter each.
-        `tap` sees the input of every product. With `select` (n,) int64, only these positions get logits: (n,)."""
+        `tap` sees the input of every product. With `select` (n,) int64, only these positions get logits: (n,); beside
+        `lora`, the last ones of segments, rising."""
         place, cfg = positions(batch.cu_seqlens, batch.inputs.numel()), self.cfg
         stretched = 0 < cfg.rope_train_seq_len < batch.max_seqlen
         rope = self.rotations(place, batch.max_seqlen) if stretched else self.rope[place]
@@ -1426,7 +1452,7 @@ class GPT(nn.Module):  # the network of PR #1530; parameters are fp32, products 
 
 # === 6. Adapters: a LoRA for every document of a batch, at every visit of a layer =====================================
 class LoRAViews(NamedTuple):  # of the adapters of one forward
-    down: dict[tuple[str, int], tuple[Tensor, tuple[str, ...]]]  # (input, slot) -> A (B, sites * rank, C), sites
+    down: dict[tuple[str, int], tuple[Tensor, list[str]]]  # (input, slot) -> A (B, sites * rank, C), sites
     up: dict[tuple[str, int], Tensor]  # (site, slot) -> B (B, out, rank)
     scale: float
     bias: Tensor | None
@@ -1473,10 +1499,9 @@ class LoRA(NamedTuple):
         widths = torch.tensor(self.widths, device=self.down.device)
         return [each[:, None, None], each.repeat_interleave(widths)[:, None], each.new_tensor(float(of.get("bias", 1)))]
     def views(self) -> LoRAViews:  # by split, so that a gradient is one copy
-        reads: dict[tuple[str, int], tuple[str, ...]] = {}  # input -> its sites; torch.compile takes no groupby here
+        reads = {}  # Dynamo does not trace groupby with a key
         for site, slot in self.sites:
-            source = "attn" if site in "qkvo" else site, slot
-            reads[source] = (*reads.get(source, ()), site)
+            reads.setdefault(("attn" if site in "qkvo" else site, slot), []).append(site)
         a = self.down.flatten(1, 2).split([len(sites) * self.down.size(2) for sites in reads.values()], 1)
         up = dict(zip(self.sites, self.up.split(self.widths, 1), strict=True))
         return LoRAViews(dict(zip(reads, zip(a, reads.values(), strict=True), strict=True)), up, self.scale, self.bias)

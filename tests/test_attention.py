@@ -3,6 +3,7 @@
 import sys
 import types
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -43,8 +44,9 @@ def run(leaves, grad, cu, max_seqlen=64, backend="sdpa", function=attention):
     return y, *torch.autograd.grad(y, leaves, grad)
 
 
-def masked_softmax(leaves, grad, lengths):
-    """y, dq, dk, dv written by hand: every pair of tokens scored, the forbidden ones masked, head by head."""
+def masked_softmax(leaves, grad, lengths, at=slice(None)):
+    """y, dq, dk, dv written by hand: every pair of tokens scored, the forbidden ones masked, head by head; y of the
+    queries `at`."""
     q, k, v = leaves
     document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(q.device)
     position = torch.arange(q.size(0), device=q.device)
@@ -54,8 +56,8 @@ def masked_softmax(leaves, grad, lengths):
         kv = h // (q.size(1) // k.size(1))
         scores = (q[:, h] @ k[:, kv].T / q.size(2) ** 0.5).masked_fill(~allowed, -torch.inf)
         heads.append(scores.softmax(-1) @ v[:, kv])
-    y = torch.stack(heads, 1)
-    return y, *torch.autograd.grad(y, leaves, grad)
+    y = torch.stack(heads, 1)[at]
+    return y, *torch.autograd.grad(y, leaves, grad[at])
 
 
 def assert_near(found, wanted, limit):
@@ -155,7 +157,7 @@ def test_gradcheck_in_float64():
 
 def test_operator_keeps_the_rules_of_torch_library():
     leaves, _ = draw(sum(LENGTHS), dtype=torch.float32)
-    torch.library.opcheck(train_gpt.sdpa_varlen, (*leaves, offsets(LENGTHS, 12), 64))
+    torch.library.opcheck(train_gpt.sdpa_varlen, (*leaves, offsets(LENGTHS, 12), offsets(LENGTHS, 12), 64))
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.bfloat16, 1e-2), (torch.float16, 2e-3), (torch.float32, 1e-6)])
@@ -184,6 +186,86 @@ def test_offsets_that_do_not_fit_the_row_are_refused(cu):
         attention(*leaves, torch.tensor(cu, dtype=torch.int32), 8, "sdpa")
 
 
+# Queries of some positions only: the last of each segment
+
+
+def draw_some(rng, segments, longest):
+    """Lengths of segments, and how many of the last positions of each are queries: none, some, all."""
+    lengths = [int(n) for n in rng.integers(0, longest, segments)] + [2]
+    return lengths, [int(rng.choice([0, rng.integers(0, n + 1), n])) for n in lengths[:-1]] + [1]
+
+
+def at_ends(lengths, counts):
+    """Positions of the queries."""
+    ends = torch.tensor(lengths).cumsum(0).tolist()
+    return [i for end, n in zip(ends, counts, strict=True) for i in range(end - n, end)]
+
+
+def some_of(function, at, leaves, grad):
+    """y, dq (of all positions), dk, dv of the queries `at` alone."""
+    y = function(leaves[0][at], *leaves[1:])
+    return y, *torch.autograd.grad(y, leaves, grad[at])
+
+
+WINDOWS = ([9, 7] * 3, [4, 0] * 3), ([16] * 3, [5] * 3)  # of adaptation, padded and not
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (3, 1)])
+def test_last_queries_of_segments_match_masked_softmax(seed, heads, kv_heads):
+    rng = np.random.default_rng(seed)
+    lengths, counts = WINDOWS[seed] if seed < len(WINDOWS) else draw_some(rng, 7, int(rng.choice([6, 40, 300])))
+    (leaves, grad), at = draw(sum(lengths), heads, kv_heads), at_ends(lengths, counts)
+    cu, few = offsets(lengths, 12), offsets(counts, 12)
+    found = some_of(lambda *qkv: attention(*qkv, cu, 300, "sdpa", few), at, leaves, grad)
+    assert_near(found, masked_softmax(leaves, grad, lengths, at), 1e-14)
+    unasked = torch.repeat_interleave(torch.tensor(counts), torch.tensor(lengths)) == 0
+    assert all(x[unasked].eq(0).all() for x in found[2:])
+
+
+def test_as_many_queries_as_keys_is_the_usual_form_to_the_bit():
+    leaves, grad = draw(sum(LENGTHS))
+    cu = offsets(LENGTHS, 12)
+    found = some_of(lambda *qkv: attention(*qkv, cu, 64, "sdpa", cu.clone()), slice(None), leaves, grad)
+    assert all(torch.equal(x, z) for x, z in zip(found, run(leaves, grad, cu), strict=True))
+
+
+def test_gradcheck_of_some_queries():
+    (q, k, v), _ = draw(9, heads=2, kv_heads=1, width=4)
+    cu, few = offsets([4, 0, 4, 1], 6), offsets([2, 0, 0, 1], 6)
+    q = q.detach()[:3].requires_grad_()
+    assert torch.autograd.gradcheck(lambda *qkv: attention(*qkv, cu, 4, "sdpa", few), (q, k, v))
+    torch.library.opcheck(train_gpt.sdpa_varlen, (q, k, v, few, cu, 4))
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.bfloat16, 1e-2), (torch.float32, 1e-6)])
+def test_low_precision_of_some_queries_is_near_float64(dtype, limit):
+    lengths, counts = (130, 1, 90, 90), (48, 0, 90, 7)
+    (leaves, grad), at = draw(sum(lengths), dtype=dtype), at_ends(lengths, counts)
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    cu, few = offsets(lengths, 8), offsets(counts, 8)
+    found = some_of(lambda *qkv: attention(*qkv, cu, 130, "sdpa", few), at, leaves, grad)
+    assert_near(found, masked_softmax(exact, grad.double(), lengths, at), limit)
+
+
+def test_gradients_of_some_queries_written_out_for_other_devices_match_autograd():
+    q, k, v, grad = (torch.randn(3, h, n, 8, dtype=torch.float64) for h, n in ((6, 5), (2, 21), (2, 21), (6, 5)))
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    seen = torch.ones(5, 21, dtype=torch.bool).tril(16)
+    y = F.scaled_dot_product_attention(*leaves, attn_mask=seen, enable_gqa=True)
+    found = train_gpt.causal_gradients(grad, q, k, v, y, y)
+    for x, z in zip(found, torch.autograd.grad(y, leaves, grad), strict=True):
+        torch.testing.assert_close(x, z, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("few", [[0, 3, 4], [0, 6, 7], [1, 2, 7], [0, -1, 7]])
+def test_queries_that_are_not_of_the_segments_are_refused(few):
+    leaves, _ = draw(10)
+    cu, few = (torch.tensor(x, dtype=torch.int32) for x in ([0, 5, 10], few))
+    with pytest.raises(AssertionError, match="longest"):
+        attention(leaves[0][:7], *leaves[1:], cu, 8, "sdpa", few)
+
+
 # The compiled graph
 
 
@@ -198,6 +280,18 @@ def test_compiled_whole_gives_the_same_and_never_recompiles(compiler):
     assert graphs.frame_count == 1
 
 
+def test_some_queries_compile_whole_for_every_number_of_them():
+    graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(attention, backend=graphs, fullgraph=True, dynamic=True)
+    for lengths, counts in (([16] * 3, [5] * 3), ([9, 7] * 3, [9, 0] * 3), ([20, 12] * 3, [4, 0] * 3), *WINDOWS):
+        (leaves, grad), at = draw(sum(lengths), dtype=torch.float32), at_ends(lengths, counts)
+        cu, few = offsets(lengths, 6), offsets(counts, 6)
+        found, wanted = (some_of(lambda *qkv, f=f: f(*qkv, cu, 64, "sdpa", few), at, leaves, grad)  # noqa: B023
+                         for f in (compiled, attention))  # fmt: skip
+        assert_near(found, wanted, 1e-6)
+    assert graphs.frame_count == 1
+
+
 # The choice of a backend
 
 
@@ -205,8 +299,8 @@ def flash_module(monkeypatch, name, wrong=0.0, extra=False):
     """Puts a stand-in for a flash attention package under `name`, with its keywords; y is off by the factor `wrong`."""
 
     def flash_attn_varlen_func(q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal=False):  # noqa: PLR0913
-        assert causal and cu_seqlens_q is cu_seqlens_k and max_seqlen_q == max_seqlen_k
-        y, lse = train_gpt.sdpa_varlen(q, k, v, cu_seqlens_q, max_seqlen_q)
+        assert causal and max_seqlen_q == max_seqlen_k
+        y, lse = train_gpt.sdpa_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q)
         return (y * (1 + wrong), lse) if extra else y * (1 + wrong)
 
     module = types.ModuleType(name)
@@ -215,8 +309,8 @@ def flash_module(monkeypatch, name, wrong=0.0, extra=False):
 
 
 def varlen_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):  # noqa: PLR0913
-    assert is_causal and cu_seq_q is cu_seq_k and max_q == max_k
-    return train_gpt.sdpa_varlen(query, key, value, cu_seq_q, max_q)[0]
+    assert is_causal and max_q == max_k
+    return train_gpt.sdpa_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q)[0]
 
 
 def varlen_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size=(-1, -1)):  # noqa: PLR0913
@@ -296,6 +390,24 @@ def test_backend_with_wrong_gradients_is_refused(monkeypatch):
 
     monkeypatch.setattr(sys.modules["flash_attn_interface"], "flash_attn_varlen_func", wrong)
     assert train_gpt.check_attention("fa3", CPU, torch.float32) == "relative error 5.0e-01 against masked SDPA"
+
+
+def test_backend_that_takes_the_last_queries_for_the_first_is_refused(monkeypatch):
+    """Aligned at the top left, as flash-attn before 2.1: silent as long as there are as many queries as keys."""
+    flash_module(monkeypatch, "flash_attn")
+    right = sys.modules["flash_attn"].flash_attn_varlen_func
+
+    def top_left(q, k, v, *, cu_seqlens_q, cu_seqlens_k, **rest):
+        place = torch.arange(len(q), dtype=torch.int32)
+        segment = torch.searchsorted(cu_seqlens_q, place, right=True) - 1
+        seen = cu_seqlens_k[segment] + place - cu_seqlens_q[segment]
+        return right(q, k[seen], v[seen], cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_q, **rest)
+
+    monkeypatch.setattr(sys.modules["flash_attn"], "flash_attn_varlen_func", top_left)
+    reason = train_gpt.check_attention("fa2", CPU, torch.float32)
+    assert reason.startswith("relative error ") and reason.endswith("against masked SDPA")
+    leaves, grad = draw(sum(LENGTHS))
+    assert_near(run(leaves, grad, offsets(LENGTHS), backend="fa2"), masked_softmax(leaves, grad, LENGTHS), 1e-14)
 
 
 def test_backend_that_breaks_the_graph_is_refused(monkeypatch):

@@ -25,6 +25,7 @@ KNOBS = ("fused_mlp", "fused_qk", "fused_xsa", "fused_ce")
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 HEADS = [(1, 2, 1, 8, 2), (19, 3, 1, 64, 8), (37, 4, 4, 24, 12), (5, 6, 2, 40, 3), (16, 8, 4, 64, 8), (33, 5, 5, 6, 1)]
+SPLIT = [(19, 3, 0, 64, 8), (37, 0, 4, 24, 12), (5, 2, 0, 6, 1), (1, 0, 1, 40, 3)]  # queries alone; keys and values
 LOGITS = [(1, 2, 33, 30.0), (17, 5, 129, 30.0), (24, 16, 1000, 5.0), (9, 8, 1024, 75.0), (12, 12, 2049, 15.0)]
 
 
@@ -41,7 +42,8 @@ def exact_qk(qkv: Tensor, gain: Tensor, rope: Tensor, dim: int) -> tuple[Tensor,
         x = heads[:, h] / (heads[:, h].square().mean(1, keepdim=True) + 2.0**-23).sqrt()
         z = torch.complex(x[:, :half], x[:, half : 2 * half]) * turn
         out.append(torch.cat([z.real, z.imag, x[:, 2 * half :]], 1) * (gain[h] if h < H else 1.0))
-    return torch.stack(out[:H], 1), torch.stack(out[H:], 1), heads[:, H + kv :]
+    q, k = (torch.stack(x, 1) if x else heads[:, :0] * gain.sum() for x in (out[:H], out[H:]))
+    return q, k, heads[:, H + kv :]
 
 
 def exact_xsa(y: Tensor, v: Tensor) -> Tensor:
@@ -59,7 +61,7 @@ def qk_inputs(T: int, H: int, kv: int, dim: int, half: int, dtype: torch.dtype) 
     angles = torch.rand(T, 1, half, dtype=torch.float64) * 100
     rope = torch.stack([angles.cos(), angles.sin()], 1).to(torch.promote_types(dtype, torch.float32))
     gain = torch.randn(H, dtype=torch.float64) * 3
-    gain[0] = 0.0
+    gain[:1] = 0.0
     row = torch.randn(T, (H + 2 * kv) * dim, dtype=torch.float64)
     grads = [torch.randn(T, n, dim, dtype=torch.float64).to(dtype) for n in (H, kv, kv)]
     return [row.to(dtype), gain.to(dtype), rope], grads
@@ -94,7 +96,7 @@ def against_exact(function, exact, inputs: list[Tensor], grads: list[Tensor]) ->
 # --- Operators on a CPU, fused and plain, against fp64 ---------------------------------------------------------------
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", HEADS, ids=str)
+@pytest.mark.parametrize("shape", HEADS + SPLIT, ids=str)
 def test_norm_rope_and_gain_equal_fp64_autograd(shape, dtype, fused):
     (row, gain, rope), grads = qk_inputs(*shape, dtype)
     D = shape[3]
@@ -290,7 +292,7 @@ def poisoned(like: Tensor, *shape, dtype: torch.dtype | None = None, **options) 
 def interpret(dtype: torch.dtype) -> list:
     """Errors of the interpreted kernels: [what, shape, tile, relative error]; their outputs start as NaN."""
     torch.Tensor.new_empty, results = poisoned, []
-    for shape in HEADS:
+    for shape in HEADS + SPLIT:
         for tile in ((32, 1), (128, 1)):
             (row, gain, rope), grads = qk_inputs(*shape, dtype)
             wide = [t.double().requires_grad_() for t in (row, gain)]
@@ -300,12 +302,15 @@ def interpret(dtype: torch.dtype) -> list:
             got = tg.qk_rope_cuda(row, gain, rope, shape[3], *grads, tile=tile)
             wanted = torch.cat(want[:2], 1), *grad_wants
             pairs = list(zip(("qk", "dqkv", "dgain"), (qk, *got), wanted, strict=True))
+            results += [[what, shape, tile, relative_error(a, b.detach())] for what, a, b in pairs]
+            if shape in SPLIT:
+                continue
             y, v, grad = xsa_inputs(*shape[:4], dtype)
             wide = [t.double().requires_grad_() for t in (y, v)]
             want = exact_xsa(*wide)
             dy, dv = torch.autograd.grad(want, wide, grad.double())
             got = tg.xsa_cuda(y, v, grad, tile)
-            pairs += [("xsa", tg.xsa_cuda(y, v, None, tile), want), ("dy", got[0], dy), ("dv", got[1], dv)]
+            pairs = [("xsa", tg.xsa_cuda(y, v, None, tile), want), ("dy", got[0], dy), ("dv", got[1], dv)]
             results += [[what, shape, tile, relative_error(a, b.detach())] for what, a, b in pairs]
     for N, _, V, cap in LOGITS:
         for tile in ((256, 1), (4096, 1)):
@@ -332,7 +337,7 @@ def test_interpreted_kernels_equal_float64_over_odd_shapes(dtype):
     child = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
     assert child.returncode == 0, child.stderr[-3000:]
     results = json.loads(child.stdout.splitlines()[-1])
-    assert len(results) == 2 * (6 * len(HEADS) + 2 * len(LOGITS)) + 1
+    assert len(results) == 2 * (6 * len(HEADS) + 3 * len(SPLIT) + 2 * len(LOGITS)) + 1
     for *what, error in results:
         assert error <= TOLERANCE[dtype], (what, error)  # false for NaN, too
 

@@ -190,17 +190,55 @@ def test_adapters_and_their_gradients_are_those_of_the_specification(looped, cha
     agree(tiny_config(**{**DEEPER, **changes}), looped, (12, 12, 12), adapted=True)
 
 
+def scored_windows(model: tg.GPT, plan: tuple, n: int, padding: int, scored: int, forward=None) -> list[Tensor]:
+    """Nats and adapter gradients of the last `scored` of the `n` positions of three windows, by `forward`; without one,
+    by a pass over all positions."""
+    row, width = draw_row((n, padding) * 3 if padding else (n,) * 3), n + padding
+    select = (torch.arange(3)[:, None] * width + torch.arange(n - scored, n)).flatten()
+    lora = draw_lora(model.cfg, 3, len(plan))
+    nats = model(row, plan, lora=lora)[select] if forward is None else forward(row, plan, lora=lora, select=select)
+    return [nats, *torch.autograd.grad(nats.square().sum(), [lora.down, lora.up])]
+
+
 @pytest.mark.parametrize("looped", [False, True])
-def test_last_visit_at_selected_positions_only_gives_the_same_nats_and_gradients(looped):
-    cfg, select = tiny_config(**DEEPER), torch.tensor([3, 4, 5, 15, 16, 17, 27, 28, 29])
-    model, row, plan, found = draw(cfg), draw_row((12, 12, 12)), cfg.plans[looped], []
-    for picked in (None, select):
-        lora = draw_lora(cfg, 3, len(plan))
-        nats = model(row, plan, lora=lora, select=picked)
-        nats = nats[select] if picked is None else nats
-        found.append([nats, *torch.autograd.grad(nats.square().sum(), [lora.down, lora.up])])
-    for whole, part in zip(*found, strict=True):
-        assert error(part, whole.double()) < 1e-6
+@pytest.mark.parametrize(("n", "padding", "scored"), [(12, 0, 3), (7, 5, 3), (12, 0, 12), (4, 1, 4), (9, 23, 1)])
+def test_last_visit_at_selected_positions_only_gives_the_same_nats_and_gradients(n, padding, scored, looped):
+    model = draw(cfg := tiny_config(**DEEPER))
+    whole, part = (scored_windows(model, cfg.plans[looped], n, padding, scored, f) for f in (None, model))
+    assert all(error(x, z.double()) < 1e-6 for x, z in zip(part, whole, strict=True))
+
+
+@pytest.mark.parametrize("changes", [dict(fused_qk=False, fused_xsa=False), dict(xsa_last_n=0, num_kv_heads=2),
+                                     dict(ttt_q_lora=False), dict(ttt_k_lora=False, ttt_v_lora=False),
+                                     dict(ttt_q_lora=False, ttt_k_lora=False, ttt_v_lora=False, ttt_o_lora=False),
+                                     dict(parallel_start_layer=0)], ids=str)  # fmt: skip
+def test_selected_positions_of_any_network_and_adapters_give_the_same(changes):
+    model = draw(cfg := tiny_config(**{**DEEPER, **changes}))
+    whole, part = (scored_windows(model, cfg.plans[1], 7, 5, 3, f) for f in (None, model))
+    assert all(error(x, z.double()) < 1e-6 for x, z in zip(part, whole, strict=True))
+
+
+def test_last_visit_alone_asks_for_the_selected_positions_and_for_nothing_without_adapters(monkeypatch):
+    model, queries, real = draw(cfg := tiny_config(**DEEPER)), [], tg.attention
+    monkeypatch.setattr(tg, "attention", lambda q, *rest: queries.append(len(q)) or real(q, *rest))
+    scored_windows(model, cfg.plans[1], 7, 5, 3, model)
+    assert queries == [36] * (len(cfg.plans[1]) - 1) + [9]
+    queries.clear()
+    model(draw_row((7, 5) * 3), cfg.plans[1], select=torch.tensor([4, 5, 6]))
+    assert queries == [36] * len(cfg.plans[1])
+
+
+def test_adaptation_compiles_whole_and_not_again_for_another_window():
+    torch.compiler.reset()
+    cfg = tiny_config(num_layers=2, num_loops=0, parallel_start_layer=0, xsa_last_n=2)
+    model, counter, counts = draw(cfg).requires_grad_(False), CompileCounterWithBackend("aot_eager"), []
+    compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
+    for n, padding in ((10, 6), (20, 11)):
+        whole, part = (scored_windows(model, cfg.plans[1], n, padding, 5, f) for f in (None, compiled))
+        assert all(error(x, z.double()) < 1e-6 for x, z in zip(part, whole, strict=True))
+        counts.append(counter.frame_count)
+    assert counts[0] == counts[1]
+    torch.compiler.reset()
 
 
 # --- Conformance numbers --------------------------------------------------------------------------------------------

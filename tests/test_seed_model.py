@@ -21,7 +21,7 @@ from conftest import TINY, VOCAB, tiny_config
 from test_evaluation import nats_of
 from test_model import CPU, draw, draw_row, error, rms, spans
 from test_optim import cpu_ranks
-from test_ttt import ADAPTS, BOS, C, LENGTHS, adaptation, assert_equal, difference, documents, evaluated, scores
+from test_ttt import ADAPTS, BOS, LENGTHS, C, adaptation, assert_equal, difference, documents, evaluated, scores
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
