@@ -2159,8 +2159,7 @@ class Quantizer:
                          percentile_steps(weight, qmax, cfg.clip_floor, shares)).float()  # fmt: skip
             power = weight.square().mean(-1).clamp_min(1e-20)
             cost = ranks.sum(spread)[:, None] * sensitivities[bank] if sensitivities else None
-            wide = sensitivities or (hessians is None and cfg.artifact_limit_bytes)  # or finer steps would clip
-            self.rows[bank] = published, power, weight.abs().amax(-1), cost, 127 if wide else qmax
+            self.rows[bank] = published, power, weight.abs().amax(-1), cost, 127 if sensitivities else qmax
         self.default = self.theta(self.predict(1.0, published=True)) if sensitivities else 1.0  # size: CLIP_SIGMAS'
     def steps(self, bank: str, theta: float) -> Tensor:  # (n, rows) fp32, values that fp16 has
         published, power, largest, cost, qmax = self.rows[bank]

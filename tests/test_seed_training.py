@@ -254,8 +254,9 @@ def test_late_rounding_changes_the_forward_and_passes_the_gradient(settings):
             step = torch.maximum(w.abs().amax(-1, keepdim=True), torch.tensor(float(floor))) / q
             assert (step == floor / q).any() == (floor > 0)
             w.copy_((w / step).round().clamp(-q, q) * step)
-    before = model(row, cfg.plans[1])
+    before, place = model(row, cfg.plans[1]), model.qat.data_ptr()
     model.rounded(True)
+    assert model.qat.data_ptr() == place  # where a CUDA graph reads it
     after, wanted = model(row, cfg.plans[1]), plain(row, cfg.plans[1])
     assert (before - after).abs().max() > 1e-3
     assert torch.allclose(after, wanted, atol=2e-5)

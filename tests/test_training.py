@@ -59,7 +59,7 @@ class Session(tg.Run):
         cfg = tiny_config(**{"data_dir": data, "train_log_every": 1, **overrides})
         super().__init__(cfg, dict.fromkeys(vars(cfg), "default"), ranks or cpu_ranks())
         self.model, self.log, self.plans, self.saved, self.after = tg.GPT(cfg), Lines(), [], [], []
-        self.optimizers = tg.Optimizers(self.model, cfg, self.ranks)
+        self.optimizers, self.scoring = tg.Optimizers(self.model, cfg, self.ranks), self.forward
         step = self.optimizers.step
 
         def watched(*args: float) -> Tensor:
