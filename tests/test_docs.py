@@ -65,4 +65,4 @@ def test_the_configs_that_the_how_to_sets_are_accepted(howto, monkeypatch, tmp_p
         fine = {k: v for k, v in env.items() if k not in OUTSIDE and not v.startswith("$")}
         tg.Config.from_env({"COMPRESSOR": "lzma", **fine}, has_cuda=False)
         found += 1
-    assert found == 8
+    assert found == 9

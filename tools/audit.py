@@ -30,8 +30,13 @@ all that a run makes of an artifact. The tests (the conditions are those of issu
     T19 provenance     code, artifact, configuration and data of the log are those audited
     T20 canary         a random document scores the same when it comes again
 
+What a system says it has not is `not claimed`, no violation: with DATA_LOADER other than documents a window runs over
+documents (T10; T11 then asks that nothing reaches beyond a window, T20 not for equal scores), and where documents learn
+from earlier ones T10 and T11 look at rates 0. All else must hold for every system.
+
 T7 sees files that Python opens, not those that C libraries open by themselves; T8 is for these. --docs documents are
-sampled, cut to little more than a window; a chunk of TTT_MODE=chunk or of a phase is cut so that the sample has four.
+sampled, cut to little more than a window; a chunk of TTT_MODE=chunk or of a phase is cut so that the sample has four,
+rows of scoring so that it fills them. The fresh process scores a few whole documents, of rows the first of the stream.
 Writes audit.json beside the artifact. Exit status: 0 no violation, 1 violations, 2 wrong usage.
 """
 
