@@ -1107,8 +1107,7 @@ def over_documents(kernel: Callable, inputs: tuple, outputs: tuple, cu: Tensor) 
 def causal_bias(q: Tensor, k: Tensor) -> Tensor:  # (n, m): queries (.., n, D) are the last of the positions (.., m, D)
     return q.new_full((q.size(-2), k.size(-2)), -torch.inf).triu(1 + k.size(-2) - q.size(-2))
 def causal(q: Tensor, k: Tensor) -> dict[str, Any]:  # is_causal takes queries for the first positions
-    same = q.size(-2) == k.size(-2)
-    return {"is_causal": same, "attn_mask": None if same else causal_bias(q, k)}
+    return {"is_causal": True} if q.size(-2) == k.size(-2) else {"is_causal": False, "attn_mask": causal_bias(q, k)}
 def causal_gradients(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, _: Tensor) -> tuple[Tensor, ...]:
     """dq, dk, dv of causal attention on (rows, heads, n, D) from the whole (n, m) scores, in fp32 or better."""
     wide, scale = torch.promote_types(q.dtype, torch.float32), q.size(-1) ** -0.5

@@ -49,7 +49,8 @@ def plain(model: tg.GPT, docs: tg.Documents, stride: int = 0) -> tg.Ledger:
 def test_published_way_buckets_and_batches_give_the_same_scores(changes):
     docs, model = documents(*MANY), model_for(4)
     found, expected = nats_of(evaluated(with_settings(model, **changes), docs)), nats_of(evaluated(model, docs))
-    assert np.abs(found - expected).max() < 1e-6
+    limit = 1e-6 if changes.get("ttt_fast", True) else 2e-5  # all queries round otherwise; AdamW enlarges it
+    assert np.abs(found - expected).max() < limit
 
 
 def test_windows_are_padded_to_few_lengths_and_finished_documents_leave():
