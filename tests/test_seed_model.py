@@ -21,7 +21,7 @@ from conftest import TINY, VOCAB, tiny_config
 from test_evaluation import nats_of
 from test_model import CPU, draw, draw_row, error, rms, spans
 from test_optim import cpu_ranks
-from test_ttt import ADAPTS, BOS, C, LENGTHS, adaptation, assert_equal, difference, documents, evaluated, scores
+from test_ttt import ADAPTS, BOS, LENGTHS, C, adaptation, assert_equal, difference, documents, evaluated, scores
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
@@ -566,7 +566,7 @@ def test_adapted_forward_with_everything_on_is_one_graph():
     model, counter = draw(cfg), CompileCounter()
     with torch._dynamo.config.patch(specialize_int=True, specialize_float=True):
         compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
-        for count, n in ((5, 12), (5, 16), (7, 20), (9, 8)):
+        for count, n in ((7, 14), (7, 20), (9, 10)):  # first sizes that no other has: torch takes equal ones for one
             (inputs, targets, *_), lora = draw_row((n,) * count), draw_adapters(cfg, count)
             ends = torch.arange(2 * count + 1, dtype=torch.int32).mul(n).clamp_max(n * count)
             row = tg.Batch(inputs.clone(), targets.clone(), ends, 64)
