@@ -507,7 +507,7 @@ def test_selected_positions_give_the_same_nats_and_gradients_with_biases(lanes):
 
 # --- From the first to the last place to learn from -------------------------------------------------------------------
 def test_nothing_is_learnt_outside_the_range_of_places():
-    docs, model = documents(200, 20), model_with(ttt_min_doc_len=33, ttt_max_doc_len=96, ttt_grad_steps=2)
+    docs, model = documents(200, 20), model_with(ttt_min_doc_len=48, ttt_max_doc_len=96, ttt_grad_steps=2)
     state, learnt = adaptation(model), []
     original, at = state.learn, []
     state.learn = lambda grads, rows, number: (learnt.append((at[-1], number)), original(grads, rows, number))
