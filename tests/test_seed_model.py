@@ -507,7 +507,7 @@ def test_selected_positions_give_the_same_nats_and_gradients_with_biases(lanes):
 
 # --- From the first to the last place to learn from -------------------------------------------------------------------
 def test_nothing_is_learnt_outside_the_range_of_places():
-    docs, model = documents(200, 20), model_with(ttt_min_doc_len=33, ttt_max_doc_len=96, ttt_grad_steps=2)
+    docs, model = documents(200, 20), model_with(ttt_min_doc_len=48, ttt_max_doc_len=96, ttt_grad_steps=2)
     state, learnt = adaptation(model), []
     original, at = state.learn, []
     state.learn = lambda grads, rows, number: (learnt.append((at[-1], number)), original(grads, rows, number))
@@ -566,7 +566,7 @@ def test_adapted_forward_with_everything_on_is_one_graph():
     model, counter = draw(cfg), CompileCounter()
     with torch._dynamo.config.patch(specialize_int=True, specialize_float=True):
         compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
-        for count, n in ((5, 12), (5, 16), (7, 20), (9, 8)):
+        for count, n in ((7, 14), (7, 20), (9, 10)):  # first sizes that no other has: torch takes equal ones for one
             (inputs, targets, *_), lora = draw_row((n,) * count), draw_adapters(cfg, count)
             ends = torch.arange(2 * count + 1, dtype=torch.int32).mul(n).clamp_max(n * count)
             row = tg.Batch(inputs.clone(), targets.clone(), ends, 64)
