@@ -2469,7 +2469,8 @@ class Adaptation:
         are over drop out; if memory runs out, fewer go at once."""
         live = int((self.lengths > start).sum()) if self.cfg.ttt_fast else len(self.lengths)
         first, live, tokens = 0, -(-live // self.granule) * self.granule, min(end, self.cfg.ttt_eval_seq_len)
-        learners = int((self.lengths > end).sum()) if self.split else 0  # a prefix; the others need no gradient
+        learns = self.split and self.learning(end)
+        learners = int((self.lengths > end).sum()) if learns else 0  # a prefix; the others need no gradient
         while first < live:
             stop = learners if first < learners else live
             rows = slice(first, first + int(min(stop - first, max(self.room // tokens, self.granule))))
