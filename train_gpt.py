@@ -758,7 +758,7 @@ def softcap_ce_cuda(z: Tensor, targets: Tensor, cap: float, gradient: bool, tile
     return nats
 
 softcap_ce = operator("softcap_ce", softcap_ce_reference, softcap_ce_cuda,
-                      lambda z, *_: z.new_empty(len(z), dtype=torch.promote_types(z.dtype, torch.float32)), ("z",))
+                      lambda z, *_: z.new_empty(z.size(0), dtype=torch.promote_types(z.dtype, torch.float32)), ("z",))
 
 class HeadLoss(torch.autograd.Function):
     @staticmethod
