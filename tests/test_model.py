@@ -233,8 +233,8 @@ def test_adaptation_compiles_whole_and_not_again_for_another_window():
     cfg = tiny_config(num_layers=2, num_loops=0, parallel_start_layer=0, xsa_last_n=2)
     model, counter, counts = draw(cfg).requires_grad_(False), CompileCounterWithBackend("aot_eager"), []
     compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
-    for n, padding in ((10, 6), (20, 11)):
-        whole, part = (scored_windows(model, cfg.plans[1], n, padding, 5, f) for f in (None, compiled))
+    for n, padding, scored in ((10, 7, 6), (20, 11, 7)):  # no two sizes equal, which would be taken for one
+        whole, part = (scored_windows(model, cfg.plans[1], n, padding, scored, f) for f in (None, compiled))
         assert all(error(x, z.double()) < 1e-6 for x, z in zip(part, whole, strict=True))
         counts.append(counter.frame_count)
     assert counts[0] == counts[1]
