@@ -435,7 +435,7 @@ SHRINK = {**{f: CPU[f] for f in (
     "ttt_batch_size", "ttt_buckets", "ttt_chunk_tokens")}, **dict(
     model_dim=128, num_heads=4, num_kv_heads=2, bigram_vocab_size=512, bigram_dim=32, ve_dim=32, ttt_lora_lr=3e-3,
     max_wallclock_seconds=40.0, gptq_reserve_seconds=-1.0, gptq_calibration_batches=16, warmdown_iters=200,
-    cu_seqlens_capacity=128, swa_every=5, ttt_chunk_size=32)}  # fmt: skip
+    cu_seqlens_capacity=128, swa_every=5, eval_stride=128, ttt_chunk_size=32, ttt_epochs=1)}  # fmt: skip
 LENGTHS = "train_seq_len", "eval_seq_len", "ttt_eval_seq_len", "rope_train_seq_len", "ttt_min_doc_len"  # an eighth
 
 def print_knobs() -> None:  # variable, default per preset, meaning
@@ -2800,7 +2800,7 @@ class Run:  # from its data to its report, the same on all ranks; `go` holds the
         return self.report()
 
     def warm_up(self, last: tuple[Visit, ...]) -> float:  # synthetic tokens, undone; the seconds to keep after training
-        cfg, ranks, reserve, trains = self.cfg, self.ranks, 0.0, "weights" not in (self.saved or self.kept)
+        cfg, ranks, reserve, trains = self.cfg, self.ranks, 0.0, not self.saved and "weights" not in self.kept
         self.optimizers, row = Optimizers(self.model, cfg, ranks), synthetic_row(cfg, cfg.row_shape, ranks.device)
         with restored(self.model, self.optimizers):
             for step in range(cfg.warmup_steps * trains):

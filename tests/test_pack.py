@@ -179,7 +179,8 @@ def test_kernels_and_operators_of_the_packed_file_work(tmp_path):
     script = """if True:
         import inspect, torch, train_gpt as tg
         assert inspect.getsource(tg.mlp_kernel.fn).splitlines()[1].strip().startswith("def mlp_kernel(a,w,")
-        assert str(tg.mlp_up._opoverload._schema) == "golf::mlp_up(Tensor x, Tensor w_up) -> (Tensor, Tensor)"
+        schema = "golf::mlp_up(Tensor x, Tensor w_up, float slope=0.5) -> (Tensor, Tensor)"
+        assert str(tg.mlp_up._opoverload._schema) == schema
         torch.manual_seed(0)
         x, w = torch.randn(40, 32), torch.randn(64, 32)
         pre, out = torch.empty(40, 64), torch.empty(40, 64)

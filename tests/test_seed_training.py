@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -108,7 +109,7 @@ def test_calibration_reads_what_training_began_with(tiny_data):
 # --- Validation of a part ---------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("loader", ["rows", "shuffled"])
 @pytest.mark.parametrize("stride", [0, 16])
-def test_a_share_of_rows_is_the_beginning_of_the_stream(tiny_data, loader, stride):
+def test_a_share_of_rows_is_the_sample_of_documents_end_to_end(tiny_data, loader, stride):
     settings, found = dict(data_dir=tiny_data, data_loader=loader, train_seq_len=64), {}
     for share in (1.0, 0.4):
         cfg = tiny_config(**settings, val_doc_fraction=share)
@@ -123,9 +124,12 @@ def test_a_share_of_rows_is_the_beginning_of_the_stream(tiny_data, loader, strid
     (whole, every), (part, some) = found[1.0], found[0.4]
     assert len(part.starts) == len(part.counts) == round(0.4 * 12)
     count = int(part.counts.sum())
-    assert np.array_equal(part.tokens, whole.tokens[: count + 1])
-    assert whole.starts[len(part.starts)] == count  # its last target is the BOS of the next document
-    assert torch.allclose(some.nats[:count], every.nats[:count], atol=1e-5)
+    sample = tg.Documents.load(stream, tokenizer.bos_id, dataclasses.replace(cfg, data_loader="documents"))
+    texts = [sample.tokens[a:b] for a, b in zip(sample.starts, sample.starts + sample.counts, strict=True)]
+    after = sample.tokens[sample.starts[-1] + sample.counts[-1]]  # the last target, for most the next one's BOS
+    assert np.array_equal(part.tokens, [*np.concatenate(texts), after])
+    assert np.array_equal(part.text(), sample.text()) and np.array_equal(whole.text(), whole.tokens)
+    assert np.array_equal(part.tokens[part.starts], np.full(len(texts), tokenizer.bos_id))
     assert some.result()["tokens"] == count < every.result()["tokens"]
 
 

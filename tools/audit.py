@@ -572,7 +572,7 @@ class Audit:
             changes |= dict(ttt_chunk_tokens=size, ttt_batch_seqs=as_many, ttt_epochs=1)
         elif "ttt" in name:
             changes |= dict(ttt_short_chunks=f"{len(prefix)}:8", ttt_warm_start_a=False, ttt_batch_size=256)
-            changes |= {name: 0 for name in ("ttt_min_doc_len",) if hasattr(cfg, name)}  # so short ones learn, too
+            changes["ttt_min_doc_len"] = 0  # so short ones learn, too
             if cfg.phased_ttt_num_phases:
                 warm = self.texts[: max(1, len(self.texts) // 2)]
                 changes |= dict(phased_ttt_num_phases=1, phased_ttt_prefix_docs=len(warm))
