@@ -253,7 +253,7 @@ class Config:  # defaults are the `record` preset's; `PRESETS` overrides them an
         if preset not in PRESETS:
             raise UsageError("\n".join([*problems, f"PRESET={preset}: must be one of {', '.join(PRESETS)}"]))
         values = {**PRESETS[preset], "preset": preset}
-        if environ.get("SHRINK") == "1":  # what the preset has not stays off
+        if environ.get("SHRINK") == "1" and preset != "cpu":  # what the preset has not stays off
             values |= {f: x for f, x in SHRINK.items() if values.get(f, getattr(cls, f)) or f == "dataset"}
             values |= {f: values.get(f, getattr(cls, f)) // 8 for f in LENGTHS}
         origin = {f.name: "preset" if f.name in values else "default" for f in fields.values()}

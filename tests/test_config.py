@@ -130,7 +130,7 @@ def test_networks_have_as_many_parameters_as_the_published_logs_say(name, change
     assert sum(math.prod(role.shape) for role in tg.parameter_table(cfg).values()) == count
 
 
-@pytest.mark.parametrize("name", tg.PRESETS)
+@pytest.mark.parametrize("name", [name for name in tg.PRESETS if name != "cpu"])  # which is small already
 def test_shrunk_preset_keeps_its_structure(name):
     """Layers and their order, what it has and has not, and the ratios of its lengths; only sizes and times differ."""
     full, small = preset(name), tg.Config.from_env({"PRESET": name, "SHRINK": "1"}, has_cuda=False)[0]
