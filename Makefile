@@ -6,7 +6,7 @@ GPUS := $(shell nvidia-smi -L 2>/dev/null | wc -l)
 
 BENCHES := $(filter-out bench/reference.py,$(wildcard bench/*.py))
 
-.PHONY: run record report compare pack bench test lint gpu install dev
+.PHONY: run record report compare pack bench test lint gpu gpu-systems install dev
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -68,3 +68,7 @@ bench: install
 # GPU tests, then a full-size run of a few minutes on one GPU; fits in ten minutes. PYTHON must have torch with CUDA.
 gpu:
 	bash bench/gpu.sh "$(PYTHON)"
+
+# The five systems at full size on one GPU, 90 s of training each, as one table.
+gpu-systems:
+	bash bench/gpu.sh "$(PYTHON)" systems
