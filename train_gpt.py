@@ -78,8 +78,7 @@ class Config:  # defaults are the `record` preset's; `PRESETS` overrides them an
     data_dir: str = knob("./data", "holds datasets/ and tokenizers/")
     dataset: str = knob("", "folder under datasets/; default: fineweb10B_sp<VOCAB_SIZE>")
     tokenizer_path: str = knob("", "SentencePiece model; default: the manifest's, else fineweb_<VOCAB_SIZE>_bpe.model")
-    data_loader: str = knob("documents", "packed documents; or rows across them, as they come or shuffled",
-                            choices=("documents", "rows", "shuffled"))  # fmt: skip
+    data_loader: str = knob("documents", "packed; or rows across them", choices=("documents", "rows", "shuffled"))
     compute_dtype: str = knob("bf16", "activations and products; parameters are fp32", choices=("bf16", "fp32"))
     cuda_graph: bool = knob(False, "forward and backward of a row as a CUDA graph, where attention allows it")
     compile: bool = knob(True, "torch.compile the forwards and Newton-Schulz")
@@ -392,8 +391,7 @@ NOT_KNOBS = {
     **dict.fromkeys(("MUON_BETA2", "CONTROL_TENSOR_NAME_PATTERNS", "TTT_EVAL_BATCHES", "TTT_OUTPUT_DIR",
                      "TTT_DEBUG_BYPASS"), "it was dead, or for debugging")}  # fmt: skip
 ALIASES = {"VAL_BATCH_SIZE": "VAL_BATCH_TOKENS", "TTT_MAX_EVAL_SECS": "EVAL_DEADLINE_SECONDS"}  # spellings of others
-ALIASES |= {f"GLOBAL_{x}": x for x in ("TTT_LR", "TTT_EPOCHS", "TTT_CHUNK_TOKENS", "TTT_MOMENTUM", "TTT_BATCH_SEQS",
-                                       "TTT_GRAD_CLIP")}  # fmt: skip
+ALIASES |= {f"GLOBAL_TTT_{x}": f"TTT_{x}" for x in "LR EPOCHS CHUNK_TOKENS MOMENTUM BATCH_SEQS GRAD_CLIP".split()}
 PR1530 = dict(warmdown_frac=0.72, min_lr=0.0, matrix_lr=0.022, gptq_reserve_seconds=13.0, embed_bits=8,
               embed_clip_sigmas=20.0, compressor="brotli", ttt_chunk_size=32, gptq_calibration_batches=64,
               quantizer="gptq", artifact_limit_bytes=0)  # fmt: skip
@@ -427,8 +425,7 @@ CPU = dict(
     muon_momentum_warmup_start=0.85, muon_momentum_warmup_steps=100, ema_decay=0.98,
     val_batch_tokens=65536, eval_seq_len=512, ttt_lora_rank=8, ttt_lora_lr=3e-3, ttt_chunk_size=128,
     ttt_eval_seq_len=512, ttt_batch_size=16, ttt_buckets=0, ttt_chunk_tokens=4096)  # fmt: skip
-PRESETS: dict[str, dict[str, Any]] = {"record": {}, "pr1530": PR1530, "pr1560": PR1560, "pr1413": PR1413,
-                                      "pr473": PR473, "pr605": PR605, "cpu": CPU}  # fmt: skip
+PRESETS = dict(record={}, pr1530=PR1530, pr1560=PR1560, pr1413=PR1413, pr473=PR473, pr605=PR605, cpu=CPU)
 SHRINK = {**{f: CPU[f] for f in (
     "dataset", "vocab_size", "compile", "train_batch_tokens", "micro_batch_tokens", "ema_decay",
     "muon_momentum", "muon_momentum_warmup_start", "muon_momentum_warmup_steps", "val_batch_tokens", "ttt_lora_rank",
@@ -2469,8 +2466,7 @@ class Adaptation:
         are over drop out; if memory runs out, fewer go at once."""
         live = int((self.lengths > start).sum()) if self.cfg.ttt_fast else len(self.lengths)
         first, live, tokens = 0, -(-live // self.granule) * self.granule, min(end, self.cfg.ttt_eval_seq_len)
-        learns = self.split and self.learning(end)
-        learners = int((self.lengths > end).sum()) if learns else 0  # a prefix; the others need no gradient
+        learners = int((self.lengths > end).sum()) * (self.split and self.learning(end))  # others need no gradient
         while first < live:
             stop = learners if first < learners else live
             rows = slice(first, first + int(min(stop - first, max(self.room // tokens, self.granule))))
@@ -2767,10 +2763,8 @@ class Run:  # from its data to its report, the same on all ranks; `go` holds the
         self.forward = torch.compile(self.model, fullgraph=True, dynamic=False) if cfg.compile else self.model
         mode = "reduce-overhead" if cfg.ttt_cuda_graph else "default"
         adapting = partial(torch.compile, fullgraph=True, dynamic=True, mode=mode)
-        self.scoring, self.ttt_forward = self.forward, adapting(self.model) if cfg.compile else self.model
-        if cfg.logit_temperature != 1:
-            both = self.forward, self.ttt_forward
-            self.scoring, self.ttt_forward = (partial(f, temperature=cfg.logit_temperature) for f in both)
+        both, T = (self.forward, adapting(self.model) if cfg.compile else self.model), cfg.logit_temperature
+        self.scoring, self.ttt_forward = both if T == 1 else (partial(f, temperature=T) for f in both)
         self.log(f"model_params:{sum(p.numel() for p in self.model.parameters())}")
         start = saved or self.kept
         looped = start.get("looped", cfg.num_loops > 0 and cfg.enable_looping_at < 1)
