@@ -18,6 +18,7 @@ BUDGET = {"max_wallclock_seconds": "40.0", "shrink": "True", "val_doc_fraction":
 def logs(folder: Path, *runs: dict, name: str = "run") -> list[str]:
     """As `ours`; `preset` of each, and `env`: knobs that the environment had set."""
     made = [{**run, "config": {**BUDGET, **run.get("config", {}), **run.get("env", {})}} for run in runs]
+    made = [{**run, "preset": f"{run['preset']} shrunk"} for run in made]  # as a run with SHRINK=1 says
     paths = ours(folder, *({k: v for k, v in run.items() if k != "env"} for run in made), name=name)
     for path, run in zip(map(Path, paths), runs, strict=True):
         text = path.read_text()

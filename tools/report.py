@@ -670,6 +670,10 @@ def budget_of(run: Run) -> str:
     return f"{seconds:g} s of training" if seconds else steps
 
 
+def preset_of(run: Run) -> str:
+    return str(run.facts.get("preset")).removesuffix(" shrunk")
+
+
 def systems_of(runs: list[Run]) -> dict[str, list[Run]]:
     """Preset and what was set for it alone -> its runs, in the order of SYSTEMS. Raises UsageError unless all else is
     the same: code, data, machine and budget."""
@@ -683,10 +687,10 @@ def systems_of(runs: list[Run]) -> dict[str, list[Run]]:
     names = set().union(*(run.given for run in runs)) - VOLATILE - {"preset"}
     own = sorted(n for n in names if len({run.config.get(n) if n in run.given else None for run in runs}) > 1)
     groups: dict[str, list[Run]] = {}
-    order = [*SYSTEMS, *sorted({str(run.facts.get("preset")) for run in runs} - {*SYSTEMS})]
-    for run in sorted(runs, key=lambda run: order.index(str(run.facts.get("preset")))):
+    order = [*SYSTEMS, *sorted({preset_of(run) for run in runs} - {*SYSTEMS})]
+    for run in sorted(runs, key=lambda run: order.index(preset_of(run))):
         knobs = (f"{name.upper()}={run.config[name]}" for name in own if name in run.given)
-        groups.setdefault(" ".join([str(run.facts.get("preset")), *knobs]), []).append(run)
+        groups.setdefault(" ".join([preset_of(run), *knobs]), []).append(run)
     for group in groups.values():
         check_claim(group, mixed=False)
     return groups
