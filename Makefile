@@ -36,19 +36,21 @@ LOGS ?= $(wildcard logs/*.txt)
 report: dev
 	$(BIN)/python tools/report.py $(LOGS) --html runs/report.html
 
-# Five systems on the same data with the same budget, small enough for a CPU (SHRINK=1), as one table. Killed, it goes on
-# when typed again. SEED=0,1,2 for spread; at full size, on GPUs: make compare SHRINK=0 DATASET=.. VOCAB_SIZE=..
+# Five systems on the same data with the same budget, small enough for a CPU (SHRINK=1, a tenth of the documents), as one
+# table. Killed, it goes on when typed again. For spread SEED=0,1,2 VAL_DOC_FRACTION=1, since a seed draws its own sample; at
+# full size, on GPUs: make compare SHRINK=0 VAL_DOC_FRACTION=1 DATASET=.. VOCAB_SIZE=..
 SYSTEMS ?= pr1530,pr1560,pr1413,pr473,pr605
 SHRINK ?= 1
 SEED ?= 1337
 DATASET ?= pydocs_sp1024
 DATA_DIR ?= data
+VAL_DOC_FRACTION ?= 0.1
 CODE := $(shell cksum < train_gpt.py | cut -d ' ' -f 1)
 COMPARE ?= compare-$(DATASET)-$(CODE)
 compare: dev
 	$(if $(filter pydocs_sp1024,$(DATASET)),$(BIN)/python tools/prepare_data.py pydocs --data-dir "$(DATA_DIR)")
-	DATASET=$(DATASET) DATA_DIR="$(DATA_DIR)" $(BIN)/python tools/sweep.py $(COMPARE) PRESET=$(SYSTEMS) SHRINK=$(SHRINK) \
-	  SEED=$(SEED) || [ $$? = 1 ]
+	DATASET=$(DATASET) DATA_DIR="$(DATA_DIR)" VAL_DOC_FRACTION=$(VAL_DOC_FRACTION) \
+	  $(BIN)/python tools/sweep.py $(COMPARE) PRESET=$(SYSTEMS) SHRINK=$(SHRINK) SEED=$(SEED) || [ $$? = 1 ]
 	$(BIN)/python tools/report.py --compare logs/$(COMPARE)-????.txt
 
 # The submission folder of a finished run, checked: make pack RUN=runs/<RUN_ID>

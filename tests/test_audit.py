@@ -126,6 +126,18 @@ def test_cheat_on_rows_is_caught(run_of_rows, knobs, tmp_path, name, expected):
     assert not any("Error:" in text for text in evidence.values()), evidence
 
 
+def test_coverage_of_a_sample_of_rows_is_what_the_shards_hold_of_it(run_of_rows, knobs, tmp_path):
+    environ = {**knobs, "DATA_LOADER": "rows", "VAL_DOC_FRACTION": "0.4"}
+    found = audit.audit(SCRIPT, artifact_of(run_of_rows), environ, ["T14"], 4)["tests"]["T14"]
+    assert found["passed"] and found["evidence"].startswith("5 of 5 documents")
+    source = SCRIPT.read_text()
+    other = source.replace("random.Random(cfg.seed).sample", "random.Random(cfg.seed + 1).sample")  # another choice
+    assert other != source
+    (tmp_path / "train_gpt.py").write_text(other)
+    result = audit.audit(tmp_path / "train_gpt.py", artifact_of(run_of_rows), environ, ["T14"], 4)
+    assert failed(result) == ["T14"]
+
+
 def test_a_subject_that_cannot_start_is_tried_once(run, knobs, monkeypatch):
     tries = []
 

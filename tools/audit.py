@@ -845,6 +845,11 @@ class Audit:
         held = np.concatenate(parts)
         starts, docs = np.flatnonzero(held == bos), run.docs
         wanted = max(1, round(share * len(starts)))
+        if share < 1 and self.subject.cfg.data_loader != "documents":  # rows hold the sample alone, end to end
+            chosen = sorted(random.Random(self.subject.cfg.seed).sample(range(len(starts)), wanted))
+            ends = np.append(starts[1:], len(held) - 1)
+            held = np.concatenate([*(held[starts[i] : ends[i]] for i in chosen), held[ends[chosen[-1]] :][:1]])
+            starts = np.flatnonzero(held[:-1] == bos)
         same = np.array_equal(held, docs.tokens)
         ends = np.append(starts[1:], len(held) - 1)[np.searchsorted(starts, docs.starts).clip(max=len(starts) - 1)]
         whole = bool((docs.starts + docs.counts == ends).all()) and bool(np.isin(docs.starts, starts).all())
