@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import TINY, run_script
 from test_optim import cpu_ranks, weights_of
-from test_training import Session, Slow, assert_same
+from test_training import Session, Slow, assert_same, warmed_up
 from torch import Tensor
 
 import train_gpt as tg
@@ -125,12 +125,7 @@ class Reshaped(Session):
 
     def __init__(self, *args: Any, **overrides: Any):
         super().__init__(*args, micro_batch_tokens=512, enable_looping_at=1, iterations=5, **overrides)
-        torch.compiler.reset()
-        self.compiled = torch.compile(self.model, backend="aot_eager", fullgraph=True, dynamic=False)
-        row = tg.synthetic_row(self.cfg, self.cfg.row_shape, torch.device("cpu"))
-        tg.accumulate(self.compiled, self.cfg.plans[0], [row], 512)
-        self.model.zero_grad()
-        self.sentinel = tg.Sentinel(self.log)
+        self.compiled = warmed_up(self)
 
     def forward(self, row: tg.Batch, plan: tuple[tg.Visit, ...]) -> Tensor:
         return self.compiled(row._replace(max_seqlen=row.max_seqlen + (len(self.after) == 2)), plan)

@@ -17,7 +17,7 @@ from test_compression import random_model, random_rows
 from test_data import equal, rank_of, stream_of
 from test_optim import cpu_ranks, on_one, weights_of
 from test_resume import Killed, Mortal, die
-from test_training import Breaking, Session, assert_same
+from test_training import Breaking, Session, assert_same, warmed_up
 from torch import Tensor
 
 import train_gpt as tg
@@ -319,12 +319,7 @@ def test_weights_are_rounded_from_the_threshold_on_but_never_in_evaluation(tiny_
 class Compiled(Observed):
     def __init__(self, *args: Any, **overrides: Any):
         super().__init__(*args, **overrides)
-        torch.compiler.reset()
-        self.compiled = torch.compile(self.model, backend="aot_eager", fullgraph=True, dynamic=False)
-        row = tg.synthetic_row(self.cfg, self.cfg.row_shape, torch.device("cpu"))
-        tg.accumulate(self.compiled, self.cfg.plans[0], [row], 512)
-        self.model.zero_grad()
-        self.sentinel = tg.Sentinel(self.log)
+        self.compiled = warmed_up(self)
 
     def forward(self, row: tg.Batch, plan: tuple[tg.Visit, ...]) -> Tensor:
         self.seen.append(bool(self.model.qat))

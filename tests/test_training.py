@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -83,6 +83,17 @@ class Session(tg.Run):
     def numbers(self, pattern: str) -> list[float]:
         """What the pattern's group matches in the log lines, in order."""
         return [float(x) for line in self.log for x in re.findall(pattern, line)]
+
+
+def warmed_up(run: Session) -> Callable[..., Tensor]:
+    """The compiled forward of the run's model after a step of the plain plan; its sentinel counts from there on."""
+    torch.compiler.reset()
+    compiled = torch.compile(run.model, backend="aot_eager", fullgraph=True, dynamic=False)
+    row = tg.synthetic_row(run.cfg, run.cfg.row_shape, torch.device("cpu"))
+    tg.accumulate(compiled, run.cfg.plans[0], [row], 512)
+    run.model.zero_grad()
+    run.sentinel = tg.Sentinel(run.log)
+    return compiled
 
 
 class Breaking(Session):
