@@ -157,6 +157,15 @@ def test_artifact_alone_gives_the_same_scores_without_training_data(first_run, t
     assert listing(again.folder).keys() == set(SCORE_FILES)
 
 
+def test_warm_up_of_an_artifact_neither_trains_nor_compresses(first_run, tiny_data, tmp_path):
+    """So no budget of training, however small, refuses what only scores."""
+    env = {**EVAL, "DATA_DIR": str(tiny_data), "EVAL_ONLY_PATH": str(first_run.folder / "final_model.int6.ptz")}
+    again = finish({**env, "RUN_ID": "again", "SEED": "7", "MAX_WALLCLOCK_SECONDS": "0.001"}, tmp_path)
+    assert again.final["val_bpb"] == first_run.final["val_bpb"]
+    assert "warmup:done" in again.output
+    assert not re.search(r"^(warmup_step|fit):", again.output, re.M)
+
+
 def test_checkpoint_gives_the_same_artifact_to_the_byte(first_run, tiny_data, tmp_path):
     env = {**EVAL, "DATA_DIR": str(tiny_data), "RUN_ID": "again", "SEED": "7", "ARTIFACT_DIR": "a/b"}
     again = finish({**env, "EVAL_ONLY_PATH": str(first_run.folder / "final_model.pt")}, tmp_path)
