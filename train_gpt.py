@@ -956,9 +956,9 @@ def remove_own_value(y: Tensor, v: Tensor) -> Tensor:  # XSA: from y (T, H, D), 
 
 if triton is not None:  # ROWS heads to a program, all their COLS >= D columns at once
     @triton.jit
-    def qk_kernel(dq, dk, dv, qkv, gain, rope, out, dgain, rows, H: tl.constexpr, KV: tl.constexpr,  # noqa: PLR0913
-                  D: tl.constexpr, HALF: tl.constexpr, EPS: tl.constexpr, BACKWARD: tl.constexpr, ROWS: tl.constexpr,
-                  COLS: tl.constexpr):  # fmt: skip
+    def qk_kernel(dq, dk, dv, du, qkv, gain, rope, out, dgain, rows, H: tl.constexpr, KV: tl.constexpr,  # noqa: PLR0913
+                  D: tl.constexpr, HALF: tl.constexpr, EPS: tl.constexpr, BACKWARD: tl.constexpr, TWICE: tl.constexpr,
+                  ROWS: tl.constexpr, COLS: tl.constexpr):  # fmt: skip
         """out: heads of q and k; or, rotating back first, gradients of the row's heads, and each one's dgain."""
         HEADS: tl.constexpr = H + 2 * KV if BACKWARD else H + KV
         r, col = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None], tl.arange(0, COLS)[None, :]
@@ -973,9 +973,11 @@ if triton is not None:  # ROWS heads to a program, all their COLS >= D columns a
         rstd = tl.rsqrt(tl.sum(x * x, 1, keep_dims=True) / D + EPS)
         scale = rstd * tl.load(gain + h, h < H, other=1.0).to(tl.float32)
         if BACKWARD:
-            of_q, of_k, of_v = dq + (t * H + h) * D, dk + (t * KV + h - H) * D, dv + (t * KV + h - H - KV) * D
+            of_q, of_k, of_v = dq + (t * H + h) * D, dk + (t * KV + h - H) * D, (t * KV + h - H - KV) * D + col
             g = tl.load(of_q + col, in_q, other=0.0) + tl.load(of_k + col, in_k, other=0.0)
-            g = (g + tl.load(of_v + col, in_v, other=0.0)).to(tl.float32)  # one of the three
+            g = (g + tl.load(dv + of_v, in_v, other=0.0)).to(tl.float32)  # one of the three
+            if TWICE:
+                g += tl.load(du + of_v, in_v, other=0.0).to(tl.float32)
             other = tl.load(of_q + partner, in_q, other=0.0) + tl.load(of_k + partner, in_k, other=0.0)
             g, n = g * cos - other.to(tl.float32) * sin, x * rstd
             dot = tl.sum(g * n, 1, keep_dims=True)
@@ -1015,15 +1017,17 @@ def normed_heads(qkv: Tensor, gain: Tensor, head_dim: int) -> tuple[Tensor, Tens
 def qk_rope_reference(qkv: Tensor, gain: Tensor, rope: Tensor, head_dim: int) -> Tensor:  # q, then k (T, H + Hkv, D)
     x, rstd, gains = normed_heads(qkv, gain, head_dim)
     return rotate(x * (rstd * gains), *rope.to(x.dtype).unbind(1)).to(qkv.dtype)
-def qk_rope_backward_reference(qkv: Tensor, gain: Tensor, rope: Tensor, dq: Tensor, dk: Tensor,
-                               dv: Tensor) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Gradients of the row and of the gain. They rotate back first: then no division by a gain is needed."""
+def qk_rope_backward_reference(qkv: Tensor, gain: Tensor, rope: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
+                               du: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Gradients of the row and of the gain; du is a second one of the values. Rotated back first: then no division by
+    a gain is needed."""
     x, rstd, gains = normed_heads(qkv, gain, dq.size(-1))
     cos, sin = rope.to(x.dtype).unbind(1)
     g, n = rotate(torch.cat([dq, dk], 1).to(x.dtype), cos, -sin), x * rstd
     dot = (g * n).sum(-1, keepdim=True)
     dx = torch.addcmul(g, n, dot / x.size(-1), value=-1).mul_(rstd * gains)
-    return torch.cat([dx.to(dv.dtype), dv], 1).flatten(1), dot[:, : len(gain), 0].sum(0).to(gain.dtype)
+    dx = torch.cat([dx.to(dv.dtype), dv if du is None else dv + du], 1).flatten(1)
+    return dx, dot[:, : len(gain), 0].sum(0).to(gain.dtype)
 def xsa_backward_reference(y: Tensor, v: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(y.dtype, torch.float32)
     g, x = (t.to(wide).unflatten(1, (v.size(1), -1)) for t in (grad, y))
@@ -1036,13 +1040,14 @@ def xsa_backward_reference(y: Tensor, v: Tensor, grad: Tensor) -> tuple[Tensor, 
     return dy.flatten(1, 2).to(y.dtype), dv.to(v.dtype)
 
 def qk_rope_cuda(qkv: Tensor, gain: Tensor, rope: Tensor, head_dim: int, *grads: Tensor, tile: tuple = ()) -> Any:
-    """What qk_rope returns; given dq, dk and dv, what qk_rope_backward does."""
-    H, heads, qkv = len(gain), qkv.size(1) // head_dim, qkv.contiguous()
+    """What qk_rope returns; given dq, dk, dv and perhaps du, what qk_rope_backward does."""
+    qkv, *grads = (t.contiguous() for t in (qkv, *grads) if t is not None)
+    H, heads = len(gain), qkv.size(1) // head_dim
     KV = (heads - H) // 2
     out = qkv.new_empty(len(qkv), heads if grads else H + KV, head_dim)
     parts = qkv.new_empty(out.shape[:2] if grads else 0, dtype=torch.float32)
-    args = [*([g.contiguous() for g in grads] or [qkv] * 3), qkv, gain, rope, out, parts]
-    shape = dict(H=H, KV=KV, D=head_dim, HALF=rope.size(-1), EPS=NORM_EPS, BACKWARD=bool(grads))
+    args = [*grads, *[qkv] * (4 - len(grads)), qkv, gain, rope, out, parts]
+    shape = dict(H=H, KV=KV, D=head_dim, HALF=rope.size(-1), EPS=NORM_EPS, BACKWARD=bool(grads), TWICE=len(grads) == 4)
     launch_heads(qk_kernel, "qk_backward" if grads else "qk", args, len(qkv) * out.size(1), tile, **shape)
     return (out.flatten(1), parts[:, :H].sum(0).to(gain.dtype)) if grads else out
 def xsa_cuda(y: Tensor, v: Tensor, grad: Tensor | None = None, tile: tuple = ()) -> Tensor | tuple[Tensor, Tensor]:
@@ -1064,20 +1069,22 @@ xsa.register_autograd(lambda ctx, grad: xsa_backward(*ctx.saved_tensors, grad),
 
 class NormRope(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, qkv: Tensor, gain: Tensor, rope: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx, qkv: Tensor, gain: Tensor, rope: Tensor, head_dim: int, uses: int) -> tuple[Tensor, ...]:
         ctx.save_for_backward(qkv, gain, rope)
         qk = qk_rope(qkv, gain, rope, head_dim)
-        return qk[:, : len(gain)], qk[:, len(gain) :], qkv.unflatten(1, (-1, head_dim))[:, qk.size(1) :]
+        values = (qkv.unflatten(1, (-1, head_dim))[:, qk.size(1) :] for _ in range(uses))
+        return qk[:, : len(gain)], qk[:, len(gain) :], *values
     @staticmethod
-    def backward(ctx, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
-        return *qk_rope_backward(*ctx.saved_tensors, dq, dk, dv), None, None
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return *qk_rope_backward(*ctx.saved_tensors, *grads), None, None, None
 
-def norm_rope(qkv: Tensor, gain: Tensor, rope: Tensor, head_dim: int, fused: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v: normed, rotated by rope (T, 2, 1, half) fp32 = cos, sin of each token, queries times gain (H,)."""
+def norm_rope(qkv: Tensor, gain: Tensor, rope: Tensor, head_dim: int, fused: bool, uses: int = 1) -> tuple[Tensor, ...]:
+    """q, k, v: normed, rotated by rope (T, 2, 1, half) fp32 = cos, sin of each token, queries times gain (H,). For two
+    `uses` of v it comes twice, so that its gradients meet in the kernel and not in a pass of their own."""
     if fused:
-        return NormRope.apply(qkv, gain, rope, head_dim)
+        return NormRope.apply(qkv, gain, rope, head_dim, uses)
     qk, H = qk_rope_reference(qkv, gain, rope, head_dim), len(gain)
-    return qk[:, :H], qk[:, H:], qkv.unflatten(1, (-1, head_dim))[:, qk.size(1) :]
+    return qk[:, :H], qk[:, H:], *[qkv.unflatten(1, (-1, head_dim))[:, qk.size(1) :]] * uses
 
 # --- Attention over packed documents, one signature for every backend: q (T, H, D), k and v (T, Hkv, D), cu_seqlens
 # int32 (capacity + 1,) ending in repeated T, max_seqlen a constant: one graph for all batches. FA2, FA3 (from 2025-12)
@@ -1355,6 +1362,7 @@ class GPT(nn.Module):  # the network of PR #1530; parameters are fp32, products 
     def attend(self, n: Tensor, w: LayerWeights, visit: Visit, info: PassInfo, keep: slice | Tensor) -> Tensor:
         """Attention of normalised n (T, C); the output (n, C) at the positions `keep`: all, or the last of segments."""
         C, kv, h = n.size(1), self.cfg.num_kv_heads * self.cfg.head_dim, info.lora_in(n, "attn", visit.slot)
+        has_xsa = visit.layer >= self.cfg.num_layers - self.cfg.xsa_last_n
         def heads(sites: str, n: Tensor, weight: Tensor, gain: Tensor, rope: Tensor, h: dict) -> tuple[Tensor, ...]:
             x = F.linear(n, weight)
             if h:
@@ -1363,17 +1371,17 @@ class GPT(nn.Module):  # the network of PR #1530; parameters are fp32, products 
             if info.values is not None and "v" in sites and visit.layer in self.cfg.ve_at:
                 scale = self.ve_layer_scales[self.cfg.ve_at.index(visit.layer)].to(n.dtype)
                 x = x + F.pad(scale * info.values, (x.size(1) - kv, 0))
-            return norm_rope(x, gain, rope, self.cfg.head_dim, self.cfg.fused_qk)
+            return norm_rope(x, gain, rope, self.cfg.head_dim, self.cfg.fused_qk, 1 + has_xsa)
         if isinstance(keep, slice):
-            (q, k, v), cu_queries = heads("qkv", n, w.qkv, w.q_gain, info.rope, h), None
+            (q, k, v, *own), cu_queries = heads("qkv", n, w.qkv, w.q_gain, info.rope, h), None
         else:  # of queries, only these
-            _, k, v = heads("kv", n, w.qkv[C:], w.q_gain[:0], info.rope, h)
+            _, k, v, *own = heads("kv", n, w.qkv[C:], w.q_gain[:0], info.rope, h)
             h = {site: x.flatten(0, 1)[keep].unflatten(0, (x.size(0), -1)) for site, x in h.items()}
-            q, _, _ = heads("q", n[keep], w.qkv[:C], w.q_gain, info.rope[keep], h)
+            q, own = heads("q", n[keep], w.qkv[:C], w.q_gain, info.rope[keep], h)[0], [x[keep] for x in own]
             cu_queries = torch.searchsorted(keep, info.batch.cu_seqlens.long(), out_int32=True)
         y = attention(q, k, v, info.batch.cu_seqlens, info.batch.max_seqlen, self.attention_backend, cu_queries)
-        if visit.layer >= self.cfg.num_layers - self.cfg.xsa_last_n:
-            y = (xsa if self.cfg.fused_xsa else remove_own_value)(y, v if cu_queries is None else v[keep])
+        if has_xsa:
+            y = (xsa if self.cfg.fused_xsa else remove_own_value)(y, *own)
         y = y.flatten(1)  # (T, C)
         info.tap("attn_in", visit.layer, n)
         info.tap("attn_out", visit.layer, y)
@@ -1384,9 +1392,10 @@ class GPT(nn.Module):  # the network of PR #1530; parameters are fp32, products 
         info.tap("mlp_mid", visit.layer, post)
         return info.lora_out(out, info.lora_in(n, "mlp", visit.slot), "mlp", visit.slot, w.mlp_scale)
     def merge_skip(self, x: Tensor, skip: Tensor, rows: tuple[int, ...]) -> Tensor:  # a gate of 1 keeps the stream x
-        skip = self.skip_weights[list(rows)].mean(0).to(x.dtype) * skip
-        gated = self.cfg.skip_gates_enabled
-        return torch.lerp(skip, x, self.skip_gates[list(rows)].mean(0).to(x.dtype).sigmoid()) if gated else x + skip
+        def mean(p: Tensor) -> Tensor:  # a list as an index would be copied from the host in every forward
+            return torch.stack([p[row] for row in rows]).mean(0).to(x.dtype)
+        skip = mean(self.skip_weights) * skip
+        return torch.lerp(skip, x, mean(self.skip_gates).sigmoid()) if self.cfg.skip_gates_enabled else x + skip
     def layers(self) -> list[LayerWeights]:
         """Weights cast once: q, k, v as one product; scale * (y W^T) = y (diag(scale) W)^T as rows of o and down. The
         adapters beside those need the scales. unbind, because its gradient is one stack and not L padded copies."""

@@ -84,7 +84,7 @@ def launchers() -> list[tuple]:
         ("softcap_ce_kernel", "ce", lambda tile: tg.softcap_ce_cuda(z, ids, 30.0, True, tile)),
         ("softcap_ce_kernel", "ce", lambda tile: tg.softcap_ce_cuda(z, ids, 30.0, False, tile)),
         ("qk_kernel", "qk", lambda tile: tg.qk_rope_cuda(row, gain, rope, D, tile=tile)),
-        ("qk_kernel", "qk_backward", lambda tile: tg.qk_rope_cuda(row, gain, rope, D, q, k, k, tile=tile)),
+        ("qk_kernel", "qk_backward", lambda tile: tg.qk_rope_cuda(row, gain, rope, D, q, k, k, k, tile=tile)),
         ("xsa_kernel", "xsa", lambda tile: tg.xsa_cuda(q, v, None, tile)),
         ("xsa_kernel", "xsa_backward", lambda tile: tg.xsa_cuda(q, v, q, tile)),
     ]
@@ -140,7 +140,7 @@ def time_all(tokens: int = 98304) -> list[dict]:
     up, down, ids = draw(F, C), draw(C, F), torch.randint(0, V, (tokens,), device="cuda")
     U = tokens * C * 2  # bytes of one (T, C) tensor in bf16
     ops = {  # plain or fused, leaves, bytes forward and backward
-        "norm_rope": (lambda f: lambda row, gain: tg.norm_rope(row, gain, rope, D, f), (row, gain), 3 * U, 5.5 * U),
+        "norm_rope": (lambda f: lambda row, gain: tg.norm_rope(row, gain, rope, D, f, 2), (row, gain), 3 * U, 6 * U),
         "xsa": (lambda f: tg.xsa if f else tg.remove_own_value, (y, v), 2.5 * U, 4 * U),
         "head_loss": (lambda f: lambda x, w: tg.head_loss(x, w, None, ids, 30.0, f), (x, w), 6 * tokens * V,
                       4 * tokens * V),

@@ -33,8 +33,9 @@ def relative_error(out: Tensor, reference: Tensor) -> float:
     return float((out.double() - reference.double()).norm() / reference.double().norm().clamp_min(1e-30))
 
 
-def exact_qk(qkv: Tensor, gain: Tensor, rope: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Another spelling of norm, rotation and gain: pairs as complex numbers, one head at a time."""
+def exact_qk(qkv: Tensor, gain: Tensor, rope: Tensor, dim: int, uses: int = 1) -> tuple[Tensor, ...]:
+    """Another spelling of norm, rotation and gain: pairs as complex numbers, one head at a time. Values as often as
+    they are used."""
     heads, H = qkv.unflatten(1, (-1, dim)), len(gain)
     kv, half = (heads.size(1) - H) // 2, rope.size(-1)
     turn, out = torch.complex(rope[:, 0, 0], -rope[:, 1, 0]), []
@@ -43,7 +44,7 @@ def exact_qk(qkv: Tensor, gain: Tensor, rope: Tensor, dim: int) -> tuple[Tensor,
         z = torch.complex(x[:, :half], x[:, half : 2 * half]) * turn
         out.append(torch.cat([z.real, z.imag, x[:, 2 * half :]], 1) * (gain[h] if h < H else 1.0))
     q, k = (torch.stack(x, 1) if x else heads[:, :0] * gain.sum() for x in (out[:H], out[H:]))
-    return q, k, heads[:, H + kv :]
+    return q, k, *[heads[:, H + kv :]] * uses
 
 
 def exact_xsa(y: Tensor, v: Tensor) -> Tensor:
@@ -56,14 +57,14 @@ def exact_nats(z: Tensor, targets: Tensor, cap: float) -> Tensor:
     return torch.where(targets < 0, 0.0, -picked)
 
 
-def qk_inputs(T: int, H: int, kv: int, dim: int, half: int, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
-    """(row, gain, rope) and gradients of q, k, v; a zero among the gains, angles of any size."""
+def qk_inputs(T: int, H: int, kv: int, dim: int, half: int, dtype: torch.dtype, uses: int = 1) -> tuple[list, list]:
+    """(row, gain, rope) and gradients of q, k, and v for each use; a zero among the gains, angles of any size."""
     angles = torch.rand(T, 1, half, dtype=torch.float64) * 100
     rope = torch.stack([angles.cos(), angles.sin()], 1).to(torch.promote_types(dtype, torch.float32))
     gain = torch.randn(H, dtype=torch.float64) * 3
     gain[:1] = 0.0
     row = torch.randn(T, (H + 2 * kv) * dim, dtype=torch.float64)
-    grads = [torch.randn(T, n, dim, dtype=torch.float64).to(dtype) for n in (H, kv, kv)]
+    grads = [torch.randn(T, n, dim, dtype=torch.float64).to(dtype) for n in (H, kv, *[kv] * uses)]
     return [row.to(dtype), gain.to(dtype), rope], grads
 
 
@@ -94,15 +95,16 @@ def against_exact(function, exact, inputs: list[Tensor], grads: list[Tensor]) ->
 
 
 # --- Operators on a CPU, fused and plain, against fp64 ---------------------------------------------------------------
+@pytest.mark.parametrize("uses", [1, 2])
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", HEADS + SPLIT, ids=str)
-def test_norm_rope_and_gain_equal_fp64_autograd(shape, dtype, fused):
-    (row, gain, rope), grads = qk_inputs(*shape, dtype)
+def test_norm_rope_and_gain_equal_fp64_autograd(shape, dtype, fused, uses):
+    (row, gain, rope), grads = qk_inputs(*shape, dtype, uses)
     D = shape[3]
     errors = against_exact(
-        lambda row, gain: tg.norm_rope(row, gain, rope, D, fused),
-        lambda row, gain: exact_qk(row, gain, rope.double(), D), [row, gain], grads,
+        lambda row, gain: tg.norm_rope(row, gain, rope, D, fused, uses),
+        lambda row, gain: exact_qk(row, gain, rope.double(), D, uses), [row, gain], grads,
     )  # fmt: skip
     assert max(errors) < (1 if fused else 3) * TOLERANCE[dtype], errors
 
@@ -166,10 +168,11 @@ def test_softcap_reaches_its_cap_without_overflow():
 
 
 def test_operators_agree_with_their_fakes():
-    (row, gain, rope), (dq, dk, dv) = qk_inputs(7, 4, 2, 8, 3, torch.float32)
+    (row, gain, rope), grads = qk_inputs(7, 4, 2, 8, 3, torch.float32, uses=2)
     y, v, grad = xsa_inputs(7, 4, 2, 8, torch.float32)
     torch.library.opcheck(tg.qk_rope, (row, gain, rope, 8))
-    torch.library.opcheck(tg.qk_rope_backward, (row, gain, rope, dq, dk, dv))
+    for uses in (1, 2):
+        torch.library.opcheck(tg.qk_rope_backward, (row, gain, rope, *grads[: 2 + uses]))
     torch.library.opcheck(tg.xsa, (y.requires_grad_(), v.clone().requires_grad_()))
     torch.library.opcheck(tg.xsa_backward, (y.detach(), v, grad))
     for gradient in (False, True):
@@ -179,8 +182,8 @@ def test_operators_agree_with_their_fakes():
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_every_fused_form_compiles_whole_and_changes_nothing(backend):
     def loss(row, w, gain, rope, targets):
-        q, k, v = tg.norm_rope(row.sin(), gain, rope, 8, True)
-        y = tg.xsa(q * k.repeat_interleave(2, 1), v).flatten(1)
+        q, k, v, own = tg.norm_rope(row.sin(), gain, rope, 8, True, 2)
+        y = tg.xsa(q * (k * v).repeat_interleave(2, 1), own).flatten(1)
         return tg.head_loss(y, w, None, targets, 30.0, True).mean()
     torch._dynamo.reset()
     compiled = torch.compile(loss, backend=backend, fullgraph=True)
@@ -294,15 +297,16 @@ def interpret(dtype: torch.dtype) -> list:
     torch.Tensor.new_empty, results = poisoned, []
     for shape in HEADS + SPLIT:
         for tile in ((32, 1), (128, 1)):
-            (row, gain, rope), grads = qk_inputs(*shape, dtype)
-            wide = [t.double().requires_grad_() for t in (row, gain)]
-            want = exact_qk(*wide, rope.double(), shape[3])
-            grad_wants = torch.autograd.grad(want, wide, [g.double() for g in grads])
-            qk = tg.qk_rope_cuda(row, gain, rope, shape[3], tile=tile)
-            got = tg.qk_rope_cuda(row, gain, rope, shape[3], *grads, tile=tile)
-            wanted = torch.cat(want[:2], 1), *grad_wants
-            pairs = list(zip(("qk", "dqkv", "dgain"), (qk, *got), wanted, strict=True))
-            results += [[what, shape, tile, relative_error(a, b.detach())] for what, a, b in pairs]
+            for uses in (1, 2):
+                (row, gain, rope), grads = qk_inputs(*shape, dtype, uses)
+                wide = [t.double().requires_grad_() for t in (row, gain)]
+                want = exact_qk(*wide, rope.double(), shape[3], uses)
+                grad_wants = torch.autograd.grad(want, wide, [g.double() for g in grads])
+                qk = tg.qk_rope_cuda(row, gain, rope, shape[3], tile=tile)
+                got = tg.qk_rope_cuda(row, gain, rope, shape[3], *grads, tile=tile)
+                wanted = torch.cat(want[:2], 1), *grad_wants
+                pairs = zip(("qk", "dqkv", "dgain"), (qk, *got), wanted, strict=True)
+                results += [[what, shape, tile, relative_error(a, b.detach())] for what, a, b in pairs]
             if shape in SPLIT:
                 continue
             y, v, grad = xsa_inputs(*shape[:4], dtype)
@@ -337,7 +341,7 @@ def test_interpreted_kernels_equal_float64_over_odd_shapes(dtype):
     child = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
     assert child.returncode == 0, child.stderr[-3000:]
     results = json.loads(child.stdout.splitlines()[-1])
-    assert len(results) == 2 * (6 * len(HEADS) + 3 * len(SPLIT) + 2 * len(LOGITS)) + 1
+    assert len(results) == 2 * (9 * len(HEADS) + 6 * len(SPLIT) + 2 * len(LOGITS)) + 1
     for *what, error in results:
         assert error <= TOLERANCE[dtype], (what, error)  # false for NaN, too
 
