@@ -1019,8 +1019,7 @@ def qk_rope_reference(qkv: Tensor, gain: Tensor, rope: Tensor, head_dim: int) ->
     return rotate(x * (rstd * gains), *rope.to(x.dtype).unbind(1)).to(qkv.dtype)
 def qk_rope_backward_reference(qkv: Tensor, gain: Tensor, rope: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
                                du: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Gradients of the row and of the gain; du is a second one of the values. Rotated back first: then no division by
-    a gain is needed."""
+    """Gradients of row and gain; du is a second one of the values. They rotate back first: no division by a gain."""
     x, rstd, gains = normed_heads(qkv, gain, dq.size(-1))
     cos, sin = rope.to(x.dtype).unbind(1)
     g, n = rotate(torch.cat([dq, dk], 1).to(x.dtype), cos, -sin), x * rstd
@@ -1042,9 +1041,8 @@ def xsa_backward_reference(y: Tensor, v: Tensor, grad: Tensor) -> tuple[Tensor, 
 def qk_rope_cuda(qkv: Tensor, gain: Tensor, rope: Tensor, head_dim: int, *grads: Tensor, tile: tuple = ()) -> Any:
     """What qk_rope returns; given dq, dk, dv and perhaps du, what qk_rope_backward does."""
     qkv, *grads = (t.contiguous() for t in (qkv, *grads) if t is not None)
-    H, heads = len(gain), qkv.size(1) // head_dim
-    KV = (heads - H) // 2
-    out = qkv.new_empty(len(qkv), heads if grads else H + KV, head_dim)
+    H, KV = len(gain), (qkv.size(1) // head_dim - len(gain)) // 2
+    out = qkv.new_empty(len(qkv), H + KV * (2 if grads else 1), head_dim)
     parts = qkv.new_empty(out.shape[:2] if grads else 0, dtype=torch.float32)
     args = [*grads, *[qkv] * (4 - len(grads)), qkv, gain, rope, out, parts]
     shape = dict(H=H, KV=KV, D=head_dim, HALF=rope.size(-1), EPS=NORM_EPS, BACKWARD=bool(grads), TWICE=len(grads) == 4)
