@@ -1390,7 +1390,7 @@ class GPT(nn.Module):  # the network of PR #1530; parameters are fp32, products 
         info.tap("mlp_mid", visit.layer, post)
         return info.lora_out(out, info.lora_in(n, "mlp", visit.slot), "mlp", visit.slot, w.mlp_scale)
     def merge_skip(self, x: Tensor, skip: Tensor, rows: tuple[int, ...]) -> Tensor:  # a gate of 1 keeps the stream x
-        def mean(p: Tensor) -> Tensor:  # a list as an index would be copied from the host in every forward
+        def mean(p: Tensor) -> Tensor:  # uncompiled, a list as an index would be copied from the host each time
             return torch.stack([p[row] for row in rows]).mean(0).to(x.dtype)
         skip = mean(self.skip_weights) * skip
         return torch.lerp(skip, x, mean(self.skip_gates).sigmoid()) if self.cfg.skip_gates_enabled else x + skip

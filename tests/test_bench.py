@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -77,8 +78,8 @@ class Block(nn.Module):
         h, i = self.h, self.i
         heads = lambda w: (x @ w.to(x.dtype).T).unflatten(-1, (-1, h.C // h.H))
         q, k, v = (heads(w) for w in (gpt.qo_bank[i], gpt.kv_bank[i], gpt.kv_bank[h.L + i]))
-        n, half = torch.arange(len(x))[:, None, None], h.rope // 2
-        angle = n * 10000.0 ** (-torch.arange(half) / half)
+        n, half = torch.arange(len(x), device=x.device)[:, None, None], h.rope // 2
+        angle = n * 10000.0 ** (-torch.arange(half, device=x.device) / half)
         cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
         def turn(t):
             a, b, rest = t.split([half, half, t.size(-1) - h.rope], -1)
@@ -360,3 +361,66 @@ def test_run_beside_a_script_measures_every_ratio(script: Path, capsys: pytest.C
     assert list(found) == KEYS and all(found[k] for k in KEYS)
     for line in ("gradients of both agree", "step, looped, ms", "kept for backward", "operator calls", "GPTQ of 13"):
         assert line in output, line
+
+
+# --- Graphs for a GPU that is not there ---
+NO_STAND_IN = shutil.which("g++") is None or torch.backends.cuda.is_built() or tg.triton is None
+lowering = pytest.mark.skipif(NO_STAND_IN, reason="needs g++, Triton and a CPU build of PyTorch")
+COUNT = """
+import sys
+sys.path.insert(0, "bench")
+import graphs, json, torch
+tracer, found = graphs.Tracer(logits=0), {}
+def count(name, function, *inputs):
+    with tracer.mode, torch.no_grad():
+        tracer.named(tracer.compiled(function), name)(*inputs)
+    found[name] = [[k.job, k.nbytes, k.flops] for k in tracer.graphs[-1].kernels]
+with tracer.mode:
+    x, w, v = (torch.empty(*shape, device="cuda") for shape in ((1000, 64), (64, 32), (1000, 256)))
+count("sum of two", lambda x: x + 2 * x.cos(), x)
+count("product", lambda x, w: x @ w, x, w)
+count("product of a view", lambda v, w: v[:, 64:128] @ w, v, w)
+with tracer.mode:
+    host = torch.empty(64)
+count("from the host", lambda x, h: x + h.to(x.device), x, host)
+print(json.dumps(found))
+"""
+
+
+def lower(command: list[str], **env: str) -> str:
+    env |= {"OMP_NUM_THREADS": "1", **{k: os.environ[k] for k in ("PATH", "HOME") if k in os.environ}}
+    command = [sys.executable, *command]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@lowering
+def test_kernels_lowered_for_hopper_are_counted_exactly():
+    found = json.loads(lower(["-c", COUNT]).splitlines()[-1])
+    generated, products = "norms, RoPE, XSA, residuals", "products"
+    assert found["sum of two"] == [[generated, 2 * 4 * 64000, 0]]
+    assert found["product"] == [[products, 4 * (64000 + 2048 + 32000), 2 * 1000 * 64 * 32]]
+    assert found["product of a view"] == found["product"]
+    assert [job for job, *_ in found["from the host"]] == ["host", generated]
+
+
+@lowering
+def test_a_run_lowers_whole_for_hopper_without_a_copy_from_the_host(script: Path):
+    small = {**TINY, "COMPUTE_DTYPE": "bf16", "MICRO_BATCH_TOKENS": "512"}
+    found = last_line(lower(["bench/graphs.py", "--reference", str(script)], **small))
+    assert found["host"] == []
+    banks = {f"Muon, {name}" for name in ("qo_bank", "kv_bank", "up_bank", "down_bank")}
+    assert set(found["operators"]) == {"training", "training, looped", "scoring", "adaptation", "adapters, down",
+                                       "adapters, up", *banks}  # fmt: skip
+    for graph, visits in (("training", 4), ("training, looped", 5)):
+        wanted = dict.fromkeys(("qk_rope", "qk_rope_backward", "xsa", "xsa_backward", "mlp_up", "mlp_dpre"), visits)
+        assert found["operators"][graph] == {f"golf.{k}.default": n for k, n in {**wanted, "softcap_ce": 1}.items()}
+    assert found["operators"]["adaptation"]["golf.qk_rope.default"] == 6  # keys and queries apart in the last visit
+    for plan in ("plain", "looped"):
+        assert 0.1 < found[f"bytes_ratio_{plan}"] < 0.95 and 0.1 < found[f"modelled_ratio_{plan}"] < 1
+    plain = {f"FUSED_{part}": "0" for part in ("QK", "XSA", "CE", "MLP")}
+    without = last_line(lower(["bench/graphs.py"], **small | plain | {"NUM_LOOPS": "0", "TTT_ENABLED": "0"}))
+    assert not any(without["operators"].values())
+    for count in ("kernels", "gigabytes"):
+        assert without[f"{count}_plain"] > 1.1 * found[f"{count}_plain"], (without, found)
