@@ -1287,6 +1287,8 @@ class PassInfo(NamedTuple):  # what every layer of one forward shares
         a, sites = self.lora.down.get((source, slot), (x, ())) if self.lora else (x, ())
         h = (x.unflatten(0, (a.size(0), -1)) @ a.mT).chunk(len(sites), -1) if sites else ()
         return dict(zip(sites, h, strict=True))
+    def lora_up(self, h: dict[str, Tensor], site: str, slot: int) -> Tensor:  # (T, out): scale * h B^T
+        return (h[site] @ (self.lora.up[site, slot] * self.lora.scale).mT).flatten(0, 1)
     def lora_out(self, y: Tensor, h: dict[str, Tensor], site: str, slot: int, scale: Tensor | None = None) -> Tensor:
         """y (T, out) + h B^T, the columns of the product times `scale` (out,)."""
         if site not in h:
@@ -1363,9 +1365,9 @@ class GPT(nn.Module):  # the network of PR #1530; parameters are fp32, products 
         has_xsa = visit.layer >= self.cfg.num_layers - self.cfg.xsa_last_n
         def heads(sites: str, n: Tensor, weight: Tensor, gain: Tensor, rope: Tensor, h: dict) -> tuple[Tensor, ...]:
             x = F.linear(n, weight)
-            if h:
-                parts = zip(x.split([C if site == "q" else kv for site in sites], -1), sites, strict=True)
-                x = torch.cat([info.lora_out(y, h, site, visit.slot) for y, site in parts], -1)
+            if set(h) & set(sites):  # added to the row as one: its gradient is then the row's
+                x = x + torch.cat([info.lora_up(h, site, visit.slot) if site in h else
+                                   x.new_zeros(len(x), C if site == "q" else kv) for site in sites], -1)  # fmt: skip
             if info.values is not None and "v" in sites and visit.layer in self.cfg.ve_at:
                 scale = self.ve_layer_scales[self.cfg.ve_at.index(visit.layer)].to(n.dtype)
                 x = x + F.pad(scale * info.values, (x.size(1) - kv, 0))
@@ -1448,7 +1450,7 @@ class GPT(nn.Module):  # the network of PR #1530; parameters are fp32, products 
         if select is not None:
             x, targets = x if lora else x[select], targets[select]
         h = info.lora_in(x, "head", 0)
-        extra = (h["head"] @ (info.lora.up["head", 0] * info.lora.scale).mT).flatten(0, 1) if h else None
+        extra = info.lora_up(h, "head", 0) if h else None
         if temperature != 1:  # cap / T * tanh(z / cap) is a cap of cap / T on z / T
             x, extra = x / temperature, None if extra is None else extra / temperature
         return head_loss(x, self.tok_emb.to(cfg.dtype), extra, targets, cfg.logit_softcap / temperature, cfg.fused_ce)
