@@ -937,7 +937,8 @@ class NormOnCPU(torch.autograd.Function):  # in bf16, F.rms_norm takes 20 times 
         rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + NORM_EPS)
         ctx.save_for_backward(x, rstd)
         ctx.scale = scale
-        return (wide * (rstd * scale)).to(x.dtype)
+        y = wide * (rstd * scale)
+        return y if y.dtype == x.dtype else y.to(x.dtype)  # torch 2.11, compiled: no gradient through an idle `to`
     @staticmethod
     def backward(ctx, g: Tensor) -> tuple[Tensor, None]:
         x, rstd = ctx.saved_tensors

@@ -346,7 +346,9 @@ def test_two_machines_share_a_postgresql_study_and_one_takes_up_what_a_dead_one_
         found, first = trials(place, "pg", postgres), f"-{workers[0].pid}-"
         done = {t.user_attrs["worker"] for t in found if t.state.name == "COMPLETE"}
         at = [t for t in found if t.state.name == "RUNNING" and first in t.user_attrs.get("worker", "")]
-        return len(done) == 2 and len(at) == 1
+        seeds = {str(t.params["SEED"]) for t in at}
+        began, ended = ({seed for seed, _ in ran(place, word)} & seeds for word in ("start", "end"))
+        return len(done) == 2 and len(began) == 1 and not ended  # or its run may be over, and only its result unknown
 
     until(both_have_finished_one_and_the_first_is_at_another)
     workers[0].kill()
