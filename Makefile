@@ -67,10 +67,11 @@ lint: dev
 bench: install
 	for script in $(BENCHES); do PRESET=cpu CUDA_VISIBLE_DEVICES= $(BIN)/python $$script || exit 1; done
 
-# GPU tests, then a full-size run of a few minutes on one GPU; fits in ten minutes. PYTHON must have torch with CUDA.
+# GPU tests, speeds, and a full-size run of a few minutes on one GPU; fits in ten minutes, or only some PARTS of it (see
+# bench/gpu.sh). PYTHON must have torch with CUDA.
 gpu:
-	bash bench/gpu.sh "$(PYTHON)"
+	bash bench/gpu.sh "$(PYTHON)" $(PARTS)
 
-# The five systems at full size on one GPU, 90 s of training each, as one table.
+# The five systems at full size on one GPU, 90 s of training each, as one table. SYSTEMS="pr1413 pr473" runs some.
 gpu-systems:
 	bash bench/gpu.sh "$(PYTHON)" systems

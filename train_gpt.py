@@ -734,10 +734,12 @@ TILES = {
     "ce": [(8192, 16), (8192, 8), (4096, 8), (1024, 4)],  # columns at once, warps
     "qk": HEAD_TILES, "qk_backward": HEAD_TILES, "xsa": HEAD_TILES, "xsa_backward": HEAD_TILES}  # fmt: skip
 chosen: dict[tuple, tuple] = {}  # (kernel, ..shape) -> tile
-def fastest(kernel: str, shape: tuple, launch: Callable[[tuple], None]) -> tuple:
-    """The tile of TILES[kernel] with which launch(tile) takes the least time on this GPU: measured once per shape (not
-    per number of tokens), kept beside Triton's compiled kernels. Warm-up comes here first, so no CUDA graph does."""
+def fastest(kernel: str, rows: int, shape: tuple, launch: Callable[[tuple], None]) -> tuple:
+    """The tile of TILES[kernel] with which launch(tile) is fastest on this GPU: measured once per shape, with many rows
+    (few fill no GPU: the first tile), kept beside Triton's compiled kernels. Warm-up comes here before a CUDA graph."""
     key = (kernel, *shape)
+    if key not in chosen and rows < 2**14:
+        return TILES[kernel][0]
     if key not in chosen:
         about = str((key, TILES[kernel], torch.cuda.get_device_name(), triton.__version__))
         path = Path(triton.knobs.cache.dir) / f"tile-{hashlib.sha256(about.encode()).hexdigest()[:32]}.json"
@@ -759,7 +761,7 @@ def launch_heads(kernel: Any, name: str, args: list, rows: int, tile: tuple, **s
     def launch(tile: tuple) -> None:
         block = dict(ROWS=tile[0], COLS=triton.next_power_of_2(shape["D"]), num_warps=tile[1])
         kernel[(triton.cdiv(rows, tile[0]),)](*args, rows, **shape, **block)
-    launch(tile or fastest(name, (*shape.values(), args[0].dtype), launch))
+    launch(tile or fastest(name, rows, (*shape.values(), args[0].dtype), launch))
 
 # --- Fused MLP: out = leaky_relu(x @ w_up.T)^2 @ w_down.T for x (T, C), w_up (F, C), w_down (C, F). ---
 # PR #1530; after modded-nanogpt. Both products with an activation epilogue are operators: PyTorch, or Triton on Hopper.
@@ -821,7 +823,7 @@ def mlp_cuda(a: Tensor, w: Tensor, pre: Tensor | None = None, slope: float = MLP
         return mlp_dpre_reference(*inputs, slope) if backward else mlp_up_reference(*inputs, slope)
     pre, out = pre if backward else a.new_empty(len(a), hidden), a.new_empty(len(a), hidden)
     launch = partial(launch_mlp, a, w, pre, out, gpu.multi_processor_count, backward, slope=slope)
-    launch(fastest("mlp_dpre" if backward else "mlp_up", (hidden, a.size(1), a.dtype), launch))
+    launch(fastest("mlp_dpre" if backward else "mlp_up", len(a), (hidden, a.size(1), a.dtype), launch))
     return out if backward else (pre, out)
 
 mlp_up = operator("mlp_up", mlp_up_reference, lambda x, w_up, slope=MLP_SLOPE: mlp_cuda(x, w_up, slope=slope))
@@ -896,7 +898,7 @@ def softcap_ce_cuda(z: Tensor, targets: Tensor, cap: float, gradient: bool, tile
     (N, V), nats = z.shape, z.new_empty(len(z), dtype=torch.float32)
     def launch(z: Tensor, tile: tuple) -> None:
         softcap_ce_kernel[(N,)](z, targets.contiguous(), nats, cap, V, gradient, BLOCK=tile[0], num_warps=tile[1])
-    launch(z, tile or fastest("ce", (V, z.dtype, gradient), lambda tile: launch(z.clone(), tile)))
+    launch(z, tile or fastest("ce", N, (V, z.dtype, gradient), lambda tile: launch(z.clone(), tile)))
     return nats
 
 softcap_ce = operator("softcap_ce", softcap_ce_reference, softcap_ce_cuda,
@@ -2812,7 +2814,8 @@ class Run:  # from its data to its report, the same on all ranks; `go` holds the
                     accumulate(self.forward, plan, [row], cfg.micro_batch_tokens)
                     self.optimizers.step(1.0, cfg.muon_momentum)
                 self.log(f"warmup_step: {step + 1}/{cfg.warmup_steps}")
-            for _ in range(2 * trains * (cfg.max_wallclock_seconds > 0)):  # cold, then timed
+            measured = trains and cfg.gptq_reserve_seconds < 0 < cfg.max_wallclock_seconds
+            for _ in range(2 * measured):  # cold, then timed
                 start = ranks.now()
                 calibration = self.calibrate(last, [row])
                 middle, rows = ranks.now(), -(-cfg.gptq_calibration_batches // ranks.world_size)

@@ -188,14 +188,14 @@ def equal_starts(reference: Reference) -> Iterator[None]:
     with patch(reference.module, "BatchedLinearLoRA", Equal), patch(tg.LoRA, "reset", reset):
         yield
 
-def check_maths(cfg: tg.Config, weights: Mapping[str, Tensor], looped: bool, backend: str, device: torch.device,
-                text: Text, path: Path | None) -> float:  # fmt: skip
+def check_maths(cfg: tg.Config, weights: Mapping[str, Tensor], looped: bool, device: torch.device, text: Text,
+                path: Path | None) -> float:  # fmt: skip
     """Largest difference in nats, fp32, of ours and the published way; AssertionError if that, the bpb, or the public
     script's loss from equal adapters (documents of one window: the script cuts the last window elsewhere) is off."""
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
-    exact = dataclasses.replace(cfg, compute_dtype="fp32", compile=False)
-    ways = {fast: Ours(dataclasses.replace(exact, ttt_fast=fast), weights, looped, backend, device)
+    exact = dataclasses.replace(cfg, compute_dtype="fp32", compile=False)  # which only SDPA's attention takes
+    ways = {fast: Ours(dataclasses.replace(exact, ttt_fast=fast), weights, looped, "sdpa", device)
             for fast in (True, False)}  # fmt: skip
     found, wanted = (ways[fast].evaluate(text) for fast in (True, False))
     before, after = largest_differences(text, cfg, found.nats, wanted.nats)
@@ -204,7 +204,7 @@ def check_maths(cfg: tg.Config, weights: Mapping[str, Tensor], looped: bool, bac
           f"{after:.1e} after, bpb {bpb:.1e}")  # fmt: skip
     assert before < 1e-4 and after < 1e-3 and bpb < 1e-5, "the two ways do not compute the same"
     if path:
-        reference = Reference(path, exact, device, backend)
+        reference = Reference(path, exact, device, "sdpa")
         few = cut(text, np.minimum(text.docs.counts, cfg.ttt_eval_seq_len))
         with equal_starts(reference):
             loss, _ = Theirs(reference, weights, looped).evaluate(few)
@@ -309,7 +309,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--docs", type=int, help="documents drawn at random; default 8 on a CPU")
     parser.add_argument("--batches", type=int, default=4, help="of the published way, without --docs; default 4")
     parser.add_argument("--longest", type=int, help="targets of a document; default 2 windows on CUDA, 4 on a CPU")
-    parser.add_argument("--check", type=int, help="documents compared in fp32; default 64 on CUDA, 16 on a CPU")
+    parser.add_argument("--check", type=int, help="documents compared in fp32; default 16")
     parser.add_argument("--rounds", type=int, default=1, help="each runs every way twice")
     args = parser.parse_args(argv)
     try:
@@ -326,13 +326,14 @@ def main(argv: list[str]) -> int:
     torch.manual_seed(cfg.seed)
     torch.set_float32_matmul_precision("high" if cfg.compute_dtype == "bf16" else "highest")
     torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.specialize_int = torch._dynamo.config.specialize_float = True  # as train_gpt.Run
     print(f"device:{device_name(device)} torch:{torch.__version__} dtype:{cfg.compute_dtype} compile:{cfg.compile}",
           *lines, sep="\n")  # fmt: skip
     print(f"preset:{cfg.preset} chunk:{cfg.ttt_chunk_size} window:{cfg.ttt_eval_seq_len} batch:{cfg.ttt_batch_size} "
           f"rank:{cfg.ttt_lora_rank} weights:{cfg.eval_only_path or 'random'}\n{describe(text)} "
           f"({source})")  # fmt: skip
-    short = short_documents(text, cfg, args.check or (64 if cuda else 16))
-    worst = check_maths(cfg, weights, looped, backend, device, short, args.reference)
+    short = short_documents(text, cfg, args.check or 16)
+    worst = check_maths(cfg, weights, looped, device, short, args.reference)
     ways: dict[str, Ours | Theirs] = {
         "ours": Ours(cfg, weights, looped, backend, device),
         "published way": Ours(dataclasses.replace(cfg, ttt_fast=False), weights, looped, backend, device)}  # fmt: skip

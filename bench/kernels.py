@@ -133,6 +133,7 @@ def as_table(rows: list[dict]) -> str:
 
 def time_all(tokens: int = 98304) -> list[dict]:
     """On a GPU: milliseconds forward and backward, fused and plain (both compiled), GB/s by the fused form's bytes."""
+    torch._functorch.config.donated_buffer = False  # a backward is timed more than once
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, device="cuda", dtype=torch.bfloat16).requires_grad_()
     row, gain, y, x, w = draw(tokens, (H + 2 * KV) * D), draw(H), draw(tokens, H, D), draw(tokens, C), draw(V, C)

@@ -202,7 +202,9 @@ def test_overlapping_kernels_count_once():
 
 def test_jobs_are_told_by_name():
     names = {
-        "aten::mm": "products", "nvjet_tst_128x256": "products", "triton_red_fused_3": "reductions", "x": "other",
+        "aten::mm": "products", "nvjet_tst_128x256": "products", "x": "other", "aten::sum": "reductions",
+        "triton_per_fused__to_copy__varlen_attn_backward_add_1": "written by the compiler", "qk_kernel":
+        "fused norm, RoPE, XSA", "softcap_ce_kernel": "loss", "triton_red_fused_div_log_tanh_0": "loss",
         "golf::sdpa_varlen": "attention", "mlp_kernel": "fused MLP", "aten::copy_": "copies and casts",
         "aten::_log_softmax": "loss", "aten::mul": "elementwise"}  # fmt: skip
     assert {name: bench.job_of(name) for name in names} == names
@@ -424,3 +426,35 @@ def test_a_run_lowers_whole_for_hopper_without_a_copy_from_the_host(script: Path
     assert not any(without["operators"].values())
     for count in ("kernels", "gigabytes"):
         assert without[f"{count}_plain"] > 1.1 * found[f"{count}_plain"], (without, found)
+
+
+# --- bench/gpu.sh, with a Python and a GPU that only say they are there ---
+STAND_INS = {"nvidia-smi": "echo a GPU", "python": """
+case "$*" in
+  *step.py*) echo "step $PRESET $DATASET"; exit 3 ;;
+  *train_gpt.py*) echo "run $PRESET $MAX_WALLCLOCK_SECONDS"; exec sleep 20 ;;
+  -) cat > /dev/null ;;
+  *) echo "$*" ;;
+esac"""}
+
+
+def test_a_part_on_a_gpu_that_fails_or_is_too_slow_leaves_its_output_and_stops_no_other(tmp_path: Path):
+    for folder in ("bench", "bin", "out", "shared/corpus"):
+        (tmp_path / folder).mkdir(parents=True)
+    for name, text in STAND_INS.items():
+        (tmp_path / "bin" / name).write_text("#!/bin/bash\n" + text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    shutil.copy(ROOT / "bench" / "gpu.sh", tmp_path / "bench")
+    env = {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "OUT": str(tmp_path / "out"), "RUN_SECONDS": "1"}
+    command = ["bash", "bench/gpu.sh", "python", "step", "run", "kernels"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1 and done.stderr == "bench/gpu.sh: failed or cut: step run\n"
+    found = {path.name.split("_")[0]: path.read_text() for path in (tmp_path / "out").iterdir()}
+    assert found["step"].startswith("step record corpus_sp8192\nstep: exit status 3 ")
+    assert found["run"] == "run record 60\nrun: exit status 124 (124: cut after 1 s)\n"
+    assert found["kernels"] == "-u bench/kernels.py --first\n"
+    kept = {path.name.split("_")[0]: path.read_text() for path in (tmp_path / "bench" / "results").iterdir()}
+    assert set(kept) == set(found) and all("a GPU" in kept[name] and found[name] in kept[name] for name in kept)
+    command[3:] = ["tset"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2 and "tset: must be one of tests step" in done.stderr

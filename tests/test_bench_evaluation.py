@@ -137,14 +137,14 @@ def test_differences_are_told_apart_by_the_first_update():
 def test_check_stops_where_the_two_ways_differ(monkeypatch):
     model = random_model(tiny_config(**FAST))
     weights, text = model.state_dict(), text_of(50, 40, 3)
-    assert bench.check_maths(model.cfg, weights, True, "sdpa", CPU, text, None) < 1e-5
+    assert bench.check_maths(model.cfg, weights, True, CPU, text, None) < 1e-5
     begin = tg.Adaptation.begin
     def other(state: tg.Adaptation, *batch: object) -> None:
         begin(state, *batch)
         state.master.down.data.mul_(1.0 if state.cfg.ttt_fast else 1.01)
     monkeypatch.setattr(tg.Adaptation, "begin", other)
     with pytest.raises(AssertionError, match="the two ways do not compute the same"):
-        bench.check_maths(model.cfg, weights, True, "sdpa", CPU, text, None)
+        bench.check_maths(model.cfg, weights, True, CPU, text, None)
 
 
 def test_every_adapter_of_both_systems_starts_from_the_same_a():

@@ -257,9 +257,10 @@ def test_the_fastest_tile_is_measured_once_per_shape_and_kept_on_disk(monkeypatc
     monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
     for expected in (4, 4, 8):
         monkeypatch.setattr(tg, "chosen", {})  # a new process
-        assert tg.fastest("ce", (expected // 8, torch.bfloat16), lambda tile: None) == (8192, 8)
+        assert tg.fastest("ce", 2**14, (expected // 8, torch.bfloat16), lambda tile: None) == (8192, 8)
         assert len(measured) == expected
-    assert tg.fastest("ce", (1, torch.bfloat16), lambda tile: None) == (8192, 8)
+    assert tg.fastest("ce", 1, (1, torch.bfloat16), lambda tile: None) == (8192, 8)
+    assert tg.fastest("ce", 2**14 - 1, (9, torch.bfloat16), lambda tile: None) == (8192, 16)  # too few rows to measure
     assert len(measured) == 8 and len(list(tmp_path.iterdir())) == 2
 
 

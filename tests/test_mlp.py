@@ -194,7 +194,7 @@ def test_kernel_takes_only_aligned_two_byte_rows_on_hopper(monkeypatch, major, d
     gpu = SimpleNamespace(major=major, multi_processor_count=7)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
     monkeypatch.setattr(train_gpt, "launch_mlp", lambda *args, slope: launches.append(args))
-    monkeypatch.setattr(train_gpt, "fastest", lambda kernel, shape, launch: kernel)
+    monkeypatch.setattr(train_gpt, "fastest", lambda kernel, rows, shape, launch: kernel)
     x, w_up, w_down, dy = random_inputs(rows, width, hidden, dtype)
     pre, post = train_gpt.mlp_cuda(x, w_up)
     dpre = train_gpt.mlp_cuda(dy, w_down, pre)
