@@ -96,6 +96,13 @@ class Driver:  # what Triton and Inductor ask of a GPU's driver while they write
 
 
 @contextlib.contextmanager
+def autocasting() -> Iterator[None]:  # torch.autocast("cuda") would switch itself off
+    with (mock.patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False),
+          mock.patch.object(torch.cuda, "is_bf16_supported", lambda *_, **__: True)):  # fmt: skip
+        yield
+
+
+@contextlib.contextmanager
 def hopper(finish: Callable[[GraphLowering], None]) -> Iterator[None]:
     """Inductor believes in an H100 and calls `finish` where it would compile and load what it wrote."""
     everywhere = {"has_triton": lambda *_: True, "triton_hash_with_backend": lambda: ""}

@@ -25,10 +25,11 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from fake_hopper import DEVICE, MISSING, hopper
+from fake_hopper import DEVICE, MISSING, autocasting, hopper
 
 # isort: split
 import torch
@@ -161,7 +162,7 @@ def trace_ours(cfg: tg.Config, row: tg.Batch) -> list[Graph]:
         if cfg.ttt_enabled and cfg.ttt_mode == "document":
             trace_adaptation(tracer, cfg, model)
         for name in [name for name, role in tg.parameter_table(cfg).items() if role.group == "muon"]:
-            masters, sent = [torch.empty_like(model.get_parameter(name)) for _ in range(4)], torch.empty(0)
+            masters = [torch.empty_like(model.get_parameter(name)) for _ in range(4)]
             sent, rates = masters[0].to(cfg.dtype), torch.empty(4, device=DEVICE)
             tracer.named(tracer.compiled(tg.muon_step, dynamic=False), f"Muon, {name}")(*masters, sent, rates, cfg)
     return tracer.graphs
@@ -183,6 +184,12 @@ def trace_adaptation(tracer: Tracer, cfg: tg.Config, model: tg.GPT) -> None:
             tracer.named(update, f"adapters, {name}")(leaf, whole.detach(), grad, moments, t, t.double(), cfg)
 
 
+def bf16_rms_norm(x: Tensor, shape: tuple, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+    """As the script had it: only since torch 2.12 or 2.13 does autocast make it fp32, and then all that follows."""
+    with torch.autocast("cuda", enabled=False):
+        return torch.rms_norm(x, shape, weight, eps)
+
+
 def trace_reference(path: Path, cfg: tg.Config, row: tg.Batch) -> list[Graph]:
     """The script's training graphs, with our operators in place of its launches of the same two MLP kernels."""
     script = Reference(path, cfg, DEVICE, "torch")
@@ -200,7 +207,7 @@ def trace_reference(path: Path, cfg: tg.Config, row: tg.Batch) -> list[Graph]:
                 block.attn.rotary(len(row.inputs), DEVICE, cfg.dtype)
         for looped in range(1 + (cfg.num_loops > 0)):
             model.looping_active = bool(looped)
-            with script.autocast():
+            with autocasting(), script.autocast(), mock.patch.object(torch.nn.functional, "rms_norm", bf16_rms_norm):
                 loss = tracer.named(forward, "training" + ", looped" * looped)(**batch)
             loss.backward()
     return tracer.graphs
