@@ -27,15 +27,15 @@ if name == "sdpa":
     sys.exit("bench/gpu.sh: no attention over documents works here but loops over them: nothing worth measuring")
 CHECK
 SHARED=$([ -d shared ] && echo shared || echo ../shared)
-export DATASET=corpus_sp8192
-if [ "$PARTS" = tests ] || [ "$PARTS" = kernels ]; then
-  : # neither reads text
+TEXT=corpus_sp8192  # of run and systems; evaluation draws documents as long as FineWeb's
+if [[ ! $PARTS =~ run|systems ]]; then
+  : # no other part reads text
 elif [ -d "$SHARED/corpus" ]; then
   "$PYTHON" tools/prepare_data.py text "$SHARED/corpus/train.jsonl.zst" --val "$SHARED/corpus/val.jsonl.zst" \
     --tokenizer "$SHARED/tokenizers/fineweb_8192_bpe.model" --name corpus
 else
   "$PYTHON" tools/prepare_data.py fineweb --variant sp8192 --train-shards 1
-  export DATASET=fineweb10B_sp8192
+  TEXT=fineweb10B_sp8192
 fi
 mkdir -p bench/results logs
 STAMP=$(date +%Y%m%d-%H%M%S)
@@ -61,12 +61,12 @@ for name in $PARTS; do
       ${REFERENCE:+--reference "$REFERENCE"} ;;
     evaluation) PRESET=record part evaluation "${EVALUATION_SECONDS:-120}" "$PYTHON" -u bench/evaluation.py --batches 2 \
       ${REFERENCE:+--reference "$REFERENCE"} ;;
-    run) PRESET=record RUN_ID="gpu_$STAMP" MAX_WALLCLOCK_SECONDS=${GPU_SECONDS:-60} VAL_DOC_FRACTION=${GPU_DOCS:-0.01} WARMUP_STEPS=2 \
+    run) PRESET=record DATASET=$TEXT RUN_ID="gpu_$STAMP" MAX_WALLCLOCK_SECONDS=${GPU_SECONDS:-60} VAL_DOC_FRACTION=${GPU_DOCS:-0.01} WARMUP_STEPS=2 \
       part run "${RUN_SECONDS:-150}" "$PYTHON" train_gpt.py ;;
     kernels) part kernels "${KERNELS_SECONDS:-40}" "$PYTHON" -u bench/kernels.py --first ;;
     systems)
       for preset in ${SYSTEMS:-pr1530 pr1560 pr1413 pr473 pr605}; do
-        PRESET=$preset RUN_ID=systems_$preset VOCAB_SIZE=8192 MAX_WALLCLOCK_SECONDS=${GPU_SECONDS:-90} \
+        PRESET=$preset DATASET=$TEXT RUN_ID=systems_$preset VOCAB_SIZE=8192 MAX_WALLCLOCK_SECONDS=${GPU_SECONDS:-90} \
           VAL_DOC_FRACTION=${GPU_DOCS:-0.02} GPTQ_CALIBRATION_BATCHES=16 GPTQ_RESERVE_SECONDS=-1 COMPRESSOR=zstd \
           part "systems_$preset" "${SYSTEMS_SECONDS:-580}" "$PYTHON" train_gpt.py
         if [ -n "${OUT:-}" ]; then cp "logs/systems_$preset.txt" "$OUT/" || true; fi

@@ -431,8 +431,8 @@ def test_a_run_lowers_whole_for_hopper_without_a_copy_from_the_host(script: Path
 # --- bench/gpu.sh, with a Python and a GPU that only say they are there ---
 STAND_INS = {"nvidia-smi": "echo a GPU", "python": """
 case "$*" in
-  *step.py*) echo "step $PRESET $DATASET"; exit 3 ;;
-  *train_gpt.py*) echo "run $PRESET $MAX_WALLCLOCK_SECONDS"; exec sleep 20 ;;
+  *step.py*) echo "step $PRESET$DATASET"; exit 3 ;;
+  *train_gpt.py*) echo "run $PRESET $DATASET $MAX_WALLCLOCK_SECONDS"; exec sleep 20 ;;
   -) cat > /dev/null ;;
   *) echo "$*" ;;
 esac"""}
@@ -450,8 +450,8 @@ def test_a_part_on_a_gpu_that_fails_or_is_too_slow_leaves_its_output_and_stops_n
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1 and done.stderr == "bench/gpu.sh: failed or cut: step run\n"
     found = {path.name.split("_")[0]: path.read_text() for path in (tmp_path / "out").iterdir()}
-    assert found["step"].startswith("step record corpus_sp8192\nstep: exit status 3 ")
-    assert found["run"] == "run record 60\nrun: exit status 124 (124: cut after 1 s)\n"
+    assert found["step"].startswith("step record\nstep: exit status 3 ")
+    assert found["run"] == "run record corpus_sp8192 60\nrun: exit status 124 (124: cut after 1 s)\n"
     assert found["kernels"] == "-u bench/kernels.py --first\n"
     kept = {path.name.split("_")[0]: path.read_text() for path in (tmp_path / "bench" / "results").iterdir()}
     assert set(kept) == set(found) and all("a GPU" in kept[name] and found[name] in kept[name] for name in kept)
