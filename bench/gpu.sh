@@ -61,8 +61,8 @@ for name in $PARTS; do
       ${REFERENCE:+--reference "$REFERENCE"} ;;
     evaluation) PRESET=record part evaluation "${EVALUATION_SECONDS:-120}" "$PYTHON" -u bench/evaluation.py --batches 2 \
       ${REFERENCE:+--reference "$REFERENCE"} ;;
-    run) PRESET=record DATASET=$TEXT RUN_ID="gpu_$STAMP" MAX_WALLCLOCK_SECONDS=${GPU_SECONDS:-60} VAL_DOC_FRACTION=${GPU_DOCS:-0.01} WARMUP_STEPS=2 \
-      part run "${RUN_SECONDS:-150}" "$PYTHON" train_gpt.py ;;
+    run) PRESET=record DATASET=$TEXT RUN_ID="gpu_$STAMP" MAX_WALLCLOCK_SECONDS=${GPU_SECONDS:-60} \
+      VAL_DOC_FRACTION=${GPU_DOCS:-0.01} WARMUP_STEPS=2 part run "${RUN_SECONDS:-150}" "$PYTHON" train_gpt.py ;;
     kernels) part kernels "${KERNELS_SECONDS:-40}" "$PYTHON" -u bench/kernels.py --first ;;
     systems)
       for preset in ${SYSTEMS:-pr1530 pr1560 pr1413 pr473 pr605}; do
