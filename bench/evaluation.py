@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 from reference import Reference
-from step import Stopwatch, device_name, paired_ratio, print_times, random_weights, take_turns
+from step import Stopwatch, device_name, paired_ratio, print_times, random_weights, set_torch, take_turns
 from torch import Tensor
 
 import train_gpt as tg
@@ -323,10 +323,7 @@ def main(argv: list[str]) -> int:
     except tg.UsageError as error:
         print(f"bench/evaluation.py: {error}", file=sys.stderr)
         return 2
-    torch.manual_seed(cfg.seed)
-    torch.set_float32_matmul_precision("high" if cfg.compute_dtype == "bf16" else "highest")
-    torch._dynamo.config.recompile_limit = 64
-    torch._dynamo.config.specialize_int = torch._dynamo.config.specialize_float = True  # as train_gpt.Run
+    set_torch(cfg)
     print(f"device:{device_name(device)} torch:{torch.__version__} dtype:{cfg.compute_dtype} compile:{cfg.compile}",
           *lines, sep="\n")  # fmt: skip
     print(f"preset:{cfg.preset} chunk:{cfg.ttt_chunk_size} window:{cfg.ttt_eval_seq_len} batch:{cfg.ttt_batch_size} "

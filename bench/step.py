@@ -381,14 +381,17 @@ def report_speed(cfg: tg.Config, row: tg.Batch, times: dict[bool, tuple], peak: 
     return mfu
 
 
+def set_torch(cfg: tg.Config) -> None:  # the settings with which train_gpt.Run.go compiles and computes, and its seed
+    torch.manual_seed(cfg.seed)
+    torch.set_float32_matmul_precision("high" if cfg.compute_dtype == "bf16" else "highest")
+    torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.specialize_int = torch._dynamo.config.specialize_float = True
+
 def prepare(path: Path | None) -> tuple[tg.Config, tg.Batch, str, Reference | None]:
     """Config, row, attention backend and the script, each checked (UsageError); prints what the figures depend on."""
     cfg, _ = tg.Config.from_env(os.environ, torch.cuda.is_available())
     device = tg.Ranks({}).device
-    torch.manual_seed(cfg.seed)
-    torch.set_float32_matmul_precision("high" if cfg.compute_dtype == "bf16" else "highest")
-    torch._dynamo.config.recompile_limit = 64
-    torch._dynamo.config.specialize_int = torch._dynamo.config.specialize_float = True  # as train_gpt.Run
+    set_torch(cfg)
     backend, lines = tg.choose_attention(cfg.attention_backend, device, cfg.dtype)
     reference, row = Reference(path, cfg, device, backend) if path else None, full_row(cfg, cfg.row_shape, device)
     versions = f"torch:{torch.__version__} triton:{tg.triton.__version__ if tg.triton else 'none'}"
