@@ -185,7 +185,7 @@ def trace_adaptation(tracer: Tracer, cfg: tg.Config, model: tg.GPT) -> None:
 
 
 def bf16_rms_norm(x: Tensor, shape: tuple, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
-    """As the script had it: only since torch 2.12 or 2.13 does autocast make it fp32, and then all that follows."""
+    """As the script had it: in torch 2.13, not yet in 2.11, autocast makes it fp32, and then all that follows."""
     with torch.autocast("cuda", enabled=False):
         return torch.rms_norm(x, shape, weight, eps)
 
