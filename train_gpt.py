@@ -59,6 +59,7 @@ def code_bytes() -> int:  # what the code counts for
 class UsageError(ValueError):
     """Wrong configuration, data or file. The message is all the user sees, one line per problem; exit status 2."""
 class RunStopped(RuntimeError): ...  # by a limit that the user has set; one line, exit status 3
+class BadMatrix(FloatingPointError): ...  # on the rank that quantises it
 
 # === 1. Configuration: every knob is an environment variable; a field is its variable in lower case ===================
 def knob(default: Any, doc: str, lo: float = 0, hi: float = 1e18, choices: tuple = ()) -> Any:
@@ -291,15 +292,16 @@ class Config:  # defaults are the `record` preset's; `PRESETS` overrides them an
         least = code_bytes() + sum(math.prod(r.shape) for r in parameter_table(c).values()) // 8
         pushed = any(visit.parallel and visit.push for plan in c.plans for visit in plan)
         room, limit = c.cu_seqlens_capacity - 2 - 2 * -(-row // c.train_seq_len), c.max_wallclock_seconds
-        def writable(path: Path) -> bool:
-            folder = next(p for p in (path, *path.parents) if p.exists())
-            return folder.is_dir() and os.access(folder, os.W_OK)
+        def writable(path: str, is_file: bool = False) -> bool:  # it, or where it is to be made
+            found = next(p for p in (Path(path).absolute(), *Path(path).absolute().parents) if p.exists())
+            return os.access(found, os.W_OK) and found.is_dir() != (is_file and found == Path(path).absolute())
         return [
-            ("RUN_ID", "/" not in c.run_id and writable(Path("logs").absolute()), "a name of a file to write in logs"),
+            ("RUN_ID", re.fullmatch(r"([^./][^/]{,199})?", c.run_id) is not None and writable(
+                f"logs/{c.run_id}.txt" if c.run_id else "logs", c.run_id != ""), "a name of a file to write in logs"),
             ("CHECKPOINT_EVERY", not c.checkpoint_every or c.run_id != "" and not c.eval_only_path,
              "0 without RUN_ID, or with EVAL_ONLY_PATH"),
-            ("TENSORBOARD_DIR", not c.tensorboard_dir or importlib.util.find_spec("tensorboard") is not None,
-             "empty, or tensorboard must be installed"),
+            ("TENSORBOARD_DIR", not c.tensorboard_dir or importlib.util.find_spec("tensorboard") is not None
+             and writable(f"{c.tensorboard_dir}/{c.run_id}"), "empty or a folder to write, with tensorboard installed"),
             ("MODEL_DIM", c.model_dim % (2 * c.num_heads) == 0, "a multiple of 2 * NUM_HEADS"),
             ("NUM_KV_HEADS", c.num_heads % c.num_kv_heads == 0, "a divisor of NUM_HEADS"),
             ("ROPE_TRAIN_SEQ_LEN", not c.rope_train_seq_len or (c.rope_dims or c.head_dim) > 2, "0 with two ROPE_DIMS"),
@@ -314,6 +316,8 @@ class Config:  # defaults are the `record` preset's; `PRESETS` overrides them an
              "at most 75, and 75 * LOGIT_TEMPERATURE, with FUSED_CE"),
             ("LOOP_START", not loops or c.loop_start <= c.loop_end, "at most LOOP_END"),
             ("LOOP_END", not loops or c.loop_end < c.num_layers, "below NUM_LAYERS"),
+            ("NUM_LOOPS", c.num_layers * (1 + c.num_loops) <= 1024, "at most 1024 / NUM_LAYERS - 1"),
+            ("MODEL_DIM", sum(stream_sizes(c)) <= 1 << 27, "smaller: an artifact unpacks to 134217728 bytes at most"),
             ("PARALLEL_START_LAYER", not stale, "0 or above LOOP_END: later passes would work on stale lanes"),
             ("PARALLEL_START_LAYER", lanes < c.num_layers, "below NUM_LAYERS"),
             ("PARALLEL_START_LAYER", stale or not pushed, "in the decoder half of the layers"),
@@ -339,12 +343,13 @@ class Config:  # defaults are the `record` preset's; `PRESETS` overrides them an
              "1 with TTT_MODE=document: a document is learnt from once (ruling on PR #605)"),
             ("TTT_CHUNK_TOKENS", c.ttt_chunk_tokens >= c.eval_seq_len, "at least EVAL_SEQ_LEN"),
             ("TTT_FREEZE_BLOCKS", c.ttt_freeze_blocks <= c.num_layers, "at most NUM_LAYERS"),
-            ("GPTQ_RESERVE_SECONDS", not limit or c.gptq_reserve_seconds < limit, "below MAX_WALLCLOCK_SECONDS"),
+            ("GPTQ_RESERVE_SECONDS", not limit or c.eval_only_path != "" or 2 * c.gptq_reserve_seconds <= limit,
+             "at most half of MAX_WALLCLOCK_SECONDS"),
             ("COMPRESSOR", package == "ans" or importlib.util.find_spec(package) is not None,
              f"ans, lzma, or {package} must be installed"),
             ("ARTIFACT_LIMIT_BYTES", not c.artifact_limit_bytes or c.artifact_limit_bytes >= least,
              f"0 or at least {least}, code and one bit a weight; or lower MODEL_DIM, MLP_MULT, NUM_LAYERS"),
-            ("ARTIFACT_DIR", writable(Path(c.artifact_dir or "runs").absolute()), "a folder that can be written"),
+            ("ARTIFACT_DIR", writable(c.artifact_dir or f"runs/{c.run_id}"), "a folder that can be written"),
         ]  # fmt: skip
 
     def warnings(self) -> list[str]:  # what others have tried and regretted
@@ -445,8 +450,9 @@ def print_knobs() -> None:  # variable, default per preset, meaning
 # === 2. Runtime: ranks, log, clock ====================================================================================
 class Ranks:  # this process among its peers: all ranks must call a method together; on one rank it is the identity
     def __init__(self, environ: Mapping[str, str]):
-        self.rank, self.world_size = int(environ.get("RANK", 0)), int(environ.get("WORLD_SIZE", 1))
-        self.is_main, self.distributed, self.queues = self.rank == 0, "RANK" in environ, 0
+        self.rank, self.distributed, self.queues = int(environ.get("RANK", 0)), "RANK" in environ, 0
+        self.world_size = int(environ.get("WORLD_SIZE", 1)) if self.distributed else 1  # clusters may set it alone
+        self.is_main = self.rank == 0
         self.live = self.is_main and sys.stdout.isatty() and "CI" not in environ  # whether someone may be looking on
         cuda, local = torch.cuda.is_available(), int(environ.get("LOCAL_RANK", 0))
         self.device = torch.device("cuda", local) if cuda else torch.device("cpu")
@@ -738,16 +744,15 @@ def fastest(kernel: str, rows: int, shape: tuple, launch: Callable[[tuple], None
     """The tile of TILES[kernel] with which launch(tile) is fastest on this GPU: measured once per shape, with many rows
     (few fill no GPU: the first tile), kept beside Triton's compiled kernels. Warm-up comes here before a CUDA graph."""
     key = (kernel, *shape)
-    if key not in chosen and rows < 2**14:
-        return TILES[kernel][0]
-    if key not in chosen:
+    if key not in chosen and rows >= 2**14 and fastest.measures:
         about = str((key, TILES[kernel], torch.cuda.get_device_name(), triton.__version__))
         path = Path(triton.knobs.cache.dir) / f"tile-{hashlib.sha256(about.encode()).hexdigest()[:32]}.json"
         if not path.is_file():
             times = [triton.testing.do_bench(partial(launch, tile), warmup=5, rep=20) for tile in TILES[kernel]]
             write_atomic(path, json.dumps(TILES[kernel][int(np.argmin(times))]).encode())
         chosen[key] = tuple(json.loads(path.read_text()))
-    return chosen[key]
+    return chosen.get(key, TILES[kernel][0])
+fastest.measures = True  # until warm-up is over
 def operator(name: str, reference: Callable, kernel: Callable, fake: Any = None, changes: tuple = ()) -> Any:
     def on_gpu(x: Tensor, *args: Any) -> Any:  # the kernels sum in fp32
         fits = triton is not None and x.element_size() <= 4 and x.numel() > 0
@@ -870,8 +875,8 @@ if triton is not None:
         for start in range(BLOCK, V, BLOCK):
             c, slope = softcap(tl.load(z + start + cols, start + cols < V, other=0.0).to(tl.float32), cap)
             sums += tl.where(start + cols < V, tl.exp(c), 0.0)
-        total, keep = tl.sum(sums, 0), tl.where(target >= 0, 1.0, 0.0)
-        score, _ = softcap(tl.load(z + tl.maximum(target, 0)).to(tl.float32), cap)
+        score, _ = softcap(tl.load(z + tl.maximum(target, 0)).to(tl.float32), cap)  # before the barrier of the sum:
+        total, keep = tl.sum(sums, 0), tl.where(target >= 0, 1.0, 0.0)  # after it, other warps overwrite z
         tl.store(nats + row, keep * (tl.log(total) - score))
         if GRADIENT:
             for start in range(0, V, BLOCK):
@@ -1670,6 +1675,8 @@ class Optimizers:
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["weights"])
+        for x in [] if self.muon.alone else self.muon.theirs[0]:  # as received: what scales them sees the rounding
+            x.copy_(x.to(self.cfg.dtype))
         for name, x, saved in [(n, x, state[key][n]) for key, own in self.state.items() for n, x in own.items()]:
             x.copy_(saved[self.muon.mine.get(name, ...)])
         self.adam.load_state_dict(state["adam"])
@@ -1691,7 +1698,7 @@ class ByteTable(NamedTuple):  # bytes of text per token: a leading space counts 
         ids = range(model.vocab_size())
         boundary = np.array([model.is_control(i) or model.is_unknown(i) or model.is_unused(i) for i in ids])
         pieces = ["" if boundary[i] else "?" if model.is_byte(i) else model.id_to_piece(i) for i in ids]
-        base = np.array([len(piece.removeprefix("\u2581").encode()) for piece in pieces])
+        base = np.array([len(piece.removeprefix("\u2581").replace("\u2581", " ").encode()) for piece in pieces])
         return cls(base, np.array([piece.startswith("\u2581") for piece in pieces]), boundary)
     def bytes_of(self, before: np.ndarray, targets: np.ndarray) -> np.ndarray:  # of each target after its predecessor
         return self.base[targets] + (self.space[targets] & ~self.boundary[before])
@@ -1885,7 +1892,7 @@ class Progress:
         self.start, run.inner = run.ranks.now() - self.ended, run.inner - self.ended  # it has trained so long before
     def frac(self) -> float:  # share of the budget, or of ITERATIONS, at the start of the next step
         spent = self.elapsed * (1 + self.flying / max(self.visits, 1))
-        return self.step / self.cfg.iterations if self.budget == math.inf else spent / self.budget
+        return self.step / self.cfg.iterations if self.budget == math.inf else min(spent / self.budget, 1 - 1e-9)
     def fits(self, visits: int) -> bool:  # whether a step of so many visits will end within the budget
         return self.elapsed + self.longest * (self.flying + visits) <= self.budget
 
@@ -2003,7 +2010,11 @@ def train(run: Run, reserve: float) -> bool:
         progress.pause()
     steps.close()
     progress.read()
+    run.graphs = {}  # nothing else can use their memory
     on_signals(stop)
+    if any(ranks.gather(progress.signal)):  # in the last step
+        progress.stop = 1.0
+        progress.pause()
     step, ema = progress.step, run.optimizers.averages(newest=True)
     log(f"stopping: step:{step}/{cfg.iterations} train_time:{1000 * progress.ended:.0f}ms; "
         f"{cfg.export_weights}:applying {cfg.export_weights.upper()} weights")  # fmt: skip
@@ -2077,7 +2088,7 @@ def lower_factor(hessian: Tensor) -> Tensor:  # L (n, c, c) with H = L L^T, from
         if not bad.any():
             return lower
         damping[bad] *= 10
-    raise FloatingPointError(f"Hessians {bad.nonzero().flatten().tolist()} of a bank have no Cholesky factor")
+    raise BadMatrix(f"Hessians {bad.nonzero().flatten().tolist()} of a bank have no Cholesky factor")
 
 class Solver(NamedTuple):
     """GPTQ (Frantar et al. 2022) with act-order for all matrices of one shape at once. Columns go by falling Hessian
@@ -2110,7 +2121,7 @@ class Solver(NamedTuple):
                 block[:, j].addcmul_(rounded, step, value=-1)
                 q[:, start + j] = rounded
         if not e.isfinite().all():
-            raise FloatingPointError("GPTQ: a weight or a Hessian is not finite")
+            raise BadMatrix("GPTQ: a weight or a Hessian is not finite")
         return torch.stack([x.index_select(0, o).mT for x, o in zip(q, self.order.argsort(-1), strict=True)])
 
 class Nearest(NamedTuple):  # in place of Solver without Hessians: every weight by itself
@@ -2360,11 +2371,11 @@ def pack_artifact(model: GPT, packed: dict[str, tuple[Tensor, Tensor]], meta: di
     return MAGIC + bytes([VERSION]) + numbers + head + b"".join(stored)
 
 def header_config(header: dict[str, Any]) -> Config:  # of the network an artifact holds; ValueError if none can be
-    theirs, defaults = stored_network(header["config"]), Config(artifact_limit_bytes=0)
+    theirs, defaults = stored_network(header["config"]), Config(artifact_limit_bytes=0, fused_ce=False)
     if any(type(value) is not type(getattr(defaults, f)) for f, value in theirs.items()):
         raise ValueError("a field of another type")
     cfg = dataclasses.replace(defaults, **theirs)
-    if cfg.num_layers * (1 + cfg.num_loops) > 1024 or any(p.split("=")[0].lower() in theirs for p in cfg.problems()):
+    if any(p.split("=")[0].lower() in theirs for p in cfg.problems()):
         raise ValueError("a field out of range")
     return cfg
 
@@ -2452,8 +2463,9 @@ class Adaptation:
         self.granule = 8 if cfg.compile else 1  # documents at once are a multiple of it: few shapes
         self.split = cfg.ttt_fast and not cfg.compile  # one graph serves documents that learn and those that end
         self.update = torch.compile(adapter_update, dynamic=True) if cfg.compile else adapter_update
-        lengths = np.geomspace(min(2 * cfg.ttt_chunk_size, cfg.ttt_eval_seq_len), cfg.ttt_eval_seq_len, cfg.ttt_buckets)
-        self.buckets = [min(-(-int(n) // 16) * 16, cfg.ttt_eval_seq_len) for n in lengths] if cfg.ttt_fast else []
+        longest, buckets = cfg.ttt_eval_seq_len, cfg.ttt_buckets * cfg.ttt_fast  # longest first: one bucket holds all
+        lengths = np.geomspace(longest, min(2 * cfg.ttt_chunk_size, longest), buckets)[::-1]
+        self.buckets = [min(-(-int(n) // 16) * 16, longest) for n in lengths]
         self.room, self.warm = math.inf, None  # tokens that memory holds at once; kept A, its rows in stream order
 
     @torch.no_grad()
@@ -2585,7 +2597,7 @@ def score_documents(state: Adaptation, scorer: Scorer, deadline: Deadline) -> It
     scorer.log(f"ttt_lora:docs:{len(docs.starts)} {about}")
     for first, stop in zip([0, *bounds], [*bounds, len(docs.counts)], strict=True):
         adapt_documents(state, scorer, first, stop, deadline)
-        state.warm, places = None, docs.places(stop if stop in bounds else 0)
+        state.warm, places = None, docs.places(stop if stop < len(docs.counts) else 0)  # nothing for no one
         starts = range(0, len(places) - size + 1, size)
         yield int(docs.counts[stop:].sum()), [(places[i : i + size], i / len(places)) for i in starts]
 
@@ -2622,6 +2634,12 @@ def evaluate_ttt(scorer: Scorer, state: Adaptation | None, model: GPT, forward: 
         scorer.ledger.plain += late and ranks.is_main
         if state:  # each phase starts anew
             sgd.state.clear()
+        elif late and left:
+            places = scorer.ledger.docs.places()[-left:]  # of the chunks that nothing learns from
+            rest = ((start, max(score, int(places[0])), end) for start, score, end in scorer.windows(0))
+            scorer.score((span for span in rest if span[2] > places[0]), shared=True)
+            scorer.ledger.plain += ranks.is_main * -(-left // cfg.ttt_chunk_tokens)
+            break
     model.requires_grad_(True)
     torch._foreach_copy_([p.detach() for p in weights], kept)
     return scorer.ledger.join(ranks)
@@ -2661,9 +2679,12 @@ def load_model_file(cfg: Config, origin: dict[str, str]) -> tuple[Config, dict[s
             saved = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         else:
             saved, saved["streams"] = open_artifact(data, path)
+        if type(saved.get("looped", True)) is not bool or {"weights", "streams"} <= saved.keys():
+            raise TypeError("fields that no run writes")
         theirs = stored_network(saved["config"])
         asked = [f"{f.upper()}={v}" for f, v in theirs.items() if origin[f] == "env" and getattr(cfg, f) != v]
         cfg = dataclasses.replace(cfg, **theirs)
+        problems = cfg.problems()
         shapes = {n: role.shape for n, role in parameter_table(cfg).items()}
         fits = "streams" in saved or {n: tuple(w.shape) for n, w in saved["weights"].items()} == shapes
     except (OSError, RuntimeError, KeyError, TypeError, AttributeError, zlib.error, pickle.UnpicklingError) as error:
@@ -2671,7 +2692,15 @@ def load_model_file(cfg: Config, origin: dict[str, str]) -> tuple[Config, dict[s
         raise UsageError(f"{name}: {reason}") from error
     if asked or not fits:
         raise UsageError(f"{name}: was made with {', '.join(asked) or 'another network than its config says'}")
+    if problems:
+        raise UsageError("\n".join(problems))
     return cfg, saved
+
+def set_torch(cfg: Config) -> None:  # how it draws, multiplies and compiles, before anything is built
+    torch.manual_seed(cfg.seed)
+    torch.set_float32_matmul_precision("high" if cfg.compute_dtype == "bf16" else "highest")
+    torch._dynamo.config.recompile_limit = 64  # training, scoring and adaptation share GPT.forward
+    torch._dynamo.config.specialize_int = torch._dynamo.config.specialize_float = True  # settings; only sizes vary
 
 class Run:  # from its data to its report, the same on all ranks; `go` holds the phases in order
     def __init__(self, cfg: Config, origin: dict[str, str], ranks: Ranks):  # checks all that can be wrong, on all ranks
@@ -2712,6 +2741,7 @@ class Run:  # from its data to its report, the same on all ranks; `go` holds the
         cfg, ranks = self.cfg, self.ranks
         if not self.saved and ranks.world_size > cfg.rows_per_step:
             raise UsageError(f"WORLD_SIZE={ranks.world_size}: must be at most {cfg.rows_per_step}, the rows of a step")
+        TokenStream(cfg.dataset_dir, "val")  # where there is no data, that is the error, not the tokenizer
         self.tokenizer = Tokenizer.load(cfg)
         if self.saved.get("tokenizer", self.tokenizer.sha256) != self.tokenizer.sha256:
             raise UsageError(f"EVAL_ONLY_PATH={cfg.eval_only_path}: {self.tokenizer.path} is not its tokenizer")
@@ -2721,17 +2751,18 @@ class Run:  # from its data to its report, the same on all ranks; `go` holds the
         self.backend, lines = choose_attention(cfg.attention_backend, ranks.device, cfg.dtype)
         return lines + [f"{name}_shards: {len(s.paths)} {name}_tokens: {s.size}" for name, s in self.streams.items()]
     def resume(self, log: Path) -> list[str]:
-        """Sets `kept`, the newest whole checkpoint of this run, rank 0's on all ranks; empty if there is none. Returns
-        lines for the log. UsageError if all there are damaged or another run's, or the log has a result."""
+        """Sets `kept`, the newest whole checkpoint of this run, rank 0's on all ranks; empty if there is none: then a
+        new log begins. Returns lines for it. UsageError if it has a result, or all are damaged or another run's."""
         facts = {key: self.facts[key] for key in ("code_sha256", "tokenizer_sha256", "val_sha256")}
+        facts["tokens"] = sum(stream.size for stream in self.streams.values())
         self.made = {k: v for k, v in dataclasses.asdict(self.cfg).items() if k not in FREE_FIELDS} | facts
         kept, lines = {}, []
-        if self.cfg.checkpoint_every and self.ranks.is_main:
-            for part in self.folder.glob("*.part"):  # of a killed run
-                part.unlink()
+        if self.ranks.is_main:
             over = log.exists() and re.search(rb"^final .*\n", log.read_bytes(), re.M)
             lines = [f"RUN_ID={self.cfg.run_id}: {log} has its result already"] if over else []
-            for path in [] if over else self.folder.glob("checkpoint.[01].pt"):
+            for part in self.folder.glob("*.part") if self.cfg.checkpoint_every else ():  # of a killed run
+                part.unlink()
+            for path in self.folder.glob("checkpoint.[01].pt") if self.cfg.checkpoint_every and not over else ():
                 data = path.read_bytes()
                 whole, other = hashlib.sha256(data[32:]).digest() == data[:32], ["damaged"]
                 if whole:
@@ -2742,6 +2773,8 @@ class Run:  # from its data to its report, the same on all ranks; `go` holds the
         self.kept, lines = self.ranks.gather((kept, lines))[0]  # nodes may not share folders
         if lines and not self.kept:
             raise UsageError("\n".join(lines))
+        if self.ranks.is_main and not self.kept and log.exists():  # of a run that did not end
+            log.replace(f"{log}.old")
         self.final, self.phases = self.kept.get("final", {}), self.phases + self.kept.get("phases", [])
         if self.kept:
             self.final["resumed"] = self.final.get("resumed", 0) + 1
@@ -2767,10 +2800,7 @@ class Run:  # from its data to its report, the same on all ranks; `go` holds the
         self.inner = outer + seconds
     def go(self) -> dict[str, Any]:  # each phase leaves a file before the next begins; returns the figures
         cfg, saved, path = self.cfg, self.saved, Path(self.cfg.eval_only_path)
-        torch.manual_seed(cfg.seed)
-        torch.set_float32_matmul_precision("high" if cfg.compute_dtype == "bf16" else "highest")
-        torch._dynamo.config.recompile_limit = 64  # training, scoring and adaptation share GPT.forward
-        torch._dynamo.config.specialize_int = torch._dynamo.config.specialize_float = True  # settings; only sizes vary
+        set_torch(cfg)
         self.model = GPT(cfg, self.backend).to(self.ranks.device)
         self.forward = torch.compile(self.model, fullgraph=True, dynamic=False) if cfg.compile else self.model
         mode = "reduce-overhead" if cfg.ttt_cuda_graph else "default"
@@ -2843,8 +2873,9 @@ class Run:  # from its data to its report, the same on all ranks; `go` holds the
             self.graphs = {plan: captured(self.forward, plan, row, pool) for plan in {cfg.plans[0], last}}
             self.model.zero_grad(set_to_none=False)
         self.sentinel = Sentinel(self.log)  # of what is compiled from here on
+        fastest.measures = not cfg.warmup_steps
         reserve = max(ranks.gather(reserve)) if cfg.gptq_reserve_seconds < 0 else cfg.gptq_reserve_seconds
-        if 0 < cfg.max_wallclock_seconds < 2 * reserve:
+        if trains and 0 < cfg.max_wallclock_seconds < 2 * reserve:
             raise UsageError(f"MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g}: compression needs {reserve:.1f} s")
         self.log(f"gptq:reserving {reserve:.1f}s, effective={1000 * (cfg.max_wallclock_seconds - reserve):.0f}ms")
         return reserve
@@ -2949,6 +2980,7 @@ class Run:  # from its data to its report, the same on all ranks; `go` holds the
         return self.final
 
 def main(argv: list[str]) -> int:  # exit status: 0 done, 1 the run failed, 2 wrong configuration or data, 3 stopped
+    together = False  # whether all ranks end alike
     try:
         if argv == ["--knobs"]:
             print_knobs()
@@ -2957,8 +2989,10 @@ def main(argv: list[str]) -> int:  # exit status: 0 done, 1 the run failed, 2 wr
             raise UsageError(f"{argv[0]}: knobs are environment variables; the only argument is --knobs")
         on_signals(stop)
         Run(*Config.from_env(os.environ, torch.cuda.is_available()), Ranks(os.environ)).go()
+        together = True
     except (UsageError, RunStopped, KeyboardInterrupt, FloatingPointError, InvalidScore) as error:
-        if os.environ.get("RANK", "0") == "0":
+        together = isinstance(error, (UsageError, RunStopped, InvalidScore))
+        if isinstance(error, BadMatrix) or os.environ.get("RANK", "0") == "0":
             print(f"train_gpt.py: {error.args[0]}", file=sys.stderr, flush=True)
         return {UsageError: 2, RunStopped: 3, KeyboardInterrupt: error.args[-1]}.get(type(error), 1)
     except RuntimeError as error:
@@ -2967,8 +3001,8 @@ def main(argv: list[str]) -> int:  # exit status: 0 done, 1 the run failed, 2 wr
         reason = str(error).splitlines()[0]
         print(f"train_gpt.py: rank {dist.get_rank()} lost a peer: {reason}", file=sys.stderr, flush=True)
         return 1
-    finally:
-        if dist.is_initialized():
+    finally:  # NCCL's end waits for all ranks: one that fails by itself would hang, its traceback unseen
+        if dist.is_initialized() and (together or dist.get_backend() != "nccl"):
             dist.destroy_process_group()
     return 0
 

@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 from reference import Reference
-from step import Stopwatch, device_name, paired_ratio, print_times, random_weights, set_torch, take_turns
+from step import Stopwatch, device_name, paired_ratio, print_times, random_weights, take_turns
 from torch import Tensor
 
 import train_gpt as tg
@@ -299,6 +299,7 @@ def load_weights(cfg: tg.Config, origin: dict[str, str]) -> tuple[tg.Config, dic
 def warm_up_text(cfg: tg.Config, text: Text, compiled: bool) -> Text:  # as Run.warm_up, to compile; else little
     length = cfg.ttt_eval_seq_len + cfg.ttt_chunk_size if compiled else cfg.ttt_chunk_size + 1
     count = -(-max(2 * cfg.ttt_chunk_tokens, cfg.val_row_shape[0]) // length) if compiled else 1
+    count = max(count, cfg.ttt_batch_size * compiled)  # as many rows as tiles are chosen for
     ids = np.random.default_rng(0).integers(text.bos_id + 1, cfg.vocab_size, (count, length))
     ids[:, 0] = text.bos_id
     return joined(list(ids), text.table, text.bos_id)
@@ -323,7 +324,7 @@ def main(argv: list[str]) -> int:
     except tg.UsageError as error:
         print(f"bench/evaluation.py: {error}", file=sys.stderr)
         return 2
-    set_torch(cfg)
+    tg.set_torch(cfg)
     print(f"device:{device_name(device)} torch:{torch.__version__} dtype:{cfg.compute_dtype} compile:{cfg.compile}",
           *lines, sep="\n")  # fmt: skip
     print(f"preset:{cfg.preset} chunk:{cfg.ttt_chunk_size} window:{cfg.ttt_eval_seq_len} batch:{cfg.ttt_batch_size} "

@@ -66,10 +66,10 @@ for name in $PARTS; do
     kernels) part kernels "${KERNELS_SECONDS:-40}" "$PYTHON" -u bench/kernels.py --first ;;
     systems)
       for preset in ${SYSTEMS:-pr1530 pr1560 pr1413 pr473 pr605}; do
-        PRESET=$preset DATASET=$TEXT RUN_ID=systems_$preset VOCAB_SIZE=8192 MAX_WALLCLOCK_SECONDS=${GPU_SECONDS:-90} \
+        PRESET=$preset DATASET=$TEXT RUN_ID="systems_${preset}_$STAMP" VOCAB_SIZE=8192 MAX_WALLCLOCK_SECONDS=${GPU_SECONDS:-90} \
           VAL_DOC_FRACTION=${GPU_DOCS:-0.02} GPTQ_CALIBRATION_BATCHES=16 GPTQ_RESERVE_SECONDS=-1 COMPRESSOR=zstd \
           part "systems_$preset" "${SYSTEMS_SECONDS:-580}" "$PYTHON" train_gpt.py
-        if [ -n "${OUT:-}" ]; then cp "logs/systems_$preset.txt" "$OUT/" || true; fi
+        if [ -n "${OUT:-}" ]; then cp "logs/systems_${preset}_$STAMP.txt" "$OUT/" || true; fi
       done
       part systems 60 "$PYTHON" tools/report.py --compare logs/systems_*.txt ;;
     *) echo "bench/gpu.sh: $name: must be one of tests step evaluation run kernels systems" >&2; exit 2 ;;

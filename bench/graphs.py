@@ -35,7 +35,7 @@ from fake_hopper import DEVICE, MISSING, autocasting, hopper
 import torch
 import triton
 from reference import Reference
-from step import full_row, set_torch
+from step import full_row
 from torch import Tensor, nn
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._inductor import compile_fx, ir
@@ -288,7 +288,7 @@ def main(argv: list[str]) -> int:
     inductor_config.joint_graph_constant_folding, inductor_config.force_disable_caches = False, True  # it would compute
     try:
         cfg, _ = tg.Config.from_env({"PRESET": "record"} | dict(os.environ), has_cuda=True)
-        set_torch(cfg)
+        tg.set_torch(cfg)
         row = full_row(cfg, cfg.row_shape, torch.device("cpu"))
         systems = {"ours": trace_ours(cfg, row)}
         if given.reference:

@@ -114,6 +114,7 @@ def compile_all(first: bool) -> list[dict]:
                 "stack_spills": [int(x) for group in spills for x in group],
                 "instructions": [mark for mark, pattern in marks.items() if re.search(pattern, ptx)],
                 "global_loads": len(re.findall(r"\bld\.global", ptx)), "ex2": ptx.count("ex2.approx"),
+                "single_loads_after_barrier": len(re.findall(r"\bld\.global\.b16", ptx.partition("bar.sync")[2])),
             })  # fmt: skip
             print("{kernel:20} {tile!s:16} {registers:4} registers {shared:7} bytes".format(**rows[-1]), flush=True)
     return rows

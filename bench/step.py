@@ -31,7 +31,6 @@ from torch import Tensor
 import train_gpt as tg
 
 PARTS = ["forward + backward", "optimizer", "EMA"]
-PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16 FLOP/s; elsewhere the measured product rate
 PUBLIC_MS = 95.8, 140.2  # a step of PR #1530 on 8 H100 before and after looping, from its logs
 JOBS = {  # what an operator (CPU) or kernel (GPU) is for, by its name; the first that matches
     "written by the compiler": r"^triton_(?!.*(softmax|tanh))",
@@ -57,17 +56,13 @@ class Ours:  # the parts of a step as train_gpt.train calls them; one row, as on
         self.model.load_state_dict(weights)
         self.run = torch.compile(self.model, fullgraph=True, dynamic=False) if cfg.compile else self.model
         self.optimizers = tg.Optimizers(self.model, cfg, tg.Ranks({}))
-        self.live = [p.detach() for p in self.model.parameters()]
-        self.ema = [] if hasattr(self.optimizers, "averages") else [p.clone() for p in self.live]
     def forward(self, looped: bool) -> Tensor:  # mean loss, with its graph
         return self.run(self.row, self.cfg.plans[looped]).sum() / self.count
     def forward_backward(self, looped: bool) -> Tensor:
         return tg.accumulate(self.run, self.cfg.plans[looped], [self.row], self.count)
     def optimize(self) -> None:  # clears the gradients
         self.optimizers.step(1.0, self.cfg.muon_momentum)
-    def average(self) -> None:  # nothing where the optimizers average in the pass that steps
-        if self.ema:
-            torch._foreach_lerp_(self.ema, self.live, 1 - self.cfg.ema_decay)
+    def average(self) -> None: ...  # in the pass that steps
 
 
 class Theirs:  # the same by the script's functions, in the order of its training loop
@@ -381,17 +376,11 @@ def report_speed(cfg: tg.Config, row: tg.Batch, times: dict[bool, tuple], peak: 
     return mfu
 
 
-def set_torch(cfg: tg.Config) -> None:  # the settings with which train_gpt.Run.go compiles and computes, and its seed
-    torch.manual_seed(cfg.seed)
-    torch.set_float32_matmul_precision("high" if cfg.compute_dtype == "bf16" else "highest")
-    torch._dynamo.config.recompile_limit = 64
-    torch._dynamo.config.specialize_int = torch._dynamo.config.specialize_float = True
-
 def prepare(path: Path | None) -> tuple[tg.Config, tg.Batch, str, Reference | None]:
     """Config, row, attention backend and the script, each checked (UsageError); prints what the figures depend on."""
     cfg, _ = tg.Config.from_env(os.environ, torch.cuda.is_available())
     device = tg.Ranks({}).device
-    set_torch(cfg)
+    tg.set_torch(cfg)
     backend, lines = tg.choose_attention(cfg.attention_backend, device, cfg.dtype)
     reference, row = Reference(path, cfg, device, backend) if path else None, full_row(cfg, cfg.row_shape, device)
     versions = f"torch:{torch.__version__} triton:{tg.triton.__version__ if tg.triton else 'none'}"
@@ -425,7 +414,7 @@ def main(argv: list[str]) -> int:
     depths = (False, True) if cfg.num_loops else (False,)
     times = {looped: training_steps(systems, looped, rounds, warmups) for looped in depths}
     del systems
-    known = next((flops for gpu, flops in PEAK.items() if gpu in device_name(device)), None)
+    known = next((flops for gpu, flops in tg.PEAK_FLOPS.items() if gpu in device_name(device)), None)
     mfu = report_speed(cfg, row, times, known or product, "data sheet" if known else "product measured above")
     layers = (11 if reference else 2) if args.gptq_layers is None else args.gptq_layers
     solve = gptq(reference, layers, device) if layers else None

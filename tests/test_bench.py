@@ -392,7 +392,7 @@ print(json.dumps(found))
 def lower(command: list[str], **env: str) -> str:
     env |= {"OMP_NUM_THREADS": "1", **{k: os.environ[k] for k in ("PATH", "HOME") if k in os.environ}}
     command = [sys.executable, *command]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

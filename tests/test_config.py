@@ -2,6 +2,8 @@
 
 import ast
 import dataclasses
+import importlib.machinery
+import importlib.util
 import math
 import os
 import subprocess
@@ -326,6 +328,9 @@ def test_no_preset_repeats_what_others_regretted():
 COMBINATIONS = [  # (changed fields over the tiny config, the variable to blame)
     (dict(run_id="../elsewhere"), "RUN_ID"),
     (dict(run_id="name"), "RUN_ID"),  # where logs is a file
+    (dict(run_id="folder"), "RUN_ID"),  # and where its log is a folder
+    (dict(run_id=".."), "RUN_ID"),
+    (dict(run_id="x" * 300), "RUN_ID"),
     (dict(model_dim=30, rope_dims=0), "MODEL_DIM"),
     (dict(model_dim=64, num_heads=4, num_kv_heads=3), "NUM_KV_HEADS"),
     (dict(rope_dims=3), "ROPE_DIMS"),
@@ -335,12 +340,15 @@ COMBINATIONS = [  # (changed fields over the tiny config, the variable to blame)
     (dict(logit_softcap=80.5), "LOGIT_SOFTCAP"),
     (dict(loop_start=2, loop_end=1), "LOOP_START"),
     (dict(loop_end=4, parallel_start_layer=0), "LOOP_END"),
+    (dict(num_layers=16, num_loops=64, parallel_start_layer=0), "NUM_LOOPS"),
+    (dict(model_dim=8192, num_heads=64), "MODEL_DIM"),
     (dict(loop_end=3), "PARALLEL_START_LAYER"),
     (dict(parallel_start_layer=4), "PARALLEL_START_LAYER"),
     (dict(parallel_start_layer=1, num_loops=0), "PARALLEL_START_LAYER"),
     (dict(checkpoint_every=1.0), "CHECKPOINT_EVERY"),
     (dict(checkpoint_every=1.0, run_id="again", eval_only_path="final_model.pt"), "CHECKPOINT_EVERY"),
     (dict(tensorboard_dir="points"), "TENSORBOARD_DIR"),
+    (dict(tensorboard_dir="{file}/points"), "TENSORBOARD_DIR"),
     (dict(train_batch_tokens=500), "TRAIN_BATCH_TOKENS"),
     (dict(train_seq_len=129), "TRAIN_SEQ_LEN"),
     (dict(cu_seqlens_capacity=5), "CU_SEQLENS_CAPACITY"),
@@ -354,7 +362,7 @@ COMBINATIONS = [  # (changed fields over the tiny config, the variable to blame)
     (dict(ttt_epochs=2), "TTT_EPOCHS"),
     (dict(ttt_chunk_tokens=63), "TTT_CHUNK_TOKENS"),
     (dict(ttt_freeze_blocks=5), "TTT_FREEZE_BLOCKS"),
-    (dict(max_wallclock_seconds=20.0, gptq_reserve_seconds=20.0), "GPTQ_RESERVE_SECONDS"),
+    (dict(max_wallclock_seconds=20.0, gptq_reserve_seconds=10.5), "GPTQ_RESERVE_SECONDS"),
     (dict(branch_scale=True), "BRANCH_SCALE"),
     (dict(bigram_vocab_size=1), "BIGRAM_VOCAB_SIZE"),
     *((dict(ve_enabled=1, ve_layers=layers), "VE_LAYERS") for layers in ("3,4", "x", "1;2", "2,2")),
@@ -377,11 +385,15 @@ def setting(tmp_path, monkeypatch):
         if name == "COMPRESSOR":
             for package in ("zstandard", "brotli"):
                 monkeypatch.setitem(sys.modules, package, None)  # as good as not installed
-        elif name == "TENSORBOARD_DIR":
-            monkeypatch.setitem(sys.modules, "tensorboard", None)
+        elif name == "TENSORBOARD_DIR":  # there, or as good as not installed
+            there = importlib.machinery.ModuleSpec(name, None) if "{file}" in changed["tensorboard_dir"] else None
+            monkeypatch.setattr(importlib.util, "find_spec", lambda package: there)
         (tmp_path / "file").touch()
         if changed.get("run_id") == "name":
             (tmp_path / "logs").touch()
+        if changed.get("run_id") == "folder":
+            (tmp_path / "logs").unlink(missing_ok=True)
+            (tmp_path / "logs/folder.txt").mkdir(parents=True)
         return {k: str(v).replace("{file}", str(tmp_path / "file")) for k, v in changed.items()}
 
     monkeypatch.chdir(tmp_path)
@@ -503,6 +515,6 @@ def test_no_function_is_longer_than_80_lines():
     assert [(f.name, f.lineno) for f in FUNCTIONS if f.end_lineno - f.lineno >= 80] == []
 
 
-def test_the_file_has_at_most_2976_lines():
+def test_the_file_has_at_most_3010_lines():
     lines = (ROOT / "train_gpt.py").read_bytes().count(b"\n")
-    assert lines <= 2976
+    assert lines <= 3010

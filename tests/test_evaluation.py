@@ -21,6 +21,7 @@ import train_gpt as tg
 
 MANY = (150, 3, 64, 65, 33, 16, 1, 100, 200, 40, 7, 80, 30, 64, 12, 90)
 CHUNKS = dict(ttt_mode="chunk", ttt_chunk_tokens=128, ttt_lr=0.05, ttt_epochs=2)
+SLIDING = dict(sliding_window_enabled=True, eval_stride=2)
 PHASES = dict(phased_ttt_num_phases=2, phased_ttt_prefix_docs=10, ttt_chunk_tokens=64, ttt_lr=0.1)
 
 
@@ -107,6 +108,11 @@ def test_updates_are_those_of_torchs_optimisers(optimizer, beta1):
         assert torch.equal(rounded, master.bfloat16())
 
 
+@pytest.mark.parametrize(("buckets", "lengths"), [(0, []), (1, [64]), (2, [16, 64]), (3, [16, 32, 64])])
+def test_one_bucket_holds_every_window_and_more_of_them_shorter_ones(buckets, lengths):
+    assert adaptation(model_for(4, ttt_buckets=buckets, ttt_chunk_size=8)).buckets == lengths
+
+
 def test_short_chunks_go_by_the_place_in_a_document_and_not_by_its_length():
     cfg = tiny_config(ttt_chunk_size=16, ttt_short_chunks="8:4,30:10")
     assert tg.chunk_grid(cfg, 50) == [(0, 4), (4, 8), (8, 18), (18, 28), (28, 38), (38, 54)]
@@ -164,7 +170,8 @@ class Clock:
         return ledger, self.now - start
 
 
-@pytest.mark.parametrize("settings", [{}, {**CHUNKS, "ttt_epochs": 9}, PHASES], ids=["document", "chunk", "phase"])
+@pytest.mark.parametrize("settings", [{}, {**CHUNKS, "ttt_epochs": 9}, PHASES, {**CHUNKS, **SLIDING}],
+                         ids=["document", "chunk", "phase", "sliding chunk"])  # fmt: skip
 def test_deadline_of_a_third_of_the_time_ends_inside_it_with_every_target_scored(monkeypatch, settings):
     docs, model = documents(*MANY * 3), model_for(4, val_batch_tokens=512, **settings)
     clock = Clock(monkeypatch, model)
@@ -173,7 +180,8 @@ def test_deadline_of_a_third_of_the_time_ends_inside_it_with_every_target_scored
     assert part.plain > whole.plain == 0
     assert needed / 6 < spent <= needed / 3  # inside, and not much before
     same = nats_of(part) == nats_of(whole)
-    base = np.abs(nats_of(part) - nats_of(plain(model, docs))) < 1e-6
+    stride = model.cfg.eval_stride * model.cfg.sliding_window_enabled
+    base = np.abs(nats_of(part) - nats_of(plain(model, docs, stride))) < 1e-6
     assert same.sum() > 100 and base.sum() > 100  # some as if there were no deadline, some without learning
 
 
@@ -299,7 +307,8 @@ def test_phases_keep_to_the_order_of_the_stream():
 def test_phases_beyond_the_documents_score_them_all(learnt):
     docs, model = documents(*LENGTHS), model_for(4, **{**PHASES, "phased_ttt_prefix_docs": 1000})
     nats_of(evaluated(model, docs))
-    assert learnt
+    half = set(docs.places(len(LENGTHS) // 2).tolist())
+    assert learnt and all(half.issuperset(place.tolist()) for place, *_ in learnt)  # after the last, nothing is scored
 
 
 def test_epochs_and_batches_make_as_many_steps(monkeypatch):

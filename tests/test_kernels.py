@@ -261,6 +261,9 @@ def test_the_fastest_tile_is_measured_once_per_shape_and_kept_on_disk(monkeypatc
         assert len(measured) == expected
     assert tg.fastest("ce", 1, (1, torch.bfloat16), lambda tile: None) == (8192, 8)
     assert tg.fastest("ce", 2**14 - 1, (9, torch.bfloat16), lambda tile: None) == (8192, 16)  # too few rows to measure
+    monkeypatch.setattr(tg.fastest, "measures", False)  # warm-up is over
+    assert tg.fastest("ce", 2**14, (9, torch.bfloat16), lambda tile: None) == (8192, 16)
+    assert tg.fastest("ce", 2**14, (1, torch.bfloat16), lambda tile: None) == (8192, 8)
     assert len(measured) == 8 and len(list(tmp_path.iterdir())) == 2
 
 
@@ -278,6 +281,7 @@ def test_every_kernel_compiles_for_hopper_without_spills():
         assert r["instructions"] == (["wgmma", "TMA"] if r["kernel"].startswith("mlp") else ["16-byte"]), r
         if r["kernel"].startswith("ce"):  # 16 columns to a thread: two exponentials each, and one of the target
             assert r["ex2"] == 2 * 16 + 1, r
+            assert r["single_loads_after_barrier"] == 0, r  # of the target's logit: others then overwrite it
 
 
 # --- The kernels, interpreted ----------------------------------------------------------------------------------------

@@ -23,6 +23,11 @@ def on_one(job: Callable, *args: Any) -> Any:
     return job(cpu_ranks(), *args)
 
 
+def test_a_world_size_without_a_rank_is_no_world():
+    """Clusters may export it to processes that nobody launched as ranks."""
+    assert [(r.world_size, r.distributed) for r in (tg.Ranks({"WORLD_SIZE": "2"}), tg.Ranks({}))] == [(1, False)] * 2
+
+
 def cpu_ranks() -> tg.Ranks:
     ranks = tg.Ranks({})
     ranks.device = torch.device("cpu")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY, run_script
+from conftest import TINY, run_script, tiny_config
 from test_optim import cpu_ranks, weights_of
 from test_training import Session, Slow, assert_same, warmed_up
 from torch import Tensor
@@ -81,6 +81,16 @@ class Uneven(Slow):
 def test_a_budget_holds_for_steps_of_uneven_length(tiny_data):
     run = Uneven(tiny_data, max_wallclock_seconds=200, iterations=999, enable_looping_at=0.5).train()
     assert 200 - 3 * 15 < run.seconds <= 200
+
+
+def test_the_share_of_the_budget_stays_below_one_after_a_slow_beginning():
+    """A mean that early steps made long says more than the longest of late ones, by which a step may still fit."""
+    progress = tg.Progress.__new__(tg.Progress)
+    vars(progress).update(cfg=tiny_config(warmdown_frac=0, enable_looping_at=1), step=500, budget=18.0, elapsed=17.95,
+                          longest=0.004, flying=4, visits=1000)  # fmt: skip
+    assert progress.fits(4)
+    assert progress.frac() < 1
+    assert tg.lr_scale(progress.frac(), progress.cfg) == 1.0
 
 
 # --- Speed ----------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import os
 import pty
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, TINY, final_line, on_ranks, run_script
+from conftest import ROOT, TINY, VOCAB, final_line, on_ranks, run_script
 from test_optim import on_one, weights_of
 from test_training import Session, Slow, assert_same
 from torch import Tensor
@@ -108,14 +109,22 @@ def test_random_numbers_go_on(tiny_data):
     assert torch.equal(torch_load(checkpoints()[-1])["random"], wanted)
 
 
-def resume_on(ranks: tg.Ranks, data: Path, act: Any) -> dict[str, Tensor]:
+def resume_on(ranks: tg.Ranks, data: Path, act: Any, dtype: str = "fp32") -> dict[str, Tensor]:
+    settings = dict(iterations=8, compute_dtype=dtype, **EVERY)
     with pytest.raises(Killed):
-        Mortal(data, ranks, iterations=8, last=6, act=die, **EVERY).train()
-    return weights_of(Session(data, ranks, iterations=8, **EVERY).train().model)
+        Mortal(data, ranks, last=6, act=die, **settings).train()
+    return weights_of(Session(data, ranks, **settings).train().model)
 
 
-def through_on(ranks: tg.Ranks, data: Path) -> dict[str, Tensor]:
-    return weights_of(Session(data, ranks, iterations=8, enable_looping_at=0.5).train().model)
+def through_on(ranks: tg.Ranks, data: Path, dtype: str = "fp32") -> dict[str, Tensor]:
+    run = Session(data, ranks, iterations=8, enable_looping_at=0.5, compute_dtype=dtype)
+    return weights_of(run.train().model)
+
+
+def test_ranks_go_on_with_the_same_bits_in_bf16(tiny_data, tmp_path):
+    """There a rank holds the others' matrices as they were sent, rounded, and scales them before they are cast."""
+    for through, resumed in on_ranks(2, through_then_resumed, tmp_path / "ranks", tiny_data, "bf16"):
+        assert_same(resumed, through)
 
 
 def test_ranks_go_on_with_the_same_bits_and_another_number_of_them_goes_on_too(tiny_data, tmp_path):
@@ -128,8 +137,8 @@ def test_ranks_go_on_with_the_same_bits_and_another_number_of_them_goes_on_too(t
         assert_same(found, wanted[0], tolerance=1e-5)
 
 
-def through_then_resumed(ranks: tg.Ranks, data: Path) -> tuple[dict, dict]:
-    return through_on(ranks, data), resume_on(ranks, data, None)
+def through_then_resumed(ranks: tg.Ranks, data: Path, dtype: str = "fp32") -> tuple[dict, dict]:
+    return through_on(ranks, data, dtype), resume_on(ranks, data, None, dtype)
 
 
 def resume_half(ranks: tg.Ranks, data: Path) -> None:
@@ -249,6 +258,16 @@ def test_a_run_of_another_config_is_refused_and_keeps_what_is_there(tiny_data, t
     assert [p.read_bytes() for p in two] == before
 
 
+def test_a_run_on_fewer_training_tokens_is_refused(tiny_data, tmp_path, two):
+    shutil.copytree(tiny_data, tmp_path / "less")
+    folder = tmp_path / f"less/datasets/tiny_sp{VOCAB}"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / manifest["splits"]["train"]["files"].pop(0)["name"]).unlink()
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(tg.UsageError, match=r"refused: made with tokens=\d+$"):
+        Session(tmp_path / "less", iterations=6, **EVERY)
+
+
 def test_what_does_not_change_the_result_may_differ(tiny_data, two):
     other = {**EVERY, "checkpoint_every": 5, "train_log_every": 0, "artifact_dir": str(two[0].parent.absolute())}
     assert Session(tiny_data, iterations=6, **other).kept["progress"]["step"] == 4
@@ -264,18 +283,32 @@ def test_a_log_with_a_result_is_not_added_to(tiny_data, two):
         Session(tiny_data, iterations=6, **EVERY)
 
 
+def test_without_checkpoints_a_result_is_kept_and_an_end_without_one_is_begun_anew(tiny_data, tmp_path):
+    log, env = tmp_path / "logs/kept.txt", {**environment(tiny_data, RUN_ID="kept"), "CHECKPOINT_EVERY": "0"}
+    log.parent.mkdir()
+    log.write_text("another source\nstep:50/60\n", encoding="utf-8")
+    assert run_script({**env, "ITERATIONS": "1", "TTT_ENABLED": "0"}, tmp_path).returncode == 0
+    text = log.read_text(encoding="utf-8")
+    assert "another source" not in text and final_line(text)["steps"] == 1
+    assert Path(f"{log}.old").read_text() == "another source\nstep:50/60\n"
+    again = run_script(env, tmp_path)
+    assert (again.returncode, again.stderr) == (2, "train_gpt.py: RUN_ID=kept: logs/kept.txt has its result already\n")
+    assert log.read_text(encoding="utf-8") == text
+
+
 # --- Signals ----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("every", [0, 1000])
-def test_a_signal_ends_training_after_the_step_with_a_checkpoint_if_there_are_any(tiny_data, number, every):
-    settings = dict(iterations=9, run_id="kept", checkpoint_every=every, last=3)
+@pytest.mark.parametrize(("last", "step"), [(3, 4), (9, 9)], ids=["midway", "in the last step"])
+def test_a_signal_ends_training_after_the_step_with_a_checkpoint_if_there_are_any(tiny_data, number, every, last, step):
+    settings = dict(iterations=9, run_id="kept", checkpoint_every=every, last=last)
     with pytest.raises(KeyboardInterrupt) as caught:
         Mortal(tiny_data, act=lambda: signal.raise_signal(number), **settings).train()
     line, status = caught.value.args
     assert status == 128 + number
-    assert line.startswith(f"{number.name}: the run is stopped after step 4")  # numbers are read a step late
+    assert line.startswith(f"{number.name}: the run is stopped after step {step}")  # numbers are read a step late
     assert ("same command goes on" in line) == (every > 0)
-    assert [torch_load(p)["progress"]["step"] for p in checkpoints()] == [4] * (every > 0)
+    assert [torch_load(p)["progress"]["step"] for p in checkpoints()] == [step] * (every > 0)
 
 
 # --- Whole runs -------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -160,7 +161,8 @@ def test_artifact_alone_gives_the_same_scores_without_training_data(first_run, t
 def test_warm_up_of_an_artifact_neither_trains_nor_compresses(first_run, tiny_data, tmp_path):
     """So no budget of training, however small, refuses what only scores."""
     env = {**EVAL, "DATA_DIR": str(tiny_data), "EVAL_ONLY_PATH": str(first_run.folder / "final_model.int6.ptz")}
-    again = finish({**env, "RUN_ID": "again", "SEED": "7", "MAX_WALLCLOCK_SECONDS": "0.001"}, tmp_path)
+    again = finish({**env, "RUN_ID": "again", "SEED": "7", "MAX_WALLCLOCK_SECONDS": "20",
+                     "GPTQ_RESERVE_SECONDS": "13"}, tmp_path)  # fmt: skip
     assert again.final["val_bpb"] == first_run.final["val_bpb"]
     assert "warmup:done" in again.output
     assert not re.search(r"^(warmup_step|fit):", again.output, re.M)
@@ -209,6 +211,34 @@ def test_process_group_ends_with_the_run(first_run, tiny_data, tmp_path):
     done = subprocess.run([sys.executable, "-c", script], env=env, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "gloo" not in done.stdout.split("final {")[1]
+
+
+@pytest.mark.parametrize("backend", ["nccl", "gloo"])
+@pytest.mark.parametrize(("error", "ends"), [
+    (None, True), (tg.UsageError("x"), True), (tg.RunStopped("x"), True), (tg.InvalidScore("x"), True),
+    (tg.BadMatrix("x"), False), (FloatingPointError("x"), False), (KeyboardInterrupt("x", 143), False),
+    (RuntimeError("Connection reset"), False), (ZeroDivisionError("x"), False)], ids=repr)  # fmt: skip
+def test_a_rank_that_fails_by_itself_does_not_wait_for_nccl(monkeypatch, capsys, backend, error, ends):
+    """NCCL's communicator ends when all ranks end it; gloo's threads must be ended in any case."""
+    ended = []
+    def go() -> None:
+        if error:
+            raise error
+    for name, value in {"is_initialized": lambda: True, "get_backend": lambda: backend, "get_rank": lambda: 3,
+                        "destroy_process_group": lambda: ended.append(1)}.items():  # fmt: skip
+        monkeypatch.setattr(tg.dist, name, value)
+    for name, value in {"on_signals": lambda act: None, "Ranks": lambda env: None,
+                        "Run": lambda *_: SimpleNamespace(go=go)}.items():  # fmt: skip
+        monkeypatch.setattr(tg, name, value)
+    monkeypatch.setattr(tg.os, "environ", {**TINY, "RANK": "3"})
+    if isinstance(error, ZeroDivisionError):  # its traceback is shown once main has left
+        with pytest.raises(ZeroDivisionError):
+            tg.main([])
+    else:
+        tg.main([])
+    assert bool(ended) == (ends or backend == "gloo")
+    said = {tg.BadMatrix: "train_gpt.py: x\n", RuntimeError: "train_gpt.py: rank 3 lost a peer: Connection reset\n"}
+    assert capsys.readouterr().err == said.get(type(error), "")
 
 
 def test_rows_loader_scores_every_token_too(tiny_data, tmp_path, first_run):
@@ -278,6 +308,7 @@ BAD = {
     "tokenizer that is none": Bad("TOKENIZER_PATH", {"TOKENIZER_PATH": f"{SHARDS}/{VAL}"}),
     "tokenizer the manifest does not name": Bad(
         "manifest.json", damage=edit_bytes("manifest.json", lambda b: re.sub(rb'"sha256": "\w', b'"sha256": "x', b))),
+    "no data set": Bad("nowhere: holds no *_val_*.bin", {"DATASET": "nowhere", "TOKENIZER_PATH": "none"}),
     "missing split": Bad("train", damage=remove("*train*")),
     "empty shard": Bad(VAL, damage=edit_bytes(VAL, lambda b: b[:8] + bytes(4) + b[12:1024])),
     "too little for a batch": Bad("TRAIN_BATCH_TOKENS=65536", {"TRAIN_BATCH_TOKENS": "65536"}),

@@ -31,8 +31,8 @@ PIECES = [  # (piece, kind, bytes, leading space, boundary)
     ("the", "normal", 3, False, False),
     ("\u2581", "normal", 0, True, False),
     ("\u2581the", "normal", 3, True, False),
-    ("\u2581\u2581a", "normal", 4, True, False),
-    ("a\u2581", "normal", 4, False, False),
+    ("\u2581\u2581a", "normal", 2, True, False),
+    ("a\u2581", "normal", 2, False, False),
     ("é", "normal", 2, False, False),
     ("\u2581漢字", "normal", 6, True, False),
     ("🙂", "normal", 4, False, False),
@@ -105,19 +105,29 @@ def test_manifest_with_other_bytes_is_refused(tiny_data, off):
     refused(lambda: tg.check_bytes(tokenizer, docs, rank_of(1)), tokenizer.path, total, total + off)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [dict(treat_whitespace_as_suffix=True), dict(byte_fallback=False, vocab_size=80)],
-    ids=["space after the word", "unknown characters"],
-)
-def test_tokenizer_that_miscounts_is_refused(tmp_path, options):
-    """Even without a manifest: the count is compared with the decoded text of documents."""
+def odd_tokenizer(tmp_path, options):
+    """Of a tokenizer trained with these options: path, model, and documents of it."""
     known = "\n".join(text.splitlines()[0] for text in tiny_text(50, seed=3))  # without the letters outside ASCII
     path = train_tokenizer(tmp_path, "odd", known, **options)
     model = sentencepiece.SentencePieceProcessor(model_file=str(path))
     parts = [[BOS, *model.encode(text)] for text in tiny_text(6, seed=4)]
     docs = documents([len(p) for p in parts])._replace(tokens=np.concatenate(parts))
+    return path, model, docs
+
+
+def test_tokenizer_that_miscounts_is_refused(tmp_path):
+    """Even without a manifest: the count is compared with the decoded text of documents."""
+    path, model, docs = odd_tokenizer(tmp_path, dict(byte_fallback=False, vocab_size=80))  # unknown characters
     refused(lambda: tg.check_bytes(tg.Tokenizer(path, model, BOS, "", {}), docs, rank_of(1)), path, "document at")
+
+
+@pytest.mark.parametrize("options", [dict(treat_whitespace_as_suffix=True),
+                                     dict(split_by_whitespace=False, vocab_size=500)], ids=str)  # fmt: skip
+def test_spaces_after_or_amid_words_count_as_a_byte_each(tmp_path, options):
+    path, model, docs = odd_tokenizer(tmp_path, options)
+    assert any("\u2581" in model.id_to_piece(i)[1:] for i in docs.tokens.tolist())
+    table, decoded = tg.check_bytes(tg.Tokenizer(path, model, BOS, "", {}), docs, rank_of(1))
+    assert table.count(docs.tokens) == decoded > 1000
 
 
 # --- Meter ---
