@@ -129,6 +129,11 @@ def nats(bpb: float, tokens: int = 1000, size: int = 2500) -> float:
     return bpb * math.log(2) * size / tokens
 
 
+def step_line(s: int) -> str:
+    return (f"step:{s}/70 train_loss:{9 - s / 20:.4f} train_time:{700 * s}ms step_avg:700.00ms tok/s:9 "
+            f"lr_scale:{1 - s / 100:.3f}")  # fmt: skip
+
+
 def ours(folder: Path, *runs: dict, name: str = "run") -> list[str]:
     """One log per dict of changed figures; `config` in it changes knobs. Paths."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -146,9 +151,8 @@ def ours(folder: Path, *runs: dict, name: str = "run") -> list[str]:
         text = ["import math  # the source stands here", "Hyperparameters:",
                 *(f"  {knob}: {value} (default)" for knob, value in knobs.items()),
                 f"code_sha256: {figures['code_sha256']}",
-                *(f"step:{s}/70 train_loss:{9 - s / 20:.4f} train_time:{700 * s}ms step_avg:700.00ms tok/s:9 "
-                  f"lr_scale:{1 - s / 100:.3f}" for s in (1, 20, 40, 60)),
-                "40/70 val_loss: 4.0000 val_bpb: 2.3083", "stopping: step:70/70 train_time:49000ms; ema:applying",
+                *map(step_line, (1, 20, 40)), "40/70 val_loss: 4.0000 val_bpb: 2.3083", step_line(60),
+                "stopping: step:70/70 train_time:49000ms; ema:applying",
                 line("diagnostic pre-quantization post-ema", "pre_quantization"),
                 line("diagnostic quantized", "quantized"), line("quantized_ttt_lora", "quantized_ttt_lora"), TABLE,
                 "final " + json.dumps(figures, sort_keys=True)]  # fmt: skip
@@ -210,6 +214,16 @@ def test_seconds_come_from_mean_speed_where_a_log_rounds_minutes(tmp_path) -> No
     assert run.lines()["speed"]["y"][0] == pytest.approx(speed)
 
 
+def test_a_run_started_anew_in_its_log_leaves_no_points_of_the_one_before(tmp_path) -> None:
+    path = Path(ours(tmp_path, {})[0])
+    before = "\n".join(step_line(s) for s in (1, 2, 3, 20, 50)) + "\n"
+    path.write_text(path.read_text().replace("step:1/70", before + "step:1/70", 1))
+    assert report.read_run(path).lines()["train_loss"]["step"] == [1, 20, 40, 60]
+    path.write_text(path.read_text().replace("step:60/70", step_line(50) + "\n" + step_line(65) + "\nstep:60/70", 1))
+    points = {p["step"]: p for p in report.read_run(path).points}
+    assert list(points) == [1, 20, 40, 50, 60] and points[40]["val_bpb"] == 2.3083
+
+
 def test_the_last_score_counts_even_where_an_earlier_one_is_lower(tmp_path, capsys) -> None:
     path = Path(published(tmp_path, "PR1413")[0])
     retry = "quantized_ttt_again val_loss:3.45114263 val_bpb:1.33604667 eval_time:293430ms\n"
@@ -257,6 +271,24 @@ def test_two_tokenizers_are_compared_in_bits_per_byte_alone(tmp_path, capsys) ->
     assert found["comparison"]["bpb"]["difference"] == pytest.approx(1.11938 - 1.08279, abs=1e-5)
     assert found["comparison"]["bpb"]["bar"] == pytest.approx(0.00296, abs=1e-5)  # sp1024's, the stricter
     assert any("another tokenizer" in line for line in found["statements"])
+
+
+def test_scores_of_different_texts_pass_no_bar(tmp_path, capsys) -> None:
+    def side(name: str, tokens: int, size: int, bpb: float, **facts: object) -> list[str]:
+        def figures(at: float) -> dict:
+            scores = {"pre_quantization": 2.0, "quantized": 2.1, "quantized_ttt_lora": at}
+            losses = {f"{key}_loss": nats(value, tokens, size) for key, value in scores.items()}
+            return {"val_bpb": at, "val_tokens": tokens, "val_bytes": size, "dataset": name, **losses, **facts}
+        return ours(tmp_path / name, *(figures(bpb + i / 1e4) for i in range(3)), name=name)
+    mine = side("mine", 1000, 2500, 1.8)
+    error = refusal(capsys, *mine, "--baseline", *side("other", 1000, 2600, 1.9, val_sha256="w"))
+    assert "different validation texts" in error and "mine of 2,500 bytes" in error and "other of 2,600" in error
+    again = side("again", 900, 2501, 1.9, val_sha256="w", tokenizer_sha256="u")  # another tokenizer, the same text
+    assert figures_of(capsys, *mine, "--baseline", *again)["comparison"]["nats"] is None
+    small, large = (side(f"fineweb10B_sp{v}", t, 151_080_891, 1.1, val_sha256=str(v), tokenizer_sha256=str(v))
+                    for v, t in ((1024, 62_021_846), (8192, 40_540_803)))  # fmt: skip
+    assert figures_of(capsys, *large, "--baseline", *small)["comparison"]["bpb"]["welch"]
+    assert "different validation texts" in refusal(capsys, *mine, "--baseline", *published(tmp_path, "PR549"))
 
 
 def test_a_difference_below_the_bar_is_no_record_and_the_runs_it_takes_are_told(tmp_path, capsys) -> None:
@@ -396,6 +428,17 @@ def test_the_log_of_no_finished_run_is_refused(tmp_path, capsys, old: str, new: 
     assert word in refusal(capsys, str(path))
 
 
+def test_unfinished_logs_are_left_out_by_name_but_of_no_submission(tmp_path, capsys) -> None:
+    logs, page = ours(tmp_path, {}, {"val_bpb": 1.8}, {}), tmp_path / "out.html"
+    Path(logs[2]).write_text(Path(logs[2]).read_text().replace("\nfinal {", "\nfnal {"))
+    assert report.main([*logs, "--mixed", "--html", str(page)]) == 0
+    assert page.is_file() and f"left out: {logs[2]}: has 0 final lines" in capsys.readouterr().out
+    found = figures_of(capsys, *logs)
+    assert (len(found["runs"]), len(found["warnings"])) == (2, 1)
+    assert "0 final lines" in refusal(capsys, *logs[:2], "--baseline", logs[2])
+    assert "0 final lines" in refusal(capsys, *logs, "--submission", str(tmp_path / "s.json"), "--name", "n")
+
+
 def test_a_file_without_a_score_is_refused(tmp_path, capsys) -> None:
     path = tmp_path / "run.txt"
     path.write_text("step:1/20 train_loss:3.0000 train_time:1ms step_avg:1ms\n")
@@ -517,6 +560,12 @@ def test_runs_that_are_not_seeds_of_one_claim_are_no_submission(tmp_path, capsys
     assert not out.exists()
 
 
+@pytest.mark.parametrize("day", ["garbage", "2026-1-2", "2026-02-30", ""])
+def test_a_date_is_a_day(tmp_path, capsys, day: str) -> None:
+    assert submit(tmp_path, ours(tmp_path, {}), "--date", day)[0] == 2
+    assert capsys.readouterr().err == f"report.py: --date {day}: must be a day, YYYY-MM-DD\n"
+
+
 def test_a_score_with_wrong_bytes_is_no_submission(tmp_path, capsys) -> None:
     status, out = submit(tmp_path, ours(tmp_path, {"quantized_ttt_lora_loss": 3.0}))
     assert status == 2
@@ -601,7 +650,9 @@ def browser():
 def page(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("page")
     logs, old = with_documents(root), published(root, "PR1413")
-    assert report.main([*logs, "--baseline", *old, "--html", str(root / "out.html")]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "check_texts", lambda *_: None)  # charts of logs as different as can be
+        assert report.main([*logs, "--baseline", *old, "--html", str(root / "out.html")]) == 0
     return root / "out.html"
 
 

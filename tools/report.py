@@ -12,7 +12,7 @@ records (Hyperparameters or key:value headers, `LABEL val_loss:X val_bpb:Y`, wha
 Only runs of one code and one configuration are seeds of one claim. Others are refused with the knobs that differ;
 --mixed takes them all the same and gives mean and deviation per configuration too. A log given twice is always refused.
 --compare takes other presets and knobs, a row each over its seeds, but one code, one data set, one budget of training
-and one machine. It leaves out, and names, logs of runs that did not finish.
+and one machine. Logs of runs that did not finish are left out and named, but for --submission, which refuses them.
 
 Bytes: val_loss, val_bpb and the number of tokens imply how many bytes were counted. Every score line is checked against
 the run's own val_bytes and against the canonical validation sets; a denominator 0.01 % off is INVALID (exit status 1).
@@ -20,7 +20,7 @@ the run's own val_bytes and against the canonical validation sets; a denominator
 Difference (--baseline): Welch's test between the two sets of runs, one-sided, in nats and in bits per byte. Two bars:
 better at all (p < 0.01; the public frontier has accepted 0.25), and the record bar, more than 0.005 nats per token
 better at p < 0.01, which tests against the shifted hypothesis. `runs a side` is how many would show a true difference
-of the size seen with 80 % power, if both spreads stay as they are.
+of the size seen with 80 % power, if both spreads stay as they are. Scores of different validation texts are refused.
 
 Pairs are sharper by far. Runs of one artifact (same hash: only the evaluation differs), else runs of one seed, are
 compared pair by pair. Where the folders of two such runs (runs/<RUN_ID>, next to the logs' folder) hold losses per
@@ -46,7 +46,7 @@ import statistics
 import sys
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -194,13 +194,16 @@ def read_settings(lines: list[str]) -> dict[str, str]:
 
 
 def read_points(lines: list[str], batch: float) -> list[dict[str, float]]:
-    """What the lines of a step say. Where a log gives minutes, its mean tokens per second tell the seconds."""
+    """What the lines of a step say. Where a log gives minutes, its mean tokens per second tell the seconds. A run that
+    was started anew counts its steps from further back: what was made of them before is gone, and so are its lines."""
     points: dict[int, dict[str, float]] = {}
     for line in lines:
         if not (m := STEP.match(line)):
             continue
         found = {key: (float(value), unit) for key, value, unit in PAIR.findall(line[m.end() :])}
-        point = points.setdefault(step := int(m[1]), {"step": step})
+        if (step := int(m[1])) < next(reversed(points), 0):
+            points = {known: point for known, point in points.items() if known < step}
+        point = points.setdefault(step, {"step": step})
         point |= {key: value for key, (value, _) in found.items() if key in ("train_loss", "val_bpb", "lr_scale")}
         time, unit = found.get("train_time", (0.0, ""))
         if unit == "m" and found.get("tok/s", (0,))[0]:
@@ -297,6 +300,19 @@ def read_run(path: Path) -> Run:
                read_sizes(lines, final), points, final)  # fmt: skip
 
 
+def read_finished(paths: list[Path]) -> tuple[list[Run], list[str]]:
+    """The runs, and what is wrong with the logs left out. Raises UsageError where that leaves none."""
+    runs, left_out = [], []
+    for path in paths:
+        try:
+            runs.append(read_run(path))
+        except UsageError as error:
+            left_out.append(str(error))
+    if left_out and not runs:
+        raise UsageError(left_out[0])
+    return runs, left_out
+
+
 # === Checks: one claim, one denominator ===============================================================================
 def differences(runs: list[Run]) -> dict[str, list[str]]:
     """Name -> each run's value, of every fact and setting that is not the same in all; of paths the last part."""
@@ -367,6 +383,25 @@ def check_scores(run: Run) -> list[str]:
     if "val_bpb" in run.final and run.final["val_bpb"] != run.score.bpb:
         wrong.append(f"final val_bpb {run.final['val_bpb']} is not that of the last score, {run.score.label}")
     return wrong
+
+
+def text_bytes(run: Run) -> float | None:  # of the validation text, as far as a log tells
+    implied, right, whose = implied_bytes(run, run.score)
+    if tokens := run.sizes.get("val_tokens"):
+        return run.sizes.get("val_bytes") or tokens * (implied if math.isnan(right) else right)
+    return {f"canonical {name}": float(size) for name, size in CANONICAL.values()}.get(whose)
+
+
+def check_texts(new: list[Run], old: list[Run]) -> None:
+    """Refuses scores of different texts, told apart by their bytes: tokenizers and dropped tails change tokens only."""
+    for a, b in itertools.product(new, old):
+        sizes = [text_bytes(run) for run in (a, b)]
+        sets = [[str(run.facts.get(name, "?")) for name in ("val_sha256", "dataset")] for run in (a, b)]
+        near = abs(sizes[0] / sizes[1] - 1) <= WHOLE if all(sizes) else sets[0][1] == sets[1][1]
+        if not near and (sets[0][0] != sets[1][0] or sets[0][0] == "?"):
+            told = (f"{run.path} {name}" + (f" of {size:,.0f} bytes" if size else "")
+                    for run, (_, name), size in zip((a, b), sets, sizes, strict=True))  # fmt: skip
+            raise UsageError(f"not comparable, scores of different validation texts: {', '.join(told)}")
 
 
 # === Statistics =======================================================================================================
@@ -543,6 +578,7 @@ class Report:  # all that the outputs show
     runs: list[Run]
     baseline: list[Run]
     mixed: dict[str, list[str]]  # differences within `runs`
+    left_out: Sequence[str] = ()  # why logs are not among them
     def __post_init__(self) -> None:
         self.everything = self.runs + self.baseline
         for run, label in zip(self.everything, short_names([r.path for r in self.everything]), strict=True):
@@ -551,7 +587,8 @@ class Report:  # all that the outputs show
         self.base_summary = summarise(self.baseline) if self.baseline else None
         self.comparison = compare(self.runs, self.baseline) if self.baseline else None
         self.problems = [f"{run.label}: INVALID: {text}" for run in self.everything for text in check_scores(run)]
-        self.warnings = [f"{run.label}: over the limit: {text}" for run in self.everything for text in run.over()]
+        self.warnings = [f"left out: {text}" for text in self.left_out]
+        self.warnings += [f"{run.label}: over the limit: {text}" for run in self.everything for text in run.over()]
         self.warnings += [f"{run.label}: {run.stale}" for run in self.everything if not run.documents and run.stale]
         lowest = [(run, min(run.stages, key=lambda s: s.bpb)) for run in self.everything]
         self.warnings += [f"{run.label}: {best.label} scored {best.bpb:.5f}, below the last score, which counts"
@@ -721,13 +758,12 @@ def as_comparison(runs: list[Run], left_out: list[str], date: str | None = None)
             "evaluation s", "steps", "ms/step"]  # fmt: skip
     rows = [system_row(name, group, kinds) for name, group in groups.items()]
     lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
-    days = sorted({time.strftime("%Y-%m-%d", time.localtime(r.path.stat().st_mtime)) for r in runs})
-    when = date or (days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}")
+    when = f"; {date}" if date else ""  # the logs of a sweep do not name their day, their files have the clone's
     where = f"{facts.get('world_size', '?')} x {facts.get('device', '?')}, torch {facts.get('torch', '?')}"
     what = f"{facts.get('dataset')}, {run.sizes.get('val_tokens', 0):,} validation targets"
     small = ", SHRINK=1: small widths, short windows" * (run.config.get("shrink") == "True")
     code = str(facts.get("code_sha256", "?"))[:12]
-    lines += ["", f"- measured: {what}; {budget_of(run)} each{small}; {where}; {when}; code {code}",
+    lines += ["", f"- measured: {what}; {budget_of(run)} each{small}; {where}{when}; code {code}",
               f"- {PUBLISHED_WITH}", *(f"- left out: {text}" for text in left_out)]  # fmt: skip
     lines += [f"- {r.label}: over the limit: {text}" for r in runs for text in r.over()]
     lines += [f"- {r.label}: INVALID: {text}" for r in runs for text in check_scores(r)]
@@ -735,14 +771,7 @@ def as_comparison(runs: list[Run], left_out: list[str], date: str | None = None)
 
 
 def compare_systems(paths: list[Path], date: str | None, out: str) -> int:  # exit status
-    runs, left_out = [], []
-    for path in paths:
-        try:
-            runs.append(read_run(path))
-        except UsageError as error:
-            left_out.append(str(error))
-    if not runs:
-        raise UsageError(left_out[0])
+    runs, left_out = read_finished(paths)
     for run, label in zip(runs, short_names([run.path for run in runs]), strict=True):
         run.label = label
     write_markdown(as_comparison(runs, left_out, date), out)
@@ -968,6 +997,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return args
 
 
+def is_day(text: str) -> bool:
+    try:
+        return time.strftime("%Y-%m-%d", time.strptime(text, "%Y-%m-%d")) == text
+    except ValueError:
+        return False
+
+
 def write_outputs(report: Report, args: argparse.Namespace) -> None:
     if args.submission:
         write_atomic(args.submission, (json.dumps(submission(report, args), indent=2) + "\n").encode())
@@ -988,13 +1024,18 @@ def write_outputs(report: Report, args: argparse.Namespace) -> None:
 def main(argv: list[str]) -> int:
     args = parse(argv)
     try:
+        if args.date is not None and not is_day(args.date):
+            raise UsageError(f"--date {args.date}: must be a day, YYYY-MM-DD")
         if args.compare:
             return compare_systems(args.logs, args.date, args.markdown or "-")
-        runs, baseline = ([read_run(path) for path in paths] for paths in (args.logs, args.baseline))
+        (runs, left_out), (baseline, more) = map(read_finished, (args.logs, args.baseline))
+        if args.submission and left_out:
+            raise UsageError(f"--submission: {left_out[0]}")  # whether a claim does without it is not ours to say
         mixed = check_claim(runs, args.mixed)
         if baseline:
             check_claim(baseline, args.mixed)
-        report = Report(runs, baseline, mixed)
+            check_texts(runs, baseline)
+        report = Report(runs, baseline, mixed, left_out + more)
         write_outputs(report, args)
     except (UsageError, OSError) as error:
         print(f"report.py: {error}", file=sys.stderr)
