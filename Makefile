@@ -49,13 +49,13 @@ CODE := $(shell cksum < train_gpt.py | cut -d ' ' -f 1)
 COMPARE ?= compare-$(DATASET)-$(CODE)
 compare: dev
 	$(if $(filter pydocs_sp1024,$(DATASET)),$(BIN)/python tools/prepare_data.py pydocs --data-dir "$(DATA_DIR)")
-	DATASET=$(DATASET) DATA_DIR="$(DATA_DIR)" VAL_DOC_FRACTION=$(VAL_DOC_FRACTION) \
-	  $(BIN)/python tools/sweep.py $(COMPARE) PRESET=$(SYSTEMS) SHRINK=$(SHRINK) SEED=$(SEED) || [ $$? = 1 ]
-	$(BIN)/python tools/report.py --compare logs/$(COMPARE)-????.txt
+	DATASET="$(DATASET)" DATA_DIR="$(DATA_DIR)" VAL_DOC_FRACTION="$(VAL_DOC_FRACTION)" \
+	  $(BIN)/python tools/sweep.py "$(COMPARE)" PRESET="$(SYSTEMS)" SHRINK="$(SHRINK)" SEED="$(SEED)" || [ $$? = 1 ]
+	$(BIN)/python tools/report.py --compare logs/"$(COMPARE)"-????.txt
 
 # The submission folder of a finished run, checked: make pack RUN=runs/<RUN_ID>
 pack: install
-	$(BIN)/python tools/pack.py $(RUN) $(RUN)/submission
+	$(BIN)/python tools/pack.py "$(RUN)" "$(RUN)/submission"
 
 test: dev
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile

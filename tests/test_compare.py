@@ -147,11 +147,12 @@ def test_make_compare_prepares_its_data_sweeps_the_systems_and_prints_the_table(
         return subprocess.run(command, cwd=ROOT, env=plain, capture_output=True, text=True, check=True).stdout
     done = lines("SEED=0,1", "DATASET=other_sp8192", "VOCAB_SIZE=8192", "DATA_DIR=/d")
     assert "prepare_data" not in done  # other data is there already
-    assert re.search(r"DATASET=other_sp8192 DATA_DIR=\"/d\" VAL_DOC_FRACTION=0.1 \\\s+\S+ tools/sweep.py "
-                     r"compare-other_sp8192-\d+ PRESET=pr1530,pr1560,pr1413,pr473,pr605 SHRINK=1", done)  # fmt: skip
-    assert "VAL_DOC_FRACTION=1 " in lines("VAL_DOC_FRACTION=1")
-    assert "SEED=0,1" in done
-    assert re.search(r"report.py --compare logs/compare-other_sp8192-\d+-\?{4}\.txt", done)
+    assert re.search(r'DATASET="other_sp8192" DATA_DIR="/d" VAL_DOC_FRACTION="0.1" \\\s+\S+ tools/sweep.py '
+                     r'"compare-other_sp8192-\d+" PRESET="pr1530,pr1560,pr1413,pr473,pr605" SHRINK="1"',
+                     done)  # fmt: skip
+    assert 'VAL_DOC_FRACTION="1" ' in lines("VAL_DOC_FRACTION=1")
+    assert 'SEED="0,1"' in done and 'PRESET="pr1413 pr473" ' in lines("SYSTEMS=pr1413 pr473")
+    assert re.search(r"report.py --compare logs/\"compare-other_sp8192-\d+\"-\?{4}\.txt", done)
     default = lines()
     assert 'prepare_data.py pydocs --data-dir "data"' in default
     assert "compare-pydocs_sp1024-" in default

@@ -318,6 +318,21 @@ def test_claim_is_of_all_seeds_and_its_size_of_the_largest(tmp_path):
     assert len(files[ARTIFACT]) == 900
 
 
+def test_log_of_a_sweeps_run_is_found(tmp_path):
+    run, swept = write_run(tmp_path), tmp_path / "runs/sweeps/rec3/0000"
+    swept.parent.mkdir(parents=True)
+    run.rename(swept)
+    (tmp_path / "logs/s1.txt").rename(tmp_path / "logs/rec3-0000.txt")
+    assert "train_seed1.log" in make(swept, tmp_path / "out")
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="no make")
+def test_make_pack_takes_a_folder_with_a_space():
+    command = ["make", "-n", "-o", "install", "pack", "RUN=runs/weird id"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert shlex.split(done.stdout)[-2:] == ["runs/weird id", "runs/weird id/submission"]
+
+
 def test_knobs_of_the_evaluation_are_the_runs_but_for_paths_and_names(small):
     readme = small["README.md"].decode()
     assert " COMPILE=0 PRESET=cpu DATA_DIR=DATA " in readme.replace(" SEED=1", "")

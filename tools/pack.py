@@ -14,7 +14,8 @@ packed file is Python that unpacks itself with the standard library and holds th
 docstrings, annotations that nothing reads and definitions that nothing uses. --check proves that by comparing syntax
 trees, and that code, logs, artifact and claim belong together. `sha256sum -c SHA256SUMS` needs no tool of ours.
 
-The log of RUN_DIR is sought in logs/ beside runs/; --log names another, or those of further seeds of the same claim."""
+The log of RUN_DIR (logs/NAME-0000.txt of a sweep's) is sought in logs/ beside runs/; --log names another, or those of
+further seeds of the same claim."""
 
 from __future__ import annotations
 
@@ -260,10 +261,17 @@ def find_source(given: Path | None, log: bytes, sha256: str) -> bytes:  # of the
             return source
     raise UsageError(f"{path}: is not the code of the run (code_sha256 {sha256[:12]}..); --source must name that")
 
+def log_of_run(folder: Path) -> Path:
+    """The log of the run that left `folder`, which need not exist: logs/ID.txt beside runs/ID, and of a sweep's run,
+    runs/sweeps/NAME/0000, logs/NAME-0000.txt beside runs/."""
+    at = folder.absolute()
+    if at.match("runs/sweeps/*/*"):
+        return at.parents[3] / "logs" / f"{at.parent.name}-{at.name}.txt"
+    return at.parent.parent / "logs" / f"{at.name}.txt"
+
 def build(args: argparse.Namespace) -> dict[str, bytes]:
     """All files of the folder for a finished run. Raises UsageError if a part is missing or of another run."""
-    run, at = args.run_dir, args.run_dir.absolute()
-    own = at.parent.parent / "logs" / f"{at.name}.txt"
+    run, own = args.run_dir, log_of_run(args.run_dir)
     paths = [own] * (own.is_file() and own.resolve() not in [p.resolve() for p in args.log]) + args.log
     if not paths:
         raise UsageError(f"{run}: its log is not {own}; --log must name it")
