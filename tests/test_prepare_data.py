@@ -252,6 +252,8 @@ def test_a_missing_file_a_foreign_tokenizer_and_a_vocabulary_too_large_end_in_on
         [[tmp_path / "none.jsonl"], "none.jsonl: No such file"],
         [[good, "--tokenizer", good], "good.jsonl is not a SentencePiece model"],
         [[good, "--val-fraction", "0.5", "--vocab-size", "9999"], "--vocab-size 9999: "],
+        [[good, "--val-fraction", "2"], "--val-fraction 2: must lie between 0 and 1"],
+        [[good, "--name", "../../x"], "--name ../../x: must be a name"],
     ):
         command = [sys.executable, TOOL, "text", *arguments, "--data-dir", tmp_path / "d"]
         result = subprocess.run([str(part) for part in command], capture_output=True, text=True)

@@ -196,6 +196,15 @@ def test_what_cannot_work_is_refused_before_anything_starts(place, tool, capsys,
     assert [p.name for p in place.iterdir()] == ["fake.py"]
 
 
+def test_a_study_that_cannot_be_read_is_named(place, tool, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(place)
+    study = place / "runs/sweeps/torn.db"
+    study.parent.mkdir(parents=True)
+    study.write_bytes(b"no database" * 99)
+    assert tool.main(["torn", "SEED=0"]) == 2
+    assert capsys.readouterr().err.startswith("sweep.py: runs/sweeps/torn.db: ")
+
+
 def test_a_failed_run_is_kept_with_its_reason_and_stops_nothing(place: Path) -> None:
     fates = "crash killed refused diverged invalid nan big silent hang".split()
     seeds = ",".join(str(i) for i in range(len(fates) + 1))

@@ -480,6 +480,8 @@ def survey(args: argparse.Namespace) -> tuple[set[bytes], int]:
 
 def run_text(args: argparse.Namespace) -> None:
     """Documents from your own files, with a tokenizer you give or one trained on the training documents."""
+    if not 0 < args.val_fraction < 1:
+        raise UsageError(f"--val-fraction {args.val_fraction:g}: must lie between 0 and 1")
     model = args.tokenizer.read_bytes() if args.tokenizer else b""
     vocab_size = load_tokenizer(model, args.tokenizer).vocab_size() if args.tokenizer else args.vocab_size
     dataset = f"{args.name}_sp{vocab_size}"
@@ -687,6 +689,8 @@ def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 0 done, 1 the doctor found an error, 2 wrong input, told in one line on stderr."""
     args = build_parser().parse_args(argv)
     try:
+        if "/" in (name := getattr(args, "name", "")):  # the doctor has none
+            raise UsageError(f"--name {name}: must be a name; --data-dir says where the data set goes")
         return args.run(args) or 0
     except UsageError as error:
         print(f"prepare_data.py: {error}", file=sys.stderr)

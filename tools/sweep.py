@@ -347,8 +347,8 @@ class Study:
                     grace_period=4 * beat,
                 )  # fmt: skip
         except (SQLAlchemyError, ImportError, OSError, ValueError) as error:
-            url = args.storage and re.sub(r"//[^@/]*@", "//...@", args.storage)
-            raise Refused(f"--storage {url}: {str(error).splitlines()[0]}") from error
+            url = re.sub(r"//[^@/]*@", "//...@", f"--storage {args.storage}") if args.storage else f"{self.folder}.db"
+            raise Refused(f"{url}: {str(error).splitlines()[0]}") from error
         pruner = optuna.pruners.PercentilePruner(75, n_startup_trials=4, n_min_trials=4)
         with self.alone():
             self.study = optuna.create_study(storage=self.storage, study_name=args.name, pruner=pruner,
