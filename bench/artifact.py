@@ -144,6 +144,8 @@ class Checkpoint:
         env = {"TTT_ENABLED": "0", "VAL_DOC_FRACTION": "0.1", **os.environ, "EVAL_ONLY_PATH": path}
         cfg, origin = tg.Config.from_env(env, torch.cuda.is_available())
         self.cfg, saved = tg.load_model_file(cfg, origin)
+        if "weights" not in saved:
+            raise tg.UsageError(f"{path}: is an artifact; a checkpoint is needed, final_model.pt beside it")
         self.ranks, tokenizer = tg.Ranks({}), tg.Tokenizer.load(self.cfg)
         streams = tg.open_shards(self.cfg, tokenizer, self.ranks, ["train", "val"])
         self.docs = tg.Documents.load(streams["val"], tokenizer.bos_id, self.cfg)
@@ -209,15 +211,21 @@ def quantizers(point: Checkpoint) -> Packed:
     return packed
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> int:
     if argv and argv[0] in ("-h", "--help"):
         print(__doc__)
-        return
+        return 0
     small = dict(num_layers=2, model_dim=256, vocab_size=2048, num_loops=0, parallel_start_layer=0, xsa_last_n=2)
     cfg = tg.Config(**({} if argv == ["--full"] else small))
-    packed = quantizers(Checkpoint(argv[0])) if argv and argv != ["--full"] else gaussian(cfg)
+    try:
+        point = Checkpoint(argv[0]) if argv and argv != ["--full"] else None
+    except tg.UsageError as error:
+        print(f"bench/artifact.py: {error}", file=sys.stderr)
+        return 2
+    packed = quantizers(point) if point else gaussian(cfg)
     print("bench " + json.dumps({key: round(value, 5) for key, value in coders(packed).items()}))
+    return 0
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

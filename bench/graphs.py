@@ -4,9 +4,9 @@
 
 Every compiled graph (training with and without loops, scoring, a step of adaptation, the optimizers' passes) is
 traced on fake CUDA tensors and lowered by Inductor to its Triton source for sm_90, as at the start of a run on an H100;
-nothing is executed. Counted per kernel: bytes of its arguments and results, FLOPs of products. Modelled from them, as
-in perf.md: the larger of FLOPs / 650 TFLOP/s and bytes / 2.85 TB/s, plus 1.5 us a kernel; attention is library code,
-the same for all: 2.09 ms a visit. A model is no measurement: bench/step.py measures.
+nothing is executed. Counted per kernel: bytes of its arguments and results, FLOPs of products. Modelled from them: the
+larger of FLOPs / 650 TFLOP/s and bytes / 2.85 TB/s, plus 1.5 us a kernel; attention is library code, the same for all:
+2.09 ms a visit. A model is no measurement: bench/step.py measures.
 
 With --reference also the public script's training graphs (see bench/reference.py), in the same process. Needs a CPU
 build of PyTorch (written for 2.13), Triton and g++. The last line is `bench ` and one JSON object; null is what was not
@@ -45,8 +45,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import train_gpt as tg
 
-FLOP_RATE, BYTE_RATE, LAUNCH = 650e12, 2.85e12, 1.5e-6  # per second, per second, seconds: ../shared/perf.md
-ATTENTION = 2.09e-3  # seconds of a visit's attention, forward and backward, on 98,304 tokens: perf.md
+FLOP_RATE, BYTE_RATE, LAUNCH = 650e12, 2.85e12, 1.5e-6  # per second, per second, seconds: assumed of an H100
+ATTENTION = 2.09e-3  # seconds of a visit's attention, forward and backward, on 98,304 tokens: assumed too
 JOBS = ["products", "MLP with activation", "attention", "head loss", "norms, RoPE, XSA, residuals", "host"]
 
 
@@ -190,9 +190,8 @@ def bf16_rms_norm(x: Tensor, shape: tuple, weight: Tensor | None = None, eps: fl
         return torch.rms_norm(x, shape, weight, eps)
 
 
-def trace_reference(path: Path, cfg: tg.Config, row: tg.Batch) -> list[Graph]:
+def trace_reference(script: Reference, cfg: tg.Config, row: tg.Batch) -> list[Graph]:
     """The script's training graphs, with our operators in place of its launches of the same two MLP kernels."""
-    script = Reference(path, cfg, DEVICE, "torch")
     script.module.linear_leaky_relu_square = (
         lambda a, b, aux=None: tg.mlp_up(a, b) if aux is None else tg.mlp_dpre(a, b.t(), aux))
     tracer, model = Tracer(len(row.inputs) * cfg.vocab_size), script.module.GPT(script.h)
@@ -290,9 +289,17 @@ def main(argv: list[str]) -> int:
         cfg, _ = tg.Config.from_env({"PRESET": "record"} | dict(os.environ), has_cuda=True)
         tg.set_torch(cfg)
         row = full_row(cfg, cfg.row_shape, torch.device("cpu"))
+        script = given.reference and Reference(given.reference, cfg, DEVICE, "torch")  # refused before minutes of work
+        try:
+            if given.out:
+                given.out.touch()
+            if given.sources:
+                given.sources.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise tg.UsageError(str(error)) from error
         systems = {"ours": trace_ours(cfg, row)}
-        if given.reference:
-            systems["reference"] = trace_reference(given.reference, cfg, row)
+        if script:
+            systems["reference"] = trace_reference(script, cfg, row)
     except tg.UsageError as error:
         print(f"bench/graphs.py: {error}", file=sys.stderr)
         return 2
@@ -301,7 +308,6 @@ def main(argv: list[str]) -> int:
     if given.out:
         given.out.write_text(table)
     for system, graphs in systems.items() if given.sources else ():
-        given.sources.mkdir(parents=True, exist_ok=True)
         for graph in graphs:
             (given.sources / f"{system}, {graph.name}.py".replace(", ", "-").replace(" ", "_")).write_text(graph.source)
     print("bench " + json.dumps({"target": "sm_90", **found}))

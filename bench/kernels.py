@@ -172,10 +172,15 @@ if __name__ == "__main__":
     parser.add_argument("--first", action="store_true", help="only the first tile of each table")
     parser.add_argument("--out", type=Path, help="where the table goes; default: nowhere but the screen")
     given = parser.parse_args()
+    if given.out:  # before the work, not after it
+        try:
+            given.out.parent.mkdir(parents=True, exist_ok=True)
+            given.out.touch()
+        except OSError as error:
+            parser.exit(2, f"bench/kernels.py: {given.out}: {error.strerror}\n")
     rows = compile_all(given.first)
     print(as_table(rows))
     if given.out:
-        given.out.parent.mkdir(parents=True, exist_ok=True)
         given.out.write_text(as_table(rows))
     times = time_all() if torch.cuda.is_available() else []
     clean = not any(any(r["stack_spills"]) for r in rows) and all(r["shared"] <= LIMIT for r in rows)

@@ -8,6 +8,7 @@ import json
 import lzma
 import math
 import pickle
+import sys
 import time
 import tracemalloc
 import zlib
@@ -17,11 +18,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_config
+from conftest import ROOT, tiny_config
 from test_compression import ONE, correlated, gptq_quantize, quantize, random_model, random_rows, weighted_error
 from test_optim import on_ranks
 
 import train_gpt as tg
+
+sys.path.insert(0, str(ROOT / "bench"))
+import artifact as bench
 
 hypothesis = pytest.importorskip("hypothesis")
 st = hypothesis.strategies
@@ -231,6 +235,16 @@ def whole(compressor: str) -> bytes:
     model = random_model(cfg)
     packed = quantize(model, tg.collect_hessians(model, cfg.plans[0], random_rows(cfg, 2), ONE), ONE)
     return tg.pack_artifact(model, packed, {"looped": False})
+
+
+@pytest.mark.parametrize("content", [None, b"# text", "an artifact"])
+def test_the_bench_wants_a_checkpoint_and_says_so_in_a_line(tmp_path, capsys, content):
+    path = tmp_path / "model"
+    if content:
+        path.write_bytes(whole("lzma") if content == "an artifact" else content)
+    assert bench.main([str(path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("bench/artifact.py: ") and error.count("\n") == 1 and str(path) in error
 
 
 def rebuilt(data: bytes, header: dict, streams: list[bytes] | None = None) -> bytes:

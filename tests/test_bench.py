@@ -398,6 +398,17 @@ def lower(command: list[str], **env: str) -> str:
 
 
 @lowering
+@pytest.mark.parametrize(("script", "option"), [
+    ("kernels", "--out"), ("graphs", "--reference"), ("graphs", "--out"), ("graphs", "--sources"),
+])  # fmt: skip
+def test_a_path_that_cannot_be_is_told_before_the_work(script: str, option: str):
+    command = [sys.executable, f"bench/{script}.py", option, "README.md/x"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr[-3000:]
+    assert done.stderr.startswith(f"bench/{script}.py: ") and "README.md/x" in done.stderr
+
+
+@lowering
 def test_kernels_lowered_for_hopper_are_counted_exactly():
     found = json.loads(lower(["-c", COUNT]).splitlines()[-1])
     generated, products = "norms, RoPE, XSA, residuals", "products"
