@@ -574,15 +574,15 @@ def test_a_score_with_wrong_bytes_is_no_submission(tmp_path, capsys) -> None:
 
 def test_compliance_is_what_audits_of_these_very_artifacts_found(tmp_path) -> None:
     logs = ours(tmp_path, {"val_bpb": 1.8}, {"val_bpb": 1.9})
-    def audit(i: int, artifact: str, **passed: bool) -> str:
+    def audit(i: int, artifact: str, **passed: bool | None) -> str:
         path = tmp_path / f"audit{i}.json"
         found = {name: {"passed": ok, "evidence": f"{name} {i}"} for name, ok in passed.items()}
         path.write_text(json.dumps({"properties": found, "artifact_sha256": artifact}))
         return str(path)
-    first = audit(0, "run0", causal=True, normalised=True, lossless=True)
-    second = audit(1, "run1", causal=True, normalised=False)
+    first = audit(0, "run0", causal=True, normalised=True, lossless=True, clean_data=None, single_pass=None)
+    second = audit(1, "run1", causal=True, normalised=False, clean_data=True, single_pass=False)
     claim = json.loads(submit(tmp_path, logs, "--audit", first, second)[1].read_text())
-    assert claim["compliance"] == {"causal": True, "normalised": False}
+    assert claim["compliance"] == {"causal": True, "normalised": False, "single_pass": False}  # not run: no statement
     assert claim["compliance_evidence"]["causal"] == {"0": "causal 0", "1": "causal 1"}
     other = audit(1, "another", causal=True)
     assert json.loads(submit(tmp_path, logs, "--audit", first, other)[1].read_text())["compliance"] == {}

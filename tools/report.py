@@ -790,8 +790,10 @@ def compliance(runs: list[Run], audits: list[Path]) -> tuple[dict[str, bool], di
                 raise UsageError(f"{path}: is no audit with `properties` ({error})") from error
             found[audit.get("artifact_sha256")] = properties
     of_runs = [found.get(run.final.get("artifact_sha256") or "none", {}) for run in runs]
-    names = [name for name in of_runs[0] if all(name in audit for audit in of_runs)]
-    flags = {name: all(audit[name].get("passed") is True for audit in of_runs) for name in names}
+    passed = {name: [audit[name].get("passed") for audit in of_runs] for name in of_runs[0]
+              if all(name in audit for audit in of_runs)}  # fmt: skip
+    names = [name for name, found in passed.items() if None not in found or False in found]  # None: not looked at
+    flags = {name: all(found is True for found in passed[name]) for name in names}
     shown = {name: {str(run.seed): audit[name].get("evidence") for run, audit in zip(runs, of_runs, strict=True)}
              for name in names}  # fmt: skip
     return flags, shown
