@@ -217,6 +217,22 @@ def test_log_that_does_not_fit_is_found(run, knobs, tmp_path, test, pattern, rep
     assert visit.run([test])[test].passed, visit.findings
 
 
+def test_log_of_an_evaluation_with_other_knobs_is_found(run, knobs):
+    """What a log says of an evaluation that is not the audited one: other documents, temperature, phases, adapters."""
+    changed = {"VAL_DOC_FRACTION": "0.5", "LOGIT_TEMPERATURE": "0.9", "PHASED_TTT_NUM_PHASES": "1", "SEED": "1",
+               "SLIDING_WINDOW_ENABLED": "1", "PHASED_TTT_PREFIX_DOCS": "2", "TTT_CHUNK_TOKENS": "64"}  # fmt: skip
+    only = {**knobs, **changed, "EVAL_ONLY_PATH": str(artifact_of(run)), "RUN_ID": "other"}
+    done = run_script(only, run)
+    assert done.returncode == 0, done.stderr
+    log = run / "logs" / "other.txt"
+    finding = audit.Audit(SCRIPT, artifact_of(run), knobs, 4, log).run(["T19"])["T19"]
+    different = finding.evidence.split("different: ")[1].split(", ")
+    assert not finding.passed and set(different) == {"val_sha256", *map(str.lower, changed)} - {"val_doc_fraction"}
+    changed["DATA_DIR"] = knobs["DATA_DIR"]
+    same = audit.Audit(SCRIPT, artifact_of(run), {**changed, **audit.of_log(log, changed)}, 4, log).run(["T19"])["T19"]
+    assert same.passed, same
+
+
 def test_what_the_run_refuses_by_itself_is_a_finding(run, knobs, tmp_path):
     """Without the part of the cheat that takes the run's own comparison of bytes away, no score comes about."""
     path = plant("leading_space_twice", tmp_path)
@@ -249,6 +265,56 @@ def test_command_writes_what_the_report_reads_and_says_so_by_its_status(run, kno
     assert json.loads(out.read_text())["properties"]["lossless"]["passed"] is False
 
 
+def test_knobs_come_from_the_log_and_some_tests_leave_the_record_of_all_alone(run, knobs, monkeypatch, capsys):
+    monkeypatch.chdir(run)
+    kept = artifact_of(run).with_name("audit.json")
+    kept.write_text("all tests")
+    try:
+        done = command("runs/a/final_model.int6.ptz", "--tests", "T19", env={"DATA_DIR": knobs["DATA_DIR"]})
+        assert done.returncode == 0 and "TTT_CHUNK_SIZE=16" in done.stdout.splitlines()[0], done.stdout + done.stderr
+        assert "different: none" in done.stdout and "nothing written" in done.stdout
+        assert kept.read_text() == "all tests"
+        environ = {"DATA_DIR": knobs["DATA_DIR"], "TTT_CHUNK_SIZE": "8", "GLOBAL_TTT_LR": "0.1"}  # which come first
+        taken = audit.of_log(run / "logs" / "a.txt", environ)
+        assert taken["TTT_LORA_LR"] == "0.01" and not taken.keys() & {"TTT_CHUNK_SIZE", "TTT_LR", "RUN_ID"}
+    finally:
+        kept.unlink()
+
+
+@pytest.mark.parametrize(
+    "arguments,environ,word",
+    [(["README.md"], {}, "not an artifact"), (["{a}", "--run-log", "/nope"], {}, "/nope: no such"),
+     (["{a}"], {"DATA_DIR": "/nope"}, "/nope"), (["{a}"], {"VOCAB_SIZE": "many"}, "VOCAB_SIZE=many"),
+     (["{a}"], {"TTT_CHUNK_SIZES": "8"}, "did you mean"), (["{a}", "--script", "README.md"], {}, "no train_gpt.py"),
+     (["{a}", "--json", "/nope/out"], {}, "/nope")],
+)  # fmt: skip
+def test_what_cannot_be_judged_is_wrong_usage_and_leaves_nothing(run, knobs, tmp_path, monkeypatch, capsys, arguments,
+                                                                 environ, word):  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "README.md").write_text("# no artifact\n")
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    arguments = [text.format(a=artifact_of(run)) for text in arguments]
+    try:
+        status = audit.main(arguments)
+    except SystemExit as ended:
+        status = ended.code
+    said = capsys.readouterr()
+    assert status == 2 and said.out == "" and said.err.count("\n") == 1 and word in said.err, said
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+    assert not artifact_of(run).with_name("audit.json").exists()
+
+
+def test_log_of_a_run_and_of_a_sweep(tmp_path):
+    from common import log_of_run
+
+    (tmp_path / "logs").mkdir()
+    for folder, log in (("runs/a", "a.txt"), ("runs/sweeps/lr/0003", "lr-0003.txt")):
+        assert log_of_run(tmp_path / folder) is None
+        (tmp_path / "logs" / log).touch()
+        assert log_of_run(tmp_path / folder) == tmp_path / "logs" / log
+
+
 def test_wrong_usage_ends_with_status_2_and_inflated_logs_with_1(tmp_path, capsys):
     for arguments in ([], ["nowhere"], ["x", "--log", "y"], [__file__, "--tests", "T99"], [__file__, "--docs", "1"]):
         with pytest.raises(SystemExit) as ended:
@@ -258,6 +324,11 @@ def test_wrong_usage_ends_with_status_2_and_inflated_logs_with_1(tmp_path, capsy
     assert audit.main(["--log", str(log_of(tmp_path, 2.7, bpb, 40_540_160))]) == 0
     assert audit.main(["--log", str(log_of(tmp_path, 2.7, bpb / 1.1671, 40_540_160))]) == 1
     assert "factor 1.167" in capsys.readouterr().out
+    for content in (b"", bytes(range(256)), b"final {no\n", b"val_tokens: 0\nval_loss:1.0 val_bpb:0.00\n"):
+        (tmp_path / "x.txt").write_bytes(content)
+        assert audit.main(["--log", str(tmp_path / "x.txt")]) == 2
+        said = capsys.readouterr()
+        assert said.out == "" and said.err.count("\n") == 1 and "x.txt: not run" in said.err
 
 
 @pytest.mark.parametrize(

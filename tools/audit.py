@@ -1,6 +1,6 @@
 """Is a score legal? Runs the evaluation of train_gpt.py on an artifact and on streams made to expose what is not:
 
-    python tools/audit.py runs/<RUN_ID>/final_model.int6.ptz          # with the knobs of the run in the environment
+    python tools/audit.py runs/<RUN_ID>/final_model.int6.ptz          # with the knobs of its log
     python tools/audit.py ARTIFACT --tests T1,T3 --docs 4 --markdown  # some tests, fewer documents, README's table
     python tools/audit.py --log train_seed42.log ...                  # T13 alone, on logs of whoever
 
@@ -34,10 +34,13 @@ What a system says it has not is `not claimed`, no violation: with DATA_LOADER o
 documents (T10; T11 then asks that nothing reaches beyond a window, T20 not for equal scores), and where documents learn
 from earlier ones T10 and T11 look at rates 0. All else must hold for every system.
 
-T7 sees files that Python opens, not those that C libraries open by themselves; T8 is for these. --docs documents are
+T7 sees files that Python opens, not those that C libraries open by themselves: of these T8 misses what lay beside the
+artifact, the script or in the home folder, and no test knows of a file that has an absolute path. --docs documents are
 sampled, cut to little more than a window; a chunk of TTT_MODE=chunk or of a phase is cut so that the sample has four,
-rows of scoring so that it fills them. The fresh process scores a few whole documents, of rows the first of the stream.
-Writes audit.json beside the artifact. Exit status: 0 no violation, 1 violations, 2 wrong usage.
+rows of scoring so that it fills them. The fresh process scores a few whole documents, of rows the first of the stream;
+it has random tokens for the others, or no others. Knobs that the environment lacks are taken from the run's log.
+Writes audit.json beside the artifact, of some tests only what --json names. Exit status: 0 no violation, 1 violations,
+2 wrong usage: what is given cannot be judged, and nothing is written.
 """
 
 from __future__ import annotations
@@ -70,9 +73,9 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from common import PUBLISHED, load_script  # noqa: E402
+from common import PUBLISHED, load_script, log_of_run  # noqa: E402
 
-ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = Path(__file__).resolve().parents[1] / "train_gpt.py"
 EXACT = 1e-6  # nats, or the floor that T0 finds: same shapes on both sides
 CLOSE = 1e-3  # nats in fp32: other shapes, and adaptation that enlarges the rounding
 THRESHOLD = math.log(1e6)  # of the e-value: honest scorers get there with probability 1e-6
@@ -394,12 +397,14 @@ class Audit:
         self.script, self.artifact, self.log_path, self.count = script, artifact, log, docs
         self.tg = tg = load_script(script)
         knobs = {f.name.upper() for f in dataclasses.fields(tg.Config)}
+        environ = {getattr(tg, "ALIASES", {}).get(name, name): value for name, value in environ.items()}
         self.asked = {k: v for k, v in environ.items() if k in knobs}
-        self.environ = {**environ, "EVAL_ONLY_PATH": str(artifact.resolve()), "EVAL_DEADLINE_SECONDS": "1e9"}
-        self.environ |= {"RUN_ID": "audit", "ARTIFACT_DIR": "", "DATA_DIR": self.absolute("DATA_DIR", "data")}
-        self.environ["MAX_WALLCLOCK_SECONDS"] = "0"  # nothing trains here: no time for it is measured, none can lack
+        # nothing trains here: no time for it is measured, none can lack, and there is nothing to go on from
+        self.fixed = {"EVAL_DEADLINE_SECONDS": "1e9", "MAX_WALLCLOCK_SECONDS": "0", "CHECKPOINT_EVERY": "0"}
+        self.environ = {**environ, **self.fixed, "EVAL_ONLY_PATH": str(artifact.resolve()), "RUN_ID": "audit"}
+        self.environ |= {"ARTIFACT_DIR": "", "DATA_DIR": str(Path(environ.get("DATA_DIR") or "data").resolve())}
         if environ.get("TOKENIZER_PATH"):
-            self.environ["TOKENIZER_PATH"] = self.absolute("TOKENIZER_PATH", "")
+            self.environ["TOKENIZER_PATH"] = str(Path(environ["TOKENIZER_PATH"]).resolve())
         self.findings: dict[str, Finding] = {}
         self.broken: Exception | None = None
         self.always_on: list[str] = []  # what the run's own ledger said
@@ -407,8 +412,14 @@ class Audit:
         self.bases: dict[str, np.ndarray] = {}
         self.floor: dict[str, float] = {}
 
-    def absolute(self, name: str, default: str) -> str:
-        return str(Path(os.environ.get(name) or default).resolve())
+    def refused(self) -> str | None:
+        """Why there is nothing to judge, as the script says it: its configuration, the data or the artifact."""
+        try:
+            with elsewhere():
+                run = self.tg.Run(*self.tg.Config.from_env(self.environ, torch.cuda.is_available()), self.tg.Ranks({}))
+        except self.tg.UsageError as error:
+            return "; ".join(str(error).splitlines())
+        return None if "streams" in run.saved else f"{self.artifact}: a checkpoint, not an artifact"
 
     subject = property(lambda self: self.ready[0])
     texts = property(lambda self: self.ready[1])
@@ -427,6 +438,7 @@ class Audit:
 
     def prepared(self) -> tuple[Subject, list[np.ndarray], Any, dict[str, int]]:
         asked = self.tg.Config.from_env(self.environ, torch.cuda.is_available())[0]
+        self.wanted = dataclasses.asdict(asked)  # what the run shall be, before it is cut to fit the sample
         window = max(asked.eval_seq_len, asked.ttt_eval_seq_len)
         rows = dict(val_batch_tokens=min(asked.val_batch_tokens, 32 * asked.eval_seq_len))  # the sample fills no larger
         self.environ["VAL_BATCH_TOKENS"] = str(rows["val_batch_tokens"])
@@ -693,10 +705,10 @@ class Audit:
             (data / bait).symlink_to(run.streams["val"].paths[0].resolve())  # whoever opens it wants training data
             env = {k: os.environ[k] for k in ("PATH", "LANG", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "CC")
                    if k in os.environ}  # fmt: skip
-            env |= self.asked | {"HOME": str(folder / "home"), "TMPDIR": str(folder / "tmp"), "OMP_NUM_THREADS": "1"}
+            env |= {"HOME": str(folder / "home"), "TMPDIR": str(folder / "tmp"), "OMP_NUM_THREADS": "1"}
+            env |= self.asked | self.fixed
             env |= {"EVAL_ONLY_PATH": "artifact", "DATA_DIR": "data", "TOKENIZER_PATH": "tokenizer.model"}
-            env |= {"MAX_WALLCLOCK_SECONDS": "0", "EVAL_DEADLINE_SECONDS": "1e9", "RUN_ID": "alone"}
-            env |= {"VAL_DOC_FRACTION": repr(share), "DATASET": data.name}
+            env |= {"RUN_ID": "alone", "VAL_DOC_FRACTION": repr(share), "DATASET": data.name}
             env |= {name.upper(): str(value) for name, value in self.changes.items()}
             env.pop("ARTIFACT_DIR", None)
             command = [sys.executable, str(Path(__file__).resolve()), "--locked", str(folder / "train_gpt.py")]
@@ -947,20 +959,21 @@ class Audit:
         wanted = {
             "code_sha256": hashlib.sha256(self.script.read_bytes()).hexdigest(),
             "artifact_sha256": hashlib.sha256(self.artifact.read_bytes()).hexdigest(),
-            "tokenizer_sha256": self.subject.run.tokenizer.sha256,
+            **{key: self.subject.run.facts[key] for key in ("tokenizer_sha256", "val_sha256")},
         }
         wrong = [key for key, value in wanted.items() if final.get(key) != value]
         source, mark, _ = text.rpartition("\nHyperparameters:\n")
         logged = hashlib.sha256(source.encode()).hexdigest() if mark else None
         wrong += ["source text in the log"] * (logged not in (wanted["code_sha256"], None))
         knobs = dict(re.findall(r"^  (\w+): (.*) \((?:default|preset|env)\)$", text, re.M))
-        own = {"eval_only_path", "eval_deadline_seconds", "run_id", "artifact_dir", "data_dir", "tokenizer_path"}
-        now = {**dataclasses.asdict(self.subject.cfg)}
-        other = [k for k, v in knobs.items() if k in now and k not in own | set(self.changes) and str(now[k]) != v]
-        network = [k for k in other if k in self.tg.MODEL_FIELDS or k.startswith(("ttt", "eval"))]
-        text = f"{len(wanted)} hashes and {len(knobs)} knobs of the log compared; "
-        text += f"different: {', '.join([*wrong, *network]) or 'none'}"
-        return Finding(not wrong and not network, text)
+        own = ("eval_only_path", "eval_deadline_seconds")  # those of the audit
+        scoring = ("ttt", "eval", "phased_ttt", "sliding", "logit_temperature", "compute_dtype", "seed")
+        now = {k: v for k, v in self.wanted.items() if k.startswith(scoring) and k not in own}
+        now |= {k: getattr(self.subject.cfg, k) for k in self.tg.MODEL_FIELDS}  # the artifact's
+        other = [k for k, v in now.items() if str(v) != knobs.get(k)]
+        text = f"{len(wanted)} hashes and {len(now)} knobs of the log compared; "
+        text += f"different: {', '.join([*wrong, *other]) or 'none'}"
+        return Finding(not wrong and not other, text)
 
     def T20(self) -> Finding:
         subject = self.exact
@@ -991,7 +1004,12 @@ def by_document(nats: np.ndarray, docs: Any) -> list[np.ndarray]:  # without the
 
 # === Logs =============================================================================================================
 def final_lines(text: str) -> list[dict[str, Any]]:
-    return [json.loads(line[6:]) for line in text.splitlines() if line.startswith("final {")]
+    found = []
+    for line in text.splitlines():
+        if line.startswith("final {"):
+            with contextlib.suppress(ValueError):
+                found.append(json.loads(line[6:]))
+    return found
 
 
 def implied_bytes(path: Path) -> Finding:
@@ -1002,10 +1020,11 @@ def implied_bytes(path: Path) -> Finding:
     tokens += [int(n) for n in re.findall(r"(?:val_tokens: ?|fineweb_val_\S* tokens:)(\d+)", text)]
     pattern = r"val_loss[:=] ?(\d+\.(\d+))\s+val_bpb[:=] ?(\d+\.(\d+))"
     scores = re.findall(pattern, text)
-    if not tokens or not scores:
+    scores = [score for score in scores if float(score[0]) and float(score[2])]
+    if not any(tokens[:1]) or not scores:
         return Finding(None, "not run: no line with val_loss and val_bpb, or no number of validation tokens")
     digits = max(min(len(a), len(b)) for _, a, _, b in scores)
-    fine = [(float(x), float(y)) for x, a, y, b in scores if min(len(a), len(b)) == digits and float(y)]
+    fine = [(float(x), float(y)) for x, a, y, b in scores if min(len(a), len(b)) == digits]
     loss, bpb = fine[-1]
     implied = loss / math.log(2) * tokens[0] / bpb
     slack = 0.5 * 10.0**-digits * (1 / loss + 1 / bpb)  # what rounding of the printed figures leaves open
@@ -1123,12 +1142,14 @@ def audit(script: Path, artifact: Path, environ: dict[str, str], tests: list[str
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"audit.py: {message}\n")  # one line
     parser.add_argument("artifact", nargs="?", type=Path, help="final_model.int6.ptz of a run")
     parser.add_argument("--docs", type=int, default=8, help="documents of the sample (default 8)")
     parser.add_argument("--tests", default=",".join(TESTS), help="T0,T3,... (default: all)")
-    parser.add_argument("--script", type=Path, default=ROOT / "train_gpt.py", help="the script that scores")
-    parser.add_argument("--run-log", type=Path, help="log of the run; default: logs/<RUN_ID>.txt beside runs/")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="default: audit.json beside the artifact")
+    parser.add_argument("--script", type=Path, default=SCRIPT, help="the script that scores")
+    parser.add_argument("--run-log", type=Path, help="log of the run; default: its own in logs/, beside runs/")
+    about = "default, if all tests run: audit.json beside the artifact"
+    parser.add_argument("--json", type=Path, metavar="OUT", help=about)
     parser.add_argument("--markdown", action="store_true", help="print a table for a README")
     parser.add_argument("--log", nargs="+", type=Path, metavar="FILE", help="T13 on these logs, nothing else")
     args = parser.parse_args(argv)
@@ -1139,34 +1160,66 @@ def parse(argv: list[str]) -> argparse.Namespace:
         parser.error("needs an artifact, or --log and files")
     if args.docs < 4:
         parser.error(f"--docs {args.docs}: must be at least 4")
-    for path in [args.artifact, args.script] if args.artifact else args.log:
+    for path in [args.artifact, args.script, *filter(None, [args.run_log])] if args.artifact else args.log:
         if not path.is_file():
             parser.error(f"{path}: no such file")
+    if args.json and not args.json.absolute().parent.is_dir():
+        parser.error(f"--json {args.json}: no such folder")
     return args
+
+
+def refused(script: Path, artifact: Path, environ: dict[str, str]) -> str | None:
+    """Why there is nothing to judge. If this repository's script can begin, a refusal is the judged one's own."""
+    try:
+        visit = Audit(script, artifact, environ, 4, None)
+    except Exception as error:
+        return f"{script}: no train_gpt.py ({type(error).__name__}: {' '.join(str(error).split())})"
+    why = Audit(SCRIPT, artifact, environ, 4, None).refused()
+    return why if why and visit.refused() else None
+
+
+def of_log(log: Path, environ: dict[str, str]) -> dict[str, str]:  # the run's knobs that the environment lacks
+    from pack import read_knobs  # here: it brings this repository's script with it
+
+    aliases = load_script(SCRIPT).ALIASES
+    have = {aliases.get(name, name) for name in environ}
+    return {name: value for name, value in read_knobs(log.read_bytes()).items() if name not in have}
 
 
 def main(argv: list[str]) -> int:
     if argv[:1] == ["--locked"]:
         locked(argv[1])
         return 0
-    args = parse(argv)
+    args, environ = parse(argv), dict(os.environ)
     if args.log:
         findings = {path: implied_bytes(path) for path in args.log}
+        if all(finding.passed is None for finding in findings.values()):
+            print(f"audit.py: {', '.join(map(str, findings))}: {findings[args.log[0]].evidence}", file=sys.stderr)
+            return 2
         for path, finding in findings.items():
             print(f"{ {True: 'ok', False: 'VIOLATION', None: '-'}[finding.passed]:<10}{path}: {finding.evidence}")
         return int(any(finding.passed is False for finding in findings.values()))
     folder = args.artifact.resolve().parent
-    log = args.run_log or folder.parent.parent / "logs" / f"{folder.name}.txt"
-    result = audit(args.script, args.artifact, dict(os.environ), args.tests, args.docs, log if log.is_file() else None)
-    out = args.json or folder / "audit.json"
-    out.write_text(json.dumps(result, indent=1, default=float) + "\n")
+    if log := args.run_log or log_of_run(folder):
+        environ |= (taken := of_log(log, environ))
+    if why := refused(args.script, args.artifact, environ):
+        print(f"audit.py: {why}", file=sys.stderr)
+        return 2
+    if log:
+        taken = " ".join(f"{name}={value}" for name, value in taken.items())
+        print(f"audited as {log} says, {taken or 'no knob'}, and as the environment does")
+    result = audit(args.script, args.artifact, environ, args.tests, args.docs, log)
+    out = args.json or (folder / "audit.json" if set(args.tests) == set(TESTS) else None)
+    if out:
+        out.write_text(json.dumps(result, indent=1, default=float) + "\n")
     for name, test in result["tests"].items():
         verdict = {True: "ok", False: "VIOLATION", None: "-"}[test["passed"]]
         print(f"{name:<5}{verdict:<10}{test['seconds']:>6.1f} s  {test['evidence']}")
     if args.markdown:
         print("\n" + as_markdown(result))
     wrong = [name for name, test in result["tests"].items() if test["passed"] is False]
-    print(f"{result['documents']} documents, {result['seconds']:.0f} s: {', '.join(wrong) or 'no'} violation; {out}")
+    said = out or "not all tests: nothing written without --json"
+    print(f"{result['documents']} documents, {result['seconds']:.0f} s: {', '.join(wrong) or 'no'} violation; {said}")
     return int(bool(wrong))
 
 

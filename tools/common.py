@@ -16,6 +16,15 @@ PUBLISHED = {
 }  # fmt: skip
 
 
+def log_of_run(folder: Path) -> Path | None:
+    """The log of a run's folder, if there: logs/ID.txt for runs/ID, logs/NAME-0003.txt for runs/sweeps/NAME/0003."""
+    name, above = folder.resolve().name, folder.resolve().parent
+    path = above.parent / "logs" / f"{name}.txt"
+    if above.parent.name == "sweeps":
+        path = above.parent.parent.parent / "logs" / f"{above.name}-{name}.txt"
+    return path if path.is_file() else None
+
+
 def load_script(path: Path) -> ModuleType:
     """A train_gpt.py as a module of its own, its operators under own names: a second copy of an operator would destroy
     the first. Loaded once for equal text."""
