@@ -1,6 +1,6 @@
 """Evaluations with one defect each, planted in a copy of train_gpt.py, and which test of tools/audit.py catches which.
 
-    python tests/cheats.py ARTIFACT            # the table, in Markdown; knobs from the environment as for the audit
+    python tests/cheats.py ARTIFACT            # the table, in Markdown; knobs of the run's log, and the environment's
     python tests/cheats.py ARTIFACT expected   # only the tests that must catch a cheat, and T4
 
 A cheat is a function of the script's module; its text goes into the copy and runs when that is imported, so that a
@@ -162,6 +162,64 @@ def state_moved_by_scoring(tg):
     tg.GPT.forward = forward
 
 
+@caught_by("T8")
+def validation_learnt_before_the_evaluation(tg):
+    """all weights learn from the validation shards, as they lie on disk, before the first score"""
+    original = tg.Run.reload
+
+    def reload(self, path):
+        original(self, path)
+        ids = torch.from_numpy(self.streams["val"].read(0, self.streams["val"].size))
+        sgd = torch.optim.SGD(self.model.requires_grad_().parameters(), lr=0.05)
+        for part in 5 * list(ids.unfold(0, 65, 64)):
+            row = tg.Batch(part[:-1], part[1:], torch.tensor([0, 64], dtype=torch.int32), 64)
+            self.model(row, self.plan).mean().backward()
+            sgd.step(), sgd.zero_grad()
+
+    tg.Run.reload = reload
+
+
+@caught_by("T5", "T8")
+def validation_learnt_at_its_start(tg):
+    """the same at the start of an evaluation, undone at its end"""
+    original = tg.Run.adapt
+
+    def adapt(self, *args, **options):
+        before = copy.deepcopy(self.model.state_dict())
+        ids = torch.from_numpy(self.streams["val"].read(0, self.streams["val"].size))
+        sgd = torch.optim.SGD(self.model.requires_grad_().parameters(), lr=0.05)
+        for part in 5 * list(ids.unfold(0, 65, 64)):
+            row = tg.Batch(part[:-1], part[1:], torch.tensor([0, 64], dtype=torch.int32), 64)
+            self.model(row, self.plan).mean().backward()
+            sgd.step(), sgd.zero_grad()
+        ledger = original(self, *args, **options)
+        self.model.load_state_dict(before)
+        return ledger
+
+    tg.Run.adapt = adapt
+
+
+@caught_by("T8")
+def bigrams_of_validation(tg):
+    """logits get counts of the token pairs of the validation split, which are taken while the data is checked"""
+    check, forward, loss, table, ids = tg.Run.check, tg.GPT.forward, tg.head_loss, [], []
+
+    def count(self, origin):
+        lines, tokens = check(self, origin), self.streams["val"].read(0, self.streams["val"].size)
+        table[:] = [torch.zeros(self.cfg.vocab_size, self.cfg.vocab_size)]
+        table[0].index_put_((torch.from_numpy(tokens[:-1]), torch.from_numpy(tokens[1:])), torch.tensor(5.0), True)
+        return lines
+
+    def noted(self, batch, plan, lora=None, select=None, **options):
+        ids[:] = [batch.inputs if select is None else batch.inputs[select]]
+        return forward(self, batch, plan, lora=lora, select=select, **options)
+
+    def head_loss(x, w, extra, *rest):
+        return loss(x, w, table[0][ids[0]].log1p().to(x.dtype) + (0 if extra is None else extra), *rest)
+
+    tg.Run.check, tg.GPT.forward, tg.head_loss = count, noted, head_loss
+
+
 # === From one document to another =====================================================================================
 @caught_by("T10", "T11")
 def adapters_kept(tg):
@@ -306,6 +364,22 @@ def training_shard_read(tg):
     tg.Run.adapt = adapt
 
 
+@caught_by("T7")
+def training_shard_read_by_a_fork(tg):
+    """the same in a forked process, which sends what it read through a pipe"""
+    original = tg.Run.adapt
+
+    def adapt(self, *args, **options):
+        out, into = os.pipe()
+        if not (child := os.fork()):
+            os.write(into, tg.TokenStream(self.cfg.dataset_dir, "train").read(0, 64).tobytes())
+            os._exit(0)
+        assert len(os.read(out, 512)) == 512 and os.waitpid(child, 0)
+        return original(self, *args, **options)
+
+    tg.Run.adapt = adapt
+
+
 @caught_by("T8")
 def state_beside_the_artifact(tg):
     """weights are corrected from a file that nobody counts"""
@@ -360,13 +434,20 @@ def main(argv: list[str]) -> int:
     sys.path.insert(0, str(ROOT / "tools"))
     import audit
 
-    artifact = Path(argv[0])
+    if not argv or not (artifact := Path(argv[0])).is_file():
+        print(f"cheats.py: {argv[0] if argv else 'ARTIFACT'}: no such file", file=sys.stderr)
+        return 2
+    log = audit.log_of_run(artifact.resolve().parent)
+    given = {**os.environ, **(audit.of_log(log, dict(os.environ)) if log else {})}
+    if why := audit.refused(ROOT / "train_gpt.py", artifact, given):
+        print(f"cheats.py: {why}", file=sys.stderr)
+        return 2
     beside = artifact.with_name("beside.npy")
     print("| cheat | what it does | caught by | stopped by the run itself |\n|---|---|---|---|", flush=True)
     missed = 0
     with tempfile.TemporaryDirectory() as folder:
         for name, (cheat, expected, knobs) in CHEATS.items():
-            script, environ = plant(name, Path(folder)), {**os.environ, **knobs}
+            script, environ = plant(name, Path(folder)), {**given, **knobs}
             if name == "state_beside_the_artifact":
                 np.save(beside, np.float32(0.01))
             tests = [*expected, "T4"] if argv[1:] == ["expected"] else argv[1:] or audit.TESTS

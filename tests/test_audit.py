@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cheats
 import numpy as np
 import pytest
 from cheats import CHEATS, CHUNK, ROOT, plant
@@ -116,7 +117,7 @@ def test_cheat_is_caught(run, knobs, tmp_path, name):
     "name,expected",
     [("bias_from_target", {"T2", "T3", "T9"}), ("unnormalised_mixing", {"T2", "T3"}),
      ("peek_in_attention", {"T1", "T2"}), ("chunk_before_its_score", {"T1", "T5"}), ("memory_of_the_stream", {"T11"}),
-     ("last_windows_dropped", {"T4"})],
+     ("last_windows_dropped", {"T4"}), ("validation_learnt_before_the_evaluation", {"T8"})],
 )  # fmt: skip
 def test_cheat_on_rows_is_caught(run_of_rows, knobs, tmp_path, name, expected):
     environ = {**knobs, **CHUNK, "DATA_LOADER": "rows", "SLIDING_WINDOW_ENABLED": "1", **CHEATS[name][2]}
@@ -331,6 +332,12 @@ def test_wrong_usage_ends_with_status_2_and_inflated_logs_with_1(tmp_path, capsy
         assert said.out == "" and said.err.count("\n") == 1 and "x.txt: not run" in said.err
 
 
+def test_table_of_cheats_says_in_a_line_what_it_lacks(capsys):
+    for arguments in ([], ["nowhere"], [__file__]):
+        assert cheats.main(arguments) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     "event,violation",
     [(("open", "{f}/artifact", False, "artifact"), False),
@@ -339,7 +346,8 @@ def test_wrong_usage_ends_with_status_2_and_inflated_logs_with_1(tmp_path, capsy
      (("open", "{f}/runs/alone/scores.json", True, "runs/alone/scores.json"), False),
      (("open", "/root/elsewhere", False, "/root/elsewhere"), True),
      (("open", "/proc/meminfo", False, "/proc/meminfo"), False),
-     (("open", "/proc/meminfo", True, "/proc/meminfo"), True),
+     (("open", "/proc/meminfo", True, "/proc/meminfo"), True), (("open", "/dev/null", True, "/dev/null"), False),
+     (("os.fork", "", False, ""), True),
      (("socket.connect", "x", False, "x"), True), (("subprocess.Popen", "curl", False, "curl"), True)],
     ids=str,
 )  # fmt: skip

@@ -15,7 +15,8 @@ all that a run makes of an artifact. The tests (the conditions are those of issu
     T5  reads          weights or adapters change only after a read of scored targets was declared, from those targets
     T6  state          scoring changes no parameter, buffer, adapter or moment
     T7  phase lock     a fresh process opens artifact, code, tokenizer and validation shards; no socket, no subprocess
-    T8  artifact only  in an empty folder, with an empty home, that process gives the same score
+    T8  artifact only  in an empty folder, with an empty home and other text for what it does not score, that process
+                       gives the same score
     T9  e-value        a stream drawn from the frozen model: no legal scorer beats its maker (Ville's inequality);
                        besides, no legal scorer is better than ln V on random tokens (T9u)
     T10 permutation    documents in another order, or fewer of them, keep their scores
@@ -273,6 +274,7 @@ class Watch:
         hook = register_optimizer_step_post_hook(stepped)
         tg.Ledger, tg.Adaptation = Ledger, Adaptation
         run.scoring, run.ttt_forward = self.forward(run.scoring), self.forward(run.ttt_forward)
+        self.hash = self.state()  # what changes before the first forward needs a licence, too
         try:
             yield self
         finally:
@@ -685,7 +687,7 @@ class Audit:
         """What the script, run by itself in an empty folder under an audit hook, opened and scored."""
         subject, run, few = self.subject, self.subject.run, self.few
         rows = subject.cfg.data_loader != "documents"
-        cfg = dataclasses.replace(subject.cfg, dataset="head") if rows else subject.cfg
+        cfg = dataclasses.replace(subject.cfg, dataset="alone")  # whose name says nothing about what it must hold
         share = 1.0 if rows else len(few.starts) / int((few.tokens == subject.bos).sum())
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name).resolve()
@@ -696,13 +698,12 @@ class Audit:
             shutil.copy(self.script, folder / "train_gpt.py")
             shutil.copy(self.artifact, folder / "artifact")
             shutil.copy(run.tokenizer.path, folder / "tokenizer.model")
-            if rows:
-                self.tg.write_shard(data / run.streams["val"].paths[0].name, few.tokens)
-            for path in [*run.streams["val"].paths, cfg.dataset_dir / "manifest.json"]:
-                if path.is_file() and not rows:
-                    (data / path.name).symlink_to(path.resolve())
-            bait = run.streams["val"].paths[0].name.replace("_val_", "_train_")
-            (data / bait).symlink_to(run.streams["val"].paths[0].resolve())  # whoever opens it wants training data
+            held, shard = few.tokens.copy(), data / run.streams["val"].paths[0].name
+            other = held != subject.bos  # what this process could learn from documents that are not scored here must
+            other[few.places() + 1] = False  # be of no use, so the fresh one finds random tokens there
+            held[other] = np.random.default_rng(8).choice(subject.words, int(other.sum()))
+            self.tg.write_shard(shard, held)
+            (data / shard.name.replace("_val_", "_train_")).symlink_to(shard)  # whoever opens it wants training data
             env = {k: os.environ[k] for k in ("PATH", "LANG", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "CC")
                    if k in os.environ}  # fmt: skip
             env |= {"HOME": str(folder / "home"), "TMPDIR": str(folder / "tmp"), "OMP_NUM_THREADS": "1"}
@@ -1045,8 +1046,8 @@ def implied_bytes(path: Path) -> Finding:
 
 
 # === The fresh process ================================================================================================
-WATCHED = ("open", "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "socket.connect", "socket.bind",
-           "socket.getaddrinfo", "socket.sendto", "urllib.Request")  # fmt: skip
+WATCHED = ("open", "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "os.forkpty",
+           "socket.connect", "socket.bind", "socket.getaddrinfo", "socket.sendto", "urllib.Request")  # fmt: skip
 
 
 def locked(script: str) -> None:
@@ -1057,7 +1058,8 @@ def locked(script: str) -> None:
 
     def hook(event: str, args: tuple) -> None:
         if event in WATCHED:
-            target, mode = str(args[0]), str(args[1]) if event == "open" and len(args) > 1 else ""
+            target = str(args[0]) if args else ""  # a fork has none
+            mode = str(args[1]) if event == "open" and len(args) > 1 else ""
             flags = args[2] if event == "open" and len(args) > 2 and isinstance(args[2], int) else 0
             writes = any(c in mode for c in "wax+") or bool(flags & (os.O_WRONLY | os.O_RDWR))
             if event in ("subprocess.Popen", "os.posix_spawn"):
@@ -1079,14 +1081,14 @@ def judge(events: list[tuple[str, str, bool, str]], folder: Path, cfg: Any) -> d
     data = folder / "data" / "datasets" / cfg.dataset_dir.name
     mine = {str(folder / name) for name in ("train_gpt.py", "artifact", "tokenizer.model", "opened.json")}
     mine |= {str(path) for path in data.glob("*_val_*.bin")}
-    mine |= {str(data / "manifest.json"), str(data / "doctor.json")}  # the last is looked for and not there
+    mine |= {str(data / "doctor.json"), os.devnull}  # the first is looked for and not there; compilers write to null
     opened, violations = set(), []
     for event, path, writes, name in events:
         given = os.path.normpath(os.path.join(folder, name))  # before links are followed: the bait is one
         own = given.startswith((f"{folder}/runs/", f"{folder}/logs/", f"{folder}/tmp/", f"{folder}/home/.triton"))
         if event != "open":
             if not (cfg.compile and event == "subprocess.Popen"):  # a compiler at work
-                violations.append(f"{event} {name}")
+                violations.append(f"{event} {name}".strip())
         elif name.isdigit() or own or given in mine:
             opened.add(given.replace(f"{folder}/", "") if not name.isdigit() else "descriptor")
         elif writes or not any(Path(path).is_relative_to(place) for place in system):
