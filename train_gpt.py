@@ -288,20 +288,20 @@ class Config:  # defaults are the `record` preset's; `PRESETS` overrides them an
 
     def combinations(self) -> list[tuple[str, bool, str]]:  # (variable, whether it is fine, what it must be)
         c, loops, row, lanes = self, self.num_loops > 0, self.micro_batch_tokens, self.parallel_start_layer
-        stale, package = loops and 0 < lanes <= c.loop_end, c.compressor.replace("zstd", "zstandard")
+        stale, package, at = loops and 0 < lanes <= c.loop_end, c.compressor.replace("zstd", "zstandard"), Path.cwd()
         least = code_bytes() + sum(math.prod(r.shape) for r in parameter_table(c).values()) // 8
         pushed = any(visit.parallel and visit.push for plan in c.plans for visit in plan)
         room, limit = c.cu_seqlens_capacity - 2 - 2 * -(-row // c.train_seq_len), c.max_wallclock_seconds
-        def writable(path: str, is_file: bool = False) -> bool:  # it, or where it is to be made
-            found = next(p for p in (Path(path).absolute(), *Path(path).absolute().parents) if p.exists())
-            return os.access(found, os.W_OK) and found.is_dir() != (is_file and found == Path(path).absolute())
+        def writable(path: Path, is_file: bool = False) -> bool:  # it, or where it is to be made
+            found = next(p for p in (path, *path.parents) if os.path.exists(p) or len(os.fsencode(p.name)) > 251)
+            return os.access(found, os.W_OK) and found.is_dir() != (is_file and found == path)
         return [
-            ("RUN_ID", re.fullmatch(r"([^./][^/]{,199})?", c.run_id) is not None and writable(
-                f"logs/{c.run_id}.txt" if c.run_id else "logs", c.run_id != ""), "a name of a file to write in logs"),
+            ("RUN_ID", re.fullmatch(r"([^./][^/]*)?", c.run_id) is not None
+             and writable(at / f"logs/{c.run_id}.txt", is_file=True), "a name of a file to write in logs"),
             ("CHECKPOINT_EVERY", not c.checkpoint_every or c.run_id != "" and not c.eval_only_path,
              "0 without RUN_ID, or with EVAL_ONLY_PATH"),
             ("TENSORBOARD_DIR", not c.tensorboard_dir or importlib.util.find_spec("tensorboard") is not None
-             and writable(f"{c.tensorboard_dir}/{c.run_id}"), "empty or a folder to write, with tensorboard installed"),
+             and writable(at / c.tensorboard_dir / c.run_id), "empty or a folder to write, with tensorboard installed"),
             ("MODEL_DIM", c.model_dim % (2 * c.num_heads) == 0, "a multiple of 2 * NUM_HEADS"),
             ("NUM_KV_HEADS", c.num_heads % c.num_kv_heads == 0, "a divisor of NUM_HEADS"),
             ("ROPE_TRAIN_SEQ_LEN", not c.rope_train_seq_len or (c.rope_dims or c.head_dim) > 2, "0 with two ROPE_DIMS"),
@@ -347,9 +347,9 @@ class Config:  # defaults are the `record` preset's; `PRESETS` overrides them an
              "at most half of MAX_WALLCLOCK_SECONDS"),
             ("COMPRESSOR", package == "ans" or importlib.util.find_spec(package) is not None,
              f"ans, lzma, or {package} must be installed"),
-            ("ARTIFACT_LIMIT_BYTES", not c.artifact_limit_bytes or c.artifact_limit_bytes >= least,
+            ("ARTIFACT_LIMIT_BYTES", not 0 < c.artifact_limit_bytes < least or c.eval_only_path != "",
              f"0 or at least {least}, code and one bit a weight; or lower MODEL_DIM, MLP_MULT, NUM_LAYERS"),
-            ("ARTIFACT_DIR", writable(c.artifact_dir or f"runs/{c.run_id}"), "a folder that can be written"),
+            ("ARTIFACT_DIR", writable(at / (c.artifact_dir or f"runs/{c.run_id}")), "a folder that can be written"),
         ]  # fmt: skip
 
     def warnings(self) -> list[str]:  # what others have tried and regretted
@@ -1690,7 +1690,7 @@ def muon_momentum(step: int, cfg: Config) -> float:
 
 # === 8. Scoring: nats and bytes of every validation token, once =======================================================
 class ByteTable(NamedTuple):  # bytes of text per token: a leading space counts unless after a boundary
-    base: np.ndarray  # (V,) int64: UTF-8 length of the piece without one leading space mark; 1 for byte pieces
+    base: np.ndarray  # (V,) int64: UTF-8 length of the piece's text without one leading space; 1 for byte pieces
     space: np.ndarray  # (V,) bool: the piece begins with the space mark
     boundary: np.ndarray  # (V,) bool: control, unknown or unused piece, after which the text begins anew
     @classmethod
@@ -2685,8 +2685,8 @@ def load_model_file(cfg: Config, origin: dict[str, str]) -> tuple[Config, dict[s
         asked = [f"{f.upper()}={v}" for f, v in theirs.items() if origin[f] == "env" and getattr(cfg, f) != v]
         cfg = dataclasses.replace(cfg, **theirs)
         problems = cfg.problems()
-        shapes = {n: role.shape for n, role in parameter_table(cfg).items()}
-        fits = "streams" in saved or {n: tuple(w.shape) for n, w in saved["weights"].items()} == shapes
+        fits = bool(problems) or "streams" in saved or {n: tuple(w.shape) for n, w in saved["weights"].items()} == {
+            n: role.shape for n, role in parameter_table(cfg).items()}  # fmt: skip
     except (OSError, RuntimeError, KeyError, TypeError, AttributeError, zlib.error, pickle.UnpicklingError) as error:
         reason = getattr(error, "strerror", None) or "neither an artifact nor a checkpoint of train_gpt.py"
         raise UsageError(f"{name}: {reason}") from error

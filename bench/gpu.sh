@@ -71,7 +71,7 @@ for name in $PARTS; do
           part "systems_$preset" "${SYSTEMS_SECONDS:-580}" "$PYTHON" train_gpt.py
         if [ -n "${OUT:-}" ]; then cp "logs/systems_${preset}_$STAMP.txt" "$OUT/" || true; fi
       done
-      part systems 60 "$PYTHON" tools/report.py --compare logs/systems_*.txt ;;
+      part systems 60 "$PYTHON" tools/report.py --compare logs/systems_*_"$STAMP".txt ;;
     *) echo "bench/gpu.sh: $name: must be one of tests step evaluation run kernels systems" >&2; exit 2 ;;
   esac
 done

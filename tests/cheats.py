@@ -438,7 +438,7 @@ def main(argv: list[str]) -> int:
         print(f"cheats.py: {argv[0] if argv else 'ARTIFACT'}: no such file", file=sys.stderr)
         return 2
     log = audit.log_of_run(artifact.resolve().parent)
-    given = {**os.environ, **(audit.of_log(log, dict(os.environ)) if log else {})}
+    given = {**os.environ, **(audit.of_log(log, dict(os.environ)) if log.is_file() else {})}
     if why := audit.refused(ROOT / "train_gpt.py", artifact, given):
         print(f"cheats.py: {why}", file=sys.stderr)
         return 2

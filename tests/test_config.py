@@ -331,6 +331,7 @@ COMBINATIONS = [  # (changed fields over the tiny config, the variable to blame)
     (dict(run_id="folder"), "RUN_ID"),  # and where its log is a folder
     (dict(run_id=".."), "RUN_ID"),
     (dict(run_id="x" * 300), "RUN_ID"),
+    (dict(run_id="é" * 200), "RUN_ID"),
     (dict(model_dim=30, rope_dims=0), "MODEL_DIM"),
     (dict(model_dim=64, num_heads=4, num_kv_heads=3), "NUM_KV_HEADS"),
     (dict(rope_dims=3), "ROPE_DIMS"),
@@ -389,6 +390,7 @@ def setting(tmp_path, monkeypatch):
             there = importlib.machinery.ModuleSpec(name, None) if "{file}" in changed["tensorboard_dir"] else None
             monkeypatch.setattr(importlib.util, "find_spec", lambda package: there)
         (tmp_path / "file").touch()
+        (tmp_path / "runs").mkdir(exist_ok=True)
         if changed.get("run_id") == "name":
             (tmp_path / "logs").touch()
         if changed.get("run_id") == "folder":

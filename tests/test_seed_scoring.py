@@ -291,6 +291,16 @@ def test_knobs_are_judged_by_the_network_of_the_file(tmp_path):
         tg.load_model_file(asking, dict.fromkeys(vars(asking), "default"))
 
 
+@pytest.mark.parametrize("forged", [{"num_heads": 0}, {"mlp_mult": math.inf}, {"mlp_mult": math.nan}], ids=str)
+def test_a_checkpoint_of_an_impossible_network_is_refused_by_name(tmp_path, forged):
+    cfg = tiny_config()
+    saved = {"config": tg.network(cfg) | forged, "weights": tg.GPT(cfg).state_dict(), "looped": True, "step": 1}
+    torch.save(saved, path := tmp_path / "x.pt")
+    asking = tiny_config(eval_only_path=path)
+    with pytest.raises(tg.UsageError, match=f"^{next(iter(forged)).upper()}=[^\n]*$"):
+        tg.load_model_file(asking, dict.fromkeys(vars(asking), "default"))
+
+
 @pytest.mark.parametrize("forged", [{"looped": 7}, {"looped": None}, {"looped": "x"}, {"weights": {}}, {"weights": 5}],
                          ids=str)  # fmt: skip
 def test_fields_that_no_run_writes_are_refused_in_one_line(tmp_path, forged):

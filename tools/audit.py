@@ -1202,7 +1202,8 @@ def main(argv: list[str]) -> int:
             print(f"{ {True: 'ok', False: 'VIOLATION', None: '-'}[finding.passed]:<10}{path}: {finding.evidence}")
         return int(any(finding.passed is False for finding in findings.values()))
     folder = args.artifact.resolve().parent
-    if log := args.run_log or log_of_run(folder):
+    log = args.run_log or log_of_run(folder)
+    if log := log if log.is_file() else None:
         environ |= (taken := of_log(log, environ))
     if why := refused(args.script, args.artifact, environ):
         print(f"audit.py: {why}", file=sys.stderr)

@@ -16,13 +16,13 @@ PUBLISHED = {
 }  # fmt: skip
 
 
-def log_of_run(folder: Path) -> Path | None:
-    """The log of a run's folder, if there: logs/ID.txt for runs/ID, logs/NAME-0003.txt for runs/sweeps/NAME/0003."""
-    name, above = folder.resolve().name, folder.resolve().parent
-    path = above.parent / "logs" / f"{name}.txt"
-    if above.parent.name == "sweeps":
-        path = above.parent.parent.parent / "logs" / f"{above.name}-{name}.txt"
-    return path if path.is_file() else None
+def log_of_run(folder: Path) -> Path:
+    """The log of the run that left `folder`, which need not exist: logs/ID.txt beside runs/ID, and of a sweep's run,
+    runs/sweeps/NAME/0000, logs/NAME-0000.txt beside runs/."""
+    at = folder.absolute()
+    if at.match("runs/sweeps/*/*"):
+        return at.parents[3] / "logs" / f"{at.parent.name}-{at.name}.txt"
+    return at.parent.parent / "logs" / f"{at.name}.txt"
 
 
 def load_script(path: Path) -> ModuleType:

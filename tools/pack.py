@@ -42,6 +42,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from common import log_of_run  # noqa: E402
+
 from train_gpt import LIMIT_BYTES, UsageError, write_atomic  # noqa: E402
 
 PACKED, READABLE, CLAIM, SUMS = "train_gpt.py", "train_gpt_readable.py", "submission.json", "SHA256SUMS"
@@ -260,14 +262,6 @@ def find_source(given: Path | None, log: bytes, sha256: str) -> bytes:  # of the
         if hashlib.sha256(source).hexdigest() == sha256:
             return source
     raise UsageError(f"{path}: is not the code of the run (code_sha256 {sha256[:12]}..); --source must name that")
-
-def log_of_run(folder: Path) -> Path:
-    """The log of the run that left `folder`, which need not exist: logs/ID.txt beside runs/ID, and of a sweep's run,
-    runs/sweeps/NAME/0000, logs/NAME-0000.txt beside runs/."""
-    at = folder.absolute()
-    if at.match("runs/sweeps/*/*"):
-        return at.parents[3] / "logs" / f"{at.parent.name}-{at.name}.txt"
-    return at.parent.parent / "logs" / f"{at.name}.txt"
 
 def build(args: argparse.Namespace) -> dict[str, bytes]:
     """All files of the folder for a finished run. Raises UsageError if a part is missing or of another run."""
