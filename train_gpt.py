@@ -1806,8 +1806,8 @@ class Scorer(NamedTuple):  # scores without learning; what every evaluation need
             starts = np.cumsum([0] + [end - start for start, _, end in row[:-1]])
             before, targets = ledger.docs.tokens[index], np.where(scored, ledger.docs.tokens[index + 1], -1)
             batch = pack_row(before, targets, starts, self.cfg.val_row_shape, ledger.nats.device)
-            nats = self.forward(batch, self.plan)
-            ledger.add(torch.from_numpy(np.where(scored, index, ledger.nowhere)).to(nats.device), nats[: len(index)])
+            place = torch.from_numpy(np.where(scored, index, ledger.nowhere)).to(ledger.nats.device)  # waits, so first
+            ledger.add(place, self.forward(batch, self.plan)[: len(index)])
             if self.log.due():
                 self.log("eval_progress: {tokens} targets running_bpb:{val_bpb:.4f}".format(**ledger.result()))
 
@@ -2466,7 +2466,7 @@ class Adaptation:
         longest, buckets = cfg.ttt_eval_seq_len, cfg.ttt_buckets * cfg.ttt_fast  # longest first: one bucket holds all
         lengths = np.geomspace(longest, min(2 * cfg.ttt_chunk_size, longest), buckets)[::-1]
         self.buckets = [min(-(-int(n) // 16) * 16, longest) for n in lengths]
-        self.room, self.warm = math.inf, None  # tokens that memory holds at once; kept A, its rows in stream order
+        self.room, self.warm = 1 << 60, None  # tokens that memory holds at once; kept A, its rows in stream order
 
     @torch.no_grad()
     def begin(self, docs: Documents, batch: np.ndarray) -> None:  # new adapters for the documents (n,), longest first
@@ -2493,7 +2493,8 @@ class Adaptation:
         learners = int((self.lengths > end).sum()) * (self.split and self.learning(end))  # others need no gradient
         while first < live:
             stop = learners if first < learners else live
-            rows = slice(first, first + int(min(stop - first, max(self.room // tokens, self.granule))))
+            most = max(self.room // tokens // self.granule * self.granule, self.granule)
+            rows = slice(first, first + int(min(stop - first, most)))
             try:
                 place, nats, grads = self.score(ledger, start, end, rows)
             except torch.OutOfMemoryError:
@@ -2701,6 +2702,7 @@ def set_torch(cfg: Config) -> None:  # how it draws, multiplies and compiles, be
     torch.set_float32_matmul_precision("high" if cfg.compute_dtype == "bf16" else "highest")
     torch._dynamo.config.recompile_limit = 64  # training, scoring and adaptation share GPT.forward
     torch._dynamo.config.specialize_int = torch._dynamo.config.specialize_float = True  # settings; only sizes vary
+    torch.fx.experimental._config.use_duck_shape = False  # each for itself: in warm-up some are equal by chance
 
 class Run:  # from its data to its report, the same on all ranks; `go` holds the phases in order
     def __init__(self, cfg: Config, origin: dict[str, str], ranks: Ranks):  # checks all that can be wrong, on all ranks
@@ -2803,7 +2805,7 @@ class Run:  # from its data to its report, the same on all ranks; `go` holds the
         set_torch(cfg)
         self.model = GPT(cfg, self.backend).to(self.ranks.device)
         self.forward = torch.compile(self.model, fullgraph=True, dynamic=False) if cfg.compile else self.model
-        mode = "reduce-overhead" if cfg.ttt_cuda_graph else "default"
+        mode = "reduce-overhead" if cfg.ttt_cuda_graph and self.backend != "sdpa" else "default"  # sdpa asks the host
         adapting = partial(torch.compile, fullgraph=True, dynamic=True, mode=mode)
         both, T = (self.forward, adapting(self.model) if cfg.compile else self.model), cfg.logit_temperature
         self.scoring, self.ttt_forward = both if T == 1 else (partial(f, temperature=T) for f in both)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch._dynamo.testing
 from conftest import VOCAB, on_ranks, tiny_config
 from test_compression import random_model
 
@@ -81,6 +82,39 @@ def difference(a: np.ndarray, b: np.ndarray) -> float:
 
 def assert_equal(a: np.ndarray, b: np.ndarray) -> None:
     assert np.array_equal(a, b), f"{np.count_nonzero(a != b)} of {a.size} differ, by up to {np.abs(a - b).max()}"
+
+
+# --- Compiled ---
+@pytest.mark.parametrize("rank", [16, 12], ids=["as many as documents", "another number"])
+def test_nothing_compiles_after_equal_documents_whatever_the_others(rank):
+    """Warm-up's documents are of one length; real ones drop out one by one, so views shrink below their bases."""
+    settings = torch.fx.experimental._config.use_duck_shape
+    cfg = tiny_config(**ADAPTS, ttt_batch_size=16, ttt_lora_rank=rank, ttt_buckets=3, compile=True)
+    counters = [torch._dynamo.testing.CompileCounterWithBackend("eager") for _ in range(2)]
+    torch.compiler.reset()
+    try:
+        tg.set_torch(cfg)
+        model = random_model(cfg).requires_grad_(False)
+        whole = torch.compile(model, backend=counters[0], fullgraph=True, dynamic=True)
+        state = tg.Adaptation(model, whole, cfg.plans[0], CPU)
+        state.update = torch.compile(tg.adapter_update, backend=counters[1], dynamic=True)
+        scores(state, documents(*16 * [S + C]))
+        before, rng = [counter.frame_count for counter in counters], np.random.default_rng(0)
+        for count, shortest, longest in ((16, 5, 150), (40, 2, 12), (13, 50, 200)):
+            scores(state, documents(*rng.integers(shortest, longest, count).tolist()))
+    finally:
+        torch.fx.experimental._config.use_duck_shape = settings
+        torch.compiler.reset()
+    assert before[0] == 1 and [counter.frame_count for counter in counters] == before
+
+
+def test_after_memory_ran_out_documents_still_go_in_whole_granules(monkeypatch):
+    model, rows = model_for(64), []
+    state, docs = adaptation(model), documents(*64 * [S])
+    state.granule, state.room, real = 8, 20 * C, state.score
+    monkeypatch.setattr(state, "score", lambda *args: (rows.append(args[3].stop - args[3].start), real(*args))[1])
+    scores(state, docs)
+    assert rows and all(n % 8 == 0 for n in rows)
 
 
 # --- What is scored ---------------------------------------------------------------------------------------------------
