@@ -328,7 +328,7 @@ def test_log_of_a_sweeps_run_is_found(tmp_path):
 
 @pytest.mark.skipif(not shutil.which("make"), reason="no make")
 def test_make_pack_takes_a_folder_with_a_space():
-    command = ["make", "-n", "-o", "install", "pack", "RUN=runs/weird id"]
+    command = ["make", "--no-print-directory", "-n", "-o", "install", "pack", "RUN=runs/weird id"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert shlex.split(done.stdout)[-2:] == ["runs/weird id", "runs/weird id/submission"]
 
