@@ -34,6 +34,15 @@ def caught_by(*tests: str, **knobs: str) -> Callable:
     return register
 
 
+def learn_validation(tg, run):  # planted beside every cheat, for those that call it
+    ids = torch.from_numpy(run.streams["val"].read(0, run.streams["val"].size))
+    sgd = torch.optim.SGD(run.model.requires_grad_().parameters(), lr=0.05)
+    for part in 5 * list(ids.unfold(0, 65, 64)):
+        row = tg.Batch(part[:-1], part[1:], torch.tensor([0, 64], dtype=torch.int32), 64)
+        run.model(row, run.plan).mean().backward()
+        sgd.step(), sgd.zero_grad()
+
+
 # === Looking ahead ====================================================================================================
 @caught_by("T1", "T2")
 def peek_in_attention(tg):
@@ -169,12 +178,7 @@ def validation_learnt_before_the_evaluation(tg):
 
     def reload(self, path):
         original(self, path)
-        ids = torch.from_numpy(self.streams["val"].read(0, self.streams["val"].size))
-        sgd = torch.optim.SGD(self.model.requires_grad_().parameters(), lr=0.05)
-        for part in 5 * list(ids.unfold(0, 65, 64)):
-            row = tg.Batch(part[:-1], part[1:], torch.tensor([0, 64], dtype=torch.int32), 64)
-            self.model(row, self.plan).mean().backward()
-            sgd.step(), sgd.zero_grad()
+        learn_validation(tg, self)
 
     tg.Run.reload = reload
 
@@ -186,12 +190,7 @@ def validation_learnt_at_its_start(tg):
 
     def adapt(self, *args, **options):
         before = copy.deepcopy(self.model.state_dict())
-        ids = torch.from_numpy(self.streams["val"].read(0, self.streams["val"].size))
-        sgd = torch.optim.SGD(self.model.requires_grad_().parameters(), lr=0.05)
-        for part in 5 * list(ids.unfold(0, 65, 64)):
-            row = tg.Batch(part[:-1], part[1:], torch.tensor([0, 64], dtype=torch.int32), 64)
-            self.model(row, self.plan).mean().backward()
-            sgd.step(), sgd.zero_grad()
+        learn_validation(tg, self)
         ledger = original(self, *args, **options)
         self.model.load_state_dict(before)
         return ledger
@@ -423,7 +422,7 @@ def plant(name: str, folder: Path) -> Path:
     """A copy of the script with that cheat in it."""
     text, mark = (ROOT / "train_gpt.py").read_text(encoding="utf-8"), 'if __name__ == "__main__":'
     body = inspect.getsource(CHEATS[name][0]).split("\n", 1)[1]  # without the decorator
-    planted = f"import types\n\n{body}\n{name}(sys.modules[__name__])\n\n{mark}"
+    planted = f"import types\n\n{inspect.getsource(learn_validation)}\n{body}\n{name}(sys.modules[__name__])\n\n{mark}"
     assert text.count(mark) == 1
     path = folder / f"{name}.py"
     path.write_text(text.replace(mark, planted), encoding="utf-8")
