@@ -937,22 +937,8 @@ def head_loss(x: Tensor, w: Tensor, extra: Tensor | None, targets: Tensor, cap: 
 # --- Norm, RoPE, gain: rows (T, H + 2 Hkv heads of D) -> q (T, H, D), k, v (T, Hkv, D). And XSA, on y (T, H, D). ---
 # v is a view of the row, which therefore outlives the step anyway: the backward norms it again and saves nothing else.
 NORM_EPS = torch.finfo(torch.float32).eps  # for any dtype
-class NormOnCPU(torch.autograd.Function):  # in bf16, F.rms_norm takes 20 times as long
-    @staticmethod
-    def forward(ctx, x: Tensor, scale: float) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + NORM_EPS)
-        ctx.save_for_backward(x, rstd)
-        ctx.scale = scale
-        y = wide * (rstd * scale)
-        return y if y.dtype == x.dtype else y.to(x.dtype)  # torch 2.11, compiled: no gradient through an idle `to`
-    @staticmethod
-    def backward(ctx, g: Tensor) -> tuple[Tensor, None]:
-        x, rstd = ctx.saved_tensors
-        g, n = g.to(rstd.dtype), x * rstd
-        return g.addcmul(n, (g * n).mean(-1, keepdim=True), value=-1).mul_(rstd * ctx.scale).to(x.dtype), None
-def rms_norm(x: Tensor, scale: float = 1.0) -> Tensor:  # scale * x / sqrt(mean(x^2) + eps) over the last axis, in fp32
-    return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS) * scale if x.is_cuda else NormOnCPU.apply(x, scale)
+def rms_norm(x: Tensor, scale: float = 1.0) -> Tensor:  # scale * x / sqrt(mean(x^2) + eps) over the last axis
+    return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS) * scale
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # RoPE on the first 2 * half dims of x (T, H, D)
     half = cos.size(-1)  # dims j and j + half form a pair
     x1, x2, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
