@@ -517,8 +517,8 @@ class Log:  # lines for people on rank 0: to the terminal and to a file; `live`:
             print("\r\033[K" * (self.live and file is sys.stdout) + self.prefix + line, file=file, flush=True)
     def due(self) -> bool:  # whether the last line is 8 s ago: a long loop shows that it is alive
         return time.monotonic() - self.last > 8
-    def show(self, line: str) -> None:  # at most ten times a second
-        if self.live and time.monotonic() - self.shown > 0.1:
+    def show(self, line: str, rest: float = 0.0) -> None:  # unless the last one is not `rest` seconds ago
+        if self.live and time.monotonic() - self.shown >= rest:
             self.shown = time.monotonic()
             print(f"\r\033[K{line[: shutil.get_terminal_size().columns - 1]}", end="", flush=True)
     def scalars(self, step: int, values: dict[str, float]) -> None:  # for TensorBoard
@@ -1937,7 +1937,7 @@ class Progress:
             left = min(self.budget - self.ended, (cfg.iterations - step) * self.ended / step)
             log.show(", ".join([f"train: step {step} of about {self.expected:.0f}", f"{left:.0f} s left",
                                 f"loss {self.loss:.4f}", f"{1000 * seconds:.0f} ms/step", f"{rate:.0f} tok/s", *mfu,
-                                f"about {expected_bytes(cfg):.0f} bytes"]))  # fmt: skip
+                                f"about {expected_bytes(cfg):.0f} bytes"]), rest=0.1)  # fmt: skip
     def judge(self, seconds: float, visits: int) -> None:  # by steps 2 to 21: what the budget allows, whether to go on
         cfg, (plain, looped), share = self.cfg, map(len, self.cfg.plans), min(self.cfg.enable_looping_at, 1.0)
         self.expected = min(cfg.iterations, self.budget * visits / seconds * (share / plain + (1 - share) / looped))
@@ -2671,14 +2671,13 @@ def load_model_file(cfg: Config, origin: dict[str, str]) -> tuple[Config, dict[s
         theirs = stored_network(saved["config"])
         asked = [f"{f.upper()}={v}" for f, v in theirs.items() if origin[f] == "env" and getattr(cfg, f) != v]
         cfg = dataclasses.replace(cfg, **theirs)
-        problems = cfg.problems()
-        fits = bool(problems) or "streams" in saved or {n: tuple(w.shape) for n, w in saved["weights"].items()} == {
-            n: role.shape for n, role in parameter_table(cfg).items()}  # fmt: skip
+        problems = [f"{name}: was made with {', '.join(asked)}"] if asked else cfg.problems()
+        if not problems and "weights" in saved and {n: tuple(w.shape) for n, w in saved["weights"].items()} != {
+                n: role.shape for n, role in parameter_table(cfg).items()}:  # fmt: skip
+            problems = [f"{name}: was made with another network than its config says"]
     except (OSError, RuntimeError, KeyError, TypeError, AttributeError, zlib.error, pickle.UnpicklingError) as error:
         reason = getattr(error, "strerror", None) or "neither an artifact nor a checkpoint of train_gpt.py"
         raise UsageError(f"{name}: {reason}") from error
-    if asked or not fits:
-        raise UsageError(f"{name}: was made with {', '.join(asked) or 'another network than its config says'}")
     if problems:
         raise UsageError("\n".join(problems))
     return cfg, saved
@@ -2825,12 +2824,15 @@ class Run:  # from its data to its report, the same on all ranks; `go` holds the
 
     def warm_up(self, last: tuple[Visit, ...]) -> float:  # synthetic tokens, undone; the seconds to keep after training
         cfg, ranks, reserve, trains = self.cfg, self.ranks, 0.0, not self.saved and "weights" not in self.kept
+        calibrates = cfg.quantizer == "allocated" and not ("streams" in self.saved or "packed" in self.kept)
+        plans = sorted({cfg.plans[0], last}, key=len) if trains else [last]
         self.optimizers, row = Optimizers(self.model, cfg, ranks), synthetic_row(cfg, cfg.row_shape, ranks.device)
         with restored(self.model, self.optimizers):
-            for step in range(cfg.warmup_steps * trains):
-                for plan in sorted({cfg.plans[0], last}, key=len):
+            for step in range(cfg.warmup_steps * (trains or calibrates)):
+                for plan in plans:
                     accumulate(self.forward, plan, [row], cfg.micro_batch_tokens)
-                    self.optimizers.step(1.0, cfg.muon_momentum)
+                    if trains:
+                        self.optimizers.step(1.0, cfg.muon_momentum)
                 self.log(f"warmup_step: {step + 1}/{cfg.warmup_steps}")
             measured = trains and cfg.gptq_reserve_seconds < 0 < cfg.max_wallclock_seconds
             for _ in range(2 * measured):  # cold, then timed
@@ -2848,7 +2850,9 @@ class Run:  # from its data to its report, the same on all ranks; `go` holds the
                 tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, count * len(starts) + 1)
                 self.plan, docs = last, Documents(tokens, starts, np.full(len(starts), count))
                 self.log.prefix = "warmup: "  # what it scores are random tokens
-                self.evaluate(docs=docs, ranks=ranks.alone())
+                for plan in plans if cfg.val_loss_every else [last]:  # validation may come before the loops
+                    start = ranks.now()
+                    self.evaluate(plan=plan, docs=docs, ranks=ranks.alone())
                 if cfg.ttt_enabled:
                     self.adapt(Deadline(math.inf), docs, ranks.alone())
                 self.log.prefix = ""
@@ -2858,7 +2862,7 @@ class Run:  # from its data to its report, the same on all ranks; `go` holds the
             self.optimizers.keep_gradients, pool = True, torch.cuda.graph_pool_handle()
             for p in self.model.parameters():
                 p.grad = torch.zeros_like(p)
-            self.graphs = {plan: captured(self.forward, plan, row, pool) for plan in {cfg.plans[0], last}}
+            self.graphs = {plan: captured(self.forward, plan, row, pool) for plan in plans}
             self.model.zero_grad(set_to_none=False)
         self.sentinel = Sentinel(self.log)  # of what is compiled from here on
         fastest.measures = not cfg.warmup_steps
@@ -2919,7 +2923,10 @@ class Run:  # from its data to its report, the same on all ranks; `go` holds the
         return Scorer(self.scoring, plan, ledger, self.cfg, ranks or self.ranks, self.log)
     def evaluate(self, stride: int = 0, plan: tuple[Visit, ...] | None = None, docs: Documents | None = None,
                  ranks: Ranks | None = None) -> Ledger:  # fmt: skip
-        return evaluate(self.scorer(plan or self.plan, docs, ranks), stride)
+        self.model.requires_grad_(False)  # as in evaluate_ttt: or what the deadline leaves would compile once more
+        ledger = evaluate(self.scorer(plan or self.plan, docs, ranks), stride)
+        self.model.requires_grad_(True)
+        return ledger
     def adapt(self, deadline: Deadline, docs: Documents | None = None, ranks: Ranks | None = None) -> Ledger:
         scorer, mode = self.scorer(self.plan, docs, ranks), self.cfg.ttt_mode
         state = Adaptation(self.model, self.ttt_forward, self.plan, self.ranks.device) if mode == "document" else None

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -451,16 +452,30 @@ def test_a_terminal_shows_one_line_in_place_and_the_file_every_step(tiny_data, t
     os.close(master)
     assert process.wait() == 0, text[-2000:]
     shown = re.findall(r"\r\x1b\[K(train: [^\r\n]*)", text.decode())
-    assert len(shown) >= 3
+    assert shown
     words = (r"train: step \d+ of about \d+, \d+ s left, loss \d+\.\d{4}, \d+ ms/step, \d+ tok/s, about \d+ bytes")
     assert all(re.fullmatch(words, line) for line in shown), shown  # no MFU: the peak of this device is not known
-    assert re.search(r"\r\x1b\[K(calibrate|quantise|pack|score \w+) \.\.", text.decode())  # at most ten lines a second
+    phases = re.findall(r"\r\x1b\[K([^\r\n]*) \.\.", text.decode())
+    scored = [f"score {name}" for name in ("pre_quantization", "quantized")]
+    assert phases == ["warm-up", "train", "calibrate", "quantise", "pack", *scored]
     assert "step:1/16" not in text.decode()
     log = (tmp_path / "logs/live.txt").read_text(encoding="utf-8")
     assert len(re.findall(r"^step:\d+/16 train_loss:\S+ train_time:\d+ms .*tok/s:\d+ lr_scale:\S+$", log, re.M)) == 16
     assert "\x1b" not in log.split("\nHyperparameters:")[1]
     final = final_line(log)
     assert int(re.search(r"about (\d+) bytes", shown[-1])[1]) == pytest.approx(final["artifact_bytes"], rel=0.05)
+
+
+def test_a_line_in_place_waits_until_the_last_one_has_rested(tmp_path, monkeypatch, capsys):
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(tg.time, "monotonic", lambda: clock.now)
+    log = tg.Log(tmp_path / "log.txt", is_main=True, live=True)
+    for clock.now, line, rest in ((100, "a", 0.5), (100.25, "b", 0.5), (100.25, "c", 0), (100.5, "d", 0.5),
+                                  (100.75, "e", 0.5)):  # fmt: skip
+        log.show(line, rest)
+    assert capsys.readouterr().out == "\r\x1b[Ka\r\x1b[Kc\r\x1b[Ke"
+    tg.Log(tmp_path / "log.txt", is_main=True).show("to a file, not a terminal")
+    assert capsys.readouterr().out == (tmp_path / "log.txt").read_text() == ""
 
 
 @pytest.mark.parametrize("sd", [0.02, 1.0])
@@ -489,7 +504,7 @@ def test_the_expected_bytes_of_a_fitted_artifact_are_the_limit_or_the_bits_a_wei
 def test_mfu_is_shown_where_the_peak_is_known(tiny_data):
     run = Session(tiny_data, iterations=2)
     run.facts["device"], shown = "NVIDIA H100 80GB HBM3", []
-    run.log.live, run.log.show = True, shown.append
+    run.log.live, run.log.show = True, lambda line, rest: shown.append(line)
     run.train()
     assert re.search(r" tok/s, MFU 0 %, about ", shown[-1])
 

@@ -249,6 +249,22 @@ def test_rows_loader_scores_every_token_too(tiny_data, tmp_path, first_run):
     assert len(re.findall(r"^[36]/6 val_loss: \d+\.\d{4} val_bpb: \d+\.\d{4}$", rows.output, re.M)) == 2
 
 
+def test_nothing_compiles_after_warm_up_in_early_validation_late_scoring_or_calibration_alone(tiny_data, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import torch\ncompile = torch.compile\n"
+        "torch.compile = lambda f=None, mode='', **options: compile(f, **options | {'backend': 'aot_eager'})\n")
+    env = {**TINY, "DATA_DIR": str(tiny_data), "COMPILE": "1", "RECOMPILE_LIMIT": "0", "PYTHONPATH": str(tmp_path)}
+    env |= {"NUM_LAYERS": "2", "PARALLEL_START_LAYER": "0", "XSA_LAST_N": "2", "VAL_LOSS_EVERY": "2"}
+    run = finish({**env, "RUN_ID": "first", "ENABLE_LOOPING_AT": "0.5"}, tmp_path)
+    lines = [line.split()[0] for line in run.output.splitlines() if re.match(r"\d/6 val_loss|layer_loop:enabled", line)]
+    assert lines == ["2/6", "layer_loop:enabled", "4/6", "6/6"]
+    assert (run.final["recompilations"], "recompilation:" in run.output) == (0, False)
+    env |= {"EVAL_ONLY_PATH": str(run.folder / "final_model.pt"), "EVAL_DEADLINE_SECONDS": "0.01"}
+    again = finish({**env, "RUN_ID": "again"}, tmp_path)
+    assert (again.final["recompilations"], again.final["artifact_sha256"]) == (0, run.final["artifact_sha256"])
+    assert re.search(r"^deadline: \d+ of them scored without learning from them$", again.output, re.M)
+
+
 # --- Bad input --------------------------------------------------------------------------------------------------------
 class Bad(NamedTuple):
     """A case: what to damage in a copy of the data, or knobs that are wrong; words its one line must hold."""
