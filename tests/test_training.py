@@ -222,6 +222,12 @@ def test_loops_run_from_the_requested_share_of_the_steps_on(tiny_data, share, fi
     assert session.numbers(r"layer_loop:enabled step:(\d+) ") == [first_looped] * session.looped
 
 
+def test_a_network_without_loops_says_nothing_of_them(tiny_data):
+    session = Session(tiny_data, iterations=3, num_loops=0, enable_looping_at=0).train()
+    assert not session.looped
+    assert session.numbers(r"layer_loop:enabled step:(\d+) ") == []
+
+
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.9965])
 def test_training_leaves_the_average_of_the_weights(tiny_data, decay):
     session = Session(tiny_data, iterations=6, ema_decay=decay)

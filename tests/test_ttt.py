@@ -249,6 +249,19 @@ MODES = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("count", [31, 32, 33])
+def test_a_phase_learns_every_whole_chunk_of_the_documents_before_it(monkeypatch, count):
+    docs, adapted = documents(*[count] * 6), []
+    monkeypatch.setattr(tg, "adapt_documents", lambda state, scorer, *bounds: adapted.append(bounds[:2]))
+    model = model_for(2, phased_ttt_num_phases=2, phased_ttt_prefix_docs=4, ttt_chunk_tokens=64)
+    phases = list(tg.score_documents(adaptation(model), scorer_for(model, docs), tg.Deadline(1e9)))
+    assert adapted == [(0, 2), (2, 4), (4, 6)]
+    assert [left for left, _ in phases] == [4 * count, 2 * count, 0]
+    for (_, learns), whole in zip(phases, (2 * count // 64, 4 * count // 64, 0), strict=True):
+        read = [place.tolist() for place, _ in learns]
+        assert read == [[*range(64 * k, 64 * k + 64)] for k in range(whole)]
+
+
 def nats_of(ranks: tg.Ranks, mode: str) -> np.ndarray:
     ledger = evaluated(model_for(2, **MODES[mode]), documents(*LENGTHS), ranks)
     assert ledger.problems(sum(LENGTHS)) == []
