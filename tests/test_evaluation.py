@@ -10,11 +10,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY, VOCAB, final_line, run_script, tiny_config
+from test_training import Session
 from test_ttt import LENGTHS, S, adaptation, assert_equal, documents, evaluated, model_for, scorer_for, with_settings
 
 import train_gpt as tg
@@ -346,6 +348,33 @@ def test_data_with_the_fields_name_must_be_the_fields(tiny_data, tmp_path):
     assert done.returncode == 1
     assert "INVALID" in done.stderr and "151080891" in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("held", "share", "fine"), [
+    (1_000_100, 1.0, True), (999_900, 1.0, True), (1_000_101, 1.0, False), (999_899, 1.0, False), (999_899, 0.5, True)])
+def test_a_ten_thousandth_may_differ_from_the_fields_counts(tiny_data, tmp_path, monkeypatch, held, share, fine):
+    monkeypatch.chdir(tmp_path)
+    run = Session(tiny_data, val_doc_fraction=share)
+    figures = {"val_loss": 1.0, "val_bpb": 2.0, "tokens": 3, "bytes": 4}
+    ledger = SimpleNamespace(problems=lambda decoded: [], result=lambda: figures, plain=0, by_document=dict)
+    monkeypatch.setitem(tg.CANONICAL, TINY["DATASET"], (len(run.docs.starts), 0, 1_000_000))  # 0: not known
+    run.decoded = held
+    if fine:
+        run.score("name", "none", lambda: ledger)
+        assert run.final["val_bpb"] == 2.0
+    else:
+        with pytest.raises(tg.InvalidScore, match=f"^name INVALID: .* are .*{held}.*, in the field's data set .*00000"):
+            run.score("name", "none", lambda: ledger)
+        assert "val_bpb" not in run.final
+
+
+def test_the_report_names_what_gzip_takes_of_the_same_text(tiny_data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = Session(tiny_data)
+    assert "gzip_bpb" not in run.report()
+    run.tokenizer = run.tokenizer._replace(manifest={"splits": {"val": {"gzip_bytes": 131, "bytes": 400}}})
+    assert run.report()["gzip_bpb"] == 2.62
+    assert "for scale, gzip -9 of each document: val_bpb:2.6200" in run.log
 
 
 LONGER = {**TINY, "TTT_CHUNK_SIZE": "1", "TTT_LORA_RANK": "16", "RUN_ID": "x"}  # an adaptation of many steps
