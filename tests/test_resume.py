@@ -452,7 +452,7 @@ def test_a_terminal_shows_one_line_in_place_and_the_file_every_step(tiny_data, t
     os.close(master)
     assert process.wait() == 0, text[-2000:]
     shown = re.findall(r"\r\x1b\[K(train: [^\r\n]*)", text.decode())
-    assert shown
+    assert len(shown) >= 3
     words = (r"train: step \d+ of about \d+, \d+ s left, loss \d+\.\d{4}, \d+ ms/step, \d+ tok/s, about \d+ bytes")
     assert all(re.fullmatch(words, line) for line in shown), shown  # no MFU: the peak of this device is not known
     phases = re.findall(r"\r\x1b\[K([^\r\n]*) \.\.", text.decode())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import random
 import re
@@ -215,10 +214,11 @@ def test_restored_leaves_everything_as_it_was(tiny_data):
 
 def test_more_ranks_than_rows_of_a_step_are_refused(tiny_data):
     ranks = cpu_ranks()
-    for ranks.world_size in (4, 5):
-        refused = pytest.raises(tg.UsageError, match="^WORLD_SIZE=5: must be at most 4, the rows of a step$")
-        with refused if ranks.world_size == 5 else contextlib.nullcontext():
-            Session(tiny_data, ranks)
+    ranks.world_size = 4
+    Session(tiny_data, ranks)
+    ranks.world_size = 5
+    with pytest.raises(tg.UsageError, match="^WORLD_SIZE=5: must be at most 4, the rows of a step$"):
+        Session(tiny_data, ranks)
 
 
 # --- Schedule, average, progress ------------------------------------------------------------------------------------
