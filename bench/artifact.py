@@ -197,7 +197,7 @@ def quantizers(point: Checkpoint) -> Packed:
     cfg, model, ranks = point.cfg, point.model, point.ranks
     published = dataclasses.replace(cfg, quantizer="gptq", compressor="ans", artifact_limit_bytes=0)
     model.cfg, before = published, point.bpb()
-    limit = len(tg.fit(tg.Quantizer(model, point.hessians, None, ranks), model, {}, QUIET)) + 2048 + tg.code_bytes()
+    limit = len(tg.fit(tg.Quantizer(model, point.hessians, None, ranks), model, {}, QUIET)) + 2048 + tg.CODE_BYTES
     print(f"{'quantiser':<20}{'bytes':>11}{'weighted error':>16}{'bpb lost':>10}{'s':>7}  unquantised {before:.5f}")
     for name, hessians, loss in (("round to nearest", point.nearest(), None), ("published GPTQ", point.hessians, None),
                                  ("allocated (ours)", point.both, point.loss)):  # fmt: skip

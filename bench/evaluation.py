@@ -132,9 +132,7 @@ class Ours:  # the evaluation as train_gpt.Run.adapt calls it
         self.cfg, self.device, self.plan = cfg, device, cfg.plans[looped]
         self.model = tg.GPT(cfg, backend).to(device)
         self.model.load_state_dict(weights)
-        mode = "reduce-overhead" if cfg.ttt_cuda_graph else "default"
-        compiled = partial(torch.compile, fullgraph=True, dynamic=True, mode=mode)
-        self.run = compiled(self.model) if cfg.compile else self.model
+        self.run = tg.for_any_size(self.model, cfg.ttt_cuda_graph) if cfg.compile else self.model
         self.state, self.measured = Timed(self.model, self.run, self.plan, device), []
     def evaluate(self, text: Text) -> tg.Ledger:
         ranks, log = tg.Ranks({}), tg.Log(Path(os.devnull), False)

@@ -188,7 +188,7 @@ def fitting_model() -> tuple:
 
 def fitted(limit: int, ranks: tg.Ranks = ONE, **changes: object) -> bytes:
     model, hessians, sensitivities = fitting_model()
-    model.cfg = dataclasses.replace(model.cfg, artifact_limit_bytes=limit + tg.code_bytes(), **changes)
+    model.cfg = dataclasses.replace(model.cfg, artifact_limit_bytes=limit + tg.CODE_BYTES, **changes)
     loss = sensitivities if model.cfg.quantizer == "allocated" else None
     solver = tg.Quantizer(model, hessians, loss, ranks)
     return tg.fit(solver, model, {}, lambda line: None)
@@ -215,7 +215,7 @@ def test_model_that_cannot_fit_says_by_how_much_and_which_knob_to_turn():
     with pytest.raises(tg.UsageError, match=r"ARTIFACT_LIMIT_BYTES=\d+: the model is \d+ bytes over .* lower MLP_MULT"):
         fitted(3_000, quantizer="gptq", compressor="ans")
     with pytest.raises(tg.UsageError, match=r"ARTIFACT_LIMIT_BYTES=\d+: must be 0 or at least \d+"):
-        tiny_config(artifact_limit_bytes=tg.code_bytes() + 100)
+        tiny_config(artifact_limit_bytes=tg.CODE_BYTES + 100)
 
 
 def fit_digest(ranks: tg.Ranks) -> str:

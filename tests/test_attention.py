@@ -439,6 +439,16 @@ def test_auto_walks_the_table_and_logs_each_refusal(monkeypatch):
     assert log == [f"fa3: {refused['fa3']}", f"fa4: {refused['fa4']}", "attention_backend:fa2"]
 
 
+def test_auto_never_ends_at_a_loop_over_documents_on_a_gpu_in_bf16(monkeypatch):
+    monkeypatch.setattr(train_gpt, "check_attention", lambda name, *_: f"no {name}" * (name != "sdpa"))
+    gpu, found = torch.device("cuda"), []
+    with pytest.raises(UsageError, match="^ATTENTION_BACKEND=auto: no torch; works here: sdpa$"):
+        choose_attention("auto", gpu, torch.bfloat16)
+    for name, dtype in (("sdpa", torch.bfloat16), ("auto", torch.float32)):
+        found.append(choose_attention(name, gpu, dtype)[0])
+    assert found == ["sdpa", "sdpa"]
+
+
 def test_choice_leaves_the_random_state_alone():
     before = torch.get_rng_state()
     choose_attention("sdpa", CPU, torch.float32)

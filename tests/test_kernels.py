@@ -267,6 +267,25 @@ def test_the_fastest_tile_is_measured_once_per_shape_and_kept_on_disk(monkeypatc
     assert len(measured) == 8 and len(list(tmp_path.iterdir())) == 2
 
 
+def test_ranks_that_measure_at_once_use_the_tile_of_the_first_to_end(monkeypatch, tmp_path):
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+    def rank(best, meanwhile=lambda: None):
+        def bench(launch, **_):
+            meanwhile()
+            return float(launch.args[0] != best)
+        monkeypatch.setattr(tg, "chosen", {})
+        monkeypatch.setattr(triton.testing, "do_bench", bench)
+        return tg.fastest("ce", 2**14, (1,), lambda tile: None)
+    slow = rank((8192, 8), meanwhile=lambda: rank((1024, 4)) if not any(tmp_path.iterdir()) else None)
+    assert slow == rank((4096, 8)) == (1024, 4)
+    assert [p.suffix for p in tmp_path.iterdir()] == [".json"]
+    monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(PermissionError()))  # as some file systems
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path / "other"))
+    assert rank((4096, 8)) == (4096, 8) and not any((tmp_path / "other").iterdir())
+
+
 # --- The kernels, compiled without a GPU -----------------------------------------------------------------------------
 def test_every_kernel_compiles_for_hopper_without_spills():
     pytest.importorskip("triton")

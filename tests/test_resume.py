@@ -481,7 +481,7 @@ def test_a_line_in_place_waits_until_the_last_one_has_rested(tmp_path, monkeypat
 @pytest.mark.parametrize("sd", [0.02, 1.0])
 def test_the_expected_bytes_are_the_entropy_of_gaussian_weights(sd):
     cfg = tg.Config(**{**tg.PRESETS["cpu"], "preset": "cpu", "quantizer": "gptq"})
-    codes = tg.code_bytes()
+    codes = tg.CODE_BYTES
     for role in tg.parameter_table(cfg).values():
         if role.packing == "float":
             codes += 2 * torch.Size(role.shape).numel()
@@ -498,7 +498,7 @@ def test_the_expected_bytes_of_a_fitted_artifact_are_the_limit_or_the_bits_a_wei
     assert tg.expected_bytes(tg.Config()) == 16_000_000
     small = tg.Config(**{**tg.PRESETS["cpu"], "preset": "cpu"})
     codes = sum(n * rows * cols for n, rows, cols in tg.banks(small).values())
-    assert 0 < tg.expected_bytes(small) - tg.code_bytes() - codes * 6 / 8 < 20_000
+    assert 0 < tg.expected_bytes(small) - tg.CODE_BYTES - codes * 6 / 8 < 20_000
 
 
 def test_mfu_is_shown_where_the_peak_is_known(tiny_data):

@@ -248,12 +248,14 @@ def test_rows_loader_scores_every_token_too(tiny_data, tmp_path, first_run):
     assert (rows.final["preset"], rows.final["val_tokens"]) == ("pr1530", first_run.final["val_tokens"])
     assert rows.final["val_bytes"] == first_run.final["val_bytes"]
     assert len(re.findall(r"^[36]/6 val_loss: \d+\.\d{4} val_bpb: \d+\.\d{4}$", rows.output, re.M)) == 2
+    spent = [float(seconds) for seconds in re.findall(r"^validate +([\d.]+)  none$", rows.output, re.M)]
+    assert len(spent) == 2 and rows.final["seconds"]["validate"] == pytest.approx(sum(spent), abs=0.11)
 
 
 def test_nothing_compiles_after_warm_up_in_early_validation_late_scoring_or_calibration_alone(tiny_data, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(
         "import torch\ncompile = torch.compile\n"
-        "torch.compile = lambda f=None, mode='', **options: compile(f, **options | {'backend': 'aot_eager'})\n")
+        "torch.compile = lambda f=None, options=None, **rest: compile(f, **rest | {'backend': 'aot_eager'})\n")
     env = {**TINY, "DATA_DIR": str(tiny_data), "COMPILE": "1", "RECOMPILE_LIMIT": "0", "PYTHONPATH": str(tmp_path)}
     env |= {"NUM_LAYERS": "2", "PARALLEL_START_LAYER": "0", "XSA_LAST_N": "2", "VAL_LOSS_EVERY": "2"}
     run = finish({**env, "RUN_ID": "first", "ENABLE_LOOPING_AT": "0.5"}, tmp_path)

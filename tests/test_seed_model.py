@@ -184,7 +184,7 @@ def test_what_is_off_leaves_no_parameter_buffer_or_field_behind():
         "qo_bank", "kv_bank", "up_bank", "down_bank", "tok_emb", "skip_weights", "skip_gates", "attn_scale",
         "mlp_scale", "resid_mix", "q_gain", "parallel_post_lambdas", "parallel_resid_lambdas",
     }  # fmt: skip
-    assert [name for name, _ in tg.GPT(cfg).named_buffers()] == ["rope"]
+    assert [name for name, _ in tg.GPT(cfg).named_buffers()] == []
     assert not set(tg.network(cfg)) & set(tg.ADDED_FIELDS)
     assert len(tg.LoRA.zeros(cfg, 1, 4, CPU).leaves) == 2
 

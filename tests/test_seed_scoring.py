@@ -121,7 +121,9 @@ def test_a_row_of_zeros_spoils_neither_steps_nor_choice():
     wanted = tg.percentile_steps(w[:, 1:2], 31, 0.0, PERCENTILES)
     assert found[0, 1] == wanted[0, 0]
     assert (found[0, [0, 2]] == 2.0**-14).all()
-    assert (tg.Nearest(w).solve(found.float(), 31)[0, [0, 2]] == 0).all()
+    q = tg.Solver.prepare(w, [torch.eye(400)]).solve(found.float(), 31)
+    assert torch.equal(q, (w / found.float()[..., None]).round().clamp(-31, 31).to(torch.int8))
+    assert (q[0, [0, 2]] == 0).all()
 
 
 @pytest.mark.parametrize("quantizer", ["gptq_lite", "int6"])
@@ -154,7 +156,7 @@ def test_codes_are_the_nearest_and_come_back_through_every_compressor(quantizer,
 def digest(ranks: tg.Ranks) -> list[str]:
     found = []
     for quantizer, limit in (("gptq_lite", 0), ("int6", 0), ("gptq_lite", 20_000), ("allocated", 20_000)):
-        limit = limit and limit + tg.code_bytes()
+        limit = limit and limit + tg.CODE_BYTES
         cfg = tiny_config(**FEATURES, quantizer=quantizer, compressor="zstd", artifact_limit_bytes=limit)
         model, rows = random_model(cfg), random_rows(cfg, 4)
         run = SimpleNamespace(cfg=cfg, model=model, ranks=ONE, forward=model)
@@ -169,7 +171,7 @@ def test_a_fit_without_hessians_lands_under_the_limit_and_more_room_never_costs_
     shape = dict(model_dim=64, num_heads=4, mlp_mult=4, quantizer=quantizer, compressor="ans", **FEATURES)
     free, errors = tiny_config(**shape, artifact_limit_bytes=0), []
     for limit in (50_000, 70_000, 90_000, 10**7):
-        cfg = dataclasses.replace(free, artifact_limit_bytes=limit + tg.code_bytes())
+        cfg = dataclasses.replace(free, artifact_limit_bytes=limit + tg.CODE_BYTES)
         model, data = packed_by(cfg)
         assert len(data) <= limit
         assert len(data) > limit - 4096 or limit == 10**7
