@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import copy
 import json
 import math
@@ -23,6 +24,7 @@ import os
 import sys
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -124,9 +126,10 @@ class Tracer:
         source, _ = graph.codegen()
         found = [counted(node, 4.0 * words, self.logits) for node, words in graph.count_bytes()[1]]
         raise Lowered([kernel for kernel in found if kernel], source.value)
+    def kept(self, module: torch.fx.GraphModule) -> float:  # bytes of a graph's results
+        return nbytes([n.meta.get("val") for n in [*module.graph.nodes][-1].all_input_nodes])
     def inner(self, module: torch.fx.GraphModule, inputs: list, **options: Any) -> Callable:
-        results = [n.meta.get("val") for n in [*module.graph.nodes][-1].all_input_nodes]
-        kept, run = nbytes(results), torch.fx.GraphModule(module, copy.deepcopy(module.graph))
+        kept, run = self.kept(module), torch.fx.GraphModule(module, copy.deepcopy(module.graph))
         try:
             with hopper(self.finish):
                 compile_fx.compile_fx_inner(module, inputs, **options)
@@ -144,6 +147,18 @@ class Tracer:
             self.name = name
             return call(*args, **kwargs)
         return run
+
+
+class AnySize(Tracer):
+    """Lowers graphs whose sizes are symbols: counts the graphs, not their bytes."""
+    def kept(self, module: torch.fx.GraphModule) -> float:
+        return 0.0
+    def finish(self, graph: GraphLowering) -> None:
+        graph.codegen()
+        raise Lowered([], "")
+    def in_place_of_inductor(self) -> contextlib.AbstractContextManager:  # for a torch.compile that names no backend
+        compiler = partial(compile_fx.compile_fx, inner_compile=self.inner)
+        return mock.patch.object(compile_fx, "compile_fx", compiler)
 
 
 # --- What is lowered ---
@@ -170,18 +185,52 @@ def trace_ours(cfg: tg.Config, row: tg.Batch) -> list[Graph]:
 
 def trace_adaptation(tracer: Tracer, cfg: tg.Config, model: tg.GPT) -> None:
     """A step of a full batch in the longest window, as Adaptation.score and .learn call it, of fixed sizes."""
-    model, rows, n, c = model.requires_grad_(False), cfg.ttt_batch_size, cfg.ttt_eval_seq_len, cfg.ttt_chunk_size
-    master = tg.LoRA.zeros(cfg, rows, len(cfg.plans[-1]), DEVICE)
-    lora = master.over(lambda x: x.to(cfg.dtype)).rows(slice(None))
-    ids, ends = torch.zeros(rows * n, dtype=torch.int64, device=DEVICE), torch.zeros(2 * rows + 1, device=DEVICE)
-    batch, select = tg.Batch(ids, ids, ends.int(), n), ids[: rows * c]
-    forward = tracer.named(tracer.compiled(model, fullgraph=True, dynamic=False), "adaptation")
-    grads = torch.autograd.grad(forward(batch, cfg.plans[-1], lora=lora, select=select).sum(), lora.leaves)
+    forward = tracer.compiled(model.requires_grad_(False), fullgraph=True, dynamic=False)
+    master, lora, grads = adapt(cfg, tracer.named(forward, "adaptation"), cfg.ttt_batch_size, cfg.ttt_eval_seq_len)
     for name, leaf, whole, grad in zip(("down", "up", "bias"), lora.leaves, master.leaves, grads, strict=False):
         update, t = tracer.compiled(tg.adapter_update, dynamic=False), torch.ones((), device=DEVICE)
         moments = [torch.empty_like(whole)] * (1 + (cfg.ttt_beta1 > 0) * (cfg.ttt_optimizer != "sgd"))
         with torch.no_grad():
             tracer.named(update, f"adapters, {name}")(leaf, whole.detach(), grad, moments, t, t.double(), cfg)
+
+
+def adapt(cfg: tg.Config, forward: Callable, rows: int, n: int) -> tuple[tg.LoRA, tg.LoRA, tuple[Tensor, ...]]:
+    """The adapters of `rows` documents, what a forward over windows of n reads of them, and their gradient."""
+    master = tg.LoRA.zeros(cfg, rows, len(cfg.plans[-1]), DEVICE)
+    lora = master.over(lambda x: x.to(cfg.dtype)).rows(slice(None))
+    ids, ends = torch.zeros(rows * n, dtype=torch.int64, device=DEVICE), torch.zeros(2 * rows + 1, device=DEVICE)
+    batch = tg.Batch(ids, ids.clone(), ends.int(), cfg.ttt_eval_seq_len)
+    nats = forward(batch, cfg.plans[-1], lora=lora, select=ids[: rows * cfg.ttt_chunk_size].clone())
+    return master, lora, torch.autograd.grad(nats.sum(), lora.leaves)
+
+
+def trace_sizes(cfg: tg.Config) -> dict[str, dict[str, int]]:
+    """graph -> size -> how many graphs were compiled at it, warm-up's size first, by the run's own torch.compile. On a
+    GPU Inductor may split a graph by size, as it does not on a CPU."""
+    tracer, found, longest = AnySize(0), {}, cfg.eval_seq_len
+    model = tracer.move(tg.GPT(cfg, "torch"))
+    forward = tg.for_any_size(model, cuda_graph=False)
+    def count(graph: str, size: str, call: Callable[[], Any]) -> None:
+        before = len(tracer.graphs)
+        call()
+        found.setdefault(graph, {})[size] = len(tracer.graphs) - before
+    with tracer.mode, tracer.in_place_of_inductor():
+        if cfg.ttt_mode == "document":
+            model.requires_grad_(False)
+            buckets, most = tg.Adaptation(model, forward, cfg.plans[-1], DEVICE).buckets, cfg.ttt_batch_size
+            buckets = buckets or [cfg.ttt_chunk_size, cfg.ttt_eval_seq_len]  # TTT_BUCKETS=0: every length
+            shorter = buckets[0], buckets[(len(buckets) - 1) // 2]
+            for rows, n in [*((most, n) for n in (*shorter, buckets[-1])), *product((8, 16, 8 * most), shorter)]:
+                count("adaptation", f"{rows} x {n}", partial(adapt, cfg, forward, rows, n))
+        if cfg.ttt_mode == "chunk" or cfg.phased_ttt_num_phases:
+            model.requires_grad_(True)
+            def learn(rows: int) -> None:
+                ids, ends = (torch.zeros(n, dtype=torch.int64, device=DEVICE) for n in (rows * longest, 65))
+                forward(tg.Batch(ids, ids.clone(), ends.int(), longest), cfg.plans[-1]).sum().backward()
+            for world in (1, 2, 4, 8, cfg.ttt_chunk_tokens):  # the last: a row each
+                rows = -(-min(cfg.ttt_chunk_tokens // longest, cfg.ttt_batch_seqs * world) // world)
+                count("learning by all weights", f"{rows} x {longest}", partial(learn, rows))
+    return found
 
 
 def bf16_rms_norm(x: Tensor, shape: tuple, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
@@ -275,6 +324,14 @@ def tables(cfg: tg.Config, row: tg.Batch, systems: dict[str, list[Graph]]) -> tu
     return "\n".join(lines) + "\n", found
 
 
+def sizes_table(sizes: dict[str, dict[str, int]]) -> str:
+    lines = ["## Sizes of one compiled graph", "", "Graphs compiled, forward and backward, at rows x tokens, one after "
+             "another; warm-up's size is the first.", ""]  # fmt: skip
+    for graph, counts in sizes.items():
+        lines += [f"- {graph}: " + ", ".join(f"{size}: {count}" for size, count in counts.items())]
+    return "\n".join(lines) + "\n"
+
+
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--reference", type=Path, help="the public script")
@@ -304,6 +361,9 @@ def main(argv: list[str]) -> int:
         print(f"bench/graphs.py: {error}", file=sys.stderr)
         return 2
     table, found = tables(cfg, row, systems)
+    if cfg.ttt_enabled:
+        found["sizes"] = trace_sizes(cfg)
+        table += "\n" + sizes_table(found["sizes"])
     print(table)
     if given.out:
         given.out.write_text(table)

@@ -439,6 +439,38 @@ def test_a_run_lowers_whole_for_hopper_without_a_copy_from_the_host(script: Path
         assert without[f"{count}_plain"] > 1.1 * found[f"{count}_plain"], (without, found)
 
 
+SIZES = """
+import sys, types
+sys.path.insert(0, "bench")
+import graphs, json
+tg = graphs.tg
+tg.ATTENTION["torch"] = tg.load_attention("torch")
+cfg, _ = tg.Config.from_env(json.loads(sys.argv[1]), has_cuda=True)
+tg.set_torch(cfg)
+graphs.inductor_config.joint_graph_constant_folding, graphs.inductor_config.force_disable_caches = False, True
+print(json.dumps(graphs.trace_sizes(cfg)))
+"""
+
+
+@lowering
+@pytest.mark.parametrize(("env", "wanted"), [
+    ({"TTT_MODE": "chunk", "TTT_CHUNK_TOKENS": "524288", "EVAL_SEQ_LEN": "4096", "TTT_BATCH_SEQS": "128",
+      "VAL_BATCH_TOKENS": "32768"},
+     {"learning by all weights": ["128 x 4096", "64 x 4096", "32 x 4096", "16 x 4096", "1 x 4096"]}),
+    ({"TTT_BUCKETS": "3", "TTT_EVAL_SEQ_LEN": "2048", "TTT_BATCH_SIZE": "512"},
+     {"adaptation": ["512 x 32", "512 x 256", "512 x 2048", "8 x 32", "8 x 256", "16 x 32", "16 x 256", "4096 x 32",
+                     "4096 x 256"]}),
+])  # fmt: skip
+def test_one_graph_for_hopper_serves_all_sizes_of_adaptation(env: dict[str, str], wanted: dict[str, list[str]]):
+    """At width 32 Inductor would have a second one below 163,840 tokens."""
+    two = {"NUM_LAYERS": "2", "XSA_LAST_N": "2", "NUM_LOOPS": "0", "PARALLEL_START_LAYER": "0"}
+    small = {**TINY, "COMPUTE_DTYPE": "bf16", **two, **env}
+    found = json.loads(lower(["-c", SIZES, json.dumps(small)]).splitlines()[-1])
+    assert {graph: list(sizes) for graph, sizes in found.items()} == wanted
+    for sizes in found.values():
+        assert list(sizes.values()) == [2, *[0] * (len(sizes) - 1)], found
+
+
 # --- bench/gpu.sh, with a Python and a GPU that only say they are there ---
 STAND_INS = {"nvidia-smi": "echo a GPU", "python": """
 case "$*" in
