@@ -219,8 +219,10 @@ def trace_sizes(cfg: tg.Config) -> dict[str, dict[str, int]]:
             model.requires_grad_(False)
             buckets, most = tg.Adaptation(model, forward, cfg.plans[-1], DEVICE).buckets, cfg.ttt_batch_size
             buckets = buckets or [cfg.ttt_chunk_size, cfg.ttt_eval_seq_len]  # TTT_BUCKETS=0: every length
+            warm_up = max(2 * cfg.ttt_chunk_tokens, cfg.val_row_shape[0]) // (cfg.ttt_eval_seq_len + cfg.ttt_chunk_size)
             shorter = buckets[0], buckets[(len(buckets) - 1) // 2]
-            for rows, n in [*((most, n) for n in (*shorter, buckets[-1])), *product((8, 16, 8 * most), shorter)]:
+            sizes = (min(8 + warm_up // 8 * 8, most), shorter[0]), *product((8, 16, most), (*shorter, buckets[-1]))
+            for rows, n in dict.fromkeys((*sizes, *product([4 * most], shorter))):  # 4: see tg.batches_of
                 count("adaptation", f"{rows} x {n}", partial(adapt, cfg, forward, rows, n))
         if cfg.ttt_mode == "chunk" or cfg.phased_ttt_num_phases:
             model.requires_grad_(True)
