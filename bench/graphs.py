@@ -162,9 +162,17 @@ class AnySize(Tracer):
 
 
 # --- What is lowered ---
-def trace_ours(cfg: tg.Config, row: tg.Batch) -> list[Graph]:
-    """Every graph of a run, with torch's own variable-length attention, which traces without a GPU."""
+def prepare(env: dict[str, str]) -> tg.Config:
+    """Once, before anything is lowered. Attention is torch's own for variable lengths, which traces without a GPU."""
+    inductor_config.joint_graph_constant_folding, inductor_config.force_disable_caches = False, True  # it would compute
+    cfg, _ = tg.Config.from_env(env, has_cuda=True)
+    tg.set_torch(cfg)
     tg.ATTENTION["torch"] = tg.load_attention("torch")
+    return cfg
+
+
+def trace_ours(cfg: tg.Config, row: tg.Batch) -> list[Graph]:
+    """Every graph of a run."""
     tracer = Tracer(len(row.inputs) * cfg.vocab_size)
     model, row = tracer.move(tg.GPT(cfg, "torch")), tg.Batch(*map(tracer.fake, row[:3]), row.max_seqlen)
     forward = tracer.compiled(model, fullgraph=True, dynamic=False)
@@ -343,10 +351,8 @@ def main(argv: list[str]) -> int:
     if MISSING:
         print(f"bench/graphs.py: nothing lowered: {MISSING}", 'bench {"target": "sm_90", "host": null}', sep="\n")
         return 0
-    inductor_config.joint_graph_constant_folding, inductor_config.force_disable_caches = False, True  # it would compute
     try:
-        cfg, _ = tg.Config.from_env({"PRESET": "record"} | dict(os.environ), has_cuda=True)
-        tg.set_torch(cfg)
+        cfg = prepare({"PRESET": "record"} | dict(os.environ))
         row = full_row(cfg, cfg.row_shape, torch.device("cpu"))
         script = given.reference and Reference(given.reference, cfg, DEVICE, "torch")  # refused before minutes of work
         try:

@@ -440,15 +440,10 @@ def test_a_run_lowers_whole_for_hopper_without_a_copy_from_the_host(script: Path
 
 
 SIZES = """
-import sys, types
+import sys
 sys.path.insert(0, "bench")
 import graphs, json
-tg = graphs.tg
-tg.ATTENTION["torch"] = tg.load_attention("torch")
-cfg, _ = tg.Config.from_env(json.loads(sys.argv[1]), has_cuda=True)
-tg.set_torch(cfg)
-graphs.inductor_config.joint_graph_constant_folding, graphs.inductor_config.force_disable_caches = False, True
-print(json.dumps(graphs.trace_sizes(cfg)))
+print(json.dumps(graphs.trace_sizes(graphs.prepare(json.loads(sys.argv[1])))))
 """
 
 

@@ -369,6 +369,13 @@ def test_a_ten_thousandth_may_differ_from_the_fields_counts(tiny_data, tmp_path,
         assert "val_bpb" not in run.final
 
 
+def test_the_report_sums_the_seconds_of_a_phase_that_came_more_than_once(tiny_data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = Session(tiny_data)
+    run.phases = [("validate", "none", 1.5), ("train", "train", 4.0), ("validate", "none", 2.25)]
+    assert run.report()["seconds"] == {"validate": 3.75, "train": 4.0}
+
+
 def test_the_report_names_what_gzip_takes_of_the_same_text(tiny_data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = Session(tiny_data)
