@@ -226,6 +226,7 @@ class Config:  # defaults are the `record` preset's; `PRESETS` overrides them an
     dtype = property(lambda c: torch.bfloat16 if c.compute_dtype == "bf16" else torch.float32)
     head_dim = property(lambda c: c.model_dim // c.num_heads)
     mlp_dim = property(lambda c: int(c.mlp_mult * c.model_dim))
+    wallclock = property(lambda c: c.max_wallclock_seconds or math.inf)
     rows_per_step = property(lambda c: c.train_batch_tokens // c.micro_batch_tokens)
     plans = cached_property(lambda c: (layer_plan(c, looped=False), layer_plan(c, looped=True)))
     no_hessians = property(lambda c: c.quantizer in ("gptq_lite", "int6"))
@@ -291,7 +292,7 @@ class Config:  # defaults are the `record` preset's; `PRESETS` overrides them an
         stale, package, at = loops and 0 < lanes <= c.loop_end, c.compressor.replace("zstd", "zstandard"), Path.cwd()
         least = CODE_BYTES + sum(math.prod(r.shape) for r in parameter_table(c).values()) // 8
         pushed = any(visit.parallel and visit.push for plan in c.plans for visit in plan)
-        room, limit = c.cu_seqlens_capacity - 2 - 2 * -(-row // c.train_seq_len), c.max_wallclock_seconds
+        room = c.cu_seqlens_capacity - 2 - 2 * -(-row // c.train_seq_len)
         def writable(path: Path, is_file: bool = False) -> bool:  # it, or where it is to be made
             found = next(p for p in (path, *path.parents) if os.path.exists(p) or len(os.fsencode(p.name)) > 251)
             return os.access(found, os.W_OK) and found.is_dir() != (is_file and found == path)
@@ -343,7 +344,7 @@ class Config:  # defaults are the `record` preset's; `PRESETS` overrides them an
              "1 with TTT_MODE=document: a document is learnt from once (ruling on PR #605)"),
             ("TTT_CHUNK_TOKENS", c.ttt_chunk_tokens >= c.eval_seq_len, "at least EVAL_SEQ_LEN"),
             ("TTT_FREEZE_BLOCKS", c.ttt_freeze_blocks <= c.num_layers, "at most NUM_LAYERS"),
-            ("GPTQ_RESERVE_SECONDS", not limit or c.eval_only_path != "" or 2 * c.gptq_reserve_seconds <= limit,
+            ("GPTQ_RESERVE_SECONDS", c.eval_only_path != "" or 2 * c.gptq_reserve_seconds <= c.wallclock,
              "at most half of MAX_WALLCLOCK_SECONDS"),
             ("COMPRESSOR", package == "ans" or importlib.util.find_spec(package) is not None,
              f"ans, lzma, or {package} must be installed"),
@@ -399,44 +400,44 @@ ALIASES |= {f"GLOBAL_TTT_{x}": f"TTT_{x}" for x in "LR EPOCHS CHUNK_TOKENS MOMEN
 PR1530 = dict(warmdown_frac=0.72, min_lr=0.0, matrix_lr=0.022, gptq_reserve_seconds=13.0, embed_bits=8,
               embed_clip_sigmas=20.0, compressor="brotli", ttt_chunk_size=32, gptq_calibration_batches=64,
               quantizer="gptq", artifact_limit_bytes=0)  # fmt: skip
-PR1560 = {**PR1530, "warmdown_frac": 0.75, "ttt_chunk_size": 48}
-SEEDS = {**PR1530, **dict(  # what the systems before have in common
-    parallel_start_layer=0, muon_momentum=0.99, matrix_lr=0.02, sliding_window_enabled=True, ttt_mode="chunk",
-    ttt_epochs=3)}  # fmt: skip
-PR1413 = {**SEEDS, **dict(
-    data_loader="shuffled", loop_start=4, enable_looping_at=0.5, muon_wd=0.085, ema_decay=0.997, warmdown_frac=0.667,
-    gptq_reserve_seconds=12.0, ttt_lr=0.005)}  # fmt: skip
-OLDER = {**SEEDS, **dict(
-    vocab_size=1024, data_loader="rows", num_loops=0, mlp_mult=3.0, leaky_slope=0.0, skip_gates_enabled=False,
+PR1560 = dict(PR1530, warmdown_frac=0.75, ttt_chunk_size=48)
+SEEDS = dict(  # what the systems before have in common
+    PR1530, parallel_start_layer=0, muon_momentum=0.99, matrix_lr=0.02, sliding_window_enabled=True, ttt_mode="chunk",
+    ttt_epochs=3)  # fmt: skip
+PR1413 = dict(
+    SEEDS, data_loader="shuffled", loop_start=4, enable_looping_at=0.5, muon_wd=0.085, ema_decay=0.997,
+    warmdown_frac=0.667, gptq_reserve_seconds=12.0, ttt_lr=0.005)  # fmt: skip
+OLDER = dict(
+    SEEDS, vocab_size=1024, data_loader="rows", num_loops=0, mlp_mult=3.0, leaky_slope=0.0, skip_gates_enabled=False,
     qk_gain_init=1.5, rope_train_seq_len=1024, smear_enabled=True, muon_row_normalize=False, muon_wd=0.04, adam_wd=0.04,
-    embed_wd=0.04, warmdown_iters=3500, gptq_reserve_seconds=-1.0)}  # fmt: skip
-PR473 = {**OLDER, **dict(
-    iterations=9000, bigram_vocab_size=3072, ve_enabled=True, xsa_last_n=4, tied_embed_lr=0.035, matrix_lr=0.025,
-    scalar_lr=0.025, ema_decay=0.997, quantizer="gptq_lite", compressor="lzma")}  # fmt: skip
-PR605 = {**OLDER, **dict(  # the legal form: one pass, scored first
-    train_seq_len=1024, bigram_vocab_size=2048, train_input_features=False, xsa_last_n=0, ln_scale=False,
+    embed_wd=0.04, warmdown_iters=3500, gptq_reserve_seconds=-1.0)  # fmt: skip
+PR473 = dict(
+    OLDER, iterations=9000, bigram_vocab_size=3072, ve_enabled=True, xsa_last_n=4, tied_embed_lr=0.035, matrix_lr=0.025,
+    scalar_lr=0.025, ema_decay=0.997, quantizer="gptq_lite", compressor="lzma")  # fmt: skip
+PR605 = dict(  # the legal form: one pass, scored first
+    OLDER, train_seq_len=1024, bigram_vocab_size=2048, train_input_features=False, xsa_last_n=0, ln_scale=False,
     branch_scale=True, rope_dims=0, rope_base=50000.0, warmdown_iters=3000, ema_decay=0.999, ema_every=10,
     export_weights="swa", quantizer="int6", prune_frac=0.04, tables_fp16=True, compressor="zstd",
     sliding_window_enabled=False, ttt_mode="document", ttt_epochs=1, ttt_lora_rank=8, ttt_lm_rank=16, ttt_k_lora=False,
     ttt_mlp_lora=False, ttt_o_lora=False, ttt_bias_tune=True, ttt_lora_lr=0.01, ttt_cosine_chunks=8,
-    ttt_lr_factors="q:0.5,v:1.5,head:2,bias:3", ttt_beta1=0.9, ttt_beta2=0.95, ttt_weight_decay=0.0,
-    ttt_chunk_size=256, ttt_eval_seq_len=1024, ttt_min_doc_len=512, eval_deadline_seconds=550.0)}  # fmt: skip
+    ttt_lr_factors="q:0.5,v:1.5,head:2,bias:3", ttt_beta1=0.9, ttt_beta2=0.95, ttt_weight_decay=0.0, ttt_chunk_size=256,
+    ttt_eval_seq_len=1024, ttt_min_doc_len=512, eval_deadline_seconds=550.0)  # fmt: skip
 CPU = dict(
     dataset="pydocs_sp1024", vocab_size=1024, compile=False, num_layers=6, model_dim=192, num_heads=3, num_kv_heads=1,
     mlp_mult=3.0, xsa_last_n=6, num_loops=1, loop_start=2, loop_end=3, enable_looping_at=0.8, parallel_start_layer=4,
     max_wallclock_seconds=125.0, train_batch_tokens=2048, micro_batch_tokens=2048, train_seq_len=512,
     cu_seqlens_capacity=64, train_log_every=0, val_loss_every=0, matrix_lr=0.03, muon_momentum=0.95,
-    muon_momentum_warmup_start=0.85, muon_momentum_warmup_steps=100, ema_decay=0.98,
-    val_batch_tokens=65536, eval_seq_len=512, ttt_lora_rank=8, ttt_lora_lr=3e-3, ttt_chunk_size=128,
-    ttt_eval_seq_len=512, ttt_batch_size=16, ttt_buckets=0, ttt_chunk_tokens=4096)  # fmt: skip
+    muon_momentum_warmup_start=0.85, muon_momentum_warmup_steps=100, ema_decay=0.98, val_batch_tokens=65536,
+    eval_seq_len=512, ttt_lora_rank=8, ttt_lora_lr=3e-3, ttt_chunk_size=128, ttt_eval_seq_len=512, ttt_batch_size=16,
+    ttt_buckets=0, ttt_chunk_tokens=4096)  # fmt: skip
 PRESETS = dict(record={}, pr1530=PR1530, pr1560=PR1560, pr1413=PR1413, pr473=PR473, pr605=PR605, cpu=CPU)
-SHRINK = {**{f: CPU[f] for f in (
-    "dataset", "vocab_size", "compile", "train_batch_tokens", "micro_batch_tokens", "ema_decay",
-    "muon_momentum", "muon_momentum_warmup_start", "muon_momentum_warmup_steps", "val_batch_tokens", "ttt_lora_rank",
-    "ttt_batch_size", "ttt_buckets", "ttt_chunk_tokens")}, **dict(
+SHRINK = {f: CPU[f] for f in """dataset vocab_size compile train_batch_tokens micro_batch_tokens ema_decay muon_momentum
+    muon_momentum_warmup_start muon_momentum_warmup_steps val_batch_tokens ttt_lora_rank ttt_batch_size ttt_buckets
+    ttt_chunk_tokens""".split()}
+SHRINK |= dict(
     model_dim=128, num_heads=4, num_kv_heads=2, bigram_vocab_size=512, bigram_dim=32, ve_dim=32, ttt_lora_lr=3e-3,
     max_wallclock_seconds=40.0, gptq_reserve_seconds=-1.0, gptq_calibration_batches=16, warmdown_iters=200,
-    cu_seqlens_capacity=128, swa_every=5, eval_stride=128, ttt_chunk_size=32, ttt_epochs=1)}  # fmt: skip
+    cu_seqlens_capacity=128, swa_every=5, eval_stride=128, ttt_chunk_size=32, ttt_epochs=1)  # fmt: skip
 LENGTHS = "train_seq_len", "eval_seq_len", "ttt_eval_seq_len", "rope_train_seq_len", "ttt_min_doc_len"  # an eighth
 
 def print_knobs() -> None:  # variable, default per preset, meaning
@@ -707,9 +708,8 @@ def heed_doctor(cfg: Config, tokenizer: Tokenizer) -> None:  # UsageError if doc
             error = verdict["errors"][0]
     if error:
         raise UsageError(f"{cfg.dataset_dir}: {error}; found by tools/prepare_data.py doctor")
-def open_shards(cfg: Config, tokenizer: Tokenizer, ranks: Ranks, splits: list[str]) -> dict[str, TokenStream]:
-    """The streams of `splits`. Raises UsageError for what cannot be used; each rank scans its share of the ids."""
-    streams = {split: TokenStream(cfg.dataset_dir, split) for split in splits}
+def check_shards(cfg: Config, tokenizer: Tokenizer, ranks: Ranks, streams: dict[str, TokenStream]) -> None:
+    """UsageError for what cannot be used of these splits; each rank scans its share of the ids."""
     heed_doctor(cfg, tokenizer)
     known = {f["name"]: f["tokens"] for s in tokenizer.manifest.get("splits", {}).values() for f in s["files"]}
     for split, stream in streams.items():
@@ -723,7 +723,6 @@ def open_shards(cfg: Config, tokenizer: Tokenizer, ranks: Ranks, splits: list[st
             raise UsageError(f"{stream.paths[0]}: no document starts at its beginning (BOS id {tokenizer.bos_id})")
         if split == "train" and stream.size <= cfg.train_batch_tokens:
             raise UsageError(f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens}: the shards hold {stream.size} tokens")
-    return streams
 
 # === 4. Kernels: MLP, cross-entropy, and variable-length attention, each beside a plain reference =====================
 HEAD_TILES = [(32, 8), (32, 4), (16, 4), (64, 8)]  # heads, warps
@@ -1299,10 +1298,9 @@ class GPT(nn.Module):  # the network of PR #1530; parameters are fp32, products 
             if role.init == "orthogonal":
                 for matrix in weight.view(-1, *role.shape[-2:]):
                     nn.init.orthogonal_(matrix, generator=g)
-            elif role.init == "normal":
-                nn.init.normal_(weight, std=cfg.tied_embed_init_std, generator=g)
-            elif role.init == "small":
-                nn.init.normal_(weight, std=0.01, generator=g)
+            elif role.init in ("normal", "small"):
+                std = cfg.tied_embed_init_std if role.init == "normal" else 0.01
+                nn.init.normal_(weight, std=std, generator=g)
             elif role.init == "first":
                 weight[:, 0] = 1.0
             self.register_parameter(name, nn.Parameter(weight))
@@ -1936,7 +1934,7 @@ def train(run: Run, reserve: float) -> bool:
     Schedules follow the share of the budget spent, or of ITERATIONS. Returns whether the loops ran at the end: scoring
     uses the depth that was trained (W6). FloatingPointError if a loss or gradient is not finite: see last_good.pt."""
     cfg, ranks, log, plans = run.cfg, run.ranks, run.log, run.cfg.plans
-    progress = Progress(run, (cfg.max_wallclock_seconds or math.inf) - reserve)
+    progress = Progress(run, cfg.wallclock - reserve)
     loader = PackedLoader(run.streams["train"], run.tokenizer.bos_id, cfg, ranks)
     loader.cursor, steps = progress.tokens, loader.steps()
     on_signals(lambda number, _: setattr(progress, "signal", number))
@@ -2374,13 +2372,15 @@ def load_artifact(model: GPT, streams: list[bytes]) -> None:  # every parameter 
         model.get_parameter(name)[-shape[0] :] = torch.from_numpy(value)
 
 # === 11. Test-time training: score a chunk, then learn from it, before a deadline =====================================
-class Deadline:  # of all evaluation: is there time for one more step, if all that is left must then be scored plainly?
+class Deadline:  # of all evaluation: late, for good, once a step and plain scoring of the targets left may not fit in
     def __init__(self, seconds: float):
-        self.end, self.step, self.last, self.rate = time.monotonic() + seconds, 0.0, math.inf, 0.0
-    def allows(self, targets: float) -> bool:  # asked before each step; `targets` are left to this rank
+        self.end, self.step, self.last, self.rate, self.late = time.monotonic() + seconds, 0.0, math.inf, 0.0, False
+    def near(self, targets: float, ranks: Ranks | None = None) -> bool:  # asked before each step, by one rank or by all
         now = time.monotonic()
         self.step, self.last = max(0.9 * self.step, now - self.last), now
-        return now + 2 * self.step + 2 * self.rate * targets < self.end  # rate: seconds per plain target
+        late = self.late or now + 2 * self.step + 2 * self.rate * targets >= self.end  # rate: seconds per plain target
+        self.late = any(ranks.gather(late)) if ranks else late
+        return self.late
 
 def adapter_update(leaf: Tensor, master: Tensor, grad: Tensor, moments: list[Tensor], t: Tensor, rate: Tensor,
                    cfg: Config) -> None:  # fmt: skip
@@ -2518,19 +2518,18 @@ def adapt_documents(state: Adaptation, scorer: Scorer, first: int, stop: int, de
     """Scores the documents first..stop-1 once; the ranks take batches from a shared counter. When the deadline is near,
     a rank scores the rest of its batch, and the batches it takes from there on, without learning."""
     (ledger, cfg, ranks, log), (_, starts, counts) = scorer[2:], scorer.ledger.docs
-    batches, late = batches_of(ledger.docs, np.arange(first, stop), cfg, ranks.world_size), False
+    batches = batches_of(ledger.docs, np.arange(first, stop), cfg, ranks.world_size)
     left = np.cumsum([counts[stop:].sum(), *(counts[b].sum() for b in batches[::-1])])[::-1]  # targets from a batch on
     numbers = range(ranks.rank, len(batches), ranks.world_size) if cfg.ttt_warm_start_a else ranks.tickets()
     for number in takewhile(lambda n: n < len(batches), numbers):
         batch, done = batches[number], 0
-        for done in score_then_adapt(state, batch, ledger) if not late else ():
-            late = not deadline.allows((counts[batch] - done).clip(0).sum() + left[number + 1] / ranks.world_size)
-            if late:
+        for done in score_then_adapt(state, batch, ledger) if not deadline.late else ():
+            if deadline.near((counts[batch] - done).clip(0).sum() + left[number + 1] / ranks.world_size):
                 break
             if log.due():
                 running = "running_loss:{val_loss:.4f} running_bpb:{val_bpb:.4f}".format(**ledger.result())
                 log(f"ttt_progress: batch {number + 1}/{len(batches)} {running}")
-        rest = [d for d in batch if late and counts[d] > done]
+        rest = [d for d in batch if deadline.late and counts[d] > done]
         spans = ((d, span) for d in rest for span in windows(counts[d], cfg.eval_seq_len, cfg.eval_seq_len))
         scorer.score(((starts[d] + start, starts[d] + max(score, done), starts[d] + end)
                       for d, (start, score, end) in spans if end > done), shared=False)  # fmt: skip
@@ -2551,45 +2550,45 @@ def score_documents(state: Adaptation, scorer: Scorer, deadline: Deadline) -> It
         starts = range(0, len(places) - size + 1, size)
         yield int(docs.counts[stop:].sum()), [(places[i : i + size], i / len(places)) for i in starts]
 
-def score_chunks(scorer: Scorer) -> Iterator[tuple[int, list]]:
+def score_chunks(scorer: Scorer, deadline: Deadline) -> Iterator[tuple[int, list]]:
     """TTT_MODE=chunk (PR #461, #1413): scores every window of a chunk of the stream; windows that straddle chunks in
-    parts, EVAL_STRIDE apart with SLIDING_WINDOW_ENABLED. Yields the targets left, and what all weights learn from
-    before the next chunk: (places, share of the schedule that is over). Nothing after the last."""
+    parts, EVAL_STRIDE apart with SLIDING_WINDOW_ENABLED; what is late at once, in plain ones. Yields the targets left,
+    and what all weights learn from before the next chunk, after the last nothing: (places, share of the schedule)."""
     size, places, spans = scorer.cfg.ttt_chunk_tokens, scorer.ledger.docs.places(), {}
     for start, score, end in scorer.windows(scorer.cfg.eval_stride * scorer.cfg.sliding_window_enabled):
         at = int(np.searchsorted(places, score))
         for k in range(at // size, (at + end - score - 1) // size + 1):
             part = max(score, score + k * size - at), min(end, score + (k + 1) * size - at)
             spans.setdefault(k, []).append((start, *part))
+    last = len(spans) - 1
     for k in range(len(spans)):
         scorer.score(spans[k], shared=True)
-        chunk, last = places[k * size : (k + 1) * size], len(spans) - 1
-        yield max(0, len(places) - (k + 1) * size), [(chunk, k / last)] if k < last else []
+        chunk, left = places[k * size : (k + 1) * size], places[(k + 1) * size :]
+        yield len(left), [(chunk, k / last)] if k < last else []
+        if deadline.late and k < last:
+            rest = ((start, max(score, left[0]), end) for start, score, end in scorer.windows(0) if end > left[0])
+            scorer.score(rest, shared=True)
+            scorer.ledger.plain += scorer.ranks.is_main * (last - k - 1)
+            break
 
 def evaluate_ttt(scorer: Scorer, state: Adaptation | None, model: GPT, forward: Callable, deadline: Deadline) -> Ledger:
     """Scores every target once, with adapters `state` or without; in between, SGD on all weights over targets that are
     scored, the rate on a cosine, the same on all ranks. All call it. Afterwards the weights are as before."""
-    ranks, weights, late = scorer.ranks, list(model.parameters()), False
-    kept, cfg = [p.detach().clone() for p in weights], scorer.cfg
+    ranks, cfg, weights = scorer.ranks, scorer.cfg, list(model.parameters())
+    kept = [p.detach().clone() for p in weights]
     sgd = torch.optim.SGD(weights, momentum=cfg.ttt_momentum)
     if cfg.ttt_chunk_optimizer == "adam":
         sgd = torch.optim.AdamW(weights, betas=(cfg.beta1, cfg.beta2), weight_decay=0)
     model.requires_grad_(False)  # or a compiled backward would compute the gradients of all weights
-    for left, learns in score_documents(state, scorer, deadline) if state else score_chunks(scorer):
+    for left, learns in score_documents(state, scorer, deadline) if state else score_chunks(scorer, deadline):
         for place, share in learns:
-            late = late or any(ranks.gather(not deadline.allows(left / ranks.world_size)))
-            if not late:
+            if deadline.near(left / ranks.world_size, ranks):
+                scorer.ledger.plain += ranks.is_main
+            else:
                 sgd.param_groups[0]["lr"] = 0.5 * cfg.ttt_lr * (1 + math.cos(math.pi * share))
                 learn_weights(model, forward, sgd, scorer, place)
-        scorer.ledger.plain += late and ranks.is_main
         if state:  # each phase starts anew
             sgd.state.clear()
-        elif late and left:
-            first = int(scorer.ledger.docs.places()[-left])  # of the chunks that nothing learns from
-            rest = ((start, max(score, first), end) for start, score, end in scorer.windows(0) if end > first)
-            scorer.score(rest, shared=True)
-            scorer.ledger.plain += ranks.is_main * -(-left // cfg.ttt_chunk_tokens)
-            break
     model.requires_grad_(True)
     torch._foreach_copy_([p.detach() for p in weights], kept)
     return scorer.ledger.join(ranks)
@@ -2696,11 +2695,12 @@ class Run:  # from its data to its report, the same on all ranks; `go` holds the
         cfg, ranks = self.cfg, self.ranks
         if not self.saved and ranks.world_size > cfg.rows_per_step:
             raise UsageError(f"WORLD_SIZE={ranks.world_size}: must be at most {cfg.rows_per_step}, the rows of a step")
-        TokenStream(cfg.dataset_dir, "val")  # where there is no data, that is the error, not the tokenizer
+        splits = ["val"] if "streams" in self.saved else ["val", "train"]  # no data is an error before no tokenizer
+        self.streams = {split: TokenStream(cfg.dataset_dir, split) for split in splits}
         self.tokenizer = Tokenizer.load(cfg)
         if self.saved.get("tokenizer", self.tokenizer.sha256) != self.tokenizer.sha256:
             raise UsageError(f"EVAL_ONLY_PATH={cfg.eval_only_path}: {self.tokenizer.path} is not its tokenizer")
-        self.streams = open_shards(cfg, self.tokenizer, ranks, ["val"] if "streams" in self.saved else ["train", "val"])
+        check_shards(cfg, self.tokenizer, ranks, self.streams)
         self.docs = Documents.load(self.streams["val"], self.tokenizer.bos_id, cfg)
         self.table, self.decoded = check_bytes(self.tokenizer, self.docs, ranks)
         self.backend, lines = choose_attention(cfg.attention_backend, ranks.device, cfg.dtype)
@@ -2758,9 +2758,9 @@ class Run:  # from its data to its report, the same on all ranks; `go` holds the
         set_torch(cfg)
         self.model = GPT(cfg, self.backend).to(self.ranks.device)
         self.forward = torch.compile(self.model, fullgraph=True, dynamic=False) if cfg.compile else self.model
-        adapting = for_any_size(self.model, cfg.ttt_cuda_graph and self.backend != "sdpa")  # sdpa asks the host
-        both, T = (self.forward, adapting if cfg.compile else self.model), cfg.logit_temperature
-        self.scoring, self.ttt_forward = both if T == 1 else (partial(f, temperature=T) for f in both)
+        graphs = cfg.ttt_cuda_graph and self.backend != "sdpa"  # which asks the host
+        both = self.forward, for_any_size(self.model, graphs) if cfg.compile else self.model
+        self.scoring, self.ttt_forward = (partial(f, temperature=cfg.logit_temperature) for f in both)
         self.log(f"model_params:{sum(p.numel() for p in self.model.parameters())}")
         start = saved or self.kept
         looped = start.get("looped", cfg.num_loops > 0 and cfg.enable_looping_at < 1)
@@ -2801,7 +2801,7 @@ class Run:  # from its data to its report, the same on all ranks; `go` holds the
                     if trains:
                         self.optimizers.step(1.0, cfg.muon_momentum)
                 self.log(f"warmup_step: {step + 1}/{cfg.warmup_steps}")
-            measured = trains and cfg.gptq_reserve_seconds < 0 < cfg.max_wallclock_seconds
+            measured = trains and cfg.gptq_reserve_seconds < 0 and cfg.wallclock < math.inf
             for _ in range(2 * measured):  # cold, then timed
                 start = ranks.now()
                 calibration = self.calibrate(last, [row])
@@ -2833,9 +2833,9 @@ class Run:  # from its data to its report, the same on all ranks; `go` holds the
         self.sentinel = Sentinel(self.log)  # of what is compiled from here on
         fastest.measures = not cfg.warmup_steps
         reserve = max(ranks.gather(reserve)) if cfg.gptq_reserve_seconds < 0 else cfg.gptq_reserve_seconds
-        if trains and 0 < cfg.max_wallclock_seconds < 2 * reserve:
-            raise UsageError(f"MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g}: compression needs {reserve:.1f} s")
-        self.log(f"gptq:reserving {reserve:.1f}s, effective={1000 * (cfg.max_wallclock_seconds - reserve):.0f}ms")
+        if trains and cfg.wallclock < 2 * reserve:
+            raise UsageError(f"MAX_WALLCLOCK_SECONDS={cfg.wallclock:g}: compression needs {reserve:.1f} s")
+        self.log(f"gptq:reserving {reserve:.1f}s, effective={1000 * (cfg.wallclock - reserve):.0f}ms")
         return reserve
 
     def check_compiled(self, count: float) -> None:  # of all ranks, since warm-up
@@ -2906,14 +2906,13 @@ class Run:  # from its data to its report, the same on all ranks; `go` holds the
         if problems or any(abs(n - m) > 1e-4 * m for n, m in zip(held, known, strict=True) if m):
             reasons = problems or [f"(documents, tokens, bytes) are {held}, in the field's data set {known}"]
             raise InvalidScore(f"{label} INVALID: {'; '.join(reasons)}")
-        result, seconds = ledger.result(), self.phases[-1][2]
-        loss, bpb = result["val_loss"], result["val_bpb"]
+        (loss, bpb, tokens, num_bytes), seconds = ledger.result().values(), self.phases[-1][2]
         self.log(f"{label} val_loss:{loss:.8f} val_bpb:{bpb:.8f} eval_time:{1000 * seconds:.0f}ms")
         self.log.scalars(self.final.get("steps", 0), {f"val_bpb/{key}": bpb})
         if ledger.plain:
             self.log(f"deadline: {ledger.plain} of them scored without learning from them")
         self.final |= {f"{key}_loss": loss, f"{key}_bpb": bpb, "val_loss": loss, "val_bpb": bpb}
-        self.final |= {"val_tokens": result["tokens"], "val_bytes": result["bytes"]}
+        self.final |= {"val_tokens": tokens, "val_bytes": num_bytes}
         if self.ranks.is_main:
             write_atomic(self.folder / "scores.json", json.dumps(self.final, indent=1).encode())
             np.savez(buffer := io.BytesIO(), **ledger.by_document())
@@ -2941,6 +2940,7 @@ def main(argv: list[str]) -> int:  # exit status: 0 done, 1 the run failed, 2 wr
     together = False  # whether all ranks end alike
     try:
         if argv == ["--knobs"]:
+            signal.signal(getattr(signal, "SIGPIPE", signal.SIGTERM), signal.SIG_DFL)  # of | head, to end in silence
             print_knobs()
             return 0
         if argv:

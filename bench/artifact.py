@@ -147,7 +147,8 @@ class Checkpoint:
         if "weights" not in saved:
             raise tg.UsageError(f"{path}: is an artifact; a checkpoint is needed, final_model.pt beside it")
         self.ranks, tokenizer = tg.Ranks({}), tg.Tokenizer.load(self.cfg)
-        streams = tg.open_shards(self.cfg, tokenizer, self.ranks, ["train", "val"])
+        streams = {split: tg.TokenStream(self.cfg.dataset_dir, split) for split in ("train", "val")}
+        tg.check_shards(self.cfg, tokenizer, self.ranks, streams)
         self.docs = tg.Documents.load(streams["val"], tokenizer.bos_id, self.cfg)
         self.table, _ = tg.check_bytes(tokenizer, self.docs, self.ranks)
         self.plan = self.cfg.plans[saved["looped"]]

@@ -98,7 +98,8 @@ def load_text(cfg: tg.Config, count: int, batches: int, longest: int) -> tuple[T
         table = tg.ByteTable(np.ones(cfg.vocab_size, np.int64), *np.zeros((2, cfg.vocab_size), bool))
     else:
         tokenizer = tg.Tokenizer.load(cfg)
-        stream = tg.open_shards(cfg, tokenizer, tg.Ranks({}), ["val"])["val"]
+        stream = tg.TokenStream(cfg.dataset_dir, "val")
+        tg.check_shards(cfg, tokenizer, tg.Ranks({}), {"val": stream})
         all_docs = tg.Documents.load(stream, tokenizer.bos_id, cfg)
         lengths, bos_id, source = all_docs.counts, tokenizer.bos_id, f"{cfg.dataset_dir.name}, validation"
         table = tg.ByteTable.from_sentencepiece(tokenizer.model)

@@ -147,8 +147,8 @@ def chunk_before_its_score(tg):
     """a chunk of the stream is learnt from, then scored, and the read is not declared"""
     original = tg.score_chunks
 
-    def score_chunks(scorer):
-        size, places, scores = scorer.cfg.ttt_chunk_tokens, scorer.ledger.docs.places(), original(scorer)
+    def score_chunks(scorer, deadline):
+        size, places, scores = scorer.cfg.ttt_chunk_tokens, scorer.ledger.docs.places(), original(scorer, deadline)
         scorer.ledger.require = lambda *_: None
         for start in range(0, len(places), size):
             yield len(places) - start, [(places[start : start + size], start / len(places))]

@@ -97,6 +97,13 @@ def tiny_config(**overrides: object) -> tg.Config:
     return tg.Config.from_env({**TINY, **changed}, has_cuda=False)[0]
 
 
+def opened(cfg: tg.Config, ranks: tg.Ranks | None = None) -> dict[str, tg.TokenStream]:
+    """Both splits of the data set, checked as a run checks them."""
+    streams = {split: tg.TokenStream(cfg.dataset_dir, split) for split in ("train", "val")}
+    tg.check_shards(cfg, tg.Tokenizer.load(cfg), ranks or tg.Ranks({}), streams)
+    return streams
+
+
 def run_script(env: dict[str, str], cwd: Path, ranks: int = 0, timeout: float = 240) -> subprocess.CompletedProcess:
     """train_gpt.py in a process of its own, or `ranks` of them under torchrun, with `env` and little else set."""
     base = {k: os.environ[k] for k in ("PATH", "HOME", "LANG") if k in os.environ}

@@ -6,6 +6,7 @@ import importlib.machinery
 import importlib.util
 import math
 import os
+import signal
 import subprocess
 import sys
 
@@ -449,6 +450,13 @@ def test_knobs_option_prints_every_knob_with_its_default_per_preset(tmp_path):
         kind = type(f.default) if type(f.default) is not bool else int
         assert cells == [v or "-" for v in expected] if kind is str else list(map(float, cells)) == expected, line
         assert f.metadata["doc"] in line
+
+
+def test_knobs_into_a_pipe_that_closes_end_in_silence(tmp_path):
+    with subprocess.Popen([sys.executable, str(ROOT / "train_gpt.py"), "--knobs"], cwd=tmp_path, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as shown:  # fmt: skip
+        shown.stdout.close()  # as `| head` does, here before the first line
+        assert (shown.stderr.read(), shown.wait()) == ("", -signal.SIGPIPE)
 
 
 # --- What the file promises of itself ---

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
-from conftest import VOCAB, tiny_config, tiny_text
+from conftest import VOCAB, opened, tiny_config, tiny_text
 
 import train_gpt as tg
 
@@ -251,13 +251,9 @@ def test_sample_of_documents_is_drawn_with_the_seed_and_keeps_their_order(tmp_pa
 # --- Checks before anything is expensive ---
 
 
-def open_all(cfg, ranks=None):
-    return tg.open_shards(cfg, tg.Tokenizer.load(cfg), ranks or rank_of(1), ["train", "val"])
-
-
 def test_good_data_is_opened(tiny_data):
     cfg = tiny_config(data_dir=tiny_data)
-    streams = open_all(cfg)
+    streams = opened(cfg)
     manifest = json.loads((cfg.dataset_dir / "manifest.json").read_text())
     assert {k: s.size for k, s in streams.items()} == {k: v["tokens"] for k, v in manifest["splits"].items()}
 
@@ -272,9 +268,9 @@ def test_id_past_the_vocabulary_is_refused_by_the_rank_that_scans_it(data_copy, 
     if not manifest:
         (folder / "manifest.json").unlink()
     cfg = tiny_config(data_dir=root, tokenizer_path=root / "tokenizers" / f"{DATASET}.model")
-    refused(lambda: open_all(cfg), path, f"id {VOCAB}", f"VOCAB_SIZE={VOCAB}")
-    refused(lambda: open_all(cfg, rank_of(2, 1)), path, f"id {VOCAB}")
-    open_all(cfg, rank_of(2, 0))  # the other rank's share is fine
+    refused(lambda: opened(cfg), path, f"id {VOCAB}", f"VOCAB_SIZE={VOCAB}")
+    refused(lambda: opened(cfg, rank_of(2, 1)), path, f"id {VOCAB}")
+    opened(cfg, rank_of(2, 0))  # the other rank's share is fine
 
 
 @pytest.mark.parametrize(("split", "positions"), [("train", "all"), ("val", "all"), ("val", "first")])
@@ -284,7 +280,7 @@ def test_stream_without_document_starts_is_refused(data_copy, split, positions):
     tokens = np.array(tg.read_shard(path))
     tokens[(tokens == BOS) if positions == "all" else 0] = 7
     tg.write_shard(path, tokens)
-    refused(lambda: open_all(tiny_config(data_dir=root)), path, f"BOS id {BOS}")
+    refused(lambda: opened(tiny_config(data_dir=root)), path, f"BOS id {BOS}")
 
 
 def test_shard_that_is_not_the_manifests_is_refused(data_copy):
@@ -292,10 +288,10 @@ def test_shard_that_is_not_the_manifests_is_refused(data_copy):
     path = folder / f"{PREFIX}_val_000000.bin"
     tokens = np.array(tg.read_shard(path))
     tg.write_shard(path, tokens[:-1])
-    refused(lambda: open_all(tiny_config(data_dir=root)), path, len(tokens), len(tokens) - 1)
+    refused(lambda: opened(tiny_config(data_dir=root)), path, len(tokens), len(tokens) - 1)
     tg.write_shard(path, tokens)
     tg.write_shard(folder / f"{PREFIX}_val_000001.bin", tokens)
-    refused(lambda: open_all(tiny_config(data_dir=root)), folder / f"{PREFIX}_val_000001.bin", len(tokens))
+    refused(lambda: opened(tiny_config(data_dir=root)), folder / f"{PREFIX}_val_000001.bin", len(tokens))
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -303,7 +299,7 @@ def test_data_set_without_a_split_is_refused(data_copy, split):
     root, folder = data_copy
     for path in folder.glob(f"*_{split}_*.bin"):
         path.unlink()
-    refused(lambda: open_all(tiny_config(data_dir=root)), folder, f"_{split}_")
+    refused(lambda: opened(tiny_config(data_dir=root)), folder, f"_{split}_")
 
 
 def test_shards_that_hold_no_batch_are_refused(tiny_data):
@@ -311,7 +307,7 @@ def test_shards_that_hold_no_batch_are_refused(tiny_data):
     for batch in (size, 2 * size):
         shape = dict(train_batch_tokens=batch, micro_batch_tokens=batch, cu_seqlens_capacity=batch)
         cfg = tiny_config(data_dir=tiny_data, **shape)
-        refused(lambda cfg=cfg: open_all(cfg), f"TRAIN_BATCH_TOKENS={batch}", size)
+        refused(lambda cfg=cfg: opened(cfg), f"TRAIN_BATCH_TOKENS={batch}", size)
 
 
 def train_tokenizer(root, name, text, **options):

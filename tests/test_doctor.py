@@ -12,7 +12,7 @@ import sys
 import numpy as np
 import pytest
 import sentencepiece
-from conftest import ROOT, TINY, VOCAB, run_script, tiny_config, tiny_text, write_dataset
+from conftest import ROOT, TINY, VOCAB, opened, run_script, tiny_config, tiny_text, write_dataset
 
 sys.path.insert(0, str(ROOT / "tools"))
 import doctor
@@ -464,11 +464,6 @@ def test_worker_processes_find_the_same(root, capsys, monkeypatch):
     assert here["faults"] == there["faults"] and here["splits"] == there["splits"]
 
 
-def opened(root, **knobs):
-    cfg = tiny_config(data_dir=root, **knobs)
-    return tg.open_shards(cfg, tg.Tokenizer.load(cfg), tg.Ranks({}), ["train", "val"])
-
-
 def test_a_run_refuses_data_with_an_error_in_one_line(root, capsys, tmp_path):
     plant_val(1)(root)
     examine(root, capsys, status=1)
@@ -478,33 +473,33 @@ def test_a_run_refuses_data_with_an_error_in_one_line(root, capsys, tmp_path):
 
 
 def test_a_verdict_counts_only_for_the_very_files(root, capsys):
-    opened(root)  # no verdict, no refusal
+    opened(tiny_config(data_dir=root))  # no verdict, no refusal
     examine(root, capsys, status=0)
-    opened(root)
+    opened(tiny_config(data_dir=root))
     plant_val(1)(root)
-    opened(root)  # the good verdict was about other files, and so is none
+    opened(tiny_config(data_dir=root))  # the good verdict was about other files, and so is none
     examine(root, capsys, status=1)
     verdict = (folder_of(root) / "doctor.json").read_text()
 
     def refused():
         with pytest.raises(tg.UsageError, match="overlap"):
-            opened(root)
+            opened(tiny_config(data_dir=root))
 
     refused()
     for name in (FIRST, VAL, "manifest.json", f"../../tokenizers/{NAME}.model"):
         path = folder_of(root) / name
         before = path.stat()
         os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
-        opened(root)
+        opened(tiny_config(data_dir=root))
         os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
         refused()
     extra = folder_of(root) / "other_test_000000.bin"
     extra.write_bytes(b"")
-    opened(root)
+    opened(tiny_config(data_dir=root))
     extra.unlink()
     for damaged in ("", "[]", '{"errors": ["x"]}', verdict[:-30]):
         (folder_of(root) / "doctor.json").write_text(damaged)
-        opened(root)
+        opened(tiny_config(data_dir=root))
     (folder_of(root) / "doctor.json").write_text(verdict)
     refused()
 

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, VOCAB, final_line, run_script, tiny_config
+from conftest import ROOT, TINY, VOCAB, final_line, on_ranks, run_script, tiny_config
 from test_training import Session
 from test_ttt import LENGTHS, S, adaptation, assert_equal, documents, evaluated, model_for, scorer_for, with_settings
 
@@ -187,12 +187,45 @@ def test_deadline_of_a_third_of_the_time_ends_inside_it_with_every_target_scored
     assert same.sum() > 100 and base.sum() > 100  # some as if there were no deadline, some without learning
 
 
-@pytest.mark.parametrize("settings", [{}, CHUNKS, PHASES], ids=["document", "chunk", "phases"])
-def test_deadline_of_zero_is_plain_scoring(settings):
-    docs, model = documents(*MANY), model_for(4, **settings)
+@pytest.mark.parametrize("mode", ["document", "chunk", "phases"])
+def test_deadline_of_zero_is_plain_scoring_and_says_what_was_not_learnt_from(mode):
+    docs, model = documents(*MANY), model_for(4, **{"chunk": CHUNKS, "phases": PHASES}.get(mode, {}))
     ledger = evaluated(model, docs, seconds=0.0)
     assert np.abs(nats_of(ledger) - nats_of(plain(model, docs))).max() < 1e-5
-    assert ledger.plain > 0
+    chunks = -(-docs.counts.sum() // 128) - 1  # nothing learns from the last
+    before = docs.counts[:5].sum() // 64 + docs.counts[:10].sum() // 64  # whole chunks of each phase
+    assert ledger.plain == {"chunk": chunks, "phases": len(MANY) + before}.get(mode, len(MANY))
+
+
+def late_on_the_second(ranks: tg.Ranks, settings: dict[str, dict]) -> dict[str, tuple[np.ndarray, int]]:
+    docs, found = documents(*MANY), {}
+    for mode, more in settings.items():
+        ledger = evaluated(model_for(4, **more), docs, ranks, seconds=0.0 if ranks.rank else 1e9)
+        found[mode] = nats_of(ledger), ledger.plain
+    return found
+
+
+def test_deadline_of_one_rank_ends_the_learning_of_all_weights_on_all(tmp_path):
+    """Each rank asks its own clock; if one learnt where another does not, their weights would part, or both hang."""
+    still = {"ttt_lora_lr": 0.0}  # of the two, only the weights' learning is to be seen
+    both = on_ranks(2, late_on_the_second, tmp_path, {"chunk": CHUNKS, "phases": {**PHASES, **still}})
+    docs, model = documents(*MANY), model_for(4, **still)
+    base, adapted = nats_of(plain(model, docs)), nats_of(evaluated(model, docs))
+    for mode in ("chunk", "phases"):
+        (nats, unlearnt), (others, other) = (found[mode] for found in both)
+        assert_equal(nats, others)
+        unmoved = base if mode == "chunk" else np.where(np.abs(nats - base) < 1e-5, base, adapted)
+        assert np.abs(nats - unmoved).max() < 1e-5
+        pieces = docs.counts.sum() // 128 if mode == "chunk" else sum(docs.counts[:n].sum() // 64 for n in (5, 10))
+        assert unlearnt == other
+        assert 0 <= unlearnt - pieces <= (0 if mode == "chunk" else len(MANY))  # and documents that the second took
+
+
+def test_deadline_that_was_near_stays_near(monkeypatch):
+    monkeypatch.setattr(tg.time, "monotonic", lambda: 100.0)
+    deadline = tg.Deadline(10.0)
+    deadline.rate = 0.1
+    assert [deadline.near(targets) for targets in (0, 49, 50, 0)] == [False, False, True, True]
 
 
 # --- Chunk mode and phases: all weights learn -----------------------------------------------------------------------
