@@ -14,6 +14,7 @@ import tracemalloc
 import zlib
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -203,6 +204,27 @@ def test_model_lands_within_4_kb_under_any_limit(limit):
 def test_fit_serves_every_quantizer_and_compressor(quantizer, compressor):
     for limit in (70_000, 90_000):
         assert limit - 4096 < len(fitted(limit, quantizer=quantizer, compressor=compressor)) <= limit
+
+
+@pytest.mark.parametrize(("share", "finest", "rounds"), [(0.9, 1e9, 4), (1.1, 1e9, 4), (0.9, 200_000, 1)])
+def test_fit_of_a_large_model_is_done_when_4_kb_or_no_bits_are_left(monkeypatch, share, finest, rounds):
+    """At 16 MB the first guess leaves more than the 4 KB that a tiny model may leave over."""
+    cfg = tiny_config(artifact_limit_bytes=1_000_000 + tg.CODE_BYTES)
+    solver = SimpleNamespace(finest=finest, ranks=ONE, theta=lambda budget: budget, solve=lambda budget: budget)
+    monkeypatch.setattr(tg, "pack_artifact", lambda model, size, meta: bytes(int(share * size) + 5_000))
+    data = tg.fit(solver, SimpleNamespace(cfg=cfg), {}, (lines := []).append)
+    assert len(lines) <= rounds
+    assert len(data) == 185_000 if finest < 1e9 else 1_000_000 - 4096 < len(data) <= 1_000_000
+
+
+def test_steps_stay_within_what_fp16_holds_with_all_its_bits():
+    """Below 2^-14 a scale would lose bits, beyond 65504 it would be infinite."""
+    power, largest = torch.tensor([[1e-20, 1.0, 1e12]]), torch.tensor([[1e-10, 1.0, 1e6]])
+    solver = object.__new__(tg.Quantizer)
+    solver.rows = {"up_bank": (power, power, largest, torch.ones(1, 3), 127)}
+    fine, coarse = (solver.steps("up_bank", theta)[0].tolist() for theta in (1e-30, 1e30))
+    assert fine[0] == coarse[0] == 2.0**-14 and coarse[2] == 2.0**15
+    assert fine[1:] == [2.0 ** (round(8 * math.log2(x / 127)) / 8) for x in (1.0, 1e6)]
 
 
 def test_small_model_stops_at_matrix_bits_and_is_not_padded():

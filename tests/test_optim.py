@@ -237,6 +237,14 @@ def test_a_gradient_within_the_limit_is_left_alone(limit):
     assert found["applied"] == pytest.approx(found["norms"][0], rel=1e-5)
 
 
+@pytest.mark.parametrize("on", [False, True])
+def test_compile_decides_whether_muon_is_compiled(monkeypatch, on):
+    compiled = []
+    monkeypatch.setattr(tg.torch, "compile", lambda function, **_: compiled.append(function) or function)
+    build(**UNEVEN, compile=on)
+    assert compiled == [tg.muon_step] * on
+
+
 # --- Schedules ------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("warmdown", "floor", "values"),

@@ -235,6 +235,19 @@ def test_batch_size_mates_and_order_do_not_change_a_score(batches, settings):
             assert difference(nats, scores(alone, docs, [d])[d]) < 1e-6
 
 
+@pytest.mark.parametrize(("length", "count", "alone"), [(1, 32, 32), (8, 32, 32), (9, 8, 8), (64, 8, 8), (128, 8, 8),
+                                                        (129, 2, 8)])  # fmt: skip
+def test_short_documents_share_a_step_by_the_dozen_and_long_ones_are_left_to_other_ranks(length, count, alone):
+    """As many as memory holds: a step of long windows takes no more of them than TTT_BATCH_SIZE."""
+    docs, cfg = documents(*[length] * 100), tiny_config(ttt_batch_size=8, ttt_eval_seq_len=64)
+    for world_size, size in ((1, alone), (2, count)):
+        sizes = [len(batch) for batch in tg.batches_of(docs, np.arange(100), cfg, world_size)]
+        assert sizes == [size] * (100 // size) + [100 % size] * (100 % size > 0)
+    for settings in (dict(ttt_fast=False), dict(ttt_warm_start_a=True)):
+        even = tg.batches_of(docs, np.arange(100), dataclasses.replace(cfg, **settings), 2)
+        assert [len(batch) for batch in even] == [8] * 12 + [4]
+
+
 def test_left_out_documents_do_not_change_the_score_of_the_others():
     docs, state = documents(*LENGTHS), adaptation(model_for(4))
     some = docs._replace(starts=docs.starts[[3, 0]], counts=docs.counts[[3, 0]])
