@@ -73,17 +73,19 @@ def test_windows_are_padded_to_few_lengths_and_finished_documents_leave():
 
 
 def test_memory_that_runs_out_makes_batches_smaller_and_changes_no_score():
-    docs, model, failed = documents(*MANY), model_for(8), []
+    docs, model, tried = documents(*MANY), model_for(8), []
 
     def forward(batch, plan, **options):
-        if len(batch.inputs) > 150:
-            failed.append(len(batch.inputs))
+        tried.append(len(batch.inputs))
+        if tried[-1] > 150:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return model(batch, plan, **options)
 
     scorer = scorer_for(model, docs)
     found = nats_of(tg.evaluate_ttt(scorer, adaptation(model, forward), model, forward, tg.Deadline(1e9)))
+    failed = [i for i, size in enumerate(tried) if size > 150]
     assert failed and len(failed) < 10  # what did not fit is not tried again
+    assert all(tried[i] / 3 < tried[i + 1] <= tried[i] / 2 for i in failed)  # but half of it, as far as documents go
     assert np.abs(found - nats_of(evaluated(model, docs))).max() < 1e-6
     with pytest.raises(torch.OutOfMemoryError):
         narrow = model_for(8, ttt_eval_seq_len=S)
@@ -178,8 +180,12 @@ def test_deadline_of_a_third_of_the_time_ends_inside_it_with_every_target_scored
     docs, model = documents(*MANY * 3), model_for(4, val_batch_tokens=512, **settings)
     clock = Clock(monkeypatch, model)
     whole, needed = clock.evaluated(docs, 1e9)
+    learnt, learn = [], tg.learn_weights
+    monkeypatch.setattr(tg, "learn_weights", lambda *args: learnt.append(learn(*args)))
     part, spent = clock.evaluated(docs, needed / 3)
     assert part.plain > whole.plain == 0
+    if model.cfg.ttt_mode == "chunk":  # each is counted or learnt from, but the last
+        assert learnt and len(learnt) + part.plain == -(-docs.counts.sum() // 128) - 1
     assert needed / 6 < spent <= needed / 3  # inside, and not much before
     same = nats_of(part) == nats_of(whole)
     stride = model.cfg.eval_stride * model.cfg.sliding_window_enabled

@@ -100,6 +100,9 @@ def test_figures_name_the_code_data_and_artifact_they_come_from(first_run, tiny_
         "val_sha256": shard.read_bytes()[1024:],
     }.items():
         assert final[key] == hashlib.sha256(data).hexdigest(), key
+    header, _ = tg.open_artifact(artifact, Path())
+    others = sum(stored for _, stored, _ in header["streams"][1:])
+    assert final["codes_bytes"] == len(artifact) - 13 - int.from_bytes(artifact[5:9], "little") - others
     assert final["model_bytes"] == len(artifact)
     assert final["artifact_bytes"] == len(artifact) + final["code_bytes"]
 
