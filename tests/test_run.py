@@ -251,7 +251,8 @@ def test_rows_loader_scores_every_token_too(tiny_data, tmp_path, first_run):
     assert (rows.final["preset"], rows.final["val_tokens"]) == ("pr1530", first_run.final["val_tokens"])
     assert rows.final["val_bytes"] == first_run.final["val_bytes"]
     assert len(re.findall(r"^[36]/6 val_loss: \d+\.\d{4} val_bpb: \d+\.\d{4}$", rows.output, re.M)) == 2
-    assert len(re.findall(r"^validate +[\d.]+  none$", rows.output, re.M)) == 2
+    spent = [float(seconds) for seconds in re.findall(r"^validate +([\d.]+)  none$", rows.output, re.M)]
+    assert len(spent) == 2 and rows.final["seconds"]["validate"] == pytest.approx(sum(spent), abs=0.11)
 
 
 def test_nothing_compiles_after_warm_up_in_early_validation_late_scoring_or_calibration_alone(tiny_data, tmp_path):
