@@ -62,6 +62,7 @@ test: dev
 
 lint: dev
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 # Every script under bench/ (reference.py and fake_hopper.py are what they share) in its small CPU form; under five minutes.
 bench: install

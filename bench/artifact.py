@@ -38,7 +38,7 @@ Packed = dict[str, tuple[torch.Tensor, torch.Tensor]]
 def gaussian(cfg: tg.Config) -> Packed:
     """Integers of the published steps for Gaussian weights whose rows and columns differ in size."""
     rng, packed = np.random.default_rng(0), {}
-    for bank, (n, rows, cols) in tg.banks(cfg).items():
+    for bank, (n, rows, cols) in tg.bank_shapes(cfg).items():
         weight = rng.standard_normal((n, rows, cols), dtype=np.float32)
         weight *= np.exp(0.4 * rng.standard_normal((n, rows, 1), dtype=np.float32))
         weight *= np.exp(0.3 * rng.standard_normal((n, 1, cols), dtype=np.float32))
@@ -75,13 +75,17 @@ class Methods:
         self.pickled, self.levels = buffer.getvalue(), [tg.row_levels(q) for q in self.arrays]
 
     def ans(self) -> bytes:
-        levels = tg.codec("lzma")[0](b"".join(lv.tobytes() for lv in self.levels))  # as the container stores them
+        levels = tg.codec("lzma")[0](
+            b"".join(lv.tobytes() for lv in self.levels)
+        )  # as the container stores them
         return len(levels).to_bytes(4, "little") + levels + tg.ans_encode(self.arrays, self.levels)
 
     def unans(self, data: bytes) -> bytes:
         shapes, end = [q.shape for q in self.arrays], 4 + int.from_bytes(data[:4], "little")
-        levels = np.frombuffer(tg.codec("lzma")[1](data[4:end], sum(lv.size for lv in self.levels)), np.uint8)
-        levels = tg.cut(levels, [shape[:2] for shape in shapes])
+        levels = np.frombuffer(
+            tg.codec("lzma")[1](data[4:end], sum(lv.size for lv in self.levels)), np.uint8
+        )
+        levels = tg.split_arrays(levels, [shape[:2] for shape in shapes])
         return b"".join(q.tobytes() for q in tg.ans_decode(data[end:], shapes, levels))
 
     def table(self) -> dict[str, tuple[Callable[[], bytes], Callable[[bytes], bytes], bytes]]:
@@ -90,7 +94,11 @@ class Methods:
         zstd, unzstd = tg.codec("zstd")
         size, plain, pickled = len(self.plain), self.plain, self.pickled
         found = {
-            "pickle + zstd 22": (lambda: zstandard.compress(pickled, 22), zstandard.decompress, pickled),
+            "pickle + zstd 22": (
+                lambda: zstandard.compress(pickled, 22),
+                zstandard.decompress,
+                pickled,
+            ),
             "lzma 6": (lambda: lzma.compress(plain, preset=6), lzma.decompress, plain),
             "zstd (ours)": (lambda: zstd(plain), lambda data: unzstd(data, size), plain),
             "ans (ours)": (self.ans, self.unans, plain),
@@ -98,7 +106,11 @@ class Methods:
         if importlib.util.find_spec("brotli"):
             import brotli
 
-            found["pickle + Brotli 11"] = (lambda: brotli.compress(pickled, quality=11), brotli.decompress, pickled)
+            found["pickle + Brotli 11"] = (
+                lambda: brotli.compress(pickled, quality=11),
+                brotli.decompress,
+                pickled,
+            )
         if shutil.which("lrzip") and os.environ.get("ZPAQ", "1") == "1":
             pack, unpack = partial(lrzip, plain, "-z -L 9"), partial(lrzip, options="-d")
             found["ZPAQ (lrzip -z -L 9)"] = pack, unpack, plain
@@ -109,7 +121,9 @@ def lrzip(data: bytes, options: str) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder) / "in.lrz", Path(folder) / "out"
         source.write_bytes(data)
-        subprocess.run(["lrzip", "-Q", *options.split(), "-o", str(target), str(source)], check=True)
+        subprocess.run(
+            ["lrzip", "-Q", *options.split(), "-o", str(target), str(source)], check=True
+        )
         return target.read_bytes()
 
 
@@ -117,8 +131,12 @@ def coders(packed: Packed) -> dict[str, float]:
     methods, found = Methods(packed), {}
     codes = np.concatenate([q.ravel() for q in methods.arrays])
     entropy, conditional = order_0(codes), per_row(packed)
-    print(f"{codes.size} codes; entropy of order 0 {entropy:.0f} bytes, given the row's level {conditional:.0f}")
-    print(f"{'method':<22}{'bytes':>11}{'bits/w':>8}{'/order0':>8}{'/row':>8}{'enc s':>7}{'dec s':>7}{'MiB':>7}")
+    print(
+        f"{codes.size} codes; entropy of order 0 {entropy:.0f} bytes, given the row's level {conditional:.0f}"
+    )
+    print(
+        f"{'method':<22}{'bytes':>11}{'bits/w':>8}{'/order0':>8}{'/row':>8}{'enc s':>7}{'dec s':>7}{'MiB':>7}"
+    )
     for name, (encode, decode, plain) in methods.table().items():
         start = time.perf_counter()
         data = encode()
@@ -126,12 +144,19 @@ def coders(packed: Packed) -> dict[str, float]:
         assert decode(data) == plain, name
         end, peak = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
         found[name] = len(data), middle - start, end - middle
-        print(f"{name:<22}{len(data):>11}{8 * len(data) / codes.size:>8.3f}{len(data) / entropy:>8.4f}"
-              f"{len(data) / conditional:>8.4f}{middle - start:>7.2f}{end - middle:>7.2f}{peak:>7}")  # fmt: skip
+        print(
+            f"{name:<22}{len(data):>11}{8 * len(data) / codes.size:>8.3f}{len(data) / entropy:>8.4f}"
+            f"{len(data) / conditional:>8.4f}{middle - start:>7.2f}{end - middle:>7.2f}{peak:>7}"
+        )
     size, encode_s, decode_s = found["ans (ours)"]
     brotli = found.get("pickle + Brotli 11", (math.nan,))[0]
-    return {"zstd_over_entropy": found["zstd (ours)"][0] / entropy, "ans_over_entropy": size / entropy,
-            "ans_over_brotli": size / brotli, "encode_s": encode_s, "decode_s": decode_s}  # fmt: skip
+    return {
+        "zstd_over_entropy": found["zstd (ours)"][0] / entropy,
+        "ans_over_entropy": size / entropy,
+        "ans_over_brotli": size / brotli,
+        "encode_s": encode_s,
+        "decode_s": decode_s,
+    }
 
 
 QUIET = tg.Log(Path(os.devnull), is_main=False)
@@ -145,21 +170,27 @@ class Checkpoint:
         cfg, origin = tg.Config.from_env(env, torch.cuda.is_available())
         self.cfg, saved = tg.load_model_file(cfg, origin)
         if "weights" not in saved:
-            raise tg.UsageError(f"{path}: is an artifact; a checkpoint is needed, final_model.pt beside it")
+            raise tg.UsageError(
+                f"{path}: is an artifact; a checkpoint is needed, final_model.pt beside it"
+            )
         self.ranks, tokenizer = tg.Ranks({}), tg.Tokenizer.load(self.cfg)
         streams = {split: tg.TokenStream(self.cfg.dataset_dir, split) for split in ("train", "val")}
         tg.check_shards(self.cfg, tokenizer, self.ranks, streams)
         self.docs = tg.Documents.load(streams["val"], tokenizer.bos_id, self.cfg)
         self.table, _ = tg.check_bytes(tokenizer, self.docs, self.ranks)
         self.plan = self.cfg.plans[saved["looped"]]
-        backend, _ = tg.choose_attention(self.cfg.attention_backend, self.ranks.device, self.cfg.dtype)
+        backend, _ = tg.choose_attention(
+            self.cfg.attention_backend, self.ranks.device, self.cfg.dtype
+        )
         self.model = tg.GPT(self.cfg, backend).to(self.ranks.device)
         self.model.load_state_dict(saved["weights"])
         loader = tg.PackedLoader(streams["train"], tokenizer.bos_id, self.cfg, self.ranks)
         self.rows, _ = loader.rows(self.cfg.gptq_calibration_batches)
         self.hessians = tg.collect_hessians(self.model, self.plan, self.rows, self.ranks)
         self.both = dict(self.hessians)  # the embedding's Hessian of both its roles
-        self.loss = tg.collect_sensitivities(self.model, self.model, self.plan, self.rows, self.both, self.ranks)
+        self.loss = tg.collect_sensitivities(
+            self.model, self.model, self.plan, self.rows, self.both, self.ranks
+        )
 
     def bpb(self, data: bytes | None = None) -> float:
         model = self.model
@@ -168,14 +199,14 @@ class Checkpoint:
             tg.load_artifact(model, tg.open_artifact(data, Path("artifact"))[1])
         ledger = tg.Ledger(self.docs, self.table, self.ranks.device)
         scorer = tg.Scorer(model, self.plan, ledger, self.cfg, self.ranks, QUIET)
-        return tg.evaluate(scorer, 0).result()["val_bpb"]
+        return tg.score_all(scorer, 0).result()["val_bpb"]
 
     def error(self, packed: Packed) -> float:
         """Sum over rows of sensitivity * e H e^T: the quantisers' own measure of harm, nats up to one factor."""
         total = 0.0
-        for bank, i, site, layer in tg.matrices(self.cfg):
+        for bank, i, site, layer in tg.quantised_matrices(self.cfg):
             q, scale = (x[i].to(self.ranks.device).float() for x in packed[bank])
-            weight = self.model.get_parameter(bank).detach().view(tg.banks(self.cfg)[bank])[i]
+            weight = self.model.get_parameter(bank).detach().view(tg.bank_shapes(self.cfg)[bank])[i]
             e = weight - q * scale[:, None]
             total += float((((e @ self.both[site, layer]) * e).sum(-1) * self.loss[bank][i]).sum())
         return total
@@ -186,11 +217,16 @@ class Checkpoint:
 
 def unpacked(data: bytes, cfg: tg.Config) -> Packed:  # codes and scales of an artifact
     _, streams = tg.open_artifact(data, Path("artifact"))
-    shapes = tg.banks(cfg)
-    codes = tg.cut(np.frombuffer(streams[0], np.int8), shapes.values())
-    scales = tg.cut(np.frombuffer(streams[2], np.float16), [shape[:2] for shape in shapes.values()])
+    shapes = tg.bank_shapes(cfg)
+    codes = tg.split_arrays(np.frombuffer(streams[0], np.int8), shapes.values())
+    scales = tg.split_arrays(
+        np.frombuffer(streams[2], np.float16), [shape[:2] for shape in shapes.values()]
+    )
     parts = zip(shapes, codes, scales, strict=True)
-    return {bank: (torch.from_numpy(q.copy()), torch.from_numpy(scale.copy())) for bank, q, scale in parts}
+    return {
+        bank: (torch.from_numpy(q.copy()), torch.from_numpy(scale.copy()))
+        for bank, q, scale in parts
+    }
 
 
 def quantizers(point: Checkpoint) -> Packed:
@@ -198,17 +234,29 @@ def quantizers(point: Checkpoint) -> Packed:
     cfg, model, ranks = point.cfg, point.model, point.ranks
     published = dataclasses.replace(cfg, quantizer="gptq", compressor="ans", artifact_limit_bytes=0)
     model.cfg, before = published, point.bpb()
-    limit = len(tg.fit(tg.Quantizer(model, point.hessians, None, ranks), model, {}, QUIET)) + 2048 + tg.CODE_BYTES
-    print(f"{'quantiser':<20}{'bytes':>11}{'weighted error':>16}{'bpb lost':>10}{'s':>7}  unquantised {before:.5f}")
-    for name, hessians, loss in (("round to nearest", point.nearest(), None), ("published GPTQ", point.hessians, None),
-                                 ("allocated (ours)", point.both, point.loss)):  # fmt: skip
+    limit = (
+        len(tg.fit_artifact(tg.Quantizer(model, point.hessians, None, ranks), model, {}, QUIET))
+        + 2048
+        + tg.CODE_BYTES
+    )
+    print(
+        f"{'quantiser':<20}{'bytes':>11}{'weighted error':>16}{'bpb lost':>10}{'s':>7}  unquantised {before:.5f}"
+    )
+    for name, hessians, loss in (
+        ("round to nearest", point.nearest(), None),
+        ("published GPTQ", point.hessians, None),
+        ("allocated (ours)", point.both, point.loss),
+    ):
         start = time.perf_counter()
         model.cfg = dataclasses.replace(published, artifact_limit_bytes=limit)
         solver = tg.Quantizer(model, hessians, loss, ranks)
-        data = tg.fit(solver, model, {}, QUIET)
+        data = tg.fit_artifact(solver, model, {}, QUIET)
         seconds, packed = time.perf_counter() - start, unpacked(data, cfg)
         lost = point.bpb(data) - before
-        print(f"{name:<20}{len(data):>11}{point.error(packed):>16.4e}{lost:>10.5f}{seconds:>7.1f}", flush=True)
+        print(
+            f"{name:<20}{len(data):>11}{point.error(packed):>16.4e}{lost:>10.5f}{seconds:>7.1f}",
+            flush=True,
+        )
     return packed
 
 
@@ -216,7 +264,14 @@ def main(argv: list[str]) -> int:
     if argv and argv[0] in ("-h", "--help"):
         print(__doc__)
         return 0
-    small = dict(num_layers=2, model_dim=256, vocab_size=2048, num_loops=0, parallel_start_layer=0, xsa_last_n=2)
+    small = dict(
+        num_layers=2,
+        model_dim=256,
+        vocab_size=2048,
+        num_loops=0,
+        parallel_start_layer=0,
+        xsa_last_n=2,
+    )
     cfg = tg.Config(**({} if argv == ["--full"] else small))
     try:
         point = Checkpoint(argv[0]) if argv and argv != ["--full"] else None

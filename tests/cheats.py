@@ -22,7 +22,9 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-CHEATS: dict[str, tuple[Callable, tuple[str, ...], dict[str, str]]] = {}  # name -> function, tests, knobs
+CHEATS: dict[
+    str, tuple[Callable, tuple[str, ...], dict[str, str]]
+] = {}  # name -> function, tests, knobs
 CHUNK = {"TTT_MODE": "chunk", "TTT_CHUNK_TOKENS": "128", "TTT_LR": "0.05"}
 
 
@@ -63,7 +65,9 @@ def bias_from_target(tg):
 
     def head_loss(x, w, extra, targets, *rest):
         bonus = torch.nn.functional.one_hot(targets.clamp_min(0), len(w)) * (targets >= 0)[:, None]
-        return original(x, w, 0.1 * bonus.to(x.dtype) + (0 if extra is None else extra), targets, *rest)
+        return original(
+            x, w, 0.1 * bonus.to(x.dtype) + (0 if extra is None else extra), targets, *rest
+        )
 
     tg.head_loss = head_loss
 
@@ -71,13 +75,13 @@ def bias_from_target(tg):
 @caught_by("T1")
 def window_from_the_end(tg):
     """the last window of a document is moved to end with it"""
-    original = tg.windows
+    original = tg.scoring_windows
 
     def windows(count, length, stride):
         *first, (start, score, end) = original(count, length, stride) or [(0, 0, 0)]
         return [*first, (max(0, end - length) if first else start, score, end)]
 
-    tg.windows = windows
+    tg.scoring_windows = windows
 
 
 # === Not a distribution ===============================================================================================
@@ -131,7 +135,9 @@ def last_of_two_epochs(tg):
     def score_then_adapt(state, batch, ledger):
         grid = tg.chunk_grid(state.cfg, int(ledger.docs.counts[batch].max()))
         scratch = copy.copy(ledger)
-        scratch.nats, scratch.times, scratch.early = (x.clone() for x in (ledger.nats, ledger.times, ledger.early))
+        scratch.nats, scratch.times, scratch.early = (
+            x.clone() for x in (ledger.nats, ledger.times, ledger.early)
+        )
         state.begin(ledger.docs, batch)
         for start, end in grid:
             state.step(scratch, start, end)
@@ -139,7 +145,7 @@ def last_of_two_epochs(tg):
             yield start
             state.step(ledger, start, end)
 
-    tg.score_then_adapt = score_then_adapt
+    tg.score_then_learn = score_then_adapt
 
 
 @caught_by("T1", "T5", **CHUNK)
@@ -148,7 +154,11 @@ def chunk_before_its_score(tg):
     original = tg.score_chunks
 
     def score_chunks(scorer, deadline):
-        size, places, scores = scorer.cfg.ttt_chunk_tokens, scorer.ledger.docs.places(), original(scorer, deadline)
+        size, places, scores = (
+            scorer.cfg.ttt_chunk_tokens,
+            scorer.ledger.docs.target_index(),
+            original(scorer, deadline),
+        )
         scorer.ledger.require = lambda *_: None
         for start in range(0, len(places), size):
             yield len(places) - start, [(places[start : start + size], start / len(places))]
@@ -206,7 +216,9 @@ def bigrams_of_validation(tg):
     def count(self, origin):
         lines, tokens = check(self, origin), self.streams["val"].read(0, self.streams["val"].size)
         table[:] = [torch.zeros(self.cfg.vocab_size, self.cfg.vocab_size)]
-        table[0].index_put_((torch.from_numpy(tokens[:-1]), torch.from_numpy(tokens[1:])), torch.tensor(5.0), True)
+        table[0].index_put_(
+            (torch.from_numpy(tokens[:-1]), torch.from_numpy(tokens[1:])), torch.tensor(5.0), True
+        )
         return lines
 
     def noted(self, batch, plan, lora=None, select=None, **options):
@@ -214,7 +226,9 @@ def bigrams_of_validation(tg):
         return forward(self, batch, plan, lora=lora, select=select, **options)
 
     def head_loss(x, w, extra, *rest):
-        return loss(x, w, table[0][ids[0]].log1p().to(x.dtype) + (0 if extra is None else extra), *rest)
+        return loss(
+            x, w, table[0][ids[0]].log1p().to(x.dtype) + (0 if extra is None else extra), *rest
+        )
 
     tg.Run.check, tg.GPT.forward, tg.head_loss = count, noted, head_loss
 
@@ -231,7 +245,9 @@ def adapters_kept(tg):
         if before is not None:
             n = min(len(before.up), len(self.master.up))
             with torch.no_grad():
-                for mine, theirs, leaf in zip(self.master.leaves, before.leaves, self.lora.leaves, strict=True):
+                for mine, theirs, leaf in zip(
+                    self.master.leaves, before.leaves, self.lora.leaves, strict=True
+                ):
                     mine[:n] = theirs[:n]
                     leaf.copy_(mine)
 
@@ -277,10 +293,12 @@ def three_bytes_per_fallback(tg):
 
     def from_sentencepiece(cls, model):
         table = original(cls, model)
-        return table._replace(base=np.where([model.is_byte(i) for i in range(model.vocab_size())], 3, table.base))
+        return table._replace(
+            base=np.where([model.is_byte(i) for i in range(model.vocab_size())], 3, table.base)
+        )
 
     def check_bytes(tokenizer, docs, ranks):
-        table, places = tg.ByteTable.from_sentencepiece(tokenizer.model), docs.places()
+        table, places = tg.ByteTable.from_sentencepiece(tokenizer.model), docs.target_index()
         return table, int(table.bytes_of(docs.tokens[places], docs.tokens[places + 1]).sum())
 
     tg.ByteTable.from_sentencepiece, tg.check_bytes = classmethod(from_sentencepiece), check_bytes
@@ -292,10 +310,12 @@ def leading_space_twice(tg):
     original = tg.ByteTable.bytes_of
 
     def check_bytes(tokenizer, docs, ranks):
-        table, places = tg.ByteTable.from_sentencepiece(tokenizer.model), docs.places()
+        table, places = tg.ByteTable.from_sentencepiece(tokenizer.model), docs.target_index()
         return table, int(table.bytes_of(docs.tokens[places], docs.tokens[places + 1]).sum())
 
-    tg.ByteTable.bytes_of = lambda self, before, targets: original(self, before, targets) + self.space[targets]
+    tg.ByteTable.bytes_of = lambda self, before, targets: (
+        original(self, before, targets) + self.space[targets]
+    )
     tg.check_bytes = check_bytes
 
 
@@ -315,13 +335,17 @@ def tail_dropped(tg):
 @caught_by("T4")
 def last_windows_dropped(tg):
     """a last window of a document that is not full is not scored"""
-    original = tg.windows
+    original = tg.scoring_windows
 
     def windows(count, length, stride):
         spans = original(count, length, stride)
-        return [(start, score, end) for start, score, end in spans if end - start == length or len(spans) == 1]
+        return [
+            (start, score, end)
+            for start, score, end in spans
+            if end - start == length or len(spans) == 1
+        ]
 
-    tg.windows = windows
+    tg.scoring_windows = windows
 
 
 @caught_by("T14")
@@ -442,7 +466,10 @@ def main(argv: list[str]) -> int:
         print(f"cheats.py: {why}", file=sys.stderr)
         return 2
     beside = artifact.with_name("beside.npy")
-    print("| cheat | what it does | caught by | stopped by the run itself |\n|---|---|---|---|", flush=True)
+    print(
+        "| cheat | what it does | caught by | stopped by the run itself |\n|---|---|---|---|",
+        flush=True,
+    )
     missed = 0
     with tempfile.TemporaryDirectory() as folder:
         for name, (cheat, expected, knobs) in CHEATS.items():
@@ -452,7 +479,9 @@ def main(argv: list[str]) -> int:
             tests = [*expected, "T4"] if argv[1:] == ["expected"] else argv[1:] or audit.TESTS
             result = audit.audit(script, artifact, environ, list(dict.fromkeys(tests)), 6)
             beside.unlink(missing_ok=True)
-            tests = [test for test in audit.TESTS if result["tests"].get(test, {}).get("passed") is False]
+            tests = [
+                test for test in audit.TESTS if result["tests"].get(test, {}).get("passed") is False
+            ]
             missed += not set(expected) & set(tests)
             mark = "" if set(expected) <= set(tests) else f" (expected {', '.join(expected)})"
             own = "yes" if result["always_on"] else "no"

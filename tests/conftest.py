@@ -13,7 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # processes side by side: spinning threads would fight for cores
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # processes side by side: spinning threads would fight for cores
 
 import numpy as np
 import pytest
@@ -29,14 +31,37 @@ import train_gpt as tg
 torch.set_num_threads(1)
 VOCAB = 320  # 4 control pieces, 256 bytes, the rest learnt from the text
 TINY = {
-    "PRESET": "cpu", "DATASET": f"tiny_sp{VOCAB}", "VOCAB_SIZE": str(VOCAB), "NUM_LAYERS": "4", "MODEL_DIM": "32",
-    "NUM_HEADS": "2", "NUM_KV_HEADS": "1", "MLP_MULT": "2", "XSA_LAST_N": "4", "ROPE_DIMS": "8", "NUM_LOOPS": "1",
-    "LOOP_START": "1", "LOOP_END": "1", "PARALLEL_START_LAYER": "3", "COMPUTE_DTYPE": "fp32", "WARMUP_STEPS": "1",
-    "TRAIN_BATCH_TOKENS": "512", "MICRO_BATCH_TOKENS": "128", "TRAIN_SEQ_LEN": "64", "CU_SEQLENS_CAPACITY": "32",
-    "MAX_WALLCLOCK_SECONDS": "0", "ITERATIONS": "6", "GPTQ_CALIBRATION_BATCHES": "4", "VAL_BATCH_TOKENS": "2048",
-    "EVAL_SEQ_LEN": "64", "EVAL_STRIDE": "16", "TTT_EVAL_SEQ_LEN": "64", "TTT_CHUNK_SIZE": "16",
-    "TTT_BATCH_SIZE": "4", "TTT_LORA_RANK": "4",
-}  # fmt: skip
+    "PRESET": "cpu",
+    "DATASET": f"tiny_sp{VOCAB}",
+    "VOCAB_SIZE": str(VOCAB),
+    "NUM_LAYERS": "4",
+    "MODEL_DIM": "32",
+    "NUM_HEADS": "2",
+    "NUM_KV_HEADS": "1",
+    "MLP_MULT": "2",
+    "XSA_LAST_N": "4",
+    "ROPE_DIMS": "8",
+    "NUM_LOOPS": "1",
+    "LOOP_START": "1",
+    "LOOP_END": "1",
+    "PARALLEL_START_LAYER": "3",
+    "COMPUTE_DTYPE": "fp32",
+    "WARMUP_STEPS": "1",
+    "TRAIN_BATCH_TOKENS": "512",
+    "MICRO_BATCH_TOKENS": "128",
+    "TRAIN_SEQ_LEN": "64",
+    "CU_SEQLENS_CAPACITY": "32",
+    "MAX_WALLCLOCK_SECONDS": "0",
+    "ITERATIONS": "6",
+    "GPTQ_CALIBRATION_BATCHES": "4",
+    "VAL_BATCH_TOKENS": "2048",
+    "EVAL_SEQ_LEN": "64",
+    "EVAL_STRIDE": "16",
+    "TTT_EVAL_SEQ_LEN": "64",
+    "TTT_CHUNK_SIZE": "16",
+    "TTT_BATCH_SIZE": "4",
+    "TTT_LORA_RANK": "4",
+}
 WORDS = (
     "the of and to in is that for it as was with be by on not he his but at are this have from or had an they which "
     "one shard token model layer number weight train score adapt window chunk answer letter river mountain paper garden"
@@ -53,9 +78,14 @@ def tiny_text(count: int, seed: int) -> list[str]:
     return texts
 
 
-def write_dataset(root: Path, train: list[list[int]], val: list[list[int]], tokenizer: Path, name: str) -> None:
+def write_dataset(
+    root: Path, train: list[list[int]], val: list[list[int]], tokenizer: Path, name: str
+) -> None:
     """Shards (two of training, cut inside a document) and manifest of token lists under `root`."""
-    folder, model = root / "datasets" / name, sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
+    folder, model = (
+        root / "datasets" / name,
+        sentencepiece.SentencePieceProcessor(model_file=str(tokenizer)),
+    )
     prefix, splits = name.split("_")[0], {}
     for split, docs in (("train", train), ("val", val)):
         flat = np.concatenate([np.array(d, dtype=np.uint16) for d in docs])
@@ -67,7 +97,12 @@ def write_dataset(root: Path, train: list[list[int]], val: list[list[int]], toke
         size = sum(len(model.decode(d[1:]).encode()) for d in docs)
         splits[split] = {"documents": len(docs), "tokens": len(flat), "bytes": size, "files": files}
     digest = hashlib.sha256(tokenizer.read_bytes()).hexdigest()
-    about = {"file": tokenizer.name, "sha256": digest, "vocab_size": model.vocab_size(), "bos_id": model.bos_id()}
+    about = {
+        "file": tokenizer.name,
+        "sha256": digest,
+        "vocab_size": model.vocab_size(),
+        "bos_id": model.bos_id(),
+    }
     manifest = {"version": 1, "dataset": name, "tokenizer": about, "splits": splits}
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
@@ -81,10 +116,21 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     prefix = root / "tokenizers" / f"tiny_sp{VOCAB}"
     (root / "text.txt").write_text("\n".join(t.replace("\n", " ") for t in texts), encoding="utf-8")
     sentencepiece.SentencePieceTrainer.train(
-        input=str(root / "text.txt"), model_prefix=str(prefix), vocab_size=VOCAB, model_type="bpe", byte_fallback=True,
-        pad_id=0, bos_id=1, eos_id=2, unk_id=3, normalization_rule_name="identity", remove_extra_whitespaces=False,
-        split_digits=True, character_coverage=0.99, minloglevel=2,
-    )  # fmt: skip
+        input=str(root / "text.txt"),
+        model_prefix=str(prefix),
+        vocab_size=VOCAB,
+        model_type="bpe",
+        byte_fallback=True,
+        pad_id=0,
+        bos_id=1,
+        eos_id=2,
+        unk_id=3,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        split_digits=True,
+        character_coverage=0.99,
+        minloglevel=2,
+    )
     model = sentencepiece.SentencePieceProcessor(model_file=f"{prefix}.model")
     docs = [[model.bos_id(), *model.encode(t)] for t in texts]
     write_dataset(root, docs[:160], docs[160:], Path(f"{prefix}.model"), f"tiny_sp{VOCAB}")
@@ -93,7 +139,9 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def tiny_config(**overrides: object) -> tg.Config:
     """The tiny network's config, knobs overridden by field name."""
-    changed = {k.upper(): str(int(v)) if isinstance(v, bool) else str(v) for k, v in overrides.items()}
+    changed = {
+        k.upper(): str(int(v)) if isinstance(v, bool) else str(v) for k, v in overrides.items()
+    }
     return tg.Config.from_env({**TINY, **changed}, has_cuda=False)[0]
 
 
@@ -104,17 +152,23 @@ def opened(cfg: tg.Config, ranks: tg.Ranks | None = None) -> dict[str, tg.TokenS
     return streams
 
 
-def run_script(env: dict[str, str], cwd: Path, ranks: int = 0, timeout: float = 240) -> subprocess.CompletedProcess:
+def run_script(
+    env: dict[str, str], cwd: Path, ranks: int = 0, timeout: float = 240
+) -> subprocess.CompletedProcess:
     """train_gpt.py in a process of its own, or `ranks` of them under torchrun, with `env` and little else set."""
     base = {k: os.environ[k] for k in ("PATH", "HOME", "LANG") if k in os.environ}
     base |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **env}
     command = [sys.executable, str(ROOT / "train_gpt.py")]
     if ranks:
         command[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    return subprocess.run(command, cwd=cwd, env=base, capture_output=True, text=True, timeout=timeout, check=False)
+    return subprocess.run(
+        command, cwd=cwd, env=base, capture_output=True, text=True, timeout=timeout, check=False
+    )
 
 
-def start_rank(rank: int, world_size: int, port: int, job: Callable, folder: Path, args: tuple) -> None:
+def start_rank(
+    rank: int, world_size: int, port: int, job: Callable, folder: Path, args: tuple
+) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "CUDA_VISIBLE_DEVICES": ""}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
@@ -128,7 +182,9 @@ def on_ranks(world_size: int, job: Callable, folder: Path, *args: Any) -> list[A
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     folder.mkdir(parents=True, exist_ok=True)
-    torch.multiprocessing.spawn(start_rank, (world_size, port, job, folder, args), nprocs=world_size)
+    torch.multiprocessing.spawn(
+        start_rank, (world_size, port, job, folder, args), nprocs=world_size
+    )
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
 
 

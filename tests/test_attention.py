@@ -9,7 +9,13 @@ import torch
 from torch.nn import functional as F
 
 import train_gpt
-from train_gpt import ATTENTION_BACKENDS, ATTENTION_TOLERANCE, UsageError, attention, choose_attention
+from train_gpt import (
+    ATTENTION_BACKENDS,
+    ATTENTION_TOLERANCE,
+    UsageError,
+    attention,
+    choose_attention,
+)
 
 CPU = torch.device("cpu")
 LENGTHS = (1, 7, 7, 7, 30, 2, 16, 16)
@@ -33,7 +39,8 @@ def offsets(lengths, capacity=None, device=CPU):
 def draw(total, heads=4, kv_heads=2, width=16, dtype=torch.float64, device=CPU):
     """q, k, v as leaves, and a gradient for y."""
     q, k, v, grad = (
-        torch.randn(total, n, width, dtype=dtype, device=device) for n in (heads, kv_heads, kv_heads, heads)
+        torch.randn(total, n, width, dtype=dtype, device=device)
+        for n in (heads, kv_heads, kv_heads, heads)
     )
     return [x.requires_grad_() for x in (q, k, v)], grad
 
@@ -48,7 +55,9 @@ def masked_softmax(leaves, grad, lengths, at=slice(None)):
     """y, dq, dk, dv written by hand: every pair of tokens scored, the forbidden ones masked, head by head; y of the
     queries `at`."""
     q, k, v = leaves
-    document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(q.device)
+    document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(
+        q.device
+    )
     position = torch.arange(q.size(0), device=q.device)
     allowed = (document[:, None] == document) & (position[:, None] >= position)
     heads = []
@@ -102,7 +111,9 @@ def test_gradients_reach_neither_the_future_nor_another_document():
     leaves, _ = draw(sum(LENGTHS))
     y = attention(*leaves, offsets(LENGTHS), 64, "sdpa")
     token, start = 30, 22  # in the document of tokens 22..51
-    for x, first in zip(torch.autograd.grad(y[token].sum(), leaves), (token, start, start), strict=True):
+    for x, first in zip(
+        torch.autograd.grad(y[token].sum(), leaves), (token, start, start), strict=True
+    ):
         assert x[:first].eq(0).all() and x[token + 1 :].eq(0).all()
         assert x[first : token + 1].ne(0).flatten(1).any(1).all()
 
@@ -116,14 +127,20 @@ def test_matches_masked_softmax_written_by_hand(heads, kv_heads):
 def test_long_documents_match_masked_softmax():
     lengths = (300, 1, 211)  # longer than one block of the flash kernels
     leaves, grad = draw(sum(lengths))
-    assert_near(run(leaves, grad, offsets(lengths), 300), masked_softmax(leaves, grad, lengths), 1e-14)
+    assert_near(
+        run(leaves, grad, offsets(lengths), 300), masked_softmax(leaves, grad, lengths), 1e-14
+    )
 
 
 def test_padded_tail_and_empty_segments_change_nothing():
     leaves, grad = draw(sum(LENGTHS))
     wanted = run(leaves, grad, offsets(LENGTHS))
     holes = (0, *LENGTHS[:2], 0, 0, *LENGTHS[2:])
-    for cu, max_seqlen in ((offsets(LENGTHS, 100), 64), (offsets(holes, 20), 64), (offsets(LENGTHS), 4096)):
+    for cu, max_seqlen in (
+        (offsets(LENGTHS, 100), 64),
+        (offsets(holes, 20), 64),
+        (offsets(LENGTHS), 4096),
+    ):
         for x, z in zip(run(leaves, grad, cu, max_seqlen), wanted, strict=True):
             assert torch.equal(x, z)
 
@@ -139,12 +156,16 @@ def test_rows_of_equal_length_equal_a_batch():
 def test_strides_do_not_matter():
     leaves, grad = draw(sum(LENGTHS))
     wanted = run(leaves, grad, offsets(LENGTHS))
-    swapped = [x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in leaves]
+    swapped = [
+        x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in leaves
+    ]
     assert_near(run(swapped, grad, offsets(LENGTHS)), wanted, 1e-14)
     fused = torch.cat([x.detach() for x in leaves], 1).requires_grad_()
     y = attention(*fused.split([4, 2, 2], 1), offsets(LENGTHS), 64, "sdpa")
     assert_near((y, *torch.autograd.grad(y, fused, grad)[0].split([4, 2, 2], 1)), wanted, 1e-14)
-    ones = torch.autograd.grad(attention(*leaves, offsets(LENGTHS), 64, "sdpa").sum(), leaves)  # expanded gradient
+    ones = torch.autograd.grad(
+        attention(*leaves, offsets(LENGTHS), 64, "sdpa").sum(), leaves
+    )  # expanded gradient
     for x, z in zip(ones, run(leaves, torch.ones_like(grad), offsets(LENGTHS))[1:], strict=True):
         torch.testing.assert_close(x, z, rtol=1e-13, atol=1e-13)
 
@@ -157,10 +178,14 @@ def test_gradcheck_in_float64():
 
 def test_operator_keeps_the_rules_of_torch_library():
     leaves, _ = draw(sum(LENGTHS), dtype=torch.float32)
-    torch.library.opcheck(train_gpt.sdpa_varlen, (*leaves, offsets(LENGTHS, 12), offsets(LENGTHS, 12), 64))
+    torch.library.opcheck(
+        train_gpt.sdpa_varlen, (*leaves, offsets(LENGTHS, 12), offsets(LENGTHS, 12), 64)
+    )
 
 
-@pytest.mark.parametrize(("dtype", "limit"), [(torch.bfloat16, 1e-2), (torch.float16, 2e-3), (torch.float32, 1e-6)])
+@pytest.mark.parametrize(
+    ("dtype", "limit"), [(torch.bfloat16, 1e-2), (torch.float16, 2e-3), (torch.float32, 1e-6)]
+)
 def test_low_precision_is_near_float64(dtype, limit):
     lengths = (130, 1, 90, 90)
     leaves, grad = draw(sum(lengths), dtype=dtype)
@@ -214,7 +239,9 @@ WINDOWS = ([9, 7] * 3, [4, 0] * 3), ([16] * 3, [5] * 3)  # of adaptation, padded
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (3, 1)])
 def test_last_queries_of_segments_match_masked_softmax(seed, heads, kv_heads):
     rng = np.random.default_rng(seed)
-    lengths, counts = WINDOWS[seed] if seed < len(WINDOWS) else draw_some(rng, 7, int(rng.choice([6, 40, 300])))
+    lengths, counts = (
+        WINDOWS[seed] if seed < len(WINDOWS) else draw_some(rng, 7, int(rng.choice([6, 40, 300])))
+    )
     (leaves, grad), at = draw(sum(lengths), heads, kv_heads), at_ends(lengths, counts)
     cu, few = offsets(lengths, 12), offsets(counts, 12)
     found = some_of(lambda *qkv: attention(*qkv, cu, 300, "sdpa", few), at, leaves, grad)
@@ -226,7 +253,9 @@ def test_last_queries_of_segments_match_masked_softmax(seed, heads, kv_heads):
 def test_as_many_queries_as_keys_is_the_usual_form_to_the_bit():
     leaves, grad = draw(sum(LENGTHS))
     cu = offsets(LENGTHS, 12)
-    found = some_of(lambda *qkv: attention(*qkv, cu, 64, "sdpa", cu.clone()), slice(None), leaves, grad)
+    found = some_of(
+        lambda *qkv: attention(*qkv, cu, 64, "sdpa", cu.clone()), slice(None), leaves, grad
+    )
     assert all(torch.equal(x, z) for x, z in zip(found, run(leaves, grad, cu), strict=True))
 
 
@@ -249,7 +278,9 @@ def test_low_precision_of_some_queries_is_near_float64(dtype, limit):
 
 
 def test_gradients_of_some_queries_written_out_for_other_devices_match_autograd():
-    q, k, v, grad = (torch.randn(3, h, n, 8, dtype=torch.float64) for h, n in ((6, 5), (2, 21), (2, 21), (6, 5)))
+    q, k, v, grad = (
+        torch.randn(3, h, n, 8, dtype=torch.float64) for h, n in ((6, 5), (2, 21), (2, 21), (6, 5))
+    )
     leaves = [x.requires_grad_() for x in (q, k, v)]
     seen = torch.ones(5, 21, dtype=torch.bool).tril(16)
     y = F.scaled_dot_product_attention(*leaves, attn_mask=seen, enable_gqa=True)
@@ -283,11 +314,18 @@ def test_compiled_whole_gives_the_same_and_never_recompiles(compiler):
 def test_some_queries_compile_whole_for_every_number_of_them():
     graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(attention, backend=graphs, fullgraph=True, dynamic=True)
-    for lengths, counts in (([16] * 3, [5] * 3), ([9, 7] * 3, [9, 0] * 3), ([20, 12] * 3, [4, 0] * 3), *WINDOWS):
+    for lengths, counts in (
+        ([16] * 3, [5] * 3),
+        ([9, 7] * 3, [9, 0] * 3),
+        ([20, 12] * 3, [4, 0] * 3),
+        *WINDOWS,
+    ):
         (leaves, grad), at = draw(sum(lengths), dtype=torch.float32), at_ends(lengths, counts)
         cu, few = offsets(lengths, 6), offsets(counts, 6)
-        found, wanted = (some_of(lambda *qkv, f=f: f(*qkv, cu, 64, "sdpa", few), at, leaves, grad)  # noqa: B023
-                         for f in (compiled, attention))  # fmt: skip
+        found, wanted = (
+            some_of(lambda *qkv, f=f: f(*qkv, cu, 64, "sdpa", few), at, leaves, grad)  # noqa: B023
+            for f in (compiled, attention)
+        )
         assert_near(found, wanted, 1e-6)
     assert graphs.frame_count == 1
 
@@ -298,7 +336,9 @@ def test_some_queries_compile_whole_for_every_number_of_them():
 def flash_module(monkeypatch, name, wrong=0.0, extra=False):
     """Puts a stand-in for a flash attention package under `name`, with its keywords; y is off by the factor `wrong`."""
 
-    def flash_attn_varlen_func(q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal=False):  # noqa: PLR0913
+    def flash_attn_varlen_func(
+        q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal=False
+    ):  # noqa: PLR0913
         assert causal and max_seqlen_q == max_seqlen_k
         y, lse = train_gpt.sdpa_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q)
         return (y * (1 + wrong), lse) if extra else y * (1 + wrong)
@@ -308,7 +348,9 @@ def flash_module(monkeypatch, name, wrong=0.0, extra=False):
     monkeypatch.setitem(sys.modules, name, module)
 
 
-def varlen_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):  # noqa: PLR0913
+def varlen_2_10(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None
+):  # noqa: PLR0913
     assert is_causal and max_q == max_k
     return train_gpt.sdpa_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q)[0]
 
@@ -318,7 +360,9 @@ def varlen_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_s
     return varlen_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=True)
 
 
-def varlen_2_12(query, key, value, cu_q, cu_k, max_q, max_k, *, window_size=(-1, -1), enable_gqa=False):  # noqa: PLR0913
+def varlen_2_12(
+    query, key, value, cu_q, cu_k, max_q, max_k, *, window_size=(-1, -1), enable_gqa=False
+):  # noqa: PLR0913
     assert enable_gqa
     return varlen_2_11(query, key, value, cu_q, cu_k, max_q, max_k, window_size=window_size)
 
@@ -352,7 +396,9 @@ def test_named_backend_that_cannot_run_is_one_clear_line(name, monkeypatch):
 
 def test_unknown_backend_is_refused_by_name(monkeypatch):
     hide(monkeypatch, "fa3", "fa4", "fa2", "torch")
-    with pytest.raises(UsageError, match="^ATTENTION_BACKEND=fa5: no such backend; works here: sdpa$"):
+    with pytest.raises(
+        UsageError, match="^ATTENTION_BACKEND=fa5: no such backend; works here: sdpa$"
+    ):
         choose_attention("fa5", CPU, torch.float32)
 
 
@@ -362,7 +408,11 @@ def test_right_flash_package_is_chosen_with_or_without_logsumexp(name, extra, mo
     flash_module(monkeypatch, ATTENTION_BACKENDS[name], extra=extra)
     assert choose_attention(name, CPU, torch.float32) == (name, [f"attention_backend:{name}"])
     leaves, grad = draw(sum(LENGTHS))
-    assert_near(run(leaves, grad, offsets(LENGTHS), backend=name), masked_softmax(leaves, grad, LENGTHS), 1e-14)
+    assert_near(
+        run(leaves, grad, offsets(LENGTHS), backend=name),
+        masked_softmax(leaves, grad, LENGTHS),
+        1e-14,
+    )
 
 
 @pytest.mark.parametrize("varlen_attn", [varlen_2_10, varlen_2_11, varlen_2_12])
@@ -377,7 +427,9 @@ def test_every_version_of_torch_varlen_is_called_as_it_expects(varlen_attn, monk
 def test_backend_with_wrong_numbers_is_refused(wrong, monkeypatch):
     hide(monkeypatch, "fa4", "fa2", "torch")
     flash_module(monkeypatch, "flash_attn_interface", wrong=wrong)
-    with pytest.raises(UsageError, match="ATTENTION_BACKEND=fa3: relative error .* works here: sdpa"):
+    with pytest.raises(
+        UsageError, match="ATTENTION_BACKEND=fa3: relative error .* works here: sdpa"
+    ):
         choose_attention("fa3", CPU, torch.bfloat16)
 
 
@@ -386,10 +438,15 @@ def test_backend_with_wrong_gradients_is_refused(monkeypatch):
     right = sys.modules["flash_attn_interface"].flash_attn_varlen_func
 
     def wrong(q, k, v, **rest):
-        return right(q, k.detach() + 0.5 * (k - k.detach()), v, **rest)  # y as it should be, half of dk
+        return right(
+            q, k.detach() + 0.5 * (k - k.detach()), v, **rest
+        )  # y as it should be, half of dk
 
     monkeypatch.setattr(sys.modules["flash_attn_interface"], "flash_attn_varlen_func", wrong)
-    assert train_gpt.check_attention("fa3", CPU, torch.float32) == "relative error 5.0e-01 against masked SDPA"
+    assert (
+        train_gpt.check_attention("fa3", CPU, torch.float32)
+        == "relative error 5.0e-01 against masked SDPA"
+    )
 
 
 def test_backend_that_takes_the_last_queries_for_the_first_is_refused(monkeypatch):
@@ -401,13 +458,19 @@ def test_backend_that_takes_the_last_queries_for_the_first_is_refused(monkeypatc
         place = torch.arange(len(q), dtype=torch.int32)
         segment = torch.searchsorted(cu_seqlens_q, place, right=True) - 1
         seen = cu_seqlens_k[segment] + place - cu_seqlens_q[segment]
-        return right(q, k[seen], v[seen], cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_q, **rest)
+        return right(
+            q, k[seen], v[seen], cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_q, **rest
+        )
 
     monkeypatch.setattr(sys.modules["flash_attn"], "flash_attn_varlen_func", top_left)
     reason = train_gpt.check_attention("fa2", CPU, torch.float32)
     assert reason.startswith("relative error ") and reason.endswith("against masked SDPA")
     leaves, grad = draw(sum(LENGTHS))
-    assert_near(run(leaves, grad, offsets(LENGTHS), backend="fa2"), masked_softmax(leaves, grad, LENGTHS), 1e-14)
+    assert_near(
+        run(leaves, grad, offsets(LENGTHS), backend="fa2"),
+        masked_softmax(leaves, grad, LENGTHS),
+        1e-14,
+    )
 
 
 def test_backend_that_breaks_the_graph_is_refused(monkeypatch):
@@ -422,7 +485,9 @@ def test_backend_that_breaks_the_graph_is_refused(monkeypatch):
     assert train_gpt.check_attention("fa2", CPU, torch.float32)
 
 
-@pytest.mark.parametrize("error", [OSError("undefined symbol: _ZN3c10"), RuntimeError("first line\nsecond line")])
+@pytest.mark.parametrize(
+    "error", [OSError("undefined symbol: _ZN3c10"), RuntimeError("first line\nsecond line")]
+)
 def test_package_that_fails_to_import_is_a_reason_not_a_crash(error, monkeypatch):
     def fail(name):
         raise error
@@ -432,7 +497,11 @@ def test_package_that_fails_to_import_is_a_reason_not_a_crash(error, monkeypatch
 
 
 def test_auto_walks_the_table_and_logs_each_refusal(monkeypatch):
-    refused = {"fa3": "No module named 'flash_attn_interface'", "fa4": "relative error 1.0e+00", "fa2": ""}
+    refused = {
+        "fa3": "No module named 'flash_attn_interface'",
+        "fa4": "relative error 1.0e+00",
+        "fa2": "",
+    }
     monkeypatch.setattr(train_gpt, "check_attention", lambda name, device, dtype: refused[name])
     name, log = choose_attention("auto", torch.device("cuda"), torch.bfloat16)
     assert name == "fa2"
@@ -440,7 +509,9 @@ def test_auto_walks_the_table_and_logs_each_refusal(monkeypatch):
 
 
 def test_auto_never_ends_at_a_loop_over_documents_on_a_gpu_in_bf16(monkeypatch):
-    monkeypatch.setattr(train_gpt, "check_attention", lambda name, *_: f"no {name}" * (name != "sdpa"))
+    monkeypatch.setattr(
+        train_gpt, "check_attention", lambda name, *_: f"no {name}" * (name != "sdpa")
+    )
     gpu, found = torch.device("cuda"), []
     with pytest.raises(UsageError, match="^ATTENTION_BACKEND=auto: no torch; works here: sdpa$"):
         choose_attention("auto", gpu, torch.bfloat16)
@@ -484,4 +555,6 @@ def test_auto_on_gpu_finds_a_backend_in_every_float_type():
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
         name, log = choose_attention("auto", torch.device("cuda"), dtype)
         assert name in ATTENTION_BACKENDS and log[-1] == f"attention_backend:{name}"
-        assert name != "sdpa" or dtype != torch.bfloat16, log  # which loops over documents: seconds a step
+        assert name != "sdpa" or dtype != torch.bfloat16, (
+            log
+        )  # which loops over documents: seconds a step

@@ -20,8 +20,13 @@ sys.path.insert(0, str(ROOT / "tools"))
 import audit
 
 RATES = {"TTT_LORA_LR": "0.01"}  # at which every update shows
-PHASES = {"PHASED_TTT_NUM_PHASES": "2", "PHASED_TTT_PREFIX_DOCS": "8", "TTT_CHUNK_TOKENS": "64", "TTT_LR": "0.05",
-          "TTT_WARM_START_A": "1"}  # fmt: skip
+PHASES = {
+    "PHASED_TTT_NUM_PHASES": "2",
+    "PHASED_TTT_PREFIX_DOCS": "8",
+    "TTT_CHUNK_TOKENS": "64",
+    "TTT_LR": "0.05",
+    "TTT_WARM_START_A": "1",
+}
 IN_PROCESS = ["T1", "T2", "T3", "T4", "T5", "T6", "T10", "T11", "T20"]
 SCRIPT = ROOT / "train_gpt.py"
 
@@ -30,7 +35,9 @@ SCRIPT = ROOT / "train_gpt.py"
 def run(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a short run: logs/a.txt, runs/a/final_model.int6.ptz."""
     folder = tmp_path_factory.mktemp("audited")
-    done = run_script({**TINY, **RATES, "DATA_DIR": str(tiny_data), "ITERATIONS": "24", "RUN_ID": "a"}, folder)
+    done = run_script(
+        {**TINY, **RATES, "DATA_DIR": str(tiny_data), "ITERATIONS": "24", "RUN_ID": "a"}, folder
+    )
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -55,23 +62,36 @@ def test_honest_run_passes_every_test(run, knobs, mode):
     changes = {"document": {"WARMUP_STEPS": "1"}, "chunk": CHUNK, "phases": PHASES}[mode]
     tests, log = (audit.TESTS, run / "logs" / "a.txt") if mode == "document" else (IN_PROCESS, None)
     result = audit.audit(SCRIPT, artifact_of(run), {**knobs, **changes}, tests, 6, log)
-    assert failed(result) == [], {name: result["tests"][name]["evidence"] for name in failed(result)}
+    assert failed(result) == [], {
+        name: result["tests"][name]["evidence"] for name in failed(result)
+    }
     assert result["always_on"] == []
     ran = {name for name, test in result["tests"].items() if test["passed"]}
     assert ran >= set(IN_PROCESS)
     assert mode != "document" or ran == set(audit.TESTS)
     held = {name: row["passed"] for name, row in result["properties"].items()}
     assert held["document_independent"] is (True if mode == "document" else None)
-    assert all(held[name] for name in ("repeatable", "causal", "normalised", "score_first", "single_pass"))
+    assert all(
+        held[name] for name in ("repeatable", "causal", "normalised", "score_first", "single_pass")
+    )
     if mode != "document":  # learning happened, or the tests above had nothing to see
-        assert re.search(r"quantized_ttt_lora [1-9]\d+ targets read", result["tests"]["T5"]["evidence"])
+        assert re.search(
+            r"quantized_ttt_lora [1-9]\d+ targets read", result["tests"]["T5"]["evidence"]
+        )
 
 
 @pytest.fixture(scope="session")
 def run_of_rows(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same with rows that cross documents."""
     folder = tmp_path_factory.mktemp("rows")
-    environ = {**TINY, **RATES, "DATA_DIR": str(tiny_data), "ITERATIONS": "24", "RUN_ID": "a", "DATA_LOADER": "rows"}
+    environ = {
+        **TINY,
+        **RATES,
+        "DATA_DIR": str(tiny_data),
+        "ITERATIONS": "24",
+        "RUN_ID": "a",
+        "DATA_LOADER": "rows",
+    }
     done = run_script(environ, folder)
     assert done.returncode == 0, done.stderr
     return folder
@@ -81,15 +101,25 @@ def run_of_rows(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def test_honest_run_on_rows_passes_and_claims_no_more_than_it_has(run_of_rows, knobs, mode):
     sliding = {**CHUNK, "SLIDING_WINDOW_ENABLED": "1"}
     environ = {**knobs, "DATA_LOADER": "rows", **(sliding if mode == "chunk" else {})}
-    result = audit.audit(SCRIPT, artifact_of(run_of_rows), environ, [*IN_PROCESS, "T7", "T8", "T9", "T18"], 6)
-    assert failed(result) == [], {name: result["tests"][name]["evidence"] for name in failed(result)}
+    result = audit.audit(
+        SCRIPT, artifact_of(run_of_rows), environ, [*IN_PROCESS, "T7", "T8", "T9", "T18"], 6
+    )
+    assert failed(result) == [], {
+        name: result["tests"][name]["evidence"] for name in failed(result)
+    }
     held = {name: row["passed"] for name, row in result["properties"].items()}
-    assert all(held[name] for name in ("repeatable", "causal", "normalised", "score_first", "single_pass"))
+    assert all(
+        held[name] for name in ("repeatable", "causal", "normalised", "score_first", "single_pass")
+    )
     assert held["self_contained"] and held["document_independent"] is None
-    assert "over documents (DATA_LOADER)" in result["properties"]["document_independent"]["evidence"]
+    assert (
+        "over documents (DATA_LOADER)" in result["properties"]["document_independent"]["evidence"]
+    )
     evidence = {name: test["evidence"] for name, test in result["tests"].items()}
     assert "quantized not claimed: DATA_LOADER=rows" in evidence["T10"]
-    assert result["tests"]["T10"]["passed"] is (True if mode == "document" else None)  # adapters are a document's own
+    assert result["tests"]["T10"]["passed"] is (
+        True if mode == "document" else None
+    )  # adapters are a document's own
     assert re.search(r"quantized 0.0e\+00 nats at \d+ places beyond a window", evidence["T11"])
     assert re.search(r"quantized_ttt_lora [1-9]\d+ targets read", evidence["T5"])
     assert "2 documents in an empty folder" in evidence["T8"]  # the first ones, not the whole set
@@ -103,7 +133,9 @@ def test_cheat_is_caught(run, knobs, tmp_path, name):
     if name == "state_beside_the_artifact":
         np.save(beside, np.float32(0.01))
     try:
-        result = audit.audit(plant(name, tmp_path), artifact_of(run), {**knobs, **changes}, list(expected), 6)
+        result = audit.audit(
+            plant(name, tmp_path), artifact_of(run), {**knobs, **changes}, list(expected), 6
+        )
     finally:
         beside.unlink(missing_ok=True)
     evidence = {test: found["evidence"] for test, found in result["tests"].items()}
@@ -115,13 +147,27 @@ def test_cheat_is_caught(run, knobs, tmp_path, name):
 
 @pytest.mark.parametrize(
     "name,expected",
-    [("bias_from_target", {"T2", "T3", "T9"}), ("unnormalised_mixing", {"T2", "T3"}),
-     ("peek_in_attention", {"T1", "T2"}), ("chunk_before_its_score", {"T1", "T5"}), ("memory_of_the_stream", {"T11"}),
-     ("last_windows_dropped", {"T4"}), ("validation_learnt_before_the_evaluation", {"T8"})],
-)  # fmt: skip
+    [
+        ("bias_from_target", {"T2", "T3", "T9"}),
+        ("unnormalised_mixing", {"T2", "T3"}),
+        ("peek_in_attention", {"T1", "T2"}),
+        ("chunk_before_its_score", {"T1", "T5"}),
+        ("memory_of_the_stream", {"T11"}),
+        ("last_windows_dropped", {"T4"}),
+        ("validation_learnt_before_the_evaluation", {"T8"}),
+    ],
+)
 def test_cheat_on_rows_is_caught(run_of_rows, knobs, tmp_path, name, expected):
-    environ = {**knobs, **CHUNK, "DATA_LOADER": "rows", "SLIDING_WINDOW_ENABLED": "1", **CHEATS[name][2]}
-    result = audit.audit(plant(name, tmp_path), artifact_of(run_of_rows), environ, sorted(expected), 6)
+    environ = {
+        **knobs,
+        **CHUNK,
+        "DATA_LOADER": "rows",
+        "SLIDING_WINDOW_ENABLED": "1",
+        **CHEATS[name][2],
+    }
+    result = audit.audit(
+        plant(name, tmp_path), artifact_of(run_of_rows), environ, sorted(expected), 6
+    )
     evidence = {test: found["evidence"] for test, found in result["tests"].items()}
     assert set(failed(result)) - {"T0"} == expected, evidence
     assert not any("Error:" in text for text in evidence.values()), evidence
@@ -132,7 +178,9 @@ def test_coverage_of_a_sample_of_rows_is_what_the_shards_hold_of_it(run_of_rows,
     found = audit.audit(SCRIPT, artifact_of(run_of_rows), environ, ["T14"], 4)["tests"]["T14"]
     assert found["passed"] and found["evidence"].startswith("5 of 5 documents")
     source = SCRIPT.read_text()
-    other = source.replace("random.Random(cfg.seed).sample", "random.Random(cfg.seed + 1).sample")  # another choice
+    other = source.replace(
+        "random.Random(cfg.seed).sample", "random.Random(cfg.seed + 1).sample"
+    )  # another choice
     assert other != source
     (tmp_path / "train_gpt.py").write_text(other)
     result = audit.audit(tmp_path / "train_gpt.py", artifact_of(run_of_rows), environ, ["T14"], 4)
@@ -155,25 +203,52 @@ def test_a_subject_that_cannot_start_is_tried_once(run, knobs, monkeypatch):
 def test_sixteen_kinds_of_cheat_and_more_are_planted():
     assert len(CHEATS) >= 16
     assert {test for _, tests, _ in CHEATS.values() for test in tests} >= {
-        "T1", "T2", "T3", "T4", "T5", "T6", "T7", "T8", "T9", "T10", "T11", "T12", "T14", "T17", "T18"}  # fmt: skip
+        "T1",
+        "T2",
+        "T3",
+        "T4",
+        "T5",
+        "T6",
+        "T7",
+        "T8",
+        "T9",
+        "T10",
+        "T11",
+        "T12",
+        "T14",
+        "T17",
+        "T18",
+    }
 
 
 # === Logs =============================================================================================================
 def log_of(tmp_path: Path, loss: float, bpb: float, tokens: int, digits: int = 8) -> Path:
     path = tmp_path / "train.log"
-    path.write_text(f"val_tokens: {tokens}\n1/2 val_loss: 4.1 val_bpb: 2.5\n"
-                    f"quantized_ttt val_loss:{loss:.{digits}f} val_bpb:{bpb:.{digits}f} eval_time:1ms\n")  # fmt: skip
+    path.write_text(
+        f"val_tokens: {tokens}\n1/2 val_loss: 4.1 val_bpb: 2.5\n"
+        f"quantized_ttt val_loss:{loss:.{digits}f} val_bpb:{bpb:.{digits}f} eval_time:1ms\n"
+    )
     return path
 
 
 @pytest.mark.parametrize(
     "tokens,factor,passed",
-    [(40_540_160, 1.0, True), (40_540_160, 1.1671, False), (62_021_632, 1.0413, False), (62_021_632, 1.0, True),
-     (45_508_608, 1.0099, False), (47_851_520, 1.0, True), (63_779_840, 1.0, False), (9_662_464, 1.0, False)],
-)  # fmt: skip
+    [
+        (40_540_160, 1.0, True),
+        (40_540_160, 1.1671, False),
+        (62_021_632, 1.0413, False),
+        (62_021_632, 1.0, True),
+        (45_508_608, 1.0099, False),
+        (47_851_520, 1.0, True),
+        (63_779_840, 1.0, False),
+        (9_662_464, 1.0, False),
+    ],
+)
 def test_implied_bytes_of_published_logs(tmp_path, tokens, factor, passed):
     known = audit.CANONICAL.get(tokens, ("", 32_756_252))[1]
-    path = log_of(tmp_path, 2.77383724, 2.77383724 / math.log(2) * tokens / (known * factor), tokens)
+    path = log_of(
+        tmp_path, 2.77383724, 2.77383724 / math.log(2) * tokens / (known * factor), tokens
+    )
     assert audit.implied_bytes(path).passed is passed
 
 
@@ -202,16 +277,20 @@ def edited(run: Path, tmp_path: Path, pattern: str, replacement: str) -> Path:
 
 @pytest.mark.parametrize(
     "test,pattern,replacement,word",
-    [("T16", r"^(all of eval +)[\d.]+ ", r"\g<1>700.1 ", "OVER"),
-     ("T16", r"^(score quantized_ttt_lora +)[\d.]+ ", r"\g<1>601.0 ", "OVER"),
-     ("T16", r"^(Total submission size [^:]*: )\d+", r"\g<1>16000001", "bytes OVER"),
-     ("T19", r'"artifact_sha256": "..', r'"artifact_sha256": "zz', "artifact_sha256"),
-     ("T19", r"^  ttt_chunk_size: 16", r"  ttt_chunk_size: 17", "ttt_chunk_size"),
-     ("T19", r"^MLP_SLOPE = 0.5", r"MLP_SLOPE = 0.6", "source text"),
-     ("T13", r"^(quantized_ttt_lora val_loss:\S+ val_bpb:)\S+", r"\g<1>1.00000000", "factor")],
-)  # fmt: skip
+    [
+        ("T16", r"^(all of eval +)[\d.]+ ", r"\g<1>700.1 ", "OVER"),
+        ("T16", r"^(score quantized_ttt_lora +)[\d.]+ ", r"\g<1>601.0 ", "OVER"),
+        ("T16", r"^(Total submission size [^:]*: )\d+", r"\g<1>16000001", "bytes OVER"),
+        ("T19", r'"artifact_sha256": "..', r'"artifact_sha256": "zz', "artifact_sha256"),
+        ("T19", r"^  ttt_chunk_size: 16", r"  ttt_chunk_size: 17", "ttt_chunk_size"),
+        ("T19", r"^MLP_SLOPE = 0.5", r"MLP_SLOPE = 0.6", "source text"),
+        ("T13", r"^(quantized_ttt_lora val_loss:\S+ val_bpb:)\S+", r"\g<1>1.00000000", "factor"),
+    ],
+)
 def test_log_that_does_not_fit_is_found(run, knobs, tmp_path, test, pattern, replacement, word):
-    visit = audit.Audit(SCRIPT, artifact_of(run), knobs, 4, edited(run, tmp_path, pattern, replacement))
+    visit = audit.Audit(
+        SCRIPT, artifact_of(run), knobs, 4, edited(run, tmp_path, pattern, replacement)
+    )
     finding = visit.run([test])[test]
     assert finding.passed is False and word in finding.evidence, finding
     visit.log_path = run / "logs" / "a.txt"
@@ -220,17 +299,28 @@ def test_log_that_does_not_fit_is_found(run, knobs, tmp_path, test, pattern, rep
 
 def test_log_of_an_evaluation_with_other_knobs_is_found(run, knobs):
     """What a log says of an evaluation that is not the audited one: other documents, temperature, phases, adapters."""
-    changed = {"VAL_DOC_FRACTION": "0.5", "LOGIT_TEMPERATURE": "0.9", "PHASED_TTT_NUM_PHASES": "1", "SEED": "1",
-               "SLIDING_WINDOW_ENABLED": "1", "PHASED_TTT_PREFIX_DOCS": "2", "TTT_CHUNK_TOKENS": "64"}  # fmt: skip
+    changed = {
+        "VAL_DOC_FRACTION": "0.5",
+        "LOGIT_TEMPERATURE": "0.9",
+        "PHASED_TTT_NUM_PHASES": "1",
+        "SEED": "1",
+        "SLIDING_WINDOW_ENABLED": "1",
+        "PHASED_TTT_PREFIX_DOCS": "2",
+        "TTT_CHUNK_TOKENS": "64",
+    }
     only = {**knobs, **changed, "EVAL_ONLY_PATH": str(artifact_of(run)), "RUN_ID": "other"}
     done = run_script(only, run)
     assert done.returncode == 0, done.stderr
     log = run / "logs" / "other.txt"
     finding = audit.Audit(SCRIPT, artifact_of(run), knobs, 4, log).run(["T19"])["T19"]
     different = finding.evidence.split("different: ")[1].split(", ")
-    assert not finding.passed and set(different) == {"val_sha256", *map(str.lower, changed)} - {"val_doc_fraction"}
+    assert not finding.passed and set(different) == {"val_sha256", *map(str.lower, changed)} - {
+        "val_doc_fraction"
+    }
     changed["DATA_DIR"] = knobs["DATA_DIR"]
-    same = audit.Audit(SCRIPT, artifact_of(run), {**changed, **audit.of_log(log, changed)}, 4, log).run(["T19"])["T19"]
+    same = audit.Audit(
+        SCRIPT, artifact_of(run), {**changed, **audit.of_log(log, changed)}, 4, log
+    ).run(["T19"])["T19"]
     assert same.passed, same
 
 
@@ -245,14 +335,22 @@ def test_what_the_run_refuses_by_itself_is_a_finding(run, knobs, tmp_path):
 
 # === Command ==========================================================================================================
 def command(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
-    base = {k: os.environ[k] for k in ("PATH", "HOME", "LANG") if k in os.environ} | {"OMP_NUM_THREADS": "1"}
+    base = {k: os.environ[k] for k in ("PATH", "HOME", "LANG") if k in os.environ} | {
+        "OMP_NUM_THREADS": "1"
+    }
     line = [sys.executable, str(ROOT / "tools" / "audit.py"), *arguments]
-    return subprocess.run(line, env=base | (env or {}), capture_output=True, text=True, timeout=240, check=False)
+    return subprocess.run(
+        line, env=base | (env or {}), capture_output=True, text=True, timeout=240, check=False
+    )
 
 
-def test_command_writes_what_the_report_reads_and_says_so_by_its_status(run, knobs, tmp_path, monkeypatch, capsys):
+def test_command_writes_what_the_report_reads_and_says_so_by_its_status(
+    run, knobs, tmp_path, monkeypatch, capsys
+):
     artifact, out = str(artifact_of(run)), tmp_path / "audit.json"
-    done = command(artifact, "--tests", "T4,T14", "--json", str(out), "--markdown", "--docs", "4", env=knobs)
+    done = command(
+        artifact, "--tests", "T4,T14", "--json", str(out), "--markdown", "--docs", "4", env=knobs
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(out.read_text())
     assert result["properties"]["single_pass"]["passed"] is True
@@ -266,31 +364,51 @@ def test_command_writes_what_the_report_reads_and_says_so_by_its_status(run, kno
     assert json.loads(out.read_text())["properties"]["lossless"]["passed"] is False
 
 
-def test_knobs_come_from_the_log_and_some_tests_leave_the_record_of_all_alone(run, knobs, monkeypatch, capsys):
+def test_knobs_come_from_the_log_and_some_tests_leave_the_record_of_all_alone(
+    run, knobs, monkeypatch, capsys
+):
     monkeypatch.chdir(run)
     kept = artifact_of(run).with_name("audit.json")
     kept.write_text("all tests")
     try:
-        done = command("runs/a/final_model.int6.ptz", "--tests", "T19", env={"DATA_DIR": knobs["DATA_DIR"]})
-        assert done.returncode == 0 and "TTT_CHUNK_SIZE=16" in done.stdout.splitlines()[0], done.stdout + done.stderr
+        done = command(
+            "runs/a/final_model.int6.ptz", "--tests", "T19", env={"DATA_DIR": knobs["DATA_DIR"]}
+        )
+        assert done.returncode == 0 and "TTT_CHUNK_SIZE=16" in done.stdout.splitlines()[0], (
+            done.stdout + done.stderr
+        )
         assert "different: none" in done.stdout and "nothing written" in done.stdout
         assert kept.read_text() == "all tests"
-        environ = {"DATA_DIR": knobs["DATA_DIR"], "TTT_CHUNK_SIZE": "8", "GLOBAL_TTT_LR": "0.1"}  # which come first
+        environ = {
+            "DATA_DIR": knobs["DATA_DIR"],
+            "TTT_CHUNK_SIZE": "8",
+            "GLOBAL_TTT_LR": "0.1",
+        }  # which come first
         taken = audit.of_log(run / "logs" / "a.txt", environ)
-        assert taken["TTT_LORA_LR"] == "0.01" and not taken.keys() & {"TTT_CHUNK_SIZE", "TTT_LR", "RUN_ID"}
+        assert taken["TTT_LORA_LR"] == "0.01" and not taken.keys() & {
+            "TTT_CHUNK_SIZE",
+            "TTT_LR",
+            "RUN_ID",
+        }
     finally:
         kept.unlink()
 
 
 @pytest.mark.parametrize(
     "arguments,environ,word",
-    [(["README.md"], {}, "not an artifact"), (["{a}", "--run-log", "/nope"], {}, "/nope: no such"),
-     (["{a}"], {"DATA_DIR": "/nope"}, "/nope"), (["{a}"], {"VOCAB_SIZE": "many"}, "VOCAB_SIZE=many"),
-     (["{a}"], {"TTT_CHUNK_SIZES": "8"}, "did you mean"), (["{a}", "--script", "README.md"], {}, "no train_gpt.py"),
-     (["{a}", "--json", "/nope/out"], {}, "/nope")],
-)  # fmt: skip
-def test_what_cannot_be_judged_is_wrong_usage_and_leaves_nothing(run, knobs, tmp_path, monkeypatch, capsys, arguments,
-                                                                 environ, word):  # fmt: skip
+    [
+        (["README.md"], {}, "not an artifact"),
+        (["{a}", "--run-log", "/nope"], {}, "/nope: no such"),
+        (["{a}"], {"DATA_DIR": "/nope"}, "/nope"),
+        (["{a}"], {"VOCAB_SIZE": "many"}, "VOCAB_SIZE=many"),
+        (["{a}"], {"TTT_CHUNK_SIZES": "8"}, "did you mean"),
+        (["{a}", "--script", "README.md"], {}, "no train_gpt.py"),
+        (["{a}", "--json", "/nope/out"], {}, "/nope"),
+    ],
+)
+def test_what_cannot_be_judged_is_wrong_usage_and_leaves_nothing(
+    run, knobs, tmp_path, monkeypatch, capsys, arguments, environ, word
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "README.md").write_text("# no artifact\n")
     for name, value in environ.items():
@@ -314,7 +432,13 @@ def test_log_of_a_run_and_of_a_sweep(tmp_path):
 
 
 def test_wrong_usage_ends_with_status_2_and_inflated_logs_with_1(tmp_path, capsys):
-    for arguments in ([], ["nowhere"], ["x", "--log", "y"], [__file__, "--tests", "T99"], [__file__, "--docs", "1"]):
+    for arguments in (
+        [],
+        ["nowhere"],
+        ["x", "--log", "y"],
+        [__file__, "--tests", "T99"],
+        [__file__, "--docs", "1"],
+    ):
         with pytest.raises(SystemExit) as ended:
             audit.main(arguments)
         assert ended.value.code == 2, arguments
@@ -322,7 +446,12 @@ def test_wrong_usage_ends_with_status_2_and_inflated_logs_with_1(tmp_path, capsy
     assert audit.main(["--log", str(log_of(tmp_path, 2.7, bpb, 40_540_160))]) == 0
     assert audit.main(["--log", str(log_of(tmp_path, 2.7, bpb / 1.1671, 40_540_160))]) == 1
     assert "factor 1.167" in capsys.readouterr().out
-    for content in (b"", bytes(range(256)), b"final {no\n", b"val_tokens: 0\nval_loss:1.0 val_bpb:0.00\n"):
+    for content in (
+        b"",
+        bytes(range(256)),
+        b"final {no\n",
+        b"val_tokens: 0\nval_loss:1.0 val_bpb:0.00\n",
+    ):
         (tmp_path / "x.txt").write_bytes(content)
         assert audit.main(["--log", str(tmp_path / "x.txt")]) == 2
         said = capsys.readouterr()
@@ -337,17 +466,21 @@ def test_table_of_cheats_says_in_a_line_what_it_lacks(capsys):
 
 @pytest.mark.parametrize(
     "event,violation",
-    [(("open", "{f}/artifact", False, "artifact"), False),
-     (("open", "{d}/x_val_0.bin", False, "data/datasets/d/x_val_0.bin"), False),
-     (("open", "{d}/x_val_0.bin", False, "data/datasets/d/x_train_0.bin"), True),
-     (("open", "{f}/runs/alone/scores.json", True, "runs/alone/scores.json"), False),
-     (("open", "/root/elsewhere", False, "/root/elsewhere"), True),
-     (("open", "/proc/meminfo", False, "/proc/meminfo"), False),
-     (("open", "/proc/meminfo", True, "/proc/meminfo"), True), (("open", "/dev/null", True, "/dev/null"), False),
-     (("os.fork", "", False, ""), True),
-     (("socket.connect", "x", False, "x"), True), (("subprocess.Popen", "curl", False, "curl"), True)],
+    [
+        (("open", "{f}/artifact", False, "artifact"), False),
+        (("open", "{d}/x_val_0.bin", False, "data/datasets/d/x_val_0.bin"), False),
+        (("open", "{d}/x_val_0.bin", False, "data/datasets/d/x_train_0.bin"), True),
+        (("open", "{f}/runs/alone/scores.json", True, "runs/alone/scores.json"), False),
+        (("open", "/root/elsewhere", False, "/root/elsewhere"), True),
+        (("open", "/proc/meminfo", False, "/proc/meminfo"), False),
+        (("open", "/proc/meminfo", True, "/proc/meminfo"), True),
+        (("open", "/dev/null", True, "/dev/null"), False),
+        (("os.fork", "", False, ""), True),
+        (("socket.connect", "x", False, "x"), True),
+        (("subprocess.Popen", "curl", False, "curl"), True),
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_what_a_fresh_process_may_open(tmp_path, event, violation):
     cfg = type("Config", (), dict(dataset_dir=Path("d"), compile=False))
     data = tmp_path / "data" / "datasets" / "d"

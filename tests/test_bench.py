@@ -26,7 +26,7 @@ import train_gpt as tg
 
 CPU = torch.device("cpu")
 KEYS = "device backend ratio_plain ratio_looped ratio_gptq noise_ratio grad_error_ratio mfu".split()
-SCRIPT = '''
+SCRIPT = """
 import os, torch, torch.nn.functional as F, triton, triton.language as tl
 from torch import nn
 from flash_attn_interface import flash_attn_func, flash_attn_varlen_func
@@ -165,7 +165,7 @@ def eval_val_ttt_lora(h, model, device, data, forward_ttt_train):
     assert data.val_tokens.dtype == torch.int32 and (tokens == BOS_ID).sum() == 1
     space = data.has_leading_space_lut[tokens[1:]] & ~data.is_boundary_token_lut[tokens[:-1]]
     return loss.mean().item(), int(data.base_bytes_lut[tokens[1:]].sum() + space.sum())
-'''
+"""
 
 
 @pytest.fixture(scope="module")
@@ -183,12 +183,18 @@ def last_line(output: str) -> dict:
 # --- Turns, ratios, counts ---
 def test_turns_go_forth_and_back_and_drop_the_warm_up():
     order = []
+
     def job(name: str, parts: int):
         order.append(name)
         yield from range(parts)
-    seconds = bench.take_turns({"a": lambda: job("a", 2), "b": lambda: job("b", 1)}, rounds=2, warmups=1, device=CPU)
+
+    seconds = bench.take_turns(
+        {"a": lambda: job("a", 2), "b": lambda: job("b", 1)}, rounds=2, warmups=1, device=CPU
+    )
     assert "".join(order) == "abba" * 3
-    assert seconds["a"].shape == (4, 2) and seconds["b"].shape == (4, 1) and (seconds["a"] > 0).all()
+    assert (
+        seconds["a"].shape == (4, 2) and seconds["b"].shape == (4, 1) and (seconds["a"] > 0).all()
+    )
 
 
 def test_ratio_is_of_pairs_and_so_blind_to_drift():
@@ -202,23 +208,36 @@ def test_overlapping_kernels_count_once():
 
 def test_jobs_are_told_by_name():
     names = {
-        "aten::mm": "products", "nvjet_tst_128x256": "products", "x": "other", "aten::sum": "reductions",
-        "triton_per_fused__to_copy__varlen_attn_backward_add_1": "written by the compiler", "qk_kernel":
-        "fused norm, RoPE, XSA", "softcap_ce_kernel": "loss", "triton_red_fused_div_log_tanh_0": "loss",
-        "golf::sdpa_varlen": "attention", "mlp_kernel": "fused MLP", "aten::copy_": "copies and casts",
-        "aten::_log_softmax": "loss", "aten::mul": "elementwise"}  # fmt: skip
+        "aten::mm": "products",
+        "nvjet_tst_128x256": "products",
+        "x": "other",
+        "aten::sum": "reductions",
+        "triton_per_fused__to_copy__varlen_attn_backward_add_1": "written by the compiler",
+        "qk_kernel": "fused norm, RoPE, XSA",
+        "softcap_ce_kernel": "loss",
+        "triton_red_fused_div_log_tanh_0": "loss",
+        "golf::sdpa_varlen": "attention",
+        "mlp_kernel": "fused MLP",
+        "aten::copy_": "copies and casts",
+        "aten::_log_softmax": "loss",
+        "aten::mul": "elementwise",
+    }
     assert {name: bench.job_of(name) for name in names} == names
 
 
 def test_flops_by_hand():
-    cfg = tiny_config(num_loops=0, num_layers=2, xsa_last_n=2, parallel_start_layer=0)  # C 32, H 2, Hkv 1, F 64, V 320
+    cfg = tiny_config(
+        num_loops=0, num_layers=2, xsa_last_n=2, parallel_start_layer=0
+    )  # C 32, H 2, Hkv 1, F 64, V 320
     row = tg.pack_row(np.zeros(128, int), np.zeros(128, int), np.array([0, 64]), (128, 32, 64), CPU)
     layer, head, pairs = 2 * 32 * 32 + 2 * 16 * 32 + 2 * 64 * 32, 320 * 32, 2 * 64 * 65 // 2
     products = 6 * 128 * (2 * layer + head)
     assert bench.step_flops(cfg, row, False) == (products + 2 * 14 * 32 * pairs, products)
     looped = tiny_config(micro_batch_tokens=128)
     more, parameters = bench.step_flops(looped, row, True)
-    assert more - bench.step_flops(looped, row, False)[0] == 6 * 128 * layer + 14 * 32 * pairs  # one visit more
+    assert (
+        more - bench.step_flops(looped, row, False)[0] == 6 * 128 * layer + 14 * 32 * pairs
+    )  # one visit more
     assert parameters == 6 * 128 * (4 * layer + head)
 
 
@@ -255,7 +274,14 @@ def test_attention_stand_in_keeps_to_documents_and_to_rows():
     wanted = F.scaled_dot_product_attention(*heads, is_causal=True).transpose(1, 2)
     torch.testing.assert_close(flash.flash_attn_func(q, k, v, causal=True), wanted)
     cu = torch.tensor([0, 8, 16, 24, 24], dtype=torch.int32)
-    options = dict(cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=8, max_seqlen_k=8, causal=True, window_size=(-1, -1))
+    options = dict(
+        cu_seqlens_q=cu,
+        cu_seqlens_k=cu,
+        max_seqlen_q=8,
+        max_seqlen_k=8,
+        causal=True,
+        window_size=(-1, -1),
+    )
     packed = flash.flash_attn_varlen_func(*(x.flatten(0, 1) for x in (q, k, v)), **options)
     torch.testing.assert_close(packed.view_as(q), wanted)
 
@@ -265,19 +291,37 @@ def test_mlp_stand_in_has_the_kernels_value_and_gradient():
     pre = (a @ b.T).requires_grad_()
     post = torch.where(pre > 0, pre, 0.5 * pre) ** 2
     post.backward(dy)
-    torch.testing.assert_close(adapter.linear_leaky_relu_square(a, b), (pre.detach(), post.detach()))
-    torch.testing.assert_close(adapter.linear_leaky_relu_square(dy, torch.eye(6), aux=pre.detach()), pre.grad)
+    torch.testing.assert_close(
+        adapter.linear_leaky_relu_square(a, b), (pre.detach(), post.detach())
+    )
+    torch.testing.assert_close(
+        adapter.linear_leaky_relu_square(dy, torch.eye(6), aux=pre.detach()), pre.grad
+    )
 
 
-def test_script_sees_our_knobs_and_leaves_nothing_behind(script: Path, monkeypatch: pytest.MonkeyPatch):
+def test_script_sees_our_knobs_and_leaves_nothing_behind(
+    script: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setenv("RANK", "3")
-    before = {name: module for name, module in sys.modules.items() if name.startswith(("triton", "flash", "torch"))}
+    before = {
+        name: module
+        for name, module in sys.modules.items()
+        if name.startswith(("triton", "flash", "torch"))
+    }
     environ = dict(os.environ)
     ref = adapter.Reference(script, tiny_config(matrix_lr=0.125), CPU, "sdpa")
     assert (ref.h.lr, ref.h.V, ref.h.C, ref.h.rank, ref.h.gates) == (0.125, 320, 32, None, True)
-    assert ref.h.run_id != adapter.Reference(script, tiny_config(), CPU, "sdpa").h.run_id  # it names a file in /tmp
-    assert {n: sys.modules.get(n) for n in before} == before and "flash_attn_interface" not in sys.modules
-    assert dict(os.environ) == environ and ref.module.compiled(1) == 1 and torch.compile is not adapter.uncompiled
+    assert (
+        ref.h.run_id != adapter.Reference(script, tiny_config(), CPU, "sdpa").h.run_id
+    )  # it names a file in /tmp
+    assert {
+        n: sys.modules.get(n) for n in before
+    } == before and "flash_attn_interface" not in sys.modules
+    assert (
+        dict(os.environ) == environ
+        and ref.module.compiled(1) == 1
+        and torch.compile is not adapter.uncompiled
+    )
 
 
 def test_weights_go_there_and_gradients_come_back(script: Path):
@@ -286,7 +330,9 @@ def test_weights_go_there_and_gradients_come_back(script: Path):
     model = ref.build(weights, looped=True)
     assert model.looping_active and torch.equal(model.blocks[2].attn.q_gain, weights["q_gain"][2])
     back = ref.stacked(model.state_dict(), weights)
-    assert back.keys() == weights.keys() and all(torch.equal(back[n], w) for n, w in weights.items())
+    assert back.keys() == weights.keys() and all(
+        torch.equal(back[n], w) for n, w in weights.items()
+    )
     with pytest.raises(AssertionError, match="no_such"):
         ref.build({"no_such": torch.zeros(1)}, looped=False)
 
@@ -295,21 +341,30 @@ def test_batch_is_the_loaders(script: Path):
     ref = adapter.Reference(script, tiny_config(), CPU, "sdpa")
     row = tg.pack_row(np.arange(128), np.arange(128), np.arange(0, 128, 2), (128, 100, 64), CPU)
     batch = ref.batch(row)
-    assert batch["input_ids"].shape == (1, 128) and batch["cu_seqlens"].tolist() == [*range(0, 128, 2)] + [128] * 64
+    assert (
+        batch["input_ids"].shape == (1, 128)
+        and batch["cu_seqlens"].tolist() == [*range(0, 128, 2)] + [128] * 64
+    )
 
 
 def test_ttt_is_called_as_published(script: Path):
     ref, lines = adapter.Reference(script, tiny_config(), CPU, "sdpa"), []
-    table = tg.ByteTable(np.array([0, 1, 2, 3]), np.array([0, 0, 1, 1], bool), np.array([1, 0, 0, 0], bool))
+    table = tg.ByteTable(
+        np.array([0, 1, 2, 3]), np.array([0, 0, 1, 1], bool), np.array([1, 0, 0, 0], bool)
+    )
     model = ref.build(bench.random_weights(tiny_config()), looped=True)
     counter = Path(f"/tmp/ttt_counter_{ref.h.run_id}")
     counter.touch()
-    loss, num_bytes = ref.evaluate_ttt(model, np.array([0, 2, 3, 1]), table, bos_id=0, log=lines.append)
+    loss, num_bytes = ref.evaluate_ttt(
+        model, np.array([0, 2, 3, 1]), table, bos_id=0, log=lines.append
+    )
     assert loss == 2.0 and num_bytes == table.count(np.array([0, 2, 3, 1])) and lines == ["ttt 0"]
     assert not counter.exists()
 
 
-def test_fp32_gradients_of_script_and_ours_agree_or_the_gate_stops(script: Path, monkeypatch: pytest.MonkeyPatch):
+def test_fp32_gradients_of_script_and_ours_agree_or_the_gate_stops(
+    script: Path, monkeypatch: pytest.MonkeyPatch
+):
     cfg = tiny_config()
     row, ref = bench.full_row(cfg, cfg.row_shape, CPU), adapter.Reference(script, cfg, CPU, "sdpa")
     errors = bench.gradient_errors(cfg, ref, row, "sdpa", seed=0)
@@ -322,8 +377,9 @@ def test_fp32_gradients_of_script_and_ours_agree_or_the_gate_stops(script: Path,
 
 
 @pytest.mark.parametrize("text", ["import no_such_package", "def", "x = 1", None])
-def test_what_is_no_such_script_is_refused_in_a_line(tmp_path: Path, text: str | None, capsys: pytest.CaptureFixture,
-                                                     monkeypatch: pytest.MonkeyPatch):  # fmt: skip
+def test_what_is_no_such_script_is_refused_in_a_line(
+    tmp_path: Path, text: str | None, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
     path = tmp_path / "other.py"
     if text is not None:
         path.write_text(text)
@@ -339,29 +395,47 @@ def test_run_alone_ends_with_the_line():
     env = {k: os.environ[k] for k in ("PATH", "HOME") if k in os.environ}
     env |= {**TINY, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "bench/step.py", "--rounds", "1", "--gptq-layers", "0"]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     found = last_line(done.stdout)
-    assert list(found) == KEYS and found["backend"] == "sdpa" and found["device"] == "CPU, 1 threads"
-    assert [k for k in KEYS if found[k] is None] == ["ratio_plain", "ratio_looped", "ratio_gptq", "grad_error_ratio"]
+    assert (
+        list(found) == KEYS and found["backend"] == "sdpa" and found["device"] == "CPU, 1 threads"
+    )
+    assert [k for k in KEYS if found[k] is None] == [
+        "ratio_plain",
+        "ratio_looped",
+        "ratio_gptq",
+        "grad_error_ratio",
+    ]
     assert 0.1 < found["noise_ratio"] < 10 and 0 < found["mfu"] < 1
 
 
-def test_run_beside_a_script_measures_every_ratio(script: Path, capsys: pytest.CaptureFixture,
-                                                  monkeypatch: pytest.MonkeyPatch):  # fmt: skip
+def test_run_beside_a_script_measures_every_ratio(
+    script: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
     for name, value in TINY.items():
         monkeypatch.setenv(name, value)
+
     def small(reference: adapter.Reference, layers: int, device: torch.device) -> float:
         cfg = tiny_config(num_layers=layers, xsa_last_n=layers, num_loops=0, parallel_start_layer=0)
         monkeypatch.setattr(tg, "Config", lambda **_: cfg)
         return gptq(reference, layers, device)
+
     gptq = bench.gptq
     monkeypatch.setattr(bench, "gptq", small)
     assert bench.main(["--reference", str(script), "--rounds", "1", "--gptq-layers", "2"]) == 0
     output = capsys.readouterr().out
     found = last_line(output)
     assert list(found) == KEYS and all(found[k] for k in KEYS)
-    for line in ("gradients of both agree", "step, looped, ms", "kept for backward", "operator calls", "GPTQ of 13"):
+    for line in (
+        "gradients of both agree",
+        "step, looped, ms",
+        "kept for backward",
+        "operator calls",
+        "GPTQ of 13",
+    ):
         assert line in output, line
 
 
@@ -390,21 +464,36 @@ print(json.dumps(found))
 
 
 def lower(command: list[str], **env: str) -> str:
-    env |= {"OMP_NUM_THREADS": "1", **{k: os.environ[k] for k in ("PATH", "HOME") if k in os.environ}}
+    env |= {
+        "OMP_NUM_THREADS": "1",
+        **{k: os.environ[k] for k in ("PATH", "HOME") if k in os.environ},
+    }
     command = [sys.executable, *command]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
 
 @lowering
-@pytest.mark.parametrize(("script", "option"), [
-    ("kernels", "--out"), ("graphs", "--reference"), ("graphs", "--out"), ("graphs", "--sources"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("script", "option"),
+    [
+        ("kernels", "--out"),
+        ("graphs", "--reference"),
+        ("graphs", "--out"),
+        ("graphs", "--sources"),
+    ],
+)
 def test_a_path_that_cannot_be_is_told_before_the_work(script: str, option: str):
     command = [sys.executable, f"bench/{script}.py", option, "README.md/x"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr[-3000:]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr[
+        -3000:
+    ]
     assert done.stderr.startswith(f"bench/{script}.py: ") and "README.md/x" in done.stderr
 
 
@@ -424,16 +513,33 @@ def test_a_run_lowers_whole_for_hopper_without_a_copy_from_the_host(script: Path
     found = last_line(lower(["bench/graphs.py", "--reference", str(script)], **small))
     assert found["host"] == []
     banks = {f"Muon, {name}" for name in ("qo_bank", "kv_bank", "up_bank", "down_bank")}
-    assert set(found["operators"]) == {"training", "training, looped", "scoring", "adaptation", "adapters, down",
-                                       "adapters, up", *banks}  # fmt: skip
+    assert set(found["operators"]) == {
+        "training",
+        "training, looped",
+        "scoring",
+        "adaptation",
+        "adapters, down",
+        "adapters, up",
+        *banks,
+    }
     for graph, visits in (("training", 4), ("training, looped", 5)):
-        wanted = dict.fromkeys(("qk_rope", "qk_rope_backward", "xsa", "xsa_backward", "mlp_up", "mlp_dpre"), visits)
-        assert found["operators"][graph] == {f"golf.{k}.default": n for k, n in {**wanted, "softcap_ce": 1}.items()}
-    assert found["operators"]["adaptation"]["golf.qk_rope.default"] == 6  # keys and queries apart in the last visit
+        wanted = dict.fromkeys(
+            ("qk_rope", "qk_rope_backward", "xsa", "xsa_backward", "mlp_up", "mlp_dpre"), visits
+        )
+        assert found["operators"][graph] == {
+            f"golf.{k}.default": n for k, n in {**wanted, "softcap_ce": 1}.items()
+        }
+    assert (
+        found["operators"]["adaptation"]["golf.qk_rope.default"] == 6
+    )  # keys and queries apart in the last visit
     for plan in ("plain", "looped"):
-        assert 0.1 < found[f"bytes_ratio_{plan}"] < 0.95 and 0.1 < found[f"modelled_ratio_{plan}"] < 1
+        assert (
+            0.1 < found[f"bytes_ratio_{plan}"] < 0.95 and 0.1 < found[f"modelled_ratio_{plan}"] < 1
+        )
     plain = {f"FUSED_{part}": "0" for part in ("QK", "XSA", "CE", "MLP")}
-    without = last_line(lower(["bench/graphs.py"], **small | plain | {"NUM_LOOPS": "0", "TTT_ENABLED": "0"}))
+    without = last_line(
+        lower(["bench/graphs.py"], **small | plain | {"NUM_LOOPS": "0", "TTT_ENABLED": "0"})
+    )
     assert not any(without["operators"].values())
     for count in ("kernels", "gigabytes"):
         assert without[f"{count}_plain"] > 1.1 * found[f"{count}_plain"], (without, found)
@@ -448,15 +554,50 @@ print(json.dumps(graphs.trace_sizes(graphs.prepare(json.loads(sys.argv[1])))))
 
 
 @lowering
-@pytest.mark.parametrize(("env", "wanted"), [
-    ({"TTT_MODE": "chunk", "TTT_CHUNK_TOKENS": "524288", "EVAL_SEQ_LEN": "4096", "TTT_BATCH_SEQS": "128",
-      "VAL_BATCH_TOKENS": "32768"},
-     {"learning by all weights": ["128 x 4096", "64 x 4096", "32 x 4096", "16 x 4096", "1 x 4096"]}),
-    ({"TTT_BUCKETS": "3", "TTT_EVAL_SEQ_LEN": "2048", "TTT_BATCH_SIZE": "512"},
-     {"adaptation": ["8 x 32", "8 x 256", "8 x 2048", "16 x 32", "16 x 256", "16 x 2048", "512 x 32", "512 x 256",
-                     "512 x 2048", "2048 x 32", "2048 x 256"]}),
-])  # fmt: skip
-def test_one_graph_for_hopper_serves_all_sizes_of_adaptation(env: dict[str, str], wanted: dict[str, list[str]]):
+@pytest.mark.parametrize(
+    ("env", "wanted"),
+    [
+        (
+            {
+                "TTT_MODE": "chunk",
+                "TTT_CHUNK_TOKENS": "524288",
+                "EVAL_SEQ_LEN": "4096",
+                "TTT_BATCH_SEQS": "128",
+                "VAL_BATCH_TOKENS": "32768",
+            },
+            {
+                "learning by all weights": [
+                    "128 x 4096",
+                    "64 x 4096",
+                    "32 x 4096",
+                    "16 x 4096",
+                    "1 x 4096",
+                ]
+            },
+        ),
+        (
+            {"TTT_BUCKETS": "3", "TTT_EVAL_SEQ_LEN": "2048", "TTT_BATCH_SIZE": "512"},
+            {
+                "adaptation": [
+                    "8 x 32",
+                    "8 x 256",
+                    "8 x 2048",
+                    "16 x 32",
+                    "16 x 256",
+                    "16 x 2048",
+                    "512 x 32",
+                    "512 x 256",
+                    "512 x 2048",
+                    "2048 x 32",
+                    "2048 x 256",
+                ]
+            },
+        ),
+    ],
+)
+def test_one_graph_for_hopper_serves_all_sizes_of_adaptation(
+    env: dict[str, str], wanted: dict[str, list[str]]
+):
     """At width 32 Inductor would have a second one below 163,840 tokens."""
     two = {"NUM_LAYERS": "2", "XSA_LAST_N": "2", "NUM_LOOPS": "0", "PARALLEL_START_LAYER": "0"}
     small = {**TINY, "COMPUTE_DTYPE": "bf16", **two, **env}
@@ -467,32 +608,52 @@ def test_one_graph_for_hopper_serves_all_sizes_of_adaptation(env: dict[str, str]
 
 
 # --- bench/gpu.sh, with a Python and a GPU that only say they are there ---
-STAND_INS = {"nvidia-smi": "echo a GPU", "python": """
+STAND_INS = {
+    "nvidia-smi": "echo a GPU",
+    "python": """
 case "$*" in
   *step.py*) echo "step $PRESET$DATASET"; exit 3 ;;
   *train_gpt.py*) echo "run $PRESET $DATASET $MAX_WALLCLOCK_SECONDS"; exec sleep 20 ;;
   -) cat > /dev/null ;;
   *) echo "$*" ;;
-esac"""}
+esac""",
+}
 
 
-def test_a_part_on_a_gpu_that_fails_or_is_too_slow_leaves_its_output_and_stops_no_other(tmp_path: Path):
+def test_a_part_on_a_gpu_that_fails_or_is_too_slow_leaves_its_output_and_stops_no_other(
+    tmp_path: Path,
+):
     for folder in ("bench", "bin", "out", "shared/corpus"):
         (tmp_path / folder).mkdir(parents=True)
     for name, text in STAND_INS.items():
         (tmp_path / "bin" / name).write_text("#!/bin/bash\n" + text)
         (tmp_path / "bin" / name).chmod(0o755)
     shutil.copy(ROOT / "bench" / "gpu.sh", tmp_path / "bench")
-    env = {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "OUT": str(tmp_path / "out"), "RUN_SECONDS": "1"}
+    env = {
+        "PATH": f"{tmp_path}/bin:{os.environ['PATH']}",
+        "OUT": str(tmp_path / "out"),
+        "RUN_SECONDS": "1",
+    }
     command = ["bash", "bench/gpu.sh", "python", "step", "run", "kernels"]
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60, check=False
+    )
     assert done.returncode == 1 and done.stderr == "bench/gpu.sh: failed or cut: step run\n"
     found = {path.name.split("_")[0]: path.read_text() for path in (tmp_path / "out").iterdir()}
     assert found["step"].startswith("step record\nstep: exit status 3 ")
-    assert found["run"] == "run record corpus_sp8192 60\nrun: exit status 124 (124: cut after 1 s)\n"
+    assert (
+        found["run"] == "run record corpus_sp8192 60\nrun: exit status 124 (124: cut after 1 s)\n"
+    )
     assert found["kernels"] == "-u bench/kernels.py --first\n"
-    kept = {path.name.split("_")[0]: path.read_text() for path in (tmp_path / "bench" / "results").iterdir()}
-    assert set(kept) == set(found) and all("a GPU" in kept[name] and found[name] in kept[name] for name in kept)
+    kept = {
+        path.name.split("_")[0]: path.read_text()
+        for path in (tmp_path / "bench" / "results").iterdir()
+    }
+    assert set(kept) == set(found) and all(
+        "a GPU" in kept[name] and found[name] in kept[name] for name in kept
+    )
     command[3:] = ["tset"]
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60, check=False
+    )
     assert done.returncode == 2 and "tset: must be one of tests step" in done.stderr

@@ -17,8 +17,12 @@ BUDGET = {"max_wallclock_seconds": "40.0", "shrink": "True", "val_doc_fraction":
 
 def logs(folder: Path, *runs: dict, name: str = "run") -> list[str]:
     """As `ours`; `preset` of each, and `env`: knobs that the environment had set."""
-    made = [{**run, "config": {**BUDGET, **run.get("config", {}), **run.get("env", {})}} for run in runs]
-    made = [{**run, "preset": f"{run['preset']} shrunk"} for run in made]  # as a run with SHRINK=1 says
+    made = [
+        {**run, "config": {**BUDGET, **run.get("config", {}), **run.get("env", {})}} for run in runs
+    ]
+    made = [
+        {**run, "preset": f"{run['preset']} shrunk"} for run in made
+    ]  # as a run with SHRINK=1 says
     paths = ours(folder, *({k: v for k, v in run.items() if k != "env"} for run in made), name=name)
     for path, run in zip(map(Path, paths), runs, strict=True):
         text = path.read_text()
@@ -28,45 +32,77 @@ def logs(folder: Path, *runs: dict, name: str = "run") -> list[str]:
     return paths
 
 
-def compared(capsys: pytest.CaptureFixture, paths: list[str], status: int = 0) -> tuple[list[dict], list[str]]:
+def compared(
+    capsys: pytest.CaptureFixture, paths: list[str], status: int = 0
+) -> tuple[list[dict], list[str]]:
     """Rows by column, and the lines below the table."""
     capsys.readouterr()
     assert report.main(["--compare", *paths]) == status
     begin, head, _, *lines, end = capsys.readouterr().out.splitlines()
     assert (begin, end) == ("<!-- compare:begin -->", "<!-- compare:end -->")
     cells = [line[2:-2].split(" | ") for line in (head, *lines) if line.startswith("|")]
-    return [dict(zip(cells[0], row, strict=True)) for row in cells[1:]], [x[2:] for x in lines if x.startswith("- ")]
+    return [dict(zip(cells[0], row, strict=True)) for row in cells[1:]], [
+        x[2:] for x in lines if x.startswith("- ")
+    ]
 
 
-def test_each_system_has_a_row_with_what_it_is_what_was_published_and_what_was_measured(tmp_path, capsys) -> None:
+def test_each_system_has_a_row_with_what_it_is_what_was_published_and_what_was_measured(
+    tmp_path, capsys
+) -> None:
     presets = ["pr605", "pr473", "pr1413", "pr1560", "pr1530"]
-    rows, notes = compared(capsys, logs(tmp_path, *({"preset": p, "seed": 0, "val_bpb": 1.9} for p in presets)))
+    rows, notes = compared(
+        capsys, logs(tmp_path, *({"preset": p, "seed": 0, "val_bpb": 1.9} for p in presets))
+    )
     assert [row["system"] for row in rows] == ["#1530", "#1560", "#1413", "#473", "#605"]
-    assert [row["published"] for row in rows] == ["1.07336", "1.07406", "1.08279", "1.12139", "about 1.15, legal form"]
+    assert [row["published"] for row in rows] == [
+        "1.07336",
+        "1.07406",
+        "1.08279",
+        "1.12139",
+        "about 1.15, legal form",
+    ]
     assert all(row["what it has"] for row in rows)
-    measured = {"runs": "1", "before quantisation": "2.00000", "quantised": "2.10000", "adapted": "1.90000",
-                "artifact + code": "1,000", "training s": "51.0", "evaluation s": "5.0", "steps": "70",
-                "ms/step": "700.0"}  # fmt: skip
+    measured = {
+        "runs": "1",
+        "before quantisation": "2.00000",
+        "quantised": "2.10000",
+        "adapted": "1.90000",
+        "artifact + code": "1,000",
+        "training s": "51.0",
+        "evaluation s": "5.0",
+        "steps": "70",
+        "ms/step": "700.0",
+    }
     assert all(measured.items() <= row.items() for row in rows)
     assert "sliding window" not in rows[0]  # none ran it
-    assert re.search(r"tiny, 1,000 validation targets; 40 s of training each, SHRINK=1.*; 1 x CPU, torch 2; code c0$",
-                     notes[0])  # no day is given, and a file's is the clone's  # fmt: skip
+    assert re.search(
+        r"tiny, 1,000 validation targets; 40 s of training each, SHRINK=1.*; 1 x CPU, torch 2; code c0$",
+        notes[0],
+    )  # no day is given, and a file's is the clone's
     assert "0.7227" in notes[1]
 
 
 def test_seeds_are_one_row_with_mean_and_deviation(tmp_path, capsys) -> None:
     bpb = {"pr1530": 1.8, "pr473": 1.9}
-    seeds = [{"preset": preset, "seed": s, "val_bpb": bpb[preset] + s / 100} for preset in bpb for s in (0, 1)]
+    seeds = [
+        {"preset": preset, "seed": s, "val_bpb": bpb[preset] + s / 100}
+        for preset in bpb
+        for s in (0, 1)
+    ]
     rows, _ = compared(capsys, logs(tmp_path, *seeds))
     assert [(row["runs"], row["adapted"]) for row in rows] == [
-        ("2", "1.80500 ± 0.00707"), ("2", "1.90500 ± 0.00707")]  # fmt: skip
+        ("2", "1.80500 ± 0.00707"),
+        ("2", "1.90500 ± 0.00707"),
+    ]
 
 
 def test_a_sliding_score_has_a_column_where_one_of_the_systems_has_it(tmp_path, capsys) -> None:
     paths = logs(tmp_path, {"preset": "pr473"}, {"preset": "pr605"})
     text = Path(paths[0]).read_text()
     line = f"diagnostic quantized_sliding_window val_loss:{nats(2.05):.8f} val_bpb:2.05000000 eval_time:9ms\n"
-    Path(paths[0]).write_text(text.replace("quantized_ttt_lora val_loss", line + "quantized_ttt_lora val_loss", 1))
+    Path(paths[0]).write_text(
+        text.replace("quantized_ttt_lora val_loss", line + "quantized_ttt_lora val_loss", 1)
+    )
     rows, _ = compared(capsys, paths)
     assert [row["sliding window"] for row in rows] == ["2.05000", "–"]
 
@@ -75,17 +111,35 @@ def test_knobs_set_for_one_system_alone_make_a_row_of_their_own(tmp_path, capsys
     leaky = {"preset": "pr473", "env": {"leaky_slope": "0.5"}, "val_bpb": 1.85}
     both = {"env": {"matrix_lr": "0.04"}}
     rows, _ = compared(capsys, logs(tmp_path, {"preset": "pr473"}, leaky, {"preset": "cpu"}))
-    assert [(row["system"], row["published"]) for row in rows] == [("#473", "1.12139"), ("#473", "–"), ("`cpu`", "–")]
+    assert [(row["system"], row["published"]) for row in rows] == [
+        ("#473", "1.12139"),
+        ("#473", "–"),
+        ("`cpu`", "–"),
+    ]
     assert "here `LEAKY_SLOPE=0.5`" in rows[1]["what it has"]
-    rows, _ = compared(capsys, logs(tmp_path, {"preset": "pr473", **both}, {"preset": "pr605", **both}, name="both"))
+    rows, _ = compared(
+        capsys,
+        logs(tmp_path, {"preset": "pr473", **both}, {"preset": "pr605", **both}, name="both"),
+    )
     assert not any("here" in row["what it has"] for row in rows)  # set for all
 
 
-@pytest.mark.parametrize("change", [
-    {"code_sha256": "c1"}, {"val_sha256": "w"}, {"dataset": "other"}, {"tokenizer_sha256": "u"}, {"device": "GPU"},
-    {"torch": "3"}, {"world_size": 2}, {"config": {"max_wallclock_seconds": "90.0"}}, {"config": {"shrink": "False"}},
-    {"config": {"val_doc_fraction": "0.5"}},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"code_sha256": "c1"},
+        {"val_sha256": "w"},
+        {"dataset": "other"},
+        {"tokenizer_sha256": "u"},
+        {"device": "GPU"},
+        {"torch": "3"},
+        {"world_size": 2},
+        {"config": {"max_wallclock_seconds": "90.0"}},
+        {"config": {"shrink": "False"}},
+        {"config": {"val_doc_fraction": "0.5"}},
+    ],
+    ids=str,
+)
 def test_other_code_data_machine_or_budget_is_refused(tmp_path, capsys, change: dict) -> None:
     paths = logs(tmp_path, {"preset": "pr1530"}, {"preset": "pr473", **change})
     name = {"max_wallclock_seconds": "budget"}.get(*[next(iter(change.get("config", change)))] * 2)
@@ -96,16 +150,23 @@ def test_steps_are_the_budget_where_there_is_no_clock(tmp_path, capsys) -> None:
     def run(preset: str, steps: str) -> dict:
         knobs = {"max_wallclock_seconds": "0.0", "iterations": steps, "train_batch_tokens": "2048"}
         return {"preset": preset, "config": knobs}
+
     paths = logs(tmp_path, run("pr1530", "70"), run("pr473", "80"))
     assert "budget: 70 steps of 2048 tokens, 80 steps" in refusal(capsys, "--compare", *paths)
-    _, notes = compared(capsys, logs(tmp_path, run("pr1530", "70"), run("pr473", "70"), name="same"))
+    _, notes = compared(
+        capsys, logs(tmp_path, run("pr1530", "70"), run("pr473", "70"), name="same")
+    )
     assert "70 steps of 2048 tokens each" in notes[0]
 
 
 def test_seeds_of_one_system_must_be_of_one_configuration(tmp_path, capsys) -> None:
-    paths = logs(tmp_path, {"preset": "pr473"}, {"preset": "pr473", "config": {"matrix_lr": "0.04"}})
+    paths = logs(
+        tmp_path, {"preset": "pr473"}, {"preset": "pr473", "config": {"matrix_lr": "0.04"}}
+    )
     assert "matrix_lr: 0.03, 0.04" in refusal(capsys, "--compare", *paths)
-    paths = logs(tmp_path, {"preset": "pr473", "seed": 0}, {"preset": "pr473", "seed": 0}, name="twice")
+    paths = logs(
+        tmp_path, {"preset": "pr473", "seed": 0}, {"preset": "pr473", "seed": 0}, name="twice"
+    )
     assert "seed 0" in refusal(capsys, "--compare", *paths)
 
 
@@ -122,7 +183,9 @@ def test_broken_limits_and_denominators_are_said(tmp_path, capsys) -> None:
     over = {"preset": "pr473", "seconds": {"train": 70.0}}
     _, notes = compared(capsys, logs(tmp_path, {"preset": "pr1530"}, over))
     assert any("over the limit: train 70.0 s of 60" in note for note in notes)
-    _, notes = compared(capsys, logs(tmp_path, {"preset": "pr605", "val_bytes": 3000}, name="bad"), status=1)
+    _, notes = compared(
+        capsys, logs(tmp_path, {"preset": "pr605", "val_bytes": 3000}, name="bad"), status=1
+    )
     assert any("INVALID" in note for note in notes)
 
 
@@ -143,13 +206,21 @@ def test_the_table_goes_between_its_own_marks(tmp_path, capsys) -> None:
 @pytest.mark.skipif(not shutil.which("make"), reason="no make")
 def test_make_compare_prepares_its_data_sweeps_the_systems_and_prints_the_table() -> None:
     def lines(*knobs: str) -> str:
-        command, plain = ["make", "-n", "-o", "dev", "compare", *knobs], {"PATH": os.environ["PATH"]}
-        return subprocess.run(command, cwd=ROOT, env=plain, capture_output=True, text=True, check=True).stdout
+        command, plain = (
+            ["make", "-n", "-o", "dev", "compare", *knobs],
+            {"PATH": os.environ["PATH"]},
+        )
+        return subprocess.run(
+            command, cwd=ROOT, env=plain, capture_output=True, text=True, check=True
+        ).stdout
+
     done = lines("SEED=0,1", "DATASET=other_sp8192", "VOCAB_SIZE=8192", "DATA_DIR=/d")
     assert "prepare_data" not in done  # other data is there already
-    assert re.search(r'DATASET="other_sp8192" DATA_DIR="/d" VAL_DOC_FRACTION="0.1" \\\s+\S+ tools/sweep.py '
-                     r'"compare-other_sp8192-\d+" PRESET="pr1530,pr1560,pr1413,pr473,pr605" SHRINK="1"',
-                     done)  # fmt: skip
+    assert re.search(
+        r'DATASET="other_sp8192" DATA_DIR="/d" VAL_DOC_FRACTION="0.1" \\\s+\S+ tools/sweep.py '
+        r'"compare-other_sp8192-\d+" PRESET="pr1530,pr1560,pr1413,pr473,pr605" SHRINK="1"',
+        done,
+    )
     assert 'VAL_DOC_FRACTION="1" ' in lines("VAL_DOC_FRACTION=1")
     assert 'SEED="0,1"' in done and 'PRESET="pr1413 pr473" ' in lines("SYSTEMS=pr1413 pr473")
     assert re.search(r"report.py --compare logs/\"compare-other_sp8192-\d+\"-\?{4}\.txt", done)

@@ -42,17 +42,25 @@ def random_rows(cfg: tg.Config, count: int) -> list[tg.Batch]:
 # --- Hessians ---------------------------------------------------------------------------------------------------------
 def test_record_has_67_matrices_each_with_the_site_of_its_inputs():
     cfg = tg.Config()
-    found = {(bank, i): (site, layer) for bank, i, site, layer in tg.matrices(cfg)}
-    assert len(tg.matrices(cfg)) == len(found) == 67
+    found = {(bank, i): (site, layer) for bank, i, site, layer in tg.quantised_matrices(cfg)}
+    assert len(tg.quantised_matrices(cfg)) == len(found) == 67
     for layer in range(11):
-        for bank, i in [("qo_bank", layer), ("kv_bank", layer), ("kv_bank", 11 + layer)]:  # q, k and v share one
+        for bank, i in [
+            ("qo_bank", layer),
+            ("kv_bank", layer),
+            ("kv_bank", 11 + layer),
+        ]:  # q, k and v share one
             assert found[bank, i] == ("attn_in", layer)
         assert found["qo_bank", 11 + layer] == ("attn_out", layer)
         assert found["up_bank", layer] == ("mlp_in", layer)
         assert found["down_bank", layer] == ("mlp_mid", layer)
     assert found["tok_emb", 0] == ("head_in", 0)
-    integers = {n: role.shape for n, role in tg.parameter_table(cfg).items() if role.packing != "float"}
-    assert found.keys() == {(n, i) for n, shape in integers.items() for i in range(shape[0] if len(shape) == 3 else 1)}
+    integers = {
+        n: role.shape for n, role in tg.parameter_table(cfg).items() if role.packing != "float"
+    }
+    assert found.keys() == {
+        (n, i) for n, shape in integers.items() for i in range(shape[0] if len(shape) == 3 else 1)
+    }
 
 
 def test_hessian_is_the_mean_outer_product_of_what_each_matrix_reads():
@@ -66,19 +74,28 @@ def test_hessian_is_the_mean_outer_product_of_what_each_matrix_reads():
         nats = model(row, cfg.plans[1], tap=tap)
         inputs = {key: x[-1] for key, x in seen.items()}
         up, scores = model.up_bank[2].double(), inputs["head_in", 0] @ model.tok_emb.double().T
-        assert torch.allclose(tg.leaky_relu_sq(inputs["mlp_in", 2] @ up.T), inputs["mlp_mid", 2], atol=1e-5)
+        assert torch.allclose(
+            tg.leaky_relu_sq(inputs["mlp_in", 2] @ up.T), inputs["mlp_mid", 2], atol=1e-5
+        )
         logits = cfg.logit_softcap * torch.tanh(scores / cfg.logit_softcap)
         expected = torch.nn.functional.cross_entropy(logits, row.targets, reduction="none")
         assert torch.allclose(nats.double(), expected, atol=1e-5)
     hessians = tg.collect_hessians(model, cfg.plans[1], rows, ONE)
-    assert hessians.keys() == {m[2:] for m in tg.matrices(cfg)} == seen.keys()
-    assert [len(seen["attn_in", layer]) for layer in range(4)] == [3, 6, 3, 3]  # a looped layer reads twice
+    assert hessians.keys() == {m[2:] for m in tg.quantised_matrices(cfg)} == seen.keys()
+    assert [len(seen["attn_in", layer]) for layer in range(4)] == [
+        3,
+        6,
+        3,
+        3,
+    ]  # a looped layer reads twice
     for key, xs in seen.items():
         expected = sum(x.T @ x for x in xs) / (3 * cfg.micro_batch_tokens)
         assert (hessians[key] - expected).norm() < 1e-5 * expected.norm(), key
 
 
-def quantize(model: tg.GPT, hessians: dict, ranks: tg.Ranks, sensitivities: dict | None = None) -> dict:
+def quantize(
+    model: tg.GPT, hessians: dict, ranks: tg.Ranks, sensitivities: dict | None = None
+) -> dict:
     """Integers and scales of the size that the clips ask for."""
     solver = tg.Quantizer(model, hessians, sensitivities, ranks)
     return solver.solve(solver.default)
@@ -94,7 +111,9 @@ def hessians_and_codes(ranks: tg.Ranks) -> tuple[dict, dict]:
 
 def test_two_ranks_find_the_hessians_and_codes_of_one(tmp_path):
     hessians, packed = hessians_and_codes(ONE)
-    for other_hessians, other_packed in on_ranks(2, hessians_and_codes, tmp_path):  # two rows on one, one on the other
+    for other_hessians, other_packed in on_ranks(
+        2, hessians_and_codes, tmp_path
+    ):  # two rows on one, one on the other
         for key, h in hessians.items():
             assert (other_hessians[key] - h).norm() < 1e-5 * h.norm()
         for name, (q, scale) in packed.items():
@@ -103,46 +122,70 @@ def test_two_ranks_find_the_hessians_and_codes_of_one(tmp_path):
 
 
 # --- GPTQ -------------------------------------------------------------------------------------------------------------
-def correlated(n: int, rows: int, cols: int, seed: int = 0, tokens: int = 4096) -> tuple[torch.Tensor, torch.Tensor]:
+def correlated(
+    n: int, rows: int, cols: int, seed: int = 0, tokens: int = 4096
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Weights and the Hessians of inputs that share a few strong directions and differ in size."""
     rng = torch.Generator().manual_seed(seed)
     mix = torch.randn(n, cols, cols, generator=rng) * torch.linspace(1.5, 0.05, cols)[:, None]
-    x = torch.randn(n, tokens, cols, generator=rng) @ mix * torch.rand(n, 1, cols, generator=rng).add(0.2)
+    x = (
+        torch.randn(n, tokens, cols, generator=rng)
+        @ mix
+        * torch.rand(n, 1, cols, generator=rng).add(0.2)
+    )
     return torch.randn(n, rows, cols, generator=rng) / cols**0.5, x.mT @ x / tokens
 
 
-def gptq_quantize(weight: torch.Tensor, hessian: torch.Tensor, clip_sigmas: float, bits: int) -> tuple:
+def gptq_quantize(
+    weight: torch.Tensor, hessian: torch.Tensor, clip_sigmas: float, bits: int
+) -> tuple:
     """The published quantiser: q int8 (n, rows, cols) and scale fp16 (n, rows)."""
     scale, qmax = tg.clip_steps(weight, clip_sigmas, 2 ** (bits - 1) - 1), 2 ** (bits - 1) - 1
-    return tg.Solver.prepare(weight, hessian).solve(scale.float(), qmax), scale
+    return tg.GptqSolver.prepare(weight, hessian).solve(scale.float(), qmax), scale
 
 
 def row_scale(weight: torch.Tensor, clip_sigmas: float, bits: int) -> torch.Tensor:
-    return (clip_sigmas * weight.std(-1, correction=1) / (2 ** (bits - 1) - 1)).clamp_min(2.0**-14).half()
+    return (
+        (clip_sigmas * weight.std(-1, correction=1) / (2 ** (bits - 1) - 1))
+        .clamp_min(2.0**-14)
+        .half()
+    )
 
 
 def rounded(weight: torch.Tensor, clip_sigmas: float, bits: int) -> torch.Tensor:
     """Codes by rounding to nearest."""
     qmax = 2 ** (bits - 1) - 1
-    return (weight / row_scale(weight, clip_sigmas, bits).float()[..., None]).round().clamp(-qmax, qmax)
+    return (
+        (weight / row_scale(weight, clip_sigmas, bits).float()[..., None])
+        .round()
+        .clamp(-qmax, qmax)
+    )
 
 
-def reference_gptq(weight: torch.Tensor, hessian: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
+def reference_gptq(
+    weight: torch.Tensor, hessian: torch.Tensor, scale: torch.Tensor, bits: int
+) -> torch.Tensor:
     """Codes of one matrix (rows, cols), column by column in float64 and from H^-1 itself: no factor, no blocks."""
     qmax = 2 ** (bits - 1) - 1
     s, w, h = scale.double(), weight.double(), hessian.double()
     order = h.diagonal().argsort(descending=True)
-    inverse = torch.linalg.inv((h + 0.01 * h.diagonal().mean() * torch.eye(len(h)))[order][:, order])
+    inverse = torch.linalg.inv(
+        (h + 0.01 * h.diagonal().mean() * torch.eye(len(h)))[order][:, order]
+    )
     w, q = w[:, order], torch.zeros_like(w)
     for j in range(len(h)):
         q[:, j] = (w[:, j] / s).round().clamp(-qmax, qmax)
         error = (w[:, j] - q[:, j] * s) / inverse[0, 0]
-        w[:, j:] -= error[:, None] * inverse[0]  # the best answer of the columns that are still free
+        w[:, j:] -= (
+            error[:, None] * inverse[0]
+        )  # the best answer of the columns that are still free
         inverse = (inverse - inverse[:, :1] * inverse[:1] / inverse[0, 0])[1:, 1:]
     return q[:, order.argsort()]
 
 
-def weighted_error(weight: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
+def weighted_error(
+    weight: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, hessian: torch.Tensor
+) -> torch.Tensor:
     """tr(E H E^T) per matrix: the mean squared change of the outputs."""
     e = weight.double() - q.double() * scale.double()[..., None]
     return ((e @ hessian.double()) * e).sum((-1, -2))
@@ -156,12 +199,18 @@ def test_identity_hessian_gives_rounding_to_nearest(rows, cols):
     assert torch.equal(scale, row_scale(weight, 12.85, 6))
 
 
-@pytest.mark.parametrize(("cols", "bits", "sigmas"), [(40, 6, 12.85), (300, 6, 12.85), (96, 7, 15.0), (64, 4, 2.0)])
+@pytest.mark.parametrize(
+    ("cols", "bits", "sigmas"), [(40, 6, 12.85), (300, 6, 12.85), (96, 7, 15.0), (64, 4, 2.0)]
+)
 def test_gptq_agrees_with_a_slow_reference_and_beats_rounding(cols, bits, sigmas):
     weight, hessian = correlated(2, 24, cols)
     q, scale = gptq_quantize(weight, hessian, sigmas, bits)
-    expected = torch.stack([reference_gptq(*one, bits) for one in zip(weight, hessian, scale, strict=True)])
-    assert (q != expected).double().mean() < 2e-3  # a tie rounded the other way moves a few codes after it
+    expected = torch.stack(
+        [reference_gptq(*one, bits) for one in zip(weight, hessian, scale, strict=True)]
+    )
+    assert (
+        q != expected
+    ).double().mean() < 2e-3  # a tie rounded the other way moves a few codes after it
     answers = q, expected, rounded(weight, sigmas, bits)
     error, reference, plain = (weighted_error(weight, x, scale, hessian) for x in answers)
     assert (error / reference - 1).abs().max() < 1e-2
@@ -170,7 +219,9 @@ def test_gptq_agrees_with_a_slow_reference_and_beats_rounding(cols, bits, sigmas
 
 def test_batch_of_matrices_equals_one_at_a_time():
     weight, hessian = correlated(4, 16, 160)
-    hessian[2] -= 0.3 * hessian[2].diagonal().mean() * torch.eye(160)  # only this one needs more damping
+    hessian[2] -= (
+        0.3 * hessian[2].diagonal().mean() * torch.eye(160)
+    )  # only this one needs more damping
     q, scale = gptq_quantize(weight, hessian, 12.85, 6)
     for i in range(4):
         alone = gptq_quantize(weight[i : i + 1], hessian[i : i + 1], 12.85, 6)
@@ -212,7 +263,9 @@ def test_dead_inputs_get_zero_columns_and_change_nothing_else():
         assert (found[:, ~dead] != expected).double().mean() < 2e-3
 
 
-@pytest.mark.parametrize("kind", ["few tokens", "one direction", "huge range", "not positive", "all dead"])
+@pytest.mark.parametrize(
+    "kind", ["few tokens", "one direction", "huge range", "not positive", "all dead"]
+)
 def test_difficult_hessian_is_damped_until_it_factors(kind):
     weight, hessian = correlated(2, 16, 96, tokens=8 if kind == "few tokens" else 4096)
     mean = hessian[0].diagonal().mean()
@@ -221,10 +274,17 @@ def test_difficult_hessian_is_damped_until_it_factors(kind):
     elif kind == "huge range":
         sizes = torch.logspace(-12, 6, 96)
         hessian[0] *= sizes[:, None] * sizes
-    elif kind == "not positive":  # its smallest eigenvalue is far below zero: 1 % of the mean is not enough
+    elif (
+        kind == "not positive"
+    ):  # its smallest eigenvalue is far below zero: 1 % of the mean is not enough
         hessian[0] -= 0.5 * mean * torch.eye(96)
         assert torch.linalg.eigvalsh(hessian[0])[0] < -0.05 * hessian[0].diagonal().mean()
-        assert torch.linalg.cholesky_ex(hessian[0] + 0.01 * hessian[0].diagonal().mean() * torch.eye(96))[1] != 0
+        assert (
+            torch.linalg.cholesky_ex(
+                hessian[0] + 0.01 * hessian[0].diagonal().mean() * torch.eye(96)
+            )[1]
+            != 0
+        )
     elif kind == "all dead":
         hessian[0] = 0
     q, scale = gptq_quantize(weight, hessian, 12.85, 6)
@@ -265,7 +325,7 @@ def test_streams_return_every_finite_fp16_value(size):
     assert len(values) == size
     parts = torch.from_numpy(values).tensor_split(3)  # as from several tensors
     pack, unpack = tg.codec("lzma")
-    assert unpack(pack(tg.fp16(parts)), 2 * size) == values.astype("<f2").tobytes()
+    assert unpack(pack(tg.fp16_bytes(parts)), 2 * size) == values.astype("<f2").tobytes()
 
 
 def test_zstd_stores_gaussian_codes_within_two_percent_of_their_entropy():
@@ -282,13 +342,19 @@ def test_zstd_stores_gaussian_codes_within_two_percent_of_their_entropy():
 def artifact(cfg: tg.Config, **meta: object) -> tuple[tg.GPT, dict, bytes]:
     """A network of random weights, its integers and its file."""
     model = random_model(cfg)
-    packed = quantize(model, tg.collect_hessians(model, cfg.plans[1], random_rows(cfg, 4), ONE), ONE)
+    packed = quantize(
+        model, tg.collect_hessians(model, cfg.plans[1], random_rows(cfg, 4), ONE), ONE
+    )
     return model, packed, tg.pack_artifact(model, packed, meta)
 
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, dict(skip_gates_enabled=0, parallel_start_layer=0, num_loops=0), dict(matrix_bits=5, embed_bits=8)],
+    [
+        {},
+        dict(skip_gates_enabled=0, parallel_start_layer=0, num_loops=0),
+        dict(matrix_bits=5, embed_bits=8),
+    ],
 )
 def test_loaded_network_is_q_times_scale_and_fp16_to_the_bit(settings, compressor):
     cfg = tiny_config(compressor=compressor, **settings)
@@ -298,15 +364,21 @@ def test_loaded_network_is_q_times_scale_and_fp16_to_the_bit(settings, compresso
         for name, p in model.named_parameters():
             if name in packed:
                 q, scale = packed[name]
-                sigmas, bits = (15.0, cfg.embed_bits) if name == "tok_emb" else (12.85, cfg.matrix_bits)
+                sigmas, bits = (
+                    (15.0, cfg.embed_bits) if name == "tok_emb" else (12.85, cfg.matrix_bits)
+                )
                 whole = p.view(q.shape)
                 assert torch.equal(scale, row_scale(whole, sigmas, bits))
-                byhand.get_parameter(name).copy_((q.float() * scale.float()[..., None]).view(p.shape))
+                byhand.get_parameter(name).copy_(
+                    (q.float() * scale.float()[..., None]).view(p.shape)
+                )
                 assert 0 < (byhand.get_parameter(name) - p).norm() < 0.5 * p.norm()
             else:
                 byhand.get_parameter(name).copy_(p.half())
                 for network in (byhand, loaded):  # rows that nothing reads do not travel
-                    network.get_parameter(name)[: cfg.parallel_start_layer if "parallel" in name else 0] = 0
+                    network.get_parameter(name)[
+                        : cfg.parallel_start_layer if "parallel" in name else 0
+                    ] = 0
     tg.load_artifact(loaded, tg.open_artifact(data, Path("file"))[1])
     assert all(torch.equal(p, byhand.get_parameter(name)) for name, p in loaded.named_parameters())
     row = random_rows(cfg, 1)[0]
@@ -325,14 +397,26 @@ def test_header_carries_the_config_of_the_network():
     rebuilt = dataclasses.replace(tg.Config(), **header["config"])
     assert tg.parameter_table(rebuilt) == tg.parameter_table(cfg)
     assert rebuilt.plans == cfg.plans
-    assert (rebuilt.rope_base, rebuilt.num_heads, rebuilt.logit_softcap) == (5000.0, 4, cfg.logit_softcap)
+    assert (rebuilt.rope_base, rebuilt.num_heads, rebuilt.logit_softcap) == (
+        5000.0,
+        4,
+        cfg.logit_softcap,
+    )
     assert (header["looped"], header["tokenizer"]) == (True, "abc")
     assert [raw for raw, _, _ in header["streams"]] == [len(s) for s in streams]
 
 
 @pytest.fixture(scope="module")
 def small_artifact() -> bytes:
-    shape = dict(model_dim=8, num_heads=2, num_layers=2, num_loops=0, parallel_start_layer=0, xsa_last_n=2, rope_dims=4)
+    shape = dict(
+        model_dim=8,
+        num_heads=2,
+        num_layers=2,
+        num_loops=0,
+        parallel_start_layer=0,
+        xsa_last_n=2,
+        rope_dims=4,
+    )
     return artifact(tiny_config(**shape))[2]
 
 
@@ -364,16 +448,27 @@ def test_foreign_and_newer_files_are_refused_for_what_they_are(small_artifact):
     assert "not an artifact" in refusal(b"PK\3\4" + small_artifact[4:])
     assert "not an artifact" in refusal(b"")
     for version in (0, 1, 3):
-        assert f"version {version}" in refusal(small_artifact[:4] + bytes([version]) + small_artifact[5:])
+        assert f"version {version}" in refusal(
+            small_artifact[:4] + bytes([version]) + small_artifact[5:]
+        )
 
 
 def test_artifact_holds_no_pickle(small_artifact, monkeypatch):
     for load in (lambda data: torch.load(io.BytesIO(data), weights_only=False), pickle.loads):
         with pytest.raises(pickle.UnpicklingError):
             load(small_artifact)
-    for module, name in ((torch, "load"), (pickle, "loads"), (pickle, "load"), (pickle, "Unpickler")):
+    for module, name in (
+        (torch, "load"),
+        (pickle, "loads"),
+        (pickle, "load"),
+        (pickle, "Unpickler"),
+    ):
         monkeypatch.setattr(module, name, None)
     _, streams = tg.open_artifact(small_artifact, Path("file"))
     assert not any(b"PK\3\4" in part for part in (small_artifact, *streams))
-    source = "".join(map(inspect.getsource, (tg.pack_artifact, tg.open_artifact, tg.load_artifact, tg.codec)))
-    assert not any(word in source for word in ("pickle.", "torch.load", "torch.save", "eval(", "exec("))
+    source = "".join(
+        map(inspect.getsource, (tg.pack_artifact, tg.open_artifact, tg.load_artifact, tg.codec))
+    )
+    assert not any(
+        word in source for word in ("pickle.", "torch.load", "torch.save", "eval(", "exec(")
+    )

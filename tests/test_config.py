@@ -19,9 +19,15 @@ FIELDS = dataclasses.fields(tg.Config)
 NUMBERS = [f for f in FIELDS if type(f.default) in (int, float)]
 CHOICES = [f for f in FIELDS if f.metadata["choices"]]
 BOUNDS = [(f, type(f.default)(f.metadata["lo"] or 0), -math.inf) for f in NUMBERS]
-BOUNDS += [(f, type(f.default)(f.metadata["hi"]), math.inf) for f in NUMBERS if f.metadata["hi"] is not None]
+BOUNDS += [
+    (f, type(f.default)(f.metadata["hi"]), math.inf)
+    for f in NUMBERS
+    if f.metadata["hi"] is not None
+]
 TREE = ast.parse((ROOT / "train_gpt.py").read_text(encoding="utf-8"))
-FUNCTIONS = [node for node in ast.walk(TREE) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+FUNCTIONS = [
+    node for node in ast.walk(TREE) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+]
 
 
 def refusals(**environ):
@@ -39,72 +45,273 @@ def preset(name):
 # --- Defaults and origins ---
 
 PUBLISHED = dict(  # the defaults of PR #1530's script, for every knob that is also one here
-    seed=1337, artifact_dir="", eval_only_path="", iterations=20000, max_wallclock_seconds=600, gptq_reserve_seconds=13,
-    warmdown_frac=0.72, min_lr=0, train_batch_tokens=786432, micro_batch_tokens=98304, train_seq_len=2048,
-    train_log_every=500, val_loss_every=4000, val_batch_tokens=524288, eval_seq_len=2048, eval_stride=64,
-    sliding_window_enabled=False, vocab_size=8192, num_layers=11, model_dim=512, num_heads=8, num_kv_heads=4,
-    mlp_mult=4, xsa_last_n=11, skip_gates_enabled=True, logit_softcap=30, rope_base=10000, rope_dims=16,
-    ln_scale=True, qk_gain_init=5, num_loops=2, loop_start=3, loop_end=5, enable_looping_at=0.35,
-    parallel_start_layer=8, parallel_final_lane="mean", tied_embed_lr=0.03, tied_embed_init_std=0.005, matrix_lr=0.022,
+    seed=1337,
+    artifact_dir="",
+    eval_only_path="",
+    iterations=20000,
+    max_wallclock_seconds=600,
+    gptq_reserve_seconds=13,
+    warmdown_frac=0.72,
+    min_lr=0,
+    train_batch_tokens=786432,
+    micro_batch_tokens=98304,
+    train_seq_len=2048,
+    train_log_every=500,
+    val_loss_every=4000,
+    val_batch_tokens=524288,
+    eval_seq_len=2048,
+    eval_stride=64,
+    sliding_window_enabled=False,
+    vocab_size=8192,
+    num_layers=11,
+    model_dim=512,
+    num_heads=8,
+    num_kv_heads=4,
+    mlp_mult=4,
+    xsa_last_n=11,
+    skip_gates_enabled=True,
+    logit_softcap=30,
+    rope_base=10000,
+    rope_dims=16,
+    ln_scale=True,
+    qk_gain_init=5,
+    num_loops=2,
+    loop_start=3,
+    loop_end=5,
+    enable_looping_at=0.35,
+    parallel_start_layer=8,
+    parallel_final_lane="mean",
+    tied_embed_lr=0.03,
+    tied_embed_init_std=0.005,
+    matrix_lr=0.022,
     scalar_lr=0.02,
-    muon_momentum=0.97, muon_momentum_warmup_start=0.92, muon_momentum_warmup_steps=1500, muon_backend_steps=5,
-    muon_row_normalize=True, beta1=0.9, beta2=0.95, adam_eps=1e-8, grad_clip_norm=0.3, adam_wd=0.02, muon_wd=0.095,
-    embed_wd=0.085, ema_decay=0.9965, compressor="brotli", gptq_calibration_batches=64, matrix_bits=6, embed_bits=8,
-    matrix_clip_sigmas=12.85, embed_clip_sigmas=20, ttt_enabled=True, ttt_lora_rank=96, ttt_lora_lr=1e-4,
-    ttt_chunk_size=32, ttt_eval_seq_len=2048, ttt_batch_size=64, ttt_grad_steps=1, ttt_weight_decay=0.5, ttt_beta1=0,
-    ttt_beta2=0.999, ttt_k_lora=True, ttt_mlp_lora=True, ttt_o_lora=True, ttt_optimizer="adam", val_doc_fraction=1,
-)  # fmt: skip
-PR1560 = PUBLISHED | dict(warmdown_frac=0.75, ttt_chunk_size=48)  # PR #1530's script with these settings
+    muon_momentum=0.97,
+    muon_momentum_warmup_start=0.92,
+    muon_momentum_warmup_steps=1500,
+    muon_backend_steps=5,
+    muon_row_normalize=True,
+    beta1=0.9,
+    beta2=0.95,
+    adam_eps=1e-8,
+    grad_clip_norm=0.3,
+    adam_wd=0.02,
+    muon_wd=0.095,
+    embed_wd=0.085,
+    ema_decay=0.9965,
+    compressor="brotli",
+    gptq_calibration_batches=64,
+    matrix_bits=6,
+    embed_bits=8,
+    matrix_clip_sigmas=12.85,
+    embed_clip_sigmas=20,
+    ttt_enabled=True,
+    ttt_lora_rank=96,
+    ttt_lora_lr=1e-4,
+    ttt_chunk_size=32,
+    ttt_eval_seq_len=2048,
+    ttt_batch_size=64,
+    ttt_grad_steps=1,
+    ttt_weight_decay=0.5,
+    ttt_beta1=0,
+    ttt_beta2=0.999,
+    ttt_k_lora=True,
+    ttt_mlp_lora=True,
+    ttt_o_lora=True,
+    ttt_optimizer="adam",
+    val_doc_fraction=1,
+)
+PR1560 = PUBLISHED | dict(
+    warmdown_frac=0.75, ttt_chunk_size=48
+)  # PR #1530's script with these settings
 RECORD = PR1560 | dict(
-    min_lr=0.1, matrix_lr=0.026, gptq_reserve_seconds=-1, embed_bits=7, embed_clip_sigmas=15, compressor="zstd",
+    min_lr=0.1,
+    matrix_lr=0.026,
+    gptq_reserve_seconds=-1,
+    embed_bits=7,
+    embed_clip_sigmas=15,
+    compressor="zstd",
     gptq_calibration_batches=16,
-)  # fmt: skip
+)
 
 
 SEEDS = dict(  # of PR #473, #1413 and #605, where their published runs agree; the values in force by the logs
-    num_layers=11, model_dim=512, num_heads=8, num_kv_heads=4, tied_embed_init_std=0.005, logit_softcap=30,
-    train_batch_tokens=786432, max_wallclock_seconds=600, min_lr=0, muon_momentum=0.99, muon_momentum_warmup_start=0.92,
-    muon_momentum_warmup_steps=1500, muon_backend_steps=5, beta1=0.9, beta2=0.95, adam_eps=1e-8, grad_clip_norm=0.3,
-    matrix_bits=6, embed_bits=8, eval_seq_len=2048, eval_stride=64, ttt_momentum=0.9, ttt_chunk_tokens=32768,
-    ttt_batch_seqs=32, ttt_grad_clip=1, ttt_freeze_blocks=0, parallel_start_layer=0, artifact_limit_bytes=0,
-)  # fmt: skip
+    num_layers=11,
+    model_dim=512,
+    num_heads=8,
+    num_kv_heads=4,
+    tied_embed_init_std=0.005,
+    logit_softcap=30,
+    train_batch_tokens=786432,
+    max_wallclock_seconds=600,
+    min_lr=0,
+    muon_momentum=0.99,
+    muon_momentum_warmup_start=0.92,
+    muon_momentum_warmup_steps=1500,
+    muon_backend_steps=5,
+    beta1=0.9,
+    beta2=0.95,
+    adam_eps=1e-8,
+    grad_clip_norm=0.3,
+    matrix_bits=6,
+    embed_bits=8,
+    eval_seq_len=2048,
+    eval_stride=64,
+    ttt_momentum=0.9,
+    ttt_chunk_tokens=32768,
+    ttt_batch_seqs=32,
+    ttt_grad_clip=1,
+    ttt_freeze_blocks=0,
+    parallel_start_layer=0,
+    artifact_limit_bytes=0,
+)
 PR473 = SEEDS | dict(
-    vocab_size=1024, data_loader="rows", train_seq_len=2048, iterations=9000, mlp_mult=3, leaky_slope=0, xsa_last_n=4,
-    qk_gain_init=1.5, skip_gates_enabled=False, num_loops=0, rope_base=10000, rope_dims=16, rope_train_seq_len=1024,
-    ln_scale=True, bigram_vocab_size=3072, bigram_dim=128, smear_enabled=True, ve_enabled=True, ve_dim=128,
-    ve_layers="9,10", tied_embed_lr=0.035, matrix_lr=0.025, scalar_lr=0.025, muon_row_normalize=False, muon_wd=0.04,
-    adam_wd=0.04, embed_wd=0.04, warmdown_iters=3500, ema_decay=0.997, export_weights="ema", late_qat=False,
-    quantizer="gptq_lite", compressor="lzma", prune_frac=0, sliding_window_enabled=True, ttt_mode="chunk", ttt_lr=0.002,
+    vocab_size=1024,
+    data_loader="rows",
+    train_seq_len=2048,
+    iterations=9000,
+    mlp_mult=3,
+    leaky_slope=0,
+    xsa_last_n=4,
+    qk_gain_init=1.5,
+    skip_gates_enabled=False,
+    num_loops=0,
+    rope_base=10000,
+    rope_dims=16,
+    rope_train_seq_len=1024,
+    ln_scale=True,
+    bigram_vocab_size=3072,
+    bigram_dim=128,
+    smear_enabled=True,
+    ve_enabled=True,
+    ve_dim=128,
+    ve_layers="9,10",
+    tied_embed_lr=0.035,
+    matrix_lr=0.025,
+    scalar_lr=0.025,
+    muon_row_normalize=False,
+    muon_wd=0.04,
+    adam_wd=0.04,
+    embed_wd=0.04,
+    warmdown_iters=3500,
+    ema_decay=0.997,
+    export_weights="ema",
+    late_qat=False,
+    quantizer="gptq_lite",
+    compressor="lzma",
+    prune_frac=0,
+    sliding_window_enabled=True,
+    ttt_mode="chunk",
+    ttt_lr=0.002,
     ttt_epochs=3,
-)  # fmt: skip
+)
 PR1413 = SEEDS | dict(
-    vocab_size=8192, data_loader="shuffled", train_seq_len=2048, mlp_mult=4, leaky_slope=0.5, xsa_last_n=11,
-    qk_gain_init=5, skip_gates_enabled=True, num_loops=2, loop_start=4, loop_end=5, enable_looping_at=0.5,
-    bigram_vocab_size=0, smear_enabled=False, ve_enabled=False, tied_embed_lr=0.03, matrix_lr=0.02, scalar_lr=0.02,
-    muon_row_normalize=True, muon_wd=0.085, adam_wd=0.02, embed_wd=0.085, warmdown_frac=0.667, warmdown_iters=0,
-    gptq_reserve_seconds=12, ema_decay=0.997, quantizer="gptq", compressor="brotli", matrix_clip_sigmas=12.85,
-    embed_clip_sigmas=20, gptq_calibration_batches=64, sliding_window_enabled=True, ttt_mode="chunk", ttt_lr=0.005,
+    vocab_size=8192,
+    data_loader="shuffled",
+    train_seq_len=2048,
+    mlp_mult=4,
+    leaky_slope=0.5,
+    xsa_last_n=11,
+    qk_gain_init=5,
+    skip_gates_enabled=True,
+    num_loops=2,
+    loop_start=4,
+    loop_end=5,
+    enable_looping_at=0.5,
+    bigram_vocab_size=0,
+    smear_enabled=False,
+    ve_enabled=False,
+    tied_embed_lr=0.03,
+    matrix_lr=0.02,
+    scalar_lr=0.02,
+    muon_row_normalize=True,
+    muon_wd=0.085,
+    adam_wd=0.02,
+    embed_wd=0.085,
+    warmdown_frac=0.667,
+    warmdown_iters=0,
+    gptq_reserve_seconds=12,
+    ema_decay=0.997,
+    quantizer="gptq",
+    compressor="brotli",
+    matrix_clip_sigmas=12.85,
+    embed_clip_sigmas=20,
+    gptq_calibration_batches=64,
+    sliding_window_enabled=True,
+    ttt_mode="chunk",
+    ttt_lr=0.005,
     ttt_epochs=3,
-)  # fmt: skip
+)
 PR605 = SEEDS | dict(
-    vocab_size=1024, data_loader="rows", train_seq_len=1024, mlp_mult=3, leaky_slope=0, xsa_last_n=0, qk_gain_init=1.5,
-    skip_gates_enabled=False, num_loops=0, rope_base=50000, rope_dims=0, rope_train_seq_len=1024, ln_scale=False,
-    branch_scale=True, bigram_vocab_size=2048, smear_enabled=True, train_input_features=False, ve_enabled=False,
-    tied_embed_lr=0.03, matrix_lr=0.02, scalar_lr=0.02, muon_row_normalize=False, muon_wd=0.04, adam_wd=0.04,
-    embed_wd=0.04, warmdown_iters=3000, ema_decay=0.999, ema_every=10, export_weights="swa", swa_threshold=0.2,
-    swa_every=50, prune_frac=0.04, quantizer="int6", tables_fp16=True, compressor="zstd", ttt_mode="document",
-    ttt_lora_rank=8, ttt_lm_rank=16, ttt_q_lora=True, ttt_v_lora=True, ttt_k_lora=False, ttt_o_lora=False,
-    ttt_mlp_lora=False, ttt_lora_lr=0.01, ttt_lr_factors="q:0.5,v:1.5,head:2,bias:3", ttt_bias_tune=True, ttt_beta1=0.9,
-    ttt_beta2=0.95, ttt_weight_decay=0, ttt_chunk_size=256, ttt_eval_seq_len=1024, ttt_batch_size=64,
-    ttt_min_doc_len=512, eval_deadline_seconds=550, ttt_epochs=1, logit_temperature=1,  # the legal form
-)  # fmt: skip
+    vocab_size=1024,
+    data_loader="rows",
+    train_seq_len=1024,
+    mlp_mult=3,
+    leaky_slope=0,
+    xsa_last_n=0,
+    qk_gain_init=1.5,
+    skip_gates_enabled=False,
+    num_loops=0,
+    rope_base=50000,
+    rope_dims=0,
+    rope_train_seq_len=1024,
+    ln_scale=False,
+    branch_scale=True,
+    bigram_vocab_size=2048,
+    smear_enabled=True,
+    train_input_features=False,
+    ve_enabled=False,
+    tied_embed_lr=0.03,
+    matrix_lr=0.02,
+    scalar_lr=0.02,
+    muon_row_normalize=False,
+    muon_wd=0.04,
+    adam_wd=0.04,
+    embed_wd=0.04,
+    warmdown_iters=3000,
+    ema_decay=0.999,
+    ema_every=10,
+    export_weights="swa",
+    swa_threshold=0.2,
+    swa_every=50,
+    prune_frac=0.04,
+    quantizer="int6",
+    tables_fp16=True,
+    compressor="zstd",
+    ttt_mode="document",
+    ttt_lora_rank=8,
+    ttt_lm_rank=16,
+    ttt_q_lora=True,
+    ttt_v_lora=True,
+    ttt_k_lora=False,
+    ttt_o_lora=False,
+    ttt_mlp_lora=False,
+    ttt_lora_lr=0.01,
+    ttt_lr_factors="q:0.5,v:1.5,head:2,bias:3",
+    ttt_bias_tune=True,
+    ttt_beta1=0.9,
+    ttt_beta2=0.95,
+    ttt_weight_decay=0,
+    ttt_chunk_size=256,
+    ttt_eval_seq_len=1024,
+    ttt_batch_size=64,
+    ttt_min_doc_len=512,
+    eval_deadline_seconds=550,
+    ttt_epochs=1,
+    logit_temperature=1,  # the legal form
+)
 
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("pr1530", PUBLISHED), ("pr1560", PR1560), ("record", RECORD), ("pr473", PR473), ("pr1413", PR1413),
-     ("pr605", PR605)],
-)  # fmt: skip
+    [
+        ("pr1530", PUBLISHED),
+        ("pr1560", PR1560),
+        ("record", RECORD),
+        ("pr473", PR473),
+        ("pr1413", PR1413),
+        ("pr605", PR605),
+    ],
+)
 def test_presets_hold_the_published_values(name, expected):
     found = dataclasses.asdict(preset(name))
     assert {k: (v, found[k]) for k, v in expected.items() if found[k] != v} == {}
@@ -124,25 +331,37 @@ def test_every_preset_is_valid(name):
 
 @pytest.mark.parametrize(
     ("name", "changed", "count"),
-    [("pr473", {}, 27_124_828), ("pr473", {"bigram_vocab_size": 1536}, 26_928_220),
-     ("pr473", {"bigram_vocab_size": 2048}, 26_993_756), ("pr1413", {}, 35_943_512), ("pr605", {}, 26_829_913),
-     ("record", {}, 35_944_602)],
-)  # fmt: skip
+    [
+        ("pr473", {}, 27_124_828),
+        ("pr473", {"bigram_vocab_size": 1536}, 26_928_220),
+        ("pr473", {"bigram_vocab_size": 2048}, 26_993_756),
+        ("pr1413", {}, 35_943_512),
+        ("pr605", {}, 26_829_913),
+        ("record", {}, 35_944_602),
+    ],
+)
 def test_networks_have_as_many_parameters_as_the_published_logs_say(name, changed, count):
     cfg = dataclasses.replace(preset(name), **changed)
     assert sum(math.prod(role.shape) for role in tg.parameter_table(cfg).values()) == count
 
 
-@pytest.mark.parametrize("name", [name for name in tg.PRESETS if name != "cpu"])  # which is small already
+@pytest.mark.parametrize(
+    "name", [name for name in tg.PRESETS if name != "cpu"]
+)  # which is small already
 def test_shrunk_preset_keeps_its_structure(name):
     """Layers and their order, what it has and has not, and the ratios of its lengths; only sizes and times differ."""
-    full, small = preset(name), tg.Config.from_env({"PRESET": name, "SHRINK": "1"}, has_cuda=False)[0]
-    sizes = {*tg.SHRINK, *tg.LENGTHS, "shrink"}
+    full, small = (
+        preset(name),
+        tg.Config.from_env({"PRESET": name, "SHRINK": "1"}, has_cuda=False)[0],
+    )
+    sizes = {*tg.SHRINK, *tg.SHRUNK_LENGTHS, "shrink"}
     changed = {k for k, v in dataclasses.asdict(full).items() if getattr(small, k) != v}
     assert changed <= sizes
     assert small.plans == full.plans
     assert tg.parameter_table(small).keys() == tg.parameter_table(full).keys()
-    assert {f: bool(getattr(small, f)) for f in sizes - {"compile", "dataset", "ttt_buckets", "shrink"}} == {
+    assert {
+        f: bool(getattr(small, f)) for f in sizes - {"compile", "dataset", "ttt_buckets", "shrink"}
+    } == {
         f: bool(getattr(full, f)) for f in sizes - {"compile", "dataset", "ttt_buckets", "shrink"}
     }
     assert small.train_seq_len * full.eval_seq_len == small.eval_seq_len * full.train_seq_len
@@ -150,7 +369,9 @@ def test_shrunk_preset_keeps_its_structure(name):
 
 
 def test_environment_overrides_preset_overrides_default():
-    cfg, origin = tg.Config.from_env({"PRESET": "cpu", "MATRIX_LR": "0.5", "SEED": "7", "COMPILE": "1"}, has_cuda=True)
+    cfg, origin = tg.Config.from_env(
+        {"PRESET": "cpu", "MATRIX_LR": "0.5", "SEED": "7", "COMPILE": "1"}, has_cuda=True
+    )
     assert (cfg.preset, cfg.matrix_lr, cfg.seed, cfg.compile) == ("cpu", 0.5, 7, True)
     assert (cfg.num_layers, cfg.beta1) == (tg.PRESETS["cpu"]["num_layers"], 0.9)
     expected = {f.name: "preset" if f.name in tg.PRESETS["cpu"] else "default" for f in FIELDS}
@@ -165,13 +386,24 @@ def test_config_is_frozen():
 # --- Single values ---
 
 
-@pytest.mark.parametrize(("field", "bound", "outward"), BOUNDS, ids=lambda x: getattr(x, "name", str(x)))
-def test_value_past_its_bound_is_refused_by_name_and_the_bound_itself_is_in_range(field, bound, outward):
+@pytest.mark.parametrize(
+    ("field", "bound", "outward"), BOUNDS, ids=lambda x: getattr(x, "name", str(x))
+)
+def test_value_past_its_bound_is_refused_by_name_and_the_bound_itself_is_in_range(
+    field, bound, outward
+):
     name, lowest = field.name.upper(), field.metadata["lo"] or 0
-    past = math.nextafter(bound, outward) if isinstance(bound, float) else bound + int(math.copysign(1, outward))
+    past = (
+        math.nextafter(bound, outward)
+        if isinstance(bound, float)
+        else bound + int(math.copysign(1, outward))
+    )
     (line,) = refusals(**{name: str(past)})
     assert line.startswith(f"{name}={past}: must be {lowest:g}..")
-    assert not any(".." in problem for problem in dataclasses.replace(preset("cpu"), **{field.name: bound}).problems())
+    assert not any(
+        ".." in problem
+        for problem in dataclasses.replace(preset("cpu"), **{field.name: bound}).problems()
+    )
 
 
 @pytest.mark.parametrize("text", ["nan", "inf", "-inf", "1e999"])
@@ -193,12 +425,16 @@ def test_numbers_that_are_not_finite_are_refused(text):
 def test_text_of_the_wrong_kind_is_refused(kind, texts, expected):
     for field in (f for f in FIELDS if type(f.default) is kind):
         for text in texts:
-            assert refusals(**{field.name.upper(): text}) == [f"{field.name.upper()}={text}: must be {expected}"]
+            assert refusals(**{field.name.upper(): text}) == [
+                f"{field.name.upper()}={text}: must be {expected}"
+            ]
 
 
 def test_bools_are_0_and_1():
     for text, value in (("0", False), ("1", True)):
-        names = [f.name for f in FIELDS if type(f.default) is bool and f.name != "ln_scale"]  # not with BRANCH_SCALE
+        names = [
+            f.name for f in FIELDS if type(f.default) is bool and f.name != "ln_scale"
+        ]  # not with BRANCH_SCALE
         fine = {"PRESET": "cpu", "LN_SCALE": "0", "VE_LAYERS": "1"}
         cfg, _ = tg.Config.from_env({**fine, **{n.upper(): text for n in names}}, has_cuda=False)
         assert {n: getattr(cfg, n) for n in names} == dict.fromkeys(names, value)
@@ -215,7 +451,9 @@ def test_unknown_preset_is_refused_with_the_presets_named():
 
 
 def test_all_problems_are_reported_at_once():
-    wrong = dict(SEED="-1", MATRX_LR="1", COMPILE="maybe", TIE_EMBEDDINGS="0", BETA1="nan", COMPRESSOR="zip")
+    wrong = dict(
+        SEED="-1", MATRX_LR="1", COMPILE="maybe", TIE_EMBEDDINGS="0", BETA1="nan", COMPRESSOR="zip"
+    )
     assert sorted(line.split("=")[0] for line in refusals(**wrong)) == sorted(wrong)
 
 
@@ -224,10 +462,16 @@ def test_all_problems_are_reported_at_once():
 
 @pytest.mark.parametrize(
     ("wrong", "meant"),
-    [("MATRX_LR", "MATRIX_LR"), ("NUM_LAYER", "NUM_LAYERS"), ("TTT_CHUNKSIZE", "TTT_CHUNK_SIZE"),
-     ("ITERATION", "ITERATIONS"), ("MAX_WALLCLOCK_SECOND", "MAX_WALLCLOCK_SECONDS"), ("EVAL_STRIDES", "EVAL_STRIDE"),
-     ("WARM_DOWN_FRAC", "WARMDOWN_FRAC")],
-)  # fmt: skip
+    [
+        ("MATRX_LR", "MATRIX_LR"),
+        ("NUM_LAYER", "NUM_LAYERS"),
+        ("TTT_CHUNKSIZE", "TTT_CHUNK_SIZE"),
+        ("ITERATION", "ITERATIONS"),
+        ("MAX_WALLCLOCK_SECOND", "MAX_WALLCLOCK_SECONDS"),
+        ("EVAL_STRIDES", "EVAL_STRIDE"),
+        ("WARM_DOWN_FRAC", "WARMDOWN_FRAC"),
+    ],
+)
 def test_misspelt_knob_gets_the_suggestion(wrong, meant):
     assert refusals(**{wrong: "3"}) == [f"{wrong}=3: not a knob; did you mean {meant}?"]
 
@@ -249,9 +493,19 @@ def test_unrelated_variables_are_left_alone():
 
 @pytest.mark.parametrize(
     "name",
-    ["EMBEDDING_DIM", "TIE_EMBEDDINGS", "EMBED_LR", "HEAD_LR", "ROPE_YARN", "MUON_BETA2",
-     "CONTROL_TENSOR_NAME_PATTERNS", "TTT_DEBUG_BYPASS", "TTT_EVAL_BATCHES", "TTT_OUTPUT_DIR"],
-)  # fmt: skip
+    [
+        "EMBEDDING_DIM",
+        "TIE_EMBEDDINGS",
+        "EMBED_LR",
+        "HEAD_LR",
+        "ROPE_YARN",
+        "MUON_BETA2",
+        "CONTROL_TENSOR_NAME_PATTERNS",
+        "TTT_DEBUG_BYPASS",
+        "TTT_EVAL_BATCHES",
+        "TTT_OUTPUT_DIR",
+    ],
+)
 def test_published_knob_that_does_nothing_here_is_refused(name):
     """To be silent would promise what it did there (W7, W56), even for its published default."""
     (line,) = refusals(**{name: "1"})
@@ -260,11 +514,16 @@ def test_published_knob_that_does_nothing_here_is_refused(name):
 
 @pytest.mark.parametrize(
     ("name", "reason"),
-    [("TTT_TEMP_RESCALE", "a factor on the nats is no probability (ruling on PR #605)"),
-     ("TTT_MIN_NLL", "the best of several passes is chosen by the answer (ruling on PR #605)"),
-     ("TTT_COSINE_LR", "tells where it ends; set TTT_COSINE_CHUNKS"), ("QAT_ENABLED", "set LATE_QAT=1"),
-     ("SWA_ENABLED", "set EXPORT_WEIGHTS"), ("MLP_HIDDEN", "set MLP_MULT"), ("DATA_PATH", "set DATA_DIR, DATASET")],
-)  # fmt: skip
+    [
+        ("TTT_TEMP_RESCALE", "a factor on the nats is no probability (ruling on PR #605)"),
+        ("TTT_MIN_NLL", "the best of several passes is chosen by the answer (ruling on PR #605)"),
+        ("TTT_COSINE_LR", "tells where it ends; set TTT_COSINE_CHUNKS"),
+        ("QAT_ENABLED", "set LATE_QAT=1"),
+        ("SWA_ENABLED", "set EXPORT_WEIGHTS"),
+        ("MLP_HIDDEN", "set MLP_MULT"),
+        ("DATA_PATH", "set DATA_DIR, DATASET"),
+    ],
+)
 def test_knob_that_would_mean_something_else_is_refused_with_the_reason(name, reason):
     (line,) = refusals(**{name: "1"})
     assert reason in line
@@ -272,18 +531,27 @@ def test_knob_that_would_mean_something_else_is_refused_with_the_reason(name, re
 
 def test_several_passes_over_a_document_are_refused_with_the_ruling():
     (line,) = refusals(PRESET="pr605", TTT_EPOCHS="6")
-    assert line.startswith("TTT_EPOCHS=6: must be 1 with TTT_MODE=document") and "ruling on PR #605" in line
+    assert (
+        line.startswith("TTT_EPOCHS=6: must be 1 with TTT_MODE=document")
+        and "ruling on PR #605" in line
+    )
 
 
 @pytest.mark.parametrize(
     ("theirs", "text", "field"),
-    [("VAL_BATCH_SIZE", "32768", "val_batch_tokens"), ("TTT_MAX_EVAL_SECS", "350", "eval_deadline_seconds"),
-     ("GLOBAL_TTT_LR", "0.001", "ttt_lr"), ("GLOBAL_TTT_CHUNK_TOKENS", "8192", "ttt_chunk_tokens")],
-)  # fmt: skip
+    [
+        ("VAL_BATCH_SIZE", "32768", "val_batch_tokens"),
+        ("TTT_MAX_EVAL_SECS", "350", "eval_deadline_seconds"),
+        ("GLOBAL_TTT_LR", "0.001", "ttt_lr"),
+        ("GLOBAL_TTT_CHUNK_TOKENS", "8192", "ttt_chunk_tokens"),
+    ],
+)
 def test_other_spelling_of_a_knob_is_that_knob(theirs, text, field):
     cfg, origin = tg.Config.from_env({"PRESET": "pr473", theirs: text}, has_cuda=False)
     assert (getattr(cfg, field), origin[field]) == (float(text), "env")
-    same = tg.Config.from_env({"PRESET": "pr473", theirs: text, field.upper(): text}, has_cuda=False)
+    same = tg.Config.from_env(
+        {"PRESET": "pr473", theirs: text, field.upper(): text}, has_cuda=False
+    )
     assert same == (cfg, origin)
     (line,) = refusals(PRESET="pr473", **{theirs: text, field.upper(): "16384"})
     assert line == f"{theirs}={text}: the same knob as {field.upper()}=16384"
@@ -293,14 +561,21 @@ def test_two_lengths_of_the_warm_down_are_refused():
     for setting in ({"PRESET": "pr473"}, {"WARMDOWN_ITERS": "3500"}):
         (line,) = refusals(WARMDOWN_FRAC="0.5", **setting)
         assert line == "WARMDOWN_FRAC=0.5: not with WARMDOWN_ITERS=3500"
-    assert tg.Config.from_env({"PRESET": "pr473", "WARMDOWN_FRAC": "0.5", "WARMDOWN_ITERS": "0"}, has_cuda=False)
+    assert tg.Config.from_env(
+        {"PRESET": "pr473", "WARMDOWN_FRAC": "0.5", "WARMDOWN_ITERS": "0"}, has_cuda=False
+    )
 
 
 # --- Warnings ---
 
 WARNINGS = [  # (preset, changed fields, what is said, its source)
     ("pr473", dict(ttt_chunk_optimizer="adam"), "TTT_CHUNK_OPTIMIZER=adam", "#473"),
-    ("record", dict(ttt_chunk_optimizer="adam", phased_ttt_num_phases=1), "TTT_CHUNK_OPTIMIZER=adam", "#1947"),
+    (
+        "record",
+        dict(ttt_chunk_optimizer="adam", phased_ttt_num_phases=1),
+        "TTT_CHUNK_OPTIMIZER=adam",
+        "#1947",
+    ),
     ("pr1413", dict(ttt_epochs=10), "TTT_EPOCHS=10", "#526"),
     ("pr473", dict(ttt_freeze_blocks=2), "TTT_FREEZE_BLOCKS=2", "#549"),
     ("pr473", dict(late_qat=True), "LATE_QAT=1", "#398"),
@@ -309,10 +584,12 @@ WARNINGS = [  # (preset, changed fields, what is said, its source)
     ("record", dict(warmup_steps=0), "WARMUP_STEPS=0", "#1530"),
     ("record", dict(loop_clip_sigmas=10.0), "LOOP_CLIP_SIGMAS=10", "#1530"),
     ("pr605", dict(logit_temperature=0.98), "LOGIT_TEMPERATURE=0.98", "#605"),
-]  # fmt: skip
+]
 
 
-@pytest.mark.parametrize(("name", "changed", "about", "source"), WARNINGS, ids=lambda x: str(x)[:30])
+@pytest.mark.parametrize(
+    ("name", "changed", "about", "source"), WARNINGS, ids=lambda x: str(x)[:30]
+)
 def test_setting_that_others_regretted_is_warned_of_with_its_source(name, changed, about, source):
     (text,) = dataclasses.replace(preset(name), **changed).warnings()
     assert text.startswith(about) and source in text
@@ -320,7 +597,9 @@ def test_setting_that_others_regretted_is_warned_of_with_its_source(name, change
 
 def test_no_preset_repeats_what_others_regretted():
     assert {name: preset(name).warnings() for name in tg.PRESETS} == dict.fromkeys(tg.PRESETS, [])
-    quiet = dataclasses.replace(preset("pr473"), ttt_enabled=False, ttt_chunk_optimizer="adam", ttt_epochs=10)
+    quiet = dataclasses.replace(
+        preset("pr473"), ttt_enabled=False, ttt_chunk_optimizer="adam", ttt_epochs=10
+    )
     assert quiet.warnings() == []  # where nothing adapts, its knobs do not matter
 
 
@@ -348,7 +627,10 @@ COMBINATIONS = [  # (changed fields over the tiny config, the variable to blame)
     (dict(parallel_start_layer=4), "PARALLEL_START_LAYER"),
     (dict(parallel_start_layer=1, num_loops=0), "PARALLEL_START_LAYER"),
     (dict(checkpoint_every=1.0), "CHECKPOINT_EVERY"),
-    (dict(checkpoint_every=1.0, run_id="again", eval_only_path="final_model.pt"), "CHECKPOINT_EVERY"),
+    (
+        dict(checkpoint_every=1.0, run_id="again", eval_only_path="final_model.pt"),
+        "CHECKPOINT_EVERY",
+    ),
     (dict(tensorboard_dir="points"), "TENSORBOARD_DIR"),
     (dict(tensorboard_dir="{file}/points"), "TENSORBOARD_DIR"),
     (dict(train_batch_tokens=500), "TRAIN_BATCH_TOKENS"),
@@ -359,7 +641,10 @@ COMBINATIONS = [  # (changed fields over the tiny config, the variable to blame)
     (dict(ttt_chunk_size=65), "TTT_CHUNK_SIZE"),
     (dict(muon_coeffs="polar", muon_backend_steps=6), "MUON_BACKEND_STEPS"),
     (dict(recompile_limit=0, warmup_steps=0), "RECOMPILE_LIMIT"),
-    *((dict(ttt_short_chunks=text), "TTT_SHORT_CHUNKS") for text in ("8", "8:0", "8:4;9:5", "8:4,16:65")),
+    *(
+        (dict(ttt_short_chunks=text), "TTT_SHORT_CHUNKS")
+        for text in ("8", "8:0", "8:4;9:5", "8:4,16:65")
+    ),
     (dict(ttt_mode="chunk", phased_ttt_num_phases=1), "TTT_MODE"),
     (dict(ttt_epochs=2), "TTT_EPOCHS"),
     (dict(ttt_chunk_tokens=63), "TTT_CHUNK_TOKENS"),
@@ -388,7 +673,11 @@ def setting(tmp_path, monkeypatch):
             for package in ("zstandard", "brotli"):
                 monkeypatch.setitem(sys.modules, package, None)  # as good as not installed
         elif name == "TENSORBOARD_DIR":  # there, or as good as not installed
-            there = importlib.machinery.ModuleSpec(name, None) if "{file}" in changed["tensorboard_dir"] else None
+            there = (
+                importlib.machinery.ModuleSpec(name, None)
+                if "{file}" in changed["tensorboard_dir"]
+                else None
+            )
             monkeypatch.setattr(importlib.util, "find_spec", lambda package: there)
         (tmp_path / "file").touch()
         (tmp_path / "runs").mkdir(exist_ok=True)
@@ -403,13 +692,17 @@ def setting(tmp_path, monkeypatch):
     return make
 
 
-@pytest.mark.parametrize(("changed", "name"), COMBINATIONS, ids=lambda x: x if isinstance(x, str) else "-".join(x))
+@pytest.mark.parametrize(
+    ("changed", "name"), COMBINATIONS, ids=lambda x: x if isinstance(x, str) else "-".join(x)
+)
 def test_combination_that_cannot_work_is_refused_by_name_and_value(setting, changed, name):
     changed = setting(changed, name)
     with pytest.raises(tg.UsageError) as caught:
         tiny_config(**changed)
     value = changed.get(name.lower(), TINY.get(name))
-    assert f"{name}={value}" in [line.split(": must be ")[0] for line in str(caught.value).splitlines()]
+    assert f"{name}={value}" in [
+        line.split(": must be ")[0] for line in str(caught.value).splitlines()
+    ]
 
 
 def test_every_rule_has_a_case_and_is_fine_for_the_tiny_config(setting):
@@ -418,7 +711,9 @@ def test_every_rule_has_a_case_and_is_fine_for_the_tiny_config(setting):
     assert [rule for rule in rules if not rule[1]] == []
     for changed, name in COMBINATIONS:
         setting(changed, name)
-        changed = {k: v.replace("{file}", "file") if isinstance(v, str) else v for k, v in changed.items()}
+        changed = {
+            k: v.replace("{file}", "file") if isinstance(v, str) else v for k, v in changed.items()
+        }
         found = dataclasses.replace(fine, **changed).combinations()
         broken |= {i for i, rule in enumerate(found) if not rule[1]}
     assert [rule for i, rule in enumerate(rules) if i not in broken] == []
@@ -438,23 +733,40 @@ def test_every_knob_has_a_meaning_of_its_own():
 
 
 def test_knobs_option_prints_every_knob_with_its_default_per_preset(tmp_path):
-    command, env = [sys.executable, str(ROOT / "train_gpt.py"), "--knobs"], {**os.environ, "SEED": "not a number"}
-    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, check=False)
+    command, env = (
+        [sys.executable, str(ROOT / "train_gpt.py"), "--knobs"],
+        {**os.environ, "SEED": "not a number"},
+    )
+    done = subprocess.run(
+        command, env=env, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert list(tmp_path.iterdir()) == []
     head, *lines = done.stdout.splitlines()
     assert head.split() == ["variable", *tg.PRESETS, "meaning"]
     assert [line.split()[0] for line in lines] == [f.name.upper() for f in FIELDS]
     for line, f in zip(lines, FIELDS, strict=True):
-        cells, expected = line.split()[1 : 1 + len(tg.PRESETS)], [getattr(preset(p), f.name) for p in tg.PRESETS]
+        cells, expected = (
+            line.split()[1 : 1 + len(tg.PRESETS)],
+            [getattr(preset(p), f.name) for p in tg.PRESETS],
+        )
         kind = type(f.default) if type(f.default) is not bool else int
-        assert cells == [v or "-" for v in expected] if kind is str else list(map(float, cells)) == expected, line
+        assert (
+            cells == [v or "-" for v in expected]
+            if kind is str
+            else list(map(float, cells)) == expected
+        ), line
         assert f.metadata["doc"] in line
 
 
 def test_knobs_into_a_pipe_that_closes_end_in_silence(tmp_path):
-    with subprocess.Popen([sys.executable, str(ROOT / "train_gpt.py"), "--knobs"], cwd=tmp_path, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as shown:  # fmt: skip
+    with subprocess.Popen(
+        [sys.executable, str(ROOT / "train_gpt.py"), "--knobs"],
+        cwd=tmp_path,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as shown:
         shown.stdout.close()  # as `| head` does, here before the first line
         assert (shown.stderr.read(), shown.wait()) == ("", -signal.SIGPIPE)
 
@@ -495,15 +807,26 @@ print("imported")
 
 
 def test_import_reads_no_environment_and_needs_no_optional_package():
-    bad = {f.name.upper(): "nonsense" for f in FIELDS} | {"RANK": "x", "WORLD_SIZE": "y", "MATRX_LR": "1"}
-    command, env = [sys.executable, "-c", IMPORT_CHECK.format(root=str(ROOT))], {**os.environ, **bad}
+    bad = {f.name.upper(): "nonsense" for f in FIELDS} | {
+        "RANK": "x",
+        "WORLD_SIZE": "y",
+        "MATRX_LR": "1",
+    }
+    command, env = (
+        [sys.executable, "-c", IMPORT_CHECK.format(root=str(ROOT))],
+        {**os.environ, **bad},
+    )
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.stdout.endswith("imported\n"), done.stderr[-2000:]
 
 
 def test_only_main_reads_the_environment():
     def reads(node):
-        return {n.lineno for n in ast.walk(node) if isinstance(n, ast.Attribute) and n.attr in ("environ", "getenv")}
+        return {
+            n.lineno
+            for n in ast.walk(node)
+            if isinstance(n, ast.Attribute) and n.attr in ("environ", "getenv")
+        }
 
     (main,) = (f for f in FUNCTIONS if f.name == "main")
     assert reads(TREE) == reads(main) != set()
@@ -513,11 +836,12 @@ def test_every_knob_is_used():
     """As an attribute of a config, outside the lines that define, check and list it."""
     listed = [f for f in FUNCTIONS if f.name in ("problems", "combinations", "print_knobs")]
     used = {
-        node.attr for node in ast.walk(TREE)
+        node.attr
+        for node in ast.walk(TREE)
         if isinstance(node, ast.Attribute)
         and getattr(node.value, "id", getattr(node.value, "attr", "")) in ("cfg", "c")
         and not any(f.lineno <= node.lineno <= f.end_lineno for f in listed)
-    }  # fmt: skip
+    }
     assert [f.name for f in FIELDS if f.name not in used] == []
 
 

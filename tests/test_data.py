@@ -69,7 +69,9 @@ def test_shard_round_trip_in_the_published_layout(tmp_path, count):
     tokens = np.random.default_rng().integers(0, 65536, count).astype(np.uint16)
     tg.write_shard(tmp_path / "a.bin", tokens)
     data = (tmp_path / "a.bin").read_bytes()
-    assert data == struct.pack("<256i", 20240520, 1, count, *[0] * 253) + struct.pack(f"<{count}H", *tokens.tolist())
+    assert data == struct.pack("<256i", 20240520, 1, count, *[0] * 253) + struct.pack(
+        f"<{count}H", *tokens.tolist()
+    )
     assert np.array_equal(tg.read_shard(tmp_path / "a.bin"), tokens)
 
 
@@ -125,7 +127,9 @@ def expected_starts(tokens, bos, longest):
     return starts
 
 
-ROWS = dict(micro_batch_tokens=128, train_batch_tokens=512, train_seq_len=48, cu_seqlens_capacity=20)
+ROWS = dict(
+    micro_batch_tokens=128, train_batch_tokens=512, train_seq_len=48, cu_seqlens_capacity=20
+)
 LENGTHS = {"usual": [1, 2, 5, 30, 60, 300], "short": [1, 1, 2], "long": [500, 1000]}
 
 
@@ -145,14 +149,25 @@ def epoch(stream, cfg, world_size):
 
 @pytest.mark.parametrize("loader", ["documents", "rows"])
 @pytest.mark.parametrize("lengths", LENGTHS)
-def test_an_epoch_serves_every_transition_once_in_the_same_rows_for_any_world_size(tmp_path, lengths, loader):
+def test_an_epoch_serves_every_transition_once_in_the_same_rows_for_any_world_size(
+    tmp_path, lengths, loader
+):
     tokens = random_documents(3001, LENGTHS[lengths]).astype(np.int64)
-    stream, cfg = stream_of(tmp_path, tokens, cuts=[777, 778, 2000]), tiny_config(**ROWS, data_loader=loader)
+    stream, cfg = (
+        stream_of(tmp_path, tokens, cuts=[777, 778, 2000]),
+        tiny_config(**ROWS, data_loader=loader),
+    )
     one, total = epoch(stream, cfg, 1)
     inputs, targets = torch.cat([r.inputs for r in one]), torch.cat([r.targets for r in one])
-    assert (inputs.dtype, targets.dtype, int((targets >= 0).sum())) == (torch.int64, torch.int64, total)
+    assert (inputs.dtype, targets.dtype, int((targets >= 0).sum())) == (
+        torch.int64,
+        torch.int64,
+        total,
+    )
     inputs, targets = inputs[targets >= 0].numpy(), targets[targets >= 0].numpy()
-    assert np.array_equal(inputs[:3001], tokens)  # in order: each token once as input, none left out at row borders
+    assert np.array_equal(
+        inputs[:3001], tokens
+    )  # in order: each token once as input, none left out at row borders
     assert np.array_equal(targets[:3001], np.roll(tokens, -1))
     for world_size in (2, 3, 4):
         rows, same = epoch(stream, cfg, world_size)
@@ -167,12 +182,20 @@ def test_row_is_cut_at_every_document_and_at_the_bound(tmp_path, lengths):
     rows, _ = epoch(stream_of(tmp_path, tokens), cfg, 1)
     for row in rows:
         cu, n = row.cu_seqlens, int((row.targets >= 0).sum())
-        assert (cu.dtype, len(cu), int(cu[0]), int(cu[-1]), row.max_seqlen) == (torch.int32, 21, 0, 128, 48)
+        assert (cu.dtype, len(cu), int(cu[0]), int(cu[-1]), row.max_seqlen) == (
+            torch.int32,
+            21,
+            0,
+            128,
+            48,
+        )
         assert int(cu.diff().min()) >= 0 and int(cu.diff().max()) <= 48
         starts = cu.unique().tolist()
         assert [s for s in starts if s < n] == expected_starts(row.inputs[:n].tolist(), BOS, 48)
         assert n == 128 or n in starts  # padding is no part of a document
-    assert lengths != "short" or all((row.targets < 0).any() for row in rows)  # these need more rows
+    assert lengths != "short" or all(
+        (row.targets < 0).any() for row in rows
+    )  # these need more rows
 
 
 def test_padding_comes_last_and_predicts_nothing(tmp_path):
@@ -184,7 +207,11 @@ def test_padding_comes_last_and_predicts_nothing(tmp_path):
 
 
 def test_rows_mode_ignores_documents(tmp_path):
-    rows, _ = epoch(stream_of(tmp_path, random_documents(600, [1, 2])), tiny_config(**ROWS, data_loader="rows"), 1)
+    rows, _ = epoch(
+        stream_of(tmp_path, random_documents(600, [1, 2])),
+        tiny_config(**ROWS, data_loader="rows"),
+        1,
+    )
     assert all(row.cu_seqlens.tolist() == [0, 48, 96] + [128] * 18 for row in rows)
 
 
@@ -194,15 +221,23 @@ def test_smallest_allowed_capacity_holds_every_row(tmp_path):
         shape = dict(micro_batch_tokens=micro, train_batch_tokens=micro, train_seq_len=longest)
         cfg = tiny_config(**shape, cu_seqlens_capacity=2 + 2 * -(-micro // longest))
         for i, lengths in enumerate(LENGTHS.values()):
-            rows, total = epoch(stream_of(tmp_path / f"{micro}{i}", random_documents(500, lengths)), cfg, 1)
+            rows, total = epoch(
+                stream_of(tmp_path / f"{micro}{i}", random_documents(500, lengths)), cfg, 1
+            )
             assert total >= 500
             assert all(int(row.cu_seqlens.diff().max()) <= longest for row in rows)
 
 
-@pytest.mark.parametrize("shape", [(128, 6, 64), (8192, 18, 1024), (2048, 512, 16), (1024, 16, 256), (4096, 64, 256)])
+@pytest.mark.parametrize(
+    "shape", [(128, 6, 64), (8192, 18, 1024), (2048, 512, 16), (1024, 16, 256), (4096, 64, 256)]
+)
 def test_synthetic_rows_keep_to_the_bound_whatever_the_capacity(shape):
     row = tg.synthetic_row(tiny_config(), shape, torch.device("cpu"))
-    assert (len(row.inputs), len(row.cu_seqlens), row.max_seqlen) == (shape[0], shape[1] + 1, shape[2])
+    assert (len(row.inputs), len(row.cu_seqlens), row.max_seqlen) == (
+        shape[0],
+        shape[1] + 1,
+        shape[2],
+    )
     assert int(row.cu_seqlens.diff().max()) <= shape[2]
     assert int(row.inputs.min()) >= 0 and int(row.inputs.max()) < VOCAB
     assert (row.targets >= 0).sum() >= shape[0] // 4  # it is not mostly padding
@@ -228,8 +263,13 @@ def test_prefetched_steps_equal_direct_calls_and_end_with_the_iterator(tmp_path)
 def test_documents_predict_every_token_but_the_first_once(tmp_path, tail):
     """A lone BOS at the end is the last target of the document before it and has none of its own (W39)."""
     tokens = np.concatenate([random_documents(500, [1, 2, 40]), np.array(tail, dtype=np.uint16)])
-    docs = tg.Documents.load(stream_of(tmp_path, tokens, cuts=[100], split="val"), BOS, tiny_config())
-    targets = [range(start + 1, start + count + 1) for start, count in zip(docs.starts, docs.counts, strict=True)]
+    docs = tg.Documents.load(
+        stream_of(tmp_path, tokens, cuts=[100], split="val"), BOS, tiny_config()
+    )
+    targets = [
+        range(start + 1, start + count + 1)
+        for start, count in zip(docs.starts, docs.counts, strict=True)
+    ]
     assert list(itertools.chain(*targets)) == list(range(1, len(tokens)))
     assert int(docs.counts.sum()) == len(tokens) - 1
     assert (docs.tokens[docs.starts] == BOS).all() and len(docs.starts) == (tokens == BOS).sum()
@@ -255,7 +295,9 @@ def test_good_data_is_opened(tiny_data):
     cfg = tiny_config(data_dir=tiny_data)
     streams = opened(cfg)
     manifest = json.loads((cfg.dataset_dir / "manifest.json").read_text())
-    assert {k: s.size for k, s in streams.items()} == {k: v["tokens"] for k, v in manifest["splits"].items()}
+    assert {k: s.size for k, s in streams.items()} == {
+        k: v["tokens"] for k, v in manifest["splits"].items()
+    }
 
 
 @pytest.mark.parametrize("manifest", [True, False])
@@ -273,7 +315,9 @@ def test_id_past_the_vocabulary_is_refused_by_the_rank_that_scans_it(data_copy, 
     opened(cfg, rank_of(2, 0))  # the other rank's share is fine
 
 
-@pytest.mark.parametrize(("split", "positions"), [("train", "all"), ("val", "all"), ("val", "first")])
+@pytest.mark.parametrize(
+    ("split", "positions"), [("train", "all"), ("val", "all"), ("val", "first")]
+)
 def test_stream_without_document_starts_is_refused(data_copy, split, positions):
     root, folder = data_copy
     path = folder / f"{PREFIX}_{split}_000000.bin"
@@ -291,7 +335,9 @@ def test_shard_that_is_not_the_manifests_is_refused(data_copy):
     refused(lambda: opened(tiny_config(data_dir=root)), path, len(tokens), len(tokens) - 1)
     tg.write_shard(path, tokens)
     tg.write_shard(folder / f"{PREFIX}_val_000001.bin", tokens)
-    refused(lambda: opened(tiny_config(data_dir=root)), folder / f"{PREFIX}_val_000001.bin", len(tokens))
+    refused(
+        lambda: opened(tiny_config(data_dir=root)), folder / f"{PREFIX}_val_000001.bin", len(tokens)
+    )
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -312,9 +358,13 @@ def test_shards_that_hold_no_batch_are_refused(tiny_data):
 
 def train_tokenizer(root, name, text, **options):
     (root / f"{name}.txt").write_text(text, encoding="utf-8")
-    settings = dict(model_type="bpe", byte_fallback=True, pad_id=0, bos_id=1, eos_id=2, unk_id=3, minloglevel=2)
+    settings = dict(
+        model_type="bpe", byte_fallback=True, pad_id=0, bos_id=1, eos_id=2, unk_id=3, minloglevel=2
+    )
     sentencepiece.SentencePieceTrainer.train(
-        input=str(root / f"{name}.txt"), model_prefix=str(root / name), **{"vocab_size": VOCAB, **settings, **options}
+        input=str(root / f"{name}.txt"),
+        model_prefix=str(root / name),
+        **{"vocab_size": VOCAB, **settings, **options},
     )
     return root / f"{name}.model"
 
@@ -329,11 +379,17 @@ def test_tokenizer_is_the_manifests(tiny_data):
 
 def test_tokenizer_of_another_size_is_refused(tiny_data):
     cfg = tiny_config(data_dir=tiny_data, vocab_size=VOCAB + 1)
-    refused(lambda: tg.Tokenizer.load(cfg), f"VOCAB_SIZE={VOCAB + 1}", f"{DATASET}.model has {VOCAB} pieces")
+    refused(
+        lambda: tg.Tokenizer.load(cfg),
+        f"VOCAB_SIZE={VOCAB + 1}",
+        f"{DATASET}.model has {VOCAB} pieces",
+    )
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"not a model", bytes(range(256)) * 50, None], ids=["empty", "text", "binary", "folder"]
+    "content",
+    [b"", b"not a model", bytes(range(256)) * 50, None],
+    ids=["empty", "text", "binary", "folder"],
 )
 def test_file_that_is_no_tokenizer_is_refused(tiny_data, tmp_path, content):
     path = tmp_path / "a.model"
@@ -343,23 +399,34 @@ def test_file_that_is_no_tokenizer_is_refused(tiny_data, tmp_path, content):
 
 def test_missing_tokenizer_is_refused_by_its_default_name(tmp_path):
     cfg = tiny_config(data_dir=tmp_path)
-    refused(lambda: tg.Tokenizer.load(cfg), tmp_path / "tokenizers" / f"fineweb_{VOCAB}_bpe.model", "TOKENIZER_PATH=")
+    refused(
+        lambda: tg.Tokenizer.load(cfg),
+        tmp_path / "tokenizers" / f"fineweb_{VOCAB}_bpe.model",
+        "TOKENIZER_PATH=",
+    )
 
 
 def test_another_tokenizer_than_the_manifests_is_refused(tiny_data, tmp_path):
-    path = train_tokenizer(tmp_path, "other", "\n".join(t.replace("\n", " ") for t in tiny_text(100, seed=2)))
+    path = train_tokenizer(
+        tmp_path, "other", "\n".join(t.replace("\n", " ") for t in tiny_text(100, seed=2))
+    )
     cfg = tiny_config(data_dir=tiny_data, tokenizer_path=path)
     refused(lambda: tg.Tokenizer.load(cfg), path, cfg.dataset_dir / "manifest.json")
 
 
 @pytest.mark.parametrize(
     ("name", "text", "options"),
-    [("nobos", "the cat sat on a mat and the dog sat too", dict(bos_id=-1)),
-     ("nospace", "abcabcabbacbbacaabbccabacbac", dict(add_dummy_prefix=False, vocab_size=270))],
-)  # fmt: skip
+    [
+        ("nobos", "the cat sat on a mat and the dog sat too", dict(bos_id=-1)),
+        ("nospace", "abcabcabbacbbacaabbccabacbac", dict(add_dummy_prefix=False, vocab_size=270)),
+    ],
+)
 def test_tokenizer_that_would_miscount_is_refused(tmp_path, name, text, options):
     path = train_tokenizer(tmp_path, name, text, hard_vocab_limit=False, **options)
     model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    assert (model.bos_id() < 0, model.piece_to_id("\u2581") == model.unk_id()) == (name == "nobos", name == "nospace")
+    assert (model.bos_id() < 0, model.piece_to_id("\u2581") == model.unk_id()) == (
+        name == "nobos",
+        name == "nospace",
+    )
     cfg = tiny_config(data_dir=tmp_path, tokenizer_path=path, vocab_size=model.vocab_size())
     refused(lambda: tg.Tokenizer.load(cfg), path, "needs BOS and the bare space mark")

@@ -28,14 +28,20 @@ def test_the_reference_of_knobs_is_current():
 
 
 def test_the_reference_has_every_knob_with_the_default_of_every_preset():
-    rows = re.findall(r"^\| `(\w+)` \| (.*) \|$", (ROOT / "docs" / "knobs.md").read_text(encoding="utf-8"), re.M)
+    rows = re.findall(
+        r"^\| `(\w+)` \| (.*) \|$", (ROOT / "docs" / "knobs.md").read_text(encoding="utf-8"), re.M
+    )
     assert [name for name, _ in rows] == [f.name.upper() for f in dataclasses.fields(tg.Config)]
     for (_, row), f in zip(rows, dataclasses.fields(tg.Config), strict=True):
         cells = row.split(" | ")
         assert cells[-1] == f.metadata["doc"].replace("|", "/").replace("<", "&lt;")
         for cell, preset in zip(cells, tg.PRESETS, strict=False):
             default = preset if f.name == "preset" else tg.PRESETS[preset].get(f.name, f.default)
-            assert cell == (default or "-") if isinstance(default, str) else float(cell) == float(f"{default:g}")
+            assert (
+                cell == (default or "-")
+                if isinstance(default, str)
+                else float(cell) == float(f"{default:g}")
+            )
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +66,9 @@ def test_every_file_and_target_in_the_how_to_exists(howto):
 def test_the_configs_that_the_how_to_sets_are_accepted(howto, monkeypatch, tmp_path: Path):
     monkeypatch.chdir(tmp_path)
     found = 0
-    for line in re.findall(r"^(?:export )?((?:[A-Z0-9_]+=\S+(?: |$))+)(?:torchrun|python|$)", howto, re.M):
+    for line in re.findall(
+        r"^(?:export )?((?:[A-Z0-9_]+=\S+(?: |$))+)(?:torchrun|python|$)", howto, re.M
+    ):
         env = dict(pair.split("=", 1) for pair in line.split())
         fine = {k: v for k, v in env.items() if k not in OUTSIDE and not v.startswith("$")}
         tg.Config.from_env({"COMPRESSOR": "lzma", **fine}, has_cuda=False)

@@ -84,7 +84,9 @@ def alter_tokens(name, change):
 
 
 def tokenizer_of(root):
-    return sentencepiece.SentencePieceProcessor(model_file=str(root / "tokenizers" / f"{NAME}.model"))
+    return sentencepiece.SentencePieceProcessor(
+        model_file=str(root / "tokenizers" / f"{NAME}.model")
+    )
 
 
 def table_of(root):
@@ -119,13 +121,26 @@ def drop_shard(root):
 def swap_tokenizer(root):
     """Another tokenizer of the same size, and a manifest that agrees with it."""
     text = root / "other.txt"
-    text.write_text("\n".join(" ".join(t[::-1] for t in line.split()) for line in tiny_text(172, seed=2)))
+    text.write_text(
+        "\n".join(" ".join(t[::-1] for t in line.split()) for line in tiny_text(172, seed=2))
+    )
     path = root / "tokenizers" / f"{NAME}.model"
     sentencepiece.SentencePieceTrainer.train(
-        input=str(text), model_prefix=str(path.with_suffix("")), vocab_size=VOCAB, model_type="bpe", byte_fallback=True,
-        pad_id=0, bos_id=1, eos_id=2, unk_id=3, normalization_rule_name="identity", remove_extra_whitespaces=False,
-        split_digits=True, character_coverage=0.99, minloglevel=2,
-    )  # fmt: skip
+        input=str(text),
+        model_prefix=str(path.with_suffix("")),
+        vocab_size=VOCAB,
+        model_type="bpe",
+        byte_fallback=True,
+        pad_id=0,
+        bos_id=1,
+        eos_id=2,
+        unk_id=3,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        split_digits=True,
+        character_coverage=0.99,
+        minloglevel=2,
+    )
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     alter_manifest(root, lambda m: m["tokenizer"].update(sha256=digest))
 
@@ -139,8 +154,14 @@ def plant_val(share):
 
     def plant(root):
         val = max(first_documents(root, VAL, 11), key=len)
-        inner = val if share == 1 else np.concatenate([[BOS, 77, 78], val[20 : 20 + int(share * len(val))], [79]])
-        alter_tokens(FIRST, lambda t: np.concatenate([documents(t)[0], inner, t[len(documents(t)[0]) :]]))(root)
+        inner = (
+            val
+            if share == 1
+            else np.concatenate([[BOS, 77, 78], val[20 : 20 + int(share * len(val))], [79]])
+        )
+        alter_tokens(
+            FIRST, lambda t: np.concatenate([documents(t)[0], inner, t[len(documents(t)[0]) :]])
+        )(root)
 
     return plant
 
@@ -154,7 +175,10 @@ def put(position, *ids):
 
 
 def header(at, value):
-    return alter_bytes(SECOND, lambda data: data[:at] + int(value).to_bytes(4, "little", signed=True) + data[at + 4 :])
+    return alter_bytes(
+        SECOND,
+        lambda data: data[:at] + int(value).to_bytes(4, "little", signed=True) + data[at + 4 :],
+    )
 
 
 def swap(data):
@@ -164,7 +188,9 @@ def swap(data):
 def agree_hash(plant):
     def both(root):
         plant(root)
-        alter_manifest(root, lambda m: [f.update(sha256=sha256(root, f["name"])) for f in files_of(m)])
+        alter_manifest(
+            root, lambda m: [f.update(sha256=sha256(root, f["name"])) for f in files_of(m)]
+        )
 
     return both
 
@@ -183,50 +209,184 @@ FAULTS = {  # name: (plant, level, check, file, token or None, a word of the tex
     "cut": (alter_bytes(VAL, lambda d: d[:-3]), "error", "cut", VAL, None, "3 bytes"),
     "cut in the header": (alter_bytes(VAL, lambda d: d[:700]), "error", "cut", VAL, None, "700"),
     "excess": (alter_bytes(VAL, lambda d: d + b"\0\0"), "error", "excess", VAL, None, "2 bytes"),
-    "no tokens": (alter_bytes(VAL, lambda d: d[:8] + bytes(4) + d[12:1024]), "error", "header", VAL, None, "0 tokens"),
+    "no tokens": (
+        alter_bytes(VAL, lambda d: d[:8] + bytes(4) + d[12:1024]),
+        "error",
+        "header",
+        VAL,
+        None,
+        "0 tokens",
+    ),
     "header in the other byte order": (
         alter_bytes(VAL, lambda d: np.frombuffer(d[:1024], "<i4").byteswap().tobytes() + d[1024:]),
-        "error", "byte order", VAL, None, "swapped"),
-    "ids in the other byte order": (alter_bytes(FIRST, swap), "error", "byte order", FIRST, 1, "swapped"),
+        "error",
+        "byte order",
+        VAL,
+        None,
+        "swapped",
+    ),
+    "ids in the other byte order": (
+        alter_bytes(FIRST, swap),
+        "error",
+        "byte order",
+        FIRST,
+        1,
+        "swapped",
+    ),
     "id out of range": (put(40, VOCAB), "error", "id range", FIRST, 40, str(VOCAB)),
     "no BOS at the start": (put(0, 50), "error", "no BOS", FIRST, 0, "begin"),
-    "empty document": (alter_tokens(FIRST, lambda t: np.insert(t, 0, BOS)),
-                       "error", "empty document", FIRST, 0, "1 in"),
+    "empty document": (
+        alter_tokens(FIRST, lambda t: np.insert(t, 0, BOS)),
+        "error",
+        "empty document",
+        FIRST,
+        0,
+        "1 in",
+    ),
     "control piece in a text": (put(9, 2), "error", "control id", FIRST, 9, "control"),
     "another tokenizer": (swap_tokenizer, "error", "round trip", VAL, 0, "tokenizer"),
     "tokenizer not the manifest's": (
         lambda root: alter_manifest(root, lambda m: m["tokenizer"].update(sha256="0" * 64)),
-        "error", "tokenizer", f"{NAME}.model", None, "SHA-256"),
-    "no tokenizer": (lambda root: (root / "tokenizers" / f"{NAME}.model").unlink(),
-                     "error", "tokenizer", f"{NAME}.model", None, "no SentencePiece model"),
-    "document twice": (alter_tokens(VAL, lambda t: np.concatenate([t, documents(t)[3]])),
-                       "warning", "duplicate document", VAL, "end", "1 copies in 13 val"),
-    "validation document in training": (plant_val(1), "error", "overlap", VAL, "longest", "1 of 12"),
-    "part of one in training": (plant_val(0.7), "error", "overlap in part", VAL, "longest", "ids in a row"),
-    "shard missing from the sequence": (drop_shard, "error", "missing shard", FIRST, None, "number 1"),
-    "shard the manifest names is gone": (lambda root: (folder_of(root) / SECOND).unlink(),
-                                         "error", "missing shard", SECOND, None, "manifest"),
-    "number taken twice": (lambda root: copy_shard(root, "tiny_train_1.bin"),
-                           "error", "name", "tiny_train_1.bin", None, f"number of {SECOND}"),
-    "shard of another data set": (lambda root: copy_shard(root, "z_train_000002.bin"),
-                                  "error", "name", "z_train_000002.bin", None, "prefix"),
-    "split gone": (lambda root: (folder_of(root) / VAL).unlink(), "error", "missing split", NAME, None, "_val_"),
+        "error",
+        "tokenizer",
+        f"{NAME}.model",
+        None,
+        "SHA-256",
+    ),
+    "no tokenizer": (
+        lambda root: (root / "tokenizers" / f"{NAME}.model").unlink(),
+        "error",
+        "tokenizer",
+        f"{NAME}.model",
+        None,
+        "no SentencePiece model",
+    ),
+    "document twice": (
+        alter_tokens(VAL, lambda t: np.concatenate([t, documents(t)[3]])),
+        "warning",
+        "duplicate document",
+        VAL,
+        "end",
+        "1 copies in 13 val",
+    ),
+    "validation document in training": (
+        plant_val(1),
+        "error",
+        "overlap",
+        VAL,
+        "longest",
+        "1 of 12",
+    ),
+    "part of one in training": (
+        plant_val(0.7),
+        "error",
+        "overlap in part",
+        VAL,
+        "longest",
+        "ids in a row",
+    ),
+    "shard missing from the sequence": (
+        drop_shard,
+        "error",
+        "missing shard",
+        FIRST,
+        None,
+        "number 1",
+    ),
+    "shard the manifest names is gone": (
+        lambda root: (folder_of(root) / SECOND).unlink(),
+        "error",
+        "missing shard",
+        SECOND,
+        None,
+        "manifest",
+    ),
+    "number taken twice": (
+        lambda root: copy_shard(root, "tiny_train_1.bin"),
+        "error",
+        "name",
+        "tiny_train_1.bin",
+        None,
+        f"number of {SECOND}",
+    ),
+    "shard of another data set": (
+        lambda root: copy_shard(root, "z_train_000002.bin"),
+        "error",
+        "name",
+        "z_train_000002.bin",
+        None,
+        "prefix",
+    ),
+    "split gone": (
+        lambda root: (folder_of(root) / VAL).unlink(),
+        "error",
+        "missing split",
+        NAME,
+        None,
+        "_val_",
+    ),
     "shard twice": (copy_shard, "error", "shard twice", "tiny_train_000002.bin", None, FIRST),
-    "shard the manifest does not know": (copy_shard, "error", "foreign shard", "tiny_train_000002.bin", None, "name"),
+    "shard the manifest does not know": (
+        copy_shard,
+        "error",
+        "foreign shard",
+        "tiny_train_000002.bin",
+        None,
+        "name",
+    ),
     "manifest with another hash": (
-        lambda root: alter_manifest(root, lambda m: m["splits"]["train"]["files"][1].update(sha256="0" * 64)),
-        "error", "manifest sha256", SECOND, None, "manifest"),
+        lambda root: alter_manifest(
+            root, lambda m: m["splits"]["train"]["files"][1].update(sha256="0" * 64)
+        ),
+        "error",
+        "manifest sha256",
+        SECOND,
+        None,
+        "manifest",
+    ),
     "manifest with other tokens": (
-        lambda root: alter_manifest(root, lambda m: m["splits"]["train"]["files"][1].update(tokens=5)),
-        "error", "manifest tokens", SECOND, None, "5"),
-    "manifest with another sum": (change_entry("train", tokens=6),
-                                  "error", "manifest tokens", "manifest.json", None, "6"),
-    "manifest with other bytes": (change_entry("val", bytes=7), "error", "manifest bytes", "manifest.json", None, "7"),
+        lambda root: alter_manifest(
+            root, lambda m: m["splits"]["train"]["files"][1].update(tokens=5)
+        ),
+        "error",
+        "manifest tokens",
+        SECOND,
+        None,
+        "5",
+    ),
+    "manifest with another sum": (
+        change_entry("train", tokens=6),
+        "error",
+        "manifest tokens",
+        "manifest.json",
+        None,
+        "6",
+    ),
+    "manifest with other bytes": (
+        change_entry("val", bytes=7),
+        "error",
+        "manifest bytes",
+        "manifest.json",
+        None,
+        "7",
+    ),
     "manifest with other documents": (
-        change_entry("train", documents=8), "error", "manifest documents", "manifest.json", None, "8"),
-    "manifest of another tool": (lambda root: (folder_of(root) / "manifest.json").write_text('{"splits": 3}'),
-                                 "error", "manifest", "manifest.json", None, "prepare_data"),
-}  # fmt: skip
+        change_entry("train", documents=8),
+        "error",
+        "manifest documents",
+        "manifest.json",
+        None,
+        "8",
+    ),
+    "manifest of another tool": (
+        lambda root: (folder_of(root) / "manifest.json").write_text('{"splits": 3}'),
+        "error",
+        "manifest",
+        "manifest.json",
+        None,
+        "prepare_data",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -238,7 +398,11 @@ def test_a_planted_fault_is_found_and_named_with_file_and_position(root, capsys,
     longest = max(range(11), key=lambda i: len(docs[i]))
     at = {"end": len(clean), "longest": sum(map(len, docs[:longest]))}.get(at, at)
     verdict = examine(root, capsys, status=1 if level == "error" else 0)
-    found = [f for f in verdict["faults"] if (f["level"], f["check"], f["file"], f["at"]) == (level, check, file, at)]
+    found = [
+        f
+        for f in verdict["faults"]
+        if (f["level"], f["check"], f["file"], f["at"]) == (level, check, file, at)
+    ]
     assert len(found) == 1 and word in found[0]["text"], verdict["faults"]
 
 
@@ -253,7 +417,9 @@ def test_clean_data_pass_without_a_word(root, capsys):
         assert verdict["splits"][split]["changed"] == 0 < verdict["splits"][split]["decoded"]
 
 
-def test_all_of_validation_is_decoded_and_a_sample_of_each_training_shard(root, capsys, monkeypatch):
+def test_all_of_validation_is_decoded_and_a_sample_of_each_training_shard(
+    root, capsys, monkeypatch
+):
     monkeypatch.setattr(doctor, "SAMPLE", 5)
     splits = examine(root, capsys, status=0)["splits"]
     found = {split: (entry["decoded"], entry["encoded_again"]) for split, entry in splits.items()}
@@ -264,7 +430,9 @@ def test_the_table_has_a_line_per_fault(root, capsys):
     put(40, VOCAB)(root)
     assert prepare_data.main(["doctor", str(folder_of(root))]) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert any(line.startswith(f"error: {FIRST}, token 40: id range: {VOCAB} ") for line in lines), lines
+    assert any(
+        line.startswith(f"error: {FIRST}, token 40: id range: {VOCAB} ") for line in lines
+    ), lines
     assert lines[-1] == f"{NAME}: 1 errors, 0 warnings"
 
 
@@ -277,7 +445,16 @@ def test_a_folder_without_shards_is_wrong_usage(tmp_path, capsys):
 def test_what_the_tool_prepares_is_clean(tmp_path, capsys):
     texts = tmp_path / "texts.jsonl"
     texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in tiny_text(300, seed=5)))
-    options = ["--vocab-size", "320", "--shard-tokens", "3000", "--val-fraction", "0.1", "--data-dir", str(tmp_path)]
+    options = [
+        "--vocab-size",
+        "320",
+        "--shard-tokens",
+        "3000",
+        "--val-fraction",
+        "0.1",
+        "--data-dir",
+        str(tmp_path),
+    ]
     assert prepare_data.main(["text", str(texts), *options]) == 0
     capsys.readouterr()
     assert prepare_data.main(["doctor", str(tmp_path / "datasets" / "corpus_sp320"), "--json"]) == 0
@@ -289,8 +466,10 @@ def test_what_the_tool_prepares_is_clean(tmp_path, capsys):
 
 
 def random_documents(rng, number, length):
-    return [np.append(BOS, rng.integers(4, 60000, rng.integers(length // 2, length))).astype(np.uint16)
-            for _ in range(number)]  # fmt: skip
+    return [
+        np.append(BOS, rng.integers(4, 60000, rng.integers(length // 2, length))).astype(np.uint16)
+        for _ in range(number)
+    ]
 
 
 @pytest.mark.parametrize("form", ["whole", "embedded", "cut", "across a shard border"])
@@ -300,7 +479,11 @@ def test_one_validation_document_in_ten_thousand_is_found_at_its_place(form):
     number = int(rng.integers(9_000))
     planted, inner = val[42], random_documents(rng, 1, 300)[0]
     if form != "whole":
-        body = planted[1:] if form == "embedded" else planted[len(planted) // 4 + 1 : len(planted) - 20]
+        body = (
+            planted[1:]
+            if form == "embedded"
+            else planted[len(planted) // 4 + 1 : len(planted) - 20]
+        )
         planted = np.concatenate([inner[:51], body, inner[51:]])
     train.insert(number, planted)
     at = sum(map(len, train[:number]))
@@ -318,8 +501,12 @@ def test_one_validation_document_in_ten_thousand_is_found_at_its_place(form):
 def test_the_first_of_several_places_in_training_is_named():
     rng = np.random.default_rng(8)
     fill, val = random_documents(rng, 5, 300), random_documents(rng, 2, 300)
-    part = np.concatenate([fill[0], val[1][:-9], fill[1]])  # all but the end of a document, the second one of part
-    found = doctor.overlap([np.concatenate([fill[2], fill[3]]), part, part], np.concatenate(val), BOS)
+    part = np.concatenate(
+        [fill[0], val[1][:-9], fill[1]]
+    )  # all but the end of a document, the second one of part
+    found = doctor.overlap(
+        [np.concatenate([fill[2], fill[3]]), part, part], np.concatenate(val), BOS
+    )
     assert [(one.document, one.whole) for one in found] == [(1, False)]
     assert found[0].train_at == sum(map(len, (fill[2], fill[3], fill[0]))) + 1
 
@@ -330,7 +517,9 @@ def test_neighbours_in_validation_are_told_apart():
     train = [np.concatenate([fill[0], val[1][1:]]), np.concatenate([fill[1], val[2][1:]])]
     found = doctor.overlap(train, np.concatenate(val), BOS)
     assert [(one.document, one.train_at) for one in found] == [
-        (1, len(fill[0])), (2, len(train[0]) + len(fill[1]))]  # fmt: skip
+        (1, len(fill[0])),
+        (2, len(train[0]) + len(fill[1])),
+    ]
     assert all(0 <= len(val[one.document]) - 1 - one.run < doctor.STRIDE for one in found)
 
 
@@ -348,7 +537,9 @@ def test_phrases_and_documents_alike_in_part_are_no_overlap():
 
 def test_an_index_finds_exactly_the_shingles_that_occur_at_their_first_position():
     rng = np.random.default_rng(5)
-    val = np.concatenate([np.append(BOS, rng.integers(4, 7, n)) for n in (0, 31, 32, 39, 40, 300)]).astype(np.uint16)
+    val = np.concatenate(
+        [np.append(BOS, rng.integers(4, 7, n)) for n in (0, 31, 32, 39, 40, 300)]
+    ).astype(np.uint16)
     train = np.concatenate([rng.integers(4, 7, 20_000).astype(np.uint16), val[-200:], val[-150:]])
     index = doctor.ShingleIndex(val, BOS)
     places = {}
@@ -377,13 +568,19 @@ def test_overlap_may_be_allowed_and_warnings_may_count(root, capsys):
 
 
 def test_decoded_bytes_are_those_of_each_text(tiny_data):
-    sp = sentencepiece.SentencePieceProcessor(model_file=str(tiny_data / "tokenizers" / f"{NAME}.model"))
+    sp = sentencepiece.SentencePieceProcessor(
+        model_file=str(tiny_data / "tokenizers" / f"{NAME}.model")
+    )
     texts = tiny_text(600, seed=9)
     tokens = np.concatenate([np.array([BOS, *sp.encode(text)], dtype=np.uint16) for text in texts])
     starts = doctor.document_starts(tokens, BOS)
-    assert doctor.decoded_bytes(tokens, starts, sp).tolist() == [len(text.encode()) for text in texts]
+    assert doctor.decoded_bytes(tokens, starts, sp).tolist() == [
+        len(text.encode()) for text in texts
+    ]
     assert doctor.round_trip(tokens, starts, range(600), sp) == []
-    tokens[starts[7] + 1 : starts[8]] = sp.piece_to_id("<0x61>")  # an "a" is never written as a byte
+    tokens[starts[7] + 1 : starts[8]] = sp.piece_to_id(
+        "<0x61>"
+    )  # an "a" is never written as a byte
     assert doctor.round_trip(tokens, starts, [6, 7, 8], sp) == [7]
 
 
@@ -400,14 +597,18 @@ def test_hashes_tell_documents_apart_and_know_the_same_one_wherever_it_stands():
 
 
 @pytest.mark.parametrize("tokens", ["published", "fewer", "withdrawn"])
-def test_fineweb_is_compared_with_its_published_totals(tmp_path, monkeypatch, tiny_data, capsys, tokens):
+def test_fineweb_is_compared_with_its_published_totals(
+    tmp_path, monkeypatch, tiny_data, capsys, tokens
+):
     """The totals are set to those of a tiny validation set: what is compared is tokens, documents and bytes."""
     model = tiny_data / "tokenizers" / f"{NAME}.model"
     sp = sentencepiece.SentencePieceProcessor(model_file=str(model))
     docs = [[BOS, *sp.encode(text)] for text in tiny_text(60, seed=11)]
     root = tmp_path / "data"
     shutil.copytree(tiny_data / "tokenizers", root / "tokenizers")
-    write_dataset(root, docs[20:], docs[: 19 if tokens == "fewer" else 20], model, "fineweb10B_sp1024")
+    write_dataset(
+        root, docs[20:], docs[: 19 if tokens == "fewer" else 20], model, "fineweb10B_sp1024"
+    )
     size, count = sum(len(sp.decode(d).encode()) for d in docs[:20]), sum(map(len, docs[:20]))
     monkeypatch.setattr(doctor, "CANONICAL_DOCUMENTS", 20)
     monkeypatch.setattr(doctor, "CANONICAL_BYTES", size)
@@ -417,7 +618,10 @@ def test_fineweb_is_compared_with_its_published_totals(tmp_path, monkeypatch, ti
     status = prepare_data.main(["doctor", str(root / "datasets" / "fineweb10B_sp1024"), "--json"])
     verdict = json.loads(capsys.readouterr().out)
     found = [fault["text"] for fault in verdict["faults"] if fault["check"] == "canonical"]
-    assert status == (tokens != "published") and len(found) == {"published": 0, "fewer": 3, "withdrawn": 1}[tokens]
+    assert (
+        status == (tokens != "published")
+        and len(found) == {"published": 0, "fewer": 3, "withdrawn": 1}[tokens]
+    )
 
 
 # --- Cache and verdict ---
@@ -435,7 +639,9 @@ def test_a_second_visit_scans_only_what_changed(root, capsys):
     before = path.stat()
     tokens = np.array(tg.read_shard(path))
     tokens[-5] = 2
-    tg.write_shard(path, tokens)  # same length; then the old time stamp, so that only the content tells
+    tg.write_shard(
+        path, tokens
+    )  # same length; then the old time stamp, so that only the content tells
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     third = examine(root, capsys, status=1)
     assert (third["scanned"], third["cached"]) == (1, 2)  # not the first, which goes on in it
@@ -444,7 +650,9 @@ def test_a_second_visit_scans_only_what_changed(root, capsys):
     assert examine(root, capsys, "--no-cache")["scanned"] == 3
 
 
-def test_training_is_scanned_again_when_validation_changed_and_a_damaged_scan_is_not_used(root, capsys):
+def test_training_is_scanned_again_when_validation_changed_and_a_damaged_scan_is_not_used(
+    root, capsys
+):
     examine(root, capsys)
     plant_val(1)(root)
     assert examine(root, capsys, status=1)["scanned"] == 1
@@ -508,4 +716,6 @@ def test_the_tool_tells_what_it_looks_for(capsys):
     with pytest.raises(SystemExit):
         prepare_data.main(["doctor", "--help"])
     text = capsys.readouterr().out
-    assert all(word in text for word in ("--allow-overlap", "shingles", "doctor.json", "Exit status"))
+    assert all(
+        word in text for word in ("--allow-overlap", "shingles", "doctor.json", "Exit status")
+    )

@@ -17,7 +17,17 @@ import pytest
 import torch
 from conftest import ROOT, TINY, VOCAB, final_line, on_ranks, run_script, tiny_config
 from test_training import Session
-from test_ttt import LENGTHS, S, adaptation, assert_equal, documents, evaluated, model_for, scorer_for, with_settings
+from test_ttt import (
+    LENGTHS,
+    S,
+    adaptation,
+    assert_equal,
+    documents,
+    evaluated,
+    model_for,
+    scorer_for,
+    with_settings,
+)
 
 import train_gpt as tg
 
@@ -39,20 +49,30 @@ def nats_of(ledger: tg.Ledger) -> np.ndarray:
 
 
 def plain(model: tg.GPT, docs: tg.Documents, stride: int = 0) -> tg.Ledger:
-    return tg.evaluate(scorer_for(model, docs), stride)
+    return tg.score_all(scorer_for(model, docs), stride)
 
 
 # --- Speed leaves the scores alone ------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "changes",
-    [dict(ttt_fast=False), dict(ttt_buckets=3), dict(ttt_batch_size=1), dict(ttt_batch_size=7, ttt_buckets=1),
-     dict(ttt_fast=False, ttt_batch_size=5)],
+    [
+        dict(ttt_fast=False),
+        dict(ttt_buckets=3),
+        dict(ttt_batch_size=1),
+        dict(ttt_batch_size=7, ttt_buckets=1),
+        dict(ttt_fast=False, ttt_batch_size=5),
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_published_way_buckets_and_batches_give_the_same_scores(changes):
     docs, model = documents(*MANY), model_for(4)
-    found, expected = nats_of(evaluated(with_settings(model, **changes), docs)), nats_of(evaluated(model, docs))
-    limit = 1e-6 if changes.get("ttt_fast", True) else 2e-5  # all queries round otherwise; AdamW enlarges it
+    found, expected = (
+        nats_of(evaluated(with_settings(model, **changes), docs)),
+        nats_of(evaluated(model, docs)),
+    )
+    limit = (
+        1e-6 if changes.get("ttt_fast", True) else 2e-5
+    )  # all queries round otherwise; AdamW enlarges it
     assert np.abs(found - expected).max() < limit
 
 
@@ -60,7 +80,9 @@ def test_windows_are_padded_to_few_lengths_and_finished_documents_leave():
     seen, docs, model = [], documents(*MANY), model_for(4, ttt_buckets=3, ttt_chunk_size=8)
 
     def forward(batch, plan, lora, select):
-        seen.append((len(lora.down), len(batch.inputs) // len(lora.down), len(select) // len(lora.down)))
+        seen.append(
+            (len(lora.down), len(batch.inputs) // len(lora.down), len(select) // len(lora.down))
+        )
         return model(batch, plan, lora=lora, select=select)
 
     scorer = scorer_for(model, docs)
@@ -68,7 +90,9 @@ def test_windows_are_padded_to_few_lengths_and_finished_documents_leave():
     assert {n for _, n, _ in seen} == {16, 32, 64}
     assert {c for _, _, c in seen} == {8}
     chunks = sum(-(-count // 8) for count in MANY)
-    assert sum(rows for rows, _, _ in seen) == chunks  # no row is processed once its document is over
+    assert (
+        sum(rows for rows, _, _ in seen) == chunks
+    )  # no row is processed once its document is over
     assert {rows for rows, _, _ in seen} >= {1, 2, 3, 4}
 
 
@@ -82,37 +106,58 @@ def test_memory_that_runs_out_makes_batches_smaller_and_changes_no_score():
         return model(batch, plan, **options)
 
     scorer = scorer_for(model, docs)
-    found = nats_of(tg.evaluate_ttt(scorer, adaptation(model, forward), model, forward, tg.Deadline(1e9)))
+    found = nats_of(
+        tg.evaluate_ttt(scorer, adaptation(model, forward), model, forward, tg.Deadline(1e9))
+    )
     failed = [i for i, size in enumerate(tried) if size > 150]
     assert failed and len(failed) < 10  # what did not fit is not tried again
-    assert all(tried[i] / 3 < tried[i + 1] <= tried[i] / 2 for i in failed)  # but half of it, as far as documents go
+    assert all(
+        tried[i] / 3 < tried[i + 1] <= tried[i] / 2 for i in failed
+    )  # but half of it, as far as documents go
     assert np.abs(found - nats_of(evaluated(model, docs))).max() < 1e-6
     with pytest.raises(torch.OutOfMemoryError):
         narrow = model_for(8, ttt_eval_seq_len=S)
-        state = adaptation(narrow, lambda *_, **__: (_ for _ in ()).throw(torch.OutOfMemoryError("too little")))
+        state = adaptation(
+            narrow, lambda *_, **__: (_ for _ in ()).throw(torch.OutOfMemoryError("too little"))
+        )
         tg.evaluate_ttt(scorer_for(narrow, docs), state, narrow, narrow, tg.Deadline(1e9))
 
 
 @pytest.mark.parametrize("beta1", [0.0, 0.9])
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 def test_updates_are_those_of_torchs_optimisers(optimizer, beta1):
-    cfg = tiny_config(ttt_optimizer=optimizer, ttt_beta1=beta1, ttt_lora_lr=0.01, ttt_weight_decay=0.5)
+    cfg = tiny_config(
+        ttt_optimizer=optimizer, ttt_beta1=beta1, ttt_lora_lr=0.01, ttt_weight_decay=0.5
+    )
     leaf = torch.randn(5, 7).requires_grad_()
     master, rounded = leaf.detach().clone(), leaf.detach().bfloat16()
     kind, special = torch.optim.AdamW, dict(betas=(beta1, cfg.ttt_beta2), eps=1e-10)
     if optimizer == "sgd":
         kind, special = torch.optim.SGD, dict(momentum=beta1)
-    theirs, moments = kind([leaf], lr=0.01, weight_decay=0.5, **special), [torch.zeros(5, 7) for _ in range(2)]
+    theirs, moments = (
+        kind([leaf], lr=0.01, weight_decay=0.5, **special),
+        [torch.zeros(5, 7) for _ in range(2)],
+    )
     moments = moments[: 1 + (optimizer == "adam" and beta1 > 0)]
     for number in range(1, 6):
         leaf.grad = torch.randn(5, 7)
         theirs.step()
-        tg.adapter_update(rounded, master, leaf.grad, moments, torch.tensor(float(number)), torch.tensor(0.01), cfg)
+        tg.adapter_update(
+            rounded,
+            master,
+            leaf.grad,
+            moments,
+            torch.tensor(float(number)),
+            torch.tensor(0.01),
+            cfg,
+        )
         assert (master - leaf).norm() / leaf.norm() < 1e-6
         assert torch.equal(rounded, master.bfloat16())
 
 
-@pytest.mark.parametrize(("buckets", "lengths"), [(0, []), (1, [64]), (2, [16, 64]), (3, [16, 32, 64])])
+@pytest.mark.parametrize(
+    ("buckets", "lengths"), [(0, []), (1, [64]), (2, [16, 64]), (3, [16, 32, 64])]
+)
 def test_one_bucket_holds_every_window_and_more_of_them_shorter_ones(buckets, lengths):
     assert adaptation(model_for(4, ttt_buckets=buckets, ttt_chunk_size=8)).buckets == lengths
 
@@ -120,12 +165,20 @@ def test_one_bucket_holds_every_window_and_more_of_them_shorter_ones(buckets, le
 def test_short_chunks_go_by_the_place_in_a_document_and_not_by_its_length():
     cfg = tiny_config(ttt_chunk_size=16, ttt_short_chunks="8:4,30:10")
     assert tg.chunk_grid(cfg, 50) == [(0, 4), (4, 8), (8, 18), (18, 28), (28, 38), (38, 54)]
-    assert all(tg.chunk_grid(cfg, n) == tg.chunk_grid(cfg, 200)[: len(tg.chunk_grid(cfg, n))] for n in range(1, 200))
+    assert all(
+        tg.chunk_grid(cfg, n) == tg.chunk_grid(cfg, 200)[: len(tg.chunk_grid(cfg, n))]
+        for n in range(1, 200)
+    )
     docs, model = documents(*LENGTHS), model_for(4, ttt_short_chunks="8:4,30:10", ttt_buckets=3)
     whole = evaluated(model, docs)
     short = evaluated(model, docs._replace(counts=np.minimum(docs.counts, 40)))
     for start, count in zip(docs.starts, np.minimum(docs.counts, 40), strict=True):
-        assert np.abs(nats_of(whole)[start : start + count] - short.nats.numpy()[start : start + count]).max() < 1e-6
+        assert (
+            np.abs(
+                nats_of(whole)[start : start + count] - short.nats.numpy()[start : start + count]
+            ).max()
+            < 1e-6
+        )
 
 
 def test_adapters_kept_from_earlier_documents_carry_nothing_back():
@@ -134,7 +187,9 @@ def test_adapters_kept_from_earlier_documents_carry_nothing_back():
     before, place = nats_of(evaluated(model, docs)), int(docs.starts[7]) + 5
     after = nats_of(evaluated(model, edited(docs, place)))
     assert_equal(after[: docs.starts[6]], before[: docs.starts[6]])  # batches of two
-    assert (after[docs.starts[8] :] != before[docs.starts[8] :]).mean() > 0.3  # one document of each later batch
+    assert (
+        after[docs.starts[8] :] != before[docs.starts[8] :]
+    ).mean() > 0.3  # one document of each later batch
     fresh = nats_of(evaluated(with_settings(model, ttt_warm_start_a=False), docs))
     assert (fresh != before).any()
 
@@ -142,7 +197,10 @@ def test_adapters_kept_from_earlier_documents_carry_nothing_back():
 @pytest.mark.parametrize("doc,left", [(0, 20), (2, 9), (5, 50), (7, 4)])
 def test_earlier_end_of_a_document_changes_no_score_before_it_when_adapters_are_kept(doc, left):
     """Documents of a batch go by length: an adapter tied to the row, not to the stream, would know what is ahead."""
-    docs, model = documents(150, 120, 64, 65, 33, 90, 100, 200, 40, 7), model_for(3, ttt_warm_start_a=True)
+    docs, model = (
+        documents(150, 120, 64, 65, 33, 90, 100, 200, 40, 7),
+        model_for(3, ttt_warm_start_a=True),
+    )
     tokens, cut = docs.tokens.copy(), int(docs.starts[doc]) + left
     tokens[cut] = 1  # BOS: what is left is a document of its own
     starts = np.insert(docs.starts, doc + 1, cut)
@@ -165,7 +223,7 @@ class Clock:
 
     def evaluated(self, docs, seconds, forward=None):
         start = self.now
-        tg.evaluate(scorer_for(self.model, docs, forward=self), 0)
+        tg.score_all(scorer_for(self.model, docs, forward=self), 0)
         rate, start = (self.now - start) / docs.counts.sum(), self.now
         deadline, scorer = tg.Deadline(seconds), scorer_for(self.model, docs, forward=self)
         deadline.rate = rate
@@ -174,9 +232,14 @@ class Clock:
         return ledger, self.now - start
 
 
-@pytest.mark.parametrize("settings", [{}, {**CHUNKS, "ttt_epochs": 9}, PHASES, {**CHUNKS, **SLIDING}],
-                         ids=["document", "chunk", "phase", "sliding chunk"])  # fmt: skip
-def test_deadline_of_a_third_of_the_time_ends_inside_it_with_every_target_scored(monkeypatch, settings):
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {**CHUNKS, "ttt_epochs": 9}, PHASES, {**CHUNKS, **SLIDING}],
+    ids=["document", "chunk", "phase", "sliding chunk"],
+)
+def test_deadline_of_a_third_of_the_time_ends_inside_it_with_every_target_scored(
+    monkeypatch, settings
+):
     docs, model = documents(*MANY * 3), model_for(4, val_batch_tokens=512, **settings)
     clock = Clock(monkeypatch, model)
     whole, needed = clock.evaluated(docs, 1e9)
@@ -190,20 +253,29 @@ def test_deadline_of_a_third_of_the_time_ends_inside_it_with_every_target_scored
     same = nats_of(part) == nats_of(whole)
     stride = model.cfg.eval_stride * model.cfg.sliding_window_enabled
     base = np.abs(nats_of(part) - nats_of(plain(model, docs, stride))) < 1e-6
-    assert same.sum() > 100 and base.sum() > 100  # some as if there were no deadline, some without learning
+    assert (
+        same.sum() > 100 and base.sum() > 100
+    )  # some as if there were no deadline, some without learning
 
 
 @pytest.mark.parametrize("mode", ["document", "chunk", "phases"])
 def test_deadline_of_zero_is_plain_scoring_and_says_what_was_not_learnt_from(mode):
-    docs, model = documents(*MANY), model_for(4, **{"chunk": CHUNKS, "phases": PHASES}.get(mode, {}))
+    docs, model = (
+        documents(*MANY),
+        model_for(4, **{"chunk": CHUNKS, "phases": PHASES}.get(mode, {})),
+    )
     ledger = evaluated(model, docs, seconds=0.0)
     assert np.abs(nats_of(ledger) - nats_of(plain(model, docs))).max() < 1e-5
     chunks = -(-docs.counts.sum() // 128) - 1  # nothing learns from the last
-    before = docs.counts[:5].sum() // 64 + docs.counts[:10].sum() // 64  # whole chunks of each phase
+    before = (
+        docs.counts[:5].sum() // 64 + docs.counts[:10].sum() // 64
+    )  # whole chunks of each phase
     assert ledger.plain == {"chunk": chunks, "phases": len(MANY) + before}.get(mode, len(MANY))
 
 
-def late_on_the_second(ranks: tg.Ranks, settings: dict[str, dict]) -> dict[str, tuple[np.ndarray, int]]:
+def late_on_the_second(
+    ranks: tg.Ranks, settings: dict[str, dict]
+) -> dict[str, tuple[np.ndarray, int]]:
     docs, found = documents(*MANY), {}
     for mode, more in settings.items():
         ledger = evaluated(model_for(4, **more), docs, ranks, seconds=0.0 if ranks.rank else 1e9)
@@ -214,7 +286,9 @@ def late_on_the_second(ranks: tg.Ranks, settings: dict[str, dict]) -> dict[str, 
 def test_deadline_of_one_rank_ends_the_learning_of_all_weights_on_all(tmp_path):
     """Each rank asks its own clock; if one learnt where another does not, their weights would part, or both hang."""
     still = {"ttt_lora_lr": 0.0}  # of the two, only the weights' learning is to be seen
-    both = on_ranks(2, late_on_the_second, tmp_path, {"chunk": CHUNKS, "phases": {**PHASES, **still}})
+    both = on_ranks(
+        2, late_on_the_second, tmp_path, {"chunk": CHUNKS, "phases": {**PHASES, **still}}
+    )
     docs, model = documents(*MANY), model_for(4, **still)
     base, adapted = nats_of(plain(model, docs)), nats_of(evaluated(model, docs))
     for mode in ("chunk", "phases"):
@@ -222,9 +296,15 @@ def test_deadline_of_one_rank_ends_the_learning_of_all_weights_on_all(tmp_path):
         assert_equal(nats, others)
         unmoved = base if mode == "chunk" else np.where(np.abs(nats - base) < 1e-5, base, adapted)
         assert np.abs(nats - unmoved).max() < 1e-5
-        pieces = docs.counts.sum() // 128 if mode == "chunk" else sum(docs.counts[:n].sum() // 64 for n in (5, 10))
+        pieces = (
+            docs.counts.sum() // 128
+            if mode == "chunk"
+            else sum(docs.counts[:n].sum() // 64 for n in (5, 10))
+        )
         assert unlearnt == other
-        assert 0 <= unlearnt - pieces <= (0 if mode == "chunk" else len(MANY))  # and documents that the second took
+        assert (
+            0 <= unlearnt - pieces <= (0 if mode == "chunk" else len(MANY))
+        )  # and documents that the second took
 
 
 def test_deadline_that_was_near_stays_near(monkeypatch):
@@ -242,7 +322,10 @@ def learnt(monkeypatch):
 
     def spy(model, forward, sgd, scorer, place):
         real(model, forward, sgd, scorer, place)
-        lr, weights = sgd.param_groups[0]["lr"], {n: p.detach().clone() for n, p in model.named_parameters()}
+        lr, weights = (
+            sgd.param_groups[0]["lr"],
+            {n: p.detach().clone() for n, p in model.named_parameters()},
+        )
         calls.append((place, lr, weights))
 
     monkeypatch.setattr(tg, "learn_weights", spy)
@@ -254,15 +337,17 @@ def test_chunk_is_scored_by_weights_that_learnt_from_the_chunks_before_it(learnt
     docs = documents(*MANY)
     model = model_for(4, **CHUNKS, sliding_window_enabled=sliding, eval_stride=16)
     found, stride = nats_of(evaluated(model, docs)), 16 if sliding else 0
-    assert [len(place) for place, _, _ in learnt] == [128] * 7  # of 955 targets; the last chunk is not learnt from
+    assert [len(place) for place, _, _ in learnt] == [
+        128
+    ] * 7  # of 955 targets; the last chunk is not learnt from
     rates = [0.5 * 0.05 * (1 + math.cos(math.pi * k / 7)) for k in range(7)]
     assert [lr for _, lr, _ in learnt] == pytest.approx(rates)
-    assert_equal(np.concatenate([place for place, _, _ in learnt]), docs.places()[: 7 * 128])
+    assert_equal(np.concatenate([place for place, _, _ in learnt]), docs.target_index()[: 7 * 128])
     expected, weights = np.zeros_like(found), [model.state_dict(), *(w for _, _, w in learnt)]
     for k, state in enumerate(weights):
         other = tg.GPT(model.cfg)
         other.load_state_dict(state)
-        chunk = docs.places()[k * 128 : (k + 1) * 128]
+        chunk = docs.target_index()[k * 128 : (k + 1) * 128]
         expected[chunk] = nats_of(plain(other, docs, stride))[chunk]
     assert np.abs(found - expected).max() < 1e-5
     assert np.abs(found - nats_of(plain(model, docs, stride)))[128:].mean() > 1e-3
@@ -270,9 +355,12 @@ def test_chunk_is_scored_by_weights_that_learnt_from_the_chunks_before_it(learnt
 
 def test_first_sgd_step_is_that_of_the_mean_loss_of_the_chunk(learnt):
     """One epoch, clipped, no momentum yet: written out with autograd."""
-    docs, model = documents(*MANY), model_for(4, **{**CHUNKS, "ttt_epochs": 1, "ttt_grad_clip": 0.5})
+    docs, model = (
+        documents(*MANY),
+        model_for(4, **{**CHUNKS, "ttt_epochs": 1, "ttt_grad_clip": 0.5}),
+    )
     evaluated(model, docs)
-    tokens, place = torch.from_numpy(docs.tokens), docs.places()[:128]
+    tokens, place = torch.from_numpy(docs.tokens), docs.target_index()[:128]
     starts = sorted({0, S, *(int(s) for s in docs.starts if s < 128)})
     cu = torch.tensor([*starts, 128], dtype=torch.int32)
     model.zero_grad()
@@ -325,7 +413,10 @@ def test_phases_learn_from_scored_documents_before_the_next_is_scored(learnt):
     found, without = nats_of(evaluated(model, docs)), nats_of(evaluated(model_for(4), docs))
     first, second = docs.counts[:5].sum(), docs.counts[:10].sum()
     assert [len(place) for place, _, _ in learnt] == [64] * (first // 64 + second // 64)
-    assert_equal(np.concatenate([p for p, _, _ in learnt[: first // 64]]), docs.places(5)[: first // 64 * 64])
+    assert_equal(
+        np.concatenate([p for p, _, _ in learnt[: first // 64]]),
+        docs.target_index(5)[: first // 64 * 64],
+    )
     assert_equal(found[:first], without[:first])
     assert (found[first:] != without[first:]).mean() > 0.9
 
@@ -337,7 +428,9 @@ def test_phases_keep_to_the_order_of_the_stream():
     for d in (1, 4, 7, 9, 12):
         place = int(docs.starts[d])
         after = nats_of(evaluated(model, edited(docs, place + 1)))
-        bound = next(b for b in (0, 5, 10) if b + 5 > d or b == 10)  # the first document of its phase
+        bound = next(
+            b for b in (0, 5, 10) if b + 5 > d or b == 10
+        )  # the first document of its phase
         assert_equal(after[: docs.starts[bound]], before[: docs.starts[bound]])
         others = np.ones(len(before), bool)
         others[place : place + docs.counts[d]] = False
@@ -348,8 +441,10 @@ def test_phases_keep_to_the_order_of_the_stream():
 def test_phases_beyond_the_documents_score_them_all(learnt):
     docs, model = documents(*LENGTHS), model_for(4, **{**PHASES, "phased_ttt_prefix_docs": 1000})
     nats_of(evaluated(model, docs))
-    half = set(docs.places(len(LENGTHS) // 2).tolist())
-    assert learnt and all(half.issuperset(place.tolist()) for place, *_ in learnt)  # after the last, nothing is scored
+    half = set(docs.target_index(len(LENGTHS) // 2).tolist())
+    assert learnt and all(
+        half.issuperset(place.tolist()) for place, *_ in learnt
+    )  # after the last, nothing is scored
 
 
 def test_epochs_and_batches_make_as_many_steps(monkeypatch):
@@ -363,40 +458,70 @@ def test_epochs_and_batches_make_as_many_steps(monkeypatch):
 def broken(line: str, data: Path, folder: Path, **env: str) -> subprocess.CompletedProcess:
     """A run in which `line` has spoilt the evaluation."""
     code = f"import sys, train_gpt as tg\n{line}\nsys.exit(tg.main([]))"
-    env = {**os.environ, **TINY, "DATA_DIR": str(data), "PYTHONPATH": str(ROOT), "RUN_ID": "x", **env}
+    env = {
+        **os.environ,
+        **TINY,
+        "DATA_DIR": str(data),
+        "PYTHONPATH": str(ROOT),
+        "RUN_ID": "x",
+        **env,
+    }
     command = [sys.executable, "-c", code]
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
 
 
-DROPS_TAIL = "real = tg.windows; tg.windows = lambda n, *rest: real(max(n - 1, 0), *rest)"
+DROPS_TAIL = (
+    "real = tg.scoring_windows; tg.scoring_windows = lambda n, *rest: real(max(n - 1, 0), *rest)"
+)
 
 
 def test_failed_check_takes_the_place_of_the_score(tiny_data, tmp_path):
     done = broken(DROPS_TAIL, tiny_data, tmp_path, ITERATIONS="2")
     assert done.returncode == 1
-    assert re.fullmatch(r"train_gpt.py: diagnostic .* INVALID: \d+ targets were never scored; .*\n", done.stderr)
+    assert re.fullmatch(
+        r"train_gpt.py: diagnostic .* INVALID: \d+ targets were never scored; .*\n", done.stderr
+    )
     assert "val_bpb:" not in done.stdout and "final " not in done.stdout
     assert (tmp_path / "runs" / "x" / "final_model.int6.ptz").is_file()  # nothing computed is lost
 
 
 def test_data_with_the_fields_name_must_be_the_fields(tiny_data, tmp_path):
     (tmp_path / "datasets").mkdir()
-    (tmp_path / "datasets" / "fineweb10B_sp1024").symlink_to(tiny_data / "datasets" / TINY["DATASET"])
+    (tmp_path / "datasets" / "fineweb10B_sp1024").symlink_to(
+        tiny_data / "datasets" / TINY["DATASET"]
+    )
     (tmp_path / "tokenizers").symlink_to(tiny_data / "tokenizers")
-    done = run_script({**TINY, "DATA_DIR": str(tmp_path), "DATASET": "fineweb10B_sp1024", "ITERATIONS": "2"}, tmp_path)
+    done = run_script(
+        {**TINY, "DATA_DIR": str(tmp_path), "DATASET": "fineweb10B_sp1024", "ITERATIONS": "2"},
+        tmp_path,
+    )
     assert done.returncode == 1
     assert "INVALID" in done.stderr and "151080891" in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize(("held", "share", "fine"), [
-    (1_000_100, 1.0, True), (999_900, 1.0, True), (1_000_101, 1.0, False), (999_899, 1.0, False), (999_899, 0.5, True)])
-def test_a_ten_thousandth_may_differ_from_the_fields_counts(tiny_data, tmp_path, monkeypatch, held, share, fine):
+@pytest.mark.parametrize(
+    ("held", "share", "fine"),
+    [
+        (1_000_100, 1.0, True),
+        (999_900, 1.0, True),
+        (1_000_101, 1.0, False),
+        (999_899, 1.0, False),
+        (999_899, 0.5, True),
+    ],
+)
+def test_a_ten_thousandth_may_differ_from_the_fields_counts(
+    tiny_data, tmp_path, monkeypatch, held, share, fine
+):
     monkeypatch.chdir(tmp_path)
     run = Session(tiny_data, val_doc_fraction=share)
     figures = {"val_loss": 1.0, "val_bpb": 2.0, "tokens": 3, "bytes": 4}
-    ledger = SimpleNamespace(problems=lambda decoded: [], result=lambda: figures, plain=0, by_document=dict)
-    monkeypatch.setitem(tg.CANONICAL, TINY["DATASET"], (len(run.docs.starts), 0, 1_000_000))  # 0: not known
+    ledger = SimpleNamespace(
+        problems=lambda decoded: [], result=lambda: figures, plain=0, by_document=dict
+    )
+    monkeypatch.setitem(
+        tg.CANONICAL, TINY["DATASET"], (len(run.docs.starts), 0, 1_000_000)
+    )  # 0: not known
     run.decoded = held
     if fine:
         run.score("name", "none", lambda: ledger)
@@ -408,7 +533,9 @@ def test_a_ten_thousandth_may_differ_from_the_fields_counts(tiny_data, tmp_path,
         assert "val_bpb" not in run.final
 
 
-def test_the_report_sums_the_seconds_of_a_phase_that_came_more_than_once(tiny_data, tmp_path, monkeypatch):
+def test_the_report_sums_the_seconds_of_a_phase_that_came_more_than_once(
+    tiny_data, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     run = Session(tiny_data)
     run.phases = [("validate", "none", 1.5), ("train", "train", 4.0), ("validate", "none", 2.25)]
@@ -419,12 +546,19 @@ def test_the_report_names_what_gzip_takes_of_the_same_text(tiny_data, tmp_path, 
     monkeypatch.chdir(tmp_path)
     run = Session(tiny_data)
     assert "gzip_bpb" not in run.report()
-    run.tokenizer = run.tokenizer._replace(manifest={"splits": {"val": {"gzip_bytes": 131, "bytes": 400}}})
+    run.tokenizer = run.tokenizer._replace(
+        manifest={"splits": {"val": {"gzip_bytes": 131, "bytes": 400}}}
+    )
     assert run.report()["gzip_bpb"] == 2.62
     assert "for scale, gzip -9 of each document: val_bpb:2.6200" in run.log
 
 
-LONGER = {**TINY, "TTT_CHUNK_SIZE": "1", "TTT_LORA_RANK": "16", "RUN_ID": "x"}  # an adaptation of many steps
+LONGER = {
+    **TINY,
+    "TTT_CHUNK_SIZE": "1",
+    "TTT_LORA_RANK": "16",
+    "RUN_ID": "x",
+}  # an adaptation of many steps
 
 
 def torchrun(*options: str) -> list[str]:
@@ -432,8 +566,16 @@ def torchrun(*options: str) -> list[str]:
 
 
 def launch(command: list[str], data: Path, folder: Path, **env: str) -> subprocess.Popen:
-    env = {**os.environ, "DATA_DIR": str(data), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **env}
-    return subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    env = {
+        **os.environ,
+        "DATA_DIR": str(data),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        **env,
+    }
+    return subprocess.Popen(
+        command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def test_killed_rank_ends_all_with_one_line_and_the_artifact_is_still_there(tiny_data, tmp_path):
@@ -441,7 +583,9 @@ def test_killed_rank_ends_all_with_one_line_and_the_artifact_is_still_there(tiny
     for line in run.stdout:
         if line.startswith("diagnostic quantized"):
             break
-    ranks = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True, check=True).stdout.split()
+    ranks = subprocess.run(
+        ["pgrep", "-P", str(run.pid)], capture_output=True, text=True, check=True
+    ).stdout.split()
     os.kill(int(ranks[1]), signal.SIGKILL)
     start = time.monotonic()
     _, errors = run.communicate(timeout=60)
@@ -450,7 +594,9 @@ def test_killed_rank_ends_all_with_one_line_and_the_artifact_is_still_there(tiny
     assert len([line for line in errors.splitlines() if line.startswith("train_gpt.py:")]) <= 1
     assert 'train_gpt.py", line' not in errors  # no traceback of ours
     artifact = tmp_path / "runs" / "x" / "final_model.int6.ptz"
-    again = run_script({**TINY, "DATA_DIR": str(tiny_data), "EVAL_ONLY_PATH": str(artifact)}, tmp_path)
+    again = run_script(
+        {**TINY, "DATA_DIR": str(tiny_data), "EVAL_ONLY_PATH": str(artifact)}, tmp_path
+    )
     assert again.returncode == 0
     assert final_line(again.stdout)["val_bpb"] > 0
 

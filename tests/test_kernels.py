@@ -24,16 +24,38 @@ KNOBS = ("fused_mlp", "fused_qk", "fused_xsa", "fused_ce")
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
-HEADS = [(1, 2, 1, 8, 2), (19, 3, 1, 64, 8), (37, 4, 4, 24, 12), (5, 6, 2, 40, 3), (16, 8, 4, 64, 8), (33, 5, 5, 6, 1)]
-SPLIT = [(19, 3, 0, 64, 8), (37, 0, 4, 24, 12), (5, 2, 0, 6, 1), (1, 0, 1, 40, 3)]  # queries alone; keys and values
-LOGITS = [(1, 2, 33, 30.0), (17, 5, 129, 30.0), (24, 16, 1000, 5.0), (9, 8, 1024, 75.0), (12, 12, 2049, 15.0)]
+HEADS = [
+    (1, 2, 1, 8, 2),
+    (19, 3, 1, 64, 8),
+    (37, 4, 4, 24, 12),
+    (5, 6, 2, 40, 3),
+    (16, 8, 4, 64, 8),
+    (33, 5, 5, 6, 1),
+]
+SPLIT = [
+    (19, 3, 0, 64, 8),
+    (37, 0, 4, 24, 12),
+    (5, 2, 0, 6, 1),
+    (1, 0, 1, 40, 3),
+]  # queries alone; keys and values
+LOGITS = [
+    (1, 2, 33, 30.0),
+    (17, 5, 129, 30.0),
+    (24, 16, 1000, 5.0),
+    (9, 8, 1024, 75.0),
+    (12, 12, 2049, 15.0),
+]
 
 
 def relative_error(out: Tensor, reference: Tensor) -> float:
-    return float((out.double() - reference.double()).norm() / reference.double().norm().clamp_min(1e-30))
+    return float(
+        (out.double() - reference.double()).norm() / reference.double().norm().clamp_min(1e-30)
+    )
 
 
-def exact_qk(qkv: Tensor, gain: Tensor, rope: Tensor, dim: int, uses: int = 1) -> tuple[Tensor, ...]:
+def exact_qk(
+    qkv: Tensor, gain: Tensor, rope: Tensor, dim: int, uses: int = 1
+) -> tuple[Tensor, ...]:
     """Another spelling of norm, rotation and gain: pairs as complex numbers, one head at a time. Values as often as
     they are used."""
     heads, H = qkv.unflatten(1, (-1, dim)), len(gain)
@@ -53,14 +75,20 @@ def exact_xsa(y: Tensor, v: Tensor) -> Tensor:
 
 
 def exact_nats(z: Tensor, targets: Tensor, cap: float) -> Tensor:
-    picked = (cap * torch.tanh(z / cap)).log_softmax(-1).gather(1, targets.clamp_min(0)[:, None])[:, 0]
+    picked = (
+        (cap * torch.tanh(z / cap)).log_softmax(-1).gather(1, targets.clamp_min(0)[:, None])[:, 0]
+    )
     return torch.where(targets < 0, 0.0, -picked)
 
 
-def qk_inputs(T: int, H: int, kv: int, dim: int, half: int, dtype: torch.dtype, uses: int = 1) -> tuple[list, list]:
+def qk_inputs(
+    T: int, H: int, kv: int, dim: int, half: int, dtype: torch.dtype, uses: int = 1
+) -> tuple[list, list]:
     """(row, gain, rope) and gradients of q, k, and v for each use; a zero among the gains, angles of any size."""
     angles = torch.rand(T, 1, half, dtype=torch.float64) * 100
-    rope = torch.stack([angles.cos(), angles.sin()], 1).to(torch.promote_types(dtype, torch.float32))
+    rope = torch.stack([angles.cos(), angles.sin()], 1).to(
+        torch.promote_types(dtype, torch.float32)
+    )
     gain = torch.randn(H, dtype=torch.float64) * 3
     gain[:1] = 0.0
     row = torch.randn(T, (H + 2 * kv) * dim, dtype=torch.float64)
@@ -70,7 +98,9 @@ def qk_inputs(T: int, H: int, kv: int, dim: int, half: int, dtype: torch.dtype, 
 
 def xsa_inputs(T: int, H: int, kv: int, dim: int, dtype: torch.dtype) -> list[Tensor]:
     """y, v (a view of a row, as in the model), gradient."""
-    y, row, grad = (torch.randn(T, n, dim, dtype=torch.float64).to(dtype) for n in (H, H + 2 * kv, H))
+    y, row, grad = (
+        torch.randn(T, n, dim, dtype=torch.float64).to(dtype) for n in (H, H + 2 * kv, H)
+    )
     return [y, row[:, H + kv :], grad]
 
 
@@ -88,7 +118,9 @@ def against_exact(function, exact, inputs: list[Tensor], grads: list[Tensor]) ->
     wide = [t.detach().double().requires_grad_() for t in inputs]
     outs, wanted = function(*leaves), exact(*wide)
     outs, wanted = (x if isinstance(x, tuple) else (x,) for x in (outs, wanted))
-    found = torch.autograd.grad(outs, leaves, [g.to(o.dtype) for g, o in zip(grads, outs, strict=True)])
+    found = torch.autograd.grad(
+        outs, leaves, [g.to(o.dtype) for g, o in zip(grads, outs, strict=True)]
+    )
     wanted_grads = torch.autograd.grad(wanted, wide, [g.double() for g in grads])
     pairs = zip((*outs, *found), (*wanted, *wanted_grads), strict=True)
     return [relative_error(a.detach(), b.detach()) for a, b in pairs]
@@ -104,8 +136,10 @@ def test_norm_rope_and_gain_equal_fp64_autograd(shape, dtype, fused, uses):
     D = shape[3]
     errors = against_exact(
         lambda row, gain: tg.norm_rope(row, gain, rope, D, fused, uses),
-        lambda row, gain: exact_qk(row, gain, rope.double(), D, uses), [row, gain], grads,
-    )  # fmt: skip
+        lambda row, gain: exact_qk(row, gain, rope.double(), D, uses),
+        [row, gain],
+        grads,
+    )
     assert max(errors) < (1 if fused else 3) * TOLERANCE[dtype], errors
 
 
@@ -126,11 +160,16 @@ def test_head_loss_equals_fp64_autograd(shape, adapted, dtype, fused):
     *sizes, cap = shape
     x, w, extra, targets, grad = ce_inputs(*sizes, dtype)
     leaves = [x, w, extra] if adapted else [x, w]
+
     def exact(x, w, extra=None):
         z = F.linear(x, w) if extra is None else F.linear(x, w) + extra
-        return exact_nats(z + (z.detach().to(dtype).double() - z.detach()), targets, cap)  # rounded as the product is
+        return exact_nats(
+            z + (z.detach().to(dtype).double() - z.detach()), targets, cap
+        )  # rounded as the product is
+
     def loss(x, w, extra=None):
         return tg.head_loss(x, w, extra, targets, cap, fused)
+
     errors = against_exact(loss, exact, leaves, [grad])
     assert max(errors) < 12 * TOLERANCE[dtype], errors
     with torch.no_grad():  # scoring: the same nats from a kernel that leaves the logits alone
@@ -156,7 +195,9 @@ def test_logits_are_overwritten_only_for_a_gradient_and_never_twice():
     leaf = before.clone().requires_grad_()
     torch.testing.assert_close(nats, exact_nats(leaf, targets, 30.0).detach())
     tg.softcap_ce(z, targets, 30.0, True)
-    torch.testing.assert_close(z, torch.autograd.grad(exact_nats(leaf, targets, 30.0).sum(), leaf)[0])
+    torch.testing.assert_close(
+        z, torch.autograd.grad(exact_nats(leaf, targets, 30.0).sum(), leaf)[0]
+    )
 
 
 def test_softcap_reaches_its_cap_without_overflow():
@@ -176,7 +217,9 @@ def test_operators_agree_with_their_fakes():
     torch.library.opcheck(tg.xsa, (y.requires_grad_(), v.clone().requires_grad_()))
     torch.library.opcheck(tg.xsa_backward, (y.detach(), v, grad))
     for gradient in (False, True):
-        torch.library.opcheck(tg.softcap_ce, (torch.randn(5, 9), torch.tensor([0, -1, 3, 8, 2]), 30.0, gradient))
+        torch.library.opcheck(
+            tg.softcap_ce, (torch.randn(5, 9), torch.tensor([0, -1, 3, 8, 2]), 30.0, gradient)
+        )
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
@@ -185,6 +228,7 @@ def test_every_fused_form_compiles_whole_and_changes_nothing(backend):
         q, k, v, own = tg.norm_rope(row.sin(), gain, rope, 8, True, 2)
         y = tg.xsa(q * (k * v).repeat_interleave(2, 1), own).flatten(1)
         return tg.head_loss(y, w, None, targets, 30.0, True).mean()
+
     torch._dynamo.reset()
     compiled = torch.compile(loss, backend=backend, fullgraph=True)
     for call in range(2):
@@ -220,12 +264,17 @@ def nats_and_gradients(adapted: bool, **knobs: object) -> list[Tensor]:
         leaves = [x.detach().to(cfg.dtype).requires_grad_() for x in (lora.down, lora.up)]
         lora = lora._replace(down=leaves[0], up=leaves[1])
     nats = model(row, cfg.plans[1], lora=lora)
-    return [nats.detach(), *torch.autograd.grad((nats * torch.randn(48, generator=g)).sum(), leaves)]
+    return [
+        nats.detach(),
+        *torch.autograd.grad((nats * torch.randn(48, generator=g)).sum(), leaves),
+    ]
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("adapted", [False, True])
-@pytest.mark.parametrize("off", [*[(knob,) for knob in KNOBS], KNOBS], ids=lambda off: "+".join(off))
+@pytest.mark.parametrize(
+    "off", [*[(knob,) for knob in KNOBS], KNOBS], ids=lambda off: "+".join(off)
+)
 def test_a_knob_changes_nothing_but_rounding(off, adapted, dtype):
     fused = nats_and_gradients(adapted, compute_dtype=dtype)
     plain = nats_and_gradients(adapted, compute_dtype=dtype, **dict.fromkeys(off, False))
@@ -237,7 +286,9 @@ def test_a_knob_changes_nothing_but_rounding(off, adapted, dtype):
 def test_a_knob_decides_which_operators_run(monkeypatch):
     for knob, name in zip(KNOBS, ("mlp_up", "qk_rope", "xsa", "softcap_ce"), strict=True):
         calls, real = [], getattr(tg, name)
-        monkeypatch.setattr(tg, name, lambda *args, real=real, calls=calls: calls.append(1) or real(*args))
+        monkeypatch.setattr(
+            tg, name, lambda *args, real=real, calls=calls: calls.append(1) or real(*args)
+        )
         nats_and_gradients(False, **{knob: False})
         assert not calls, knob
         nats_and_gradients(False)
@@ -248,22 +299,30 @@ def test_a_knob_decides_which_operators_run(monkeypatch):
 def test_the_fastest_tile_is_measured_once_per_shape_and_kept_on_disk(monkeypatch, tmp_path):
     triton = pytest.importorskip("triton")
     seconds, measured = {(8192, 16): 3.0, (8192, 8): 1.0, (4096, 8): 2.0, (1024, 4): 4.0}, []
+
     def bench(launch, **_):
         tile = launch.args[0]
         measured.append(tile)
         return seconds[tile]
+
     monkeypatch.setattr(triton.testing, "do_bench", bench)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
     for expected in (4, 4, 8):
         monkeypatch.setattr(tg, "chosen", {})  # a new process
-        assert tg.fastest("ce", 2**14, (expected // 8, torch.bfloat16), lambda tile: None) == (8192, 8)
+        assert tg.fastest_tile("ce", 2**14, (expected // 8, torch.bfloat16), lambda tile: None) == (
+            8192,
+            8,
+        )
         assert len(measured) == expected
-    assert tg.fastest("ce", 1, (1, torch.bfloat16), lambda tile: None) == (8192, 8)
-    assert tg.fastest("ce", 2**14 - 1, (9, torch.bfloat16), lambda tile: None) == (8192, 16)  # too few rows to measure
-    monkeypatch.setattr(tg.fastest, "measures", False)  # warm-up is over
-    assert tg.fastest("ce", 2**14, (9, torch.bfloat16), lambda tile: None) == (8192, 16)
-    assert tg.fastest("ce", 2**14, (1, torch.bfloat16), lambda tile: None) == (8192, 8)
+    assert tg.fastest_tile("ce", 1, (1, torch.bfloat16), lambda tile: None) == (8192, 8)
+    assert tg.fastest_tile("ce", 2**14 - 1, (9, torch.bfloat16), lambda tile: None) == (
+        8192,
+        16,
+    )  # too few rows to measure
+    monkeypatch.setattr(tg.fastest_tile, "measures", False)  # warm-up is over
+    assert tg.fastest_tile("ce", 2**14, (9, torch.bfloat16), lambda tile: None) == (8192, 16)
+    assert tg.fastest_tile("ce", 2**14, (1, torch.bfloat16), lambda tile: None) == (8192, 8)
     assert len(measured) == 8 and len(list(tmp_path.iterdir())) == 2
 
 
@@ -271,17 +330,24 @@ def test_ranks_that_measure_at_once_use_the_tile_of_the_first_to_end(monkeypatch
     triton = pytest.importorskip("triton")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+
     def rank(best, meanwhile=lambda: None):
         def bench(launch, **_):
             meanwhile()
             return float(launch.args[0] != best)
+
         monkeypatch.setattr(tg, "chosen", {})
         monkeypatch.setattr(triton.testing, "do_bench", bench)
-        return tg.fastest("ce", 2**14, (1,), lambda tile: None)
-    slow = rank((8192, 8), meanwhile=lambda: rank((1024, 4)) if not any(tmp_path.iterdir()) else None)
+        return tg.fastest_tile("ce", 2**14, (1,), lambda tile: None)
+
+    slow = rank(
+        (8192, 8), meanwhile=lambda: rank((1024, 4)) if not any(tmp_path.iterdir()) else None
+    )
     assert slow == rank((4096, 8)) == (1024, 4)
     assert [p.suffix for p in tmp_path.iterdir()] == [".json"]
-    monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(PermissionError()))  # as some file systems
+    monkeypatch.setattr(
+        os, "link", lambda *_: (_ for _ in ()).throw(PermissionError())
+    )  # as some file systems
     monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path / "other"))
     assert rank((4096, 8)) == (4096, 8) and not any((tmp_path / "other").iterdir())
 
@@ -291,20 +357,36 @@ def test_every_kernel_compiles_for_hopper_without_spills():
     pytest.importorskip("triton")
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, str(Path(tg.__file__).parent / "bench" / "kernels.py"), "--first"]
-    child = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
+    child = subprocess.run(
+        command, env=env, capture_output=True, text=True, timeout=300, check=False
+    )
     assert child.returncode == 0, child.stderr[-3000:]
     found = json.loads(child.stdout.splitlines()[-1].removeprefix("bench "))
-    assert found["clean"] and {r["kernel"] for r in found["kernels"]} == {*tg.TILES, "ce + gradient"}
+    assert found["clean"] and {r["kernel"] for r in found["kernels"]} == {
+        *tg.TILES,
+        "ce + gradient",
+    }
     for r in found["kernels"]:
-        assert r["stack_spills"] == [0, 0, 0] and r["registers"] <= 255 and r["shared"] <= 227 * 1024, r
-        assert r["instructions"] == (["wgmma", "TMA"] if r["kernel"].startswith("mlp") else ["16-byte"]), r
-        if r["kernel"].startswith("ce"):  # 16 columns to a thread: two exponentials each, and one of the target
+        assert (
+            r["stack_spills"] == [0, 0, 0] and r["registers"] <= 255 and r["shared"] <= 227 * 1024
+        ), r
+        assert r["instructions"] == (
+            ["wgmma", "TMA"] if r["kernel"].startswith("mlp") else ["16-byte"]
+        ), r
+        if r["kernel"].startswith(
+            "ce"
+        ):  # 16 columns to a thread: two exponentials each, and one of the target
             assert r["ex2"] == 2 * 16 + 1, r
-            assert r["single_loads_after_barrier"] == 0, r  # of the target's logit: others then overwrite it
+            assert r["single_loads_after_barrier"] == 0, (
+                r
+            )  # of the target's logit: others then overwrite it
 
 
 # --- The kernels, interpreted ----------------------------------------------------------------------------------------
-new_empty, POISONED = Tensor.new_empty, []  # every buffer a launcher asked for, with a NaN margin on both sides
+new_empty, POISONED = (
+    Tensor.new_empty,
+    [],
+)  # every buffer a launcher asked for, with a NaN margin on both sides
 
 
 def poisoned(like: Tensor, *shape, dtype: torch.dtype | None = None, **options) -> Tensor:
@@ -330,7 +412,9 @@ def interpret(dtype: torch.dtype) -> list:
                 got = tg.qk_rope_cuda(row, gain, rope, shape[3], *grads, tile=tile)
                 wanted = torch.cat(want[:2], 1), *grad_wants
                 pairs = zip(("qk", "dqkv", "dgain"), (qk, *got), wanted, strict=True)
-                results += [[what, shape, tile, relative_error(a, b.detach())] for what, a, b in pairs]
+                results += [
+                    [what, shape, tile, relative_error(a, b.detach())] for what, a, b in pairs
+                ]
             if shape in SPLIT:
                 continue
             y, v, grad = xsa_inputs(*shape[:4], dtype)
@@ -338,7 +422,11 @@ def interpret(dtype: torch.dtype) -> list:
             want = exact_xsa(*wide)
             dy, dv = torch.autograd.grad(want, wide, grad.double())
             got = tg.xsa_cuda(y, v, grad, tile)
-            pairs = [("xsa", tg.xsa_cuda(y, v, None, tile), want), ("dy", got[0], dy), ("dv", got[1], dv)]
+            pairs = [
+                ("xsa", tg.xsa_cuda(y, v, None, tile), want),
+                ("dy", got[0], dy),
+                ("dv", got[1], dv),
+            ]
             results += [[what, shape, tile, relative_error(a, b.detach())] for what, a, b in pairs]
     for N, _, V, cap in LOGITS:
         for tile in ((256, 1), (4096, 1)):
@@ -351,8 +439,10 @@ def interpret(dtype: torch.dtype) -> list:
             assert torch.equal(kept, z)
             again, z = tg.softcap_ce_cuda(z, targets, cap, True, tile), z
             assert torch.equal(again, nats)
-            results += [[what, (N, V, cap), tile, relative_error(a, b.detach())] for what, a, b in
-                        (("nats", nats, want), ("dz", z, dz))]  # fmt: skip
+            results += [
+                [what, (N, V, cap), tile, relative_error(a, b.detach())]
+                for what, a, b in (("nats", nats, want), ("dz", z, dz))
+            ]
     margins = all(t[:128].isnan().all() and t[-128:].isnan().all() for t in POISONED)
     return [*results, ["margins", len(POISONED), 0, 0.0 if margins and POISONED else 1.0]]
 
@@ -362,7 +452,9 @@ def test_interpreted_kernels_equal_float64_over_odd_shapes(dtype):
     pytest.importorskip("triton")
     env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(tg.__file__).parent)}
     command = [sys.executable, __file__, str(dtype).split(".")[1]]
-    child = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
+    child = subprocess.run(
+        command, env=env, capture_output=True, text=True, timeout=300, check=False
+    )
     assert child.returncode == 0, child.stderr[-3000:]
     results = json.loads(child.stdout.splitlines()[-1])
     assert len(results) == 2 * (9 * len(HEADS) + 6 * len(SPLIT) + 2 * len(LOGITS)) + 1

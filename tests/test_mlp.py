@@ -20,7 +20,10 @@ import torch.nn.functional as F
 
 import train_gpt
 
-GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+GPU = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 CPU_AND_GPU = ["cpu", pytest.param("cuda", marks=GPU)]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 SMALL_TILE, REAL_TILE = (32, 32, 32), (128, 256, 64)
@@ -39,14 +42,19 @@ def random_inputs(rows, width, hidden, dtype=torch.float64, device="cpu"):
     """x, w_up, w_down and dy, scaled so that every intermediate is of order 1."""
     shapes = (rows, width), (hidden, width), (width, hidden), (rows, width)
     scales = 1.0, width**-0.5, hidden**-0.5, 1.0
-    return [(torch.randn(s, dtype=torch.float64) * k).to(device, dtype) for s, k in zip(shapes, scales, strict=True)]
+    return [
+        (torch.randn(s, dtype=torch.float64) * k).to(device, dtype)
+        for s, k in zip(shapes, scales, strict=True)
+    ]
 
 
 def run_child(*args, **environ):
     """Run this file as a script and return what its last line says."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environ
     env["PYTHONPATH"] = str(Path(train_gpt.__file__).parent)
-    child = subprocess.run([sys.executable, __file__, *args], env=env, capture_output=True, text=True, timeout=300)
+    child = subprocess.run(
+        [sys.executable, __file__, *args], env=env, capture_output=True, text=True, timeout=300
+    )
     assert child.returncode == 0, child.stderr[-3000:]
     return json.loads(child.stdout.splitlines()[-1])
 
@@ -81,7 +89,9 @@ def test_derivative_matches_autograd_at_zero_and_on_both_sides():
 
 @pytest.mark.parametrize("device", CPU_AND_GPU)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", [(1, 24, 40), (37, 64, 264), (129, 72, 256), (1030, 512, 2048)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 24, 40), (37, 64, 264), (129, 72, 256), (1030, 512, 2048)], ids=str
+)
 def test_output_and_gradients_equal_plain_autograd_in_float64(shape, dtype, device):
     *inputs, dy = random_inputs(*shape, dtype=dtype, device=device)
     exact = [t.double().requires_grad_() for t in inputs]
@@ -188,21 +198,34 @@ def test_forward_and_backward_compile_whole_and_once(device):
         (9, torch.bfloat16, 0, 16, 24, False),
     ],
 )
-def test_kernel_takes_only_aligned_two_byte_rows_on_hopper(monkeypatch, major, dtype, rows, width, hidden, used):
+def test_kernel_takes_only_aligned_two_byte_rows_on_hopper(
+    monkeypatch, major, dtype, rows, width, hidden, used
+):
     pytest.importorskip("triton")
     launches = []
     gpu = SimpleNamespace(major=major, multi_processor_count=7)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
     monkeypatch.setattr(train_gpt, "launch_mlp", lambda *args, slope: launches.append(args))
-    monkeypatch.setattr(train_gpt, "fastest", lambda kernel, rows, shape, launch: kernel)
+    monkeypatch.setattr(train_gpt, "fastest_tile", lambda kernel, rows, shape, launch: kernel)
     x, w_up, w_down, dy = random_inputs(rows, width, hidden, dtype)
     pre, post = train_gpt.mlp_cuda(x, w_up)
     dpre = train_gpt.mlp_cuda(dy, w_down, pre)
-    assert pre.shape == post.shape == dpre.shape == (rows, hidden) and pre.dtype == post.dtype == dpre.dtype == dtype
+    assert (
+        pre.shape == post.shape == dpre.shape == (rows, hidden)
+        and pre.dtype == post.dtype == dpre.dtype == dtype
+    )
     assert len(launches) == 2 * used
     if used:
-        assert launches[0][2] is pre and launches[0][3] is post and launches[0][4:] == (7, False, "mlp_up")
-        assert launches[1][2] is pre and launches[1][3] is dpre and launches[1][4:] == (7, True, "mlp_dpre")
+        assert (
+            launches[0][2] is pre
+            and launches[0][3] is post
+            and launches[0][4:] == (7, False, "mlp_up")
+        )
+        assert (
+            launches[1][2] is pre
+            and launches[1][3] is dpre
+            and launches[1][4:] == (7, True, "mlp_dpre")
+        )
 
 
 def test_misaligned_or_strided_inputs_take_the_reference(monkeypatch):
@@ -216,7 +239,10 @@ def test_misaligned_or_strided_inputs_take_the_reference(monkeypatch):
     for strange in (shifted, x.t().contiguous().t()):
         assert torch.equal(train_gpt.mlp_cuda(strange, w_up)[1], want[1])
     ones = torch.ones((), dtype=x.dtype).expand(16, 16)  # the gradient of sum()
-    assert torch.equal(train_gpt.mlp_cuda(ones, w_down, want[0]), train_gpt.mlp_dpre_reference(ones, w_down, want[0]))
+    assert torch.equal(
+        train_gpt.mlp_cuda(ones, w_down, want[0]),
+        train_gpt.mlp_dpre_reference(ones, w_down, want[0]),
+    )
 
 
 def interpret(dtype):
@@ -233,11 +259,17 @@ def interpret(dtype):
             train_gpt.launch_mlp(x, w_up, pre, post, 3, False, tile)
             given = F.linear(x.double(), w_up.double())
             train_gpt.launch_mlp(dy, w_down, given.to(dtype), dpre, 3, True, tile)
-            (slope,) = torch.autograd.grad(train_gpt.leaky_relu_sq(given.requires_grad_()).sum(), given)
+            (slope,) = torch.autograd.grad(
+                train_gpt.leaky_relu_sq(given.requires_grad_()).sum(), given
+            )
             wanted = given, train_gpt.leaky_relu_sq(given), (dy.double() @ w_down.double()) * slope
             guarded = bool(padded[:, [0, -1]].isnan().all())
-            for what, got, want in zip(("pre", "post", "dpre"), (pre, post, dpre), wanted, strict=True):
-                results.append([what, tile, [rows, width, hidden], relative_error(got, want), guarded])
+            for what, got, want in zip(
+                ("pre", "post", "dpre"), (pre, post, dpre), wanted, strict=True
+            ):
+                results.append(
+                    [what, tile, [rows, width, hidden], relative_error(got, want), guarded]
+                )
     return results
 
 
@@ -272,10 +304,21 @@ def compile_for_hopper():
     for grid, descriptors, options in launches:
         constants = {k: options.pop(k) for k in ("BACKWARD", "SLOPE")}
         types = [f"tensordesc<bf16{list(d.block_shape)}>" for d in descriptors] + ["constexpr"] * 2
-        source = ASTSource(kernel, dict(zip(kernel.arg_names, types, strict=True)), constexprs=constants)
-        with contextlib.redirect_stdout(io.StringIO()) as log:  # TRITON_DUMP_PTXAS_LOG prints what ptxas -v says
+        source = ASTSource(
+            kernel, dict(zip(kernel.arg_names, types, strict=True)), constexprs=constants
+        )
+        with contextlib.redirect_stdout(
+            io.StringIO()
+        ) as log:  # TRITON_DUMP_PTXAS_LOG prints what ptxas -v says
             made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-        results.append({"grid": grid, "shared": made.metadata.shared, "ptx": made.asm["ptx"], "log": log.getvalue()})
+        results.append(
+            {
+                "grid": grid,
+                "shared": made.metadata.shared,
+                "ptx": made.asm["ptx"],
+                "log": log.getvalue(),
+            }
+        )
     return results
 
 
@@ -285,13 +328,19 @@ def test_kernel_compiles_for_hopper_without_spills(tmp_path):
     results = run_child("compile", TRITON_CACHE_DIR=str(tmp_path), TRITON_DUMP_PTXAS_LOG="1")
     assert len(results) == 2
     for made in results:
-        spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", made["log"])
+        spills = re.findall(
+            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads",
+            made["log"],
+        )
         assert spills == [("0", "0", "0")], made["log"]
         registers, shared = int(re.search(r"Used (\d+) registers", made["log"])[1]), made["shared"]
         print(f"registers:{registers} shared_bytes:{shared}")
         assert registers <= 255 and shared <= SHARED_MEMORY
         assert "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16" in made["ptx"]
-        assert "cp.async.bulk.tensor.2d.shared" in made["ptx"] and "cp.async.bulk.tensor.2d.global" in made["ptx"]
+        assert (
+            "cp.async.bulk.tensor.2d.shared" in made["ptx"]
+            and "cp.async.bulk.tensor.2d.global" in made["ptx"]
+        )
         assert "Potential Performance Loss" not in made["log"]
         assert made["grid"] == [64]  # 8 x 8 tiles of 1000 x 2048, fewer than there are processors
 
@@ -320,7 +369,9 @@ def test_kernel_on_gpu_equals_float64_over_odd_shapes(width, hidden, rows, dtype
     pre, post, dpre = (t[1:-1] for t in padded)
     train_gpt.launch_mlp(x, w_up, pre, post, gpu.multi_processor_count, False, REAL_TILE)
     train_gpt.launch_mlp(dy, w_down, pre, dpre, gpu.multi_processor_count, True, REAL_TILE)
-    exact = pre.double().requires_grad_()  # the kernel's own rounding of pre, so that signs near zero agree
+    exact = (
+        pre.double().requires_grad_()
+    )  # the kernel's own rounding of pre, so that signs near zero agree
     wanted_post = train_gpt.leaky_relu_sq(exact)
     wanted_post.backward(dy.double() @ w_down.double())
     assert padded[:, [0, -1]].isnan().all()
@@ -331,4 +382,8 @@ def test_kernel_on_gpu_equals_float64_over_odd_shapes(width, hidden, rows, dtype
 
 if __name__ == "__main__":
     mode, *rest = sys.argv[1:]
-    print(json.dumps(interpret(getattr(torch, rest[0])) if mode == "interpret" else compile_for_hopper()))
+    print(
+        json.dumps(
+            interpret(getattr(torch, rest[0])) if mode == "interpret" else compile_for_hopper()
+        )
+    )

@@ -30,7 +30,9 @@ def draw(cfg: tg.Config, seed: int = 0) -> tg.GPT:
     return model
 
 
-def draw_row(lengths: tuple[int, ...], seed: int = 0, vocab: int = VOCAB, padding: int = 0) -> tg.Batch:
+def draw_row(
+    lengths: tuple[int, ...], seed: int = 0, vocab: int = VOCAB, padding: int = 0
+) -> tg.Batch:
     """Random documents of these lengths in one row."""
     n, rng = sum(lengths), np.random.default_rng(seed)
     ids, starts = rng.integers(0, vocab, n + 1), np.cumsum([0, *lengths[:-1]])
@@ -47,7 +49,9 @@ def draw_lora(cfg: tg.Config, documents: int, slots: int) -> tg.LoRA:
 
 
 def spans(lengths: tuple[int, ...]) -> list[slice]:
-    return [slice(end - n, end) for n, end in zip(lengths, np.cumsum(lengths).tolist(), strict=True)]
+    return [
+        slice(end - n, end) for n, end in zip(lengths, np.cumsum(lengths).tolist(), strict=True)
+    ]
 
 
 def error(out: Tensor, ref: Tensor) -> float:
@@ -61,12 +65,21 @@ def rms(x: Tensor) -> Tensor:
 
 def halves(cfg: tg.Config, loops: int) -> tuple[list[int], list[int]]:
     segment = [*range(cfg.loop_start, cfg.loop_end + 1)]
-    order = [*range(cfg.loop_start)] + segment * (loops + 1) + [*range(cfg.loop_end + 1, cfg.num_layers)]
+    order = (
+        [*range(cfg.loop_start)]
+        + segment * (loops + 1)
+        + [*range(cfg.loop_end + 1, cfg.num_layers)]
+    )
     return order[: len(order) // 2], order[len(order) // 2 :]
 
 
 class Reference:
-    def __init__(self, cfg: tg.Config, weights: dict[str, Tensor], lora: dict[tuple[str, int], tuple[Tensor, Tensor]]):
+    def __init__(
+        self,
+        cfg: tg.Config,
+        weights: dict[str, Tensor],
+        lora: dict[tuple[str, int], tuple[Tensor, Tensor]],
+    ):
         self.cfg, self.w, self.lora = cfg, weights, lora
 
     def adapted(self, y: Tensor, n: Tensor, site: str, slot: int) -> Tensor:
@@ -92,7 +105,11 @@ class Reference:
         heads = []
         for h in range(cfg.num_heads):
             g = h // (cfg.num_heads // cfg.num_kv_heads)
-            qh, kh, vh = q[:, h * D : (h + 1) * D], k[:, g * D : (g + 1) * D], v[:, g * D : (g + 1) * D]
+            qh, kh, vh = (
+                q[:, h * D : (h + 1) * D],
+                k[:, g * D : (g + 1) * D],
+                v[:, g * D : (g + 1) * D],
+            )
             scores = w["q_gain"][i, h] * self.rope(rms(qh)) @ self.rope(rms(kh)).T / math.sqrt(D)
             y = scores.masked_fill(future, -torch.inf).softmax(-1) @ vh
             if i >= L - cfg.xsa_last_n:
@@ -111,18 +128,30 @@ class Reference:
         cfg, w = self.cfg, self.w
         encoder, decoder = halves(cfg, cfg.num_loops if looped else 0)
         full_encoder, full_decoder = halves(cfg, cfg.num_loops)
-        full = list(zip(full_decoder, reversed(full_encoder), strict=False))  # (receiver, source) of each row
+        full = list(
+            zip(full_decoder, reversed(full_encoder), strict=False)
+        )  # (receiver, source) of each row
         x = x0 = rms(w["tok_emb"][ids])
         skips, lanes = [], None
         for slot, i in enumerate(encoder + decoder):
-            c, m, k = 1 / math.sqrt(i + 1) if cfg.ln_scale else 1.0, w["resid_mix"][i], slot - len(encoder)
+            c, m, k = (
+                1 / math.sqrt(i + 1) if cfg.ln_scale else 1.0,
+                w["resid_mix"][i],
+                slot - len(encoder),
+            )
             if lanes is None and cfg.parallel_start_layer and i >= cfg.parallel_start_layer:
                 lanes = x, x
             if k >= 0 and skips:
                 source, s = skips.pop()
-                rows = [k] if looped else [r for r, pair in enumerate(full) if pair == (i, source)] or [k]
+                rows = (
+                    [k]
+                    if looped
+                    else [r for r, pair in enumerate(full) if pair == (i, source)] or [k]
+                )
                 s, stream = w["skip_weights"][rows].mean(0) * s, lanes[0] if lanes else x
-                gate = torch.sigmoid(w["skip_gates"][rows].mean(0)) if cfg.skip_gates_enabled else None
+                gate = (
+                    torch.sigmoid(w["skip_gates"][rows].mean(0)) if cfg.skip_gates_enabled else None
+                )
                 mixed = stream + s if gate is None else (1 - gate) * s + gate * stream
                 x, lanes = (x, (mixed, lanes[1])) if lanes else (mixed, None)
             if lanes:
@@ -137,7 +166,9 @@ class Reference:
             if k < 0:
                 skips.append((i, x))
         if lanes:
-            x = {"mean": (lanes[0] + lanes[1]) / 2, "attn": lanes[0], "mlp": lanes[1]}[cfg.parallel_final_lane]
+            x = {"mean": (lanes[0] + lanes[1]) / 2, "attn": lanes[0], "mlp": lanes[1]}[
+                cfg.parallel_final_lane
+            ]
         x = rms(x)
         z = self.adapted(x @ w["tok_emb"].T, x, "head", 0)
         logits = cfg.logit_softcap * torch.tanh(z / cfg.logit_softcap)
@@ -150,75 +181,122 @@ def agree(cfg: tg.Config, looped: bool, lengths: tuple[int, ...], adapted: bool 
     lora = draw_lora(cfg, len(lengths), len(plan)) if adapted else None
     mixture = torch.randn(sum(lengths), generator=torch.Generator().manual_seed(2))
     names, leaves = [name for name, _ in model.named_parameters()], list(model.parameters())
-    names, leaves = (names + ["down", "up"], leaves + [lora.down, lora.up]) if lora else (names, leaves)
+    names, leaves = (
+        (names + ["down", "up"], leaves + [lora.down, lora.up]) if lora else (names, leaves)
+    )
     exact = [p.detach().double().requires_grad_() for p in leaves]
     weights, per_document = dict(zip(names, exact, strict=True)), [{}] * len(lengths)
     if lora:
         up = dict(zip(lora.sites, weights["up"].split(lora.widths, 1), strict=True))
-        per_document = [{site: (down, cfg.lora_scale * up[site][d])
-                         for site, down in zip(lora.sites, weights["down"][d], strict=True)}
-                        for d in range(len(lengths))]  # fmt: skip
-    wanted = torch.cat([
-        Reference(cfg, weights, adapters).nats(row.inputs[s], row.targets[s], looped)
-        for s, adapters in zip(spans(lengths), per_document, strict=True)
-    ])  # fmt: skip
+        per_document = [
+            {
+                site: (down, cfg.lora_scale * up[site][d])
+                for site, down in zip(lora.sites, weights["down"][d], strict=True)
+            }
+            for d in range(len(lengths))
+        ]
+    wanted = torch.cat(
+        [
+            Reference(cfg, weights, adapters).nats(row.inputs[s], row.targets[s], looped)
+            for s, adapters in zip(spans(lengths), per_document, strict=True)
+        ]
+    )
     found = model(row, plan, lora=lora)
     assert error(found, wanted) < 1e-5
     gradients = torch.autograd.grad((found * mixture).sum(), leaves)
-    for name, g, ref in zip(names, gradients, torch.autograd.grad((wanted * mixture).sum(), exact), strict=True):
-        assert (g - ref).norm() < 1e-4 * max(float(ref.norm()), 1.0), name  # 1: in a lambda's one sum much cancels
+    for name, g, ref in zip(
+        names, gradients, torch.autograd.grad((wanted * mixture).sum(), exact), strict=True
+    ):
+        assert (g - ref).norm() < 1e-4 * max(float(ref.norm()), 1.0), (
+            name
+        )  # 1: in a lambda's one sum much cancels
 
 
 @pytest.mark.parametrize("looped", [False, True])
 @pytest.mark.parametrize(
     "changes",
     [
-        {}, dict(skip_gates_enabled=False), dict(ln_scale=False), dict(xsa_last_n=2), dict(xsa_last_n=0, rope_dims=0),
-        dict(parallel_start_layer=0), dict(parallel_final_lane="mlp"), dict(parallel_final_lane="attn", num_kv_heads=2),
+        {},
+        dict(skip_gates_enabled=False),
+        dict(ln_scale=False),
+        dict(xsa_last_n=2),
+        dict(xsa_last_n=0, rope_dims=0),
+        dict(parallel_start_layer=0),
+        dict(parallel_final_lane="mlp"),
+        dict(parallel_final_lane="attn", num_kv_heads=2),
         dict(num_layers=6, num_loops=2, parallel_start_layer=4, logit_softcap=5.0),
     ],
     ids=lambda changes: ",".join(f"{k}={v}" for k, v in changes.items()) or "default",
-)  # fmt: skip
+)
 def test_forward_and_gradients_are_those_of_the_specification(changes, looped):
     agree(tiny_config(**{**DEEPER, **changes}), looped, LENGTHS)
 
 
 @pytest.mark.parametrize("looped", [False, True])
-@pytest.mark.parametrize("changes", [{}, dict(ttt_lora_alpha=12.0), dict(ttt_q_lora=False, ttt_v_lora=False),
-                                     dict(ttt_k_lora=False, ttt_o_lora=False, ttt_mlp_lora=False)])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        dict(ttt_lora_alpha=12.0),
+        dict(ttt_q_lora=False, ttt_v_lora=False),
+        dict(ttt_k_lora=False, ttt_o_lora=False, ttt_mlp_lora=False),
+    ],
+)
 def test_adapters_and_their_gradients_are_those_of_the_specification(looped, changes):
     agree(tiny_config(**{**DEEPER, **changes}), looped, (12, 12, 12), adapted=True)
 
 
-def scored_windows(model: tg.GPT, plan: tuple, n: int, padding: int, scored: int, forward=None) -> list[Tensor]:
+def scored_windows(
+    model: tg.GPT, plan: tuple, n: int, padding: int, scored: int, forward=None
+) -> list[Tensor]:
     """Nats and adapter gradients of the last `scored` of the `n` positions of three windows, by `forward`; without one,
     by a pass over all positions."""
     row, width = draw_row((n, padding) * 3 if padding else (n,) * 3), n + padding
     select = (torch.arange(3)[:, None] * width + torch.arange(n - scored, n)).flatten()
     lora = draw_lora(model.cfg, 3, len(plan))
-    nats = model(row, plan, lora=lora)[select] if forward is None else forward(row, plan, lora=lora, select=select)
+    nats = (
+        model(row, plan, lora=lora)[select]
+        if forward is None
+        else forward(row, plan, lora=lora, select=select)
+    )
     return [nats, *torch.autograd.grad(nats.square().sum(), [lora.down, lora.up])]
 
 
 @pytest.mark.parametrize("looped", [False, True])
-@pytest.mark.parametrize(("n", "padding", "scored"), [(12, 0, 3), (7, 5, 3), (12, 0, 12), (4, 1, 4), (9, 23, 1)])
-def test_last_visit_at_selected_positions_only_gives_the_same_nats_and_gradients(n, padding, scored, looped):
+@pytest.mark.parametrize(
+    ("n", "padding", "scored"), [(12, 0, 3), (7, 5, 3), (12, 0, 12), (4, 1, 4), (9, 23, 1)]
+)
+def test_last_visit_at_selected_positions_only_gives_the_same_nats_and_gradients(
+    n, padding, scored, looped
+):
     model = draw(cfg := tiny_config(**DEEPER))
-    whole, part = (scored_windows(model, cfg.plans[looped], n, padding, scored, f) for f in (None, model))
+    whole, part = (
+        scored_windows(model, cfg.plans[looped], n, padding, scored, f) for f in (None, model)
+    )
     assert all(error(x, z.double()) < 1e-6 for x, z in zip(part, whole, strict=True))
 
 
-@pytest.mark.parametrize("changes", [dict(fused_qk=False, fused_xsa=False), dict(xsa_last_n=0, num_kv_heads=2),
-                                     dict(ttt_q_lora=False), dict(ttt_k_lora=False, ttt_v_lora=False),
-                                     dict(ttt_q_lora=False, ttt_k_lora=False, ttt_v_lora=False, ttt_o_lora=False),
-                                     dict(parallel_start_layer=0)], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(fused_qk=False, fused_xsa=False),
+        dict(xsa_last_n=0, num_kv_heads=2),
+        dict(ttt_q_lora=False),
+        dict(ttt_k_lora=False, ttt_v_lora=False),
+        dict(ttt_q_lora=False, ttt_k_lora=False, ttt_v_lora=False, ttt_o_lora=False),
+        dict(parallel_start_layer=0),
+    ],
+    ids=str,
+)
 def test_selected_positions_of_any_network_and_adapters_give_the_same(changes):
     model = draw(cfg := tiny_config(**{**DEEPER, **changes}))
     whole, part = (scored_windows(model, cfg.plans[1], 7, 5, 3, f) for f in (None, model))
     assert all(error(x, z.double()) < 1e-6 for x, z in zip(part, whole, strict=True))
 
 
-def test_last_visit_alone_asks_for_the_selected_positions_and_for_nothing_without_adapters(monkeypatch):
+def test_last_visit_alone_asks_for_the_selected_positions_and_for_nothing_without_adapters(
+    monkeypatch,
+):
     model, queries, real = draw(cfg := tiny_config(**DEEPER)), [], tg.attention
     monkeypatch.setattr(tg, "attention", lambda q, *rest: queries.append(len(q)) or real(q, *rest))
     scored_windows(model, cfg.plans[1], 7, 5, 3, model)
@@ -231,10 +309,19 @@ def test_last_visit_alone_asks_for_the_selected_positions_and_for_nothing_withou
 def test_adaptation_compiles_whole_and_not_again_for_another_window():
     torch.compiler.reset()
     cfg = tiny_config(num_layers=2, num_loops=0, parallel_start_layer=0, xsa_last_n=2)
-    model, counter, counts = draw(cfg).requires_grad_(False), CompileCounterWithBackend("aot_eager"), []
+    model, counter, counts = (
+        draw(cfg).requires_grad_(False),
+        CompileCounterWithBackend("aot_eager"),
+        [],
+    )
     compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
-    for n, padding, scored in ((10, 7, 6), (20, 11, 7)):  # no two sizes equal, which would be taken for one
-        whole, part = (scored_windows(model, cfg.plans[1], n, padding, scored, f) for f in (None, compiled))
+    for n, padding, scored in (
+        (10, 7, 6),
+        (20, 11, 7),
+    ):  # no two sizes equal, which would be taken for one
+        whole, part = (
+            scored_windows(model, cfg.plans[1], n, padding, scored, f) for f in (None, compiled)
+        )
         assert all(error(x, z.double()) < 1e-6 for x, z in zip(part, whole, strict=True))
         counts.append(counter.frame_count)
     assert counts[0] == counts[1]
@@ -284,18 +371,46 @@ def test_every_block_of_the_record_adds_exactly_nothing_at_first(record_at_init)
         (2, 0, (0, 0), False, [0], [1], [(0,)]),
         (3, 0, (0, 0), False, [0], [1, 2], [(0,), ()]),
         (4, 1, (1, 1), True, [0, 1], [1, 2, 3], [(0,), (1,), ()]),
-        (4, 1, (1, 1), False, [0, 1], [2, 3], [(0,), (1,)]),  # pairs that looping does not have: rows by position
+        (
+            4,
+            1,
+            (1, 1),
+            False,
+            [0, 1],
+            [2, 3],
+            [(0,), (1,)],
+        ),  # pairs that looping does not have: rows by position
         (5, 1, (1, 2), True, [0, 1, 2], [1, 2, 3, 4], [(0,), (1,), (2,), ()]),
         (5, 1, (1, 2), False, [0, 1], [2, 3, 4], [(1,), (2,), ()]),
-        (11, 2, (3, 5), True, [0, 1, 2, 3, 4, 5, 3, 4], [5, 3, 4, 5, 6, 7, 8, 9, 10], [*((k,) for k in range(8)), ()]),
-        (11, 2, (3, 5), False, [0, 1, 2, 3, 4], [5, 6, 7, 8, 9, 10], [(0, 3), (4,), (5,), (6,), (7,), ()]),
+        (
+            11,
+            2,
+            (3, 5),
+            True,
+            [0, 1, 2, 3, 4, 5, 3, 4],
+            [5, 3, 4, 5, 6, 7, 8, 9, 10],
+            [*((k,) for k in range(8)), ()],
+        ),
+        (
+            11,
+            2,
+            (3, 5),
+            False,
+            [0, 1, 2, 3, 4],
+            [5, 6, 7, 8, 9, 10],
+            [(0, 3), (4,), (5,), (6,), (7,), ()],
+        ),
     ],
-)  # fmt: skip
+)
 def test_plans_written_out_by_hand(layers, loops, segment, looped, encoder, decoder, skips):
     cfg = tiny_config(
-        num_layers=layers, xsa_last_n=layers, num_loops=loops, loop_start=segment[0], loop_end=segment[1],
+        num_layers=layers,
+        xsa_last_n=layers,
+        num_loops=loops,
+        loop_start=segment[0],
+        loop_end=segment[1],
         parallel_start_layer=8 if layers == 11 else 0,
-    )  # fmt: skip
+    )
     plan = cfg.plans[looped]
     assert [v.layer for v in plan if v.push] == encoder
     assert [v.layer for v in plan if not v.push] == decoder
@@ -308,7 +423,9 @@ def test_plans_written_out_by_hand(layers, loops, segment, looped, encoder, deco
 
 def test_a_skip_keeps_its_meaning_when_looping_starts():
     """Each pair of layers mixes alike in both plans, and before looping every row of a shared pair is trained."""
-    cfg = tiny_config(num_layers=11, xsa_last_n=11, num_loops=2, loop_start=3, loop_end=5, parallel_start_layer=8)
+    cfg = tiny_config(
+        num_layers=11, xsa_last_n=11, num_loops=2, loop_start=3, loop_end=5, parallel_start_layer=8
+    )
     model, (x, skip), used = draw(cfg), torch.randn(2, 9, cfg.model_dim), []
     for plan in cfg.plans:
         sources = [v.layer for v in plan if v.push]
@@ -320,7 +437,9 @@ def test_a_skip_keeps_its_meaning_when_looping_starts():
         for receiver, source, rows in used[1]:
             if (receiver, source) in plain:
                 merged = model.merge_skip(x, skip, plain[receiver, source])
-                torch.testing.assert_close(merged, model.merge_skip(x, skip, rows), rtol=0, atol=1e-6)
+                torch.testing.assert_close(
+                    merged, model.merge_skip(x, skip, rows), rtol=0, atol=1e-6
+                )
     model(draw_row(LENGTHS), cfg.plans[0]).sum().backward()
     for p in (model.skip_weights, model.skip_gates):
         assert [k for k in range(8) if p.grad[k].any()] == [0, 3, 4, 5, 6, 7]
@@ -334,16 +453,20 @@ def test_a_row_equals_its_documents_one_by_one_wherever_they_stand(looped):
     model, row, plan = draw(cfg), draw_row(LENGTHS * 3, padding=20), cfg.plans[looped]
     with torch.no_grad():
         nats = model(row, plan)
-        for s in spans(LENGTHS * 3):  # 216 tokens: a position in the row would lie outside the table of 64
+        for s in spans(
+            LENGTHS * 3
+        ):  # 216 tokens: a position in the row would lie outside the table of 64
             n = s.stop - s.start
-            alone = tg.pack_row(row.inputs[s].numpy(), row.targets[s].numpy(), np.array([0]), (n, 2, 64), CPU)
+            alone = tg.pack_row(
+                row.inputs[s].numpy(), row.targets[s].numpy(), np.array([0]), (n, 2, 64), CPU
+            )
             assert error(nats[s], model(alone, plan).double()) < 1e-5
     assert not nats[sum(LENGTHS * 3) :].any()  # padding
 
 
 def test_positions_count_from_the_start_of_each_segment():
     cu = torch.tensor([0, 3, 4, 9, 9, 9], dtype=torch.int32)
-    assert tg.positions(cu, 9).tolist() == [0, 1, 2, 0, 0, 1, 2, 3, 4]
+    assert tg.segment_positions(cu, 9).tolist() == [0, 1, 2, 0, 0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("adapted", [False, True])
@@ -382,10 +505,17 @@ def test_taps_see_every_product_and_change_nothing():
     model, row, plan, seen = draw(cfg), draw_row(LENGTHS), cfg.plans[1], []
     trained = model.train()(row, plan)
     with torch.no_grad():
-        tapped = model.eval()(row, plan, tap=lambda site, layer, x: seen.append((site, layer, x.size(1))))
+        tapped = model.eval()(
+            row, plan, tap=lambda site, layer, x: seen.append((site, layer, x.size(1)))
+        )
         assert torch.equal(tapped, model(row, plan))
     assert torch.equal(tapped, trained)
-    widths = {"attn_in": cfg.model_dim, "attn_out": cfg.model_dim, "mlp_in": cfg.model_dim, "mlp_mid": cfg.mlp_dim}
+    widths = {
+        "attn_in": cfg.model_dim,
+        "attn_out": cfg.model_dim,
+        "mlp_in": cfg.model_dim,
+        "mlp_mid": cfg.mlp_dim,
+    }
     sites = [(site, v.layer, width) for v in plan for site, width in widths.items()]
     assert seen == [*sites, ("head_in", 0, cfg.model_dim)]
 
@@ -430,15 +560,23 @@ def test_bf16_stays_near_fp32():
 def test_training_compiles_once_per_plan_whatever_the_documents(tiny_data):
     """Captured whole, forward and backward traced by AOT autograd; code generation is left out for its time."""
     torch.compiler.reset()
-    cfg, counter, rng = tiny_config(), CompileCounterWithBackend("aot_eager"), np.random.default_rng(0)
+    cfg, counter, rng = (
+        tiny_config(),
+        CompileCounterWithBackend("aot_eager"),
+        np.random.default_rng(0),
+    )
     model, shape = draw(cfg), cfg.row_shape
     compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=False)
-    loader = tg.PackedLoader(tg.TokenStream(tiny_data / "datasets" / cfg.dataset, "train"), 1, cfg, cpu_ranks())
+    loader = tg.PackedLoader(
+        tg.TokenStream(tiny_data / "datasets" / cfg.dataset, "train"), 1, cfg, cpu_ranks()
+    )
     for step in range(200):
         (row,), _ = loader.rows(1)
         if step % 2:  # and rows of any length, full of short documents
             n = int(rng.integers(1, shape[0] + 1))
-            starts = tg.segment_starts(rng.random(n) < rng.uniform(0, 0.1), True, shape[2])[: shape[1] // 2]
+            starts = tg.segment_starts(rng.random(n) < rng.uniform(0, 0.1), True, shape[2])[
+                : shape[1] // 2
+            ]
             n = n if len(starts) < shape[1] // 2 else int(starts[-1])
             ids = rng.integers(0, VOCAB, n + 1)
             row = tg.pack_row(ids[:-1], ids[1:], starts[starts < n], shape, CPU)

@@ -13,7 +13,9 @@ from torch import Tensor
 
 import train_gpt as tg
 
-UNEVEN = dict(num_layers=3, xsa_last_n=3, parallel_start_layer=2)  # banks of 6 and 3 slices: no even shares
+UNEVEN = dict(
+    num_layers=3, xsa_last_n=3, parallel_start_layer=2
+)  # banks of 6 and 3 slices: no even shares
 RATES = {"muon": "matrix_lr", "embed": "tied_embed_lr", "scalar": "scalar_lr"}
 DECAYS = {"muon": "muon_wd", "embed": "embed_wd", "scalar": "adam_wd"}
 
@@ -25,7 +27,9 @@ def on_one(job: Callable, *args: Any) -> Any:
 
 def test_a_world_size_without_a_rank_is_no_world():
     """Clusters may export it to processes that nobody launched as ranks."""
-    assert [(r.world_size, r.distributed) for r in (tg.Ranks({"WORLD_SIZE": "2"}), tg.Ranks({}))] == [(1, False)] * 2
+    assert [
+        (r.world_size, r.distributed) for r in (tg.Ranks({"WORLD_SIZE": "2"}), tg.Ranks({}))
+    ] == [(1, False)] * 2
 
 
 def cpu_ranks() -> tg.Ranks:
@@ -76,7 +80,9 @@ def test_newton_schulz_moves_singular_values_near_one_and_leaves_the_vectors(sha
     wanted = values.double() / values.double().norm(dim=1, keepdim=True)
     for _ in range(5):  # what five steps make of each value by itself
         wanted = 3.4445 * wanted - 4.7750 * wanted**3 + 2.0315 * wanted**5
-    assert error(u.mT @ out @ vh.mT, torch.diag_embed(wanted)) < 1e-3  # 1e-7 beside the small norm, 3.4445**5 times
+    assert (
+        error(u.mT @ out @ vh.mT, torch.diag_embed(wanted)) < 1e-3
+    )  # 1e-7 beside the small norm, 3.4445**5 times
     for one, all_at_once in zip(g, out, strict=True):
         assert error(tg.newton_schulz(one[None], 5)[0], all_at_once) < 1e-5
 
@@ -100,7 +106,8 @@ def test_momentum_nesterov_and_row_norms_are_those_of_a_hand_loop(normalize):
 
 
 @pytest.mark.parametrize(
-    ("bank", "factor"), [("qo_bank", 1.0), ("kv_bank", 1.0), ("up_bank", math.sqrt(2)), ("down_bank", 1.0)]
+    ("bank", "factor"),
+    [("qo_bank", 1.0), ("kv_bank", 1.0), ("up_bank", math.sqrt(2)), ("down_bank", 1.0)],
 )
 def test_a_muon_step_decays_then_moves_by_its_rate_in_spectral_norm(bank, factor):
     """The tiny up bank is (64, 32), so sqrt(out / in) = sqrt(2); no other matrix has more rows than columns."""
@@ -119,11 +126,15 @@ def test_the_first_update_of_every_wide_or_tall_bank_is_near_orthogonal():
     before = weights_of(model)
     optimizers.step(1.0, 0.95)
     for bank, factor in (("kv_bank", 1), ("up_bank", math.sqrt(2)), ("down_bank", 1)):
-        assert_near_orthogonal((before[bank] - model.get_parameter(bank).detach()) / (cfg.matrix_lr * factor))
+        assert_near_orthogonal(
+            (before[bank] - model.get_parameter(bank).detach()) / (cfg.matrix_lr * factor)
+        )
 
 
 # --- AdamW, groups, state -------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("name", ["tok_emb", "q_gain", "resid_mix", "skip_gates", "parallel_post_lambdas"])
+@pytest.mark.parametrize(
+    "name", ["tok_emb", "q_gain", "resid_mix", "skip_gates", "parallel_post_lambdas"]
+)
 def test_the_rest_follows_adamw_written_out_by_hand(name):
     cfg, model, optimizers = build(grad_clip_norm=0, adam_wd=0.3, embed_wd=0.2)
     lr, wd = (cfg.tied_embed_lr, 0.2) if name == "tok_emb" else (cfg.scalar_lr, 0.3)
@@ -145,7 +156,9 @@ def test_every_parameter_has_exactly_one_owner_and_the_rate_of_its_group():
     for group, rate in RATES.items():
         steps = []
         for factor in (1, 2):
-            cfg, model, optimizers = build(**{DECAYS[group]: 0.0, rate: factor * getattr(tiny_config(), rate)})
+            cfg, model, optimizers = build(
+                **{DECAYS[group]: 0.0, rate: factor * getattr(tiny_config(), rate)}
+            )
             before = weights_of(model)
             set_gradients(model, draw_gradients(model, 0))
             optimizers.step(1.0, 0.9)
@@ -153,7 +166,10 @@ def test_every_parameter_has_exactly_one_owner_and_the_rate_of_its_group():
         for name, role in tg.parameter_table(cfg).items():
             assert steps[0][name].any(), name
             wanted = (1 + (role.group == group)) * steps[0][name]
-            assert error(steps[1][name], wanted) < 1e-4, (name, group)  # 1e-4: beside weights of 1, fp32 steps
+            assert error(steps[1][name], wanted) < 1e-4, (
+                name,
+                group,
+            )  # 1e-4: beside weights of 1, fp32 steps
 
 
 def test_small_parameters_are_views_of_one_tensor_and_compiled_loads_stay_aligned():
@@ -175,9 +191,11 @@ def test_each_slice_has_one_owner_and_no_rank_has_much_more_than_its_share():
     for slices in range(1, 25):
         for world in range(1, 9):
             banks = {"small": torch.zeros(2 * slices, 2, 2), "large": torch.zeros(slices, 4, 4)}
-            shares = tg.deal(banks, world)
+            shares = tg.assign_matrices(banks, world)
             for name, bank in banks.items():
-                assert [i for share in shares for i in range(len(bank))[share[name]]] == [*range(len(bank))]
+                assert [i for share in shares for i in range(len(bank))[share[name]]] == [
+                    *range(len(bank))
+                ]
             loads = [sum(banks[name][s].numel() for name, s in share.items()) for share in shares]
             assert max(loads) - min(loads) <= 16
 
@@ -185,8 +203,15 @@ def test_each_slice_has_one_owner_and_no_rank_has_much_more_than_its_share():
 @pytest.mark.parametrize(("world", "excess"), [(2, 0.0), (4, 0.009), (8, 0.025)])
 def test_messages_of_the_record_model_hold_next_to_no_zeros(world, excess):
     table = tg.parameter_table(tg.Config())
-    banks = {n: torch.zeros(role.shape, device="meta") for n, role in table.items() if role.group == "muon"}
-    loads = [sum(banks[n][s].numel() for n, s in share.items()) for share in tg.deal(banks, world)]
+    banks = {
+        n: torch.zeros(role.shape, device="meta")
+        for n, role in table.items()
+        if role.group == "muon"
+    }
+    loads = [
+        sum(banks[n][s].numel() for n, s in share.items())
+        for share in tg.assign_matrices(banks, world)
+    ]
     assert max(loads) * world / sum(loads) - 1 <= excess
 
 
@@ -196,13 +221,21 @@ def two_clipped_steps(ranks: tg.Ranks, overrides: dict[str, Any]) -> dict[str, A
     model = tg.GPT(cfg)
     optimizers, norms, squares = tg.Optimizers(model, cfg, ranks), [], 0.0
     for step in range(2):
-        total, rest = draw_gradients(model, step, scale=(5.0, 0.5)[step]), draw_gradients(model, 9, scale=0.01)
+        total, rest = (
+            draw_gradients(model, step, scale=(5.0, 0.5)[step]),
+            draw_gradients(model, 9, scale=0.01),
+        )
         if ranks.world_size == 2:
             total = rest if ranks.rank else {name: g - rest[name] for name, g in total.items()}
         set_gradients(model, total)
         norms.append(float(optimizers.step(1.0, 0.9)))
-        if step == 0:  # what reached the optimisers: momentum is the clipped gradient, AdamW's average 1 - beta1 of it
-            squares = sum(s["exp_avg"].square().sum() for s in optimizers.adam.state.values()) / (1 - cfg.beta1) ** 2
+        if (
+            step == 0
+        ):  # what reached the optimisers: momentum is the clipped gradient, AdamW's average 1 - beta1 of it
+            squares = (
+                sum(s["exp_avg"].square().sum() for s in optimizers.adam.state.values())
+                / (1 - cfg.beta1) ** 2
+            )
             mine = sum(m.square().sum() for m in optimizers.muon.momentum.values())
             squares = float(squares + ranks.sum(mine))
     assert all(p.grad is None for p in model.parameters())
@@ -240,7 +273,9 @@ def test_a_gradient_within_the_limit_is_left_alone(limit):
 @pytest.mark.parametrize("on", [False, True])
 def test_compile_decides_whether_muon_is_compiled(monkeypatch, on):
     compiled = []
-    monkeypatch.setattr(tg.torch, "compile", lambda function, **_: compiled.append(function) or function)
+    monkeypatch.setattr(
+        tg.torch, "compile", lambda function, **_: compiled.append(function) or function
+    )
     build(**UNEVEN, compile=on)
     assert compiled == [tg.muon_step] * on
 
@@ -249,7 +284,21 @@ def test_compile_decides_whether_muon_is_compiled(monkeypatch, on):
 @pytest.mark.parametrize(
     ("warmdown", "floor", "values"),
     [
-        (0.75, 0.1, {0: 1, 0.2499: 1, 0.25: 1, 0.625: 0.5, 0.85: 0.2, 0.925: 0.1, 0.99: 0.1, 1: 0.1, 1.1: 0.1}),
+        (
+            0.75,
+            0.1,
+            {
+                0: 1,
+                0.2499: 1,
+                0.25: 1,
+                0.625: 0.5,
+                0.85: 0.2,
+                0.925: 0.1,
+                0.99: 0.1,
+                1: 0.1,
+                1.1: 0.1,
+            },
+        ),
         (0.72, 0.0, {0.28: 1, 0.64: 0.5, 0.982: 0.025, 1: 0}),
         (1.0, 0.0, {0: 1, 0.25: 0.75, 0.9: 0.1}),
         (0.0, 0.1, {0: 1, 0.5: 1, 0.9999: 1}),
@@ -262,7 +311,9 @@ def test_rates_stay_then_fall_linearly_to_their_floor(warmdown, floor, values):
 
 
 def test_momentum_rises_linearly_to_its_final_value():
-    cfg = tiny_config(muon_momentum_warmup_start=0.92, muon_momentum=0.97, muon_momentum_warmup_steps=1500)
+    cfg = tiny_config(
+        muon_momentum_warmup_start=0.92, muon_momentum=0.97, muon_momentum_warmup_steps=1500
+    )
     for step, value in {0: 0.92, 300: 0.93, 750: 0.945, 1500: 0.97, 9000: 0.97}.items():
         assert tg.muon_momentum(step, cfg) == pytest.approx(value, abs=1e-12)
     cfg = tiny_config(muon_momentum_warmup_steps=0)

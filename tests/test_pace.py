@@ -49,9 +49,22 @@ class Watched(Session):
 
 def test_a_step_is_read_once_the_next_one_has_its_work(tiny_data):
     run = Watched(tiny_data, iterations=4, micro_batch_tokens=512).train()
-    late = ["forward", "read {}", "step"]  # of the step before; the first is waited for, the last is read at the end
+    late = [
+        "forward",
+        "read {}",
+        "step",
+    ]  # of the step before; the first is waited for, the last is read at the end
     steps = [[x.format(n) for x in late] for n in (2, 3)]
-    assert run.events == ["forward", "step", "read 1", "forward", "step", *steps[0], *steps[1], "read 4"]
+    assert run.events == [
+        "forward",
+        "step",
+        "read 1",
+        "forward",
+        "step",
+        *steps[0],
+        *steps[1],
+        "read 4",
+    ]
 
 
 def test_numbers_are_read_before_a_validation_and_only_once(tiny_data):
@@ -59,7 +72,9 @@ def test_numbers_are_read_before_a_validation_and_only_once(tiny_data):
     scored = SimpleNamespace(result=lambda: {"val_loss": 0.0, "val_bpb": 0.0})
     run.evaluate = lambda plan: run.events.append("validate") or scored
     run.train()
-    assert [e for e in run.events if e[0] in "rv"] == "read 1,read 2,validate,read 3,read 4,validate".split(",")
+    assert [
+        e for e in run.events if e[0] in "rv"
+    ] == "read 1,read 2,validate,read 3,read 4,validate".split(",")
 
 
 def test_late_numbers_come_with_the_time_at_which_they_were_there():
@@ -74,20 +89,31 @@ class Uneven(Slow):
 
     def forward(self, row: tg.Batch, plan: tuple[tg.Visit, ...]) -> Tensor:
         number = len(self.plans) // 4
-        self.seconds += (2.0 if number == 3 else 0.2 * (number % 3)) / self.cfg.rows_per_step * len(plan)
+        self.seconds += (
+            (2.0 if number == 3 else 0.2 * (number % 3)) / self.cfg.rows_per_step * len(plan)
+        )
         return super().forward(row, plan)
 
 
 def test_a_budget_holds_for_steps_of_uneven_length(tiny_data):
-    run = Uneven(tiny_data, max_wallclock_seconds=200, iterations=999, enable_looping_at=0.5).train()
+    run = Uneven(
+        tiny_data, max_wallclock_seconds=200, iterations=999, enable_looping_at=0.5
+    ).train()
     assert 200 - 3 * 15 < run.seconds <= 200
 
 
 def test_the_share_of_the_budget_stays_below_one_after_a_slow_beginning():
     """A mean that early steps made long says more than the longest of late ones, by which a step may still fit."""
     progress = tg.Progress.__new__(tg.Progress)
-    vars(progress).update(cfg=tiny_config(warmdown_frac=0, enable_looping_at=1), step=500, budget=18.0, elapsed=17.95,
-                          longest=0.004, flying=4, visits=1000)  # fmt: skip
+    vars(progress).update(
+        cfg=tiny_config(warmdown_frac=0, enable_looping_at=1),
+        step=500,
+        budget=18.0,
+        elapsed=17.95,
+        longest=0.004,
+        flying=4,
+        visits=1000,
+    )
     assert progress.fits(4)
     assert progress.frac() < 1
     assert tg.lr_scale(progress.frac(), progress.cfg) == 1.0
@@ -97,7 +123,9 @@ def test_the_share_of_the_budget_stays_below_one_after_a_slow_beginning():
 @pytest.mark.parametrize(("share", "steps"), [(0.0, 40), (0.5, 45), (1.0, 50)])
 def test_the_log_predicts_the_steps_that_the_budget_allows(tiny_data, share, steps):
     """Of 200 s, a plain step of 4 visits takes 4, a looped one 5."""
-    run = Slow(tiny_data, max_wallclock_seconds=200, iterations=999, enable_looping_at=share).train()
+    run = Slow(
+        tiny_data, max_wallclock_seconds=200, iterations=999, enable_looping_at=share
+    ).train()
     assert run.numbers(r"allows about (\d+) steps") == [steps]
     assert run.numbers(r"^speed: (\S+)ms per step") == [5000.0 if share == 0 else 4000.0]
     assert run.final["steps"] == pytest.approx(steps, abs=1)
@@ -114,14 +142,22 @@ def test_the_gate_stops_a_run_after_twenty_timed_steps(tiny_data, gate, refused)
     if refused:
         with pytest.raises(tg.RunStopped, match="^POD_SPEEDGATE_MS=3999: a step takes 4000.0 ms$"):
             run.train()
-        assert len(run.after) == 22  # the numbers of the 21st cover 20 after the first; read while the 23rd waits
+        assert (
+            len(run.after) == 22
+        )  # the numbers of the 21st cover 20 after the first; read while the 23rd waits
         assert run.saved == []
     else:
         assert run.train().final["steps"] == 30
 
 
 def test_a_slow_machine_ends_with_one_line_and_status_3(tiny_data, tmp_path):
-    env = {**TINY, "DATA_DIR": str(tiny_data), "ARTIFACT_DIR": "out", "ITERATIONS": "40", "POD_SPEEDGATE_MS": "0.001"}
+    env = {
+        **TINY,
+        "DATA_DIR": str(tiny_data),
+        "ARTIFACT_DIR": "out",
+        "ITERATIONS": "40",
+        "POD_SPEEDGATE_MS": "0.001",
+    }
     result = run_script(env, tmp_path)
     assert result.returncode == 3, result.stdout[-2000:]
     (line,) = result.stderr.splitlines()
@@ -134,7 +170,9 @@ class Reshaped(Session):
     """Compiled, and the rows of its third step allow longer segments."""
 
     def __init__(self, *args: Any, **overrides: Any):
-        super().__init__(*args, micro_batch_tokens=512, enable_looping_at=1, iterations=5, **overrides)
+        super().__init__(
+            *args, micro_batch_tokens=512, enable_looping_at=1, iterations=5, **overrides
+        )
         self.compiled = warmed_up(self)
 
     def forward(self, row: tg.Batch, plan: tuple[tg.Visit, ...]) -> Tensor:
@@ -169,19 +207,33 @@ def test_an_error_of_another_rank_counts_and_scoring_looks_too(tiny_data):
 @pytest.mark.skipif(tg.triton is None, reason="needs Triton")
 def test_kernels_that_triton_compiles_are_counted():
     lines = []
-    sentinel = tg.Sentinel(lines.append)
+    sentinel = tg.CompilationCounter(lines.append)
     hook = tg.triton.knobs.runtime.jit_post_compile_hook
-    hook(key="k", repr="mlp_kernel[...]", fn=None, compile={}, is_manual_warmup=False, already_compiled=False)
-    assert (sentinel.poll(), sentinel.poll(), lines) == (1, 1, ["recompilation: kernel mlp_kernel[...]"])
+    hook(
+        key="k",
+        repr="mlp_kernel[...]",
+        fn=None,
+        compile={},
+        is_manual_warmup=False,
+        already_compiled=False,
+    )
+    assert (sentinel.poll(), sentinel.poll(), lines) == (
+        1,
+        1,
+        ["recompilation: kernel mlp_kernel[...]"],
+    )
 
 
 # --- Polar Express --------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
-    ("coeffs", "low", "high", "floor"), [("quintic", 0.68, 1.203, 2e-3), ("polar", 0.858, 1.142, 1e-3)]
+    ("coeffs", "low", "high", "floor"),
+    [("quintic", 0.68, 1.203, 2e-3), ("polar", 0.858, 1.142, 1e-3)],
 )
 def test_singular_values_of_any_size_land_near_one(coeffs, low, high, floor):
     u, v = (torch.linalg.qr(torch.randn(16, 16, dtype=torch.float64))[0] for _ in "uv")
-    for value in torch.logspace(0, 1, 60, dtype=torch.float64).sub(1).div(9).mul(0.7).add(floor):  # small ones denser
+    for value in (
+        torch.logspace(0, 1, 60, dtype=torch.float64).sub(1).div(9).mul(0.7).add(floor)
+    ):  # small ones denser
         s = torch.zeros(16, dtype=torch.float64)
         s[0], s[1] = (1 - value**2).sqrt(), value  # norm 1
         out = torch.linalg.svdvals(tg.newton_schulz(((u * s) @ v.mT)[None], 5, coeffs)[0])[:2]
@@ -194,7 +246,10 @@ def test_singular_values_of_any_size_land_near_one(coeffs, low, high, floor):
 
 
 def test_polar_coefficients_reach_the_weights(tiny_data):
-    found = {c: weights_of(Session(tiny_data, iterations=2, muon_coeffs=c).train().model) for c in ("quintic", "polar")}
+    found = {
+        c: weights_of(Session(tiny_data, iterations=2, muon_coeffs=c).train().model)
+        for c in ("quintic", "polar")
+    }
     assert not torch.equal(found["quintic"]["up_bank"], found["polar"]["up_bank"])
 
 
@@ -210,8 +265,10 @@ def test_gradients_that_stay_in_place_train_the_same_weights(tiny_data):
                 p.grad = torch.zeros_like(p)
             places, loss = [p.grad.data_ptr() for p in run.model.parameters()], torch.zeros(())
 
-            def replay(row: tg.Batch, count: Tensor, run: Session = run, loss: Tensor = loss) -> Tensor:
-                return loss.copy_(tg.backward(run.forward, run.cfg.plans[0], row, count))
+            def replay(
+                row: tg.Batch, count: Tensor, run: Session = run, loss: Tensor = loss
+            ) -> Tensor:
+                return loss.copy_(tg.backward_row(run.forward, run.cfg.plans[0], row, count))
 
             run.graphs = {run.cfg.plans[0]: replay}
         runs.append(run.train())
@@ -224,16 +281,34 @@ def test_gradients_that_stay_in_place_train_the_same_weights(tiny_data):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_losses_with_and_without_a_cuda_graph_are_equal(tiny_data, tmp_path: Path):
     # else a GPU sums the gradients of the embedding and of queries in any order
-    (tmp_path / "sitecustomize.py").write_text("import torch; torch.use_deterministic_algorithms(True, warn_only=True)")
+    (tmp_path / "sitecustomize.py").write_text(
+        "import torch; torch.use_deterministic_algorithms(True, warn_only=True)"
+    )
     losses = []
     for graph in ("0", "1"):
-        env = {**TINY, "DATA_DIR": str(tiny_data), "ARTIFACT_DIR": graph, "ITERATIONS": "30", "COMPILE": "1",
-               "COMPUTE_DTYPE": "bf16", "CUDA_VISIBLE_DEVICES": "0", "CUDA_GRAPH": graph, "TRAIN_LOG_EVERY": "1",
-               "TTT_ENABLED": "0", "PYTHONPATH": str(tmp_path), "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # fmt: skip
+        env = {
+            **TINY,
+            "DATA_DIR": str(tiny_data),
+            "ARTIFACT_DIR": graph,
+            "ITERATIONS": "30",
+            "COMPILE": "1",
+            "COMPUTE_DTYPE": "bf16",
+            "CUDA_VISIBLE_DEVICES": "0",
+            "CUDA_GRAPH": graph,
+            "TRAIN_LOG_EVERY": "1",
+            "TTT_ENABLED": "0",
+            "PYTHONPATH": str(tmp_path),
+            "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+        }
         result = run_script(env, tmp_path, timeout=600)
         assert result.returncode == 0, result.stderr
         assert "\ndevice: CPU" not in result.stdout
-        losses.append([line.split("train_loss:")[1].split()[0] for line in result.stdout.splitlines()
-                       if line.startswith("step:")])  # fmt: skip
+        losses.append(
+            [
+                line.split("train_loss:")[1].split()[0]
+                for line in result.stdout.splitlines()
+                if line.startswith("step:")
+            ]
+        )
     assert len(losses[0]) == 30
     assert losses[0] == losses[1]

@@ -46,15 +46,32 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def write_run(root: Path, seed: int = 1, source: bytes = SMALL_SOURCE, size: int = 900, **figures: object) -> Path:
+def write_run(
+    root: Path, seed: int = 1, source: bytes = SMALL_SOURCE, size: int = 900, **figures: object
+) -> Path:
     """A run's folder and log as train_gpt.py leaves them, without the training; figures that are None are left out."""
     model = random.Random(seed).randbytes(size)
     final = {
-        "code_sha256": sha256(source), "dataset": "tiny", "val_sha256": "v", "tokenizer_sha256": "t", "preset": "cpu",
-        "device": "CPU", "torch": "2", "world_size": 1, "seed": seed, "val_bpb": 1.5 + seed / 7, "val_loss": 3.0,
-        "val_tokens": 10, "val_bytes": 30, "artifact_sha256": sha256(model), "model_bytes": size, "steps": 5,
-        "code_bytes": len(source), "quantized_bpb": 1.7, "seconds": {"train": 5.0},
-    } | figures  # fmt: skip
+        "code_sha256": sha256(source),
+        "dataset": "tiny",
+        "val_sha256": "v",
+        "tokenizer_sha256": "t",
+        "preset": "cpu",
+        "device": "CPU",
+        "torch": "2",
+        "world_size": 1,
+        "seed": seed,
+        "val_bpb": 1.5 + seed / 7,
+        "val_loss": 3.0,
+        "val_tokens": 10,
+        "val_bytes": 30,
+        "artifact_sha256": sha256(model),
+        "model_bytes": size,
+        "steps": 5,
+        "code_bytes": len(source),
+        "quantized_bpb": 1.7,
+        "seconds": {"train": 5.0},
+    } | figures
     knobs = "  compile: False (env)\n  data_dir: /x y (env)\n  num_layers: 4 (preset)\n  preset: cpu (preset)"
     lines = f"  run_id: s (env)\n  seed: {seed} (env)\n{knobs}\nstep:1"
     final = json.dumps({key: value for key, value in final.items() if value is not None})
@@ -91,9 +108,13 @@ def test_packed_code_is_smaller_than_the_text_and_the_same_program():
     assert not [name for name in written - kept if re.search(rf"\b{name}\b", text)]
 
     def idle(node: ast.stmt) -> bool:
-        return isinstance(node, ast.Pass) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
+        return isinstance(node, ast.Pass) or (
+            isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        )
 
-    def bare(tree: ast.Module) -> str:  # less than the tool leaves: no annotation, no statement that does nothing
+    def bare(
+        tree: ast.Module,
+    ) -> str:  # less than the tool leaves: no annotation, no statement that does nothing
         tree.body = [n for n in tree.body if getattr(n, "name", "") in kept]
         for node in ast.walk(tree):
             for name in {"annotation", "returns"} & node.__dict__.keys():
@@ -105,31 +126,48 @@ def test_packed_code_is_smaller_than_the_text_and_the_same_program():
     assert bare(trees[0]) == bare(trees[1])
     literals = re.findall(r'"[^"\n]*"', text)
     assert len(literals) > 300
-    assert all(literal.encode() in READABLE_SOURCE for literal in literals)  # f-strings too: Python 3.10 reads them
+    assert all(
+        literal.encode() in READABLE_SOURCE for literal in literals
+    )  # f-strings too: Python 3.10 reads them
 
 
 @pytest.mark.parametrize(
     ("source", "expected"),
     [
         ('"""d"""\nx = 1  # c\n\n\ny = "# d" + \'e\'', "x=1\ny=\"# d\"+'e'\n"),
-        ("def f(a: int, *b: str, c: float = 1) -> int:\n    '''d'''\n\n    return a\nf(1)",
-         "def f(a,*b,c=1):\n return a\nf(1)\n"),
-        ("class A(B):\n    '''d'''\n    x: int = 1\n    def f(self) -> int: '''d'''\nA()",
-         "class A(B):\n x:int=1\n def f(self):pass\nA()\n"),
-        ("def f(x: int) -> int: return x\nop(f)", "def f(x:int)->int:return x\nop(f)\n"),  # a schema is made of it
-        ("@jit\ndef f(x: tl.constexpr):\n    y: tl.constexpr = x", "@jit\ndef f(x:tl.constexpr):\n y:tl.constexpr=x\n"),
+        (
+            "def f(a: int, *b: str, c: float = 1) -> int:\n    '''d'''\n\n    return a\nf(1)",
+            "def f(a,*b,c=1):\n return a\nf(1)\n",
+        ),
+        (
+            "class A(B):\n    '''d'''\n    x: int = 1\n    def f(self) -> int: '''d'''\nA()",
+            "class A(B):\n x:int=1\n def f(self):pass\nA()\n",
+        ),
+        (
+            "def f(x: int) -> int: return x\nop(f)",
+            "def f(x:int)->int:return x\nop(f)\n",
+        ),  # a schema is made of it
+        (
+            "@jit\ndef f(x: tl.constexpr):\n    y: tl.constexpr = x",
+            "@jit\ndef f(x:tl.constexpr):\n y:tl.constexpr=x\n",
+        ),
         ("@property\ndef f(x: int) -> int: return x", "@property\ndef f(x):return x\n"),
         ("def a(): b()\ndef b(): pass\nclass C: pass\nx = 1", "x=1\n"),  # nothing runs them
         ("def a(): b()\ndef b(): pass\nif x: a()", "def a():b()\ndef b():pass\nif x:a()\n"),
         ("def a(): pass\nglobals()['a']()", "def a():pass\nglobals()['a']()\n"),
         ("x = not (1 if y else 2)\nassert(x), 'm'", "x=not(1 if y else 2)\nassert(x),'m'\n"),
-        ('x = f"{y!r:>{n}} { {1: 2}[1] }  #" f"{z = }"\n', 'x=f"{y!r:>{n}} { {1: 2}[1] }  #"f"{z = }"\n'),
+        (
+            'x = f"{y!r:>{n}} { {1: 2}[1] }  #" f"{z = }"\n',
+            'x=f"{y!r:>{n}} { {1: 2}[1] }  #"f"{z = }"\n',
+        ),
         ('x = """a\n    b  # c\n"""\n', 'x="""a\n    b  # c\n"""\n'),
         ('"""d"""\nprint(__doc__)', '"""d"""\nprint(__doc__)\n'),
-        ('s = "\u2581\u00e9"  # \u00fc\ndef f(a: "\u00e9"): return a\nf(1)',
-         's="\u2581\u00e9"\ndef f(a):return a\nf(1)\n'),
+        (
+            's = "\u2581\u00e9"  # \u00fc\ndef f(a: "\u00e9"): return a\nf(1)',
+            's="\u2581\u00e9"\ndef f(a):return a\nf(1)\n',
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_travels_is_what_the_program_needs(source, expected):
     assert pack.unpack_code(pack.pack_code(source.encode()))[0] == expected
 
@@ -156,7 +194,12 @@ QUOTES = [b"'", b"a''", b"'''a", b"'" * 7, b"\\'", b"\0007\0", b"\r\n\r", b"'\n"
 @pytest.mark.parametrize("data", QUOTES)
 def test_every_byte_survives_in_a_latin1_file(data):
     space = {}
-    exec(compile(b"# coding: latin-1\nx='''" + pack.escape(data).encode("latin-1") + b"'''", "p", "exec"), space)
+    exec(
+        compile(
+            b"# coding: latin-1\nx='''" + pack.escape(data).encode("latin-1") + b"'''", "p", "exec"
+        ),
+        space,
+    )
     assert space["x"].encode("latin-1") == data
 
 
@@ -190,7 +233,9 @@ def test_kernels_and_operators_of_the_packed_file_work(tmp_path):
         print(tg.CODE_SHA256)"""
     env = {**BASE, "TRITON_INTERPRET": "1"}
     command = [sys.executable, "-c", script]
-    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, env=env, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.strip() == sha256(READABLE_SOURCE)
 
@@ -201,7 +246,14 @@ def trained(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The working directory of a run of the packed file; `out` in it is its submission."""
     cwd = tmp_path_factory.mktemp("trained")
     assert pack.main(["--code", str(cwd / "code" / "train_gpt.py")]) == 0
-    env = {**BASE, **TINY, "DATA_DIR": str(tiny_data), "RUN_ID": "mine", "SEED": "5", "TTT_LORA_LR": "0.01"}
+    env = {
+        **BASE,
+        **TINY,
+        "DATA_DIR": str(tiny_data),
+        "RUN_ID": "mine",
+        "SEED": "5",
+        "TTT_LORA_LR": "0.01",
+    }
     command = [sys.executable, "code/train_gpt.py"]
     done = subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -215,22 +267,43 @@ def test_run_of_the_packed_file_counts_it_and_names_both_codes(trained):
     assert final["code_sha256"] == sha256(READABLE_SOURCE)
     assert final["file_sha256"] == sha256(packed)
     assert final["code_bytes"] == len(packed)
-    assert final["artifact_bytes"] == len(packed) + (trained / "runs" / "mine" / ARTIFACT).stat().st_size
+    assert (
+        final["artifact_bytes"]
+        == len(packed) + (trained / "runs" / "mine" / ARTIFACT).stat().st_size
+    )
     assert log.decode().startswith(pack.unpack_code(packed)[0] + "\nHyperparameters:\n")
 
 
 def test_folder_holds_the_files_that_ran_and_counts_them(trained):
     out = trained / "out"
-    expected = {"README.md", "SHA256SUMS", ARTIFACT, "requirements.txt", "submission.json", "train_gpt.py"}
-    assert {p.name for p in out.iterdir()} == expected | {"train_gpt_readable.py", "train_seed5.log"}
-    for name, origin in {"train_gpt.py": trained / "code" / "train_gpt.py", "train_gpt_readable.py": tg.__file__,
-                         ARTIFACT: trained / "runs/mine" / ARTIFACT, "requirements.txt": ROOT / "requirements.txt",
-                         "train_seed5.log": trained / "logs/mine.txt"}.items():  # fmt: skip
+    expected = {
+        "README.md",
+        "SHA256SUMS",
+        ARTIFACT,
+        "requirements.txt",
+        "submission.json",
+        "train_gpt.py",
+    }
+    assert {p.name for p in out.iterdir()} == expected | {
+        "train_gpt_readable.py",
+        "train_seed5.log",
+    }
+    for name, origin in {
+        "train_gpt.py": trained / "code" / "train_gpt.py",
+        "train_gpt_readable.py": tg.__file__,
+        ARTIFACT: trained / "runs/mine" / ARTIFACT,
+        "requirements.txt": ROOT / "requirements.txt",
+        "train_seed5.log": trained / "logs/mine.txt",
+    }.items():
         assert (out / name).read_bytes() == Path(origin).read_bytes(), name
     claim = json.loads((out / "submission.json").read_text())
     counted = {name: (out / name).stat().st_size for name in claim["counted_files"]}
     assert counted.keys() == {"train_gpt.py", ARTIFACT}
-    assert claim["bytes_total"] == sum(counted.values()) == claim["seed_results"]["5"]["artifact_bytes"]
+    assert (
+        claim["bytes_total"]
+        == sum(counted.values())
+        == claim["seed_results"]["5"]["artifact_bytes"]
+    )
     assert claim["bytes_code"] == counted["train_gpt.py"]
     if tool := shutil.which("sha256sum"):
         subprocess.run([tool, "--check", "--strict", "--quiet", "SHA256SUMS"], cwd=out, check=True)
@@ -245,8 +318,14 @@ class Evaluated(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def evaluated(trained: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Evaluated:
-    folder, seen, run = shutil.copytree(trained / "out", tmp_path_factory.mktemp("far") / "away"), [], subprocess.run
+def evaluated(
+    trained: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Evaluated:
+    folder, seen, run = (
+        shutil.copytree(trained / "out", tmp_path_factory.mktemp("far") / "away"),
+        [],
+        subprocess.run,
+    )
 
     def spy(command: list[str], **options: Any) -> subprocess.CompletedProcess:
         around = list(Path(options["cwd"]).iterdir())
@@ -255,25 +334,40 @@ def evaluated(trained: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathF
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(subprocess, "run", spy)
-        status = pack.main(["--evaluate", str(folder), f"DATA_DIR={tiny_data}", "OMP_NUM_THREADS=1"])
+        status = pack.main(
+            ["--evaluate", str(folder), f"DATA_DIR={tiny_data}", "OMP_NUM_THREADS=1"]
+        )
     return Evaluated(folder, status, *seen)
 
 
 def test_folder_alone_gives_the_runs_score(trained, evaluated):
     """In a fresh process, an empty directory and an environment without anything but knobs."""
     assert (evaluated.status, evaluated.around) == (0, [])
-    ran, again = pack.read_final((trained / "logs" / "mine.txt").read_bytes()), pack.read_final(evaluated.done.stdout)
+    ran, again = (
+        pack.read_final((trained / "logs" / "mine.txt").read_bytes()),
+        pack.read_final(evaluated.done.stdout),
+    )
     for key in ("val_bpb", "quantized_bpb"):
         assert again[key] == pytest.approx(ran[key], abs=1e-9)
     assert again["code_bytes"] == (evaluated.folder / "train_gpt.py").stat().st_size
     env = evaluated.options["env"]
-    assert env.keys() <= {"PATH", "OMP_NUM_THREADS", "DATA_DIR", "EVAL_ONLY_PATH", "SEED", "TTT_LORA_LR", *TINY}
+    assert env.keys() <= {
+        "PATH",
+        "OMP_NUM_THREADS",
+        "DATA_DIR",
+        "EVAL_ONLY_PATH",
+        "SEED",
+        "TTT_LORA_LR",
+        *TINY,
+    }
     assert env["TTT_LORA_LR"] == "0.01"
 
 
 def test_readme_gives_the_command_of_that_evaluation(evaluated, tiny_data):
     command = re.search("^env -i .*$", (evaluated.folder / "README.md").read_text(), re.M)[0]
-    command = command.replace("FOLDER", str(evaluated.folder)).replace("=DATA ", f"={tiny_data} OMP_NUM_THREADS=1 ")
+    command = command.replace("FOLDER", str(evaluated.folder)).replace(
+        "=DATA ", f"={tiny_data} OMP_NUM_THREADS=1 "
+    )
     *variables, program, script = shlex.split(command.replace("$PATH", os.environ["PATH"]))[2:]
     assert dict(word.split("=", 1) for word in variables) == evaluated.options["env"]
     assert [program, script] == ["python", evaluated.done.args[1]]
@@ -281,7 +375,11 @@ def test_readme_gives_the_command_of_that_evaluation(evaluated, tiny_data):
 
 @pytest.mark.parametrize(
     ("key", "change"),
-    [("val_bpb", lambda bpb: bpb + 2e-9), ("val_sha256", lambda _: "0" * 64), ("val_tokens", lambda n: n - 1)],
+    [
+        ("val_bpb", lambda bpb: bpb + 2e-9),
+        ("val_sha256", lambda _: "0" * 64),
+        ("val_tokens", lambda n: n - 1),
+    ],
 )
 def test_evaluation_that_is_not_the_logs_is_refused(evaluated, monkeypatch, key, change):
     """2e-9 bpb are enough."""
@@ -291,7 +389,9 @@ def test_evaluation_that_is_not_the_logs_is_refused(evaluated, monkeypatch, key,
     log = files["train_seed5.log"]
     final = pack.read_final(log)
     final[key] = change(final[key])
-    files["train_seed5.log"] = log[: log.rindex(b"final {")] + b"final " + json.dumps(final).encode() + b"\n"
+    files["train_seed5.log"] = (
+        log[: log.rindex(b"final {")] + b"final " + json.dumps(final).encode() + b"\n"
+    )
     with pytest.raises(tg.UsageError, match=key):
         pack.evaluate(evaluated.folder, files, {}, 1)
 
@@ -373,49 +473,111 @@ def flip(place: int) -> Callable[[bytes], bytes]:
 
 LOG = "train_seed1.log"
 FORGED = {  # (change, after which SHA256SUMS is renewed; what the problems must name)
-    "source that differs": (edited("train_gpt_readable.py", sub(b"LIMIT = 3", b"LIMIT = 4")),
-                            ["train_gpt_readable.py: is another program", f"{LOG}: is a log of other code"]),
-    "comment that differs": (edited("train_gpt_readable.py", sub(b"a reason", b"a rumour")),
-                             ["train_gpt_readable.py: is not the text", f"{LOG}: is a log of other code"]),
-    "source that is no Python": (edited("train_gpt_readable.py", sub(b"def ", b"fed ")),
-                                 ["train_gpt_readable.py: no Python", f"{LOG}: is a log of other code"]),
+    "source that differs": (
+        edited("train_gpt_readable.py", sub(b"LIMIT = 3", b"LIMIT = 4")),
+        ["train_gpt_readable.py: is another program", f"{LOG}: is a log of other code"],
+    ),
+    "comment that differs": (
+        edited("train_gpt_readable.py", sub(b"a reason", b"a rumour")),
+        ["train_gpt_readable.py: is not the text", f"{LOG}: is a log of other code"],
+    ),
+    "source that is no Python": (
+        edited("train_gpt_readable.py", sub(b"def ", b"fed ")),
+        ["train_gpt_readable.py: no Python", f"{LOG}: is a log of other code"],
+    ),
     "stale log": (other_program, [f"{LOG}: is a log of other code"]),
-    "byte of packed code": (edited("train_gpt.py", flip(400)), ["train_gpt.py: not a file that tools/pack.py wrote"]),
-    "more packed code": (edited("train_gpt.py", lambda data: data + b"import os\n"),
-                         ["train_gpt.py: not a file", *["submission.json: "] * 3]),
-    "readable code as packed": (edited("train_gpt.py", lambda _: SMALL_SOURCE),
-                                ["train_gpt.py: not a file", *["submission.json: "] * 3]),
-    "another seed's artifact": (edited(ARTIFACT, lambda _: random.Random(2).randbytes(900)),
-                                [f"{ARTIFACT}: is not the artifact of seed 1"]),
-    "byte of the artifact": (edited(ARTIFACT, flip(450)), [f"{ARTIFACT}: is not the artifact of seed 1"]),
-    "better score in the claim": (edited("submission.json", sub(b'"val_bpb": 1.6', b'"val_bpb": 1.5')),
-                                  ["submission.json: seed_results", "submission.json: val_bpb"]),
-    "better score in the log": (edited(LOG, sub(b'"val_bpb": 1.6', b'"val_bpb": 1.5')),
-                                ["submission.json: seed_results", "submission.json: val_bpb"]),
-    "claim that is none": (edited("submission.json", lambda _: b"[1]"), ["submission.json: is no JSON object"]),
-    "fewer bytes in the log": (edited(LOG, sub(b'"model_bytes": 900', b'"model_bytes": 90')),
-                               [f"{ARTIFACT}: has 900 bytes, the log counts 90", *["submission.json: "] * 3]),
-    "other code bytes in the log": (edited(LOG, sub(b'"code_bytes": ', b'"code_bytes": 1')), [f"{LOG}: counts "]),
-    "other file ran": (edited(LOG, sub(b'"seed": 1', b'"seed": 1, "file_sha256": "f"')), [f"{LOG}: the file that ran"]),
-    "log of another seed": (lambda files: {**without(LOG)(files), "train_seed2.log": files[LOG]},
-                            ["train_seed2.log: is of seed 1"]),
-    "log without a figure": (edited(LOG, sub(b'"val_loss": 3.0, ', b"")), [f"{LOG}: its final line lacks val_loss"]),
-    "figure that is none": (edited(LOG, sub(b'"val_loss": 3.0', b'"val_loss": "3"')),
-                            [f"{LOG}: its final line has no number as val_loss"]),
+    "byte of packed code": (
+        edited("train_gpt.py", flip(400)),
+        ["train_gpt.py: not a file that tools/pack.py wrote"],
+    ),
+    "more packed code": (
+        edited("train_gpt.py", lambda data: data + b"import os\n"),
+        ["train_gpt.py: not a file", *["submission.json: "] * 3],
+    ),
+    "readable code as packed": (
+        edited("train_gpt.py", lambda _: SMALL_SOURCE),
+        ["train_gpt.py: not a file", *["submission.json: "] * 3],
+    ),
+    "another seed's artifact": (
+        edited(ARTIFACT, lambda _: random.Random(2).randbytes(900)),
+        [f"{ARTIFACT}: is not the artifact of seed 1"],
+    ),
+    "byte of the artifact": (
+        edited(ARTIFACT, flip(450)),
+        [f"{ARTIFACT}: is not the artifact of seed 1"],
+    ),
+    "better score in the claim": (
+        edited("submission.json", sub(b'"val_bpb": 1.6', b'"val_bpb": 1.5')),
+        ["submission.json: seed_results", "submission.json: val_bpb"],
+    ),
+    "better score in the log": (
+        edited(LOG, sub(b'"val_bpb": 1.6', b'"val_bpb": 1.5')),
+        ["submission.json: seed_results", "submission.json: val_bpb"],
+    ),
+    "claim that is none": (
+        edited("submission.json", lambda _: b"[1]"),
+        ["submission.json: is no JSON object"],
+    ),
+    "fewer bytes in the log": (
+        edited(LOG, sub(b'"model_bytes": 900', b'"model_bytes": 90')),
+        [f"{ARTIFACT}: has 900 bytes, the log counts 90", *["submission.json: "] * 3],
+    ),
+    "other code bytes in the log": (
+        edited(LOG, sub(b'"code_bytes": ', b'"code_bytes": 1')),
+        [f"{LOG}: counts "],
+    ),
+    "other file ran": (
+        edited(LOG, sub(b'"seed": 1', b'"seed": 1, "file_sha256": "f"')),
+        [f"{LOG}: the file that ran"],
+    ),
+    "log of another seed": (
+        lambda files: {**without(LOG)(files), "train_seed2.log": files[LOG]},
+        ["train_seed2.log: is of seed 1"],
+    ),
+    "log without a figure": (
+        edited(LOG, sub(b'"val_loss": 3.0, ', b"")),
+        [f"{LOG}: its final line lacks val_loss"],
+    ),
+    "figure that is none": (
+        edited(LOG, sub(b'"val_loss": 3.0', b'"val_loss": "3"')),
+        [f"{LOG}: its final line has no number as val_loss"],
+    ),
     "unfinished log": (edited(LOG, sub(b"final {", b"{")), [f"{LOG}: has 0 final lines"]),
     "log of two runs": (edited(LOG, lambda data: data + data), [f"{LOG}: has 2 final lines"]),
-    "log of other data": (lambda files: {**files, "train_seed2.log": sub(b'"seed": 1', b'"seed": 2')(
-        sub(b'"val_sha256": "v"', b'"val_sha256": "w"')(files[LOG]))},
-        ["val_sha256: differs between the logs: v, w", *["submission.json: "] * 3]),
-    "two artifacts": (lambda files: {**files, "b.ptz": b""}, ["*.ptz: one artifact belongs here, not 2"]),
-    "file too many": (lambda files: {**files, "helper.py": b""}, ["helper.py: not part of a submission"]),
-    "audit of another": (lambda files: {**files, "audit.json": b'{"artifact_sha256": "0"}'},
-                         ["audit.json: does not name this artifact"]),
-    **{f"no {name}": (without(name), [f"{name}: missing"]) for name in ("train_gpt.py", "train_gpt_readable.py",
-       "submission.json", "requirements.txt", "README.md")},
+    "log of other data": (
+        lambda files: {
+            **files,
+            "train_seed2.log": sub(b'"seed": 1', b'"seed": 2')(
+                sub(b'"val_sha256": "v"', b'"val_sha256": "w"')(files[LOG])
+            ),
+        },
+        ["val_sha256: differs between the logs: v, w", *["submission.json: "] * 3],
+    ),
+    "two artifacts": (
+        lambda files: {**files, "b.ptz": b""},
+        ["*.ptz: one artifact belongs here, not 2"],
+    ),
+    "file too many": (
+        lambda files: {**files, "helper.py": b""},
+        ["helper.py: not part of a submission"],
+    ),
+    "audit of another": (
+        lambda files: {**files, "audit.json": b'{"artifact_sha256": "0"}'},
+        ["audit.json: does not name this artifact"],
+    ),
+    **{
+        f"no {name}": (without(name), [f"{name}: missing"])
+        for name in (
+            "train_gpt.py",
+            "train_gpt_readable.py",
+            "submission.json",
+            "requirements.txt",
+            "README.md",
+        )
+    },
     "no log": (without(LOG), ["train_seed*.log: missing"]),
     "no artifact": (without(ARTIFACT), ["*.ptz: one artifact belongs here, not 0"]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", FORGED)
@@ -434,7 +596,10 @@ def test_changed_byte_anywhere_is_found(small):
     for name, data in small.items():
         for place in {0, len(data) - 1, *rng.choices(range(len(data)), k=30)}:
             found = list(pack.check({**small, name: flip(place)(data)}))
-            assert any(line.startswith(("SHA256SUMS: ", f"{name}: ")) or name == "SHA256SUMS" for line in found), name
+            assert any(
+                line.startswith(("SHA256SUMS: ", f"{name}: ")) or name == "SHA256SUMS"
+                for line in found
+            ), name
 
 
 def test_missing_or_incomplete_list_of_sums_is_found(small):
@@ -455,8 +620,13 @@ def test_links_and_folders_are_refused(small, tmp_path, capsys):
     assert pack.main(["--check", str(tmp_path)]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert all(line.startswith(f"pack.py: {tmp_path}/") for line in lines)
-    assert [line.split("/")[-1].split(":")[0] for line in lines] == ["README.md", "__pycache__", "README.md", "real", (
-        "SHA256SUMS")]  # fmt: skip
+    assert [line.split("/")[-1].split(":")[0] for line in lines] == [
+        "README.md",
+        "__pycache__",
+        "README.md",
+        "real",
+        ("SHA256SUMS"),
+    ]
 
 
 def test_folder_that_is_none_is_named(tmp_path, capsys):
@@ -476,7 +646,10 @@ def test_edited_readme_needs_a_new_seal(small, tmp_path, capsys):
         (tmp_path / name).write_bytes(data)
     (tmp_path / "README.md").write_text("my own words\n")
     assert pack.main(["--check", str(tmp_path)]) == 2
-    assert capsys.readouterr().err == f"pack.py: {tmp_path}/README.md: changed since SHA256SUMS was written\n"
+    assert (
+        capsys.readouterr().err
+        == f"pack.py: {tmp_path}/README.md: changed since SHA256SUMS was written\n"
+    )
     assert pack.main(["--seal", str(tmp_path)]) == 0
     assert pack.main(["--check", str(tmp_path)]) == 0
 
@@ -501,13 +674,20 @@ def test_size_counts_the_packed_code_to_the_byte(tmp_path, capsys):
         (lambda root: (root / "logs/s1.txt").write_text("step:1\n"), "s1.txt: has 0 final lines"),
         (lambda root: (root / "runs/s1" / ARTIFACT).unlink(), "holds no artifact"),
         (lambda root: (root / "runs/s1" / ARTIFACT).write_bytes(b"another's"), "holds no artifact"),
-        (lambda root: (root / "logs/s1.txt").write_bytes((root / "logs/s1.txt").read_bytes()[3:]),
-         "train_gpt.py: is not the code of the run"),
+        (
+            lambda root: (root / "logs/s1.txt").write_bytes(
+                (root / "logs/s1.txt").read_bytes()[3:]
+            ),
+            "train_gpt.py: is not the code of the run",
+        ),
         (lambda root: (root / "out").write_text(""), "out: exists and is not an empty folder"),
-        (lambda root: (root / "out/x").mkdir(parents=True), "out: exists and is not an empty folder"),
+        (
+            lambda root: (root / "out/x").mkdir(parents=True),
+            "out: exists and is not an empty folder",
+        ),
         (lambda root: shutil.rmtree(root / "runs"), "holds no artifact"),
     ],
-)  # fmt: skip
+)
 def test_incomplete_run_ends_in_one_line_and_writes_nothing(tmp_path, capsys, damage, expected):
     run = write_run(tmp_path)
     damage(tmp_path)
@@ -534,7 +714,9 @@ def test_program_that_shortening_would_change_is_refused(monkeypatch):
         pack.pack_code(SMALL_SOURCE)
 
 
-@pytest.mark.parametrize("argv", [[], ["run"], ["run", "out", "more"], ["--check", "a", "b"], ["--evaluate", "a", "b"]])
+@pytest.mark.parametrize(
+    "argv", [[], ["run"], ["run", "out", "more"], ["--check", "a", "b"], ["--evaluate", "a", "b"]]
+)
 def test_wrong_arguments_end_with_status_2_and_help_explains(argv, capsys):
     with pytest.raises(SystemExit) as ended:
         pack.main(argv)
@@ -542,5 +724,11 @@ def test_wrong_arguments_end_with_status_2_and_help_explains(argv, capsys):
     with pytest.raises(SystemExit):
         pack.main(["--help"])
     told = capsys.readouterr().out
-    for way in ("RUN_DIR OUT ", "--check FOLDER", "--evaluate FOLDER", "--code FILE", "--seal FOLDER"):
+    for way in (
+        "RUN_DIR OUT ",
+        "--check FOLDER",
+        "--evaluate FOLDER",
+        "--code FILE",
+        "--seal FOLDER",
+    ):
         assert f"pack.py {way}" in told

@@ -55,25 +55,48 @@ def write_lines(path: Path, texts: list[str]) -> Path:
 
 def load(data: Path, dataset: str) -> tuple[dict[str, Any], spm.SentencePieceProcessor]:
     manifest = json.loads((data / "datasets" / dataset / "manifest.json").read_text())
-    return manifest, spm.SentencePieceProcessor(model_file=str(data / "tokenizers" / manifest["tokenizer"]["file"]))
+    return manifest, spm.SentencePieceProcessor(
+        model_file=str(data / "tokenizers" / manifest["tokenizer"]["file"])
+    )
 
 
 def read_split(data: Path, dataset: str, split: str) -> list[list[int]]:
     """Documents of a split as token ids without BOS, read from the shards that the manifest lists."""
     manifest, sp = load(data, dataset)
-    shards = [read_shard(data / "datasets" / dataset / f["name"]) for f in manifest["splits"][split]["files"]]
+    shards = [
+        read_shard(data / "datasets" / dataset / f["name"])
+        for f in manifest["splits"][split]["files"]
+    ]
     tokens = np.concatenate(shards)
     assert tokens[0] == sp.bos_id() == manifest["tokenizer"]["bos_id"]
     return [
-        part.tolist() for part in np.split(tokens, np.flatnonzero(tokens == sp.bos_id()))[1:] for part in [part[1:]]
+        part.tolist()
+        for part in np.split(tokens, np.flatnonzero(tokens == sp.bos_id()))[1:]
+        for part in [part[1:]]
     ]
 
 
 @pytest.fixture(scope="module")
 def sentences() -> list[str]:
     rng = np.random.default_rng(0)
-    words = ["shard", "token", "byte", "piece", "space", "model", "train", "score", "adapt", "window", "layer", "loss"]
-    return [f"{i} " + " ".join(rng.choice(words, 40)) + f".\n    Note {i * 7919}: done." for i in range(200)]
+    words = [
+        "shard",
+        "token",
+        "byte",
+        "piece",
+        "space",
+        "model",
+        "train",
+        "score",
+        "adapt",
+        "window",
+        "layer",
+        "loss",
+    ]
+    return [
+        f"{i} " + " ".join(rng.choice(words, 40)) + f".\n    Note {i * 7919}: done."
+        for i in range(200)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -98,16 +121,28 @@ def pydocs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 @pytest.mark.parametrize("text", TRICKY, ids=range(len(TRICKY)))
-def test_a_trained_tokenizer_gives_text_back_and_the_byte_table_counts_its_utf8_bytes(model: bytes, text: str) -> None:
+def test_a_trained_tokenizer_gives_text_back_and_the_byte_table_counts_its_utf8_bytes(
+    model: bytes, text: str
+) -> None:
     sp = spm.SentencePieceProcessor(model_proto=model)
     ids = sp.encode(text)
     assert sp.decode(ids) == text
-    assert ByteTable.from_sentencepiece(sp).count(np.array([sp.bos_id(), *ids], np.uint16)) == len(text.encode())
+    assert ByteTable.from_sentencepiece(sp).count(np.array([sp.bos_id(), *ids], np.uint16)) == len(
+        text.encode()
+    )
 
 
-def test_a_trained_tokenizer_has_the_contest_ids_and_one_space_mark_a_piece_at_most(model: bytes) -> None:
+def test_a_trained_tokenizer_has_the_contest_ids_and_one_space_mark_a_piece_at_most(
+    model: bytes,
+) -> None:
     sp = spm.SentencePieceProcessor(model_proto=model)
-    assert (sp.pad_id(), sp.bos_id(), sp.eos_id(), sp.unk_id(), sp.vocab_size()) == (0, 1, 2, 3, 512)
+    assert (sp.pad_id(), sp.bos_id(), sp.eos_id(), sp.unk_id(), sp.vocab_size()) == (
+        0,
+        1,
+        2,
+        3,
+        512,
+    )
     pieces = [sp.id_to_piece(i) for i in range(512)]
     assert all(piece.rfind("\u2581") <= 0 for piece in pieces)
     assert not any(re.search(r"\d\d", piece) for i, piece in enumerate(pieces) if not sp.is_byte(i))
@@ -117,7 +152,9 @@ def test_training_a_tokenizer_twice_gives_equal_bytes(model: bytes, sentences: l
     assert prepare_data.train_tokenizer(sentences + TRICKY, 512) == model
 
 
-def test_manifest_totals_equal_what_the_shards_decode_to(tmp_path: Path, sentences: list[str]) -> None:
+def test_manifest_totals_equal_what_the_shards_decode_to(
+    tmp_path: Path, sentences: list[str]
+) -> None:
     train, val = (
         write_lines(tmp_path / "a.jsonl", sentences + TRICKY),
         write_lines(tmp_path / "b.jsonl", ["x y", "\n z"]),
@@ -125,12 +162,17 @@ def test_manifest_totals_equal_what_the_shards_decode_to(tmp_path: Path, sentenc
     assert run("text", train, "--val", val, "--vocab-size", 400, "--data-dir", tmp_path / "d") == 0
     manifest, sp = load(tmp_path / "d", "corpus_sp400")
     for split, texts in (("train", sentences + TRICKY), ("val", ["x y", "\n z"])):
-        entry, documents = manifest["splits"][split], read_split(tmp_path / "d", "corpus_sp400", split)
+        entry, documents = (
+            manifest["splits"][split],
+            read_split(tmp_path / "d", "corpus_sp400", split),
+        )
         assert [sp.decode(ids) for ids in documents] == texts
         assert entry["documents"] == len(texts)
         assert entry["bytes"] == sum(len(text.encode()) for text in texts)
         assert entry["tokens"] == sum(len(ids) + 1 for ids in documents)
-    assert manifest["splits"]["val"]["gzip_bytes"] == sum(len(gzip.compress(t, 9)) for t in (b"x y", b"\n z"))
+    assert manifest["splits"]["val"]["gzip_bytes"] == sum(
+        len(gzip.compress(t, 9)) for t in (b"x y", b"\n z")
+    )
     model = (tmp_path / "d/tokenizers/corpus_sp400.model").read_bytes()
     assert manifest["tokenizer"]["sha256"] == hashlib.sha256(model).hexdigest()
 
@@ -141,61 +183,134 @@ def test_documents_a_trained_tokenizer_cannot_give_back_are_left_out_and_told(
     train = write_lines(tmp_path / "a.jsonl", [*sentences, "holds \u2581 the mark"])
     val = write_lines(tmp_path / "b.jsonl", ["fine"])
     assert run("text", train, "--val", val, "--vocab-size", 400, "--data-dir", tmp_path / "d") == 0
-    assert "train: 1 documents do not come back exactly from the tokenizer, 1 left out" in capsys.readouterr().out
+    assert (
+        "train: 1 documents do not come back exactly from the tokenizer, 1 left out"
+        in capsys.readouterr().out
+    )
     assert len(read_split(tmp_path / "d", "corpus_sp400", "train")) == len(sentences)
 
 
-def test_a_given_tokenizer_is_copied_and_decoded_bytes_are_counted(tmp_path: Path, sentences: list[str]) -> None:
+def test_a_given_tokenizer_is_copied_and_decoded_bytes_are_counted(
+    tmp_path: Path, sentences: list[str]
+) -> None:
     lossy = tmp_path / "lossy.model"
     with lossy.open("wb") as file:  # folds white space and compatibility characters
         spm.SentencePieceTrainer.train(
-            sentence_iterator=iter(sentences), model_writer=file, vocab_size=400, model_type="bpe", byte_fallback=True,
-            bos_id=1, eos_id=2, unk_id=3, pad_id=0, minloglevel=2,
-        )  # fmt: skip
-    train, val = write_lines(tmp_path / "a.jsonl", sentences), write_lines(tmp_path / "b.jsonl", ["a  ﬁne   one"])
-    assert run("text", train, "--val", val, "--tokenizer", lossy, "--data-dir", tmp_path / "d", "--name", "mine") == 0
+            sentence_iterator=iter(sentences),
+            model_writer=file,
+            vocab_size=400,
+            model_type="bpe",
+            byte_fallback=True,
+            bos_id=1,
+            eos_id=2,
+            unk_id=3,
+            pad_id=0,
+            minloglevel=2,
+        )
+    train, val = (
+        write_lines(tmp_path / "a.jsonl", sentences),
+        write_lines(tmp_path / "b.jsonl", ["a  ﬁne   one"]),
+    )
+    assert (
+        run(
+            "text",
+            train,
+            "--val",
+            val,
+            "--tokenizer",
+            lossy,
+            "--data-dir",
+            tmp_path / "d",
+            "--name",
+            "mine",
+        )
+        == 0
+    )
     manifest, _ = load(tmp_path / "d", "mine_sp400")
     assert (tmp_path / "d/tokenizers/lossy.model").read_bytes() == lossy.read_bytes()
     assert manifest["splits"]["val"]["bytes"] == len(b"a fine one")
-    assert files_below(tmp_path / "d/datasets/mine_sp400")[1:] == ["mine_train_000000.bin", "mine_val_000000.bin"]
+    assert files_below(tmp_path / "d/datasets/mine_sp400")[1:] == [
+        "mine_train_000000.bin",
+        "mine_val_000000.bin",
+    ]
 
 
 # ---- Splits and shards ----------------------------------------------------------------------------------------------
 
 
-def test_documents_that_straddle_shards_read_back_whole(tmp_path: Path, sentences: list[str]) -> None:
-    train, val = write_lines(tmp_path / "a.jsonl", sentences), write_lines(tmp_path / "b.jsonl", ["x"])
-    options = ["--val", val, "--vocab-size", 400, "--data-dir", tmp_path / "d", "--shard-tokens", 100]
+def test_documents_that_straddle_shards_read_back_whole(
+    tmp_path: Path, sentences: list[str]
+) -> None:
+    train, val = (
+        write_lines(tmp_path / "a.jsonl", sentences),
+        write_lines(tmp_path / "b.jsonl", ["x"]),
+    )
+    options = [
+        "--val",
+        val,
+        "--vocab-size",
+        400,
+        "--data-dir",
+        tmp_path / "d",
+        "--shard-tokens",
+        100,
+    ]
     assert run("text", train, *options) == 0
     manifest, sp = load(tmp_path / "d", "corpus_sp400")
     lengths = [file["tokens"] for file in manifest["splits"]["train"]["files"]]
     assert len(lengths) > 50 and set(lengths[:-1]) == {100} and 0 < lengths[-1] <= 100
-    assert [sp.decode(ids) for ids in read_split(tmp_path / "d", "corpus_sp400", "train")] == sentences
+    assert [
+        sp.decode(ids) for ids in read_split(tmp_path / "d", "corpus_sp400", "train")
+    ] == sentences
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz", "jsonl.zst"])
-def test_compressed_and_plain_files_give_the_same_shards(tmp_path: Path, sentences: list[str], ending: str) -> None:
+def test_compressed_and_plain_files_give_the_same_shards(
+    tmp_path: Path, sentences: list[str], ending: str
+) -> None:
     raw = write_lines(tmp_path / "plain", sentences).read_bytes()
     pack = {"jsonl": bytes, "jsonl.gz": gzip.compress}
     if ending == "jsonl.zst":
         frame = pytest.importorskip("zstandard").ZstdCompressor().compress
-        pack[ending] = lambda raw: frame(raw[:5000]) + frame(raw[5000:])  # two frames, cut inside a line
+        pack[ending] = lambda raw: (
+            frame(raw[:5000]) + frame(raw[5000:])
+        )  # two frames, cut inside a line
     (tmp_path / f"a.{ending}").write_bytes(pack[ending](raw))
     assert (
-        run("text", tmp_path / f"a.{ending}", "--vocab-size", 400, "--val-fraction", 0.1, "--data-dir", tmp_path) == 0
+        run(
+            "text",
+            tmp_path / f"a.{ending}",
+            "--vocab-size",
+            400,
+            "--val-fraction",
+            0.1,
+            "--data-dir",
+            tmp_path,
+        )
+        == 0
     )
     _, sp = load(tmp_path, "corpus_sp400")
-    read = [sp.decode(ids) for split in ("train", "val") for ids in read_split(tmp_path, "corpus_sp400", split)]
+    read = [
+        sp.decode(ids)
+        for split in ("train", "val")
+        for ids in read_split(tmp_path, "corpus_sp400", split)
+    ]
     assert sorted(read) == sorted(sentences)
 
 
-def test_a_held_out_fraction_never_shares_a_text_with_training(tmp_path: Path, sentences: list[str]) -> None:
+def test_a_held_out_fraction_never_shares_a_text_with_training(
+    tmp_path: Path, sentences: list[str]
+) -> None:
     doubled = [*sentences, *(text.replace(" ", "  ") for text in sentences)]
     train = write_lines(tmp_path / "a.jsonl", doubled)
-    assert run("text", train, "--val-fraction", 0.2, "--vocab-size", 400, "--data-dir", tmp_path) == 0
+    assert (
+        run("text", train, "--val-fraction", 0.2, "--vocab-size", 400, "--data-dir", tmp_path) == 0
+    )
     _, sp = load(tmp_path, "corpus_sp400")
     split = {
-        name: {" ".join(sp.decode(ids).split()) for ids in read_split(tmp_path, "corpus_sp400", name)}
+        name: {
+            " ".join(sp.decode(ids).split()) for ids in read_split(tmp_path, "corpus_sp400", name)
+        }
         for name in ("train", "val")
     }
     assert not split["train"] & split["val"] and 20 < len(split["val"]) < 60
@@ -205,7 +320,9 @@ def test_overlap_is_refused_by_line_and_dropped_from_training_on_request(
     tmp_path: Path, sentences: list[str], capsys: pytest.CaptureFixture
 ) -> None:
     train = write_lines(tmp_path / "a.jsonl", sentences)
-    val = write_lines(tmp_path / "b.jsonl", [sentences[4].replace(" ", "\n"), sentences[9], "other"])
+    val = write_lines(
+        tmp_path / "b.jsonl", [sentences[4].replace(" ", "\n"), sentences[9], "other"]
+    )
     options = ["text", train, "--val", val, "--vocab-size", 400, "--data-dir", tmp_path / "d"]
     assert run(*options) == 2
     error = capsys.readouterr().err
@@ -242,11 +359,17 @@ def test_malformed_input_ends_in_one_line_with_status_2_and_leaves_no_file(
     path.write_bytes(content)
     assert run("text", path, "--val", good, "--data-dir", tmp_path / "d") == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and error.startswith(f"prepare_data.py: {path}:") and expected in error
+    assert (
+        error.count("\n") == 1
+        and error.startswith(f"prepare_data.py: {path}:")
+        and expected in error
+    )
     assert files_below(tmp_path) == sorted([name, "good.jsonl"])
 
 
-def test_a_missing_file_a_foreign_tokenizer_and_a_vocabulary_too_large_end_in_one_line(tmp_path: Path) -> None:
+def test_a_missing_file_a_foreign_tokenizer_and_a_vocabulary_too_large_end_in_one_line(
+    tmp_path: Path,
+) -> None:
     good = write_lines(tmp_path / "good.jsonl", ["fine", "also fine"])
     for arguments, expected in (
         [[tmp_path / "none.jsonl"], "none.jsonl: No such file"],
@@ -265,7 +388,14 @@ def test_a_missing_file_a_foreign_tokenizer_and_a_vocabulary_too_large_end_in_on
 def test_a_prepared_dataset_is_kept_repaired_if_damaged_and_replaced_only_by_force(
     tmp_path: Path, sentences: list[str], capsys: pytest.CaptureFixture
 ) -> None:
-    command = ["text", write_lines(tmp_path / "a.jsonl", sentences), "--vocab-size", 400, "--data-dir", tmp_path]
+    command = [
+        "text",
+        write_lines(tmp_path / "a.jsonl", sentences),
+        "--vocab-size",
+        400,
+        "--data-dir",
+        tmp_path,
+    ]
     shard = tmp_path / "datasets/corpus_sp400/corpus_train_000000.bin"
     assert run(*command, "--val-fraction", 0.1) == 0
     first = shard.read_bytes()
@@ -301,9 +431,12 @@ template = """not a
 docstring"""
 '''
     assert prepare_data.docstrings(source.encode(), "m") == [
-        "m\n\nModule.", "m.A\n\nClass.", "m.A.f\n\nMethod\n\nwith an\n    indented line.",
-        "torch.abs\n\nabs(x)\n\nAbsolute {out}", "numpy.ndarray.T\n\nThe\ntranspose.",
-    ]  # fmt: skip
+        "m\n\nModule.",
+        "m.A\n\nClass.",
+        "m.A.f\n\nMethod\n\nwith an\n    indented line.",
+        "torch.abs\n\nabs(x)\n\nAbsolute {out}",
+        "numpy.ndarray.T\n\nThe\ntranspose.",
+    ]
 
 
 def test_near_copies_never_become_validation() -> None:
@@ -314,9 +447,14 @@ def test_near_copies_never_become_validation() -> None:
     assert len(val) == 10 and len(train) == 70 and set(val) <= set(single[20:])
 
 
-def test_pydocs_is_lossless_and_no_validation_document_is_mostly_in_training(pydocs: list[Path]) -> None:
+def test_pydocs_is_lossless_and_no_validation_document_is_mostly_in_training(
+    pydocs: list[Path],
+) -> None:
     manifest, sp = load(pydocs[0], "pydocs_sp1024")
-    texts = {split: [sp.decode(i) for i in read_split(pydocs[0], "pydocs_sp1024", split)] for split in ("train", "val")}
+    texts = {
+        split: [sp.decode(i) for i in read_split(pydocs[0], "pydocs_sp1024", split)]
+        for split in ("train", "val")
+    }
     for split, entry in manifest["splits"].items():
         assert entry["documents"] == len(texts[split])
         assert entry["bytes"] == sum(len(text.encode()) for text in texts[split])
@@ -331,7 +469,9 @@ def test_pydocs_is_lossless_and_no_validation_document_is_mostly_in_training(pyd
 
 
 def test_pydocs_run_twice_gives_identical_shards_and_tokenizer(pydocs: list[Path]) -> None:
-    first, second = ({name: (folder / name).read_bytes() for name in files_below(folder)} for folder in pydocs)
+    first, second = (
+        {name: (folder / name).read_bytes() for name in files_below(folder)} for folder in pydocs
+    )
     assert first.keys() == second.keys() and len(first) == 4
     assert all(first[name] == second[name] for name in first if not name.endswith("manifest.json"))
 
@@ -351,7 +491,9 @@ class LocalHub(ThreadingHTTPServer):
         self.files = files
         self.sent = dict(files)  # what really goes over the wire
         self.cut_once: set[str] = set()  # connections to break in the middle, once
-        self.requests: list[tuple[str, str, str | None]] = []  # method, path in the repository, Range
+        self.requests: list[
+            tuple[str, str, str | None]
+        ] = []  # method, path in the repository, Range
 
 
 class HubHandler(BaseHTTPRequestHandler):
@@ -389,14 +531,27 @@ class HubHandler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         if self.path.split("?")[0] == f"/api/datasets/{REPO}/revision/main":
-            info = {"id": REPO, "sha": COMMIT, "private": False, "tags": [], "downloads": 0, "likes": 0, "siblings": []}
+            info = {
+                "id": REPO,
+                "sha": COMMIT,
+                "private": False,
+                "tags": [],
+                "downloads": 0,
+                "likes": 0,
+                "siblings": [],
+            }
             return self.answer(200, json.dumps(info).encode(), Content_Type="application/json")
         path = self.path.split("?")[0].removeprefix(f"/datasets/{REPO}/resolve/{COMMIT}/")
         if path not in self.server.files:
             return self.answer(404, X_Error_Code="RepoNotFound")
         self.server.requests.append((self.command, path, self.headers["Range"]))
         body, etag = self.server.sent[path], hashlib.sha256(self.server.files[path]).hexdigest()
-        headers = {"ETag": f'"{etag}"', "X_Linked_Etag": f'"{etag}"', "X_Repo_Commit": COMMIT, "Accept_Ranges": "bytes"}
+        headers = {
+            "ETag": f'"{etag}"',
+            "X_Linked_Etag": f'"{etag}"',
+            "X_Repo_Commit": COMMIT,
+            "Accept_Ranges": "bytes",
+        }
         if self.headers["Range"]:
             start = int(re.match(r"bytes=(\d+)-", self.headers["Range"])[1])
             headers["Content_Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
@@ -414,7 +569,9 @@ def hub(tmp_path: Path, model: bytes, sentences: list[str]) -> Iterator[LocalHub
     """Two training shards that share a document, and a validation shard larger than the client's 10 MB chunks."""
     pytest.importorskip("huggingface_hub")
     sp = spm.SentencePieceProcessor(model_proto=model)
-    stream = np.concatenate([[sp.bos_id(), *sp.encode(text)] for text in sentences]).astype(np.uint16)
+    stream = np.concatenate([[sp.bos_id(), *sp.encode(text)] for text in sentences]).astype(
+        np.uint16
+    )
     shards = {
         "train_000000": stream[:4000],
         "train_000001": stream[4000:9000],
@@ -423,11 +580,15 @@ def hub(tmp_path: Path, model: bytes, sentences: list[str]) -> Iterator[LocalHub
     files = {"datasets/tokenizers/fineweb_512_bpe.model": model}
     for name, tokens in shards.items():
         write_shard(tmp_path / "shard.bin", tokens)
-        files[f"datasets/datasets/{DATASET}/fineweb_{name}.bin"] = (tmp_path / "shard.bin").read_bytes()
+        files[f"datasets/datasets/{DATASET}/fineweb_{name}.bin"] = (
+            tmp_path / "shard.bin"
+        ).read_bytes()
     stats = {"files_train": 2, "files_val": 1, "tokens_val": len(shards["val_000000"])}
     entry = {"name": DATASET, "tokenizer_name": "sp_bpe_512", "stats": stats}
     tokenizer = {"name": "sp_bpe_512", "model_path": "tokenizers/fineweb_512_bpe.model"}
-    files["datasets/manifest.json"] = json.dumps({"datasets": [entry], "tokenizers": [tokenizer]}).encode()
+    files["datasets/manifest.json"] = json.dumps(
+        {"datasets": [entry], "tokenizers": [tokenizer]}
+    ).encode()
     server = LocalHub(files)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
@@ -437,27 +598,53 @@ def hub(tmp_path: Path, model: bytes, sentences: list[str]) -> Iterator[LocalHub
 
 def download(hub: LocalHub, data: Path, *options: str) -> subprocess.CompletedProcess:
     hub.requests.clear()
-    env = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(data / "home")}
-    command = [sys.executable, TOOL, "fineweb", "--repo", REPO, "--variant", "sp512", "--data-dir", data, *options]
-    return subprocess.run([str(part) for part in command], env=env, capture_output=True, text=True, timeout=60)
+    env = {
+        **os.environ,
+        "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
+        "HF_HOME": str(data / "home"),
+    }
+    command = [
+        sys.executable,
+        TOOL,
+        "fineweb",
+        "--repo",
+        REPO,
+        "--variant",
+        "sp512",
+        "--data-dir",
+        data,
+        *options,
+    ]
+    return subprocess.run(
+        [str(part) for part in command], env=env, capture_output=True, text=True, timeout=60
+    )
 
 
 def fetched(hub: LocalHub) -> list[str]:
     return [Path(path).name for method, path, _ in hub.requests if method == "GET"]
 
 
-def test_a_download_is_checked_counted_resumed_and_extended(hub: LocalHub, tmp_path: Path, model: bytes) -> None:
+def test_a_download_is_checked_counted_resumed_and_extended(
+    hub: LocalHub, tmp_path: Path, model: bytes
+) -> None:
     val = f"datasets/datasets/{DATASET}/fineweb_val_000000.bin"
     hub.cut_once.add(val)
     result = download(hub, tmp_path, "--train-shards", "1")
     assert result.returncode == 0, result.stderr
-    first, second = [asked for method, path, asked in hub.requests if method == "GET" and path == val]
+    first, second = [
+        asked for method, path, asked in hub.requests if method == "GET" and path == val
+    ]
     assert first is None and second == f"bytes={10 << 20}-"  # goes on after the last whole chunk
     manifest, sp = load(tmp_path, DATASET)
     tokens = read_shard(tmp_path / "datasets" / DATASET / "fineweb_val_000000.bin")
     entry = manifest["splits"]["val"]
-    assert entry["tokens"] == len(tokens) and entry["documents"] == int((tokens == sp.bos_id()).sum())
-    assert entry["bytes"] == ByteTable.from_sentencepiece(sp).count(tokens) and entry["gzip_bytes"] is None
+    assert entry["tokens"] == len(tokens) and entry["documents"] == int(
+        (tokens == sp.bos_id()).sum()
+    )
+    assert (
+        entry["bytes"] == ByteTable.from_sentencepiece(sp).count(tokens)
+        and entry["gzip_bytes"] is None
+    )
     assert COMMIT in manifest["source"] and len(manifest["splits"]["train"]["files"]) == 1
     assert (tmp_path / "tokenizers/fineweb_512_bpe.model").read_bytes() == model
 
@@ -465,9 +652,13 @@ def test_a_download_is_checked_counted_resumed_and_extended(hub: LocalHub, tmp_p
     assert fetched(hub) == ["manifest.json", "fineweb_train_000001.bin"]
     manifest, _ = load(tmp_path, DATASET)
     assert [f["tokens"] for f in manifest["splits"]["train"]["files"]] == [4000, 5000]
-    listed = {f["name"]: f["sha256"] for entry in manifest["splits"].values() for f in entry["files"]}
+    listed = {
+        f["name"]: f["sha256"] for entry in manifest["splits"].values() for f in entry["files"]
+    }
     for name, sha256 in listed.items():
-        assert hashlib.sha256(hub.files[f"datasets/datasets/{DATASET}/{name}"]).hexdigest() == sha256
+        assert (
+            hashlib.sha256(hub.files[f"datasets/datasets/{DATASET}/{name}"]).hexdigest() == sha256
+        )
     assert not (tmp_path / "datasets" / f".{DATASET}.part").exists()
 
 
@@ -477,13 +668,17 @@ def test_a_wrong_checksum_is_refused_and_the_next_run_fetches_only_what_is_missi
     path = f"datasets/datasets/{DATASET}/fineweb_train_000000.bin"
     hub.sent[path] = hub.files[path][:-2] + b"\0\0"
     result = download(hub, tmp_path, "--train-shards", "1")
-    assert result.returncode == 2 and result.stderr.splitlines()[-1].startswith(f"prepare_data.py: {REPO}: {path} ")
+    assert result.returncode == 2 and result.stderr.splitlines()[-1].startswith(
+        f"prepare_data.py: {REPO}: {path} "
+    )
     assert "SHA-256" in result.stderr and "Traceback" not in result.stderr
     folder = tmp_path / "datasets" / DATASET
     assert files_below(folder) == ["fineweb_val_000000.bin"]
     hub.sent[path] = hub.files[path]
     assert download(hub, tmp_path, "--train-shards", "1").returncode == 0
-    assert "fineweb_val_000000.bin" not in fetched(hub) and "fineweb_train_000000.bin" in fetched(hub)
+    assert "fineweb_val_000000.bin" not in fetched(hub) and "fineweb_train_000000.bin" in fetched(
+        hub
+    )
 
 
 def test_a_published_shard_that_is_truncated_is_refused(hub: LocalHub, tmp_path: Path) -> None:
@@ -509,6 +704,8 @@ def test_what_the_hub_does_not_have_ends_in_one_line(
 ) -> None:
     result = download(hub, tmp_path, *options)
     assert result.returncode == 2 and "Traceback" not in result.stderr
-    assert result.stderr.splitlines()[-1].startswith("prepare_data.py: ") and expected in result.stderr
+    assert (
+        result.stderr.splitlines()[-1].startswith("prepare_data.py: ") and expected in result.stderr
+    )
     with contextlib.suppress(FileNotFoundError):
         assert files_below(tmp_path / "datasets" / DATASET) == []

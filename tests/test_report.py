@@ -23,85 +23,216 @@ import report
 # --- Published lines: the figures of three public pull requests and one that became no record -------------------------
 # seed: steps, train ms, code bytes, total bytes, then (loss, bpb, ms) before, quantised, [sliding,] adapted
 PR1530 = {
-    0: (4867, 587193, "121884", 15996664, (2.76877360, 1.07184400, 5993), (2.79823422, 1.08324876, 45933),
-        (2.77059090, 1.07258208, 338190)),
-    1: (4845, 587061, "116636", 15993874, (2.77007744, 1.07234874, 5948), (2.80052355, 1.08413500, 9328),
-        (2.77230836, 1.07324696, 343324)),
-    2: (4847, 587072, "116694", 15984798, (2.77237193, 1.07323698, 5942), (2.80266675, 1.08496467, 9308),
-        (2.77493185, 1.07426259, 312976)),
-}  # fmt: skip
+    0: (
+        4867,
+        587193,
+        "121884",
+        15996664,
+        (2.76877360, 1.07184400, 5993),
+        (2.79823422, 1.08324876, 45933),
+        (2.77059090, 1.07258208, 338190),
+    ),
+    1: (
+        4845,
+        587061,
+        "116636",
+        15993874,
+        (2.77007744, 1.07234874, 5948),
+        (2.80052355, 1.08413500, 9328),
+        (2.77230836, 1.07324696, 343324),
+    ),
+    2: (
+        4847,
+        587072,
+        "116694",
+        15984798,
+        (2.77237193, 1.07323698, 5942),
+        (2.80266675, 1.08496467, 9308),
+        (2.77493185, 1.07426259, 312976),
+    ),
+}
 PR1413 = {
-    0: (5082, 588035, "16719", 15991018, (2.81173824, 1.08851149, 5580), (2.84312340, 1.10066167, 7815),
-        (2.80001078, 1.08397143, 83620), (2.79517119, 1.08209788, 293430)),
-    42: (5082, 588015, "16719", 15992546, (2.81434292, 1.08951985, 5547), (2.84465307, 1.10125385, 7770),
-         (2.80189582, 1.08470119, 83569), (2.79788378, 1.08314800, 289945)),
-    1234: (5083, 588071, "16719", 15989058, (2.81437859, 1.08953366, 5625), (2.84853108, 1.10275515, 7798),
-           (2.80498685, 1.08589782, 83540), (2.79785185, 1.08313564, 295337)),
-}  # fmt: skip
+    0: (
+        5082,
+        588035,
+        "16719",
+        15991018,
+        (2.81173824, 1.08851149, 5580),
+        (2.84312340, 1.10066167, 7815),
+        (2.80001078, 1.08397143, 83620),
+        (2.79517119, 1.08209788, 293430),
+    ),
+    42: (
+        5082,
+        588015,
+        "16719",
+        15992546,
+        (2.81434292, 1.08951985, 5547),
+        (2.84465307, 1.10125385, 7770),
+        (2.80189582, 1.08470119, 83569),
+        (2.79788378, 1.08314800, 289945),
+    ),
+    1234: (
+        5083,
+        588071,
+        "16719",
+        15989058,
+        (2.81437859, 1.08953366, 5625),
+        (2.84853108, 1.10275515, 7798),
+        (2.80498685, 1.08589782, 83540),
+        (2.79785185, 1.08313564, 295337),
+    ),
+}
 PR549 = {
-    1337: (7179, 600128, "89458", 15977386, (1.9196, 1.1369, 1971), (1.93358885, 1.14518023, 6562),
-           (1.89385556, 1.12165091, 74066), (1.88976776, 1.11922988, 410268)),
-    42: (7182, 600128, "89458", 15876510, (1.9208, 1.1376, 1977), (1.93502821, 1.14603270, 20430),
-         (1.89556781, 1.12266500, 97749), (1.89110239, 1.12002032, 408049)),
-    2025: (7193, 600110, "89458", 15990006, (1.9187, 1.1363, 1978), (1.93273877, 1.14467677, 6601),
-           (1.89307789, 1.12119033, 73676), (1.88919190, 1.11888882, 407984)),
-}  # fmt: skip
+    1337: (
+        7179,
+        600128,
+        "89458",
+        15977386,
+        (1.9196, 1.1369, 1971),
+        (1.93358885, 1.14518023, 6562),
+        (1.89385556, 1.12165091, 74066),
+        (1.88976776, 1.11922988, 410268),
+    ),
+    42: (
+        7182,
+        600128,
+        "89458",
+        15876510,
+        (1.9208, 1.1376, 1977),
+        (1.93502821, 1.14603270, 20430),
+        (1.89556781, 1.12266500, 97749),
+        (1.89110239, 1.12002032, 408049),
+    ),
+    2025: (
+        7193,
+        600110,
+        "89458",
+        15990006,
+        (1.9187, 1.1363, 1978),
+        (1.93273877, 1.14467677, 6601),
+        (1.89307789, 1.12119033, 73676),
+        (1.88919190, 1.11888882, 407984),
+    ),
+}
 PR473 = {
-    1337: (7273, 600100, "89436", 15979188, (1.9213, 1.1379, 1957), (1.93485051, 1.14592745, 6545),
-           (1.89503755, 1.12235095, 73639), (1.89181098, 1.12043999, 413276)),
-    42: (7278, 600121, "89436", 15987108, (1.9228, 1.1388, 1957), (1.93669213, 1.14701817, 6582),
-         (1.89724128, 1.12365613, 73565), (1.89385339, 1.12164962, 406564)),
-    2025: (7270, 600058, "89436", 15988312, (1.9240, 1.1395, 1956), (1.93741970, 1.14744908, 6572),
-           (1.89783990, 1.12401066, 73453), (1.89458859, 1.12208505, 405225)),
-}  # fmt: skip
+    1337: (
+        7273,
+        600100,
+        "89436",
+        15979188,
+        (1.9213, 1.1379, 1957),
+        (1.93485051, 1.14592745, 6545),
+        (1.89503755, 1.12235095, 73639),
+        (1.89181098, 1.12043999, 413276),
+    ),
+    42: (
+        7278,
+        600121,
+        "89436",
+        15987108,
+        (1.9228, 1.1388, 1957),
+        (1.93669213, 1.14701817, 6582),
+        (1.89724128, 1.12365613, 73565),
+        (1.89385339, 1.12164962, 406564),
+    ),
+    2025: (
+        7270,
+        600058,
+        "89436",
+        15988312,
+        (1.9240, 1.1395, 1956),
+        (1.93741970, 1.14744908, 6572),
+        (1.89783990, 1.12401066, 73453),
+        (1.89458859, 1.12208505, 405225),
+    ),
+}
 
 
 def later_log(seed: int, figures: tuple) -> str:  # as PR #1530 and PR #1413 print it
     steps, ms, code, total, before, plain, *sliding, adapted = figures
+
     def score(label: str, figures: tuple) -> str:
-        return f"{label} val_loss:{figures[0]:.8f} val_bpb:{figures[1]:.8f} eval_time:{figures[2]}ms"
+        return (
+            f"{label} val_loss:{figures[0]:.8f} val_bpb:{figures[1]:.8f} eval_time:{figures[2]}ms"
+        )
+
     prefix = "" if sliding else "diagnostic "
-    lines = ["Hyperparameters:", "  datasets_dir: ./data/datasets/fineweb10B_sp8192", "  ema_decay: 0.997",
-             f"  logfile: logs/{seed}.txt", f"  seed: {seed}", "  train_batch_tokens: 786432", "=" * 100,
-             "val_tokens: 40540160", "0/20000 val_loss: 9.0086 val_bpb: 3.4874",
-             "500/20000 train_loss: 3.2527 train_time: 0.8m tok/s: 8241348",
-             "1000/20000 train_loss: 3.0057 train_time: 1.6m tok/s: 8211974",
-             f"{steps}/20000 val_loss: 2.7700 val_bpb: 1.0723",
-             f"stopping_early: wallclock_cap train_time: {ms}ms step: {steps}/20000",
-             score(f"{prefix}pre-quantization post-ema", before), f"Code size (uncompressed): {code} bytes",
-             "GPTQ:collected 67 Hessians in 12.6s", f"Total submission size quantized+brotli: {total} bytes",
-             score(f"{prefix}quantized", plain)]  # fmt: skip
+    lines = [
+        "Hyperparameters:",
+        "  datasets_dir: ./data/datasets/fineweb10B_sp8192",
+        "  ema_decay: 0.997",
+        f"  logfile: logs/{seed}.txt",
+        f"  seed: {seed}",
+        "  train_batch_tokens: 786432",
+        "=" * 100,
+        "val_tokens: 40540160",
+        "0/20000 val_loss: 9.0086 val_bpb: 3.4874",
+        "500/20000 train_loss: 3.2527 train_time: 0.8m tok/s: 8241348",
+        "1000/20000 train_loss: 3.0057 train_time: 1.6m tok/s: 8211974",
+        f"{steps}/20000 val_loss: 2.7700 val_bpb: 1.0723",
+        f"stopping_early: wallclock_cap train_time: {ms}ms step: {steps}/20000",
+        score(f"{prefix}pre-quantization post-ema", before),
+        f"Code size (uncompressed): {code} bytes",
+        "GPTQ:collected 67 Hessians in 12.6s",
+        f"Total submission size quantized+brotli: {total} bytes",
+        score(f"{prefix}quantized", plain),
+    ]
     lines += [score("quantized_sliding_window", s) for s in sliding]
-    lines += ["ttt_progress: batch 778/782 batch_loss:2.7837 batch_bpb:1.1136 running_loss:2.7 running_bpb:1.1"]
-    return "\n".join([*lines, score("legal_ttt_exact" if sliding else "quantized_ttt_lora", adapted)]) + "\n"
+    lines += [
+        "ttt_progress: batch 778/782 batch_loss:2.7837 batch_bpb:1.1136 running_loss:2.7 running_bpb:1.1"
+    ]
+    return (
+        "\n".join([*lines, score("legal_ttt_exact" if sliding else "quantized_ttt_lora", adapted)])
+        + "\n"
+    )
 
 
-def earlier_log(seed: int, figures: tuple) -> str:  # as PR #549 and PR #473 print it: no block, rounded lines, echoes
+def earlier_log(
+    seed: int, figures: tuple
+) -> str:  # as PR #549 and PR #473 print it: no block, rounded lines, echoes
     steps, ms, code, total, before, plain, sliding, adapted = figures
-    lines = ["train_loader:dataset:fineweb10B_sp1024 train_shards:80",
-             "val_loader:shards pattern=/data/fineweb_val_*.bin tokens:62021632",
-             "train_batch_tokens:786432 train_seq_len:2048 iterations:9000", f"seed:{seed}", "warmup_step:1/20",
-             "step:0/9000 val_loss:6.9293 val_bpb:4.1039 train_time:0ms step_avg:0.01ms",
-             "step:500/9000 train_loss:2.3966 train_time:41425ms step_avg:82.85ms",
-             "step:1000/9000 train_loss:2.2607 train_time:82976ms step_avg:82.98ms",
-             f"step:{steps}/9000 val_loss:1.9225 val_bpb:1.1386 train_time:{ms}ms step_avg:83.56ms",
-             f"stopping_early: wallclock_cap train_time:{ms}ms step:{steps}/9000",
-             f"DIAGNOSTIC post_ema val_loss:{before[0]} val_bpb:{before[1]} eval_time:{before[2]}ms",
-             f"Code size: {code} bytes", f"Total submission size int6+lzma: {total} bytes"]  # fmt: skip
-    for label, (loss, bpb, spent) in (("final_int6_roundtrip", plain), ("final_int6_sliding_window", sliding)):
-        lines += [f"{label} val_loss:{loss:.4f} val_bpb:{bpb:.4f} eval_time:{spent}ms",
-                  f"{label}_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f}"]  # fmt: skip
-    lines += [f"final_int8_zlib_roundtrip_exact val_loss:{sliding[0]:.8f} val_bpb:{sliding[1]:.8f}",
-              "  ttt_chunk [1/1893] bpb=1.120040 time=3.8s", "ttt_sliding:done val_loss=1.8 val_bpb=1.1 elapsed=407.5s",
-              f"legal_ttt val_loss:{adapted[0]:.4f} val_bpb:{adapted[1]:.4f} eval_time:{adapted[2]}ms",
-              f"legal_ttt_exact val_loss:{adapted[0]:.8f} val_bpb:{adapted[1]:.8f}"]  # fmt: skip
+    lines = [
+        "train_loader:dataset:fineweb10B_sp1024 train_shards:80",
+        "val_loader:shards pattern=/data/fineweb_val_*.bin tokens:62021632",
+        "train_batch_tokens:786432 train_seq_len:2048 iterations:9000",
+        f"seed:{seed}",
+        "warmup_step:1/20",
+        "step:0/9000 val_loss:6.9293 val_bpb:4.1039 train_time:0ms step_avg:0.01ms",
+        "step:500/9000 train_loss:2.3966 train_time:41425ms step_avg:82.85ms",
+        "step:1000/9000 train_loss:2.2607 train_time:82976ms step_avg:82.98ms",
+        f"step:{steps}/9000 val_loss:1.9225 val_bpb:1.1386 train_time:{ms}ms step_avg:83.56ms",
+        f"stopping_early: wallclock_cap train_time:{ms}ms step:{steps}/9000",
+        f"DIAGNOSTIC post_ema val_loss:{before[0]} val_bpb:{before[1]} eval_time:{before[2]}ms",
+        f"Code size: {code} bytes",
+        f"Total submission size int6+lzma: {total} bytes",
+    ]
+    for label, (loss, bpb, spent) in (
+        ("final_int6_roundtrip", plain),
+        ("final_int6_sliding_window", sliding),
+    ):
+        lines += [
+            f"{label} val_loss:{loss:.4f} val_bpb:{bpb:.4f} eval_time:{spent}ms",
+            f"{label}_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f}",
+        ]
+    lines += [
+        f"final_int8_zlib_roundtrip_exact val_loss:{sliding[0]:.8f} val_bpb:{sliding[1]:.8f}",
+        "  ttt_chunk [1/1893] bpb=1.120040 time=3.8s",
+        "ttt_sliding:done val_loss=1.8 val_bpb=1.1 elapsed=407.5s",
+        f"legal_ttt val_loss:{adapted[0]:.4f} val_bpb:{adapted[1]:.4f} eval_time:{adapted[2]}ms",
+        f"legal_ttt_exact val_loss:{adapted[0]:.8f} val_bpb:{adapted[1]:.8f}",
+    ]
     return "\n".join(lines) + "\n"
 
 
 def published(folder: Path, name: str) -> list[str]:
     """Paths of the excerpts of a pull request's logs, written under `folder`."""
-    table, write = {"PR1530": (PR1530, later_log), "PR1413": (PR1413, later_log), "PR549": (PR549, earlier_log),
-                    "PR473": (PR473, earlier_log)}[name]  # fmt: skip
+    table, write = {
+        "PR1530": (PR1530, later_log),
+        "PR1413": (PR1413, later_log),
+        "PR549": (PR549, earlier_log),
+        "PR473": (PR473, earlier_log),
+    }[name]
     paths = []
     for seed, figures in table.items():
         paths.append(folder / f"{name}_{seed}.log")
@@ -111,11 +242,27 @@ def published(folder: Path, name: str) -> list[str]:
 
 # --- Our own logs -----------------------------------------------------------------------------------------------------
 FIGURES = {
-    "code_sha256": "c0", "dataset": "tiny", "val_sha256": "v", "tokenizer_sha256": "t", "preset": "cpu",
-    "device": "CPU", "torch": "2", "world_size": 1, "val_tokens": 1000, "val_bytes": 2500, "steps": 70,
-    "artifact_bytes": 1000, "train_tokens": 7000, "artifact_sha256": "a",
-    "seconds": {"train": 50.0, "pack": 1.0, "score quantized": 2.0, "score quantized_ttt_lora": 3.0},
-}  # fmt: skip
+    "code_sha256": "c0",
+    "dataset": "tiny",
+    "val_sha256": "v",
+    "tokenizer_sha256": "t",
+    "preset": "cpu",
+    "device": "CPU",
+    "torch": "2",
+    "world_size": 1,
+    "val_tokens": 1000,
+    "val_bytes": 2500,
+    "steps": 70,
+    "artifact_bytes": 1000,
+    "train_tokens": 7000,
+    "artifact_sha256": "a",
+    "seconds": {
+        "train": 50.0,
+        "pack": 1.0,
+        "score quantized": 2.0,
+        "score quantized_ttt_lora": 3.0,
+    },
+}
 TABLE = """phase seconds counts against
 train                                  50.0  train
 pack                                    1.0  train
@@ -130,8 +277,10 @@ def nats(bpb: float, tokens: int = 1000, size: int = 2500) -> float:
 
 
 def step_line(s: int) -> str:
-    return (f"step:{s}/70 train_loss:{9 - s / 20:.4f} train_time:{700 * s}ms step_avg:700.00ms tok/s:9 "
-            f"lr_scale:{1 - s / 100:.3f}")  # fmt: skip
+    return (
+        f"step:{s}/70 train_loss:{9 - s / 20:.4f} train_time:{700 * s}ms step_avg:700.00ms tok/s:9 "
+        f"lr_scale:{1 - s / 100:.3f}"
+    )
 
 
 def ours(folder: Path, *runs: dict, name: str = "run") -> list[str]:
@@ -140,22 +289,41 @@ def ours(folder: Path, *runs: dict, name: str = "run") -> list[str]:
     paths = []
     for i, run in enumerate(runs):
         knobs = {"matrix_lr": "0.03", "run_id": f"{name}{i}", **run.get("config", {})}
-        figures = {**FIGURES, "seed": i, "val_bpb": 1.9, "artifact_sha256": f"{name}{i}", "run_id": f"{name}{i}"}
+        figures = {
+            **FIGURES,
+            "seed": i,
+            "val_bpb": 1.9,
+            "artifact_sha256": f"{name}{i}",
+            "run_id": f"{name}{i}",
+        }
         figures |= {key: value for key, value in run.items() if key != "config"}
         final = figures["val_bpb"]
-        for key, bpb in (("pre_quantization", 2.0), ("quantized", 2.1), ("quantized_ttt_lora", final)):
+        for key, bpb in (
+            ("pre_quantization", 2.0),
+            ("quantized", 2.1),
+            ("quantized_ttt_lora", final),
+        ):
             figures |= {f"{key}_bpb": bpb, f"{key}_loss": figures.get(f"{key}_loss", nats(bpb))}
         figures["val_loss"] = figures["quantized_ttt_lora_loss"]
+
         def line(label: str, key: str, figures: dict = figures) -> str:
             return f"{label} val_loss:{figures[f'{key}_loss']:.8f} val_bpb:{figures[f'{key}_bpb']:.8f} eval_time:2000ms"
-        text = ["import math  # the source stands here", "Hyperparameters:",
-                *(f"  {knob}: {value} (default)" for knob, value in knobs.items()),
-                f"code_sha256: {figures['code_sha256']}",
-                *map(step_line, (1, 20, 40)), "40/70 val_loss: 4.0000 val_bpb: 2.3083", step_line(60),
-                "stopping: step:70/70 train_time:49000ms; ema:applying",
-                line("diagnostic pre-quantization post-ema", "pre_quantization"),
-                line("diagnostic quantized", "quantized"), line("quantized_ttt_lora", "quantized_ttt_lora"), TABLE,
-                "final " + json.dumps(figures, sort_keys=True)]  # fmt: skip
+
+        text = [
+            "import math  # the source stands here",
+            "Hyperparameters:",
+            *(f"  {knob}: {value} (default)" for knob, value in knobs.items()),
+            f"code_sha256: {figures['code_sha256']}",
+            *map(step_line, (1, 20, 40)),
+            "40/70 val_loss: 4.0000 val_bpb: 2.3083",
+            step_line(60),
+            "stopping: step:70/70 train_time:49000ms; ema:applying",
+            line("diagnostic pre-quantization post-ema", "pre_quantization"),
+            line("diagnostic quantized", "quantized"),
+            line("quantized_ttt_lora", "quantized_ttt_lora"),
+            TABLE,
+            "final " + json.dumps(figures, sort_keys=True),
+        ]
         paths.append(folder / f"{name}{i}.txt")
         paths[-1].write_text("\n".join(text) + "\n", encoding="utf-8")
     return [str(path) for path in paths]
@@ -177,11 +345,18 @@ def refusal(capsys: pytest.CaptureFixture, *argv: str) -> str:
 
 
 # --- Published results ------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(("name", "mean", "sd", "nats_mean"), [
-    ("PR1530", 1.07336, 0.00085, 2.77261), ("PR1413", 1.08279, 0.00060, 2.79697), ("PR549", 1.11938, 0.00058, None),
-    ("PR473", 1.12139, 0.00085, None),
-])  # fmt: skip
-def test_published_means_and_deviations_come_out(tmp_path, capsys, name, mean, sd, nats_mean) -> None:
+@pytest.mark.parametrize(
+    ("name", "mean", "sd", "nats_mean"),
+    [
+        ("PR1530", 1.07336, 0.00085, 2.77261),
+        ("PR1413", 1.08279, 0.00060, 2.79697),
+        ("PR549", 1.11938, 0.00058, None),
+        ("PR473", 1.12139, 0.00085, None),
+    ],
+)
+def test_published_means_and_deviations_come_out(
+    tmp_path, capsys, name, mean, sd, nats_mean
+) -> None:
     found = figures_of(capsys, *published(tmp_path, name), *["--mixed"] * (name == "PR1530"))
     assert round(found["summary"]["bpb"]["mean"], 5) == mean
     assert round(found["summary"]["bpb"]["sd"], 5) == sd
@@ -189,21 +364,34 @@ def test_published_means_and_deviations_come_out(tmp_path, capsys, name, mean, s
     assert found["problems"] == []
 
 
-def test_seeds_that_ran_different_code_are_named_though_they_were_published_as_one_claim(tmp_path, capsys) -> None:
+def test_seeds_that_ran_different_code_are_named_though_they_were_published_as_one_claim(
+    tmp_path, capsys
+) -> None:
     error = refusal(capsys, *published(tmp_path, "PR1530"))
     assert "code_size: 121884, 116636, 116694" in error
     assert "--mixed" in error
 
 
-def test_a_published_row_has_steps_phases_and_gain_over_the_best_plain_score(tmp_path, capsys) -> None:
+def test_a_published_row_has_steps_phases_and_gain_over_the_best_plain_score(
+    tmp_path, capsys
+) -> None:
     row = figures_of(capsys, *published(tmp_path, "PR549"))["runs"][1]
     assert (row["seed"], row["steps"], row["artifact_bytes"]) == (42, 7182, 15876510)
     assert row["ms_per_step"] == pytest.approx(83.56, abs=0.01)
     assert [(s["kind"], s["bpb"]) for s in row["stages"]] == [
-        ("before", 1.1376), ("after", 1.14603270), ("sliding", 1.12266500), ("adapted", 1.12002032)]  # fmt: skip
+        ("before", 1.1376),
+        ("after", 1.14603270),
+        ("sliding", 1.12266500),
+        ("adapted", 1.12002032),
+    ]
     assert row["gain"] == pytest.approx(1.12266500 - 1.12002032)
     assert [p[1:] for p in row["phases"]] == [
-        [600.128, "train"], [1.977, "none"], [20.43, "eval"], [97.749, "eval"], [408.049, "eval"]]  # fmt: skip
+        [600.128, "train"],
+        [1.977, "none"],
+        [20.43, "eval"],
+        [97.749, "eval"],
+        [408.049, "eval"],
+    ]
     assert row["over"] == ["train 600.1 s of 600"]
 
 
@@ -219,7 +407,11 @@ def test_a_run_started_anew_in_its_log_leaves_no_points_of_the_one_before(tmp_pa
     before = "\n".join(step_line(s) for s in (1, 2, 3, 20, 50)) + "\n"
     path.write_text(path.read_text().replace("step:1/70", before + "step:1/70", 1))
     assert report.read_run(path).lines()["train_loss"]["step"] == [1, 20, 40, 60]
-    path.write_text(path.read_text().replace("step:60/70", step_line(50) + "\n" + step_line(65) + "\nstep:60/70", 1))
+    path.write_text(
+        path.read_text().replace(
+            "step:60/70", step_line(50) + "\n" + step_line(65) + "\nstep:60/70", 1
+        )
+    )
     points = {p["step"]: p for p in report.read_run(path).points}
     assert list(points) == [1, 20, 40, 50, 60] and points[40]["val_bpb"] == 2.3083
 
@@ -235,11 +427,15 @@ def test_the_last_score_counts_even_where_an_earlier_one_is_lower(tmp_path, caps
 
 
 def test_the_committed_logs_are_read_whole(capsys) -> None:
-    listed = subprocess.run(["git", "ls-files", "logs/*.txt"], cwd=ROOT, capture_output=True, text=True, check=True)
+    listed = subprocess.run(
+        ["git", "ls-files", "logs/*.txt"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     logs = sorted(str(ROOT / name) for name in listed.stdout.split() if "/compare/" not in name)
     found = figures_of(capsys, *logs)
     finals = [json.loads(Path(p).read_text().splitlines()[-1].removeprefix("final ")) for p in logs]
-    assert found["summary"]["bpb"]["mean"] == pytest.approx(np.mean([f["val_bpb"] for f in finals]), abs=1e-12)
+    assert found["summary"]["bpb"]["mean"] == pytest.approx(
+        np.mean([f["val_bpb"] for f in finals]), abs=1e-12
+    )
     for row, final in zip(found["runs"], finals, strict=True):
         assert {name: seconds for name, seconds, _ in row["phases"]} == final["seconds"]
         assert (row["seed"], row["steps"], row["problems"]) == (final["seed"], final["steps"], [])
@@ -248,28 +444,44 @@ def test_the_committed_logs_are_read_whole(capsys) -> None:
 
 # --- Statistics -------------------------------------------------------------------------------------------------------
 def test_p_values_are_those_of_scipy_and_of_the_textbook(tmp_path, capsys) -> None:
-    found = figures_of(capsys, *published(tmp_path, "PR1530"), "--mixed", "--baseline", *published(tmp_path, "PR1413"))
+    found = figures_of(
+        capsys,
+        *published(tmp_path, "PR1530"),
+        "--mixed",
+        "--baseline",
+        *published(tmp_path, "PR1413"),
+    )
     for unit, column, bar in (("nats", 0, 0.005), ("bpb", 1, None)):
         new, old = ([figures[-1][column] for figures in pr.values()] for pr in (PR1530, PR1413))
         w, theirs = found["comparison"][unit]["welch"], stats.ttest_ind(new, old, equal_var=False)
-        assert (w["t"], w["p_two_sided"]) == pytest.approx((theirs.statistic, theirs.pvalue), rel=1e-12)
+        assert (w["t"], w["p_two_sided"]) == pytest.approx(
+            (theirs.statistic, theirs.pvalue), rel=1e-12
+        )
         var = np.var(new, ddof=1) / 3, np.var(old, ddof=1) / 3
         df = sum(var) ** 2 / (var[0] ** 2 / 2 + var[1] ** 2 / 2)
         gain = np.mean(old) - np.mean(new)
-        bar = bar or 0.005 * np.mean([figures[-1][1] / figures[-1][0] for figures in PR1530.values()])
+        bar = bar or 0.005 * np.mean(
+            [figures[-1][1] / figures[-1][0] for figures in PR1530.values()]
+        )
         assert w["df"] == pytest.approx(df)
         assert w["p_better"] == pytest.approx(special.stdtr(df, -gain / sum(var) ** 0.5))
         assert w["p_record"] == pytest.approx(special.stdtr(df, -(gain - bar) / sum(var) ** 0.5))
-        assert w["ci95"] == pytest.approx([gain + s * special.stdtrit(df, 0.975) * sum(var) ** 0.5 for s in (-1, 1)])
+        assert w["ci95"] == pytest.approx(
+            [gain + s * special.stdtrit(df, 0.975) * sum(var) ** 0.5 for s in (-1, 1)]
+        )
         assert found["comparison"][unit]["difference"] == pytest.approx(gain)
     assert any(line.startswith("record bar") and "passed" in line for line in found["statements"])
 
 
 def test_two_tokenizers_are_compared_in_bits_per_byte_alone(tmp_path, capsys) -> None:
-    found = figures_of(capsys, *published(tmp_path, "PR1413"), "--baseline", *published(tmp_path, "PR549"))
+    found = figures_of(
+        capsys, *published(tmp_path, "PR1413"), "--baseline", *published(tmp_path, "PR549")
+    )
     assert found["comparison"]["nats"] is None
     assert found["comparison"]["bpb"]["difference"] == pytest.approx(1.11938 - 1.08279, abs=1e-5)
-    assert found["comparison"]["bpb"]["bar"] == pytest.approx(0.00296, abs=1e-5)  # sp1024's, the stricter
+    assert found["comparison"]["bpb"]["bar"] == pytest.approx(
+        0.00296, abs=1e-5
+    )  # sp1024's, the stricter
     assert any("another tokenizer" in line for line in found["statements"])
 
 
@@ -278,37 +490,70 @@ def test_scores_of_different_texts_pass_no_bar(tmp_path, capsys) -> None:
         def figures(at: float) -> dict:
             scores = {"pre_quantization": 2.0, "quantized": 2.1, "quantized_ttt_lora": at}
             losses = {f"{key}_loss": nats(value, tokens, size) for key, value in scores.items()}
-            return {"val_bpb": at, "val_tokens": tokens, "val_bytes": size, "dataset": name, **losses, **facts}
+            return {
+                "val_bpb": at,
+                "val_tokens": tokens,
+                "val_bytes": size,
+                "dataset": name,
+                **losses,
+                **facts,
+            }
+
         return ours(tmp_path / name, *(figures(bpb + i / 1e4) for i in range(3)), name=name)
+
     mine = side("mine", 1000, 2500, 1.8)
     error = refusal(capsys, *mine, "--baseline", *side("other", 1000, 2600, 1.9, val_sha256="w"))
-    assert "different validation texts" in error and "mine of 2,500 bytes" in error and "other of 2,600" in error
-    again = side("again", 900, 2501, 1.9, val_sha256="w", tokenizer_sha256="u")  # another tokenizer, the same text
+    assert (
+        "different validation texts" in error
+        and "mine of 2,500 bytes" in error
+        and "other of 2,600" in error
+    )
+    again = side(
+        "again", 900, 2501, 1.9, val_sha256="w", tokenizer_sha256="u"
+    )  # another tokenizer, the same text
     assert figures_of(capsys, *mine, "--baseline", *again)["comparison"]["nats"] is None
-    small, large = (side(f"fineweb10B_sp{v}", t, 151_080_891, 1.1, val_sha256=str(v), tokenizer_sha256=str(v))
-                    for v, t in ((1024, 62_021_846), (8192, 40_540_803)))  # fmt: skip
+    small, large = (
+        side(f"fineweb10B_sp{v}", t, 151_080_891, 1.1, val_sha256=str(v), tokenizer_sha256=str(v))
+        for v, t in ((1024, 62_021_846), (8192, 40_540_803))
+    )
     assert figures_of(capsys, *large, "--baseline", *small)["comparison"]["bpb"]["welch"]
-    assert "different validation texts" in refusal(capsys, *mine, "--baseline", *published(tmp_path, "PR549"))
+    assert "different validation texts" in refusal(
+        capsys, *mine, "--baseline", *published(tmp_path, "PR549")
+    )
 
 
-def test_a_difference_below_the_bar_is_no_record_and_the_runs_it_takes_are_told(tmp_path, capsys) -> None:
+def test_a_difference_below_the_bar_is_no_record_and_the_runs_it_takes_are_told(
+    tmp_path, capsys
+) -> None:
     def scores(at: float) -> list[dict]:
         return [{"seed": i, "val_bpb": at + d} for i, d in enumerate((-0.0007, 0.0, 0.0007))]
+
     sides = ours(tmp_path, *scores(1.8)), ours(tmp_path, *scores(1.8016), name="base")
     found = figures_of(capsys, *sides[0], "--baseline", *sides[1])
     w = found["comparison"]["nats"]["welch"]
     assert w["p_record"] > 0.5 > 0.25 > w["p_better"] > 0.01
     assert w["runs_for_record"] is None
     assert 3 < w["runs_for_better"] < 12
-    assert any("passed at 0.25" in line and f"{w['runs_for_better'] - 3} more" in line for line in found["statements"])
+    assert any(
+        "passed at 0.25" in line and f"{w['runs_for_better'] - 3} more" in line
+        for line in found["statements"]
+    )
 
 
 def test_the_runs_needed_have_the_power_they_promise() -> None:
-    assert report.runs_needed(0.0005, 0.00065, 0.00065) in (34, 35, 36)  # about 34 by the normal approximation
+    assert report.runs_needed(0.0005, 0.00065, 0.00065) in (
+        34,
+        35,
+        36,
+    )  # about 34 by the normal approximation
     n, rng = report.runs_needed(1.5, 1.0, 1.0), np.random.default_rng(0)
+
     def power(n: int) -> float:
         new, old = rng.normal(0, 1, (20000, n)), rng.normal(1.5, 1, (20000, n))
-        return (stats.ttest_ind(new, old, axis=1, equal_var=False, alternative="less").pvalue < 0.01).mean()
+        return (
+            stats.ttest_ind(new, old, axis=1, equal_var=False, alternative="less").pvalue < 0.01
+        ).mean()
+
     assert power(n - 1) - 0.02 < 0.8 < power(n) + 0.02
     assert report.runs_needed(-0.1, 1.0, 1.0) is None
 
@@ -321,8 +566,13 @@ def test_three_runs_resolve_what_the_t_table_says(tmp_path, capsys) -> None:
 def test_runs_of_one_artifact_are_compared_pair_by_pair(tmp_path, capsys) -> None:
     new = [1.80, 1.85, 1.91]
     old = [1.8102, 1.8601, 1.9199]
-    sides = [ours(tmp_path / name, *({"seed": i, "val_bpb": v, "artifact_sha256": f"s{i}"} for i, v in enumerate(side)))
-             for name, side in (("new", new), ("old", old))]  # fmt: skip
+    sides = [
+        ours(
+            tmp_path / name,
+            *({"seed": i, "val_bpb": v, "artifact_sha256": f"s{i}"} for i, v in enumerate(side)),
+        )
+        for name, side in (("new", new), ("old", old))
+    ]
     found = figures_of(capsys, *sides[0], "--baseline", *sides[1])["comparison"]
     theirs = stats.ttest_rel(old, new)
     assert found["pair_by"] == "artifact"
@@ -333,14 +583,18 @@ def test_runs_of_one_artifact_are_compared_pair_by_pair(tmp_path, capsys) -> Non
 
 def test_seeds_pair_where_artifacts_do_not(tmp_path, capsys) -> None:
     new = ours(tmp_path, *({"seed": s, "val_bpb": 1.8 + s / 1000} for s in (1, 2, 3)))
-    old = ours(tmp_path, *({"seed": s, "val_bpb": 1.81 + s * s / 1000} for s in (2, 3, 4)), name="base")
+    old = ours(
+        tmp_path, *({"seed": s, "val_bpb": 1.81 + s * s / 1000} for s in (2, 3, 4)), name="base"
+    )
     found = figures_of(capsys, *new, "--baseline", *old)["comparison"]
     assert found["pair_by"] == "seed"
     assert found["bpb"]["paired"]["pairs"] == 2
     assert found["bpb"]["paired"]["mean"] == pytest.approx((1.814 - 1.802 + 1.819 - 1.803) / 2)
 
 
-def save_documents(root: Path, run: str, seed: int, shift: float, count: int = 400) -> tuple[np.ndarray, np.ndarray]:
+def save_documents(
+    root: Path, run: str, seed: int, shift: float, count: int = 400
+) -> tuple[np.ndarray, np.ndarray]:
     """documents.npz in the run's folder; its losses lie `shift` nats a token higher. Nats and bytes of each."""
     rng = np.random.default_rng(0)
     tokens = np.exp(rng.normal(5, 1, count)).astype(int) + 8
@@ -349,8 +603,15 @@ def save_documents(root: Path, run: str, seed: int, shift: float, count: int = 4
     folder = root / "runs" / run
     folder.mkdir(parents=True, exist_ok=True)
     edges = 2 ** np.arange(8)
-    np.savez(folder / "documents.npz", doc_nats=nats_of, doc_bytes=3 * tokens, doc_tokens=tokens,
-             pos_nats=edges * (6.0 - 0.3 * np.arange(8) + shift), pos_tokens=edges, pos_edges=edges)  # fmt: skip
+    np.savez(
+        folder / "documents.npz",
+        doc_nats=nats_of,
+        doc_bytes=3 * tokens,
+        doc_tokens=tokens,
+        pos_nats=edges * (6.0 - 0.3 * np.arange(8) + shift),
+        pos_tokens=edges,
+        pos_edges=edges,
+    )
     return nats_of, 3 * tokens
 
 
@@ -359,7 +620,10 @@ def bpb_of(nats: np.ndarray, size: np.ndarray) -> float:
 
 
 def test_documents_of_a_pair_are_compared_one_by_one(tmp_path, capsys) -> None:
-    (a, size), (b, _) = save_documents(tmp_path, "new0", 1, 0.0), save_documents(tmp_path, "old0", 2, 0.004)
+    (a, size), (b, _) = (
+        save_documents(tmp_path, "new0", 1, 0.0),
+        save_documents(tmp_path, "old0", 2, 0.004),
+    )
     new = ours(tmp_path / "logs", {"artifact_sha256": "s", "val_bpb": bpb_of(a, size)}, name="new")
     old = ours(tmp_path / "logs", {"artifact_sha256": "s", "val_bpb": bpb_of(b, size)}, name="old")
     found = figures_of(capsys, *new, "--baseline", *old)["comparison"]
@@ -370,7 +634,10 @@ def test_documents_of_a_pair_are_compared_one_by_one(tmp_path, capsys) -> None:
 
 
 def test_documents_of_other_texts_are_not_compared(tmp_path, capsys) -> None:
-    a, b = save_documents(tmp_path, "new0", 1, 0.0), save_documents(tmp_path, "old0", 2, 0.0, count=399)
+    a, b = (
+        save_documents(tmp_path, "new0", 1, 0.0),
+        save_documents(tmp_path, "old0", 2, 0.0, count=399),
+    )
     new = ours(tmp_path / "logs", {"artifact_sha256": "s", "val_bpb": bpb_of(*a)}, name="new")
     old = ours(tmp_path / "logs", {"artifact_sha256": "s", "val_bpb": bpb_of(*b)}, name="old")
     assert figures_of(capsys, *new, "--baseline", *old)["comparison"]["documents"] is None
@@ -384,7 +651,9 @@ def test_a_torn_file_of_documents_is_refused(tmp_path, capsys) -> None:
     assert "documents.npz" in refusal(capsys, *logs, "--html", str(tmp_path / "out.html"))
 
 
-def test_documents_that_do_not_add_up_to_the_score_are_left_out_with_a_word(tmp_path, capsys) -> None:
+def test_documents_that_do_not_add_up_to_the_score_are_left_out_with_a_word(
+    tmp_path, capsys
+) -> None:
     a = save_documents(tmp_path, "new0", 1, 0.0)
     logs = ours(tmp_path / "logs", {"val_bpb": bpb_of(*a) + 0.001}, name="new")
     assert report.read_run(Path(logs[0])).documents == {}
@@ -392,11 +661,22 @@ def test_documents_that_do_not_add_up_to_the_score_are_left_out_with_a_word(tmp_
 
 
 # --- What is refused --------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("change", [
-    {"code_sha256": "c1"}, {"preset": "pr1530"}, {"device": "GPU"}, {"seed": 0}, {"val_sha256": "w"}, {"torch": "3"},
-    {"world_size": 2}, {"config": {"matrix_lr": "0.04"}},
-])  # fmt: skip
-def test_runs_that_are_not_seeds_of_one_claim_are_refused_unless_mixed(tmp_path, capsys, change: dict) -> None:
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"code_sha256": "c1"},
+        {"preset": "pr1530"},
+        {"device": "GPU"},
+        {"seed": 0},
+        {"val_sha256": "w"},
+        {"torch": "3"},
+        {"world_size": 2},
+        {"config": {"matrix_lr": "0.04"}},
+    ],
+)
+def test_runs_that_are_not_seeds_of_one_claim_are_refused_unless_mixed(
+    tmp_path, capsys, change: dict
+) -> None:
     logs = ours(tmp_path, {}, {"val_bpb": 1.8, **change})
     name = "matrix_lr: 0.03, 0.04" if "config" in change else next(iter(change))
     assert name in refusal(capsys, *logs)
@@ -405,7 +685,9 @@ def test_runs_that_are_not_seeds_of_one_claim_are_refused_unless_mixed(tmp_path,
     assert name in refusal(capsys, *base, "--baseline", *logs)
 
 
-def test_names_of_files_and_runs_and_ways_to_write_a_number_are_no_difference(tmp_path, capsys) -> None:
+def test_names_of_files_and_runs_and_ways_to_write_a_number_are_no_difference(
+    tmp_path, capsys
+) -> None:
     knobs = {"artifact_dir": "runs/other", "data_dir": "/mnt/data", "matrix_lr": "0.030"}
     logs = ours(tmp_path, {}, {"val_bpb": 1.8, "config": knobs})
     assert figures_of(capsys, *logs)["mixed"] == {}
@@ -418,11 +700,17 @@ def test_one_log_given_twice_is_refused_even_mixed(tmp_path, capsys) -> None:
     assert "same log" in refusal(capsys, path, str(copy), "--mixed")
 
 
-@pytest.mark.parametrize(("old", "new", "word"), [
-    ("\nfinal {", "\nfnal {", "final"), ("\nfinal {", "\nfinal {}\nfinal {", "2 final lines"),
-    ("\nfinal {", "\nfinal {{", "JSON"),
-])  # fmt: skip
-def test_the_log_of_no_finished_run_is_refused(tmp_path, capsys, old: str, new: str, word: str) -> None:
+@pytest.mark.parametrize(
+    ("old", "new", "word"),
+    [
+        ("\nfinal {", "\nfnal {", "final"),
+        ("\nfinal {", "\nfinal {}\nfinal {", "2 final lines"),
+        ("\nfinal {", "\nfinal {{", "JSON"),
+    ],
+)
+def test_the_log_of_no_finished_run_is_refused(
+    tmp_path, capsys, old: str, new: str, word: str
+) -> None:
     path = Path(ours(tmp_path, {})[0])
     path.write_text(path.read_text().replace(old, new))
     assert word in refusal(capsys, str(path))
@@ -436,7 +724,9 @@ def test_unfinished_logs_are_left_out_by_name_but_of_no_submission(tmp_path, cap
     found = figures_of(capsys, *logs)
     assert (len(found["runs"]), len(found["warnings"])) == (2, 1)
     assert "0 final lines" in refusal(capsys, *logs[:2], "--baseline", logs[2])
-    assert "0 final lines" in refusal(capsys, *logs, "--submission", str(tmp_path / "s.json"), "--name", "n")
+    assert "0 final lines" in refusal(
+        capsys, *logs, "--submission", str(tmp_path / "s.json"), "--name", "n"
+    )
 
 
 def test_a_file_without_a_score_is_refused(tmp_path, capsys) -> None:
@@ -448,10 +738,15 @@ def test_a_file_without_a_score_is_refused(tmp_path, capsys) -> None:
 
 def test_mixed_configurations_are_summed_up_one_by_one(tmp_path, capsys) -> None:
     settings = [(lr, seed) for lr in ("0.03", "0.04") for seed in (0, 1)]
-    runs = [{"config": {"matrix_lr": lr}, "seed": s, "val_bpb": 1.8 + float(lr) + s / 100} for lr, s in settings]
+    runs = [
+        {"config": {"matrix_lr": lr}, "seed": s, "val_bpb": 1.8 + float(lr) + s / 100}
+        for lr, s in settings
+    ]
     groups = figures_of(capsys, *ours(tmp_path, *runs), "--mixed")["groups"]
     assert {name: round(g["bpb"]["mean"], 6) for name, g in groups.items()} == {
-        "MATRIX_LR=0.03": 1.835, "MATRIX_LR=0.04": 1.845}  # fmt: skip
+        "MATRIX_LR=0.03": 1.835,
+        "MATRIX_LR=0.04": 1.845,
+    }
 
 
 # --- The denominator --------------------------------------------------------------------------------------------------
@@ -465,20 +760,31 @@ def test_inflated_bytes_are_found_from_the_line_alone(tmp_path, capsys) -> None:
     assert "canonical sp8192" in found["problems"][0]
 
 
-def test_bytes_one_in_five_thousand_off_are_found_and_rounding_is_not_mistaken_for_it(tmp_path, capsys) -> None:
+def test_bytes_one_in_five_thousand_off_are_found_and_rounding_is_not_mistaken_for_it(
+    tmp_path, capsys
+) -> None:
     logs = ours(tmp_path, {"quantized_ttt_lora_loss": nats(1.9) * 1.0002})
     assert "val_bytes" in figures_of(capsys, *logs, status=1)["problems"][0]
-    assert figures_of(capsys, *published(tmp_path, "PR549"))["problems"] == []  # its first score has four decimals
+    assert (
+        figures_of(capsys, *published(tmp_path, "PR549"))["problems"] == []
+    )  # its first score has four decimals
 
 
 def test_a_set_tokenised_a_little_differently_is_the_same_by_its_bytes(tmp_path, capsys) -> None:
     path = Path(published(tmp_path, "PR1413")[0])
-    text = path.read_text().replace("sp8192", "sp4096").replace("val_tokens: 40540160", "val_tokens: 45514752")
+    text = (
+        path.read_text()
+        .replace("sp8192", "sp4096")
+        .replace("val_tokens: 40540160", "val_tokens: 45514752")
+    )
     scores = [line for line in text.splitlines() if "eval_time" in line]
     for line in scores:  # a token of theirs holds 151,074,053 / 45,514,752 bytes
         loss = float(line.split("val_loss:")[1].split()[0])
-        text = text.replace(line, f"{line.split(' val_loss')[0]} val_loss:{loss:.8f} val_bpb:"
-                            f"{loss / math.log(2) * 45_514_752 / 151_074_053:.8f} eval_time:1ms")  # fmt: skip
+        text = text.replace(
+            line,
+            f"{line.split(' val_loss')[0]} val_loss:{loss:.8f} val_bpb:"
+            f"{loss / math.log(2) * 45_514_752 / 151_074_053:.8f} eval_time:1ms",
+        )
     path.write_text(text)
     assert figures_of(capsys, str(path))["problems"] == []
 
@@ -504,7 +810,14 @@ def test_without_token_counts_the_nearest_canonical_set_is_named(tmp_path) -> No
 def test_the_terminal_shows_every_run_and_what_it_spent(tmp_path, capsys) -> None:
     assert report.main(ours(tmp_path, {"val_bpb": 1.8}, {"seconds": {"train": 70.0}})) == 0
     out = capsys.readouterr().out
-    for word in ("1.80000", "1.90000", "51.0 / 60 s", "5.0 / 600 s", "0.30000", "mean: val_bpb 1.85000 ± 0.07071"):
+    for word in (
+        "1.80000",
+        "1.90000",
+        "51.0 / 60 s",
+        "5.0 / 600 s",
+        "0.30000",
+        "mean: val_bpb 1.85000 ± 0.07071",
+    ):
         assert word in out
     assert "over the limit: train 70.0 s of 60" in out
 
@@ -525,19 +838,29 @@ def test_markdown_is_rewritten_between_its_markers_only(tmp_path, capsys) -> Non
 
 
 @pytest.mark.parametrize("package", ["rich.console", "plotly.offline", "scipy"])
-def test_a_missing_package_is_named_with_its_remedy(tmp_path, capsys, monkeypatch, package: str) -> None:
+def test_a_missing_package_is_named_with_its_remedy(
+    tmp_path, capsys, monkeypatch, package: str
+) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    error = refusal(capsys, *ours(tmp_path, {}, {"val_bpb": 1.8}), "--html", str(tmp_path / "out.html"))
-    assert error.startswith(f"report.py: {package.split('.')[0]}: is not installed; pip install -r requirements-tools")
+    error = refusal(
+        capsys, *ours(tmp_path, {}, {"val_bpb": 1.8}), "--html", str(tmp_path / "out.html")
+    )
+    assert error.startswith(
+        f"report.py: {package.split('.')[0]}: is not installed; pip install -r requirements-tools"
+    )
 
 
 def submit(folder: Path, logs: list[str], *more: str) -> tuple[int, Path]:
     out = folder / "submission.json"
-    return report.main([*logs, "--submission", str(out), "--name", "n", "--date", "2026-01-01", *more]), out
+    return report.main(
+        [*logs, "--submission", str(out), "--name", "n", "--date", "2026-01-01", *more]
+    ), out
 
 
 def test_the_claim_is_the_mean_and_deviation_of_its_seeds(tmp_path) -> None:
-    logs = ours(tmp_path, {"val_bpb": 1.8, "seed": 7}, {"val_bpb": 2.0, "artifact_bytes": 1234, "seed": 3})
+    logs = ours(
+        tmp_path, {"val_bpb": 1.8, "seed": 7}, {"val_bpb": 2.0, "artifact_bytes": 1234, "seed": 3}
+    )
     status, out = submit(tmp_path, logs, "--author", "a", "--track", "10min_16mb")
     claim = json.loads(out.read_text())
     assert status == 0
@@ -552,9 +875,13 @@ def test_the_claim_is_the_mean_and_deviation_of_its_seeds(tmp_path) -> None:
     assert claim["compliance"] == {}  # nobody has looked
 
 
-@pytest.mark.parametrize("change", [{"code_sha256": "c1"}, {"preset": "pr1530"}, {"device": "GPU"}, {"seed": 0}])
+@pytest.mark.parametrize(
+    "change", [{"code_sha256": "c1"}, {"preset": "pr1530"}, {"device": "GPU"}, {"seed": 0}]
+)
 @pytest.mark.parametrize("mixed", [[], ["--mixed"]])
-def test_runs_that_are_not_seeds_of_one_claim_are_no_submission(tmp_path, capsys, change: dict, mixed: list) -> None:
+def test_runs_that_are_not_seeds_of_one_claim_are_no_submission(
+    tmp_path, capsys, change: dict, mixed: list
+) -> None:
     status, out = submit(tmp_path, ours(tmp_path, {}, {"val_bpb": 1.8, **change}), *mixed)
     assert status == 2
     assert not out.exists()
@@ -574,18 +901,29 @@ def test_a_score_with_wrong_bytes_is_no_submission(tmp_path, capsys) -> None:
 
 def test_compliance_is_what_audits_of_these_very_artifacts_found(tmp_path) -> None:
     logs = ours(tmp_path, {"val_bpb": 1.8}, {"val_bpb": 1.9})
+
     def audit(i: int, artifact: str, **passed: bool | None) -> str:
         path = tmp_path / f"audit{i}.json"
         found = {name: {"passed": ok, "evidence": f"{name} {i}"} for name, ok in passed.items()}
         path.write_text(json.dumps({"properties": found, "artifact_sha256": artifact}))
         return str(path)
-    first = audit(0, "run0", causal=True, normalised=True, lossless=True, clean_data=None, single_pass=None)
+
+    first = audit(
+        0, "run0", causal=True, normalised=True, lossless=True, clean_data=None, single_pass=None
+    )
     second = audit(1, "run1", causal=True, normalised=False, clean_data=True, single_pass=False)
     claim = json.loads(submit(tmp_path, logs, "--audit", first, second)[1].read_text())
-    assert claim["compliance"] == {"causal": True, "normalised": False, "single_pass": False}  # not run: no statement
+    assert claim["compliance"] == {
+        "causal": True,
+        "normalised": False,
+        "single_pass": False,
+    }  # not run: no statement
     assert claim["compliance_evidence"]["causal"] == {"0": "causal 0", "1": "causal 1"}
     other = audit(1, "another", causal=True)
-    assert json.loads(submit(tmp_path, logs, "--audit", first, other)[1].read_text())["compliance"] == {}
+    assert (
+        json.loads(submit(tmp_path, logs, "--audit", first, other)[1].read_text())["compliance"]
+        == {}
+    )
 
 
 def test_audits_in_the_run_folders_are_found(tmp_path) -> None:
@@ -596,7 +934,9 @@ def test_audits_in_the_run_folders_are_found(tmp_path) -> None:
     assert json.loads(submit(tmp_path, logs)[1].read_text())["compliance"] == {"causal": True}
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"properties": [1]}', '{"properties": {"causal": 1}}', "{}"])
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"properties": [1]}', '{"properties": {"causal": 1}}', "{}"]
+)
 def test_an_audit_that_cannot_be_read_is_refused(tmp_path, capsys, text: str) -> None:
     (tmp_path / "audit.json").write_text(text)
     assert submit(tmp_path, ours(tmp_path, {}), "--audit", str(tmp_path / "audit.json"))[0] == 2
@@ -611,8 +951,14 @@ def with_documents(root: Path) -> list[str]:
 def test_pictures_are_drawn_of_all_that_the_logs_hold(tmp_path) -> None:
     pytest.importorskip("matplotlib")
     assert report.main([*with_documents(tmp_path), "--png", str(tmp_path / "png")]) == 0
-    names = {path.stem for path in (tmp_path / "png").iterdir() if path.read_bytes()[:4] == b"\x89PNG"}
-    curves = {f"{key}_by_{x}" for key in ("train_loss", "val_bpb", "lr_scale", "speed") for x in ("step", "seconds")}
+    names = {
+        path.stem for path in (tmp_path / "png").iterdir() if path.read_bytes()[:4] == b"\x89PNG"
+    }
+    curves = {
+        f"{key}_by_{x}"
+        for key in ("train_loss", "val_bpb", "lr_scale", "speed")
+        for x in ("step", "seconds")
+    }
     assert names == curves | {"scores", "length", "position", "budget_train", "budget_eval"}
 
 
@@ -621,8 +967,12 @@ def test_losses_by_length_and_position_add_up_to_the_documents(tmp_path) -> None
     found, docs = report.by_length(run), run.documents
     assert sum(found["n"]) == 400
     lengths = docs["doc_tokens"]
-    first = (lengths >= 2 ** int(math.log2(lengths.min()))) & (lengths < 2 ** (int(math.log2(lengths.min())) + 1))
-    assert found["y"][0] == pytest.approx(docs["doc_nats"][first].sum() / math.log(2) / docs["doc_bytes"][first].sum())
+    first = (lengths >= 2 ** int(math.log2(lengths.min()))) & (
+        lengths < 2 ** (int(math.log2(lengths.min())) + 1)
+    )
+    assert found["y"][0] == pytest.approx(
+        docs["doc_nats"][first].sum() / math.log(2) / docs["doc_bytes"][first].sum()
+    )
     assert report.by_position(run)["y"][:2] == pytest.approx([6.0, 5.7])
 
 
@@ -631,17 +981,32 @@ def test_losses_by_length_and_position_add_up_to_the_documents(tmp_path) -> None
 def browser():
     pytest.importorskip("plotly")
     webdriver = pytest.importorskip("selenium.webdriver")
-    binary = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+    binary = next(
+        filter(
+            None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))
+        ),
+        None,
+    )
     driver = shutil.which("chromedriver")
     if not binary or not driver:
         pytest.skip(f"needs Chromium and chromedriver on PATH, found {binary} and {driver}")
     options = webdriver.ChromeOptions()
     options.binary_location = binary
-    for flag in ("headless", "no-sandbox", "disable-gpu", "disable-background-networking", "disable-component-update",
-                 "disable-sync", "disable-dev-shm-usage", "hide-scrollbars"):  # fmt: skip
+    for flag in (
+        "headless",
+        "no-sandbox",
+        "disable-gpu",
+        "disable-background-networking",
+        "disable-component-update",
+        "disable-sync",
+        "disable-dev-shm-usage",
+        "hide-scrollbars",
+    ):
         options.add_argument(f"--{flag}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    window = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))  # makes a fresh profile
+    window = webdriver.Chrome(
+        options=options, service=webdriver.ChromeService(driver)
+    )  # makes a fresh profile
     yield window
     window.quit()
 
@@ -651,24 +1016,32 @@ def page(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("page")
     logs, old = with_documents(root), published(root, "PR1413")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "check_texts", lambda *_: None)  # charts of logs as different as can be
+        patch.setattr(
+            report, "check_texts", lambda *_: None
+        )  # charts of logs as different as can be
         assert report.main([*logs, "--baseline", *old, "--html", str(root / "out.html")]) == 0
     return root / "out.html"
 
 
 def show(browser, page: Path, width: int = 1280, scheme: str = "light") -> None:
     """Opens the page at a width, in a colour scheme; fails on any message on the console."""
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride",
-                            {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500})  # fmt: skip
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride",
+        {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500},
+    )
     scheme = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", scheme)
     browser.get(page.as_uri())
-    wait(browser, "return charts.length > 0 && charts.every(({ node }) => node.querySelector('.main-svg'))")
+    wait(
+        browser,
+        "return charts.length > 0 && charts.every(({ node }) => node.querySelector('.main-svg'))",
+    )
     assert browser.get_log("browser") == []
 
 
 def wait(browser, script: str) -> None:
     from selenium.webdriver.support.ui import WebDriverWait
+
     WebDriverWait(browser, 20, 0.05).until(lambda b: b.execute_script(script))
 
 
@@ -677,8 +1050,10 @@ def traces(browser, chart: str) -> list[str]:  # names of what the chart really 
     return browser.execute_script(f"return {shown}.map((t) => t.name)")
 
 
-CHARTS = set("""train_loss val_bpb lr_scale speed scores budget_train budget_eval budget_none length
-    position""".split())
+CHARTS = set(
+    """train_loss val_bpb lr_scale speed scores budget_train budget_eval budget_none length
+    position""".split()
+)
 
 
 def test_the_page_draws_every_chart(browser, page: Path) -> None:
@@ -693,12 +1068,16 @@ def test_the_page_draws_every_chart(browser, page: Path) -> None:
 
 def test_hovering_tells_the_value(browser, page: Path) -> None:
     from selenium.webdriver.common.action_chains import ActionChains
+
     show(browser, page)
     point = browser.find_element("css selector", "#scores .scatterlayer path.point")
     browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", point)
     ActionChains(browser).move_to_element(point).perform()
     wait(browser, "return document.querySelectorAll('#scores .hovertext').length > 0")
-    assert "before quantisation: 2.00000" in browser.find_element("css selector", "#scores .hovertext").text
+    assert (
+        "before quantisation: 2.00000"
+        in browser.find_element("css selector", "#scores .hovertext").text
+    )
 
 
 def test_a_click_on_a_run_takes_it_out_of_every_chart_and_back(browser, page: Path) -> None:
@@ -723,15 +1102,21 @@ def test_a_click_in_a_legend_takes_a_phase_out(browser, page: Path) -> None:
     browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", toggle)
     before = traces(browser, "budget_eval")
     from selenium.webdriver.common.action_chains import ActionChains
+
     ActionChains(browser).move_to_element(toggle).click().perform()
-    wait(browser, "return document.getElementById('budget_eval').data.some((t) => t.visible === 'legendonly')")
+    wait(
+        browser,
+        "return document.getElementById('budget_eval').data.some((t) => t.visible === 'legendonly')",
+    )
     assert len(traces(browser, "budget_eval")) == len(before) - 1
 
 
 def test_the_axis_of_the_curves_changes_to_time_and_tokens(browser, page: Path) -> None:
     show(browser, page)
+
     def first() -> list[float]:
         return browser.execute_script("return document.getElementById('train_loss').data[0].x")
+
     assert first() == [1, 20, 40, 60]
     for i, values in ((1, [0.7, 14, 28, 42]), (2, [100, 2000, 4000, 6000])):
         browser.find_elements("css selector", "#axis button")[i].click()
@@ -742,7 +1127,9 @@ def test_the_axis_of_the_curves_changes_to_time_and_tokens(browser, page: Path) 
 def test_the_page_fits_a_phone_and_follows_its_colours(browser, page: Path, scheme: str) -> None:
     show(browser, page, width=390, scheme=scheme)
     assert browser.execute_script("return document.documentElement.scrollWidth") <= 390
-    widths = browser.execute_script("return charts.map(({ node }) => node.querySelector('.main-svg').clientWidth)")
+    widths = browser.execute_script(
+        "return charts.map(({ node }) => node.querySelector('.main-svg').clientWidth)"
+    )
     assert all(250 < width <= 390 for width in widths), widths
     ground, card, text, ticks, *lines = browser.execute_script("""
         const of = (node, what) => getComputedStyle(node)[what];
@@ -773,5 +1160,7 @@ def test_the_page_needs_no_network_and_no_name_in_a_log_runs_as_script(browser, 
     show(browser, tmp_path / "out.html")
     assert browser.execute_script("return window.hit") is None
     assert evil in browser.find_element("id", "about").text
-    loaded = browser.execute_script("return performance.getEntriesByType('resource').map((e) => e.name)")
+    loaded = browser.execute_script(
+        "return performance.getEntriesByType('resource').map((e) => e.name)"
+    )
     assert [name for name in loaded if name.startswith("http")] == []

@@ -26,7 +26,7 @@ import train_gpt as tg
 
 SCORE_FILES = ("scores.json", "documents.npz")
 SCORES = ("pre_quantization", "quantized", "quantized_ttt_lora")
-OF_NETWORK = {name.upper() for name in tg.MODEL_FIELDS}  # what a model file knows by itself
+OF_NETWORK = {name.upper() for name in tg.NETWORK_FIELDS}  # what a model file knows by itself
 SHARDS = f"data/datasets/tiny_sp{VOCAB}"
 EVAL = {k: v for k, v in TINY.items() if k not in OF_NETWORK}
 
@@ -48,12 +48,21 @@ def finish(env: dict[str, str], cwd: Path, ranks: int = 0) -> Finished:
 
 @pytest.fixture(scope="session")
 def first_run(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    env = {**TINY, "DATA_DIR": str(tiny_data), "RUN_ID": "first", "SLIDING_WINDOW_ENABLED": "1", "SEED": "7"}
+    env = {
+        **TINY,
+        "DATA_DIR": str(tiny_data),
+        "RUN_ID": "first",
+        "SLIDING_WINDOW_ENABLED": "1",
+        "SEED": "7",
+    }
     return finish(env, tmp_path_factory.mktemp("first"))
 
 
 def listing(root: Path) -> dict[str, int]:
-    return {str(p.relative_to(root)): p.stat().st_size if p.is_file() else -1 for p in sorted(root.rglob("*"))}
+    return {
+        str(p.relative_to(root)): p.stat().st_size if p.is_file() else -1
+        for p in sorted(root.rglob("*"))
+    }
 
 
 def free_port() -> str:
@@ -73,20 +82,37 @@ def test_last_line_and_only_it_holds_every_figure(first_run, tiny_data):
     """`final_line` refuses a second one; here: the last, complete and consistent."""
     final = first_run.final
     assert first_run.output.rstrip("\n").splitlines()[-1].startswith("final {")
-    manifest = json.loads((tiny_data / "datasets" / f"tiny_sp{VOCAB}" / "manifest.json").read_text())
+    manifest = json.loads(
+        (tiny_data / "datasets" / f"tiny_sp{VOCAB}" / "manifest.json").read_text()
+    )
     split = manifest["splits"]["val"]
-    assert (final["val_bytes"], final["val_tokens"], final["val_docs"]) == (split["bytes"], split["tokens"] - 1, 12)
+    assert (final["val_bytes"], final["val_tokens"], final["val_docs"]) == (
+        split["bytes"],
+        split["tokens"] - 1,
+        12,
+    )
     for score in (*SCORES, "quantized_sliding_window"):
         bpb = final[f"{score}_loss"] / math.log(2) * final["val_tokens"] / final["val_bytes"]
         assert final[f"{score}_bpb"] == pytest.approx(bpb, rel=1e-12)
         assert 0 < final[f"{score}_loss"] < 2 * math.log(VOCAB)
-    assert (final["val_loss"], final["val_bpb"]) == (final["quantized_ttt_lora_loss"], final["quantized_ttt_lora_bpb"])
+    assert (final["val_loss"], final["val_bpb"]) == (
+        final["quantized_ttt_lora_loss"],
+        final["quantized_ttt_lora_bpb"],
+    )
     assert final["quantized_loss"] != final["pre_quantization_loss"]
     assert (final["preset"], final["seed"], final["world_size"]) == ("cpu", 7, 1)
     assert (final["steps"], final["train_tokens"]) == (6, 6 * 512)
     assert "CPU" in final["device"]
     assert all(seconds >= 0 for seconds in final["seconds"].values())
-    phases = {"check", "warm-up", "train", "calibrate", "quantise", "pack", *(f"score {s}" for s in SCORES)}
+    phases = {
+        "check",
+        "warm-up",
+        "train",
+        "calibrate",
+        "quantise",
+        "pack",
+        *(f"score {s}" for s in SCORES),
+    }
     assert phases | {"score quantized_sliding_window"} == final["seconds"].keys()
 
 
@@ -102,14 +128,19 @@ def test_figures_name_the_code_data_and_artifact_they_come_from(first_run, tiny_
         assert final[key] == hashlib.sha256(data).hexdigest(), key
     header, _ = tg.open_artifact(artifact, Path())
     others = sum(stored for _, stored, _ in header["streams"][1:])
-    assert final["codes_bytes"] == len(artifact) - 13 - int.from_bytes(artifact[5:9], "little") - others
+    assert (
+        final["codes_bytes"]
+        == len(artifact) - 13 - int.from_bytes(artifact[5:9], "little") - others
+    )
     assert final["model_bytes"] == len(artifact)
     assert final["artifact_bytes"] == len(artifact) + final["code_bytes"]
 
 
 def test_run_leaves_its_log_checkpoint_artifact_and_scores(first_run):
     expected = {"logs", "logs/first.txt", "runs", "runs/first"}
-    expected |= {f"runs/first/{name}" for name in ("final_model.pt", "final_model.int6.ptz", *SCORE_FILES)}
+    expected |= {
+        f"runs/first/{name}" for name in ("final_model.pt", "final_model.int6.ptz", *SCORE_FILES)
+    }
     assert listing(first_run.cwd).keys() == expected
     kept = json.loads((first_run.folder / "scores.json").read_text())
     assert kept.items() <= first_run.final.items()
@@ -125,8 +156,15 @@ def test_log_begins_with_the_source_and_every_setting_with_its_origin(first_run)
     names = sorted(f.name for f in dataclasses.fields(tg.Config))
     for name, line in zip(names, rest.splitlines(), strict=False):
         value, origin = re.fullmatch(rf"  {name}: (.*) \((default|preset|env)\)", line).groups()
-        given = name.upper() in TINY or name in ("data_dir", "run_id", "sliding_window_enabled", "seed")
-        assert origin == ("env" if given else "preset" if name in tg.PRESETS["cpu"] else "default"), name
+        given = name.upper() in TINY or name in (
+            "data_dir",
+            "run_id",
+            "sliding_window_enabled",
+            "seed",
+        )
+        assert origin == (
+            "env" if given else "preset" if name in tg.PRESETS["cpu"] else "default"
+        ), name
         if name.upper() in TINY and re.fullmatch(r"[0-9]+", TINY[name.upper()]):
             assert float(value) == float(TINY[name.upper()]), name
 
@@ -134,15 +172,30 @@ def test_log_begins_with_the_source_and_every_setting_with_its_origin(first_run)
 def test_lines_keep_the_published_templates_and_a_table_of_phases_closes(first_run):
     output, final = first_run.output, first_run.final
     labels = ("diagnostic pre-quantization post-ema", "diagnostic quantized", "quantized_ttt_lora")
-    scores = {**dict(zip(SCORES, labels, strict=True)), "quantized_sliding_window": f"{labels[1]}_sliding_window"}
-    lines = [rf"{label} val_loss:{final[f'{key}_loss']:.8f} val_bpb:{final[f'{key}_bpb']:.8f} eval_time:\d+ms"
-             for key, label in scores.items()]  # fmt: skip
-    lines += [r"step:1/6 train_loss:\d+\.\d{4} train_time:\d+ms .*", r"layer_loop:enabled step:\d frac:0\.\d{3} .*"]
-    lines += [r"Total submission size quantized\+zstd: \d+ bytes", r"model_params:\d+", "ttt_lora:docs:12 rank:4 .*"]
+    scores = {
+        **dict(zip(SCORES, labels, strict=True)),
+        "quantized_sliding_window": f"{labels[1]}_sliding_window",
+    }
+    lines = [
+        rf"{label} val_loss:{final[f'{key}_loss']:.8f} val_bpb:{final[f'{key}_bpb']:.8f} eval_time:\d+ms"
+        for key, label in scores.items()
+    ]
+    lines += [
+        r"step:1/6 train_loss:\d+\.\d{4} train_time:\d+ms .*",
+        r"layer_loop:enabled step:\d frac:0\.\d{3} .*",
+    ]
+    lines += [
+        r"Total submission size quantized\+zstd: \d+ bytes",
+        r"model_params:\d+",
+        "ttt_lora:docs:12 rank:4 .*",
+    ]
     for line in lines:
         assert len(re.findall(rf"^{line}$", output, re.M)) == 1, line
     table = output[output.index("\nphase ") :].splitlines()[2:-1]
-    rows = {name: (float(seconds), counts) for name, seconds, counts in (re.split(r"  +", row) for row in table)}
+    rows = {
+        name: (float(seconds), counts)
+        for name, seconds, counts in (re.split(r"  +", row) for row in table)
+    }
     for name, seconds in final["seconds"].items():
         assert rows.pop(name)[0] == pytest.approx(seconds, abs=0.051)
     assert rows.keys() == {"all of train", "all of eval"}
@@ -154,25 +207,53 @@ def test_artifact_alone_gives_the_same_scores_without_training_data(first_run, t
     for path in shards.glob("*train*"):
         path.unlink()
     env = {**EVAL, "DATA_DIR": str(tmp_path / "data"), "RUN_ID": "again", "SEED": "7"}
-    again = finish({**env, "EVAL_ONLY_PATH": str(first_run.folder / "final_model.int6.ptz")}, tmp_path / "cwd")
-    for key in ("quantized_loss", "quantized_ttt_lora_loss", "val_bpb", "artifact_sha256", "artifact_bytes"):
+    again = finish(
+        {**env, "EVAL_ONLY_PATH": str(first_run.folder / "final_model.int6.ptz")}, tmp_path / "cwd"
+    )
+    for key in (
+        "quantized_loss",
+        "quantized_ttt_lora_loss",
+        "val_bpb",
+        "artifact_sha256",
+        "artifact_bytes",
+    ):
         assert again.final[key] == first_run.final[key], key
-    assert not {"pre_quantization_loss", "quantized_sliding_window_loss", "steps"} & again.final.keys()
+    assert (
+        not {"pre_quantization_loss", "quantized_sliding_window_loss", "steps"} & again.final.keys()
+    )
     assert listing(again.folder).keys() == set(SCORE_FILES)
 
 
 def test_warm_up_of_an_artifact_neither_trains_nor_compresses(first_run, tiny_data, tmp_path):
     """So no budget of training, however small, refuses what only scores."""
-    env = {**EVAL, "DATA_DIR": str(tiny_data), "EVAL_ONLY_PATH": str(first_run.folder / "final_model.int6.ptz")}
-    again = finish({**env, "RUN_ID": "again", "SEED": "7", "MAX_WALLCLOCK_SECONDS": "20",
-                     "GPTQ_RESERVE_SECONDS": "13"}, tmp_path)  # fmt: skip
+    env = {
+        **EVAL,
+        "DATA_DIR": str(tiny_data),
+        "EVAL_ONLY_PATH": str(first_run.folder / "final_model.int6.ptz"),
+    }
+    again = finish(
+        {
+            **env,
+            "RUN_ID": "again",
+            "SEED": "7",
+            "MAX_WALLCLOCK_SECONDS": "20",
+            "GPTQ_RESERVE_SECONDS": "13",
+        },
+        tmp_path,
+    )
     assert again.final["val_bpb"] == first_run.final["val_bpb"]
     assert "warmup:done" in again.output
     assert not re.search(r"^(warmup_step|fit):", again.output, re.M)
 
 
 def test_checkpoint_gives_the_same_artifact_to_the_byte(first_run, tiny_data, tmp_path):
-    env = {**EVAL, "DATA_DIR": str(tiny_data), "RUN_ID": "again", "SEED": "7", "ARTIFACT_DIR": "a/b"}
+    env = {
+        **EVAL,
+        "DATA_DIR": str(tiny_data),
+        "RUN_ID": "again",
+        "SEED": "7",
+        "ARTIFACT_DIR": "a/b",
+    }
     again = finish({**env, "EVAL_ONLY_PATH": str(first_run.folder / "final_model.pt")}, tmp_path)
     name = "final_model.int6.ptz"
     assert (tmp_path / "a/b" / name).read_bytes() == (first_run.folder / name).read_bytes()
@@ -184,7 +265,9 @@ def test_checkpoint_gives_the_same_artifact_to_the_byte(first_run, tiny_data, tm
 def test_ranks_score_one_artifact_alike(first_run, tiny_data, tmp_path, ranks):
     env = {**EVAL, "DATA_DIR": str(tiny_data), "RUN_ID": "ranks", "SEED": "7"}
     env |= {"TRAIN_BATCH_TOKENS": "128"}  # a step of one row, but there is none
-    shared = finish({**env, "EVAL_ONLY_PATH": str(first_run.folder / "final_model.int6.ptz")}, tmp_path, ranks)
+    shared = finish(
+        {**env, "EVAL_ONLY_PATH": str(first_run.folder / "final_model.int6.ptz")}, tmp_path, ranks
+    )
     assert shared.final["world_size"] == ranks
     for key in ("quantized_loss", "quantized_ttt_lora_loss"):
         assert shared.final[key] == pytest.approx(first_run.final[key], abs=1e-6)
@@ -195,10 +278,18 @@ def test_two_ranks_train_to_the_same_end(first_run, tiny_data, tmp_path):
     env = {**TINY, "DATA_DIR": str(tiny_data), "RUN_ID": "two", "SEED": "7"}
     two = finish(env, tmp_path, ranks=2)
     assert two.output.rstrip("\n").splitlines()[-1].startswith("final {")
-    assert first_run.final.keys() - two.final.keys() == {f"quantized_sliding_window_{x}" for x in ("loss", "bpb")}
-    assert (two.final["world_size"], two.final["steps"], two.final["train_tokens"]) == (2, 6, 6 * 512)
+    assert first_run.final.keys() - two.final.keys() == {
+        f"quantized_sliding_window_{x}" for x in ("loss", "bpb")
+    }
+    assert (two.final["world_size"], two.final["steps"], two.final["train_tokens"]) == (
+        2,
+        6,
+        6 * 512,
+    )
     for score in SCORES:  # the same rows make a step, only sums are rounded otherwise
-        assert two.final[f"{score}_loss"] == pytest.approx(first_run.final[f"{score}_loss"], abs=0.01)
+        assert two.final[f"{score}_loss"] == pytest.approx(
+            first_run.final[f"{score}_loss"], abs=0.01
+        )
     assert listing(two.folder).keys() == listing(first_run.folder).keys()
 
 
@@ -209,30 +300,62 @@ def test_process_group_ends_with_the_run(first_run, tiny_data, tmp_path):
         import glob, train_gpt
         assert train_gpt.main([]) == 0
         print(*(open(name).read() for name in glob.glob("/proc/self/task/*/comm")))"""
-    env = {**EVAL, "DATA_DIR": str(tiny_data), "EVAL_ONLY_PATH": str(first_run.folder / "final_model.int6.ptz")}
-    env |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(Path(tg.__file__).parent)}
+    env = {
+        **EVAL,
+        "DATA_DIR": str(tiny_data),
+        "EVAL_ONLY_PATH": str(first_run.folder / "final_model.int6.ptz"),
+    }
+    env |= {
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": str(Path(tg.__file__).parent),
+    }
     env |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    done = subprocess.run([sys.executable, "-c", script], env=env, cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=env, cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "gloo" not in done.stdout.split("final {")[1]
 
 
 @pytest.mark.parametrize("backend", ["nccl", "gloo"])
-@pytest.mark.parametrize(("error", "ends"), [
-    (None, True), (tg.UsageError("x"), True), (tg.RunStopped("x"), True), (tg.InvalidScore("x"), True),
-    (tg.BadMatrix("x"), False), (FloatingPointError("x"), False), (KeyboardInterrupt("x", 143), False),
-    (RuntimeError("Connection reset"), False), (ZeroDivisionError("x"), False)], ids=repr)  # fmt: skip
-def test_a_rank_that_fails_by_itself_does_not_wait_for_nccl(monkeypatch, capsys, backend, error, ends):
+@pytest.mark.parametrize(
+    ("error", "ends"),
+    [
+        (None, True),
+        (tg.UsageError("x"), True),
+        (tg.RunStopped("x"), True),
+        (tg.InvalidScore("x"), True),
+        (tg.BadMatrix("x"), False),
+        (FloatingPointError("x"), False),
+        (KeyboardInterrupt("x", 143), False),
+        (RuntimeError("Connection reset"), False),
+        (ZeroDivisionError("x"), False),
+    ],
+    ids=repr,
+)
+def test_a_rank_that_fails_by_itself_does_not_wait_for_nccl(
+    monkeypatch, capsys, backend, error, ends
+):
     """NCCL's communicator ends when all ranks end it; gloo's threads must be ended in any case."""
     ended = []
+
     def go() -> None:
         if error:
             raise error
-    for name, value in {"is_initialized": lambda: True, "get_backend": lambda: backend, "get_rank": lambda: 3,
-                        "destroy_process_group": lambda: ended.append(1)}.items():  # fmt: skip
+
+    for name, value in {
+        "is_initialized": lambda: True,
+        "get_backend": lambda: backend,
+        "get_rank": lambda: 3,
+        "destroy_process_group": lambda: ended.append(1),
+    }.items():
         monkeypatch.setattr(tg.dist, name, value)
-    for name, value in {"on_signals": lambda act: None, "Ranks": lambda env: None,
-                        "Run": lambda *_: SimpleNamespace(go=go)}.items():  # fmt: skip
+    for name, value in {
+        "on_signals": lambda act: None,
+        "Ranks": lambda env: None,
+        "Run": lambda *_: SimpleNamespace(go=go),
+    }.items():
         monkeypatch.setattr(tg, name, value)
     monkeypatch.setattr(tg.os, "environ", {**TINY, "RANK": "3"})
     if isinstance(error, ZeroDivisionError):  # its traceback is shown once main has left
@@ -241,34 +364,76 @@ def test_a_rank_that_fails_by_itself_does_not_wait_for_nccl(monkeypatch, capsys,
     else:
         tg.main([])
     assert bool(ended) == (ends or backend == "gloo")
-    said = {tg.BadMatrix: "train_gpt.py: x\n", RuntimeError: "train_gpt.py: rank 3 lost a peer: Connection reset\n"}
+    said = {
+        tg.BadMatrix: "train_gpt.py: x\n",
+        RuntimeError: "train_gpt.py: rank 3 lost a peer: Connection reset\n",
+    }
     assert capsys.readouterr().err == said.get(type(error), "")
 
 
 def test_rows_loader_scores_every_token_too(tiny_data, tmp_path, first_run):
-    env = {**TINY, "DATA_DIR": str(tiny_data), "RUN_ID": "rows", "DATA_LOADER": "rows", "PRESET": "pr1530"}
+    env = {
+        **TINY,
+        "DATA_DIR": str(tiny_data),
+        "RUN_ID": "rows",
+        "DATA_LOADER": "rows",
+        "PRESET": "pr1530",
+    }
     rows = finish({**env, "COMPILE": "0", "COMPRESSOR": "lzma", "VAL_LOSS_EVERY": "3"}, tmp_path)
-    assert (rows.final["preset"], rows.final["val_tokens"]) == ("pr1530", first_run.final["val_tokens"])
+    assert (rows.final["preset"], rows.final["val_tokens"]) == (
+        "pr1530",
+        first_run.final["val_tokens"],
+    )
     assert rows.final["val_bytes"] == first_run.final["val_bytes"]
-    assert len(re.findall(r"^[36]/6 val_loss: \d+\.\d{4} val_bpb: \d+\.\d{4}$", rows.output, re.M)) == 2
-    spent = [float(seconds) for seconds in re.findall(r"^validate +([\d.]+)  none$", rows.output, re.M)]
-    assert len(spent) == 2 and rows.final["seconds"]["validate"] == pytest.approx(sum(spent), abs=0.11)
+    assert (
+        len(re.findall(r"^[36]/6 val_loss: \d+\.\d{4} val_bpb: \d+\.\d{4}$", rows.output, re.M))
+        == 2
+    )
+    spent = [
+        float(seconds) for seconds in re.findall(r"^validate +([\d.]+)  none$", rows.output, re.M)
+    ]
+    assert len(spent) == 2 and rows.final["seconds"]["validate"] == pytest.approx(
+        sum(spent), abs=0.11
+    )
 
 
-def test_nothing_compiles_after_warm_up_in_early_validation_late_scoring_or_calibration_alone(tiny_data, tmp_path):
+def test_nothing_compiles_after_warm_up_in_early_validation_late_scoring_or_calibration_alone(
+    tiny_data, tmp_path
+):
     (tmp_path / "sitecustomize.py").write_text(
         "import torch\ncompile = torch.compile\n"
-        "torch.compile = lambda f=None, options=None, **rest: compile(f, **rest | {'backend': 'aot_eager'})\n")
-    env = {**TINY, "DATA_DIR": str(tiny_data), "COMPILE": "1", "RECOMPILE_LIMIT": "0", "PYTHONPATH": str(tmp_path)}
-    env |= {"NUM_LAYERS": "2", "PARALLEL_START_LAYER": "0", "XSA_LAST_N": "2", "VAL_LOSS_EVERY": "2"}
+        "torch.compile = lambda f=None, options=None, **rest: compile(f, **rest | {'backend': 'aot_eager'})\n"
+    )
+    env = {
+        **TINY,
+        "DATA_DIR": str(tiny_data),
+        "COMPILE": "1",
+        "RECOMPILE_LIMIT": "0",
+        "PYTHONPATH": str(tmp_path),
+    }
+    env |= {
+        "NUM_LAYERS": "2",
+        "PARALLEL_START_LAYER": "0",
+        "XSA_LAST_N": "2",
+        "VAL_LOSS_EVERY": "2",
+    }
     run = finish({**env, "RUN_ID": "first", "ENABLE_LOOPING_AT": "0.5"}, tmp_path)
-    lines = [line.split()[0] for line in run.output.splitlines() if re.match(r"\d/6 val_loss|layer_loop:enabled", line)]
+    lines = [
+        line.split()[0]
+        for line in run.output.splitlines()
+        if re.match(r"\d/6 val_loss|layer_loop:enabled", line)
+    ]
     assert lines == ["2/6", "layer_loop:enabled", "4/6", "6/6"]
     assert (run.final["recompilations"], "recompilation:" in run.output) == (0, False)
     env |= {"EVAL_ONLY_PATH": str(run.folder / "final_model.pt"), "EVAL_DEADLINE_SECONDS": "0.01"}
     again = finish({**env, "RUN_ID": "again"}, tmp_path)
-    assert (again.final["recompilations"], again.final["artifact_sha256"]) == (0, run.final["artifact_sha256"])
-    assert re.search(r"^deadline: \d+ of them scored without learning from them$", again.output, re.M)
+    assert (again.final["recompilations"], again.final["artifact_sha256"]) == (
+        0,
+        run.final["artifact_sha256"],
+    )
+    assert re.search(
+        r"^deadline: \d+ of them scored without learning from them$", again.output, re.M
+    )
 
 
 # --- Bad input --------------------------------------------------------------------------------------------------------
@@ -309,28 +474,52 @@ def other_tokenizer(shards: Path) -> None:
     texts = (text.replace("\n", " ")[::-1] for text in tiny_text(100, seed=9))
     (shards / "text.txt").write_text("\n".join(texts), encoding="utf-8")
     sentencepiece.SentencePieceTrainer.train(
-        input=str(shards / "text.txt"), model_prefix=str(shards / "other"), vocab_size=VOCAB, model_type="bpe",
-        byte_fallback=True, pad_id=0, bos_id=1, eos_id=2, unk_id=3, normalization_rule_name="identity",
-        remove_extra_whitespaces=False, character_coverage=0.99, minloglevel=2,
-    )  # fmt: skip
+        input=str(shards / "text.txt"),
+        model_prefix=str(shards / "other"),
+        vocab_size=VOCAB,
+        model_type="bpe",
+        byte_fallback=True,
+        pad_id=0,
+        bos_id=1,
+        eos_id=2,
+        unk_id=3,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        character_coverage=0.99,
+        minloglevel=2,
+    )
 
 
 TRAIN, VAL = "tiny_train_000001.bin", "tiny_val_000000.bin"
 BAD = {
     "wrong magic": Bad(TRAIN, damage=edit_bytes(TRAIN, lambda b: b"\1" + b[1:])),
     "truncated shard": Bad(TRAIN, damage=edit_bytes(TRAIN, lambda b: b[:-2])),
-    "other shard than the manifest's": Bad(VAL, damage=edit_bytes(
-        VAL, lambda b: b[:8] + (len(b) // 2 - 513).to_bytes(4, "little") + b[12:-2])),
-    "id beyond the vocabulary": Bad(f"{TRAIN}: holds id 320", damage=edit_shard(TRAIN, lambda ids: ids.put(77, 320))),
+    "other shard than the manifest's": Bad(
+        VAL,
+        damage=edit_bytes(
+            VAL, lambda b: b[:8] + (len(b) // 2 - 513).to_bytes(4, "little") + b[12:-2]
+        ),
+    ),
+    "id beyond the vocabulary": Bad(
+        f"{TRAIN}: holds id 320", damage=edit_shard(TRAIN, lambda ids: ids.put(77, 320))
+    ),
     "no BOS in training": Bad("BOS", damage=edit_shard("tiny_train_000000.bin", no_bos)),
     "no BOS at the start": Bad(f"{VAL}", damage=edit_shard(VAL, lambda ids: ids.put(0, 5))),
-    "other text than the manifest's": Bad("bytes", damage=edit_shard(VAL, lambda ids: ids.put(5, 1))),
-    "manifest that is none": Bad("manifest.json", damage=edit_bytes("manifest.json", lambda b: b[: len(b) // 2])),
+    "other text than the manifest's": Bad(
+        "bytes", damage=edit_shard(VAL, lambda ids: ids.put(5, 1))
+    ),
+    "manifest that is none": Bad(
+        "manifest.json", damage=edit_bytes("manifest.json", lambda b: b[: len(b) // 2])
+    ),
     "tokenizer of another size": Bad("VOCAB_SIZE=321", {"VOCAB_SIZE": "321"}),
     "tokenizer that is none": Bad("TOKENIZER_PATH", {"TOKENIZER_PATH": f"{SHARDS}/{VAL}"}),
     "tokenizer the manifest does not name": Bad(
-        "manifest.json", damage=edit_bytes("manifest.json", lambda b: re.sub(rb'"sha256": "\w', b'"sha256": "x', b))),
-    "no data set": Bad("nowhere: holds no *_val_*.bin", {"DATASET": "nowhere", "TOKENIZER_PATH": "none"}),
+        "manifest.json",
+        damage=edit_bytes("manifest.json", lambda b: re.sub(rb'"sha256": "\w', b'"sha256": "x', b)),
+    ),
+    "no data set": Bad(
+        "nowhere: holds no *_val_*.bin", {"DATASET": "nowhere", "TOKENIZER_PATH": "none"}
+    ),
     "missing split": Bad("train", damage=remove("*train*")),
     "empty shard": Bad(VAL, damage=edit_bytes(VAL, lambda b: b[:8] + bytes(4) + b[12:1024])),
     "too little for a batch": Bad("TRAIN_BATCH_TOKENS=65536", {"TRAIN_BATCH_TOKENS": "65536"}),
@@ -343,10 +532,15 @@ BAD = {
     "garbage to evaluate": Bad("text.txt", {"EVAL_ONLY_PATH": "text.txt"}),
     "cut artifact": Bad("cut.ptz", {"EVAL_ONLY_PATH": "cut.ptz"}),
     "cut checkpoint": Bad("cut.pt", {"EVAL_ONLY_PATH": "cut.pt"}),
-    "checkpoint of another tokenizer": Bad("EVAL_ONLY_PATH", {
-        "EVAL_ONLY_PATH": "final_model.pt", "TOKENIZER_PATH": f"{SHARDS}/other.model"}, other_tokenizer),
-    "artifact of another network": Bad("NUM_LAYERS=4", {"EVAL_ONLY_PATH": "final_model.int6.ptz", "NUM_LAYERS": "5"}),
-}  # fmt: skip
+    "checkpoint of another tokenizer": Bad(
+        "EVAL_ONLY_PATH",
+        {"EVAL_ONLY_PATH": "final_model.pt", "TOKENIZER_PATH": f"{SHARDS}/other.model"},
+        other_tokenizer,
+    ),
+    "artifact of another network": Bad(
+        "NUM_LAYERS=4", {"EVAL_ONLY_PATH": "final_model.int6.ptz", "NUM_LAYERS": "5"}
+    ),
+}
 
 
 @pytest.fixture(scope="module")
@@ -358,7 +552,9 @@ def bad_runs(tiny_data, first_run, tmp_path_factory) -> Iterator[dict[str, Futur
         for name in ("final_model.pt", "final_model.int6.ptz"):
             data = (first_run.folder / name).read_bytes()
             (cwd / name).write_bytes(data)
-            (cwd / name.replace("final_model", "cut").replace(".int6", "")).write_bytes(data[: len(data) // 2])
+            (cwd / name.replace("final_model", "cut").replace(".int6", "")).write_bytes(
+                data[: len(data) // 2]
+            )
         (cwd / "text.txt").write_text("no model\n")
         case.damage(shards)
         before = listing(cwd)
@@ -366,7 +562,10 @@ def bad_runs(tiny_data, first_run, tmp_path_factory) -> Iterator[dict[str, Futur
         return done, before, listing(cwd)
 
     with ThreadPoolExecutor(2) as pool:
-        yield {name: pool.submit(run, case, tmp_path_factory.mktemp("bad")) for name, case in BAD.items()}
+        yield {
+            name: pool.submit(run, case, tmp_path_factory.mktemp("bad"))
+            for name, case in BAD.items()
+        }
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -384,7 +583,11 @@ def two_processes(env: dict[str, str], cwd: Path) -> list[subprocess.CompletedPr
     """Both ranks of a world of two, each by itself as a cluster starts them."""
     world = {**env, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(lambda rank: run_script({**world, "RANK": rank, "LOCAL_RANK": rank}, cwd), "01"))
+        return list(
+            pool.map(
+                lambda rank: run_script({**world, "RANK": rank, "LOCAL_RANK": rank}, cwd), "01"
+            )
+        )
 
 
 @pytest.mark.parametrize(
@@ -401,6 +604,8 @@ def test_every_rank_leaves_when_one_finds_bad_input(tiny_data, tmp_path, place, 
     assert (main.returncode, other.returncode) == (2, 2)
     assert expected in main.stderr
     assert main.stderr.count("\n") == 1
-    said = [line for line in (main.stdout + other.stdout).splitlines() if not line.startswith("[Gloo]")]  # torch 2.9
+    said = [
+        line for line in (main.stdout + other.stdout).splitlines() if not line.startswith("[Gloo]")
+    ]  # torch 2.9
     assert (said, other.stderr) == ([], "")
     assert listing(tmp_path) == before

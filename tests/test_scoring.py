@@ -41,7 +41,9 @@ PIECES = [  # (piece, kind, bytes, leading space, boundary)
 
 def listed_table():
     kinds = ("control", "unknown", "unused", "byte")
-    listed = SimpleNamespace(**{f"is_{kind}": lambda i, kind=kind: PIECES[i][1] == kind for kind in kinds})
+    listed = SimpleNamespace(
+        **{f"is_{kind}": lambda i, kind=kind: PIECES[i][1] == kind for kind in kinds}
+    )
     listed.vocab_size, listed.id_to_piece = lambda: len(PIECES), lambda i: PIECES[i][0]
     return tg.ByteTable.from_sentencepiece(listed)
 
@@ -53,14 +55,19 @@ def test_byte_table_of_every_kind_of_piece():
 
 def test_leading_space_counts_unless_the_token_before_is_a_boundary():
     before, targets = (x.ravel() for x in np.meshgrid(*[np.arange(len(PIECES))] * 2))
-    expected = [PIECES[t][2] + (PIECES[t][3] and not PIECES[p][4]) for p, t in zip(before, targets, strict=True)]
+    expected = [
+        PIECES[t][2] + (PIECES[t][3] and not PIECES[p][4])
+        for p, t in zip(before, targets, strict=True)
+    ]
     assert listed_table().bytes_of(before, targets).tolist() == expected
     tokens = np.random.default_rng().integers(0, len(PIECES), 500)
     assert listed_table().count(tokens) == listed_table().bytes_of(tokens[:-1], tokens[1:]).sum()
 
 
 def random_text(rng):
-    words = "the|  | |\n|\t|of model|漢字かな|naïve|🙂👍🏽|ſ|\u00a0|3.14|Ж|!|\x07|e\u0301".split("|")
+    words = "the|  | |\n|\t|of model|漢字かな|naïve|🙂👍🏽|ſ|\u00a0|3.14|Ж|!|\x07|e\u0301".split(
+        "|"
+    )
     return "".join(rng.choice(words) + rng.choice(["", " "]) for _ in range(rng.randrange(60)))
 
 
@@ -70,7 +77,9 @@ def test_bytes_are_those_of_the_text_behind_the_tokens(tiny_data):
     for text in [" two  spaces ", "漢", "", *(random_text(rng) for _ in range(200))]:
         ids = np.array([BOS, *tokenizer.model.encode(text), BOS])
         assert tokenizer.model.decode(ids.tolist()) == text
-        assert table.count(ids) == len(text.encode())  # BOS adds none, as first token and as the last target
+        assert table.count(ids) == len(
+            text.encode()
+        )  # BOS adds none, as first token and as the last target
         kinds |= {(bool(tokenizer.model.is_byte(int(i))), bool(table.space[i])) for i in ids}
     assert len(kinds) == 3  # bytes, words with and without a space
 
@@ -80,16 +89,22 @@ def test_bytes_of_the_documents_add_up_to_the_manifests(tiny_data):
     tokenizer = tg.Tokenizer.load(cfg)
     docs = tg.Documents.load(tg.TokenStream(cfg.dataset_dir, "val"), BOS, cfg)
     table, decoded = tg.check_bytes(tokenizer, docs, rank_of(1))
-    parts = [table.count(docs.tokens[s : s + n + 1]) for s, n in zip(docs.starts, docs.counts, strict=True)]
+    parts = [
+        table.count(docs.tokens[s : s + n + 1])
+        for s, n in zip(docs.starts, docs.counts, strict=True)
+    ]
     assert sum(parts) == tokenizer.manifest["splits"]["val"]["bytes"] == table.count(docs.tokens)
     assert decoded == sum(parts)
     shares = [tg.check_bytes(tokenizer, docs, rank_of(3, rank))[1] for rank in range(3)]
     assert sum(shares) == decoded > max(shares)
-    assert parts == [len(text.encode()) for text in tiny_text(172, seed=1)[160:]]  # the texts of the fixture
+    assert parts == [
+        len(text.encode()) for text in tiny_text(172, seed=1)[160:]
+    ]  # the texts of the fixture
     lone = docs._replace(
-        tokens=np.append(docs.tokens, BOS), starts=np.append(docs.starts, len(docs.tokens)),
+        tokens=np.append(docs.tokens, BOS),
+        starts=np.append(docs.starts, len(docs.tokens)),
         counts=np.append([*docs.counts[:-1], docs.counts[-1] + 1], 0),
-    )  # fmt: skip
+    )
     tg.check_bytes(tokenizer, lone, rank_of(1))
 
 
@@ -107,7 +122,9 @@ def test_manifest_with_other_bytes_is_refused(tiny_data, off):
 
 def odd_tokenizer(tmp_path, options):
     """Of a tokenizer trained with these options: path, model, and documents of it."""
-    known = "\n".join(text.splitlines()[0] for text in tiny_text(50, seed=3))  # without the letters outside ASCII
+    known = "\n".join(
+        text.splitlines()[0] for text in tiny_text(50, seed=3)
+    )  # without the letters outside ASCII
     path = train_tokenizer(tmp_path, "odd", known, **options)
     model = sentencepiece.SentencePieceProcessor(model_file=str(path))
     parts = [[BOS, *model.encode(text)] for text in tiny_text(6, seed=4)]
@@ -117,12 +134,21 @@ def odd_tokenizer(tmp_path, options):
 
 def test_tokenizer_that_miscounts_is_refused(tmp_path):
     """Even without a manifest: the count is compared with the decoded text of documents."""
-    path, model, docs = odd_tokenizer(tmp_path, dict(byte_fallback=False, vocab_size=80))  # unknown characters
-    refused(lambda: tg.check_bytes(tg.Tokenizer(path, model, BOS, "", {}), docs, rank_of(1)), path, "document at")
+    path, model, docs = odd_tokenizer(
+        tmp_path, dict(byte_fallback=False, vocab_size=80)
+    )  # unknown characters
+    refused(
+        lambda: tg.check_bytes(tg.Tokenizer(path, model, BOS, "", {}), docs, rank_of(1)),
+        path,
+        "document at",
+    )
 
 
-@pytest.mark.parametrize("options", [dict(treat_whitespace_as_suffix=True),
-                                     dict(split_by_whitespace=False, vocab_size=500)], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [dict(treat_whitespace_as_suffix=True), dict(split_by_whitespace=False, vocab_size=500)],
+    ids=str,
+)
 def test_spaces_after_or_amid_words_count_as_a_byte_each(tmp_path, options):
     path, model, docs = odd_tokenizer(tmp_path, options)
     assert any("\u2581" in model.id_to_piece(i)[1:] for i in docs.tokens.tolist())
@@ -163,8 +189,13 @@ def test_empty_ledger_has_a_result():
 
 def full_ledger(docs):
     """A ledger whose every target is scored, and the bytes it should hold."""
-    table = tg.ByteTable(np.ones(VOCAB, dtype=np.int64), np.zeros(VOCAB, dtype=bool), np.zeros(VOCAB, dtype=bool))
-    ledger, places = tg.Ledger(docs, table, torch.device("cpu")), torch.from_numpy(docs.places())
+    table = tg.ByteTable(
+        np.ones(VOCAB, dtype=np.int64), np.zeros(VOCAB, dtype=bool), np.zeros(VOCAB, dtype=bool)
+    )
+    ledger, places = (
+        tg.Ledger(docs, table, torch.device("cpu")),
+        torch.from_numpy(docs.target_index()),
+    )
     ledger.add(places, torch.rand(len(places)))
     return ledger, len(places)
 
@@ -172,10 +203,12 @@ def full_ledger(docs):
 @pytest.mark.parametrize("sampled", [False, True])
 def test_ledger_of_one_pass_has_no_problem(sampled):
     docs = documents([9, 1, 40, 2, 7])
-    docs = docs._replace(starts=docs.starts[[0, 3]], counts=docs.counts[[0, 3]]) if sampled else docs
+    docs = (
+        docs._replace(starts=docs.starts[[0, 3]], counts=docs.counts[[0, 3]]) if sampled else docs
+    )
     ledger, num_bytes = full_ledger(docs)
-    ledger.require(torch.from_numpy(docs.places()))
-    ledger.require(torch.full((3,), ledger.nowhere))  # padding is no target
+    ledger.require(torch.from_numpy(docs.target_index()))
+    ledger.require(torch.full((3,), ledger.padding_index))  # padding is no target
     assert ledger.problems(num_bytes) == []
 
 
@@ -200,10 +233,16 @@ def spoil(ledger, how, docs):
 
 @pytest.mark.parametrize(
     ("how", "reason"),
-    [("never", "1 targets were never scored"), ("often", "1 targets were scored too often"),
-     ("twice at once", "1 targets were scored too often"), ("before", "1 targets were read by an update before"),
-     ("finite", "1 scores are not finite"), ("outside", "1 targets were scored too often"), ("bytes", "bytes")],
-)  # fmt: skip
+    [
+        ("never", "1 targets were never scored"),
+        ("often", "1 targets were scored too often"),
+        ("twice at once", "1 targets were scored too often"),
+        ("before", "1 targets were read by an update before"),
+        ("finite", "1 scores are not finite"),
+        ("outside", "1 targets were scored too often"),
+        ("bytes", "bytes"),
+    ],
+)
 def test_ledger_names_the_broken_rule(how, reason):
     docs = documents([9, 1, 40, 2, 7])
     docs = docs._replace(starts=docs.starts[[0, 2]], counts=docs.counts[[0, 2]])
@@ -223,8 +262,13 @@ def test_first_score_stays():
 
 def ledger_of_rank(ranks, both):
     docs = documents([9, 4, 6])._replace(tokens=np.full(19, 5))
-    table = tg.ByteTable(np.ones(VOCAB, dtype=np.int64), np.zeros(VOCAB, dtype=bool), np.zeros(VOCAB, dtype=bool))
-    ledger, places = tg.Ledger(docs, table, torch.device("cpu")), torch.from_numpy(docs.places())
+    table = tg.ByteTable(
+        np.ones(VOCAB, dtype=np.int64), np.zeros(VOCAB, dtype=bool), np.zeros(VOCAB, dtype=bool)
+    )
+    ledger, places = (
+        tg.Ledger(docs, table, torch.device("cpu")),
+        torch.from_numpy(docs.target_index()),
+    )
     places = places[ranks.rank :: 2] if not both else places[min(ranks.rank, 1) * 7 :]
     ledger.add(places, places.float())
     return ledger.join(ranks).problems(18), ledger.result()
@@ -239,31 +283,50 @@ def test_ranks_join_their_ledgers_and_see_targets_that_two_scored(tmp_path, both
 
 # --- Windows ---
 
-CASES = [(length, stride) for length in (2, 7, 16, 64) for stride in (1, 3, 7, 16, 64) if stride <= length]
+CASES = [
+    (length, stride)
+    for length in (2, 7, 16, 64)
+    for stride in (1, 3, 7, 16, 64)
+    if stride <= length
+]
 
 
 @pytest.mark.parametrize(("length", "stride"), CASES)
 def test_windows_score_each_target_once_with_the_context_of_the_grid(length, stride):
-    counts = (0, 1, stride, length - 1, length, length + 1, length + stride, 5 * length + 1, random.randrange(500))
+    counts = (
+        0,
+        1,
+        stride,
+        length - 1,
+        length,
+        length + 1,
+        length + stride,
+        5 * length + 1,
+        random.randrange(500),
+    )
     for targets in counts:
-        found = tg.windows(targets, length, stride)
+        found = tg.scoring_windows(targets, length, stride)
         assert [j for _, score, end in found for j in range(score, end)] == list(range(targets))
         for start, score, end in found:
             assert start % stride == 0 and start <= score < end <= start + length
-            assert start == 0 or score - start == length - stride  # the others see as much as they can
+            assert (
+                start == 0 or score - start == length - stride
+            )  # the others see as much as they can
 
 
 @pytest.mark.parametrize(("length", "stride"), CASES)
 def test_windows_do_not_look_at_the_end_of_the_document(length, stride):
     for targets in range(1, 4 * length, 5):
-        longer = tg.windows(targets + random.randrange(1, 3 * length), length, stride)
-        common = [(start, score, min(end, targets)) for start, score, end in longer if score < targets]
-        assert tg.windows(targets, length, stride) == common
+        longer = tg.scoring_windows(targets + random.randrange(1, 3 * length), length, stride)
+        common = [
+            (start, score, min(end, targets)) for start, score, end in longer if score < targets
+        ]
+        assert tg.scoring_windows(targets, length, stride) == common
 
 
 @pytest.mark.parametrize(("targets", "count"), [(62_021_632, 969_057), (40_540_160, 633_409)])
 def test_number_of_sliding_windows_over_the_published_validation_sets(targets, count):
-    found = tg.windows(targets, 2048, 64)
+    found = tg.scoring_windows(targets, 2048, 64)
     assert len(found) == count
     assert sum(end - score for _, score, end in found) == targets == found[-1][2]
 
@@ -297,7 +360,9 @@ def score(tmp_path):
         cfg = tiny_config(**overrides)
         log = tg.Log(tmp_path / "log.txt", is_main=False)
         ledger = tg.Ledger(docs, table, torch.device("cpu"))
-        return tg.evaluate(tg.Scorer(forward, cfg.plans[1], ledger, cfg, ranks or rank_of(1), log), stride).result()
+        return tg.score_all(
+            tg.Scorer(forward, cfg.plans[1], ledger, cfg, ranks or rank_of(1), log), stride
+        ).result()
 
     return run
 
@@ -316,7 +381,9 @@ def test_every_target_is_scored_once_on_some_rank(score, stride, loader, val_bat
         seen, results = [], []
 
         def forward(batch, plan, seen=seen):
-            segments = [x.tensor_split(batch.cu_seqlens[1:-1].long()) for x in (batch.inputs, batch.targets)]
+            segments = [
+                x.tensor_split(batch.cu_seqlens[1:-1].long()) for x in (batch.inputs, batch.targets)
+            ]
             for inputs, targets in zip(*segments, strict=True):
                 if (targets >= 0).any():  # not padding, so one piece of one document
                     assert torch.equal(inputs, torch.arange(inputs[0], inputs[0] + len(inputs)))
@@ -326,8 +393,17 @@ def test_every_target_is_scored_once_on_some_rank(score, stride, loader, val_bat
             return torch.ones(len(batch.inputs))
 
         for rank in range(world_size):
-            results.append(score(forward, docs, table, stride, rank_of(world_size, rank),
-                                 data_loader=loader, val_batch_tokens=val_batch_tokens))  # fmt: skip
+            results.append(
+                score(
+                    forward,
+                    docs,
+                    table,
+                    stride,
+                    rank_of(world_size, rank),
+                    data_loader=loader,
+                    val_batch_tokens=val_batch_tokens,
+                )
+            )
         assert sorted(seen) == list(range(1, len(docs.tokens)))
         assert sum(r["tokens"] for r in results) == docs.counts.sum() == len(docs.tokens) - 1
         assert sum(r["bytes"] for r in results) == table.count(docs.tokens)
@@ -346,7 +422,9 @@ def reference(model, docs, stride):
         for j in range(count):
             start = -(-max(0, j + 1 - LENGTH) // stride) * stride
             ids = torch.from_numpy(docs.tokens[first + start : first + j + 2])
-            row = tg.Batch(ids[:-1], ids[1:], torch.tensor([0, len(ids) - 1], dtype=torch.int32), LENGTH)
+            row = tg.Batch(
+                ids[:-1], ids[1:], torch.tensor([0, len(ids) - 1], dtype=torch.int32), LENGTH
+            )
             with torch.no_grad():
                 nats.append(float(exact(row, model.cfg.plans[1])[-1]))
     return nats
@@ -354,7 +432,10 @@ def reference(model, docs, stride):
 
 @pytest.mark.parametrize("stride", [LENGTH, STRIDE])
 def test_evaluation_equals_a_plain_loop_over_documents(score, model, stride):
-    docs, table = documents([30, 1, LENGTH + 1, 2, 2 * LENGTH + 11]), random_table(np.random.default_rng())
+    docs, table = (
+        documents([30, 1, LENGTH + 1, 2, 2 * LENGTH + 11]),
+        random_table(np.random.default_rng()),
+    )
     nats, result = reference(model, docs, stride), score(model, docs, table, stride)
     total = table.count(docs.tokens)
     assert (result["tokens"], result["bytes"]) == (len(nats), total)
@@ -363,18 +444,28 @@ def test_evaluation_equals_a_plain_loop_over_documents(score, model, stride):
 
 
 def test_result_depends_neither_on_the_row_length_nor_on_the_ranks(score, model):
-    docs, table = documents([30, 1, LENGTH + 1, 2, 300, 2, 2, 100]), random_table(np.random.default_rng())
+    docs, table = (
+        documents([30, 1, LENGTH + 1, 2, 300, 2, 2, 100]),
+        random_table(np.random.default_rng()),
+    )
     one = score(model, docs, table, STRIDE)
     for tokens in (8 * LENGTH, 8 * LENGTH + 333, 16384):
         other = score(model, docs, table, STRIDE, val_batch_tokens=tokens)
         assert other == pytest.approx(one, rel=1e-6)
-    parts = [score(model, docs, table, STRIDE, rank_of(2, rank), val_batch_tokens=8 * LENGTH) for rank in range(2)]
+    parts = [
+        score(model, docs, table, STRIDE, rank_of(2, rank), val_batch_tokens=8 * LENGTH)
+        for rank in range(2)
+    ]
     assert all(part["tokens"] for part in parts)
     tokens, total = (sum(part[key] for part in parts) for key in ("tokens", "bytes"))
     nats = sum(part["val_loss"] * part["tokens"] for part in parts)
-    together = dict(val_loss=nats / tokens, val_bpb=nats / math.log(2) / total, tokens=tokens, bytes=total)
+    together = dict(
+        val_loss=nats / tokens, val_bpb=nats / math.log(2) / total, tokens=tokens, bytes=total
+    )
     assert together == pytest.approx(one, rel=1e-6)
-    assert score(model, docs, table)["val_loss"] != pytest.approx(one["val_loss"], rel=1e-6)  # context does matter
+    assert score(model, docs, table)["val_loss"] != pytest.approx(
+        one["val_loss"], rel=1e-6
+    )  # context does matter
 
 
 @pytest.mark.parametrize("loader", ["documents", "rows"])
@@ -397,7 +488,9 @@ def test_no_document_influences_anothers_score(score, model, loader):
 
     a, b = nats_of(docs), nats_of(docs._replace(tokens=tokens))
     assert (a[:29] != b[:29]).any()
-    same = (a[31:121] - b[31:121]).norm() <= 1e-6 * a[31:121].norm()  # its targets, the next BOS included
+    same = (a[31:121] - b[31:121]).norm() <= 1e-6 * a[
+        31:121
+    ].norm()  # its targets, the next BOS included
     assert same == (loader == "documents")  # rows mode is one text from end to end
 
 
@@ -405,8 +498,14 @@ def test_a_sample_of_documents_scores_the_targets_of_the_sample(score, model, ti
     cfg = tiny_config(data_dir=tiny_data, val_doc_fraction=0.4)
     docs = tg.Documents.load(tg.TokenStream(cfg.dataset_dir, "val"), BOS, cfg)
     table = random_table(np.random.default_rng())
-    whole, each = score(model, docs, table, val_doc_fraction=0.4), zip(docs.starts, docs.counts, strict=True)
-    parts = [score(model, docs._replace(starts=np.array([s]), counts=np.array([n])), table) for s, n in each]
+    whole, each = (
+        score(model, docs, table, val_doc_fraction=0.4),
+        zip(docs.starts, docs.counts, strict=True),
+    )
+    parts = [
+        score(model, docs._replace(starts=np.array([s]), counts=np.array([n])), table)
+        for s, n in each
+    ]
     assert (len(parts), whole["tokens"]) == (5, docs.counts.sum())
     nats = sum(part["val_loss"] * part["tokens"] for part in parts)
     assert whole["val_loss"] * whole["tokens"] == pytest.approx(nats, rel=1e-6)

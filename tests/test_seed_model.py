@@ -21,7 +21,18 @@ from conftest import TINY, VOCAB, tiny_config
 from test_evaluation import nats_of
 from test_model import CPU, draw, draw_row, error, rms, spans
 from test_optim import cpu_ranks
-from test_ttt import ADAPTS, BOS, LENGTHS, C, adaptation, assert_equal, difference, documents, evaluated, scores
+from test_ttt import (
+    ADAPTS,
+    BOS,
+    LENGTHS,
+    C,
+    adaptation,
+    assert_equal,
+    difference,
+    documents,
+    evaluated,
+    scores,
+)
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
@@ -33,9 +44,18 @@ VALUES = dict(ve_enabled=True, ve_dim=16, ve_layers="1,3")
 OLDER = dict(leaky_slope=0.0, skip_gates_enabled=False, rope_train_seq_len=32, **PLAIN, **FEATURES)
 PR473 = dict(xsa_last_n=2, **OLDER, **VALUES)
 PR605 = dict(xsa_last_n=0, rope_dims=0, ln_scale=False, branch_scale=True, **OLDER)
-MIXED = dict(leaky_slope=0.3, ln_scale=False, branch_scale=True, **PLAIN, **FEATURES, **VALUES)  # gates, XSA, both
-EXTRAS = dict(ttt_lora_rank=4, ttt_lm_rank=6, ttt_bias_tune=True, ttt_lr_factors="q:0.5,v:1.5,head:2,bias:3",
-              ttt_cosine_chunks=4, ttt_min_doc_len=32, ttt_max_doc_len=128)  # fmt: skip
+MIXED = dict(
+    leaky_slope=0.3, ln_scale=False, branch_scale=True, **PLAIN, **FEATURES, **VALUES
+)  # gates, XSA, both
+EXTRAS = dict(
+    ttt_lora_rank=4,
+    ttt_lm_rank=6,
+    ttt_bias_tune=True,
+    ttt_lr_factors="q:0.5,v:1.5,head:2,bias:3",
+    ttt_cosine_chunks=4,
+    ttt_min_doc_len=32,
+    ttt_max_doc_len=128,
+)
 
 
 # --- The specification: one segment at a time, fp64 -----------------------------------------------------------------
@@ -50,11 +70,16 @@ def rope(x: Tensor, cfg: tg.Config, bound: int) -> Tensor:
     for i in range(r // 2):
         angle = torch.arange(len(x)).double() * base ** (-2 * i / r)
         x1, x2 = x[:, i], x[:, i + r // 2]
-        out[:, i], out[:, i + r // 2] = x1 * angle.cos() + x2 * angle.sin(), -x1 * angle.sin() + x2 * angle.cos()
+        out[:, i], out[:, i + r // 2] = (
+            x1 * angle.cos() + x2 * angle.sin(),
+            -x1 * angle.sin() + x2 * angle.cos(),
+        )
     return out
 
 
-def logits(cfg: tg.Config, w: dict[str, Tensor], ids: Tensor, lora: dict, bound: int = 64) -> Tensor:
+def logits(
+    cfg: tg.Config, w: dict[str, Tensor], ids: Tensor, lora: dict, bound: int = 64
+) -> Tensor:
     """Of a network without loops and lanes; `lora`: (site, layer) -> A, B, and ("bias", layer) -> vector."""
     L, D, tokens = cfg.num_layers, cfg.head_dim, ids.tolist()
 
@@ -69,7 +94,9 @@ def logits(cfg: tg.Config, w: dict[str, Tensor], ids: Tensor, lora: dict, bound:
     x = rms(x)
     if cfg.smear_enabled:
         g, before = w["smear_gate"].sigmoid(), [torch.zeros_like(x[0]), *x[:-1]]
-        x = torch.stack([(1 - g) * x[t] + g * before[t] * (tokens[t] != BOS) for t in range(len(ids))])
+        x = torch.stack(
+            [(1 - g) * x[t] + g * before[t] * (tokens[t] != BOS) for t in range(len(ids))]
+        )
     x0, skips, future = x, [], torch.ones(len(ids), len(ids), dtype=torch.bool).triu(1)
     for i in range(L):
         depth, scale = 1 / math.sqrt(i + 1), w["resid_mix"][i]
@@ -84,17 +111,30 @@ def logits(cfg: tg.Config, w: dict[str, Tensor], ids: Tensor, lora: dict, bound:
         k, v = (product(s, i, n, n @ w["kv_bank"][i + L * (s == "v")].T) for s in "kv")
         if cfg.ve_enabled and str(i) in cfg.ve_layers.split(","):
             place = cfg.ve_layers.split(",").index(str(i))
-            v = v + w["ve_layer_scales"][place] * (w["ve_scale"] * (w["ve_emb"][ids] @ w["ve_proj"].T))
+            v = v + w["ve_layer_scales"][place] * (
+                w["ve_scale"] * (w["ve_emb"][ids] @ w["ve_proj"].T)
+            )
         for h in range(cfg.num_heads):
             group = h // (cfg.num_heads // cfg.num_kv_heads)
-            qh, kh, vh = q[:, h * D : (h + 1) * D], k[:, group * D : (group + 1) * D], v[:, group * D : (group + 1) * D]
-            scores = w["q_gain"][i, h] * rope(rms(qh), cfg, bound) @ rope(rms(kh), cfg, bound).T / math.sqrt(D)
+            qh, kh, vh = (
+                q[:, h * D : (h + 1) * D],
+                k[:, group * D : (group + 1) * D],
+                v[:, group * D : (group + 1) * D],
+            )
+            scores = (
+                w["q_gain"][i, h]
+                * rope(rms(qh), cfg, bound)
+                @ rope(rms(kh), cfg, bound).T
+                / math.sqrt(D)
+            )
             y = scores.masked_fill(future, -torch.inf).softmax(-1) @ vh
             if i >= L - cfg.xsa_last_n:
                 unit = vh / vh.norm(dim=1, keepdim=True)
                 y = y - (y * unit).sum(1, keepdim=True) * unit
             heads.append(y)
-        x = u + branch * w["attn_scale"][i] * product("o", i, n, torch.cat(heads, 1) @ w["qo_bank"][L + i].T)
+        x = u + branch * w["attn_scale"][i] * product(
+            "o", i, n, torch.cat(heads, 1) @ w["qo_bank"][L + i].T
+        )
         n = rms(x) * norm
         pre = n @ w["up_bank"][i].T
         post = (pre.clamp_min(0) + cfg.leaky_slope * pre.clamp_max(0)) ** 2
@@ -102,7 +142,9 @@ def logits(cfg: tg.Config, w: dict[str, Tensor], ids: Tensor, lora: dict, bound:
         x = x + lora.get(("bias", i), 0.0)
         skips += [x] if i < L // 2 else []
     x = rms(x)
-    return cfg.logit_softcap * torch.tanh(product("head", 0, x, x @ w["tok_emb"].T) / cfg.logit_softcap)
+    return cfg.logit_softcap * torch.tanh(
+        product("head", 0, x, x @ w["tok_emb"].T) / cfg.logit_softcap
+    )
 
 
 def draw_adapters(cfg: tg.Config, count: int) -> tg.LoRA:
@@ -121,12 +163,16 @@ def plain_adapters(lora: tg.LoRA, leaves: list[Tensor], document: int) -> dict:
     """(site, layer) -> A and B of the site's own rank; nothing beyond it."""
     down, up, ranks = leaves[0][document], leaves[1][document].split(lora.widths), lora.ranks
     found = {site: (down[i, : ranks[i]], up[i][:, : ranks[i]]) for i, site in enumerate(lora.sites)}
-    return found | {("bias", i): x for i, x in enumerate(leaves[2][document] if len(leaves) > 2 else [])}
+    return found | {
+        ("bias", i): x for i, x in enumerate(leaves[2][document] if len(leaves) > 2 else [])
+    }
 
 
 def row_with_bos(lengths: tuple[int, ...]) -> tg.Batch:
     row = draw_row(lengths)
-    row.inputs[[3, sum(lengths) - 5, sum(lengths) - 1]] = BOS  # within segments, as in rows across documents
+    row.inputs[[3, sum(lengths) - 5, sum(lengths) - 1]] = (
+        BOS  # within segments, as in rows across documents
+    )
     return row
 
 
@@ -134,24 +180,44 @@ def row_with_bos(lengths: tuple[int, ...]) -> tg.Batch:
 @pytest.mark.parametrize("adapted", [False, True], ids=["plain", "adapted"])
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "separate"])
 @pytest.mark.parametrize("changes", [PR473, PR605, MIXED], ids=["pr473", "pr605", "mixed"])
-def test_nats_and_all_gradients_are_those_of_the_specification(changes, fused, adapted, temperature):
+def test_nats_and_all_gradients_are_those_of_the_specification(
+    changes, fused, adapted, temperature
+):
     switches = dict.fromkeys(("fused_mlp", "fused_qk", "fused_xsa", "fused_ce"), fused)
-    cfg, lengths = tiny_config(**{**changes, **EXTRAS, **switches}), (12, 12) if adapted else (1, 7, 30)
-    model, row, lora = draw(cfg), row_with_bos(lengths), draw_adapters(cfg, len(lengths)) if adapted else None
+    cfg, lengths = (
+        tiny_config(**{**changes, **EXTRAS, **switches}),
+        (12, 12) if adapted else (1, 7, 30),
+    )
+    model, row, lora = (
+        draw(cfg),
+        row_with_bos(lengths),
+        draw_adapters(cfg, len(lengths)) if adapted else None,
+    )
     names, leaves = zip(*model.named_parameters(), strict=True)
     leaves = [*leaves, *(lora.leaves if lora else [])]
     exact = [p.detach().double().requires_grad_() for p in leaves]
     weights, wanted = dict(zip(names, exact, strict=False)), []
     for d, s in enumerate(spans(lengths)):
-        z = logits(cfg, weights, row.inputs[s], plain_adapters(lora, exact[len(names) :], d) if lora else {})
+        z = logits(
+            cfg,
+            weights,
+            row.inputs[s],
+            plain_adapters(lora, exact[len(names) :], d) if lora else {},
+        )
         wanted.append(F.cross_entropy(z / temperature, row.targets[s], reduction="none"))
-    wanted, mixture = torch.cat(wanted), torch.randn(sum(lengths), generator=torch.Generator().manual_seed(2))
+    wanted, mixture = (
+        torch.cat(wanted),
+        torch.randn(sum(lengths), generator=torch.Generator().manual_seed(2)),
+    )
     found = model(row, cfg.plans[0], lora=lora, temperature=temperature)
     assert error(found, wanted) < 1e-5
     with torch.no_grad():  # the loss has another way without gradients
         assert error(model(row, cfg.plans[0], lora=lora, temperature=temperature), wanted) < 1e-5
-    pairs = zip(torch.autograd.grad((found * mixture).sum(), leaves),
-                torch.autograd.grad((wanted * mixture).sum(), exact), strict=True)  # fmt: skip
+    pairs = zip(
+        torch.autograd.grad((found * mixture).sum(), leaves),
+        torch.autograd.grad((wanted * mixture).sum(), exact),
+        strict=True,
+    )
     for name, (g, ref) in zip([*names, "down", "up", "bias"], pairs, strict=False):
         assert ref.any(), name
         assert (g - ref).norm() < 1e-4 * max(float(ref.norm()), 1.0), name
@@ -160,9 +226,14 @@ def test_nats_and_all_gradients_are_those_of_the_specification(changes, fused, a
 # --- Sizes, and what is off -----------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("preset", "changes", "count"),
-    [("pr473", {}, 27_124_828), ("pr473", dict(bigram_vocab_size=1536), 26_928_220),
-     ("pr473", dict(bigram_vocab_size=2048), 26_993_756), ("pr1413", {}, 35_943_512), ("pr605", {}, 26_829_913)],
-)  # fmt: skip
+    [
+        ("pr473", {}, 27_124_828),
+        ("pr473", dict(bigram_vocab_size=1536), 26_928_220),
+        ("pr473", dict(bigram_vocab_size=2048), 26_993_756),
+        ("pr1413", {}, 35_943_512),
+        ("pr605", {}, 26_829_913),
+    ],
+)
 def test_presets_have_the_published_number_of_parameters(preset, changes, count):
     cfg = dataclasses.replace(tg.Config(**tg.PRESETS[preset]), **changes)
     assert sum(math.prod(role.shape) for role in tg.parameter_table(cfg).values()) == count
@@ -172,20 +243,31 @@ def test_adapters_of_pr605_hold_the_published_values_but_the_unused_second_bias(
     cfg = tg.Config(**tg.PRESETS["pr605"])
     lora = tg.LoRA.zeros(cfg, 1, 11, torch.device("meta"))
     used = 11 * (2 * 512 * 8 + (512 + 256) * 8) + 16 * (512 + 1024) + 11 * 512
-    assert sum(math.prod((rank, 512 + width)) for rank, width in zip(lora.ranks, lora.widths, strict=True)) == (
-        used - 11 * 512
-    )
+    assert sum(
+        math.prod((rank, 512 + width)) for rank, width in zip(lora.ranks, lora.widths, strict=True)
+    ) == (used - 11 * 512)
     assert lora.bias.numel() == 11 * 512
 
 
 def test_what_is_off_leaves_no_parameter_buffer_or_field_behind():
     cfg = tiny_config()
     assert set(tg.GPT(cfg).state_dict()) == {
-        "qo_bank", "kv_bank", "up_bank", "down_bank", "tok_emb", "skip_weights", "skip_gates", "attn_scale",
-        "mlp_scale", "resid_mix", "q_gain", "parallel_post_lambdas", "parallel_resid_lambdas",
-    }  # fmt: skip
+        "qo_bank",
+        "kv_bank",
+        "up_bank",
+        "down_bank",
+        "tok_emb",
+        "skip_weights",
+        "skip_gates",
+        "attn_scale",
+        "mlp_scale",
+        "resid_mix",
+        "q_gain",
+        "parallel_post_lambdas",
+        "parallel_resid_lambdas",
+    }
     assert [name for name, _ in tg.GPT(cfg).named_buffers()] == []
-    assert not set(tg.network(cfg)) & set(tg.ADDED_FIELDS)
+    assert not set(tg.network_config(cfg)) & set(tg.OPTIONAL_NETWORK_FIELDS)
     assert len(tg.LoRA.zeros(cfg, 1, 4, CPU).leaves) == 2
 
 
@@ -193,7 +275,10 @@ def test_optimisers_leave_input_features_alone_where_told_to():
     for trains in (True, False):
         cfg = tiny_config(**PR473, train_input_features=trains, adam_wd=0.5, embed_wd=0.5)
         model = draw(cfg)
-        optimizers, before = tg.Optimizers(model, cfg, cpu_ranks()), {n: p.clone() for n, p in model.named_parameters()}
+        optimizers, before = (
+            tg.Optimizers(model, cfg, cpu_ranks()),
+            {n: p.clone() for n, p in model.named_parameters()},
+        )
         for _ in range(2):
             model(draw_row((16, 16)), cfg.plans[0]).mean().backward()
             optimizers.step(1.0, 0.9)
@@ -204,15 +289,19 @@ def test_optimisers_leave_input_features_alone_where_told_to():
 
 # --- What enters the stream -----------------------------------------------------------------------------------------
 def embedded(model: tg.GPT, row: tg.Batch) -> tuple[Tensor, tg.PassInfo]:
-    place = tg.positions(row.cu_seqlens, row.inputs.numel())
-    return model.embed(tg.PassInfo(row, place, place, lambda *_: None, None))  # no attention: no RoPE
+    place = tg.segment_positions(row.cu_seqlens, row.inputs.numel())
+    return model.embed(
+        tg.PassInfo(row, place, place, lambda *_: None, None)
+    )  # no attention: no RoPE
 
 
 def test_pairs_go_to_the_published_buckets_also_with_the_largest_ids(monkeypatch):
     cfg = tiny_config(**PLAIN, bigram_vocab_size=3072, bigram_dim=2, vocab_size=65536)
     ids, seen, original = torch.tensor([5, 7, 7, 0, 65535, 65535, 9, 1, 300]), [], F.embedding
     row = tg.Batch(ids, ids, torch.tensor([0, 6, 9, 9], dtype=torch.int32), 64)
-    monkeypatch.setattr(F, "embedding", lambda i, table: (seen.append((i, table)), original(i, table))[1])
+    monkeypatch.setattr(
+        F, "embedding", lambda i, table: (seen.append((i, table)), original(i, table))[1]
+    )
     model = draw(cfg)
     embedded(model, row)
     (found,) = (i.tolist() for i, table in seen if len(table) == 3072)
@@ -223,7 +312,9 @@ def test_pairs_go_to_the_published_buckets_also_with_the_largest_ids(monkeypatch
     ids = torch.from_numpy(np.random.default_rng(0).integers(0, 65536, 60000))
     embedded(model, tg.Batch(ids, ids, torch.tensor([0, 60000], dtype=torch.int32), 60000))
     (found,) = (i for i, table in seen if len(table) == 3072)
-    assert found[0] == 3071 and found[1:].min() == 0 and found[1:].max() == 3070  # no pair meets the row of starts
+    assert (
+        found[0] == 3071 and found[1:].min() == 0 and found[1:].max() == 3070
+    )  # no pair meets the row of starts
     assert len(found.unique()) == 3072
 
 
@@ -240,10 +331,16 @@ def test_pairs_add_nothing_at_first_but_reach_their_table():
     assert torch.equal(embedded(model, row)[0], tg.rms_norm(F.embedding(row.inputs, model.tok_emb)))
     x, _ = embedded(model, row)
     (x * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))).sum().backward()
-    used = {bucket(row.inputs[s].tolist(), t, 64) for s in spans((9, 6)) for t in range(s.stop - s.start)}
+    used = {
+        bucket(row.inputs[s].tolist(), t, 64)
+        for s in spans((9, 6))
+        for t in range(s.stop - s.start)
+    }
     assert set(model.bigram_emb.grad.any(1).nonzero().flatten().tolist()) == used
     assert model.bigram_scale.item() == pytest.approx(0.05)
-    torch.testing.assert_close(model.bigram_proj.T @ model.bigram_proj, torch.eye(16), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        model.bigram_proj.T @ model.bigram_proj, torch.eye(16), atol=1e-5, rtol=0
+    )
 
 
 def test_smear_is_at_first_the_mean_with_the_predecessor_and_crosses_no_document():
@@ -264,7 +361,11 @@ def test_smear_is_at_first_the_mean_with_the_predecessor_and_crosses_no_document
 def test_second_embedding_is_added_to_the_values_of_its_layers_alone(monkeypatch):
     cfg = tiny_config(**PLAIN, **VALUES)
     model, row, seen, original = tg.GPT(cfg), draw_row((9, 6)), [], tg.attention
-    monkeypatch.setattr(tg, "attention", lambda q, k, v, *rest: (seen.append((q, k, v)), original(q, k, v, *rest))[1])
+    monkeypatch.setattr(
+        tg,
+        "attention",
+        lambda q, k, v, *rest: (seen.append((q, k, v)), original(q, k, v, *rest))[1],
+    )
     with torch.no_grad():
         model(row, cfg.plans[0])
         assert model.ve_emb.std() == pytest.approx(0.01, rel=0.05)
@@ -295,7 +396,12 @@ def test_no_token_sees_its_future_or_another_document(changes):
 
 @pytest.mark.parametrize(
     ("dims", "base", "length", "wanted"),
-    [(16, 10000.0, 2048, 22082), (0, 50000.0, 2048, 102261), (16, 10000.0, 1024, 10000), (16, 10000.0, 96, 10000)],
+    [
+        (16, 10000.0, 2048, 22082),
+        (0, 50000.0, 2048, 102261),
+        (16, 10000.0, 1024, 10000),
+        (16, 10000.0, 96, 10000),
+    ],
 )
 def test_longer_segments_raise_the_base_of_rope(dims, base, length, wanted):
     cfg = tiny_config(rope_dims=dims, rope_base=base, rope_train_seq_len=1024, model_dim=128)
@@ -304,7 +410,9 @@ def test_longer_segments_raise_the_base_of_rope(dims, base, length, wanted):
     half = len(cos)
     assert half == (dims or 64) // 2
     for j in (1, half // 2):
-        assert float(torch.atan2(sin[j], cos[j])) ** (-half / j) == pytest.approx(wanted, abs=0.6, rel=1e-5)
+        assert float(torch.atan2(sin[j], cos[j])) ** (-half / j) == pytest.approx(
+            wanted, abs=0.6, rel=1e-5
+        )
 
 
 def test_the_bound_of_a_row_and_not_its_segments_decides_on_the_base():
@@ -324,10 +432,17 @@ def plain_activation(pre: Tensor, slope: float) -> Tensor:
 @pytest.mark.parametrize("slope", [0.0, 0.3, 0.5])
 def test_fused_mlp_of_any_slope_equals_autograd(slope):
     g = torch.Generator().manual_seed(0)
-    inputs = [torch.randn(*shape, generator=g, dtype=torch.float64) for shape in ((37, 24), (40, 24), (24, 40))]
+    inputs = [
+        torch.randn(*shape, generator=g, dtype=torch.float64)
+        for shape in ((37, 24), (40, 24), (24, 40))
+    ]
     dy = torch.randn(37, 24, generator=g, dtype=torch.float64)
     results = []
-    for mlp in (tg.fused_mlp, tg.plain_mlp, lambda x, up, down, s: (plain_activation(x @ up.T, s) @ down.T, None)):
+    for mlp in (
+        tg.fused_mlp,
+        tg.plain_mlp,
+        lambda x, up, down, s: (plain_activation(x @ up.T, s) @ down.T, None),
+    ):
         leaves = [t.clone().requires_grad_() for t in inputs]
         out = mlp(*leaves, slope)[0]
         results.append([out, *torch.autograd.grad(out, leaves, dy)])
@@ -336,15 +451,19 @@ def test_fused_mlp_of_any_slope_equals_autograd(slope):
             assert error(a, b) < 1e-12
     pre = torch.tensor([[-3.0, 2.0]], dtype=torch.float64)  # f' = 2 slope^2 z below zero, 2 z above
     eye = torch.eye(2, dtype=torch.float64)
-    assert tg.mlp_dpre(torch.ones_like(pre), eye, pre, slope).tolist()[0] == pytest.approx([-6.0 * slope**2, 4.0])
+    assert tg.mlp_dpre(torch.ones_like(pre), eye, pre, slope).tolist()[0] == pytest.approx(
+        [-6.0 * slope**2, 4.0]
+    )
 
 
 def interpreted() -> list:
     """[slope, what, error] of the Triton kernel run by its interpreter."""
     results, g = [], torch.Generator().manual_seed(0)
     for slope in (0.0, 0.3):
-        x, dy, up, down = (torch.randn(*s, generator=g, dtype=torch.float64) * s[-1] ** -0.5
-                           for s in ((37, 48), (37, 48), (80, 48), (48, 80)))  # fmt: skip
+        x, dy, up, down = (
+            torch.randn(*s, generator=g, dtype=torch.float64) * s[-1] ** -0.5
+            for s in ((37, 48), (37, 48), (80, 48), (48, 80))
+        )
         x, dy, up, down = (t.float() for t in (x, dy, up, down))
         pre, post, dpre = torch.full((3, 37, 80), float("nan"))
         tg.launch_mlp(x, up, pre, post, 3, False, (32, 32, 32), slope)
@@ -359,8 +478,13 @@ def interpreted() -> list:
 
 def test_interpreted_kernel_of_any_slope_equals_float64():
     pytest.importorskip("triton")
-    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{Path(tg.__file__).parent}:{Path(__file__).parent}"}
-    child = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True, timeout=300)
+    env = os.environ | {
+        "TRITON_INTERPRET": "1",
+        "PYTHONPATH": f"{Path(tg.__file__).parent}:{Path(__file__).parent}",
+    }
+    child = subprocess.run(
+        [sys.executable, __file__], env=env, capture_output=True, text=True, timeout=300
+    )
     assert child.returncode == 0, child.stderr[-3000:]
     results = json.loads(child.stdout.splitlines()[-1])
     assert len(results) == 6
@@ -376,22 +500,50 @@ def test_probabilities_of_all_tokens_add_up_to_one_at_any_temperature(fused, ada
     model, one = draw(cfg), torch.tensor([1, 44, 90, 17])
     targets = torch.stack([one, one, one, one]).repeat(VOCAB // 4, 1)
     targets[:, -1] = torch.arange(VOCAB)  # every candidate, after the same context
-    row = tg.Batch(one.repeat(VOCAB), targets.flatten(), torch.arange(0, 4 * VOCAB + 1, 4, dtype=torch.int32), 64)
-    lora = draw_adapters(cfg, 1).over(lambda x: x.repeat(VOCAB, *[1] * (x.dim() - 1))) if adapted else None
+    row = tg.Batch(
+        one.repeat(VOCAB),
+        targets.flatten(),
+        torch.arange(0, 4 * VOCAB + 1, 4, dtype=torch.int32),
+        64,
+    )
+    lora = (
+        draw_adapters(cfg, 1).over(lambda x: x.repeat(VOCAB, *[1] * (x.dim() - 1)))
+        if adapted
+        else None
+    )
     with torch.set_grad_enabled(gradient):
-        hot, cold, given = (model(row, cfg.plans[0], lora=lora, temperature=t)[3::4].detach().double().neg().exp()
-                            for t in (2.0, 0.7, 1.0))  # fmt: skip
+        hot, cold, given = (
+            model(row, cfg.plans[0], lora=lora, temperature=t)[3::4].detach().double().neg().exp()
+            for t in (2.0, 0.7, 1.0)
+        )
     assert hot.sum() == pytest.approx(1, abs=1e-5) and cold.sum() == pytest.approx(1, abs=1e-5)
     assert error(cold, given ** (1 / 0.7) / (given ** (1 / 0.7)).sum()) < 1e-5
     assert abs(float((given**0.7).sum()) - 1) > 0.1  # a factor on the nats would not
 
 
-def test_temperature_applies_wherever_something_is_scored_and_nowhere_else(tiny_data, tmp_path, monkeypatch):
+def test_temperature_applies_wherever_something_is_scored_and_nowhere_else(
+    tiny_data, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
-    env = {**TINY, **{k.upper(): str(int(v) if isinstance(v, bool) else v) for k, v in {**PR473, **EXTRAS}.items()}}
-    env |= {"DATA_DIR": str(tiny_data), "ITERATIONS": "2", "WARMUP_STEPS": "0", "LOGIT_TEMPERATURE": "0.8",
-            "VAL_DOC_FRACTION": "0.3", "QUANTIZER": "gptq", "ARTIFACT_LIMIT_BYTES": "0", "COMPRESSOR": "lzma",
-            "TTT_BATCH_SIZE": "8", "NUM_LAYERS": "4"}  # fmt: skip
+    env = {
+        **TINY,
+        **{
+            k.upper(): str(int(v) if isinstance(v, bool) else v)
+            for k, v in {**PR473, **EXTRAS}.items()
+        },
+    }
+    env |= {
+        "DATA_DIR": str(tiny_data),
+        "ITERATIONS": "2",
+        "WARMUP_STEPS": "0",
+        "LOGIT_TEMPERATURE": "0.8",
+        "VAL_DOC_FRACTION": "0.3",
+        "QUANTIZER": "gptq",
+        "ARTIFACT_LIMIT_BYTES": "0",
+        "COMPRESSOR": "lzma",
+        "TTT_BATCH_SIZE": "8",
+        "NUM_LAYERS": "4",
+    }
     seen, original = {}, tg.GPT.forward
 
     def forward(self, batch, plan, **options):
@@ -411,13 +563,19 @@ def model_with(**overrides: object) -> tg.GPT:
     return draw(tiny_config(**{**ADAPTS, **PR473, **EXTRAS, "ttt_batch_size": 8, **overrides}))
 
 
-OPTIMISERS = [{}, dict(ttt_beta1=0.9, ttt_beta2=0.95), dict(ttt_optimizer="sgd", ttt_beta1=0.9, ttt_lora_lr=1.0)]
+OPTIMISERS = [
+    {},
+    dict(ttt_beta1=0.9, ttt_beta2=0.95),
+    dict(ttt_optimizer="sgd", ttt_beta1=0.9, ttt_lora_lr=1.0),
+]
 
 
 @pytest.mark.parametrize("settings", OPTIMISERS, ids=["adam", "adam with momentum", "sgd"])
 @pytest.mark.parametrize("ranks", [(4, 6), (6, 4)])
 def test_what_lies_beyond_a_sites_rank_is_and_stays_zero(ranks, settings):
-    state = adaptation(model_with(ttt_lora_rank=ranks[0], ttt_lm_rank=ranks[1], ttt_min_doc_len=0, **settings))
+    state = adaptation(
+        model_with(ttt_lora_rank=ranks[0], ttt_lm_rank=ranks[1], ttt_min_doc_len=0, **settings)
+    )
     scores(state, documents(100, 70))
     assert state.updates == 7
     down, up = state.master.down.detach(), state.master.up.detach().split(state.master.widths, 1)
@@ -438,7 +596,9 @@ def test_equal_ranks_draw_what_they_always_drew():
     g = torch.Generator().manual_seed(1337 * 1_000_000_007 + 9)
     bound = cfg.model_dim**-0.5
     assert torch.equal(drawn[0], drawn[1])
-    assert torch.equal(drawn[0][1], torch.empty_like(drawn[0][1]).uniform_(-bound, bound, generator=g))
+    assert torch.equal(
+        drawn[0][1], torch.empty_like(drawn[0][1]).uniform_(-bound, bound, generator=g)
+    )
 
 
 @pytest.mark.parametrize("settings", OPTIMISERS, ids=["adam", "adam with momentum", "sgd"])
@@ -448,30 +608,51 @@ def test_factors_scale_the_first_update_of_their_adapters_and_of_no_other(settin
         changes = {**settings, "ttt_lr_factors": text, "ttt_weight_decay": 0.0}
         state = adaptation(model_with(**changes))
         state.begin(documents(40, 30), np.array([0, 1]))
-        before, g = [x.detach().clone() for x in state.master.leaves], torch.Generator().manual_seed(4)
+        before, g = (
+            [x.detach().clone() for x in state.master.leaves],
+            torch.Generator().manual_seed(4),
+        )
         grads = tuple(torch.randn(x.shape, generator=g) for x in state.master.leaves)
         state.learn(grads, slice(0, 2), 1)
         moved.append([x.detach() - y for x, y in zip(state.master.leaves, before, strict=True)])
         sites, widths = state.master.sites, state.master.widths
     (a, b, bias), (scaled_a, scaled_b, scaled_bias) = moved
     assert torch.equal(scaled_bias, 4 * bias) and bias.all()
-    for i, ((site, _), x, y) in enumerate(zip(sites, b.split(widths, 1), scaled_b.split(widths, 1), strict=True)):
+    for i, ((site, _), x, y) in enumerate(
+        zip(sites, b.split(widths, 1), scaled_b.split(widths, 1), strict=True)
+    ):
         f = factors.get(site, 1.0)
-        assert torch.equal(y, f * x) if f != 1.5 else error(y, f * x.double()) < 1e-6  # B and bias start from 0
+        assert (
+            torch.equal(y, f * x) if f != 1.5 else error(y, f * x.double()) < 1e-6
+        )  # B and bias start from 0
         assert (scaled_a[:, i] - f * a[:, i]).abs().max() < 1e-6 * max(1.0, float(a.abs().max()))
 
 
 @pytest.mark.parametrize("steps", [1, 2])
 def test_rate_falls_on_a_cosine_to_a_tenth_over_as_many_chunks_as_told(steps):
-    state, rates = adaptation(model_with(ttt_min_doc_len=0, ttt_max_doc_len=0, ttt_lr_factors="bias:1",
-                                         ttt_grad_steps=steps)), []  # fmt: skip
+    state, rates = (
+        adaptation(
+            model_with(
+                ttt_min_doc_len=0, ttt_max_doc_len=0, ttt_lr_factors="bias:1", ttt_grad_steps=steps
+            )
+        ),
+        [],
+    )
     update = state.update
     state.update = lambda leaf, mine, grad, about, t, rate, cfg: (
         rates.append(float(rate.max())),
         update(leaf, mine, grad, about, t, rate, cfg),
     )
     scores(state, documents(8 * C))
-    wanted = [1.0, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5, 0.1, 0.1, 0.1]  # seven chunks are learnt from
+    wanted = [
+        1.0,
+        0.5 + 0.5**1.5,
+        0.5,
+        0.5 - 0.5**1.5,
+        0.1,
+        0.1,
+        0.1,
+    ]  # seven chunks are learnt from
     assert rates[:: 3 * steps] == pytest.approx([0.01 * x for x in wanted])
     assert rates == [x for x in rates[:: 3 * steps] for _ in range(3 * steps)]
 
@@ -507,18 +688,31 @@ def test_selected_positions_give_the_same_nats_and_gradients_with_biases(lanes):
 
 # --- From the first to the last place to learn from -------------------------------------------------------------------
 def test_nothing_is_learnt_outside_the_range_of_places():
-    docs, model = documents(200, 20), model_with(ttt_min_doc_len=48, ttt_max_doc_len=96, ttt_grad_steps=2)
+    docs, model = (
+        documents(200, 20),
+        model_with(ttt_min_doc_len=48, ttt_max_doc_len=96, ttt_grad_steps=2),
+    )
     state, learnt = adaptation(model), []
     original, at = state.learn, []
-    state.learn = lambda grads, rows, number: (learnt.append((at[-1], number)), original(grads, rows, number))
+    state.learn = lambda grads, rows, number: (
+        learnt.append((at[-1], number)),
+        original(grads, rows, number),
+    )
     score = state.score
-    state.score = lambda ledger, start, end, rows: (at.append(end), score(ledger, start, end, rows))[1]
+    state.score = lambda ledger, start, end, rows: (
+        at.append(end),
+        score(ledger, start, end, rows),
+    )[1]
     found = scores(state, docs)[0]
-    assert learnt == [(48 + 16 * (i // 2), i + 1) for i in range(8)]  # chunks that end at 48, 64, 80 and 96, twice each
+    assert learnt == [
+        (48 + 16 * (i // 2), i + 1) for i in range(8)
+    ]  # chunks that end at 48, 64, 80 and 96, twice each
     frozen = adaptation(model_with(ttt_lora_lr=0.0))
     base = scores(frozen, docs)
     assert_equal(found[:48], base[0][:48])
-    assert (found[48:] != base[0][48:]).mean() > 0.9  # also after the last update: what is learnt stays
+    assert (
+        found[48:] != base[0][48:]
+    ).mean() > 0.9  # also after the last update: what is learnt stays
 
 
 @pytest.mark.parametrize("count", [1, 20, 31, 32, 33, 48, 90, 128, 129, 160])
@@ -566,12 +760,19 @@ def test_adapted_forward_with_everything_on_is_one_graph():
     model, counter = draw(cfg), CompileCounter()
     with torch._dynamo.config.patch(specialize_int=True, specialize_float=True):
         compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
-        for count, n in ((7, 14), (7, 20), (9, 10)):  # first sizes that no other has: torch takes equal ones for one
+        for count, n in (
+            (7, 14),
+            (7, 20),
+            (9, 10),
+        ):  # first sizes that no other has: torch takes equal ones for one
             (inputs, targets, *_), lora = draw_row((n,) * count), draw_adapters(cfg, count)
             ends = torch.arange(2 * count + 1, dtype=torch.int32).mul(n).clamp_max(n * count)
             row = tg.Batch(inputs.clone(), targets.clone(), ends, 64)
             select = torch.arange(n * count).view(count, n)[:, -3:].flatten()
-            found, plain = (f(row, cfg.plans[0], lora=lora, select=select, temperature=0.7) for f in (compiled, model))
+            found, plain = (
+                f(row, cfg.plans[0], lora=lora, select=select, temperature=0.7)
+                for f in (compiled, model)
+            )
             assert error(found, plain.double()) < 1e-6
     assert counter.frame_count == 1
     torch.compiler.reset()

@@ -23,45 +23,84 @@ from torch import Tensor
 
 import train_gpt as tg
 
-FEATURES = dict(bigram_vocab_size=50, bigram_dim=8, smear_enabled=True, ve_enabled=True, ve_dim=8, ve_layers="1,3",
-                leaky_slope=0.25, ln_scale=False, branch_scale=True, rope_train_seq_len=32)  # fmt: skip
+FEATURES = dict(
+    bigram_vocab_size=50,
+    bigram_dim=8,
+    smear_enabled=True,
+    ve_enabled=True,
+    ve_dim=8,
+    ve_layers="1,3",
+    leaky_slope=0.25,
+    ln_scale=False,
+    branch_scale=True,
+    rope_train_seq_len=32,
+)
 SMALL = dict(compile=False, num_loops=0, parallel_start_layer=0)
 PRESETS = {  # the structure and the adaptation of each, tiny
     "pr1413": {**SMALL, "num_loops": 2, "xsa_last_n": 4},
-    "pr473": {**SMALL, "bigram_vocab_size": 50, "bigram_dim": 8, "ve_dim": 8, "ve_layers": "2,3",
-              "rope_train_seq_len": 32, "xsa_last_n": 2},
-    "pr605": {**SMALL, "bigram_vocab_size": 50, "bigram_dim": 8, "xsa_last_n": 0, "rope_train_seq_len": 32,
-              "rope_dims": 0, "ttt_lm_rank": 6, "ttt_min_doc_len": 20},
-}  # fmt: skip
+    "pr473": {
+        **SMALL,
+        "bigram_vocab_size": 50,
+        "bigram_dim": 8,
+        "ve_dim": 8,
+        "ve_layers": "2,3",
+        "rope_train_seq_len": 32,
+        "xsa_last_n": 2,
+    },
+    "pr605": {
+        **SMALL,
+        "bigram_vocab_size": 50,
+        "bigram_dim": 8,
+        "xsa_last_n": 0,
+        "rope_train_seq_len": 32,
+        "rope_dims": 0,
+        "ttt_lm_rank": 6,
+        "ttt_min_doc_len": 20,
+    },
+}
 MANY = (150, 3, 64, 65, 33, 16, 1, 100, 200, 40, 7, 80, 30, 64, 12, 90)
-CHUNKS = dict(ttt_mode="chunk", ttt_chunk_tokens=128, ttt_lr=0.05, ttt_epochs=3, eval_stride=16,
-              sliding_window_enabled=True)  # fmt: skip
+CHUNKS = dict(
+    ttt_mode="chunk",
+    ttt_chunk_tokens=128,
+    ttt_lr=0.05,
+    ttt_epochs=3,
+    eval_stride=16,
+    sliding_window_enabled=True,
+)
 
 
 def preset_config(name: str, **overrides: Any) -> tg.Config:
-    return tiny_config(**{"preset": name, "ttt_chunk_tokens": 128, "ttt_lr": 0.05, **PRESETS[name], **overrides})
+    return tiny_config(
+        **{"preset": name, "ttt_chunk_tokens": 128, "ttt_lr": 0.05, **PRESETS[name], **overrides}
+    )
 
 
-def evaluated(model: tg.GPT, docs: tg.Documents, ranks: tg.Ranks | None = None, seconds: float = 1e9) -> tg.Ledger:
+def evaluated(
+    model: tg.GPT, docs: tg.Documents, ranks: tg.Ranks | None = None, seconds: float = 1e9
+) -> tg.Ledger:
     scorer = scorer_for(model, docs, ranks)
     state = adaptation(model) if model.cfg.ttt_mode == "document" else None
     return tg.evaluate_ttt(scorer, state, model, model, tg.Deadline(seconds))
 
 
-def packed_by(cfg: tg.Config, ranks: tg.Ranks = ONE, model: tg.GPT | None = None) -> tuple[tg.GPT, bytes]:
+def packed_by(
+    cfg: tg.Config, ranks: tg.Ranks = ONE, model: tg.GPT | None = None
+) -> tuple[tg.GPT, bytes]:
     """A network of random weights and its artifact, as `Run.compress` makes it."""
     model, rows = model or random_model(cfg), random_rows(cfg, 4)
     run = SimpleNamespace(cfg=cfg, model=model, ranks=ranks, forward=model)
     calibration = tg.Run.calibrate(run, cfg.plans[1], rows[ranks.rank :: ranks.world_size])
-    return model, tg.fit(tg.Quantizer(model, *calibration, ranks), model, {"looped": True}, lambda line: None)
+    return model, tg.fit_artifact(
+        tg.Quantizer(model, *calibration, ranks), model, {"looped": True}, lambda line: None
+    )
 
 
 def loaded(cfg: tg.Config, data: bytes) -> tuple[tg.GPT, dict[str, np.ndarray]]:
     """The network in a file, and its integers."""
-    other, shapes = random_model(cfg, seed=1), tg.banks(cfg)
+    other, shapes = random_model(cfg, seed=1), tg.bank_shapes(cfg)
     _, streams = tg.open_artifact(data, Path("file"))
     tg.load_artifact(other, streams)
-    codes = tg.cut(np.frombuffer(streams[0], np.int8), shapes.values())
+    codes = tg.split_arrays(np.frombuffer(streams[0], np.int8), shapes.values())
     return other, dict(zip(shapes, codes, strict=True))
 
 
@@ -74,7 +113,9 @@ def relative(found: tg.GPT, wanted: tg.GPT, name: str) -> float:
 PERCENTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)
 
 
-def reference_steps(w: np.ndarray, qmax: int, floor: float, shares: tuple[float, ...]) -> tuple[np.ndarray, int]:
+def reference_steps(
+    w: np.ndarray, qmax: int, floor: float, shares: tuple[float, ...]
+) -> tuple[np.ndarray, int]:
     """Steps (rows,) fp16 of one matrix in fp64, and which percentile they are of."""
     found = []
     for q in shares:
@@ -110,7 +151,9 @@ def test_each_matrix_has_the_percentile_of_least_error_but_no_step_below_the_flo
     assert (found == np.float16(1 / 31)).any() if floor == 1 else True
     single = tg.percentile_steps(torch.from_numpy(weights).float(), qmax, floor, (0.9999984,))
     for w, steps in zip(weights, single, strict=True):
-        assert np.allclose(steps.numpy(), reference_steps(w, qmax, floor, (0.9999984,))[0], rtol=1e-3, atol=0)
+        assert np.allclose(
+            steps.numpy(), reference_steps(w, qmax, floor, (0.9999984,))[0], rtol=1e-3, atol=0
+        )
 
 
 def test_a_row_of_zeros_spoils_neither_steps_nor_choice():
@@ -121,14 +164,16 @@ def test_a_row_of_zeros_spoils_neither_steps_nor_choice():
     wanted = tg.percentile_steps(w[:, 1:2], 31, 0.0, PERCENTILES)
     assert found[0, 1] == wanted[0, 0]
     assert (found[0, [0, 2]] == 2.0**-14).all()
-    q = tg.Solver.prepare(w, [torch.eye(400)]).solve(found.float(), 31)
+    q = tg.GptqSolver.prepare(w, [torch.eye(400)]).solve(found.float(), 31)
     assert torch.equal(q, (w / found.float()[..., None]).round().clamp(-31, 31).to(torch.int8))
     assert (q[0, [0, 2]] == 0).all()
 
 
 @pytest.mark.parametrize("quantizer", ["gptq_lite", "int6"])
 def test_codes_are_the_nearest_and_come_back_through_every_compressor(quantizer, compressor):  # noqa: F811
-    cfg = tiny_config(**FEATURES, quantizer=quantizer, compressor=compressor, artifact_limit_bytes=0, embed_bits=8)
+    cfg = tiny_config(
+        **FEATURES, quantizer=quantizer, compressor=compressor, artifact_limit_bytes=0, embed_bits=8
+    )
     model = random_model(cfg)
     with torch.no_grad():
         model.up_bank.mul_(20)  # beyond the floor
@@ -137,7 +182,10 @@ def test_codes_are_the_nearest_and_come_back_through_every_compressor(quantizer,
     assert {"tok_emb", "bigram_emb", "ve_emb"} < codes.keys()
     for name, q in codes.items():
         table = name.endswith("_emb")
-        qmax, shares = (127 if table else 31), PERCENTILES if quantizer == "gptq_lite" and not table else (0.9999984,)
+        qmax, shares = (
+            (127 if table else 31),
+            PERCENTILES if quantizer == "gptq_lite" and not table else (0.9999984,),
+        )
         w = model.get_parameter(name).detach().view(q.shape).double().numpy()
         for i, matrix in enumerate(w):
             step = reference_steps(matrix, qmax, 1.0, shares)[0].astype(np.float64)[:, None]
@@ -147,38 +195,55 @@ def test_codes_are_the_nearest_and_come_back_through_every_compressor(quantizer,
             assert np.abs(back - near * step).max() <= 1.01 * step.max()
             if np.abs(matrix).max() < 1:
                 scale = back[q[i] != 0] / q[i][q[i] != 0]
-                assert np.allclose(scale, np.float16(1 / qmax), rtol=1e-6)  # fp16(1/31), fp16(1/127)
-    for name in tg.floats(cfg):
+                assert np.allclose(
+                    scale, np.float16(1 / qmax), rtol=1e-6
+                )  # fp16(1/31), fp16(1/127)
+    for name in tg.float_shapes(cfg):
         if name != "parallel_resid_lambdas" and name != "parallel_post_lambdas":
-            assert torch.equal(other.get_parameter(name), model.get_parameter(name).half().float()), name
+            assert torch.equal(
+                other.get_parameter(name), model.get_parameter(name).half().float()
+            ), name
 
 
 def digest(ranks: tg.Ranks) -> list[str]:
     found = []
-    for quantizer, limit in (("gptq_lite", 0), ("int6", 0), ("gptq_lite", 20_000), ("allocated", 20_000)):
+    for quantizer, limit in (
+        ("gptq_lite", 0),
+        ("int6", 0),
+        ("gptq_lite", 20_000),
+        ("allocated", 20_000),
+    ):
         limit = limit and limit + tg.CODE_BYTES
-        cfg = tiny_config(**FEATURES, quantizer=quantizer, compressor="zstd", artifact_limit_bytes=limit)
+        cfg = tiny_config(
+            **FEATURES, quantizer=quantizer, compressor="zstd", artifact_limit_bytes=limit
+        )
         model, rows = random_model(cfg), random_rows(cfg, 4)
         run = SimpleNamespace(cfg=cfg, model=model, ranks=ONE, forward=model)
         calibration = tg.Run.calibrate(run, cfg.plans[1], rows)  # equal to the last bit on all
-        data = tg.fit(tg.Quantizer(model, *calibration, ranks), model, {}, lambda line: None)
+        data = tg.fit_artifact(
+            tg.Quantizer(model, *calibration, ranks), model, {}, lambda line: None
+        )
         found.append(hashlib.sha256(data).hexdigest())
     return found
 
 
 @pytest.mark.parametrize("quantizer", ["gptq_lite", "int6"])
 def test_a_fit_without_hessians_lands_under_the_limit_and_more_room_never_costs_accuracy(quantizer):
-    shape = dict(model_dim=64, num_heads=4, mlp_mult=4, quantizer=quantizer, compressor="ans", **FEATURES)
+    shape = dict(
+        model_dim=64, num_heads=4, mlp_mult=4, quantizer=quantizer, compressor="ans", **FEATURES
+    )
     free, errors = tiny_config(**shape, artifact_limit_bytes=0), []
     for limit in (50_000, 70_000, 90_000, 10**7):
         cfg = dataclasses.replace(free, artifact_limit_bytes=limit + tg.CODE_BYTES)
         model, data = packed_by(cfg)
         assert len(data) <= limit
         assert len(data) > limit - 4096 or limit == 10**7
-        errors.append({name: relative(loaded(cfg, data)[0], model, name) for name in tg.banks(cfg)})
+        errors.append(
+            {name: relative(loaded(cfg, data)[0], model, name) for name in tg.bank_shapes(cfg)}
+        )
     model, data = packed_by(free)
     base = loaded(free, data)[0]
-    for name in tg.banks(free):
+    for name in tg.bank_shapes(free):
         series = [e[name] for e in errors]
         assert series == sorted(series, reverse=True), name
         assert series[-1] < relative(base, model, name)  # the limit leaves room: finer, not clipped
@@ -187,12 +252,16 @@ def test_a_fit_without_hessians_lands_under_the_limit_and_more_room_never_costs_
 @pytest.mark.parametrize("quantizer", ["allocated", "gptq", "gptq_lite", "int6"])
 @pytest.mark.parametrize("fp16", [False, True])
 def test_tables_survive_every_quantizer(quantizer, fp16):
-    cfg = tiny_config(**FEATURES, quantizer=quantizer, tables_fp16=fp16, embed_bits=8, clip_floor=0.01)
+    cfg = tiny_config(
+        **FEATURES, quantizer=quantizer, tables_fp16=fp16, embed_bits=8, clip_floor=0.01
+    )
     model, data = packed_by(cfg)
     other, codes = loaded(cfg, data)
     for name in ("tok_emb", "bigram_emb", "ve_emb"):
         assert (name in codes) != fp16
-        bound = 1e-3 if fp16 else 0.1 if quantizer != "allocated" else 1.0  # which may do without a table
+        bound = (
+            1e-3 if fp16 else 0.1 if quantizer != "allocated" else 1.0
+        )  # which may do without a table
         assert 0 < relative(other, model, name) < bound, name
         if fp16:
             assert torch.equal(other.get_parameter(name), model.get_parameter(name).half().float())
@@ -217,7 +286,11 @@ def test_the_smallest_share_of_banks_and_tables_becomes_zero_and_nothing_else_ch
     least = np.quantile(np.abs(was), 0.1, method="lower")
     assert np.array_equal(now, np.where(np.abs(was) < least, 0, was))
     assert abs((now == 0).mean() - 0.1) < 1e-4
-    assert all(torch.equal(model.get_parameter(n), p) for n, p in before.named_parameters() if n not in pruned)
+    assert all(
+        torch.equal(model.get_parameter(n), p)
+        for n, p in before.named_parameters()
+        if n not in pruned
+    )
     tg.prune(model)
     assert np.array_equal(now, flat(model))
     fp16 = tg.GPT(dataclasses.replace(cfg, tables_fp16=True))
@@ -229,24 +302,35 @@ def test_the_smallest_share_of_banks_and_tables_becomes_zero_and_nothing_else_ch
 # --- Files ------------------------------------------------------------------------------------------------------------
 def test_a_file_names_the_added_parts_only_where_they_are_there():
     plain_cfg, cfg = tiny_config(), tiny_config(**FEATURES, tables_fp16=True)
-    assert not set(tg.ADDED_FIELDS) & tg.network(plain_cfg).keys()
-    assert tg.stored_network(tg.network(plain_cfg)) == {f: getattr(plain_cfg, f) for f in tg.MODEL_FIELDS}
+    assert not set(tg.OPTIONAL_NETWORK_FIELDS) & tg.network_config(plain_cfg).keys()
+    assert tg.read_network_config(tg.network_config(plain_cfg)) == {
+        f: getattr(plain_cfg, f) for f in tg.NETWORK_FIELDS
+    }
     header, _ = tg.open_artifact(packed_by(cfg)[1], Path("file"))
-    present = set(tg.ADDED_FIELDS) & header["config"].keys()
-    assert present == set(tg.ADDED_FIELDS)
-    read = tg.header_config(header)
+    present = set(tg.OPTIONAL_NETWORK_FIELDS) & header["config"].keys()
+    assert present == set(tg.OPTIONAL_NETWORK_FIELDS)
+    read = tg.config_of_header(header)
     assert tg.parameter_table(read) == tg.parameter_table(cfg)
-    assert all(getattr(read, f) == getattr(cfg, f) for f in tg.MODEL_FIELDS)
+    assert all(getattr(read, f) == getattr(cfg, f) for f in tg.NETWORK_FIELDS)
     with pytest.raises(KeyError):  # what every file has must be there
-        tg.stored_network({f: x for f, x in tg.network(cfg).items() if f != "rope_dims"})
+        tg.read_network_config(
+            {f: x for f, x in tg.network_config(cfg).items() if f != "rope_dims"}
+        )
 
 
 FORGED = {
-    "leaky_slope": [2.0, -0.5, "0.5", None, math.nan], "branch_scale": [1, "yes"], "rope_train_seq_len": [-1, 0.5],
-    "bigram_vocab_size": [1, -3, 49, 2**40, True], "bigram_dim": [0, 9, "8"], "smear_enabled": [0, False],
-    "ve_enabled": [False, 1], "ve_dim": [0, 7], "ve_layers": ["", "1,4", "1,1", "x", "9" * 5000, 3, ["1", "3"]],
-    "tables_fp16": [True, 0], "data_loader": ["other"],
-}  # fmt: skip
+    "leaky_slope": [2.0, -0.5, "0.5", None, math.nan],
+    "branch_scale": [1, "yes"],
+    "rope_train_seq_len": [-1, 0.5],
+    "bigram_vocab_size": [1, -3, 49, 2**40, True],
+    "bigram_dim": [0, 9, "8"],
+    "smear_enabled": [0, False],
+    "ve_enabled": [False, 1],
+    "ve_dim": [0, 7],
+    "ve_layers": ["", "1,4", "1,1", "x", "9" * 5000, 3, ["1", "3"]],
+    "tables_fp16": [True, 0],
+    "data_loader": ["other"],
+}
 
 
 def test_forged_headers_of_added_parts_are_refused_in_one_line():
@@ -257,7 +341,11 @@ def test_forged_headers_of_added_parts_are_refused_in_one_line():
             forged = {**header, "config": {**header["config"], field: value}}
             with pytest.raises(tg.UsageError, match=r"^some.ptz: damaged: [^\n]*$"):
                 tg.open_artifact(rebuilt(data, forged), Path("some.ptz"))
-    for field in ("bigram_vocab_size", "ve_enabled", "smear_enabled"):  # lost: the streams are another network's
+    for field in (
+        "bigram_vocab_size",
+        "ve_enabled",
+        "smear_enabled",
+    ):  # lost: the streams are another network's
         forged = {**header, "config": {f: x for f, x in header["config"].items() if f != field}}
         with pytest.raises(tg.UsageError, match=r"^some.ptz: damaged: "):
             tg.open_artifact(rebuilt(data, forged), Path("some.ptz"))
@@ -266,7 +354,10 @@ def test_forged_headers_of_added_parts_are_refused_in_one_line():
 def test_a_checkpoint_brings_its_parts_and_the_environment_may_not_contradict(tmp_path):
     cfg = tiny_config(**FEATURES)
     weights = {n: p.detach() for n, p in random_model(cfg).named_parameters()}
-    torch.save({"config": tg.network(cfg), "weights": weights, "looped": True, "step": 1}, data := io.BytesIO())
+    torch.save(
+        {"config": tg.network_config(cfg), "weights": weights, "looped": True, "step": 1},
+        data := io.BytesIO(),
+    )
     path = tmp_path / "final_model.pt"
     path.write_bytes(data.getvalue())
     asking = tiny_config(eval_only_path=path)
@@ -279,37 +370,63 @@ def test_a_checkpoint_brings_its_parts_and_the_environment_may_not_contradict(tm
 
 
 def test_what_may_be_trained_can_be_read_again():
-    for settings in (dict(logit_softcap=100.0, fused_ce=False), dict(num_loops=64, loop_start=0, loop_end=0)):
+    for settings in (
+        dict(logit_softcap=100.0, fused_ce=False),
+        dict(num_loops=64, loop_start=0, loop_end=0),
+    ):
         model, data = packed_by(tiny_config(**settings))
-        assert tg.open_artifact(data, Path("x"))[0]["config"] == tg.network(model.cfg)
+        assert tg.open_artifact(data, Path("x"))[0]["config"] == tg.network_config(model.cfg)
 
 
 def test_knobs_are_judged_by_the_network_of_the_file(tmp_path):
     cfg = tiny_config()
-    saved = {"config": tg.network(cfg), "weights": tg.GPT(cfg).state_dict(), "looped": True, "step": 1}
+    saved = {
+        "config": tg.network_config(cfg),
+        "weights": tg.GPT(cfg).state_dict(),
+        "looped": True,
+        "step": 1,
+    }
     torch.save(saved, path := tmp_path / "x.pt")
-    asking = dataclasses.replace(tiny_config(eval_only_path=path), num_layers=9, ttt_freeze_blocks=5)
+    asking = dataclasses.replace(
+        tiny_config(eval_only_path=path), num_layers=9, ttt_freeze_blocks=5
+    )
     with pytest.raises(tg.UsageError, match=r"^TTT_FREEZE_BLOCKS=5: must be at most NUM_LAYERS=4$"):
         tg.load_model_file(asking, dict.fromkeys(vars(asking), "default"))
 
 
-@pytest.mark.parametrize("forged", [{"num_heads": 0}, {"mlp_mult": math.inf}, {"mlp_mult": math.nan}], ids=str)
+@pytest.mark.parametrize(
+    "forged", [{"num_heads": 0}, {"mlp_mult": math.inf}, {"mlp_mult": math.nan}], ids=str
+)
 def test_a_checkpoint_of_an_impossible_network_is_refused_by_name(tmp_path, forged):
     cfg = tiny_config()
-    saved = {"config": tg.network(cfg) | forged, "weights": tg.GPT(cfg).state_dict(), "looped": True, "step": 1}
+    saved = {
+        "config": tg.network_config(cfg) | forged,
+        "weights": tg.GPT(cfg).state_dict(),
+        "looped": True,
+        "step": 1,
+    }
     torch.save(saved, path := tmp_path / "x.pt")
     asking = tiny_config(eval_only_path=path)
     with pytest.raises(tg.UsageError, match=f"^{next(iter(forged)).upper()}=[^\n]*$"):
         tg.load_model_file(asking, dict.fromkeys(vars(asking), "default"))
 
 
-@pytest.mark.parametrize("forged", [{"looped": 7}, {"looped": None}, {"looped": "x"}, {"weights": {}}, {"weights": 5}],
-                         ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "forged",
+    [{"looped": 7}, {"looped": None}, {"looped": "x"}, {"weights": {}}, {"weights": 5}],
+    ids=str,
+)
 def test_fields_that_no_run_writes_are_refused_in_one_line(tmp_path, forged):
     cfg = tiny_config(**FEATURES)
     model, data = packed_by(cfg)
     (tmp_path / "x.ptz").write_bytes(rebuilt(data, {**parts(data)[0], **forged}))
-    saved = {"config": tg.network(cfg), "weights": model.state_dict(), "looped": True, "step": 1, **forged}
+    saved = {
+        "config": tg.network_config(cfg),
+        "weights": model.state_dict(),
+        "looped": True,
+        "step": 1,
+        **forged,
+    }
     torch.save(saved, tmp_path / "x.pt")
     for name in ("x.ptz", "x.pt"):
         asking = tiny_config(eval_only_path=tmp_path / name)
@@ -332,12 +449,21 @@ def test_scorer_makes_the_published_windows_of_a_stream_of_rows(targets, count):
 
 def test_chunks_hold_the_published_windows_whole():
     """SP8192: 1238 chunks; each window inside one, each target once, all but the last chunk learnt from."""
+
     class Stub(tg.Scorer):
         def score(self, spans, shared):
-            self.log.append((len(spans), spans[0][1], spans[-1][2], sum(end - score for _, score, end in spans)))
+            self.log.append(
+                (len(spans), spans[0][1], spans[-1][2], sum(end - score for _, score, end in spans))
+            )
 
-    targets, cfg = 40_540_160, tg.Config(preset="pr1413", ttt_mode="chunk", sliding_window_enabled=True)
-    cfg, docs = dataclasses.replace(cfg, data_loader="rows"), SimpleNamespace(places=lambda: np.arange(targets))
+    targets, cfg = (
+        40_540_160,
+        tg.Config(preset="pr1413", ttt_mode="chunk", sliding_window_enabled=True),
+    )
+    cfg, docs = (
+        dataclasses.replace(cfg, data_loader="rows"),
+        SimpleNamespace(places=lambda: np.arange(targets)),
+    )
     scorer = Stub(None, (), SimpleNamespace(docs=docs, nowhere=targets), cfg, ONE, found := [])
     learns = [(len(learnt), left) for left, learnt in tg.score_chunks(scorer, tg.Deadline(1e9))]
     assert len(found) == 1238
@@ -356,7 +482,13 @@ def steps(monkeypatch):
 
     def spy(model, forward, sgd, scorer, place):
         real(model, forward, sgd, scorer, place)
-        calls.append((sgd.param_groups[0]["lr"], place, {n: p.detach().clone() for n, p in model.named_parameters()}))
+        calls.append(
+            (
+                sgd.param_groups[0]["lr"],
+                place,
+                {n: p.detach().clone() for n, p in model.named_parameters()},
+            )
+        )
 
     monkeypatch.setattr(tg, "learn_weights", spy)
     return calls
@@ -387,10 +519,21 @@ def test_tokens_after_a_chunk_do_not_change_it_with_all_parts_on(steps, settings
 
 
 def test_adam_by_chunks_takes_the_steps_of_torchs_adamw(steps):
-    cfg = tiny_config(**{**FEATURES, **CHUNKS, "ttt_chunk_optimizer": "adam", "ttt_epochs": 1, "ttt_grad_clip": 0.0})
+    cfg = tiny_config(
+        **{
+            **FEATURES,
+            **CHUNKS,
+            "ttt_chunk_optimizer": "adam",
+            "ttt_epochs": 1,
+            "ttt_grad_clip": 0.0,
+        }
+    )
     docs, model = documents(128, 100), random_model(cfg)
     evaluated(model, docs)
-    start, ((lr, place, after),) = {n: p.detach().clone() for n, p in model.named_parameters()}, steps
+    start, ((lr, place, after),) = (
+        {n: p.detach().clone() for n, p in model.named_parameters()},
+        steps,
+    )
     tokens, cu = torch.from_numpy(docs.tokens), torch.tensor([0, 64, 128], dtype=torch.int32)
     model.zero_grad()
     model(tg.Batch(tokens[place], tokens[place + 1], cu, S), cfg.plans[1]).mean().backward()
@@ -402,7 +545,9 @@ def test_adam_by_chunks_takes_the_steps_of_torchs_adamw(steps):
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_frozen_layers_keep_their_bits_with_all_parts_on(steps, optimizer):
-    cfg = tiny_config(**{**FEATURES, **CHUNKS, "ttt_freeze_blocks": 2, "ttt_chunk_optimizer": optimizer})
+    cfg = tiny_config(
+        **{**FEATURES, **CHUNKS, "ttt_freeze_blocks": 2, "ttt_chunk_optimizer": optimizer}
+    )
     model = random_model(cfg)
     evaluated(model, documents(*MANY))
     L, whole = cfg.num_layers, ("tok_", "skip_", "bigram_", "smear_", "ve_")
@@ -421,10 +566,15 @@ def test_deadline_of_zero_is_base_scoring_in_every_preset(name):
     docs, model = documents(*MANY), random_model(preset_config(name))
     assert model.cfg.ttt_mode == ("document" if name == "pr605" else "chunk")
     stride = model.cfg.eval_stride * model.cfg.sliding_window_enabled
-    ledger, loader = evaluated(model, docs, seconds=0.0), "documents" if name == "pr605" else model.cfg.data_loader
+    ledger, loader = (
+        evaluated(model, docs, seconds=0.0),
+        "documents" if name == "pr605" else model.cfg.data_loader,
+    )
     other = with_settings(model, data_loader=loader)  # in document mode no window leaves its text
-    base, first = nats_of(plain(other, docs)), docs.places()[: model.cfg.ttt_chunk_tokens]
-    base[first] = nats_of(plain(other, docs, stride))[first]  # once the time is over, no window overlaps another
+    base, first = nats_of(plain(other, docs)), docs.target_index()[: model.cfg.ttt_chunk_tokens]
+    base[first] = nats_of(plain(other, docs, stride))[
+        first
+    ]  # once the time is over, no window overlaps another
     assert np.abs(nats_of(ledger) - base).max() < 1e-5
     assert ledger.plain > 0
     learnt = evaluated(model, docs)
@@ -459,7 +609,9 @@ class Watched(tg.Run):
 @pytest.mark.parametrize("name", ["pr473", "pr1413"])
 def test_adaptation_begins_with_the_artifact_and_leaves_it(tiny_data, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    cfg = preset_config(name, data_dir=tiny_data, run_id="x", ttt_lr=0, train_seq_len=64, iterations=2)
+    cfg = preset_config(
+        name, data_dir=tiny_data, run_id="x", ttt_lr=0, train_seq_len=64, iterations=2
+    )
     run = Watched(cfg, dict.fromkeys(vars(cfg), "default"), cpu_ranks())
     final = run.go()
     model, _ = loaded(cfg, Path("runs/x/final_model.int6.ptz").read_bytes())
@@ -469,7 +621,9 @@ def test_adaptation_begins_with_the_artifact_and_leaves_it(tiny_data, tmp_path, 
         assert torch.equal(run.began[n][unread:], p[unread:]), n
         assert torch.equal(run.left[n], run.began[n])
     assert not torch.equal(run.began["up_bank"], trained["up_bank"])
-    assert final["quantized_ttt_lora_loss"] == pytest.approx(final["quantized_sliding_window_loss"], abs=1e-7)
+    assert final["quantized_ttt_lora_loss"] == pytest.approx(
+        final["quantized_sliding_window_loss"], abs=1e-7
+    )
 
 
 def chunks_on(ranks: tg.Ranks, chunk: int) -> tuple[np.ndarray, dict[str, Tensor], int]:

@@ -22,7 +22,14 @@ from torch import Tensor
 
 import train_gpt as tg
 
-PARTS = dict(bigram_vocab_size=50, bigram_dim=8, smear_enabled=True, ve_enabled=True, ve_dim=8, ve_layers="1,3")
+PARTS = dict(
+    bigram_vocab_size=50,
+    bigram_dim=8,
+    smear_enabled=True,
+    ve_enabled=True,
+    ve_dim=8,
+    ve_layers="1,3",
+)
 SHUFFLED = dict(data_loader="shuffled", train_seq_len=32, cu_seqlens_capacity=32)
 
 
@@ -35,26 +42,44 @@ def folder(tmp_path_factory) -> Iterator[None]:
 
 
 # --- Shuffled rows ----------------------------------------------------------------------------------------------------
-def loader_of(stream: tg.TokenStream, world_size: int = 1, rank: int = 0, **overrides: Any) -> tg.PackedLoader:
+def loader_of(
+    stream: tg.TokenStream, world_size: int = 1, rank: int = 0, **overrides: Any
+) -> tg.PackedLoader:
     cfg = tiny_config(**{**SHUFFLED, **overrides})
     return tg.PackedLoader(stream, 1, cfg, rank_of(world_size, rank))
 
 
 @pytest.mark.parametrize("size", [2000, 513])  # 62 and 16 pieces of 32, in rows of four
 def test_an_epoch_takes_every_piece_once_and_the_next_another_order(tmp_path, size):
-    loader, pieces = loader_of(stream_of(tmp_path, np.arange(size, dtype=np.uint16), [100])), (size - 1) // 32
+    loader, pieces = (
+        loader_of(stream_of(tmp_path, np.arange(size, dtype=np.uint16), [100])),
+        (size - 1) // 32,
+    )
     rows = [row for _ in range(8) for row in loader.rows(4)[0]]  # 128 pieces
-    inputs, targets = (torch.cat([getattr(row, name) for row in rows]) for name in ("inputs", "targets"))
+    inputs, targets = (
+        torch.cat([getattr(row, name) for row in rows]) for name in ("inputs", "targets")
+    )
     assert torch.equal(targets, (inputs + 1) % size)
-    assert all(torch.equal(row.cu_seqlens.unique(), torch.arange(0, 129, 32, dtype=torch.int32)) for row in rows)
+    assert all(
+        torch.equal(row.cu_seqlens.unique(), torch.arange(0, 129, 32, dtype=torch.int32))
+        for row in rows
+    )
     begins = inputs.view(-1, 32)[:, 0]
     assert torch.equal(inputs.view(-1, 32), (begins[:, None] + torch.arange(32)) % size)
     epochs, firsts = begins.split(pieces)[:2], []
     for epoch in epochs:
         assert len(epoch.unique()) == pieces
-        places = (epoch - epoch[:, None]) % size  # on the ring: all are a whole number of pieces from the first
-        firsts += [int(x[0]) for x in [epoch[((places % 32 == 0) & (places < 32 * pieces)).all(1)]] if len(x)]
-    assert len(firsts) == 2 and firsts[0] != firsts[1] and max(firsts) < 32  # a random phase for each epoch
+        places = (
+            epoch - epoch[:, None]
+        ) % size  # on the ring: all are a whole number of pieces from the first
+        firsts += [
+            int(x[0])
+            for x in [epoch[((places % 32 == 0) & (places < 32 * pieces)).all(1)]]
+            if len(x)
+        ]
+    assert (
+        len(firsts) == 2 and firsts[0] != firsts[1] and max(firsts) < 32
+    )  # a random phase for each epoch
     assert not torch.equal(epochs[0] - firsts[0], epochs[1] - firsts[1])
     assert (epochs[0].diff() == 32).float().mean() < 0.3
 
@@ -79,7 +104,9 @@ def test_any_number_of_ranks_and_a_new_loader_at_a_cursor_serve_the_same_rows(tm
 
 @pytest.mark.parametrize("size", [130, 200, 256, 257])
 def test_a_stream_of_hardly_a_piece_is_enough(tmp_path, size):
-    settings = dict(train_seq_len=128, micro_batch_tokens=128, train_batch_tokens=128, cu_seqlens_capacity=8)
+    settings = dict(
+        train_seq_len=128, micro_batch_tokens=128, train_batch_tokens=128, cu_seqlens_capacity=8
+    )
     loader = loader_of(stream_of(tmp_path, np.arange(size, dtype=np.uint16)), **settings)
     rows = [loader.rows(1)[0][0] for _ in range(5)]
     assert all(torch.equal(row.targets, (row.inputs + 1) % size) for row in rows)
@@ -118,15 +145,22 @@ def test_a_share_of_rows_is_the_sample_of_documents_end_to_end(tiny_data, loader
         table, decoded = tg.check_bytes(tokenizer, docs, cpu_ranks())
         ledger = tg.Ledger(docs, table, torch.device("cpu"))
         model, log = random_model(cfg), tg.Log(Path("unused"), False)
-        tg.evaluate(tg.Scorer(model, cfg.plans[0], ledger, cfg, cpu_ranks(), log), stride)
+        tg.score_all(tg.Scorer(model, cfg.plans[0], ledger, cfg, cpu_ranks(), log), stride)
         assert ledger.problems(decoded) == []
         found[share] = docs, ledger
     (whole, every), (part, some) = found[1.0], found[0.4]
     assert len(part.starts) == len(part.counts) == round(0.4 * 12)
     count = int(part.counts.sum())
-    sample = tg.Documents.load(stream, tokenizer.bos_id, dataclasses.replace(cfg, data_loader="documents"))
-    texts = [sample.tokens[a:b] for a, b in zip(sample.starts, sample.starts + sample.counts, strict=True)]
-    after = sample.tokens[sample.starts[-1] + sample.counts[-1]]  # the last target, for most the next one's BOS
+    sample = tg.Documents.load(
+        stream, tokenizer.bos_id, dataclasses.replace(cfg, data_loader="documents")
+    )
+    texts = [
+        sample.tokens[a:b]
+        for a, b in zip(sample.starts, sample.starts + sample.counts, strict=True)
+    ]
+    after = sample.tokens[
+        sample.starts[-1] + sample.counts[-1]
+    ]  # the last target, for most the next one's BOS
     assert np.array_equal(part.tokens, [*np.concatenate(texts), after])
     assert np.array_equal(part.text(), sample.text()) and np.array_equal(whole.text(), whole.tokens)
     assert np.array_equal(part.tokens[part.starts], np.full(len(texts), tokenizer.bos_id))
@@ -152,7 +186,9 @@ def test_rates_fall_over_the_last_iterations_by_clock_and_by_step():
             wanted = published_scale(step, elapsed, 90.0, cfg)
             assert tg.lr_scale(elapsed / 90, cfg, step) == pytest.approx(wanted, abs=1e-12)
     assert tg.lr_scale(0.99, tiny_config(warmdown_iters=30, min_lr=0.1), 99) == 0.1
-    assert tg.lr_scale(0.5, tiny_config(warmdown_frac=0.75), 7) == pytest.approx(0.5 / 0.75)  # steps do not matter
+    assert tg.lr_scale(0.5, tiny_config(warmdown_frac=0.75), 7) == pytest.approx(
+        0.5 / 0.75
+    )  # steps do not matter
 
 
 def test_training_falls_over_the_last_iterations(tiny_data):
@@ -163,14 +199,27 @@ def test_training_falls_over_the_last_iterations(tiny_data):
 # --- The weights that are exported ------------------------------------------------------------------------------------
 EXPORTS = {
     "ema every third": dict(export_weights="ema", ema_decay=0.8, ema_every=3),
-    "swa": dict(export_weights="swa", ema_decay=0.9, ema_every=2, swa_threshold=0.6, swa_every=2, warmdown_iters=8),
-    "swa of one": dict(export_weights="swa", ema_decay=0.9, swa_threshold=0.6, swa_every=9, warmdown_iters=8),
-    "swa that never came": dict(export_weights="swa", ema_decay=0.9, swa_threshold=0.6, swa_every=50),
+    "swa": dict(
+        export_weights="swa",
+        ema_decay=0.9,
+        ema_every=2,
+        swa_threshold=0.6,
+        swa_every=2,
+        warmdown_iters=8,
+    ),
+    "swa of one": dict(
+        export_weights="swa", ema_decay=0.9, swa_threshold=0.6, swa_every=9, warmdown_iters=8
+    ),
+    "swa that never came": dict(
+        export_weights="swa", ema_decay=0.9, swa_threshold=0.6, swa_every=50
+    ),
     "raw": dict(export_weights="raw", ema_decay=0.9),
-}  # fmt: skip
+}
 
 
-def exported(start: dict[str, Tensor], after: list[dict[str, Tensor]], cfg: tg.Config) -> dict[str, Tensor]:
+def exported(
+    start: dict[str, Tensor], after: list[dict[str, Tensor]], cfg: tg.Config
+) -> dict[str, Tensor]:
     """From the weights before and after every step, in fp64."""
     found = {name: w.double() for name, w in start.items()}
     taken = []
@@ -180,7 +229,9 @@ def exported(start: dict[str, Tensor], after: list[dict[str, Tensor]], cfg: tg.C
             taken += [weights] * (step % cfg.swa_every == 0)
         elif step % cfg.ema_every == 0:
             keep = cfg.ema_decay**cfg.ema_every
-            found = {name: keep * x + (1 - keep) * weights[name].double() for name, x in found.items()}
+            found = {
+                name: keep * x + (1 - keep) * weights[name].double() for name, x in found.items()
+            }
     if cfg.export_weights == "raw":
         return {name: w.double() for name, w in after[-1].items()}
     if taken:
@@ -196,8 +247,13 @@ def test_exported_weights_are_those_of_a_plain_reference(tiny_data, kind):
     assert_same(weights_of(run.model), wanted, tolerance=0 if kind == "raw" else 3e-7)
     assert_same(run.saved[-1][1], weights_of(run.model))
     assert run.saved[-1][0] == "final_model.pt"
-    others = [exported(start, run.after, tiny_config(**{**x, "iterations": 10})) for k, x in EXPORTS.items()]
-    assert all(others[i]["up_bank"].ne(others[j]["up_bank"]).any() for i in range(5) for j in range(i))
+    others = [
+        exported(start, run.after, tiny_config(**{**x, "iterations": 10}))
+        for k, x in EXPORTS.items()
+    ]
+    assert all(
+        others[i]["up_bank"].ne(others[j]["up_bank"]).any() for i in range(5) for j in range(i)
+    )
 
 
 @pytest.mark.parametrize("kind", ["swa", "ema every third", "raw"])
@@ -238,7 +294,9 @@ def test_ranks_and_resumed_runs_export_the_same(tiny_data, tmp_path):
             assert_same(resumed, through)
     assert alone[0]["up_bank"].ne(alone[2]["up_bank"]).any()
     for plain, _, rounded, _ in together:
-        assert_same(plain, alone[0], tolerance=1e-5)  # where nothing is rounded: a weight may fall on another integer
+        assert_same(
+            plain, alone[0], tolerance=1e-5
+        )  # where nothing is rounded: a weight may fall on another integer
         assert_same(rounded, together[0][2])
 
 
@@ -246,8 +304,15 @@ def test_ranks_and_resumed_runs_export_the_same(tiny_data, tmp_path):
 ROUNDED = ("qo_bank", "kv_bank", "up_bank", "down_bank")
 
 
-@pytest.mark.parametrize("settings", [dict(quantizer="gptq"), dict(quantizer="int6", clip_floor=0.4),
-                                      dict(quantizer="gptq_lite", matrix_bits=4)], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(quantizer="gptq"),
+        dict(quantizer="int6", clip_floor=0.4),
+        dict(quantizer="gptq_lite", matrix_bits=4),
+    ],
+    ids=str,
+)
 def test_late_rounding_changes_the_forward_and_passes_the_gradient(settings):
     """As in a network of weights rounded by hand, with the floor of the quantiser."""
     cfg = tiny_config(late_qat=True, **settings)
@@ -309,8 +374,12 @@ class Observed(Session):
 
 
 @pytest.mark.parametrize(("threshold", "first"), [(0.6, 6), (2.0, 0), (0.0, 10)])
-def test_weights_are_rounded_from_the_threshold_on_but_never_in_evaluation(tiny_data, threshold, first):
-    run = Observed(tiny_data, iterations=10, warmdown_iters=8, late_qat_threshold=threshold, val_loss_every=2).train()
+def test_weights_are_rounded_from_the_threshold_on_but_never_in_evaluation(
+    tiny_data, threshold, first
+):
+    run = Observed(
+        tiny_data, iterations=10, warmdown_iters=8, late_qat_threshold=threshold, val_loss_every=2
+    ).train()
     assert run.seen == [False] * 4 * first + [True] * 4 * (10 - first)
     assert run.checked == [False] * 5
     assert not run.model.qat
@@ -328,12 +397,21 @@ class Compiled(Observed):
 
 
 def test_rounding_sets_in_without_a_compilation_and_reaches_the_compiled_graph(tiny_data):
-    small = dict(num_layers=2, num_loops=0, parallel_start_layer=0, xsa_last_n=1, micro_batch_tokens=512)
-    settings = dict(iterations=4, warmdown_iters=4, late_qat_threshold=0.6, **{**PARTS, **small, "ve_layers": "1"})
+    small = dict(
+        num_layers=2, num_loops=0, parallel_start_layer=0, xsa_last_n=1, micro_batch_tokens=512
+    )
+    settings = dict(
+        iterations=4,
+        warmdown_iters=4,
+        late_qat_threshold=0.6,
+        **{**PARTS, **small, "ve_layers": "1"},
+    )
     run = Compiled(tiny_data, recompile_limit=0, **settings).train()
     assert run.final["recompilations"] == 0
     assert run.seen == [False, False, True, True]
-    eager, without = (Observed(tiny_data, **settings | dict(late_qat_threshold=x)).train() for x in (0.6, 0.0))
+    eager, without = (
+        Observed(tiny_data, **settings | dict(late_qat_threshold=x)).train() for x in (0.6, 0.0)
+    )
     for found, wanted in zip(run.after, eager.after, strict=True):
         assert_same({n: found[n] for n in ROUNDED}, {n: wanted[n] for n in ROUNDED}, tolerance=1e-4)
     assert torch.equal(eager.after[1]["up_bank"], without.after[1]["up_bank"])

@@ -38,20 +38,31 @@ def plain(cfg: tg.Config) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
             if group == "muon":
                 momentum[n] = mu * momentum[n] + g
                 u = g + mu * momentum[n]
-                u = tg.newton_schulz((u / u.norm(dim=-1, keepdim=True)).float(), cfg.muon_backend_steps).double()
+                u = tg.newton_schulz(
+                    (u / u.norm(dim=-1, keepdim=True)).float(), cfg.muon_backend_steps
+                ).double()
                 lr = scale * cfg.matrix_lr
                 w.mul_(1 - lr * cfg.muon_wd).sub_(lr * math.sqrt(max(1, w.size(1) / w.size(2))) * u)
             else:
-                lr, wd = (cfg.tied_embed_lr, cfg.embed_wd) if group == "embed" else (cfg.scalar_lr, cfg.adam_wd)
+                lr, wd = (
+                    (cfg.tied_embed_lr, cfg.embed_wd)
+                    if group == "embed"
+                    else (cfg.scalar_lr, cfg.adam_wd)
+                )
                 momentum[n] = cfg.beta1 * momentum[n] + (1 - cfg.beta1) * g
                 square[n] = cfg.beta2 * square[n] + (1 - cfg.beta2) * g**2
-                m, v = momentum[n] / (1 - cfg.beta1 ** (step + 1)), square[n] / (1 - cfg.beta2 ** (step + 1))
+                m, v = (
+                    momentum[n] / (1 - cfg.beta1 ** (step + 1)),
+                    square[n] / (1 - cfg.beta2 ** (step + 1)),
+                )
                 w.mul_(1 - lr * scale * wd).sub_(lr * scale * m / (v.sqrt() + cfg.adam_eps))
             average[n] = cfg.ema_decay * average[n] + (1 - cfg.ema_decay) * w
     return weights, average
 
 
-def stepped(ranks: tg.Ranks, overrides: dict[str, Any], first: int = 0, last: int = STEPS, state: Any = None) -> dict:
+def stepped(
+    ranks: tg.Ranks, overrides: dict[str, Any], first: int = 0, last: int = STEPS, state: Any = None
+) -> dict:
     """Steps on gradients of which each rank has a part; `state` first, if given."""
     cfg = tiny_config(**overrides)
     model = tg.GPT(cfg)
@@ -65,15 +76,24 @@ def stepped(ranks: tg.Ranks, overrides: dict[str, Any], first: int = 0, last: in
         set_gradients(model, parts[ranks.rank])
         optimizers.step(*schedule(step))
     visible = {n: w.to(cfg.dtype) for n, w in weights_of(model).items()}
-    return deepcopy({"state": optimizers.state_dict(), "average": optimizers.averages(newest=True),
-                     "before": optimizers.averages(newest=False), "model": weights_of(model),
-                     "visible": visible})  # fmt: skip
+    return deepcopy(
+        {
+            "state": optimizers.state_dict(),
+            "average": optimizers.averages(newest=True),
+            "before": optimizers.averages(newest=False),
+            "model": weights_of(model),
+            "visible": visible,
+        }
+    )
 
 
 def halves(ranks: tg.Ranks, overrides: dict[str, Any]) -> dict[str, Any]:
     """A run, and a run of new optimizers that goes on from its middle."""
     middle = stepped(ranks, overrides, 0, 9)
-    return {"straight": stepped(ranks, overrides, 0, 15), "resumed": stepped(ranks, overrides, 9, 15, middle["state"])}
+    return {
+        "straight": stepped(ranks, overrides, 0, 15),
+        "resumed": stepped(ranks, overrides, 9, 15, middle["state"]),
+    }
 
 
 def both(ranks: tg.Ranks, overrides: dict[str, Any]) -> dict[str, Any]:
@@ -87,7 +107,9 @@ def alone() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module", params=[2, 4])
-def together(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def together(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, Any]]:
     return on_ranks(request.param, both, tmp_path_factory.mktemp("shards"), UNEVEN)
 
 
@@ -157,7 +179,9 @@ def test_in_bf16_ranks_see_equal_weights_and_their_owners_keep_exact_ones(togeth
         assert_equal(found["bf16"]["state"], together[0]["bf16"]["state"])
         assert_equal(found["bf16"]["average"], together[0]["bf16"]["average"])
     exact = together[0]["bf16"]["state"]["weights"]
-    banks = [n for n, role in tg.parameter_table(tiny_config(**UNEVEN)).items() if role.group == "muon"]
+    banks = [
+        n for n, role in tg.parameter_table(tiny_config(**UNEVEN)).items() if role.group == "muon"
+    ]
     assert all(not torch.equal(exact[n], exact[n].bfloat16().float()) for n in banks)
     for name in banks:  # what a rank has of others is rounded, and every slice is exact somewhere
         views = torch.stack([found["bf16"]["model"][name] for found in together])

@@ -27,7 +27,7 @@ import optuna
 
 SWEEP = ROOT / "tools" / "sweep.py"
 # Stands in for train_gpt.py: a few knobs, its lines, no torch. FAKE: what befalls a seed. ran.txt: who starts and ends.
-FAKE = '''
+FAKE = """
 import dataclasses, json, os, subprocess, sys, time, types
 if __name__ != "__main__":
     class UsageError(ValueError):
@@ -85,7 +85,7 @@ else:
                "seconds": {"train": 1.5}, "eval_only": env.get("EVAL_ONLY_PATH", "")}
     print("final " + json.dumps(figures))
     note("end")
-'''
+"""
 
 
 @pytest.fixture
@@ -95,7 +95,12 @@ def place(tmp_path: Path) -> Path:
 
 
 def command(*args: str, fake: bool = True) -> list[str]:
-    return [sys.executable, str(SWEEP), *args, *(["--script", "fake.py", "--nproc", "0"] if fake else [])]
+    return [
+        sys.executable,
+        str(SWEEP),
+        *args,
+        *(["--script", "fake.py", "--nproc", "0"] if fake else []),
+    ]
 
 
 def environment(**env: str) -> dict[str, str]:
@@ -104,17 +109,32 @@ def environment(**env: str) -> dict[str, str]:
 
 
 def sweep(place: Path, *args: str, fake: bool = True, **env: str) -> subprocess.CompletedProcess:
-    return subprocess.run(command(*args, fake=fake), cwd=place, env=environment(**env), capture_output=True, text=True,
-                          timeout=240, check=False)  # fmt: skip
+    return subprocess.run(
+        command(*args, fake=fake),
+        cwd=place,
+        env=environment(**env),
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
 
 
 def begin(place: Path, *args: str, fake: bool = True, **env: str) -> subprocess.Popen:
-    return subprocess.Popen(command(*args, fake=fake), cwd=place, env=environment(**env), stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True)  # fmt: skip
+    return subprocess.Popen(
+        command(*args, fake=fake),
+        cwd=place,
+        env=environment(**env),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def trials(place: Path, name: str, storage: str = "") -> list[optuna.trial.FrozenTrial]:
-    return optuna.load_study(study_name=name, storage=storage or f"sqlite:///{place}/runs/sweeps/{name}.db").trials
+    return optuna.load_study(
+        study_name=name, storage=storage or f"sqlite:///{place}/runs/sweeps/{name}.db"
+    ).trials
 
 
 def ran(place: Path, word: str) -> Counter:  # (seed, rate) -> how often
@@ -148,17 +168,28 @@ def tool() -> Iterator[object]:
     del sys.modules["sweep_tool"]
 
 
-def test_a_grid_runs_every_combination_once_and_gives_mean_and_deviation_over_seeds(place: Path) -> None:
+def test_a_grid_runs_every_combination_once_and_gives_mean_and_deviation_over_seeds(
+    place: Path,
+) -> None:
     args = ("grid", "SEED=0,1,2", "MATRIX_LR=0.01,0.02", "--parallel", "2")
     first = sweep(place, *args)
     assert first.returncode == 0, first.stdout + first.stderr
     done = trials(place, "grid")
     assert [t.state.name for t in done] == ["COMPLETE"] * 6
-    assert [(t.params["SEED"], t.params["MATRIX_LR"]) for t in done][:2] == [(0, 0.01), (0, 0.02)]  # breadth first
+    assert [(t.params["SEED"], t.params["MATRIX_LR"]) for t in done][:2] == [
+        (0, 0.01),
+        (0, 0.02),
+    ]  # breadth first
     assert set(ran(place, "end").values()) == {1}
     values = [t.value for t in done if t.params["MATRIX_LR"] == 0.01]
     assert f"{statistics.mean(values):.5f} ± {statistics.stdev(values):.5f}" in first.stdout
-    kept = {"outcome": "done", "setting": "MATRIX_LR=0.02", "seed": 1, "artifact_bytes": 1000, "run_id": "grid-0003"}
+    kept = {
+        "outcome": "done",
+        "setting": "MATRIX_LR=0.02",
+        "seed": 1,
+        "artifact_bytes": 1000,
+        "run_id": "grid-0003",
+    }
     assert done[3].user_attrs.items() >= {**kept, "train s": 1.5, "val_bpb": 1.001}.items()
     assert (place / "runs/sweeps/grid/0003/output.txt").read_text().count("final {") == 1
     again = sweep(place, *args)
@@ -172,20 +203,28 @@ def test_a_grid_runs_every_combination_once_and_gives_mean_and_deviation_over_se
     assert 'environment {}, now {"MIN_LR": "0.2"}' in code.stderr
 
 
-@pytest.mark.parametrize(("args", "told"), [
-    (("MATRX_LR=0.1,0.2",), "MATRX_LR: not a knob of train_gpt.py; did you mean MATRIX_LR?"),
-    (("MATRIX_LR=-1,0.2",), "MATRIX_LR=-1.0: must be 0..1e+18"),
-    (("NUM_KV_HEADS=1,2",), "NUM_KV_HEADS=2: must be a divisor of NUM_HEADS=3"),
-    (("SEED=1,1",), "SEED=1,1: must be"),
-    (("MATRIX_LR=log:0:1",), "log above 0"),
-    (("MATRIX_LR=log:0.1:0.2", "--search", "grid"), "a range has no grid"),
-    (("RUN_ID=a,b",), "RUN_ID: set by the sweep"),
-    (("SEED=0", "--eval-only", "nothing.ptz"), "--eval-only nothing.ptz: no such file"),
-    (("SEED=0", "--prune"), "--prune: nothing to judge by"),
-    (("SEED=0", "--storage", "mysql://user:secret@host/db"), "mysql://user:***@host/db: must be sqlite"),
-    (("COMPUTE_DTYPE=lin:0:1",), "COMPUTE_DTYPE: has no range"),
-])  # fmt: skip
-def test_what_cannot_work_is_refused_before_anything_starts(place, tool, capsys, monkeypatch, args, told) -> None:
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        (("MATRX_LR=0.1,0.2",), "MATRX_LR: not a knob of train_gpt.py; did you mean MATRIX_LR?"),
+        (("MATRIX_LR=-1,0.2",), "MATRIX_LR=-1.0: must be 0..1e+18"),
+        (("NUM_KV_HEADS=1,2",), "NUM_KV_HEADS=2: must be a divisor of NUM_HEADS=3"),
+        (("SEED=1,1",), "SEED=1,1: must be"),
+        (("MATRIX_LR=log:0:1",), "log above 0"),
+        (("MATRIX_LR=log:0.1:0.2", "--search", "grid"), "a range has no grid"),
+        (("RUN_ID=a,b",), "RUN_ID: set by the sweep"),
+        (("SEED=0", "--eval-only", "nothing.ptz"), "--eval-only nothing.ptz: no such file"),
+        (("SEED=0", "--prune"), "--prune: nothing to judge by"),
+        (
+            ("SEED=0", "--storage", "mysql://user:secret@host/db"),
+            "mysql://user:***@host/db: must be sqlite",
+        ),
+        (("COMPUTE_DTYPE=lin:0:1",), "COMPUTE_DTYPE: has no range"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_starts(
+    place, tool, capsys, monkeypatch, args, told
+) -> None:
     monkeypatch.chdir(place)
     monkeypatch.setenv("PRESET", "cpu")
     assert tool.main(["wrong", *args]) == 2
@@ -211,8 +250,14 @@ def test_a_failed_run_is_kept_with_its_reason_and_stops_nothing(place: Path) -> 
     table = json.dumps({str(i): fate for i, fate in enumerate(fates)})
     done = sweep(place, "fates", f"SEED={seeds}", "--timeout", "2", "--parallel", "4", FAKE=table)
     assert done.returncode == 1, done.stdout + done.stderr
-    found = {fates[t.params["SEED"]] if t.params["SEED"] < len(fates) else "": t for t in trials(place, "fates")}
-    told = {fate: (t.state.name, t.user_attrs["outcome"], t.user_attrs.get("reason", "")) for fate, t in found.items()}
+    found = {
+        fates[t.params["SEED"]] if t.params["SEED"] < len(fates) else "": t
+        for t in trials(place, "fates")
+    }
+    told = {
+        fate: (t.state.name, t.user_attrs["outcome"], t.user_attrs.get("reason", ""))
+        for fate, t in found.items()
+    }
     assert told.pop("hang")[:2] == ("FAIL", "timed out")
     assert told == {
         "crash": ("FAIL", "crashed", "exit status 1: RuntimeError: out of memory"),
@@ -225,13 +270,20 @@ def test_a_failed_run_is_kept_with_its_reason_and_stops_nothing(place: Path) -> 
         "silent": ("FAIL", "crashed", "exit status 0: 50/50 val_loss: 1.0070 val_bpb: 1.2070"),
         "": ("COMPLETE", "done", ""),
     }
-    assert sweep(place, "fates", f"SEED={seeds}", FAKE=table).stdout.count("starts") == 0  # a failure is a result
-    retried = sweep(place, "fates", f"SEED={seeds}", "--retry", "--timeout", "2", "--parallel", "4", FAKE=table)
+    assert (
+        sweep(place, "fates", f"SEED={seeds}", FAKE=table).stdout.count("starts") == 0
+    )  # a failure is a result
+    retried = sweep(
+        place, "fates", f"SEED={seeds}", "--retry", "--timeout", "2", "--parallel", "4", FAKE=table
+    )
     assert retried.stdout.count("starts") == len(fates), retried.stdout
 
 
 def test_kill_9_leaves_no_process_and_no_run_is_repeated_or_lost(place: Path) -> None:
-    args, env = ("kill", "SEED=0,1,2", "MATRIX_LR=0.01,0.02"), {"FAKE_SECONDS": "0.5", "GRANDCHILD": "1"}
+    args, env = (
+        ("kill", "SEED=0,1,2", "MATRIX_LR=0.01,0.02"),
+        {"FAKE_SECONDS": "0.5", "GRANDCHILD": "1"},
+    )
     sleepers = place / "sleepers.txt"
     process = begin(place, *args, **env)
     until(lambda: sum(ran(place, "end").values()) >= 2 and sum(ran(place, "start").values()) >= 3)
@@ -248,7 +300,9 @@ def test_kill_9_leaves_no_process_and_no_run_is_repeated_or_lost(place: Path) ->
         (seed, rate) for seed in range(3) for rate in (0.01, 0.02)
     ]
     assert set(ran(place, "end").values()) == {1}
-    assert [t.user_attrs.get("outcome") for t in found if t.state.name != "COMPLETE"] == [None]  # the one it died in
+    assert [t.user_attrs.get("outcome") for t in found if t.state.name != "COMPLETE"] == [
+        None
+    ]  # the one it died in
     assert not any(map(alive, [int(p) for p in sleepers.read_text().split()]))
 
 
@@ -269,20 +323,29 @@ def test_a_run_that_ended_while_nobody_looked_is_not_repeated(place: Path) -> No
 def test_ctrl_c_ends_the_runs_and_the_same_command_goes_on(place: Path) -> None:
     args = ("stop", "SEED=0,1", "--parallel", "2")
     process = begin(place, *args, FAKE_SECONDS="20", GRANDCHILD="1")
-    until(lambda: sum(ran(place, "start").values()) == 2 and len((place / "sleepers.txt").read_text().split()) == 2)
+    until(
+        lambda: (
+            sum(ran(place, "start").values()) == 2
+            and len((place / "sleepers.txt").read_text().split()) == 2
+        )
+    )
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130, output
     assert output.rstrip().endswith("interrupted; the same command goes on")
     pids = [int(line.split()[3]) for line in (place / "ran.txt").read_text().splitlines()]
-    assert not any(map(alive, pids + [int(p) for p in (place / "sleepers.txt").read_text().split()]))
+    assert not any(
+        map(alive, pids + [int(p) for p in (place / "sleepers.txt").read_text().split()])
+    )
     assert {t.user_attrs["outcome"] for t in trials(place, "stop")} == {"interrupted"}
     assert sweep(place, *args).returncode == 0
     assert ran(place, "end") == {("0", "0.02"): 1, ("1", "0.02"): 1}
 
 
 @pytest.mark.parametrize(("every", "same"), [("60", True), ("0", False)])
-def test_a_stopped_run_with_checkpoints_goes_on_under_its_name(place: Path, every: str, same: bool) -> None:
+def test_a_stopped_run_with_checkpoints_goes_on_under_its_name(
+    place: Path, every: str, same: bool
+) -> None:
     args, env = ("on", "SEED=3"), {"CHECKPOINT_EVERY": every}
     process = begin(place, *args, FAKE_SECONDS="20", **env)
     until(lambda: (place / "ids.txt").exists() and (place / "ids.txt").read_text().endswith("\n"))
@@ -312,7 +375,10 @@ def test_two_workers_on_one_file_share_the_runs(place: Path) -> None:
 def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """URL of a PostgreSQL server of this test's own on a Unix socket and a loopback port; skips without one."""
     pytest.importorskip("psycopg", reason="psycopg is not installed")
-    folders = [*(shutil.which("initdb") and [""] or []), *map(str, Path("/usr/lib/postgresql").glob("*/bin"))]
+    folders = [
+        *(shutil.which("initdb") and [""] or []),
+        *map(str, Path("/usr/lib/postgresql").glob("*/bin")),
+    ]
     if not folders:
         pytest.skip("PostgreSQL's initdb is not installed")
     as_user = {"user": "postgres"} if os.getuid() == 0 else {}  # it refuses to run as root
@@ -326,12 +392,29 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             pytest.skip("PostgreSQL does not run as root and there is no user postgres")
     tool_path = {name: str(Path(folders[0]) / name) for name in ("initdb", "postgres")}
     options = dict(**as_user, cwd=root, capture_output=True, text=True, check=False)
-    made = subprocess.run([tool_path["initdb"], "-D", f"{root}/db", "-U", "sweeper", "-A", "trust"], **options)
+    made = subprocess.run(
+        [tool_path["initdb"], "-D", f"{root}/db", "-U", "sweeper", "-A", "trust"], **options
+    )
     if made.returncode:
         pytest.skip(f"initdb failed: {made.stderr[-300:]}")
-    server = subprocess.Popen([tool_path["postgres"], "-D", f"{root}/db", "-p", str(port), "-k", str(root), "-F",
-                               "-c", "listen_addresses=127.0.0.1"], **as_user, cwd=root,
-                              stdout=subprocess.DEVNULL, stderr=(root / "log").open("w"))  # fmt: skip
+    server = subprocess.Popen(
+        [
+            tool_path["postgres"],
+            "-D",
+            f"{root}/db",
+            "-p",
+            str(port),
+            "-k",
+            str(root),
+            "-F",
+            "-c",
+            "listen_addresses=127.0.0.1",
+        ],
+        **as_user,
+        cwd=root,
+        stdout=subprocess.DEVNULL,
+        stderr=(root / "log").open("w"),
+    )
     try:
         until(lambda: "ready to accept" in (root / "log").read_text() or server.poll() is not None)
         assert server.poll() is None, (root / "log").read_text()
@@ -341,7 +424,9 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         server.wait(30)
 
 
-def test_two_machines_share_a_postgresql_study_and_one_takes_up_what_a_dead_one_left(place: Path, postgres) -> None:
+def test_two_machines_share_a_postgresql_study_and_one_takes_up_what_a_dead_one_left(
+    place: Path, postgres
+) -> None:
     machines = [place / "a", place / "b"]  # no folder in common: only the database connects them
     for machine in machines:
         machine.mkdir()
@@ -349,15 +434,22 @@ def test_two_machines_share_a_postgresql_study_and_one_takes_up_what_a_dead_one_
     args = ("pg", "SEED=0,1,2,3,4,5", "--storage", postgres, "--heartbeat", "1")
     env = {"FAKE_SECONDS": "1.2", "RAN": str(place / "ran.txt")}
     workers = [begin(machine, *args, **env) for machine in machines]
+
     def both_have_finished_one_and_the_first_is_at_another() -> bool:
         if not (place / "ran.txt").exists():
             return False
         found, first = trials(place, "pg", postgres), f"-{workers[0].pid}-"
         done = {t.user_attrs["worker"] for t in found if t.state.name == "COMPLETE"}
-        at = [t for t in found if t.state.name == "RUNNING" and first in t.user_attrs.get("worker", "")]
+        at = [
+            t
+            for t in found
+            if t.state.name == "RUNNING" and first in t.user_attrs.get("worker", "")
+        ]
         seeds = {str(t.params["SEED"]) for t in at}
         began, ended = ({seed for seed, _ in ran(place, word)} & seeds for word in ("start", "end"))
-        return len(done) == 2 and len(began) == 1 and not ended  # or its run may be over, and only its result unknown
+        return (
+            len(done) == 2 and len(began) == 1 and not ended
+        )  # or its run may be over, and only its result unknown
 
     until(both_have_finished_one_and_the_first_is_at_another)
     workers[0].kill()
@@ -368,18 +460,36 @@ def test_two_machines_share_a_postgresql_study_and_one_takes_up_what_a_dead_one_
     assert sorted(t.params["SEED"] for t in complete) == list(range(6))
     assert len({t.user_attrs["worker"] for t in complete}) == 2
     assert set(ran(place, "end").values()) == {1}
-    assert [t.state.name for t in found if t not in complete] == ["FAIL"]  # the one the dead worker was at
+    assert [t.state.name for t in found if t not in complete] == [
+        "FAIL"
+    ]  # the one the dead worker was at
 
 
-def test_tpe_searches_the_mean_over_seeds_and_proposes_nothing_refused(place: Path, tool, monkeypatch) -> None:
-    done = sweep(place, "rates", "SEED=0,1", "MATRIX_LR=log:0.005:0.1", "NUM_HEADS=2,3", "--trials", "4",
-                 "--parallel", "2")  # fmt: skip
+def test_tpe_searches_the_mean_over_seeds_and_proposes_nothing_refused(
+    place: Path, tool, monkeypatch
+) -> None:
+    done = sweep(
+        place,
+        "rates",
+        "SEED=0,1",
+        "MATRIX_LR=log:0.005:0.1",
+        "NUM_HEADS=2,3",
+        "--trials",
+        "4",
+        "--parallel",
+        "2",
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     pairs = Counter((t.params["MATRIX_LR"], t.params["NUM_HEADS"]) for t in trials(place, "rates"))
     assert list(pairs.values()) == [2] * 4
     assert all(0.005 <= rate <= 0.1 for rate, _ in pairs)
     monkeypatch.setenv("PRESET", "cpu")
-    space = tool.Space(tool.load_script(ROOT / "train_gpt.py"), [tool.Knob.parse("MATRIX_LR=log:0.005:0.1")], {}, [])
+    space = tool.Space(
+        tool.load_script(ROOT / "train_gpt.py"),
+        [tool.Knob.parse("MATRIX_LR=log:0.005:0.1")],
+        {},
+        [],
+    )
     seen: list = []
     for i in range(40):
         setting = space.propose(seen, i, 10)
@@ -395,17 +505,32 @@ def test_hopeless_runs_are_pruned_on_demand_only(place: Path) -> None:
     env = {"VAL_LOSS_EVERY": "10", "FAKE_SECONDS": "0.7"}
     done = sweep(place, "prune", *values, "--prune", **env)
     found = {(t.params["MATRIX_LR"], t.params["SEED"]): t for t in trials(place, "prune")}
-    assert [key for key, t in found.items() if t.state.name == "PRUNED"] == [(0.09, 0), (0.09, 1)], done.stdout
+    assert [key for key, t in found.items() if t.state.name == "PRUNED"] == [
+        (0.09, 0),
+        (0.09, 1),
+    ], done.stdout
     assert "worst quarter" in found[0.09, 0].user_attrs["reason"]
     assert 0 < len(found[0.09, 0].intermediate_values) < 5
     assert ran(place, "start")["1", "0.09"] == 0  # its other seed never ran
-    assert "--prune" not in sweep(place, "plain", "SEED=0,1,2,3,4,5", **{**env, "FAKE_SECONDS": "0"}).stdout
+    assert (
+        "--prune"
+        not in sweep(place, "plain", "SEED=0,1,2,3,4,5", **{**env, "FAKE_SECONDS": "0"}).stdout
+    )
     assert {t.state.name for t in trials(place, "plain")} == {"COMPLETE"}
 
 
 def test_jobs_of_submitit_outlive_the_sweep_and_are_found_again(place: Path) -> None:
     pytest.importorskip("submitit")
-    args = ("jobs", "SEED=0,1", "--launcher", "slurm", "--slurm", "cluster=local", "--eval-only", "fake.py")
+    args = (
+        "jobs",
+        "SEED=0,1",
+        "--launcher",
+        "slurm",
+        "--slurm",
+        "cluster=local",
+        "--eval-only",
+        "fake.py",
+    )
     process = begin(place, *args, FAKE='{"0": "wait"}')
     until(lambda: ran(place, "start"))
     process.kill()
@@ -431,7 +556,9 @@ def test_on_a_terminal_there_is_a_live_table(place: Path) -> None:
         shown += chunk
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
     assert process.wait(60) == 1, text
-    assert re.search(r"trial 0  SEED=0  \d s  \d0/50 val_loss", text), text  # what the run printed last
+    assert re.search(r"trial 0  SEED=0  \d s  \d0/50 val_loss", text), (
+        text
+    )  # what the run printed last
     assert "0/2 runs over" in text
     assert "of 4 s spent; no run is started any more" in text
     assert text.count("starts") == 1
@@ -445,10 +572,14 @@ def read(terminal: int) -> bytes:
         return b""
 
 
-def test_a_real_run_under_torchrun_is_scored_and_a_real_refusal_told(tmp_path: Path, tiny_data: Path) -> None:
+def test_a_real_run_under_torchrun_is_scored_and_a_real_refusal_told(
+    tmp_path: Path, tiny_data: Path
+) -> None:
     data = {**TINY, "DATA_DIR": str(tiny_data), "ITERATIONS": "3", "VAL_LOSS_EVERY": "2"}
     del data["DATASET"]
-    done = sweep(tmp_path, "real", f"DATASET={TINY['DATASET']},absent", "--nproc", "1", fake=False, **data)
+    done = sweep(
+        tmp_path, "real", f"DATASET={TINY['DATASET']},absent", "--nproc", "1", fake=False, **data
+    )
     assert done.returncode == 1, done.stdout + done.stderr
     scored, refused = trials(tmp_path, "real")
     assert scored.state.name == "COMPLETE"

@@ -19,7 +19,9 @@ from torch import Tensor
 
 import train_gpt as tg
 
-DEEPER = dict(num_layers=5, loop_end=2, xsa_last_n=5)  # banks of 10 and 5 slices: no even shares for 2 or 4 ranks
+DEEPER = dict(
+    num_layers=5, loop_end=2, xsa_last_n=5
+)  # banks of 10 and 5 slices: no even shares for 2 or 4 ranks
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -74,7 +76,9 @@ class Session(tg.Run):
         return self.model(row, plan)
 
     def save(self, name: str, weights: dict[str, Tensor], step: int, looped: bool) -> None:
-        self.saved.append((name, {key: w.detach().clone() for key, w in weights.items()}, step, looped))
+        self.saved.append(
+            (name, {key: w.detach().clone() for key, w in weights.items()}, step, looped)
+        )
 
     def train(self, reserve: float = 0.0) -> Session:
         self.looped = tg.train(self, reserve)
@@ -90,9 +94,9 @@ def warmed_up(run: Session) -> Callable[..., Tensor]:
     torch.compiler.reset()
     compiled = torch.compile(run.model, backend="aot_eager", fullgraph=True, dynamic=False)
     row = tg.synthetic_row(run.cfg, run.cfg.row_shape, torch.device("cpu"))
-    tg.accumulate(compiled, run.cfg.plans[0], [row], 512)
+    tg.accumulate_gradients(compiled, run.cfg.plans[0], [row], 512)
     run.model.zero_grad()
-    run.sentinel = tg.Sentinel(run.log)
+    run.sentinel = tg.CompilationCounter(run.log)
     return compiled
 
 
@@ -106,13 +110,19 @@ class Breaking(Session):
         return super().forward(row, plan) * (math.nan if bad else 1.0)
 
 
-def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float = 0.0) -> None:
+def assert_same(
+    found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float = 0.0
+) -> None:
     assert found.keys() == wanted.keys()
     for name, p in found.items():
-        assert torch.equal(p, wanted[name]) if tolerance == 0 else error(p, wanted[name]) < tolerance, name
+        assert (
+            torch.equal(p, wanted[name]) if tolerance == 0 else error(p, wanted[name]) < tolerance
+        ), name
 
 
-def average(start: dict[str, Tensor], after: list[dict[str, Tensor]], decay: float) -> dict[str, Tensor]:
+def average(
+    start: dict[str, Tensor], after: list[dict[str, Tensor]], decay: float
+) -> dict[str, Tensor]:
     """The EMA of weights, from the initial ones on, in fp64."""
     ema = {name: p.double() for name, p in start.items()}
     for weights in after:
@@ -123,12 +133,19 @@ def average(start: dict[str, Tensor], after: list[dict[str, Tensor]], decay: flo
 # --- Ranks ----------------------------------------------------------------------------------------------------------
 def train_on(ranks: tg.Ranks, data: Path, overrides: dict[str, Any]) -> dict[str, Any]:
     """20 steps, looped from the eighth on; then a few more in which the last rank's forward breaks."""
-    done = Session(data, ranks, iterations=20, ema_decay=0, enable_looping_at=0.35, **overrides).train()
+    done = Session(
+        data, ranks, iterations=20, ema_decay=0, enable_looping_at=0.35, **overrides
+    ).train()
     broken = Breaking(data, ranks, iterations=5, **overrides)
     with pytest.raises(FloatingPointError) as caught:
         broken.train()
-    return {"weights": weights_of(done.model), "final": done.final, "looped at": done.numbers(r"enabled step:(\d+)"),
-            "error": str(caught.value), "saved": broken.saved}  # fmt: skip
+    return {
+        "weights": weights_of(done.model),
+        "final": done.final,
+        "looped at": done.numbers(r"enabled step:(\d+)"),
+        "error": str(caught.value),
+        "saved": broken.saved,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +177,9 @@ def test_one_rank_with_a_bad_number_stops_them_all(together):
 
 # --- Repeatable, and warm-up leaves no trace ------------------------------------------------------------------------
 def test_the_same_seed_trains_the_same_weights_bit_for_bit(tiny_data):
-    first, second, other = (weights_of(Session(tiny_data, iterations=8, seed=s).train().model) for s in (1, 1, 2))
+    first, second, other = (
+        weights_of(Session(tiny_data, iterations=8, seed=s).train().model) for s in (1, 1, 2)
+    )
     assert_same(first, second)
     assert not torch.equal(first["tok_emb"], other["tok_emb"])
 
@@ -168,21 +187,42 @@ def test_the_same_seed_trains_the_same_weights_bit_for_bit(tiny_data):
 def test_training_after_warm_up_is_training_without_bit_for_bit(tiny_data, tmp_path):
     weights = []
     for steps in ("0", "3"):
-        env = {**TINY, "DATA_DIR": str(tiny_data), "ITERATIONS": "5", "WARMUP_STEPS": steps, "ARTIFACT_DIR": steps}
+        env = {
+            **TINY,
+            "DATA_DIR": str(tiny_data),
+            "ITERATIONS": "5",
+            "WARMUP_STEPS": steps,
+            "ARTIFACT_DIR": steps,
+        }
         result = run_script({**env, "TTT_ENABLED": "1"}, tmp_path)
         assert result.returncode == 0, result.stderr
         assert ("warmup_step: 3/3" in result.stdout) == (steps == "3")
-        weights.append(torch.load(tmp_path / steps / "final_model.pt", weights_only=True)["weights"])
+        weights.append(
+            torch.load(tmp_path / steps / "final_model.pt", weights_only=True)["weights"]
+        )
     assert_same(*weights)
 
 
 def everything(session: Session) -> dict[str, Any]:
     """All that warm-up could leave behind, as copies."""
     optimizers, adam = session.optimizers, session.optimizers.adam.state_dict()
-    state = {f"adam.{key}.{name}": value for key, entry in adam["state"].items() for name, value in entry.items()}
-    state |= {f"{key}.{name}": x for key, own in optimizers.state.items() for name, x in own.items()}
-    tensors = {**dict(session.model.named_parameters()), **dict(session.model.named_buffers()), **state}
-    gradients = {name: None if p.grad is None else p.grad.clone() for name, p in session.model.named_parameters()}
+    state = {
+        f"adam.{key}.{name}": value
+        for key, entry in adam["state"].items()
+        for name, value in entry.items()
+    }
+    state |= {
+        f"{key}.{name}": x for key, own in optimizers.state.items() for name, x in own.items()
+    }
+    tensors = {
+        **dict(session.model.named_parameters()),
+        **dict(session.model.named_buffers()),
+        **state,
+    }
+    gradients = {
+        name: None if p.grad is None else p.grad.clone()
+        for name, p in session.model.named_parameters()
+    }
     drawn = torch.get_rng_state(), random.getstate(), str(np.random.get_state())
     rates = [{k: v for k, v in g.items() if k != "params"} for g in adam["param_groups"]]
     tensors = {name: t.detach().clone() for name, t in tensors.items()}
@@ -195,16 +235,19 @@ def test_restored_leaves_everything_as_it_was(tiny_data):
     model, optimizers, cfg = session.model, session.optimizers, session.cfg
     row = tg.synthetic_row(cfg, cfg.row_shape, torch.device("cpu"))
     before = everything(session)
-    with tg.restored(model, optimizers):
+    with tg.state_restored(model, optimizers):
         for plan in (cfg.plans[0], cfg.plans[1], cfg.plans[1]):
-            tg.accumulate(model, plan, [row], cfg.micro_batch_tokens)
+            tg.accumulate_gradients(model, plan, [row], cfg.micro_batch_tokens)
             optimizers.step(1.0, 0.9)
             torch.rand(3)
         inside = everything(session)
-        tg.accumulate(model, cfg.plans[0], [row], cfg.micro_batch_tokens)
+        tg.accumulate_gradients(model, cfg.plans[0], [row], cfg.micro_batch_tokens)
     after = everything(session)
     assert inside["tensors"].keys() > before["tensors"].keys()  # AdamW has state by then
-    assert not any(torch.equal(inside["tensors"][name], before["tensors"][name]) for name in ("tok_emb", "qo_bank"))
+    assert not any(
+        torch.equal(inside["tensors"][name], before["tensors"][name])
+        for name in ("tok_emb", "qo_bank")
+    )
     assert_same(after["tensors"], before["tensors"])
     assert after["rates"] == before["rates"]
     assert torch.equal(after["drawn"][0], before["drawn"][0])
@@ -217,7 +260,9 @@ def test_more_ranks_than_rows_of_a_step_are_refused(tiny_data):
     ranks.world_size = 4
     Session(tiny_data, ranks)
     ranks.world_size = 5
-    with pytest.raises(tg.UsageError, match="^WORLD_SIZE=5: must be at most 4, the rows of a step$"):
+    with pytest.raises(
+        tg.UsageError, match="^WORLD_SIZE=5: must be at most 4, the rows of a step$"
+    ):
         Session(tiny_data, ranks)
 
 
@@ -226,7 +271,9 @@ def test_more_ranks_than_rows_of_a_step_are_refused(tiny_data):
 def test_loops_run_from_the_requested_share_of_the_steps_on(tiny_data, share, first_looped):
     session = Session(tiny_data, iterations=10, enable_looping_at=share).train()
     plain, looped = session.cfg.plans
-    assert session.plans == [plain] * 4 * first_looped + [looped] * 4 * (10 - first_looped)  # 4 rows per step
+    assert session.plans == [plain] * 4 * first_looped + [looped] * 4 * (
+        10 - first_looped
+    )  # 4 rows per step
     assert session.looped == (share < 1)
     assert session.numbers(r"layer_loop:enabled step:(\d+) ") == [first_looped] * session.looped
 
@@ -278,7 +325,13 @@ class Slow(Session):
 @pytest.mark.parametrize("share", [0.0, 0.35, 0.95, 1.0])
 def test_no_step_ends_after_the_budget_less_the_reserve(tiny_data, share):
     """And none that fits is left out: of 100 s a plain step takes 4, a looped one 5. Validation is off the clock."""
-    run = Slow(tiny_data, max_wallclock_seconds=109, iterations=99, enable_looping_at=share, val_loss_every=7)
+    run = Slow(
+        tiny_data,
+        max_wallclock_seconds=109,
+        iterations=99,
+        enable_looping_at=share,
+        val_loss_every=7,
+    )
     run.train(reserve=9.0)
     ends = run.numbers(r"^step:.* train_time:(\d+)ms")
     (total,) = run.numbers(r"^stopping: .*train_time:(\d+)ms")
@@ -308,9 +361,19 @@ def test_a_loss_that_is_not_finite_stops_at_its_step_and_saves_the_average_befor
     assert_same(weights, average(start, run.after[:3], 0.9), tolerance=1e-6)
 
 
-def test_a_run_that_diverges_ends_with_one_line_status_1_and_its_last_good_weights(tiny_data, tmp_path):
-    env = {**TINY, "DATA_DIR": str(tiny_data), "ARTIFACT_DIR": "out", "MATRIX_LR": "1e17", "SCALAR_LR": "1e17",
-           "MUON_WD": "0", "ADAM_WD": "0", "WARMUP_STEPS": "0"}  # fmt: skip
+def test_a_run_that_diverges_ends_with_one_line_status_1_and_its_last_good_weights(
+    tiny_data, tmp_path
+):
+    env = {
+        **TINY,
+        "DATA_DIR": str(tiny_data),
+        "ARTIFACT_DIR": "out",
+        "MATRIX_LR": "1e17",
+        "SCALAR_LR": "1e17",
+        "MUON_WD": "0",
+        "ADAM_WD": "0",
+        "WARMUP_STEPS": "0",
+    }
     result = run_script(env, tmp_path)
     assert result.returncode == 1, result.stdout[-2000:]
     (line,) = result.stderr.splitlines()

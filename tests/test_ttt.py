@@ -15,10 +15,14 @@ from test_compression import random_model
 import train_gpt as tg
 
 BOS, C, S, CPU = 1, 16, 64, torch.device("cpu")
-ADAPTS = dict(ttt_lora_lr=0.01, ttt_chunk_size=C, ttt_eval_seq_len=S)  # a rate at which every update shows
+ADAPTS = dict(
+    ttt_lora_lr=0.01, ttt_chunk_size=C, ttt_eval_seq_len=S
+)  # a rate at which every update shows
 SGD = dict(ttt_optimizer="sgd", ttt_beta1=0.9, ttt_lora_lr=1.0)
 LENGTHS = (150, 64, 65, 33, 16, 1, 100)  # targets: beyond the window, on and off the chunk grid
-TABLE = tg.ByteTable(np.ones(VOCAB, dtype=np.int64), np.zeros(VOCAB, dtype=bool), np.zeros(VOCAB, dtype=bool))
+TABLE = tg.ByteTable(
+    np.ones(VOCAB, dtype=np.int64), np.zeros(VOCAB, dtype=bool), np.zeros(VOCAB, dtype=bool)
+)
 
 
 def documents(*counts: int, seed: int = 0) -> tg.Documents:
@@ -35,9 +39,13 @@ def adaptation(model: tg.GPT, forward=None) -> tg.Adaptation:
     return tg.Adaptation(model, forward or model, model.cfg.plans[1], CPU)
 
 
-def scorer_for(model: tg.GPT, docs: tg.Documents, ranks: tg.Ranks | None = None, forward=None) -> tg.Scorer:
+def scorer_for(
+    model: tg.GPT, docs: tg.Documents, ranks: tg.Ranks | None = None, forward=None
+) -> tg.Scorer:
     ledger, log = tg.Ledger(docs, TABLE, CPU), tg.Log(Path("unused"), False)
-    return tg.Scorer(forward or model, model.cfg.plans[1], ledger, model.cfg, ranks or tg.Ranks({}), log)
+    return tg.Scorer(
+        forward or model, model.cfg.plans[1], ledger, model.cfg, ranks or tg.Ranks({}), log
+    )
 
 
 def of_documents(ledger: tg.Ledger) -> dict[int, np.ndarray]:
@@ -49,16 +57,23 @@ def of_documents(ledger: tg.Ledger) -> dict[int, np.ndarray]:
     return found
 
 
-def scores(state: tg.Adaptation, docs: tg.Documents, batch: list[int] | None = None) -> dict[int, np.ndarray]:
+def scores(
+    state: tg.Adaptation, docs: tg.Documents, batch: list[int] | None = None
+) -> dict[int, np.ndarray]:
     """document -> nats of its targets, the documents of `batch` (default: all) adapted side by side."""
     batch = np.array(range(len(docs.starts)) if batch is None else batch)
-    batch, ledger = batch[np.argsort(-docs.counts[batch], kind="stable")], tg.Ledger(docs, TABLE, CPU)
-    for _ in tg.score_then_adapt(state, batch, ledger):
+    batch, ledger = (
+        batch[np.argsort(-docs.counts[batch], kind="stable")],
+        tg.Ledger(docs, TABLE, CPU),
+    )
+    for _ in tg.score_then_learn(state, batch, ledger):
         pass
     return {d: nats for d, nats in of_documents(ledger).items() if d in batch}
 
 
-def evaluated(model: tg.GPT, docs: tg.Documents, ranks: tg.Ranks | None = None, seconds: float = 1e9) -> tg.Ledger:
+def evaluated(
+    model: tg.GPT, docs: tg.Documents, ranks: tg.Ranks | None = None, seconds: float = 1e9
+) -> tg.Ledger:
     """The whole evaluation as the model's config says."""
     scorer = scorer_for(model, docs, ranks)
     state = adaptation(model) if model.cfg.ttt_mode == "document" else None
@@ -81,7 +96,9 @@ def difference(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def assert_equal(a: np.ndarray, b: np.ndarray) -> None:
-    assert np.array_equal(a, b), f"{np.count_nonzero(a != b)} of {a.size} differ, by up to {np.abs(a - b).max()}"
+    assert np.array_equal(a, b), (
+        f"{np.count_nonzero(a != b)} of {a.size} differ, by up to {np.abs(a - b).max()}"
+    )
 
 
 # --- Compiled ---
@@ -93,7 +110,7 @@ def test_nothing_compiles_after_equal_documents_whatever_the_others(rank):
     counters = [torch._dynamo.testing.CompileCounterWithBackend("eager") for _ in range(2)]
     torch.compiler.reset()
     try:
-        tg.set_torch(cfg)
+        tg.configure_torch(cfg)
         model = random_model(cfg).requires_grad_(False)
         whole = torch.compile(model, backend=counters[0], fullgraph=True, dynamic=True)
         state = tg.Adaptation(model, whole, cfg.plans[0], CPU)
@@ -112,7 +129,9 @@ def test_after_memory_ran_out_documents_still_go_in_whole_granules(monkeypatch):
     model, rows = model_for(64), []
     state, docs = adaptation(model), documents(*64 * [S])
     state.granule, state.room, real = 8, 20 * C, state.score
-    monkeypatch.setattr(state, "score", lambda *args: (rows.append(args[3].stop - args[3].start), real(*args))[1])
+    monkeypatch.setattr(
+        state, "score", lambda *args: (rows.append(args[3].stop - args[3].start), real(*args))[1]
+    )
     scores(state, docs)
     assert rows and all(n % 8 == 0 for n in rows)
 
@@ -130,7 +149,7 @@ def test_longest_validation_document_takes_as_many_chunks_as_published(chunk, st
 
     state, ledger = adaptation(model, forward), tg.Ledger(docs, TABLE, CPU)
     state.learn = lambda grads, rows, number: updates.append(number)
-    assert sum(1 for _ in tg.score_then_adapt(state, np.array([0]), ledger)) == steps
+    assert sum(1 for _ in tg.score_then_learn(state, np.array([0]), ledger)) == steps
     assert lengths == [min((i + 1) * chunk, 2048) for i in range(steps)]
     assert updates == list(range(1, steps))
     assert ledger.problems(25987) == []
@@ -143,7 +162,10 @@ def test_result_counts_every_target_and_byte():
     result = ledger.result()
     assert ledger.problems(TABLE.count(docs.tokens)) == []
     assert (result["tokens"], result["bytes"]) == (sum(LENGTHS), TABLE.count(docs.tokens))
-    alone = [scores(adaptation(with_settings(model, ttt_batch_size=1)), docs, [i]) for i in range(len(LENGTHS))]
+    alone = [
+        scores(adaptation(with_settings(model, ttt_batch_size=1)), docs, [i])
+        for i in range(len(LENGTHS))
+    ]
     loss = sum(nats.astype(np.float64).sum() for d in alone for nats in d.values()) / sum(LENGTHS)
     assert result["val_loss"] == pytest.approx(loss, rel=1e-6)
 
@@ -159,7 +181,9 @@ def test_edited_token_changes_no_score_before_it_and_no_other_document(place, gr
     docs.tokens[at] = 4 + (docs.tokens[at] - 3) % (VOCAB - 4)
     after = scores(state, docs)
     assert_equal(after[0][: place - 1], before[0][: place - 1])
-    assert (after[0][place - 1 :] != before[0][place - 1 :]).mean() > 0.9  # the edit is felt, also beyond the window
+    assert (
+        after[0][place - 1 :] != before[0][place - 1 :]
+    ).mean() > 0.9  # the edit is felt, also beyond the window
     assert_equal(after[1], before[1])
     assert_equal(after[2], before[2])
 
@@ -215,9 +239,13 @@ def test_longer_document_leaves_the_scores_of_its_beginning_alone(count):
 
 def test_adapting_lowers_the_loss_of_repetitive_text():
     phrase = np.random.default_rng(3).integers(4, VOCAB, 24)
-    docs = tg.Documents(np.concatenate([[BOS], np.tile(phrase, 12)]), np.array([0]), np.array([288]))
+    docs = tg.Documents(
+        np.concatenate([[BOS], np.tile(phrase, 12)]), np.array([0]), np.array([288])
+    )
     model = model_for(1)
-    adapted, base = (scores(adaptation(with_settings(model, ttt_lora_lr=lr)), docs)[0] for lr in (0.01, 0.0))
+    adapted, base = (
+        scores(adaptation(with_settings(model, ttt_lora_lr=lr)), docs)[0] for lr in (0.01, 0.0)
+    )
     assert_equal(adapted[:C], base[:C])
     assert adapted[-96:].mean() < 0.8 * base[-96:].mean()
 
@@ -225,7 +253,12 @@ def test_adapting_lowers_the_loss_of_repetitive_text():
 # --- Each document by itself ------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("batches", "settings"),
-    [([[0, 1, 2, 3], [4, 5, 6]], {}), ([[6, 2, 4, 0], [5, 3, 1]], {}), ([[3, 0]], {}), ([[3, 0, 1]], SGD)],
+    [
+        ([[0, 1, 2, 3], [4, 5, 6]], {}),
+        ([[6, 2, 4, 0], [5, 3, 1]], {}),
+        ([[3, 0]], {}),
+        ([[3, 0, 1]], SGD),
+    ],
 )
 def test_batch_size_mates_and_order_do_not_change_a_score(batches, settings):
     docs, model = documents(*LENGTHS), model_for(4, **settings)
@@ -235,16 +268,20 @@ def test_batch_size_mates_and_order_do_not_change_a_score(batches, settings):
             assert difference(nats, scores(alone, docs, [d])[d]) < 1e-6
 
 
-@pytest.mark.parametrize(("length", "count", "alone"), [(1, 32, 32), (8, 32, 32), (9, 8, 8), (64, 8, 8), (128, 8, 8),
-                                                        (129, 2, 8)])  # fmt: skip
-def test_short_documents_share_a_step_by_the_dozen_and_long_ones_are_left_to_other_ranks(length, count, alone):
+@pytest.mark.parametrize(
+    ("length", "count", "alone"),
+    [(1, 32, 32), (8, 32, 32), (9, 8, 8), (64, 8, 8), (128, 8, 8), (129, 2, 8)],
+)
+def test_short_documents_share_a_step_by_the_dozen_and_long_ones_are_left_to_other_ranks(
+    length, count, alone
+):
     """As many as memory holds: a step of long windows takes no more of them than TTT_BATCH_SIZE."""
     docs, cfg = documents(*[length] * 100), tiny_config(ttt_batch_size=8, ttt_eval_seq_len=64)
     for world_size, size in ((1, alone), (2, count)):
-        sizes = [len(batch) for batch in tg.batches_of(docs, np.arange(100), cfg, world_size)]
+        sizes = [len(batch) for batch in tg.plan_batches(docs, np.arange(100), cfg, world_size)]
         assert sizes == [size] * (100 // size) + [100 % size] * (100 % size > 0)
     for settings in (dict(ttt_fast=False), dict(ttt_warm_start_a=True)):
-        even = tg.batches_of(docs, np.arange(100), dataclasses.replace(cfg, **settings), 2)
+        even = tg.plan_batches(docs, np.arange(100), dataclasses.replace(cfg, **settings), 2)
         assert [len(batch) for batch in even] == [8] * 12 + [4]
 
 
@@ -257,15 +294,20 @@ def test_left_out_documents_do_not_change_the_score_of_the_others():
 
 
 MODES = {
-    "document": {}, "phased": dict(phased_ttt_num_phases=2, phased_ttt_prefix_docs=5, ttt_chunk_tokens=64, ttt_lr=0.1),
+    "document": {},
+    "phased": dict(
+        phased_ttt_num_phases=2, phased_ttt_prefix_docs=5, ttt_chunk_tokens=64, ttt_lr=0.1
+    ),
     "chunk": dict(ttt_mode="chunk", ttt_chunk_tokens=128, ttt_lr=0.1, ttt_epochs=2),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("count", [31, 32, 33])
 def test_a_phase_learns_every_whole_chunk_of_the_documents_before_it(monkeypatch, count):
     docs, adapted = documents(*[count] * 6), []
-    monkeypatch.setattr(tg, "adapt_documents", lambda state, scorer, *bounds: adapted.append(bounds[:2]))
+    monkeypatch.setattr(
+        tg, "adapt_documents", lambda state, scorer, *bounds: adapted.append(bounds[:2])
+    )
     model = model_for(2, phased_ttt_num_phases=2, phased_ttt_prefix_docs=4, ttt_chunk_tokens=64)
     phases = list(tg.score_documents(adaptation(model), scorer_for(model, docs), tg.Deadline(1e9)))
     assert adapted == [(0, 2), (2, 4), (4, 6)]
@@ -306,7 +348,9 @@ def test_adapter_init_depends_on_seed_and_document_only():
     assert a.std() == pytest.approx(bound / 3**0.5, rel=0.05)
     assert torch.equal(drawn(1337, [900, 7])[[1, 0]], a[[0, 2]])
     different = [*a, *drawn(1338, [7, 0, 900]), *drawn(2**31, [7])]
-    assert all((x != y).float().mean() > 0.99 for i, x in enumerate(different) for y in different[:i])
+    assert all(
+        (x != y).float().mean() > 0.99 for i, x in enumerate(different) for y in different[:i]
+    )
 
 
 def test_record_adapters_hold_as_many_values_as_published():
@@ -327,9 +371,14 @@ def test_batch_leaves_nothing_to_the_next(settings):
 
 @pytest.mark.parametrize(
     ("settings", "per_visit"),
-    [({}, 5), (dict(ttt_k_lora=False), 4), (dict(ttt_o_lora=False), 4), (dict(ttt_mlp_lora=False), 4),
-     (dict(ttt_k_lora=False, ttt_o_lora=False, ttt_mlp_lora=False), 2)],
-)  # fmt: skip
+    [
+        ({}, 5),
+        (dict(ttt_k_lora=False), 4),
+        (dict(ttt_o_lora=False), 4),
+        (dict(ttt_mlp_lora=False), 4),
+        (dict(ttt_k_lora=False, ttt_o_lora=False, ttt_mlp_lora=False), 2),
+    ],
+)
 def test_switches_remove_their_adapters(settings, per_visit):
     docs, model = documents(60), model_for(1)
     state = adaptation(with_settings(model, **settings))
@@ -354,7 +403,9 @@ def test_every_chunk_but_the_last_is_learnt_from_as_often_as_asked():
     state, updates = adaptation(model_for(2, ttt_grad_steps=2)), []
     state.learn = lambda grads, rows, number: updates.append((number, rows.stop))
     scores(state, documents(100, 20))
-    assert updates == [(n, 2 if n <= 2 else 1) for n in range(1, 13)]  # the second document ends in its second chunk
+    assert updates == [
+        (n, 2 if n <= 2 else 1) for n in range(1, 13)
+    ]  # the second document ends in its second chunk
 
 
 def test_base_weights_are_left_as_they_were():

@@ -84,11 +84,18 @@ CANONICAL = {**PUBLISHED, 40_540_802: ("sp8192, all", 151_080_891)}
 BYTES_TOLERANCE = 1e-4
 # property -> its tests
 PROPERTIES = {
-    "repeatable": ("T0",), "causal": ("T1", "T2", "T9"), "normalised": ("T2", "T3", "T9"),
-    "score_first": ("T5", "T6"), "single_pass": ("T4", "T18"), "document_independent": ("T10", "T11", "T20"),
-    "lossless": ("T12", "T13", "T14"), "self_contained": ("T7", "T8"), "clean_data": ("T15", "T17"),
-    "within_budget": ("T16",), "provenance": ("T19",),
-}  # fmt: skip
+    "repeatable": ("T0",),
+    "causal": ("T1", "T2", "T9"),
+    "normalised": ("T2", "T3", "T9"),
+    "score_first": ("T5", "T6"),
+    "single_pass": ("T4", "T18"),
+    "document_independent": ("T10", "T11", "T20"),
+    "lossless": ("T12", "T13", "T14"),
+    "self_contained": ("T7", "T8"),
+    "clean_data": ("T15", "T17"),
+    "within_budget": ("T16",),
+    "provenance": ("T19",),
+}
 
 
 class Finding(NamedTuple):
@@ -107,7 +114,9 @@ class NotClaimed(Exception):
 
 # === The evaluation under test ========================================================================================
 @contextlib.contextmanager
-def elsewhere() -> Iterator[None]:  # in an empty folder, without output: runs write logs where they are
+def elsewhere() -> Iterator[
+    None
+]:  # in an empty folder, without output: runs write logs where they are
     before = Path.cwd()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         os.chdir(folder)
@@ -128,7 +137,9 @@ def fold(tensors: list[Tensor]) -> int:  # 64-bit hash of values and places
 
 
 def random_state() -> int:
-    return hash((torch.get_rng_state().numpy().tobytes(), str(np.random.get_state()), random.getstate()))
+    return hash(
+        (torch.get_rng_state().numpy().tobytes(), str(np.random.get_state()), random.getstate())
+    )
 
 
 def shingles(tokens: np.ndarray, width: int = 12) -> set[bytes]:
@@ -160,7 +171,10 @@ def probe_of(tg: ModuleType) -> type:
 
         def score(self, label: str, budget: str, evaluation: Callable) -> None:
             with self.phase(label, budget):
-                self.evaluations = {**getattr(self, "evaluations", {}), label.removeprefix("diagnostic "): evaluation}
+                self.evaluations = {
+                    **getattr(self, "evaluations", {}),
+                    label.removeprefix("diagnostic "): evaluation,
+                }
 
         def report(self) -> dict[str, Any]:
             return {}
@@ -175,17 +189,35 @@ class Watch:
         self.subject, self.hashes, self.wanted = subject, hashes, wanted or set()
         self.order: list[np.ndarray] = []  # places as they were scored
         self.reads, self.early, self.problems, self.scoring = 0, 0, {"T5": [], "T6": []}, 0
-        self.outside: dict[int, Tensor] = {}  # place -> log p(.) computed outside, target and future withheld
+        self.outside: dict[
+            int, Tensor
+        ] = {}  # place -> log p(.) computed outside, target and future withheld
         self.states, self.optimisers, self.last = [], [], None
-        self.licence, self.hash, self.pending, self.pairs, self.forwarded = False, None, [], set(), None
+        self.licence, self.hash, self.pending, self.pairs, self.forwarded = (
+            False,
+            None,
+            [],
+            set(),
+            None,
+        )
 
     def state(self) -> tuple[int, int]:  # of the weights, of all adapters and moments
         if not self.hashes:
             return (0, 0)
         model, adapters = self.subject.run.model, []
         for state in self.states[-1:]:
-            adapters += [*state.master.leaves, *state.lora.leaves, *(m for ms in state.moments for m in ms)]
-        momenta = [v for o in self.optimisers for s in o.state.values() for v in s.values() if isinstance(v, Tensor)]
+            adapters += [
+                *state.master.leaves,
+                *state.lora.leaves,
+                *(m for ms in state.moments for m in ms),
+            ]
+        momenta = [
+            v
+            for o in self.optimisers
+            for s in o.state.values()
+            for v in s.values()
+            if isinstance(v, Tensor)
+        ]
         return fold([*model.parameters(), *model.buffers(), *momenta]), fold(adapters)
 
     def note(self) -> tuple[int, int]:
@@ -193,8 +225,12 @@ class Watch:
         now = self.state()
         if self.hash is not None and now != self.hash:
             if not self.licence:
-                self.problems["T5"].append("a state changed without a declared read of scored targets")
-            unread = sum(pair not in self.pairs for batch in self.pending for pair in pairs_of(batch))
+                self.problems["T5"].append(
+                    "a state changed without a declared read of scored targets"
+                )
+            unread = sum(
+                pair not in self.pairs for batch in self.pending for pair in pairs_of(batch)
+            )
             if unread:
                 self.problems["T5"].append(f"learnt from {unread} targets that had no score yet")
             self.pending = []
@@ -215,7 +251,7 @@ class Watch:
         return spy
 
     def add(self, place: Tensor, ledger: Any) -> None:
-        real = place[place != ledger.nowhere].cpu().numpy()
+        real = place[place != ledger.padding_index].cpu().numpy()
         if self.hashes and self.forwarded:
             self.scoring += 1
             if len({*self.forwarded, self.state()}) > 1:
@@ -229,7 +265,7 @@ class Watch:
 
     def require(self, place: Tensor, ledger: Any) -> None:
         self.note()
-        real = place[place != ledger.nowhere].cpu().numpy()
+        real = place[place != ledger.padding_index].cpu().numpy()
         unread = len(np.setdiff1d(real, np.concatenate([np.arange(0), *self.order])))
         self.reads, self.early, self.licence = self.reads + len(real), self.early + unread, True
 
@@ -237,10 +273,16 @@ class Watch:
         """log p(.) of wanted places from the script's forward on the same state, all from the target on replaced."""
         batch, plan, lora, select = self.last
         for row, place in enumerate(places):
-            if place in self.wanted and place not in self.outside and (lora is None) == (select is None):
+            if (
+                place in self.wanted
+                and place not in self.outside
+                and (lora is None) == (select is None)
+            ):
                 at = int(select[row]) if select is not None else row
                 inputs, noise = batch.inputs.clone(), np.random.default_rng(place)
-                ids = torch.from_numpy(noise.choice(self.subject.words, len(inputs) - at - 1)).to(inputs.device)
+                ids = torch.from_numpy(noise.choice(self.subject.words, len(inputs) - at - 1)).to(
+                    inputs.device
+                )
                 inputs[at + 1 :] = ids
                 blind = batch._replace(inputs=inputs, targets=torch.full_like(batch.targets, -1))
                 log_p = self.subject.distribution(blind, plan, lora, select)
@@ -293,12 +335,16 @@ class Subject:
     def __init__(self, tg: ModuleType, environ: dict[str, str], **changes: Any):
         self.tg = tg
         with elsewhere():
-            self.run = probe_of(tg)(*tg.Config.from_env(environ, torch.cuda.is_available()), tg.Ranks({}))
+            self.run = probe_of(tg)(
+                *tg.Config.from_env(environ, torch.cuda.is_available()), tg.Ranks({})
+            )
             self.run.go()
         run = self.run
         self.bos, self.cfg = run.tokenizer.bos_id, run.cfg
         model = run.tokenizer.model
-        special = [i for i in range(model.vocab_size()) if model.is_control(i) or model.is_unknown(i)]
+        special = [
+            i for i in range(model.vocab_size()) if model.is_control(i) or model.is_unknown(i)
+        ]
         self.words = np.setdiff1d(np.arange(self.cfg.vocab_size), special)
         self.adapts = any("ttt" in name for name in run.evaluations)
         cfg = self.cfg
@@ -323,23 +369,36 @@ class Subject:
     def names(self) -> list[str]:
         return list(self.run.evaluations)
 
-    def by_rows(self, name: str) -> bool:  # its windows lie on the stream as on one document, by declaration
+    def by_rows(
+        self, name: str
+    ) -> bool:  # its windows lie on the stream as on one document, by declaration
         alone = "ttt" in name and self.cfg.ttt_mode == "document"
         return self.cfg.data_loader != "documents" and not alone
 
-    def evaluate(self, name: str, docs: Any, watch: Watch | None = None) -> Any:  # the ledger; nothing is printed
+    def evaluate(
+        self, name: str, docs: Any, watch: Watch | None = None
+    ) -> Any:  # the ledger; nothing is printed
         torch.manual_seed(self.cfg.seed)
-        with (watch or contextlib.nullcontext)() if watch else contextlib.nullcontext(), elsewhere():
+        with (
+            (watch or contextlib.nullcontext)() if watch else contextlib.nullcontext(),
+            elsewhere(),
+        ):
             return self.run.evaluations[name](docs=docs)
 
-    def nats(self, name: str, docs: Any, watch: Watch | None = None) -> np.ndarray:  # (N - 1,) by place
+    def nats(
+        self, name: str, docs: Any, watch: Watch | None = None
+    ) -> np.ndarray:  # (N - 1,) by place
         return self.evaluate(name, docs, watch).nats[:-1].cpu().double().numpy()
 
-    def distribution(self, batch: Any, plan: tuple, lora: Any = None, select: Tensor | None = None) -> Tensor:
+    def distribution(
+        self, batch: Any, plan: tuple, lora: Any = None, select: Tensor | None = None
+    ) -> Tensor:
         """log p(.) (n, V) fp32, made here of what the script's forward hands to its loss; no target takes part."""
         caught, original = [], self.tg.head_loss
 
-        def catch(x: Tensor, w: Tensor, extra: Tensor | None, targets: Tensor, cap: float, *rest: Any) -> Tensor:
+        def catch(
+            x: Tensor, w: Tensor, extra: Tensor | None, targets: Tensor, cap: float, *rest: Any
+        ) -> Tensor:
             z = F.linear(x, w) if extra is None else F.linear(x, w) + extra
             caught.append((cap * torch.tanh(z.detach().float() / cap)).log_softmax(-1))
             return original(x, w, extra, targets, cap, *rest)
@@ -347,28 +406,48 @@ class Subject:
         self.tg.head_loss = catch
         try:
             with torch.no_grad():
-                self.run.model(batch, plan, lora=lora, select=select, temperature=self.run.cfg.logit_temperature)
+                self.run.model(
+                    batch,
+                    plan,
+                    lora=lora,
+                    select=select,
+                    temperature=self.run.cfg.logit_temperature,
+                )
         finally:
             self.tg.head_loss = original
         if len(caught) != 1:
             raise NotRun(f"the forward calls head_loss {len(caught)} times")
         return caught[0]
 
-    def stream(self, texts: list[np.ndarray]) -> Any:  # ids of documents without BOS -> Documents, closed by a BOS
-        tokens = np.concatenate([part for text in texts for part in ([self.bos], text)] + [[self.bos]]).astype(np.int64)
+    def stream(
+        self, texts: list[np.ndarray]
+    ) -> Any:  # ids of documents without BOS -> Documents, closed by a BOS
+        tokens = np.concatenate(
+            [part for text in texts for part in ([self.bos], text)] + [[self.bos]]
+        ).astype(np.int64)
         counts = np.array([len(text) + 1 for text in texts])
         return self.tg.Documents(tokens, np.cumsum(counts) - counts, counts)
 
     def sample(self, count: int, window: int) -> list[np.ndarray]:
         """Texts from all over the validation set, longest first, cut to half a window and up to 2.2 windows."""
-        every, rng = dataclasses.replace(self.cfg, val_doc_fraction=1.0), random.Random(self.cfg.seed)
+        every, rng = (
+            dataclasses.replace(self.cfg, val_doc_fraction=1.0),
+            random.Random(self.cfg.seed),
+        )
         docs = self.tg.Documents.load(self.run.streams["val"], self.bos, every)
         chosen = sorted(rng.sample(range(len(docs.starts)), min(count, len(docs.starts))))
         texts = [docs.tokens[docs.starts[d] + 1 : docs.starts[d] + docs.counts[d]] for d in chosen]
         texts.sort(key=lambda text: -len(text))
-        texts = [text[: int(window * (2.2 if i % 8 == 0 else rng.uniform(0.5, 1.3)))] for i, text in enumerate(texts)]
+        texts = [
+            text[: int(window * (2.2 if i % 8 == 0 else rng.uniform(0.5, 1.3)))]
+            for i, text in enumerate(texts)
+        ]
         for i, text in enumerate(texts):  # no cut inside a character that is spelt in bytes
-            ends = [n for n in range(len(text), 0, -1) if not self.run.tokenizer.model.is_byte(int(text[n - 1]))]
+            ends = [
+                n
+                for n in range(len(text), 0, -1)
+                if not self.run.tokenizer.model.is_byte(int(text[n - 1]))
+            ]
             texts[i] = text[: ends[0] if ends else 0]
         return [text for text in texts if len(text)]
 
@@ -395,16 +474,32 @@ def far(a: np.ndarray, b: np.ndarray) -> float:  # largest difference, 0 for not
 
 # === The tests ========================================================================================================
 class Audit:
-    def __init__(self, script: Path, artifact: Path, environ: dict[str, str], docs: int, log: Path | None):
+    def __init__(
+        self, script: Path, artifact: Path, environ: dict[str, str], docs: int, log: Path | None
+    ):
         self.script, self.artifact, self.log_path, self.count = script, artifact, log, docs
         self.tg = tg = load_script(script)
         knobs = {f.name.upper() for f in dataclasses.fields(tg.Config)}
-        environ = {getattr(tg, "ALIASES", {}).get(name, name): value for name, value in environ.items()}
+        environ = {
+            getattr(tg, "ALIASES", {}).get(name, name): value for name, value in environ.items()
+        }
         self.asked = {k: v for k, v in environ.items() if k in knobs}
         # nothing trains here: no time for it is measured, none can lack, and there is nothing to go on from
-        self.fixed = {"EVAL_DEADLINE_SECONDS": "1e9", "MAX_WALLCLOCK_SECONDS": "0", "CHECKPOINT_EVERY": "0"}
-        self.environ = {**environ, **self.fixed, "EVAL_ONLY_PATH": str(artifact.resolve()), "RUN_ID": "audit"}
-        self.environ |= {"ARTIFACT_DIR": "", "DATA_DIR": str(Path(environ.get("DATA_DIR") or "data").resolve())}
+        self.fixed = {
+            "EVAL_DEADLINE_SECONDS": "1e9",
+            "MAX_WALLCLOCK_SECONDS": "0",
+            "CHECKPOINT_EVERY": "0",
+        }
+        self.environ = {
+            **environ,
+            **self.fixed,
+            "EVAL_ONLY_PATH": str(artifact.resolve()),
+            "RUN_ID": "audit",
+        }
+        self.environ |= {
+            "ARTIFACT_DIR": "",
+            "DATA_DIR": str(Path(environ.get("DATA_DIR") or "data").resolve()),
+        }
         if environ.get("TOKENIZER_PATH"):
             self.environ["TOKENIZER_PATH"] = str(Path(environ["TOKENIZER_PATH"]).resolve())
         self.findings: dict[str, Finding] = {}
@@ -418,7 +513,10 @@ class Audit:
         """Why there is nothing to judge, as the script says it: its configuration, the data or the artifact."""
         try:
             with elsewhere():
-                run = self.tg.Run(*self.tg.Config.from_env(self.environ, torch.cuda.is_available()), self.tg.Ranks({}))
+                run = self.tg.Run(
+                    *self.tg.Config.from_env(self.environ, torch.cuda.is_available()),
+                    self.tg.Ranks({}),
+                )
         except self.tg.UsageError as error:
             return "; ".join(str(error).splitlines())
         return None if "streams" in run.saved else f"{self.artifact}: a checkpoint, not an artifact"
@@ -440,16 +538,24 @@ class Audit:
 
     def prepared(self) -> tuple[Subject, list[np.ndarray], Any, dict[str, int]]:
         asked = self.tg.Config.from_env(self.environ, torch.cuda.is_available())[0]
-        self.wanted = dataclasses.asdict(asked)  # what the run shall be, before it is cut to fit the sample
+        self.wanted = dataclasses.asdict(
+            asked
+        )  # what the run shall be, before it is cut to fit the sample
         window = max(asked.eval_seq_len, asked.ttt_eval_seq_len)
-        rows = dict(val_batch_tokens=min(asked.val_batch_tokens, 32 * asked.eval_seq_len))  # the sample fills no larger
+        rows = dict(
+            val_batch_tokens=min(asked.val_batch_tokens, 32 * asked.eval_seq_len)
+        )  # the sample fills no larger
         self.environ["VAL_BATCH_TOKENS"] = str(rows["val_batch_tokens"])
-        most = max(asked.eval_seq_len, self.count * window // 3)  # of a chunk, as below: nor need warm-up be longer
+        most = max(
+            asked.eval_seq_len, self.count * window // 3
+        )  # of a chunk, as below: nor need warm-up be longer
         self.environ["TTT_CHUNK_TOKENS"] = str(min(asked.ttt_chunk_tokens, most))
         subject = Subject(self.tg, self.environ)
         cfg, texts = subject.cfg, subject.sample(self.count, window)
         changes = rows | dict(
-            ttt_chunk_tokens=max(cfg.eval_seq_len, min(cfg.ttt_chunk_tokens, sum(map(len, texts)) // 4)),
+            ttt_chunk_tokens=max(
+                cfg.eval_seq_len, min(cfg.ttt_chunk_tokens, sum(map(len, texts)) // 4)
+            ),
             ttt_batch_size=min(cfg.ttt_batch_size, max(2, len(texts) // 8)),
             phased_ttt_prefix_docs=min(cfg.phased_ttt_prefix_docs, max(1, 3 * len(texts) // 4)),
         )
@@ -461,7 +567,9 @@ class Audit:
         subject = self.subject
         if subject.cfg.compute_dtype == "fp32":
             return subject
-        return Subject(self.tg, {**self.environ, "COMPUTE_DTYPE": "fp32", "WARMUP_STEPS": "0"}, **self.changes)
+        return Subject(
+            self.tg, {**self.environ, "COMPUTE_DTYPE": "fp32", "WARMUP_STEPS": "0"}, **self.changes
+        )
 
     def run(self, tests: list[str]) -> dict[str, Finding]:
         for name in tests:
@@ -472,7 +580,11 @@ class Audit:
                 finding = Finding(None, f"not run: {reason}")
             except Exception as error:  # whatever an evaluation under test raises is a finding
                 kind = type(error).__name__
-                said = f"the run refuses: {error}" if kind in ("UsageError", "InvalidScore") else f"{kind}: {error}"
+                said = (
+                    f"the run refuses: {error}"
+                    if kind in ("UsageError", "InvalidScore")
+                    else f"{kind}: {error}"
+                )
                 if kind in ("UsageError", "InvalidScore"):
                     self.always_on.append(str(error))
                 finding = Finding(False, " ".join(said.split())[:300])
@@ -490,10 +602,14 @@ class Audit:
             except NotClaimed as setting:
                 without.append(f"{name} not claimed: {setting}")
         passed = all(value <= allowed for value, allowed, _ in found.values()) if found else None
-        evidence = "; ".join([*(f"{name} {detail}" for name, (_, _, detail) in found.items()), *without])
+        evidence = "; ".join(
+            [*(f"{name} {detail}" for name, (_, _, detail) in found.items()), *without]
+        )
         return Finding(passed, evidence, {name: value for name, (value, _, _) in found.items()})
 
-    def base(self, name: str) -> np.ndarray:  # nats of the sample by this evaluation, with the settings of the run
+    def base(
+        self, name: str
+    ) -> np.ndarray:  # nats of the sample by this evaluation, with the settings of the run
         if name not in self.bases:
             self.bases[name] = self.subject.nats(name, self.docs)
         return self.bases[name]
@@ -514,7 +630,9 @@ class Audit:
         order = [d for d in range(len(docs.counts)) if docs.counts[d] > 8]
         if not order:
             raise NotRun("no document of the sample has more than 8 targets")
-        chosen = {order[int(f * (len(order) - 1))]: g for f, g in ((0.1, 0.55), (0.5, 0.3), (0.9, 0.8))}
+        chosen = {
+            order[int(f * (len(order) - 1))]: g for f, g in ((0.1, 0.55), (0.5, 0.3), (0.9, 0.8))
+        }
         return [int(docs.starts[d] + docs.counts[d] * share) for d, share in chosen.items()]
 
     def T1(self) -> Finding:
@@ -529,15 +647,22 @@ class Audit:
                 tokens[later] = rng.choice(subject.words, len(later))
                 watch = Watch(subject)
                 nats = subject.nats(name, docs._replace(tokens=tokens), watch)
-                before = watch.order[: next(i for i, places in enumerate(watch.order) if (places >= cut).any())]
+                before = watch.order[
+                    : next(i for i, places in enumerate(watch.order) if (places >= cut).any())
+                ]
                 before = np.concatenate([np.arange(0), *before]).astype(int)
                 worst, compared = max(worst, far(nats[:cut], base[:cut])), compared + cut
                 scored = max(scored, far(nats[before], base[before]))
             ends, exact = 0.0, self.exact
             base = base if exact is subject else exact.nats(name, docs)
             window, longest = exact.cfg.eval_seq_len, int(docs.counts.argmax())
-            rest = max(2, (docs.counts[longest] % window or window) // 2)  # the cut leaves a part of its last window
-            for cut in (cuts[len(cuts) // 2], int(docs.starts[longest] + docs.counts[longest] - rest)):
+            rest = max(
+                2, (docs.counts[longest] % window or window) // 2
+            )  # the cut leaves a part of its last window
+            for cut in (
+                cuts[len(cuts) // 2],
+                int(docs.starts[longest] + docs.counts[longest] - rest),
+            ):
                 tokens = docs.tokens.copy()
                 tokens[cut] = subject.bos
                 owner = int(np.searchsorted(docs.starts, cut, side="right"))
@@ -555,7 +680,11 @@ class Audit:
     def T2(self) -> Finding:
         exact, docs, rng = self.exact, self.docs, np.random.default_rng(2)
         pairs = zip(docs.starts, docs.counts, strict=True)
-        wanted = {int(start + place) for start, count in pairs for place in rng.integers(count - 1, size=2)}
+        wanted = {
+            int(start + place)
+            for start, count in pairs
+            for place in rng.integers(count - 1, size=2)
+        }
 
         def test(name: str) -> tuple[float, float, str]:
             watch = Watch(exact, wanted=wanted)
@@ -564,7 +693,11 @@ class Audit:
                 raise NotRun("no place of a selected logit (TTT_FAST=0)")
             outside = {p: -float(row[docs.tokens[p + 1]]) for p, row in watch.outside.items()}
             worst = max(abs(nats[p] - value) for p, value in outside.items())
-            return worst, CLOSE, f"{worst:.1e} nats at {len(outside)} places whose target and future were withheld"
+            return (
+                worst,
+                CLOSE,
+                f"{worst:.1e} nats at {len(outside)} places whose target and future were withheld",
+            )
 
         return self.over_evaluations(test)
 
@@ -575,17 +708,25 @@ class Audit:
         subject, cfg, warm, need = self.exact, self.exact.run.cfg, [], len(prefix) + 2
         stride = cfg.eval_stride if need <= cfg.eval_stride < 2 * need else need
         changes: dict[str, Any] = dict(eval_seq_len=2 * stride, eval_stride=stride)
-        block = [prefix if v == subject.bos else np.append(prefix, v) for v in range(cfg.vocab_size)]
+        block = [
+            prefix if v == subject.bos else np.append(prefix, v) for v in range(cfg.vocab_size)
+        ]
         if subject.by_rows(name):
             fill = np.resize(prefix, 2 * stride - need)
-            block = [np.concatenate([prefix, [v], fill]) for v in (0, *range(cfg.vocab_size))]  # 0: a past of the first
+            block = [
+                np.concatenate([prefix, [v], fill]) for v in (0, *range(cfg.vocab_size))
+            ]  # 0: a past of the first
         if "ttt" in name and cfg.ttt_mode == "chunk":
             size = sum(len(text) + 1 for text in block)
             warm = [np.resize(np.concatenate(self.texts), size - 1)]
-            as_many = cfg.ttt_batch_seqs * cfg.eval_seq_len // (2 * stride)  # tokens as in rows of the run
+            as_many = (
+                cfg.ttt_batch_seqs * cfg.eval_seq_len // (2 * stride)
+            )  # tokens as in rows of the run
             changes |= dict(ttt_chunk_tokens=size, ttt_batch_seqs=as_many, ttt_epochs=1)
         elif "ttt" in name:
-            changes |= dict(ttt_short_chunks=f"{len(prefix)}:8", ttt_warm_start_a=False, ttt_batch_size=256)
+            changes |= dict(
+                ttt_short_chunks=f"{len(prefix)}:8", ttt_warm_start_a=False, ttt_batch_size=256
+            )
             changes["ttt_min_doc_len"] = 0  # so short ones learn, too
             if cfg.phased_ttt_num_phases:
                 warm = self.texts[: max(1, len(self.texts) // 2)]
@@ -614,7 +755,7 @@ class Audit:
 
     def T4(self) -> Finding:
         docs = self.docs
-        wanted = np.bincount(docs.places(), minlength=len(docs.tokens) - 1)
+        wanted = np.bincount(docs.target_index(), minlength=len(docs.tokens) - 1)
         total = sum(self.decoded(docs))
 
         def test(name: str) -> tuple[float, float, str]:
@@ -631,7 +772,9 @@ class Audit:
 
         return self.over_evaluations(test)
 
-    def watched(self, name: str) -> tuple[Watch, Any]:  # one evaluation with states hashed, and its ledger
+    def watched(
+        self, name: str
+    ) -> tuple[Watch, Any]:  # one evaluation with states hashed, and its ledger
         if name not in self.watches:
             watch = Watch(self.subject, hashes=True)
             self.watches[name] = watch, self.subject.evaluate(name, self.docs, watch)
@@ -640,9 +783,15 @@ class Audit:
     def T5(self) -> Finding:
         def test(name: str) -> tuple[float, float, str]:
             watch, _ = self.watched(name)
-            wrong = watch.problems["T5"] + [f"{watch.early} targets read before their score"] * (watch.early > 0)
+            wrong = watch.problems["T5"] + [f"{watch.early} targets read before their score"] * (
+                watch.early > 0
+            )
             said = f": {wrong[0]}" if wrong else ""
-            return len(wrong), 0, f"{watch.reads} targets read by updates, {len(wrong)} faults{said}"
+            return (
+                len(wrong),
+                0,
+                f"{watch.reads} targets read by updates, {len(wrong)} faults{said}",
+            )
 
         return self.over_evaluations(test)
 
@@ -650,7 +799,11 @@ class Audit:
         def test(name: str) -> tuple[float, float, str]:
             watch, _ = self.watched(name)
             wrong = watch.problems["T6"]
-            return len(wrong), 0, f"{watch.scoring} blocks of scores, {len(wrong)} with another state after than before"
+            return (
+                len(wrong),
+                0,
+                f"{watch.scoring} blocks of scores, {len(wrong)} with another state after than before",
+            )
 
         return self.over_evaluations(test)
 
@@ -669,10 +822,18 @@ class Audit:
         worst = far(child["doc_nats"] / docs.counts, here / docs.counts)
         size = self.script.stat().st_size + self.artifact.stat().st_size
         text = f"{len(docs.counts)} documents in an empty folder: {worst:.1e} nats per token apart; {size:,} bytes"
-        return Finding(worst <= self.allowed(last) and size <= 16_000_000, text, {"bytes": size, "worst": worst})
+        return Finding(
+            worst <= self.allowed(last) and size <= 16_000_000,
+            text,
+            {"bytes": size, "worst": worst},
+        )
 
     @functools.cached_property
-    def few(self) -> Any:  # documents that the fresh process scores: a sample, or the first ones of a stream of rows
+    def few(
+        self,
+    ) -> (
+        Any
+    ):  # documents that the fresh process scores: a sample, or the first ones of a stream of rows
         run, cfg, bos = self.subject.run, self.subject.cfg, self.subject.bos
         stream, starts = run.streams["val"], np.flatnonzero(run.docs.tokens == bos)
         share = min(1.0, max(2, self.count // 6) / len(starts))
@@ -687,7 +848,9 @@ class Audit:
         """What the script, run by itself in an empty folder under an audit hook, opened and scored."""
         subject, run, few = self.subject, self.subject.run, self.few
         rows = subject.cfg.data_loader != "documents"
-        cfg = dataclasses.replace(subject.cfg, dataset="alone")  # whose name says nothing about what it must hold
+        cfg = dataclasses.replace(
+            subject.cfg, dataset="alone"
+        )  # whose name says nothing about what it must hold
         share = 1.0 if rows else len(few.starts) / int((few.tokens == subject.bos).sum())
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name).resolve()
@@ -699,29 +862,63 @@ class Audit:
             shutil.copy(self.artifact, folder / "artifact")
             shutil.copy(run.tokenizer.path, folder / "tokenizer.model")
             held, shard = few.tokens.copy(), data / run.streams["val"].paths[0].name
-            other = held != subject.bos  # what this process could learn from documents that are not scored here must
-            other[few.places() + 1] = False  # be of no use, so the fresh one finds random tokens there
+            other = (
+                held != subject.bos
+            )  # what this process could learn from documents that are not scored here must
+            other[few.target_index() + 1] = (
+                False  # be of no use, so the fresh one finds random tokens there
+            )
             held[other] = np.random.default_rng(8).choice(subject.words, int(other.sum()))
             self.tg.write_shard(shard, held)
-            (data / shard.name.replace("_val_", "_train_")).symlink_to(shard)  # whoever opens it wants training data
-            env = {k: os.environ[k] for k in ("PATH", "LANG", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "CC")
-                   if k in os.environ}  # fmt: skip
-            env |= {"HOME": str(folder / "home"), "TMPDIR": str(folder / "tmp"), "OMP_NUM_THREADS": "1"}
+            (data / shard.name.replace("_val_", "_train_")).symlink_to(
+                shard
+            )  # whoever opens it wants training data
+            env = {
+                k: os.environ[k]
+                for k in ("PATH", "LANG", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "CC")
+                if k in os.environ
+            }
+            env |= {
+                "HOME": str(folder / "home"),
+                "TMPDIR": str(folder / "tmp"),
+                "OMP_NUM_THREADS": "1",
+            }
             env |= self.asked | self.fixed
-            env |= {"EVAL_ONLY_PATH": "artifact", "DATA_DIR": "data", "TOKENIZER_PATH": "tokenizer.model"}
+            env |= {
+                "EVAL_ONLY_PATH": "artifact",
+                "DATA_DIR": "data",
+                "TOKENIZER_PATH": "tokenizer.model",
+            }
             env |= {"RUN_ID": "alone", "VAL_DOC_FRACTION": repr(share), "DATASET": data.name}
             env |= {name.upper(): str(value) for name, value in self.changes.items()}
             env.pop("ARTIFACT_DIR", None)
-            command = [sys.executable, str(Path(__file__).resolve()), "--locked", str(folder / "train_gpt.py")]
+            command = [
+                sys.executable,
+                str(Path(__file__).resolve()),
+                "--locked",
+                str(folder / "train_gpt.py"),
+            ]
             piped = dict(capture_output=True, text=True, timeout=3600, check=False)
             done = subprocess.run(command, cwd=folder, env=env, **piped)
-            events = json.loads((folder / "opened.json").read_text()) if (folder / "opened.json").is_file() else []
+            events = (
+                json.loads((folder / "opened.json").read_text())
+                if (folder / "opened.json").is_file()
+                else []
+            )
             scores = folder / "runs" / "alone" / "documents.npz"
             doc_nats = np.load(scores)["doc_nats"] if scores.is_file() else None
             self.always_on += [line for line in done.stderr.splitlines() if "INVALID" in line]
-            error = (done.stderr.strip().splitlines() or ["no output"])[-1].replace(str(folder), ".")
+            error = (done.stderr.strip().splitlines() or ["no output"])[-1].replace(
+                str(folder), "."
+            )
             found = judge(events, folder, cfg)
-        return {"rc": done.returncode, "error": error, "output": done.stdout, "doc_nats": doc_nats, **found}
+        return {
+            "rc": done.returncode,
+            "error": error,
+            "output": done.stdout,
+            "doc_nats": doc_nats,
+            **found,
+        }
 
     def T9(self) -> Finding:
         subject, cfg = self.subject, self.subject.cfg
@@ -729,7 +926,7 @@ class Audit:
         docs, log_p = self.drawn(2 * self.count, length)
         uniform = np.random.default_rng(9).choice(subject.words, (len(docs.counts), length))
         rest = subject.stream(list(uniform))
-        inner = np.setdiff1d(docs.places(), docs.starts + docs.counts - 1)
+        inner = np.setdiff1d(docs.target_index(), docs.starts + docs.counts - 1)
 
         def test(name: str) -> tuple[float, float, str]:
             worst, found = -math.inf, []
@@ -741,9 +938,13 @@ class Audit:
                 found.append(f"{log_e:.2f}")
             with subject.settings(ttt_batch_size=cfg.ttt_batch_size):
                 nats = subject.nats(name, rest)[inner]
-            slack = nats.mean() - (math.log(len(subject.words)) - 4 * nats.std() / math.sqrt(len(nats)))
+            slack = nats.mean() - (
+                math.log(len(subject.words)) - 4 * nats.std() / math.sqrt(len(nats))
+            )
             detail = f"ln E = {' and, rates 0, '.join(found)} over {len(inner)} targets (limit {THRESHOLD:.1f}); "
-            detail += f"random tokens {nats.mean():.2f} nats, ln V = {math.log(len(subject.words)):.2f}"
+            detail += (
+                f"random tokens {nats.mean():.2f} nats, ln V = {math.log(len(subject.words)):.2f}"
+            )
             return max(worst, THRESHOLD + 1 if slack < 0 else worst), THRESHOLD, detail
 
         return self.over_evaluations(test)
@@ -751,7 +952,11 @@ class Audit:
     def drawn(self, count: int, length: int) -> tuple[Any, np.ndarray]:
         """Documents drawn from the frozen model without a BOS inside, and ln p of every token, in order."""
         subject, run = self.subject, self.subject.run
-        rng, device, rows = torch.Generator().manual_seed(9), run.ranks.device, [[subject.bos] for _ in range(count)]
+        rng, device, rows = (
+            torch.Generator().manual_seed(9),
+            run.ranks.device,
+            [[subject.bos] for _ in range(count)],
+        )
         total, per_row = [], max(1, run.cfg.val_row_shape[0] // length)
         for first in range(0, count, per_row):
             part, found = rows[first : first + per_row], []
@@ -783,7 +988,9 @@ class Audit:
                 part = by_document(subject.nats(name, fewer), fewer)
             permuted = max(far(other[i], base[d]) for i, d in enumerate(order))
             halved = max(far(a, b) for a, b in zip(part, base[::2], strict=True))
-            detail = f"{permuted:.1e} nats in another order, {halved:.1e} without every second document"
+            detail = (
+                f"{permuted:.1e} nats in another order, {halved:.1e} without every second document"
+            )
             return max(permuted, halved), CLOSE, detail
 
         return self.declared(self.over_evaluations(test))
@@ -801,12 +1008,18 @@ class Audit:
         owner = np.searchsorted(docs.starts, place, side="right") - 1
         left = (docs.starts + docs.counts)[owner] - place  # of the document, this token included
         kept = (owner % 2 == 1) & (left > 1)
-        alone = (owner % 2 == 0) & (left <= 64), kept[:-1], f"at {kept.sum()} places of documents after changed ones"
+        alone = (
+            (owner % 2 == 0) & (left <= 64),
+            kept[:-1],
+            f"at {kept.sum()} places of documents after changed ones",
+        )
         far_off = place[:-1] >= half + subject.cfg.eval_seq_len
         where = f"at {far_off.sum()} places beyond a window; nearer not claimed: DATA_LOADER={subject.cfg.data_loader}"
 
         def test(name: str) -> tuple[float, float, str]:
-            changed, kept, about = (place < half, far_off, where) if subject.by_rows(name) else alone
+            changed, kept, about = (
+                (place < half, far_off, where) if subject.by_rows(name) else alone
+            )
             tokens, changed = docs.tokens.copy(), changed & (docs.tokens != subject.bos)
             tokens[changed] = rng.choice(subject.words, int(changed.sum()))
             with subject.without_crossing():
@@ -817,7 +1030,9 @@ class Audit:
 
         return self.declared(self.over_evaluations(test))
 
-    def decoded(self, docs: Any) -> list[int]:  # UTF-8 bytes of the text of each document, by decoding it
+    def decoded(
+        self, docs: Any
+    ) -> list[int]:  # UTF-8 bytes of the text of each document, by decoding it
         model, total = self.subject.run.tokenizer.model, []
         for start, count in zip(docs.starts.tolist(), docs.counts.tolist(), strict=True):
             ids = docs.tokens[start + 1 : start + count + 1]
@@ -839,7 +1054,9 @@ class Audit:
         text += f"{wrong} documents differ; {changed} of {min(200, len(real))} change their ids when encoded again"
         if wrong:
             text += f" (factor {counted.sum() / real.sum():.4f})"
-        return Finding(wrong == 0, text, {"counted": int(counted.sum()), "decoded": int(real.sum())})
+        return Finding(
+            wrong == 0, text, {"counted": int(counted.sum()), "decoded": int(real.sum())}
+        )
 
     def T13(self) -> Finding:
         if not self.log_path:
@@ -847,9 +1064,18 @@ class Audit:
         finding = implied_bytes(self.log_path)
         manifest = self.subject.run.tokenizer.manifest.get("splits", {}).get("val", {})
         final = final_lines(self.log_path.read_text(encoding="utf-8", errors="replace"))
-        if finding.passed and manifest and final and final[-1].get("val_tokens") == manifest["tokens"] - 1:
+        if (
+            finding.passed
+            and manifest
+            and final
+            and final[-1].get("val_tokens") == manifest["tokens"] - 1
+        ):
             same = final[-1].get("val_bytes") == manifest["bytes"]
-            finding = Finding(same, f"{finding.evidence}; the manifest says {manifest['bytes']:,}", finding.figures)
+            finding = Finding(
+                same,
+                f"{finding.evidence}; the manifest says {manifest['bytes']:,}",
+                finding.figures,
+            )
         return finding
 
     def T14(self) -> Finding:
@@ -858,14 +1084,22 @@ class Audit:
         held = np.concatenate(parts)
         starts, docs = np.flatnonzero(held == bos), run.docs
         wanted = max(1, round(share * len(starts)))
-        if share < 1 and self.subject.cfg.data_loader != "documents":  # rows hold the sample alone, end to end
+        if (
+            share < 1 and self.subject.cfg.data_loader != "documents"
+        ):  # rows hold the sample alone, end to end
             chosen = sorted(random.Random(self.subject.cfg.seed).sample(range(len(starts)), wanted))
             ends = np.append(starts[1:], len(held) - 1)
-            held = np.concatenate([*(held[starts[i] : ends[i]] for i in chosen), held[ends[chosen[-1]] :][:1]])
+            held = np.concatenate(
+                [*(held[starts[i] : ends[i]] for i in chosen), held[ends[chosen[-1]] :][:1]]
+            )
             starts = np.flatnonzero(held[:-1] == bos)
         same = np.array_equal(held, docs.tokens)
-        ends = np.append(starts[1:], len(held) - 1)[np.searchsorted(starts, docs.starts).clip(max=len(starts) - 1)]
-        whole = bool((docs.starts + docs.counts == ends).all()) and bool(np.isin(docs.starts, starts).all())
+        ends = np.append(starts[1:], len(held) - 1)[
+            np.searchsorted(starts, docs.starts).clip(max=len(starts) - 1)
+        ]
+        whole = bool((docs.starts + docs.counts == ends).all()) and bool(
+            np.isin(docs.starts, starts).all()
+        )
         targets, ok = int(docs.counts.sum()), same and whole and len(docs.starts) == wanted
         text = f"{len(docs.starts)} of {wanted} documents, {targets} targets of a shard stream of {len(held)} tokens"
         text += "" if same else "; other tokens than the shards hold"
@@ -892,13 +1126,21 @@ class Audit:
         run, bos = self.subject.run, self.subject.bos
         size = sum(path.stat().st_size for path in self.shards("train")) // 2
         if size > 400_000_000:
-            raise NotRun(f"{size:,} training tokens: run tools/doctor.py, which does it on all cores")
-        train = np.concatenate([np.fromfile(path, dtype="<u2", offset=1024) for path in self.shards("train")])
-        found = doctor.overlap([train[int(np.argmax(train == bos)) :]], run.docs.tokens.astype(np.uint16), bos)
+            raise NotRun(
+                f"{size:,} training tokens: run tools/doctor.py, which does it on all cores"
+            )
+        train = np.concatenate(
+            [np.fromfile(path, dtype="<u2", offset=1024) for path in self.shards("train")]
+        )
+        found = doctor.overlap(
+            [train[int(np.argmax(train == bos)) :]], run.docs.tokens.astype(np.uint16), bos
+        )
         whole = sum(one.whole for one in found)
         number = int((run.docs.tokens == bos).sum())
         text = f"{whole} whole and {len(found) - whole} parts of {number} validation documents in {len(train):,} "
-        return Finding(whole == 0, text + "training tokens", {"whole": whole, "part": len(found) - whole})
+        return Finding(
+            whole == 0, text + "training tokens", {"whole": whole, "part": len(found) - whole}
+        )
 
     def final(self) -> tuple[str, dict[str, Any]]:  # text and figures of the log
         if not self.log_path:
@@ -918,19 +1160,33 @@ class Audit:
             total = sum(float(seconds) for _, seconds, b in rows if b == budget)
             limit = min(float(limit), 600) if float(limit) else math.inf
             over += [budget] * (max(total, float(spent)) > limit + 0.05)
-            over += [f"{budget} does not add up"] * (abs(total - float(spent)) > 0.1 * (len(rows) + 1))
-            said.append(f"{budget} {float(spent):.1f} s of {'any' if limit == math.inf else f'{limit:.0f}'}")
+            over += [f"{budget} does not add up"] * (
+                abs(total - float(spent)) > 0.1 * (len(rows) + 1)
+            )
+            said.append(
+                f"{budget} {float(spent):.1f} s of {'any' if limit == math.inf else f'{limit:.0f}'}"
+            )
         size = int(re.findall(r"^Total submission size [^:]*: (\d+) bytes", text, re.M)[-1])
         said.append(f"{size:,} bytes of 16,000,000")
         over += ["bytes"] * (size > 16_000_000)
-        return Finding(bool(found) and not over, ", ".join(said) + "".join(f"; {x} OVER" for x in over))
+        return Finding(
+            bool(found) and not over, ", ".join(said) + "".join(f"; {x} OVER" for x in over)
+        )
 
     def T17(self) -> Finding:
         run = self.subject.run
-        seen = set().union(*(shingles(inputs) for inputs in run.warm_inputs)) if run.warm_inputs else set()
+        seen = (
+            set().union(*(shingles(inputs) for inputs in run.warm_inputs))
+            if run.warm_inputs
+            else set()
+        )
         known = shingles(run.docs.tokens[:2_000_000])
         common = len(seen & known)
-        names = [name for name, kept in zip(("weights", "random state"), run.warm_up_kept, strict=True) if not kept]
+        names = [
+            name
+            for name, kept in zip(("weights", "random state"), run.warm_up_kept, strict=True)
+            if not kept
+        ]
         text = f"{len(run.warm_inputs)} forwards on {sum(map(len, run.warm_inputs))} tokens, {common} passages of 12 "
         text += f"tokens from validation; changed afterwards: {', '.join(names) or 'nothing'}"
         return Finding(not common and not names, text)
@@ -941,10 +1197,18 @@ class Audit:
         if self.log_path:
             outputs["log"] = self.log_path.read_text(encoding="utf-8", errors="replace")
         for name, text in outputs.items():
-            final, scores = final_lines(text), re.findall(r"^\S.*? val_loss:\S+ val_bpb:(\S+) eval_time", text, re.M)
+            final, scores = (
+                final_lines(text),
+                re.findall(r"^\S.*? val_loss:\S+ val_bpb:(\S+) eval_time", text, re.M),
+            )
             last = float(scores[-1]) if scores else math.nan
             off = [abs(one["val_bpb"] - last) for one in final]
-            ok = ok and len(final) == 1 and off[0] < 1e-7 and not re.search(r"^\S.* INVALID: ", text, re.M)
+            ok = (
+                ok
+                and len(final) == 1
+                and off[0] < 1e-7
+                and not re.search(r"^\S.* INVALID: ", text, re.M)
+            )
             away = f"{max(off, default=math.nan):.1e} from the last of {len(scores)} scores"
             said.append(f"{name}: {len(final)} final line, {away}")
         nats, final = self.child["doc_nats"], final_lines(self.child["output"])
@@ -968,9 +1232,17 @@ class Audit:
         wrong += ["source text in the log"] * (logged not in (wanted["code_sha256"], None))
         knobs = dict(re.findall(r"^  (\w+): (.*) \((?:default|preset|env)\)$", text, re.M))
         own = ("eval_only_path", "eval_deadline_seconds")  # those of the audit
-        scoring = ("ttt", "eval", "phased_ttt", "sliding", "logit_temperature", "compute_dtype", "seed")
+        scoring = (
+            "ttt",
+            "eval",
+            "phased_ttt",
+            "sliding",
+            "logit_temperature",
+            "compute_dtype",
+            "seed",
+        )
         now = {k: v for k, v in self.wanted.items() if k.startswith(scoring) and k not in own}
-        now |= {k: getattr(self.subject.cfg, k) for k in self.tg.MODEL_FIELDS}  # the artifact's
+        now |= {k: getattr(self.subject.cfg, k) for k in self.tg.NETWORK_FIELDS}  # the artifact's
         other = [k for k, v in now.items() if str(v) != knobs.get(k)]
         text = f"{len(wanted)} hashes and {len(now)} knobs of the log compared; "
         text += f"different: {', '.join([*wrong, *other]) or 'none'}"
@@ -978,7 +1250,9 @@ class Audit:
 
     def T20(self) -> Finding:
         subject = self.exact
-        canary = np.random.default_rng(20).choice(subject.words, min(256, int(1.3 * subject.cfg.eval_seq_len)))
+        canary = np.random.default_rng(20).choice(
+            subject.words, min(256, int(1.3 * subject.cfg.eval_seq_len))
+        )
         half = len(self.texts) // 2
         docs = subject.stream([*self.texts[:half], canary, *self.texts[half:], canary])
 
@@ -999,8 +1273,13 @@ class Audit:
 TESTS = [f"T{i}" for i in range(21)]
 
 
-def by_document(nats: np.ndarray, docs: Any) -> list[np.ndarray]:  # without the last target, the BOS of the next
-    return [nats[start : start + count - 1] for start, count in zip(docs.starts, docs.counts, strict=True)]
+def by_document(
+    nats: np.ndarray, docs: Any
+) -> list[np.ndarray]:  # without the last target, the BOS of the next
+    return [
+        nats[start : start + count - 1]
+        for start, count in zip(docs.starts, docs.counts, strict=True)
+    ]
 
 
 # === Logs =============================================================================================================
@@ -1023,12 +1302,16 @@ def implied_bytes(path: Path) -> Finding:
     scores = re.findall(pattern, text)
     scores = [score for score in scores if float(score[0]) and float(score[2])]
     if not any(tokens[:1]) or not scores:
-        return Finding(None, "not run: no line with val_loss and val_bpb, or no number of validation tokens")
+        return Finding(
+            None, "not run: no line with val_loss and val_bpb, or no number of validation tokens"
+        )
     digits = max(min(len(a), len(b)) for _, a, _, b in scores)
     fine = [(float(x), float(y)) for x, a, y, b in scores if min(len(a), len(b)) == digits]
     loss, bpb = fine[-1]
     implied = loss / math.log(2) * tokens[0] / bpb
-    slack = 0.5 * 10.0**-digits * (1 / loss + 1 / bpb)  # what rounding of the printed figures leaves open
+    slack = (
+        0.5 * 10.0**-digits * (1 / loss + 1 / bpb)
+    )  # what rounding of the printed figures leaves open
     near = min(CANONICAL, key=lambda n: abs(n - tokens[0]))
     if abs(near / tokens[0] - 1) < 1e-3:
         name, wanted = CANONICAL[near]
@@ -1036,7 +1319,10 @@ def implied_bytes(path: Path) -> Finding:
     elif final and "val_bytes" in final[-1]:
         name, wanted = "its own val_bytes", final[-1]["val_bytes"]
     else:
-        return Finding(False, f"{tokens[0]:,} validation tokens: none of the known sets; {implied:,.0f} bytes implied")
+        return Finding(
+            False,
+            f"{tokens[0]:,} validation tokens: none of the known sets; {implied:,.0f} bytes implied",
+        )
     ratio = implied / wanted
     passed = abs(ratio - 1) <= BYTES_TOLERANCE + slack
     text = f"val_bpb {bpb} implies {implied:,.0f} bytes, {wanted:,.0f} by {name}: factor {ratio:.6f} (+- {slack:.0e})"
@@ -1046,8 +1332,20 @@ def implied_bytes(path: Path) -> Finding:
 
 
 # === The fresh process ================================================================================================
-WATCHED = ("open", "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "os.forkpty",
-           "socket.connect", "socket.bind", "socket.getaddrinfo", "socket.sendto", "urllib.Request")  # fmt: skip
+WATCHED = (
+    "open",
+    "subprocess.Popen",
+    "os.system",
+    "os.exec",
+    "os.posix_spawn",
+    "os.fork",
+    "os.forkpty",
+    "socket.connect",
+    "socket.bind",
+    "socket.getaddrinfo",
+    "socket.sendto",
+    "urllib.Request",
+)
 
 
 def locked(script: str) -> None:
@@ -1064,7 +1362,9 @@ def locked(script: str) -> None:
             writes = any(c in mode for c in "wax+") or bool(flags & (os.O_WRONLY | os.O_RDWR))
             if event in ("subprocess.Popen", "os.posix_spawn"):
                 target = str(args[0]) if args[0] else str(args[1])
-            events.append((event, os.path.realpath(target) if event == "open" else target, writes, target))
+            events.append(
+                (event, os.path.realpath(target) if event == "open" else target, writes, target)
+            )
 
     sys.argv, sys.path[0] = [script], str(Path(script).parent)
     sys.addaudithook(hook)
@@ -1076,23 +1376,38 @@ def locked(script: str) -> None:
 
 def judge(events: list[tuple[str, str, bool, str]], folder: Path, cfg: Any) -> dict[str, Any]:
     """Splits what the process did into what an evaluation needs and violations."""
-    system = {Path(p).resolve() for p in (sys.prefix, sys.base_prefix, "/proc", "/sys", "/dev", "/etc", "/usr", "/lib")}
+    system = {
+        Path(p).resolve()
+        for p in (sys.prefix, sys.base_prefix, "/proc", "/sys", "/dev", "/etc", "/usr", "/lib")
+    }
     system |= {Path(p).resolve() for p in sys.path if "site-packages" in p}
     data = folder / "data" / "datasets" / cfg.dataset_dir.name
-    mine = {str(folder / name) for name in ("train_gpt.py", "artifact", "tokenizer.model", "opened.json")}
+    mine = {
+        str(folder / name)
+        for name in ("train_gpt.py", "artifact", "tokenizer.model", "opened.json")
+    }
     mine |= {str(path) for path in data.glob("*_val_*.bin")}
-    mine |= {str(data / "doctor.json"), os.devnull}  # the first is looked for and not there; compilers write to null
+    mine |= {
+        str(data / "doctor.json"),
+        os.devnull,
+    }  # the first is looked for and not there; compilers write to null
     opened, violations = set(), []
     for event, path, writes, name in events:
-        given = os.path.normpath(os.path.join(folder, name))  # before links are followed: the bait is one
-        own = given.startswith((f"{folder}/runs/", f"{folder}/logs/", f"{folder}/tmp/", f"{folder}/home/.triton"))
+        given = os.path.normpath(
+            os.path.join(folder, name)
+        )  # before links are followed: the bait is one
+        own = given.startswith(
+            (f"{folder}/runs/", f"{folder}/logs/", f"{folder}/tmp/", f"{folder}/home/.triton")
+        )
         if event != "open":
             if not (cfg.compile and event == "subprocess.Popen"):  # a compiler at work
                 violations.append(f"{event} {name}".strip())
         elif name.isdigit() or own or given in mine:
             opened.add(given.replace(f"{folder}/", "") if not name.isdigit() else "descriptor")
         elif writes or not any(Path(path).is_relative_to(place) for place in system):
-            violations.append(f"{'write' if writes else 'read'} of {given.replace(f'{folder}/', '')}")
+            violations.append(
+                f"{'write' if writes else 'read'} of {given.replace(f'{folder}/', '')}"
+            )
     return {"opened": sorted(opened), "violations": sorted(set(violations))}
 
 
@@ -1100,11 +1415,23 @@ def judge(events: list[tuple[str, str, bool, str]], folder: Path, cfg: Any) -> d
 def properties(findings: dict[str, Finding]) -> dict[str, dict[str, Any]]:
     found = {}
     for name, tests in PROPERTIES.items():
-        ran = {test: findings[test] for test in tests if test in findings and findings[test].passed is not None}
-        missing = [findings[test].evidence for test in tests if test in findings and findings[test].passed is None]
+        ran = {
+            test: findings[test]
+            for test in tests
+            if test in findings and findings[test].passed is not None
+        }
+        missing = [
+            findings[test].evidence
+            for test in tests
+            if test in findings and findings[test].passed is None
+        ]
         evidence = " | ".join(f"{test}: {finding.evidence}" for test, finding in ran.items())
         passed = all(finding.passed for finding in ran.values()) if ran else None
-        found[name] = {"passed": passed, "tests": list(ran), "evidence": evidence or "; ".join(missing) or "not run"}
+        found[name] = {
+            "passed": passed,
+            "tests": list(ran),
+            "evidence": evidence or "; ".join(missing) or "not run",
+        }
     return found
 
 
@@ -1113,12 +1440,20 @@ def as_markdown(result: dict[str, Any]) -> str:
     lines = ["| property | holds | tests | evidence |", "|---|---|---|---|"]
     for name, row in result["properties"].items():
         evidence = row["evidence"].replace(" | ", "<br>").replace("|", "\\|")
-        lines.append(f"| {name.replace('_', ' ')} | {mark[row['passed']]} | {', '.join(row['tests'])} | {evidence} |")
+        lines.append(
+            f"| {name.replace('_', ' ')} | {mark[row['passed']]} | {', '.join(row['tests'])} | {evidence} |"
+        )
     return "\n".join(lines)
 
 
-def audit(script: Path, artifact: Path, environ: dict[str, str], tests: list[str], docs: int,
-          log: Path | None = None) -> dict[str, Any]:  # fmt: skip
+def audit(
+    script: Path,
+    artifact: Path,
+    environ: dict[str, str],
+    tests: list[str],
+    docs: int,
+    log: Path | None = None,
+) -> dict[str, Any]:
     """What audit.json holds."""
     start, visit = time.monotonic(), Audit(script, artifact, environ, docs, log)
     if "T0" not in tests:
@@ -1128,32 +1463,51 @@ def audit(script: Path, artifact: Path, environ: dict[str, str], tests: list[str
     if "ready" in visit.__dict__ and held["document_independent"]["passed"]:
         subject, row = visit.subject, held["document_independent"]
         said = ["documents learn from earlier ones"] * subject.crosses
-        said += ["windows run over documents (DATA_LOADER)"] * any(map(subject.by_rows, subject.names))
+        said += ["windows run over documents (DATA_LOADER)"] * any(
+            map(subject.by_rows, subject.names)
+        )
         if said:
-            row |= {"passed": None, "evidence": f"{', '.join(said)}, as declared; nothing else: {row['evidence']}"}
+            row |= {
+                "passed": None,
+                "evidence": f"{', '.join(said)}, as declared; nothing else: {row['evidence']}",
+            }
     return {
         "artifact_sha256": hashlib.sha256(artifact.read_bytes()).hexdigest(),
         "code_sha256": hashlib.sha256(script.read_bytes()).hexdigest(),
-        "knobs": {k: v for k, v in visit.asked.items() if k not in ("DATA_DIR", "EVAL_ONLY_PATH", "TOKENIZER_PATH")},
+        "knobs": {
+            k: v
+            for k, v in visit.asked.items()
+            if k not in ("DATA_DIR", "EVAL_ONLY_PATH", "TOKENIZER_PATH")
+        },
         "documents": len(visit.texts) if "ready" in visit.__dict__ else 0,
         "seconds": round(time.monotonic() - start, 1),
-        "properties": held, "always_on": sorted(set(visit.always_on)),
-        "tests": {name: {"passed": f.passed, "evidence": f.evidence, **f.figures} for name, f in findings.items()},
-    }  # fmt: skip
+        "properties": held,
+        "always_on": sorted(set(visit.always_on)),
+        "tests": {
+            name: {"passed": f.passed, "evidence": f.evidence, **f.figures}
+            for name, f in findings.items()
+        },
+    }
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.error = lambda message: parser.exit(2, f"audit.py: {message}\n")  # one line
     parser.add_argument("artifact", nargs="?", type=Path, help="final_model.int6.ptz of a run")
     parser.add_argument("--docs", type=int, default=8, help="documents of the sample (default 8)")
     parser.add_argument("--tests", default=",".join(TESTS), help="T0,T3,... (default: all)")
     parser.add_argument("--script", type=Path, default=SCRIPT, help="the script that scores")
-    parser.add_argument("--run-log", type=Path, help="log of the run; default: its own in logs/, beside runs/")
+    parser.add_argument(
+        "--run-log", type=Path, help="log of the run; default: its own in logs/, beside runs/"
+    )
     about = "default, if all tests run: audit.json beside the artifact"
     parser.add_argument("--json", type=Path, metavar="OUT", help=about)
     parser.add_argument("--markdown", action="store_true", help="print a table for a README")
-    parser.add_argument("--log", nargs="+", type=Path, metavar="FILE", help="T13 on these logs, nothing else")
+    parser.add_argument(
+        "--log", nargs="+", type=Path, metavar="FILE", help="T13 on these logs, nothing else"
+    )
     args = parser.parse_args(argv)
     args.tests = [test.strip().upper() for test in args.tests.split(",")]
     if unknown := set(args.tests) - set(TESTS):
@@ -1162,7 +1516,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
         parser.error("needs an artifact, or --log and files")
     if args.docs < 4:
         parser.error(f"--docs {args.docs}: must be at least 4")
-    for path in [args.artifact, args.script, *filter(None, [args.run_log])] if args.artifact else args.log:
+    for path in (
+        [args.artifact, args.script, *filter(None, [args.run_log])] if args.artifact else args.log
+    ):
         if not path.is_file():
             parser.error(f"{path}: no such file")
     if args.json and not args.json.absolute().parent.is_dir():
@@ -1180,7 +1536,9 @@ def refused(script: Path, artifact: Path, environ: dict[str, str]) -> str | None
     return why if why and visit.refused() else None
 
 
-def of_log(log: Path, environ: dict[str, str]) -> dict[str, str]:  # the run's knobs that the environment lacks
+def of_log(
+    log: Path, environ: dict[str, str]
+) -> dict[str, str]:  # the run's knobs that the environment lacks
     from pack import read_knobs  # here: it brings this repository's script with it
 
     aliases = load_script(SCRIPT).ALIASES
@@ -1196,10 +1554,15 @@ def main(argv: list[str]) -> int:
     if args.log:
         findings = {path: implied_bytes(path) for path in args.log}
         if all(finding.passed is None for finding in findings.values()):
-            print(f"audit.py: {', '.join(map(str, findings))}: {findings[args.log[0]].evidence}", file=sys.stderr)
+            print(
+                f"audit.py: {', '.join(map(str, findings))}: {findings[args.log[0]].evidence}",
+                file=sys.stderr,
+            )
             return 2
         for path, finding in findings.items():
-            print(f"{ {True: 'ok', False: 'VIOLATION', None: '-'}[finding.passed]:<10}{path}: {finding.evidence}")
+            print(
+                f"{ {True: 'ok', False: 'VIOLATION', None: '-'}[finding.passed]:<10}{path}: {finding.evidence}"
+            )
         return int(any(finding.passed is False for finding in findings.values()))
     folder = args.artifact.resolve().parent
     log = args.run_log or log_of_run(folder)
@@ -1222,7 +1585,9 @@ def main(argv: list[str]) -> int:
         print("\n" + as_markdown(result))
     wrong = [name for name, test in result["tests"].items() if test["passed"] is False]
     said = out or "not all tests: nothing written without --json"
-    print(f"{result['documents']} documents, {result['seconds']:.0f} s: {', '.join(wrong) or 'no'} violation; {said}")
+    print(
+        f"{result['documents']} documents, {result['seconds']:.0f} s: {', '.join(wrong) or 'no'} violation; {said}"
+    )
     return int(bool(wrong))
 
 

@@ -10,10 +10,13 @@ from types import ModuleType
 
 # Validation targets -> (name, bytes they decode to), as counted over the public logs; long windows drop a tail.
 PUBLISHED = {
-    62_021_632: ("sp1024", 151_080_363), 45_508_608: ("sp4096", 151_074_053), 40_540_160: ("sp8192", 151_078_222),
-    47_851_520: ("sp8192 CaseOps", 151_074_499), 151_130_112: ("byte260", 151_080_114),
+    62_021_632: ("sp1024", 151_080_363),
+    45_508_608: ("sp4096", 151_074_053),
+    40_540_160: ("sp8192", 151_078_222),
+    47_851_520: ("sp8192 CaseOps", 151_074_499),
+    151_130_112: ("byte260", 151_080_114),
     63_779_840: ("sp1024, first split", 155_769_746),
-}  # fmt: skip
+}
 
 
 def log_of_run(folder: Path) -> Path:
@@ -34,7 +37,9 @@ def load_script(path: Path) -> ModuleType:
     if (name := f"script_{digest}") in sys.modules:
         return sys.modules[name]
     spec, register = importlib.util.spec_from_file_location(name, path), torch.library.custom_op
-    torch.library.custom_op = lambda op, *args, **options: register(op.replace("::", f"_{digest}::"), *args, **options)
+    torch.library.custom_op = lambda op, *args, **options: register(
+        op.replace("::", f"_{digest}::"), *args, **options
+    )
     sys.modules[name] = module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)

@@ -54,7 +54,9 @@ import doctor  # noqa: E402
 
 from train_gpt import ByteTable, UsageError, read_shard, write_shard  # noqa: E402
 
-TOKENIZER_SAMPLE_BYTES = 64_000_000  # training text that a tokenizer is trained on; more changes little
+TOKENIZER_SAMPLE_BYTES = (
+    64_000_000  # training text that a tokenizer is trained on; more changes little
+)
 BATCH_DOCUMENTS = 512  # encoded at once, over all cores
 COUNT_TOKENS = 1 << 22  # counted at once
 
@@ -101,7 +103,9 @@ def load_tokenizer(model: bytes, name: object) -> spm.SentencePieceProcessor:
     except RuntimeError:
         raise UsageError(f"{name} is not a SentencePiece model") from None
     if sp.bos_id() < 0 or sp.vocab_size() > 1 << 16:
-        raise UsageError(f"{name} has BOS id {sp.bos_id()} and {sp.vocab_size()} pieces; need a BOS and at most 65536")
+        raise UsageError(
+            f"{name} has BOS id {sp.bos_id()} and {sp.vocab_size()} pieces; need a BOS and at most 65536"
+        )
     return sp
 
 
@@ -113,10 +117,27 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
     cannot fill, or do not fit, the vocabulary.
     """
     model = io.BytesIO()
-    options = dict(model_type="bpe", byte_fallback=True, split_digits=True, pad_id=0, bos_id=1, eos_id=2, unk_id=3)
-    options |= dict(normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=True)
-    options |= dict(user_defined_symbols=["\n", "\n\n"], max_sentence_length=1 << 28, num_threads=4, minloglevel=2)
-    sentences = (text.replace("\t", "\n") for text in texts)  # the trainer skips sentences with a tab
+    options = dict(
+        model_type="bpe",
+        byte_fallback=True,
+        split_digits=True,
+        pad_id=0,
+        bos_id=1,
+        eos_id=2,
+        unk_id=3,
+    )
+    options |= dict(
+        normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=True
+    )
+    options |= dict(
+        user_defined_symbols=["\n", "\n\n"],
+        max_sentence_length=1 << 28,
+        num_threads=4,
+        minloglevel=2,
+    )
+    sentences = (
+        text.replace("\t", "\n") for text in texts
+    )  # the trainer skips sentences with a tab
     try:
         spm.SentencePieceTrainer.train(
             sentence_iterator=sentences, model_writer=model, vocab_size=vocab_size, **options
@@ -126,7 +147,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
     return model.getvalue()
 
 
-def encode(target: Target, documents: Iterable[str], entry: dict[str, Any], split: str) -> Iterator[np.ndarray]:
+def encode(
+    target: Target, documents: Iterable[str], entry: dict[str, Any], split: str
+) -> Iterator[np.ndarray]:
     """Yields batches of documents as uint16 tokens, each document BOS + ids, and adds them up in `entry`.
 
     Leaves out empty documents and, with a tokenizer trained here, those it cannot give back (they hold U+2581, which
@@ -157,7 +180,9 @@ def encode(target: Target, documents: Iterable[str], entry: dict[str, Any], spli
         entry["bytes"] += num_bytes
         yield tokens
     if altered or dropped:
-        print(f"{split}: {altered} documents do not come back exactly from the tokenizer, {dropped} left out")
+        print(
+            f"{split}: {altered} documents do not come back exactly from the tokenizer, {dropped} left out"
+        )
 
 
 def recut(arrays: Iterable[np.ndarray], length: int) -> Iterator[np.ndarray]:
@@ -176,7 +201,9 @@ def recut(arrays: Iterable[np.ndarray], length: int) -> Iterator[np.ndarray]:
         yield np.concatenate(pending)
 
 
-def write_split(target: Target, folder: Path, split: str, documents: Iterable[str]) -> dict[str, Any]:
+def write_split(
+    target: Target, folder: Path, split: str, documents: Iterable[str]
+) -> dict[str, Any]:
     """Writes the shards of one split into `folder`; returns its manifest entry. Raises UsageError if it is empty."""
     entry: dict[str, Any] = {"documents": 0, "tokens": 0, "bytes": 0, "gzip_bytes": 0, "files": []}
     prefix = target.dataset.rpartition("_sp")[0]
@@ -185,7 +212,9 @@ def write_split(target: Target, folder: Path, split: str, documents: Iterable[st
         path = folder / f"{prefix}_{split}_{number:06d}.bin"
         write_shard(path, tokens)
         entry["tokens"] += len(tokens)
-        entry["files"].append({"name": path.name, "tokens": len(tokens), "sha256": file_sha256(path)})
+        entry["files"].append(
+            {"name": path.name, "tokens": len(tokens), "sha256": file_sha256(path)}
+        )
     if not entry["documents"]:
         raise UsageError(f"no documents are left for the {split} split")
     return entry
@@ -197,7 +226,12 @@ def write_manifest(target: Target, folder: Path, splits: dict[str, dict[str, Any
     splits["train"].pop("gzip_bytes", None)  # a figure for scale, only of validation
     tokenizer = {"file": target.tokenizer_file, "sha256": hashlib.sha256(target.model).hexdigest()}
     tokenizer |= {"vocab_size": sp.vocab_size(), "bos_id": sp.bos_id()}
-    manifest = {"version": 1, "dataset": target.dataset, "source": target.source, "inputs": target.inputs}
+    manifest = {
+        "version": 1,
+        "dataset": target.dataset,
+        "source": target.source,
+        "inputs": target.inputs,
+    }
     manifest |= {"date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
     manifest |= {"tokenizer": tokenizer, "splits": splits}
     replace_file(folder / "manifest.json", (json.dumps(manifest, indent=1) + "\n").encode())
@@ -205,7 +239,9 @@ def write_manifest(target: Target, folder: Path, splits: dict[str, dict[str, Any
         line = f"{split}: {entry['documents']} documents, {entry['tokens']} tokens, {entry['bytes']} bytes, "
         line += f"{entry['tokens'] / max(entry['bytes'], 1):.4f} tokens per byte"
         if gzip_bytes := entry.get("gzip_bytes"):
-            line += f", {8 * gzip_bytes / entry['bytes']:.4f} bits per byte by gzip -9 of each document"
+            line += (
+                f", {8 * gzip_bytes / entry['bytes']:.4f} bits per byte by gzip -9 of each document"
+            )
         print(line)
 
 
@@ -225,7 +261,10 @@ def write_dataset(target: Target, splits: dict[str, Iterable[str]], force: bool)
     shutil.rmtree(staging, ignore_errors=True)
     try:
         staging.mkdir(parents=True)
-        entries = {split: write_split(target, staging, split, documents) for split, documents in splits.items()}
+        entries = {
+            split: write_split(target, staging, split, documents)
+            for split, documents in splits.items()
+        }
         write_manifest(target, staging, entries)
         replace_file(target.tokenizer, target.model)
         shutil.rmtree(target.folder, ignore_errors=True)
@@ -245,22 +284,46 @@ def is_prepared(args: argparse.Namespace, dataset: str, inputs: str) -> bool:
         return False
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-        files = {folder / file["name"]: file["sha256"] for s in manifest["splits"].values() for file in s["files"]}
-        files[args.data_dir / "tokenizers" / manifest["tokenizer"]["file"]] = manifest["tokenizer"]["sha256"]
+        files = {
+            folder / file["name"]: file["sha256"]
+            for s in manifest["splits"].values()
+            for file in s["files"]
+        }
+        files[args.data_dir / "tokenizers" / manifest["tokenizer"]["file"]] = manifest["tokenizer"][
+            "sha256"
+        ]
     except (OSError, ValueError, KeyError, TypeError):
-        raise UsageError(f"{folder} exists without a usable manifest.json; --force replaces it") from None
+        raise UsageError(
+            f"{folder} exists without a usable manifest.json; --force replaces it"
+        ) from None
     if manifest.get("inputs") != inputs:
-        raise UsageError(f"{folder} was made from other inputs; --force replaces it, --name puts another beside it")
-    if intact := all(path.is_file() and file_sha256(path) == sha256 for path, sha256 in files.items()):
+        raise UsageError(
+            f"{folder} was made from other inputs; --force replaces it, --name puts another beside it"
+        )
+    if intact := all(
+        path.is_file() and file_sha256(path) == sha256 for path, sha256 in files.items()
+    ):
         print(f"{folder} is there and intact; --force makes it anew")
     return intact
 
 
 # ---- pydocs: documentation of the installed Python, NumPy and PyTorch -----------------------------------------------
 
-SKIPPED_FOLDERS = {"test", "tests", "testing", "idlelib", "site-packages", "dist-packages", "_vendor", "third_party"}
+SKIPPED_FOLDERS = {
+    "test",
+    "tests",
+    "testing",
+    "idlelib",
+    "site-packages",
+    "dist-packages",
+    "_vendor",
+    "third_party",
+}
 SKIPPED_FOLDERS |= {"distutils", "lib2to3"}  # gone from newer Pythons
-MIN_DOCUMENT_BYTES, MAX_DOCUMENT_BYTES = 200, 10_000  # a longer module is cut between docstrings, into equal parts
+MIN_DOCUMENT_BYTES, MAX_DOCUMENT_BYTES = (
+    200,
+    10_000,
+)  # a longer module is cut between docstrings, into equal parts
 PYDOCS_VAL_DOCUMENTS = 100
 SHINGLE_WORDS = 32
 MAX_SHARED = 0.2  # share of a validation document's shingles that other documents may contain
@@ -281,16 +344,24 @@ def docstrings(source: bytes, module: str) -> list[str]:
     found: list[str] = []
 
     def attached(call: ast.Call, name: str) -> None:
-        strings = [n.value for n in ast.walk(call) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+        strings = [
+            n.value
+            for n in ast.walk(call)
+            if isinstance(n, ast.Constant) and isinstance(n.value, str)
+        ]
         if texts := [s for s in strings if "\n" in s.strip()]:
-            if len(call.args) > 1 and isinstance(call.args[0], ast.Constant):  # ("numpy", "ndarray", ("T", "..."))
+            if len(call.args) > 1 and isinstance(
+                call.args[0], ast.Constant
+            ):  # ("numpy", "ndarray", ("T", "..."))
                 name = ".".join(s for s in strings if s.replace(".", "").isidentifier())
             elif len(call.args) > 1:
                 name = ast.unparse(call.args[0])
             found.append(f"{name}\n\n{inspect.cleandoc(max(texts, key=len)).strip()}")
 
     def visit(node: ast.AST, name: str) -> None:
-        if isinstance(node, ast.Call) and "doc" in getattr(node.func, "attr", getattr(node.func, "id", "")):
+        if isinstance(node, ast.Call) and "doc" in getattr(
+            node.func, "attr", getattr(node.func, "id", "")
+        ):
             attached(node, name)
             return
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
@@ -308,7 +379,9 @@ def cut(sections: list[str]) -> list[str]:
     ends = np.cumsum([len(section.encode()) for section in sections])
     parts: dict[int, list[str]] = {}
     for section, end in zip(sections, ends, strict=True):
-        parts.setdefault(int((end - 1) * -(-ends[-1] // MAX_DOCUMENT_BYTES) // ends[-1]), []).append(section)
+        parts.setdefault(
+            int((end - 1) * -(-ends[-1] // MAX_DOCUMENT_BYTES) // ends[-1]), []
+        ).append(section)
     return ["\n\n\n".join(part) for part in parts.values()]
 
 
@@ -319,7 +392,11 @@ def python_documents(packages: dict[str, Path]) -> list[str]:
     exact duplicates are left out.
     """
     documents = []
-    files = [(prefix, root, path) for prefix, root in packages.items() for path in sorted(root.rglob("*.py"))]
+    files = [
+        (prefix, root, path)
+        for prefix, root in packages.items()
+        for path in sorted(root.rglob("*.py"))
+    ]
     for prefix, root, path in tqdm(files, desc="parsing", unit="file", disable=None):
         inner = path.relative_to(root).with_suffix("").parts
         if not SKIPPED_FOLDERS & set(inner[:-1]):
@@ -338,9 +415,13 @@ def shared_fraction(documents: list[str]) -> np.ndarray:
     for text in documents:
         words = np.array([zlib.crc32(word.encode()) + 1 for word in text.split()], dtype=np.uint64)
         words = np.pad(words, (0, max(0, SHINGLE_WORDS - len(words))))
-        shingles.append(np.unique(np.lib.stride_tricks.sliding_window_view(words, SHINGLE_WORDS) @ factors))
+        shingles.append(
+            np.unique(np.lib.stride_tricks.sliding_window_view(words, SHINGLE_WORDS) @ factors)
+        )
     owner = np.repeat(np.arange(len(documents)), [len(s) for s in shingles])
-    _, inverse, counts = np.unique(np.concatenate(shingles), return_inverse=True, return_counts=True)
+    _, inverse, counts = np.unique(
+        np.concatenate(shingles), return_inverse=True, return_counts=True
+    )
     return np.bincount(owner, weights=counts[inverse] > 1) / np.bincount(owner)
 
 
@@ -352,7 +433,10 @@ def hold_out(documents: list[str], num_val: int, seed: int) -> tuple[list[str], 
     """
     rng = random.Random(seed)
     shared = shared_fraction(documents)
-    eligible = sorted((i for i in range(len(documents)) if shared[i] <= MAX_SHARED), key=lambda i: len(documents[i]))
+    eligible = sorted(
+        (i for i in range(len(documents)) if shared[i] <= MAX_SHARED),
+        key=lambda i: len(documents[i]),
+    )
     val = {int(rng.choice(length_class)) for length_class in np.array_split(eligible, num_val)}
     order = rng.sample(range(len(documents)), len(documents))
     return [documents[i] for i in order if i not in val], [documents[i] for i in order if i in val]
@@ -366,10 +450,14 @@ def run_pydocs(args: argparse.Namespace) -> None:
     source = f"docstrings and help topics of {platform.python_implementation()} {platform.python_version()}"
     for package in args.packages:
         try:
-            packages[package] = Path(importlib.util.find_spec(package).submodule_search_locations[0])
+            packages[package] = Path(
+                importlib.util.find_spec(package).submodule_search_locations[0]
+            )
             source += f", {package} {importlib.metadata.version(package)}"
         except (AttributeError, TypeError, ModuleNotFoundError):
-            raise UsageError(f"--packages {package}: there is no installed package of that name") from None
+            raise UsageError(
+                f"--packages {package}: there is no installed package of that name"
+            ) from None
     dataset = f"{args.name}_sp{args.vocab_size}"
     inputs = inputs_digest(source, args.vocab_size, args.seed, args.shard_tokens)
     if is_prepared(args, dataset, inputs):
@@ -377,13 +465,20 @@ def run_pydocs(args: argparse.Namespace) -> None:
     documents = [f"{name}\n\n{text.strip()}" for name, text in sorted(topics.topics.items())]
     train, val = hold_out(documents + python_documents(packages), PYDOCS_VAL_DOCUMENTS, args.seed)
     model = train_tokenizer(train, args.vocab_size)
-    target = Target(args.data_dir, dataset, source, inputs, model, f"{dataset}.model", True, args.shard_tokens)
+    target = Target(
+        args.data_dir, dataset, source, inputs, model, f"{dataset}.model", True, args.shard_tokens
+    )
     write_dataset(target, {"train": train, "val": val}, args.force)
 
 
 # ---- text: documents from files -------------------------------------------------------------------------------------
 
-BROKEN_ARCHIVE = (EOFError, zlib.error, gzip.BadGzipFile, *([zstandard.ZstdError] if zstandard else []))
+BROKEN_ARCHIVE = (
+    EOFError,
+    zlib.error,
+    gzip.BadGzipFile,
+    *([zstandard.ZstdError] if zstandard else []),
+)
 
 
 class Document(NamedTuple):
@@ -401,7 +496,9 @@ def open_input(path: Path) -> BinaryIO:
     if kind == ".jsonl.zst":
         if zstandard is None:
             raise UsageError(f"{path}: reading .zst files needs the zstandard package")
-        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(path.open("rb"), read_across_frames=True))
+        return io.BufferedReader(
+            zstandard.ZstdDecompressor().stream_reader(path.open("rb"), read_across_frames=True)
+        )
     return gzip.open(path) if kind == ".jsonl.gz" else path.open("rb")
 
 
@@ -429,13 +526,19 @@ def read_file(path: Path, field: str) -> Iterator[tuple[int, str]]:
                     found = True
                     yield number, line.decode() if is_txt else parse_line(line, field)
     except UnicodeDecodeError as error:
-        raise UsageError(f"{path}:{number + error.object.count(10, 0, error.start)} is not UTF-8") from None
+        raise UsageError(
+            f"{path}:{number + error.object.count(10, 0, error.start)} is not UTF-8"
+        ) from None
     except json.JSONDecodeError as error:
-        raise UsageError(f"{path}:{number} is not JSON: {error.msg}, column {error.colno}") from None
+        raise UsageError(
+            f"{path}:{number} is not JSON: {error.msg}, column {error.colno}"
+        ) from None
     except BROKEN_ARCHIVE as error:
         raise UsageError(f"{path}:{number + 1} cannot be decompressed: {error}") from None
     except ValueError as error:
-        raise error if isinstance(error, UsageError) else UsageError(f"{path}:{number} {error}") from None
+        raise (
+            error if isinstance(error, UsageError) else UsageError(f"{path}:{number} {error}")
+        ) from None
     if not found:
         raise UsageError(f"{path}:1 is empty")
 
@@ -443,10 +546,16 @@ def read_file(path: Path, field: str) -> Iterator[tuple[int, str]]:
 def read_corpus(args: argparse.Namespace) -> Iterator[Document]:
     """Every document of the input files with its split, validation files first. Nothing is kept in memory."""
     salt = args.seed.to_bytes(8, "little", signed=True)
-    for is_val, path in [(True, path) for path in args.val] + [(False, path) for path in args.files]:
+    for is_val, path in [(True, path) for path in args.val] + [
+        (False, path) for path in args.files
+    ]:
         for number, text in read_file(path, args.key):
-            key = hashlib.blake2b(" ".join(text.split()).encode(), digest_size=16, salt=salt).digest()
-            held_out = not args.val and fraction(key[:8]) < args.val_fraction  # equal texts fall on the same side
+            key = hashlib.blake2b(
+                " ".join(text.split()).encode(), digest_size=16, salt=salt
+            ).digest()
+            held_out = (
+                not args.val and fraction(key[:8]) < args.val_fraction
+            )  # equal texts fall on the same side
             yield Document(text, "val" if is_val or held_out else "train", f"{path}:{number}", key)
 
 
@@ -469,7 +578,9 @@ def survey(args: argparse.Namespace) -> tuple[set[bytes], int]:
         else:
             train_bytes += len(document.text.encode())
     if not val_keys:
-        raise UsageError("no document fell to validation; raise --val-fraction or name files with --val")
+        raise UsageError(
+            "no document fell to validation; raise --val-fraction or name files with --val"
+        )
     if overlap and not args.drop_overlap:
         line = f"is in the validation set, like {len(overlap)} training documents in all"
         raise UsageError(f"{overlap[0]} {line}; --drop-overlap leaves them out of training")
@@ -483,10 +594,19 @@ def run_text(args: argparse.Namespace) -> None:
     if not 0 < args.val_fraction < 1:
         raise UsageError(f"--val-fraction {args.val_fraction:g}: must lie between 0 and 1")
     model = args.tokenizer.read_bytes() if args.tokenizer else b""
-    vocab_size = load_tokenizer(model, args.tokenizer).vocab_size() if args.tokenizer else args.vocab_size
+    vocab_size = (
+        load_tokenizer(model, args.tokenizer).vocab_size() if args.tokenizer else args.vocab_size
+    )
     dataset = f"{args.name}_sp{vocab_size}"
     files = [[file_sha256(path) for path in paths] for paths in (args.files, args.val)]
-    options = [args.key, args.seed, args.shard_tokens, args.drop_overlap, args.val_fraction, vocab_size]
+    options = [
+        args.key,
+        args.seed,
+        args.shard_tokens,
+        args.drop_overlap,
+        args.val_fraction,
+        vocab_size,
+    ]
     inputs = inputs_digest(files, options, hashlib.sha256(model).hexdigest())
     if is_prepared(args, dataset, inputs):
         return
@@ -499,12 +619,16 @@ def run_text(args: argparse.Namespace) -> None:
                 yield document.text
 
     if not args.tokenizer:
-        model = train_tokenizer(texts("train", TOKENIZER_SAMPLE_BYTES / max(train_bytes, 1)), vocab_size)
+        model = train_tokenizer(
+            texts("train", TOKENIZER_SAMPLE_BYTES / max(train_bytes, 1)), vocab_size
+        )
     names = [", ".join(path.name for path in paths) for paths in (args.files, args.val)]
     source = f"text of {names[0]}; validation: {names[1] or f'{args.val_fraction:g} of the documents, by hash'}"
     tokenizer_file = args.tokenizer.name if args.tokenizer else f"{dataset}.model"
     lossless = not args.tokenizer
-    target = Target(args.data_dir, dataset, source, inputs, model, tokenizer_file, lossless, args.shard_tokens)
+    target = Target(
+        args.data_dir, dataset, source, inputs, model, tokenizer_file, lossless, args.shard_tokens
+    )
     write_dataset(target, {"train": texts("train"), "val": texts("val")}, args.force)
 
 
@@ -520,7 +644,11 @@ class Hub:
             from huggingface_hub.errors import HfHubHTTPError
         except ImportError:
             raise UsageError("fineweb needs the huggingface_hub package") from None
-        self.failures = (OSError, ValueError, *HfHubHTTPError.__bases__)  # its bases hold the HTTP library's error
+        self.failures = (
+            OSError,
+            ValueError,
+            *HfHubHTTPError.__bases__,
+        )  # its bases hold the HTTP library's error
         self.repo, self.staging = repo, staging
         self.api, self.hf_hub_download = huggingface_hub.HfApi(), huggingface_hub.hf_hub_download
         self.published: dict[str, Any] = {}  # path -> size and checksum
@@ -530,11 +658,15 @@ class Hub:
         try:
             return function(*args, **options)
         except self.failures as error:
-            raise UsageError(f"{self.repo}: {type(error).__name__}: {' '.join(str(error).split())[:300]}") from None
+            raise UsageError(
+                f"{self.repo}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            ) from None
 
     def look_up(self, paths: list[str]) -> None:
         """Asks for size and checksum of each path; raises UsageError if one is not in the repository."""
-        infos = self.call(self.api.get_paths_info, self.repo, paths, repo_type="dataset", revision=self.commit)
+        infos = self.call(
+            self.api.get_paths_info, self.repo, paths, repo_type="dataset", revision=self.commit
+        )
         self.published |= {info.path: info for info in infos}
         if missing := [path for path in paths if path not in self.published]:
             raise UsageError(f"{self.repo} has no {missing[0]}")
@@ -575,19 +707,31 @@ def published_export(path: Path, dataset: str) -> tuple[dict[str, Any], str]:
     try:
         manifest = json.loads(path.read_text())
         entry = next(item for item in manifest["datasets"] if item["name"] == dataset)
-        tokenizer = next(item for item in manifest["tokenizers"] if item["name"] == entry["tokenizer_name"])
-        return entry["stats"] | {key: int(entry["stats"][key]) for key in ("files_train", "files_val")}, tokenizer[
-            "model_path"
-        ]
+        tokenizer = next(
+            item for item in manifest["tokenizers"] if item["name"] == entry["tokenizer_name"]
+        )
+        return entry["stats"] | {
+            key: int(entry["stats"][key]) for key in ("files_train", "files_val")
+        }, tokenizer["model_path"]
     except (ValueError, KeyError, TypeError, StopIteration):
-        raise UsageError(f"the published manifest.json does not describe {dataset} and its tokenizer") from None
+        raise UsageError(
+            f"the published manifest.json does not describe {dataset} and its tokenizer"
+        ) from None
 
 
 def count_shards(paths: list[Path], sp: spm.SentencePieceProcessor) -> dict[str, Any]:
     """Manifest entry of a split that is already in shards: documents by BOS, bytes by the byte table."""
     table, bos = ByteTable.from_sentencepiece(sp), sp.bos_id()
-    entry: dict[str, Any] = {"documents": 0, "tokens": 0, "bytes": 0, "gzip_bytes": None, "files": []}
-    previous = np.empty(0, dtype=np.uint16)  # the token before a chunk decides whether a leading space counts
+    entry: dict[str, Any] = {
+        "documents": 0,
+        "tokens": 0,
+        "bytes": 0,
+        "gzip_bytes": None,
+        "files": [],
+    }
+    previous = np.empty(
+        0, dtype=np.uint16
+    )  # the token before a chunk decides whether a leading space counts
     for path in tqdm(paths, desc="counting", unit="shard", disable=None):
         shard = read_shard(path)
         for start in range(0, len(shard), COUNT_TOKENS):
@@ -596,7 +740,9 @@ def count_shards(paths: list[Path], sp: spm.SentencePieceProcessor) -> dict[str,
             entry["bytes"] += table.count(np.concatenate([previous, chunk]))
             previous = chunk[-1:]
         entry["tokens"] += len(shard)
-        entry["files"].append({"name": path.name, "tokens": len(shard), "sha256": file_sha256(path)})
+        entry["files"].append(
+            {"name": path.name, "tokens": len(shard), "sha256": file_sha256(path)}
+        )
     return entry
 
 
@@ -604,14 +750,20 @@ def run_fineweb(args: argparse.Namespace) -> None:
     """The published contest shards: downloads what is missing, checks every file, writes the manifest."""
     dataset = f"{args.name}_{args.variant}"
     folder, tokenizers = args.data_dir / "datasets" / dataset, args.data_dir / "tokenizers"
-    staging = folder.with_name(f".{dataset}.part")  # kept after a failure, so that a download can go on
-    default_repo = "willdepueoai/parameter-golf" if args.variant == "sp1024" else "kevclark/parameter-golf"
+    staging = folder.with_name(
+        f".{dataset}.part"
+    )  # kept after a failure, so that a download can go on
+    default_repo = (
+        "willdepueoai/parameter-golf" if args.variant == "sp1024" else "kevclark/parameter-golf"
+    )
     hub = Hub(args.repo or default_repo, args.revision, staging)
     hub.look_up([f"{args.root}/manifest.json"])
     hub.fetch(f"{args.root}/manifest.json", staging / "published.json")
     stats, model_path = published_export(staging / "published.json", dataset)
     if args.train_shards > stats["files_train"]:
-        raise UsageError(f"--train-shards {args.train_shards}: {hub.repo} has {stats['files_train']} of {dataset}")
+        raise UsageError(
+            f"--train-shards {args.train_shards}: {hub.repo} has {stats['files_train']} of {dataset}"
+        )
     names = [f"fineweb_val_{i:06d}.bin" for i in range(stats["files_val"])]
     names += [f"fineweb_train_{i:06d}.bin" for i in range(args.train_shards)]
     files = {f"{args.root}/{model_path}": tokenizers / Path(model_path).name}
@@ -621,12 +773,22 @@ def run_fineweb(args: argparse.Namespace) -> None:
         hub.fetch(remote, local)
     model = (tokenizers / Path(model_path).name).read_bytes()
     sp = load_tokenizer(model, model_path)
-    splits = {split: count_shards(sorted(folder.glob(f"fineweb_{split}_*.bin")), sp) for split in ("train", "val")}
-    for key, value in (("tokens_val", splits["val"]["tokens"]), ("docs_val", splits["val"]["documents"])):
+    splits = {
+        split: count_shards(sorted(folder.glob(f"fineweb_{split}_*.bin")), sp)
+        for split in ("train", "val")
+    }
+    for key, value in (
+        ("tokens_val", splits["val"]["tokens"]),
+        ("docs_val", splits["val"]["documents"]),
+    ):
         if stats.get(key, value) != value:
-            raise UsageError(f"{folder}: {key} is {value}, the published manifest says {stats[key]}")
+            raise UsageError(
+                f"{folder}: {key} is {value}, the published manifest says {stats[key]}"
+            )
     source = f"{dataset} as published by {hub.repo} at commit {hub.commit}"
-    target = Target(args.data_dir, dataset, source, hub.commit, model, Path(model_path).name, False, 0)
+    target = Target(
+        args.data_dir, dataset, source, hub.commit, model, Path(model_path).name, False, 0
+    )
     write_manifest(target, folder, splits)
     shutil.rmtree(staging)
 
@@ -641,43 +803,87 @@ def positive(text: str) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(run: Callable[[argparse.Namespace], None], name: str, dataset: str) -> argparse.ArgumentParser:
+    def command(
+        run: Callable[[argparse.Namespace], None], name: str, dataset: str
+    ) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
         sub.set_defaults(run=run)
-        sub.add_argument("--data-dir", type=Path, default=Path("data"), help="root of the layout (default ./data)")
-        sub.add_argument("--name", default=dataset, help=f"first part of the dataset's name (default {dataset})")
+        sub.add_argument(
+            "--data-dir",
+            type=Path,
+            default=Path("data"),
+            help="root of the layout (default ./data)",
+        )
+        sub.add_argument(
+            "--name", default=dataset, help=f"first part of the dataset's name (default {dataset})"
+        )
         return sub
 
     pydocs, text = command(run_pydocs, "pydocs", "pydocs"), command(run_text, "text", "corpus")
     packages = "installed packages to read beside the standard library (default numpy torch)"
-    pydocs.add_argument("--packages", nargs="*", default=["numpy", "torch"], metavar="PACKAGE", help=packages)
+    pydocs.add_argument(
+        "--packages", nargs="*", default=["numpy", "torch"], metavar="PACKAGE", help=packages
+    )
     kinds = ".jsonl, .jsonl.zst or .jsonl.gz (one object a line) or .txt (the whole file is one document)"
-    text.add_argument("files", nargs="+", type=Path, metavar="FILE", help=f"training documents: {kinds}")
-    text.add_argument("--key", default="text", help="key of the JSON objects that holds the text (default text)")
-    text.add_argument("--drop-overlap", action="store_true", help="leave validation documents out of training")
+    text.add_argument(
+        "files", nargs="+", type=Path, metavar="FILE", help=f"training documents: {kinds}"
+    )
+    text.add_argument(
+        "--key", default="text", help="key of the JSON objects that holds the text (default text)"
+    )
+    text.add_argument(
+        "--drop-overlap", action="store_true", help="leave validation documents out of training"
+    )
     pieces, group = text.add_mutually_exclusive_group(), text.add_mutually_exclusive_group()
-    pieces.add_argument("--tokenizer", type=Path, metavar="MODEL", help="use this SentencePiece model, train none")
-    group.add_argument("--val", nargs="+", type=Path, default=[], metavar="FILE", help="validation documents")
-    group.add_argument("--val-fraction", type=float, default=0.01, help="or the share to hold out (default 0.01)")
+    pieces.add_argument(
+        "--tokenizer", type=Path, metavar="MODEL", help="use this SentencePiece model, train none"
+    )
+    group.add_argument(
+        "--val", nargs="+", type=Path, default=[], metavar="FILE", help="validation documents"
+    )
+    group.add_argument(
+        "--val-fraction", type=float, default=0.01, help="or the share to hold out (default 0.01)"
+    )
     for sub, vocabulary in ((pydocs, pydocs), (text, pieces)):
         vocabulary.add_argument(
-            "--vocab-size", type=positive, default=1024, help="pieces of a new tokenizer (default 1024)"
+            "--vocab-size",
+            type=positive,
+            default=1024,
+            help="pieces of a new tokenizer (default 1024)",
         )
         sub.add_argument("--seed", type=int, default=0, help="decides what is held out (default 0)")
-        sub.add_argument("--shard-tokens", type=positive, default=100_000_000, help="tokens a shard (default 100 M)")
-        sub.add_argument("--force", action="store_true", help="replace a dataset that is already there")
+        sub.add_argument(
+            "--shard-tokens",
+            type=positive,
+            default=100_000_000,
+            help="tokens a shard (default 100 M)",
+        )
+        sub.add_argument(
+            "--force", action="store_true", help="replace a dataset that is already there"
+        )
 
     fineweb = command(run_fineweb, "fineweb", "fineweb10B")
-    fineweb.add_argument("--variant", default="sp8192", help="vocabulary: sp1024, sp8192 ... (default sp8192)")
-    fineweb.add_argument("--train-shards", type=positive, default=80, help="100 M tokens each (default 80)")
     fineweb.add_argument(
-        "--repo", help="dataset repository (default kevclark/ or, sp1024, willdepueoai/parameter-golf)"
+        "--variant", default="sp8192", help="vocabulary: sp1024, sp8192 ... (default sp8192)"
+    )
+    fineweb.add_argument(
+        "--train-shards", type=positive, default=80, help="100 M tokens each (default 80)"
+    )
+    fineweb.add_argument(
+        "--repo",
+        help="dataset repository (default kevclark/ or, sp1024, willdepueoai/parameter-golf)",
     )
     fineweb.add_argument("--revision", default="main", help="branch, tag or commit (default main)")
-    fineweb.add_argument("--root", default="datasets", help="folder of the export in the repository (default datasets)")
+    fineweb.add_argument(
+        "--root",
+        default="datasets",
+        help="folder of the export in the repository (default datasets)",
+    )
 
     sub = commands.add_parser("doctor", help=doctor.__doc__.partition(":")[0])
     sub.set_defaults(run=doctor.run)
@@ -690,7 +896,9 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         if "/" in (name := getattr(args, "name", "")):  # the doctor has none
-            raise UsageError(f"--name {name}: must be a name; --data-dir says where the data set goes")
+            raise UsageError(
+                f"--name {name}: must be a name; --data-dir says where the data set goes"
+            )
         return args.run(args) or 0
     except UsageError as error:
         print(f"prepare_data.py: {error}", file=sys.stderr)
