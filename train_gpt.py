@@ -927,6 +927,27 @@ def print_knobs() -> None:  # variable, default per preset, meaning
 
 
 # === 2. Runtime: ranks, log, clock ====================================================================================
+class PendingRead:
+    """Numbers (n,) on their way from the device to the host."""
+
+    def __init__(self, values: Tensor, ranks: Ranks):
+        self.copied = None
+        if values.is_cuda:
+            self.host = values.to("cpu", non_blocking=True)  # pinned: returns at once
+            self.copied = torch.cuda.Event()
+            self.copied.record()
+        else:
+            self.host = values
+            self.time = ranks.now()
+
+    def wait(self) -> tuple[list[float], float]:
+        """Waits for these numbers alone; returns them and when they were there, on the steady clock."""
+        if self.copied is not None:
+            self.copied.synchronize()
+            self.time = time.monotonic()
+        return self.host.tolist(), self.time
+
+
 class Ranks:  # this process among its peers: all ranks must call a method together; on one rank it is the identity
     def __init__(self, environ: Mapping[str, str]):
         self.rank, self.distributed, self.queues = int(environ.get("RANK", 0)), "RANK" in environ, 0
@@ -983,16 +1004,9 @@ class Ranks:  # this process among its peers: all ranks must call a method toget
             torch.cuda.synchronize(self.device)
         return time.monotonic()
 
-    def late(self, values: Tensor) -> Callable[[], tuple[list[float], float]]:
-        """Numbers on their way to the host: the result waits for them alone, and says when they were there."""
-        if not values.is_cuda:
-            return partial(tuple, (values.tolist(), self.now()))
-        host, there = (
-            values.to("cpu", non_blocking=True),
-            torch.cuda.Event(),
-        )  # pinned: returns at once
-        there.record()
-        return lambda: (there.synchronize(), (host.tolist(), time.monotonic()))[1]
+    def start_read(self, values: Tensor) -> PendingRead:
+        """Starts copying numbers (n,) to the host without blocking."""
+        return PendingRead(values, self)
 
 
 class Log:  # lines for people on rank 0: to the terminal and to a file; `live`: also one that is rewritten in place
@@ -1437,57 +1451,77 @@ def layer_plan(cfg: Config, looped: bool) -> tuple[Visit, ...]:
     )
 
 
-class Role(NamedTuple):  # what the rest of the program needs to know of a parameter
+class Role(NamedTuple):
+    """What the rest of the program needs to know of a parameter.
+
+    Names of input sites: "attn_in", "attn_out", "mlp_in" and "mlp_mid" within a layer, "head_in"
+    before the head. An embedding table that is only looked up has its own name as its site.
+    """
+
     shape: tuple[int, ...]
-    init: (
-        float | str
-    )  # constant, "orthogonal" (gain 1), "normal", "small", or "first": row 0 ones, row 1 zeros
-    group: str = "scalar"  # optimiser: muon, embed, scalar, or fixed
-    packing: str = "float"  # in the artifact: matrix or embed (integers), or float (fp16)
+    init: float | str  # constant, "orthogonal", "normal", "small" or "first"; see GPT.__init__
+    group: str = "scalar"  # optimiser group: "muon", "embed", "scalar" or "fixed"
+    packing: str = "float"  # in the artifact: "matrix" or "embed" (integers), "float" (fp16)
+    sites: tuple[str, ...] = ()  # input site of each of the equal parts of a bank, or of a table
+    is_table: bool = False  # an embedding table, indexed by token or by pair of tokens
+    per_layer: bool = False  # the first axis is the layers, `halves` times over
+    unread: int = 0  # leading rows that no forward reads; the artifact leaves them out
+
+    @property
+    def halves(self) -> int:
+        """How many stacks of layers lie end to end along the first axis."""
+        return max(1, len(self.sites))
 
 
-def parameter_table(
-    cfg: Config,
-) -> dict[str, Role]:  # the only list of parameters; weights act as y = x W^T
-    L, C, V, kv = cfg.num_layers, cfg.model_dim, cfg.vocab_size, cfg.num_kv_heads * cfg.head_dim
-    num_skips = sum(bool(v.skip) for v in layer_plan(cfg, looped=True))
-    packing, small = (
-        "float" if cfg.tables_fp16 else "embed",
-        "scalar" if cfg.train_input_features else "fixed",
-    )
+def parameter_table(cfg: Config) -> dict[str, Role]:
+    """Every parameter by name, in the order of the artifact. Matrices act as y = x W^T."""
+    L, C, V = cfg.num_layers, cfg.model_dim, cfg.vocab_size
+    kv = cfg.num_kv_heads * cfg.head_dim
+    num_skips = sum(bool(visit.skip) for visit in layer_plan(cfg, looped=True))
+
+    def bank(shape: tuple[int, ...], init: float | str, *sites: str) -> Role:
+        return Role(shape, init, "muon", "matrix", sites, per_layer=True)
+
+    def table_of(shape: tuple[int, ...], init: float | str, group: str, site: str) -> Role:
+        packing = "float" if cfg.tables_fp16 else "embed"
+        return Role(shape, init, group, packing, (site,), is_table=True)
+
     table = {
-        "qo_bank": Role(
-            (2 * L, C, C), "orthogonal", "muon", "matrix"
-        ),  # L queries, then L outputs (zero at first)
-        "kv_bank": Role((2 * L, kv, C), "orthogonal", "muon", "matrix"),  # L keys, then L values
-        "up_bank": Role((L, cfg.mlp_dim, C), "orthogonal", "muon", "matrix"),
-        "down_bank": Role((L, C, cfg.mlp_dim), 0.0, "muon", "matrix"),
-        "tok_emb": Role((V, C), "normal", "embed", packing),  # table and head; fp32 master (W8)
+        # L queries, then L outputs; the outputs are zero at first.
+        "qo_bank": bank((2 * L, C, C), "orthogonal", "attn_in", "attn_out"),
+        # L keys, then L values.
+        "kv_bank": bank((2 * L, kv, C), "orthogonal", "attn_in", "attn_in"),
+        "up_bank": bank((L, cfg.mlp_dim, C), "orthogonal", "mlp_in"),
+        "down_bank": bank((L, C, cfg.mlp_dim), 0.0, "mlp_mid"),
+        # Table and head at once. The master is fp32: bf16 would lose small updates.
+        "tok_emb": table_of((V, C), "normal", "embed", "head_in"),
         "skip_weights": Role((num_skips, C), 1.0),
-        "attn_scale": Role((L, C), 1.0),
-        "mlp_scale": Role((L, C), 1.0),
-        "resid_mix": Role((L, 2, C), "first"),  # row 0 for x, row 1 for x0
-        "q_gain": Role((L, cfg.num_heads), cfg.qk_gain_init),
+        "attn_scale": Role((L, C), 1.0, per_layer=True),
+        "mlp_scale": Role((L, C), 1.0, per_layer=True),
+        "resid_mix": Role((L, 2, C), "first", per_layer=True),  # row 0 for x, row 1 for x0
+        "q_gain": Role((L, cfg.num_heads), cfg.qk_gain_init, per_layer=True),
     }
     if cfg.skip_gates_enabled:
         table["skip_gates"] = Role((num_skips, C), 0.0)
     if cfg.parallel_start_layer:
-        table["parallel_post_lambdas"] = Role((L, 2, 2), 1.0)  # [layer, source, lane]
-        table["parallel_resid_lambdas"] = Role((L, 2), 1.1)  # [layer, lane]
-    if N := cfg.bigram_vocab_size:  # scale * table[hash] P^T; zero at first
-        group = "embed" if cfg.train_input_features else small
-        table["bigram_emb"] = Role((N, cfg.bigram_dim), 0.0, group, packing)
-        table["bigram_proj"] = Role((C, cfg.bigram_dim), "orthogonal", small)
-        table["bigram_scale"] = Role((1,), 0.05, small)
+        unread = cfg.parallel_start_layer
+        # [layer, source, lane] and [layer, lane]
+        table["parallel_post_lambdas"] = Role((L, 2, 2), 1.0, per_layer=True, unread=unread)
+        table["parallel_resid_lambdas"] = Role((L, 2), 1.1, per_layer=True, unread=unread)
+    inputs = "scalar" if cfg.train_input_features else "fixed"
+    if cfg.bigram_vocab_size:  # scale * table[hash of a pair] P^T; zero at first
+        shape = (cfg.bigram_vocab_size, cfg.bigram_dim)
+        group = "embed" if cfg.train_input_features else "fixed"
+        table["bigram_emb"] = table_of(shape, 0.0, group, "bigram_emb")
+        table["bigram_proj"] = Role((C, cfg.bigram_dim), "orthogonal", inputs)
+        table["bigram_scale"] = Role((1,), 0.05, inputs)
     if cfg.smear_enabled:
-        table["smear_gate"] = Role((C,), 0.0, small)
+        table["smear_gate"] = Role((C,), 0.0, inputs)
     if cfg.ve_enabled:  # scale * layer scale * table[token] P^T
-        table["ve_emb"] = Role((V, cfg.ve_dim), "small", "embed", packing)
+        table["ve_emb"] = table_of((V, cfg.ve_dim), "small", "embed", "ve_emb")
         table["ve_proj"] = Role((kv, cfg.ve_dim), "orthogonal")
-        table["ve_scale"], table["ve_layer_scales"] = (
-            Role((1,), 0.1),
-            Role((len(cfg.value_embedding_layers),), 1.0),
-        )
+        table["ve_scale"] = Role((1,), 0.1)
+        table["ve_layer_scales"] = Role((len(cfg.value_embedding_layers),), 1.0)
     return table
 
 
@@ -2366,7 +2400,7 @@ class Progress:
         self.unread = (
             ending,
             scale,
-            ranks.late(ranks.sum(torch.stack([local, norm / ranks.world_size, *facts]))),
+            ranks.start_read(ranks.sum(torch.stack([local, norm / ranks.world_size, *facts]))),
         )
         if first:
             self.read()
@@ -2381,7 +2415,7 @@ class Progress:
             self.step,
             self.ended,
         )
-        (self.loss, norm, clock, compiled, self.stop), now = late()
+        (self.loss, norm, clock, compiled, self.stop), now = late.wait()
         self.ended = now - self.start
         if not math.isfinite(self.loss + norm):
             run.save("last_good.pt", run.optimizers.averages(newest=False), step - 1, self.looped)
@@ -2777,23 +2811,26 @@ def score_all(
 
 
 # === 9. Compression: Hessians -> steps -> GPTQ -> integers -> one file ===============================================
-def quantised_matrices(
-    cfg: Config,
-) -> list[tuple[str, int, str, int]]:  # all integer ones: (bank, slice, input site, layer)
-    L, each = (
-        cfg.num_layers,
-        [
-            ("qo_bank", 0, "attn_in"),
-            ("qo_bank", 1, "attn_out"),
-            ("kv_bank", 0, "attn_in"),
-            ("kv_bank", 1, "attn_in"),
-            ("up_bank", 0, "mlp_in"),
-            ("down_bank", 0, "mlp_mid"),
-        ],
-    )
-    found = [(bank, half * L + i, site, i) for bank, half, site in each for i in range(L)]
-    tables = [name for name, role in parameter_table(cfg).items() if role.packing == "embed"]
-    return found + [(name, 0, "head_in" if name == "tok_emb" else name, 0) for name in tables]
+class Matrix(NamedTuple):
+    """One matrix that becomes integers: a slice of a bank, or a table."""
+
+    bank: str
+    index: int  # along the bank's first axis
+    site: str  # whose inputs it multiplies: key of a Hessian together with `layer`
+    layer: int
+
+
+def quantised_matrices(cfg: Config) -> list[Matrix]:
+    """All matrices that become integers, banks before tables, in the order of the artifact."""
+    L = cfg.num_layers
+    banks, tables = [], []
+    for name, role in parameter_table(cfg).items():
+        if role.packing == "matrix":
+            for half, site in enumerate(role.sites):
+                banks += [Matrix(name, half * L + layer, site, layer) for layer in range(L)]
+        elif role.packing == "embed":
+            tables.append(Matrix(name, 0, role.sites[0], 0))
+    return banks + tables
 
 
 def bank_shapes(
@@ -2805,14 +2842,12 @@ def bank_shapes(
     }
 
 
-def float_shapes(
-    cfg: Config,
-) -> dict[str, tuple[int, ...]]:  # name -> shape of all others: the last rows, which are read
-    unread, table = cfg.parallel_start_layer, parameter_table(cfg).items()
-    shapes = {name: r.shape for name, r in table if r.packing == "float"}
+def float_shapes(cfg: Config) -> dict[str, tuple[int, ...]]:
+    """Shapes of the parameters kept as fp16, without the leading rows that nothing reads."""
     return {
-        name: (n - unread * name.startswith("parallel_"), *more)
-        for name, (n, *more) in shapes.items()
+        name: (role.shape[0] - role.unread, *role.shape[1:])
+        for name, role in parameter_table(cfg).items()
+        if role.packing == "float"
     }
 
 
@@ -2828,7 +2863,7 @@ def collect_hessians(
     lookups = {
         key: torch.eye(size, device=ranks.device)
         for key, size in sites.items()
-        if key[0].endswith("_emb")
+        if key[0] in parameter_table(model.cfg)
     }
     sums = {
         key: torch.zeros(size, size, device=ranks.device)

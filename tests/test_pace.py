@@ -30,7 +30,7 @@ class Watched(Session):
 
     def __init__(self, *args: Any, **overrides: Any):
         super().__init__(*args, **overrides)
-        self.events, step, late = [], self.optimizers.step, self.ranks.late
+        self.events, step, late = [], self.optimizers.step, self.ranks.start_read
 
         def stepped(*args: float) -> Tensor:
             self.events.append("step")
@@ -38,9 +38,16 @@ class Watched(Session):
 
         def noted(values: Tensor) -> Any:
             read, number = late(values), self.events.count("step")
-            return lambda: (self.events.append(f"read {number}"), read())[1]
+            wait = read.wait
 
-        self.optimizers.step, self.ranks.late = stepped, noted
+            def waited() -> tuple[list[float], float]:
+                self.events.append(f"read {number}")
+                return wait()
+
+            read.wait = waited
+            return read
+
+        self.optimizers.step, self.ranks.start_read = stepped, noted
 
     def forward(self, row: tg.Batch, plan: tuple[tg.Visit, ...]) -> Tensor:
         self.events.append("forward")
@@ -80,8 +87,9 @@ def test_numbers_are_read_before_a_validation_and_only_once(tiny_data):
 def test_late_numbers_come_with_the_time_at_which_they_were_there():
     ranks, clock = cpu_ranks(), iter((5.0, 9.0))
     ranks.now = lambda: next(clock)
-    first, second = ranks.late(torch.tensor([1.0, 2.0])), ranks.late(torch.tensor([3.0]))
-    assert (second(), first()) == (([3.0], 9.0), ([1.0, 2.0], 5.0))
+    first = ranks.start_read(torch.tensor([1.0, 2.0]))
+    second = ranks.start_read(torch.tensor([3.0]))
+    assert (second.wait(), first.wait()) == (([3.0], 9.0), ([1.0, 2.0], 5.0))
 
 
 class Uneven(Slow):
