@@ -6,7 +6,7 @@ GPUS := $(shell nvidia-smi -L 2>/dev/null | wc -l)
 
 BENCHES := $(filter-out bench/reference.py bench/fake_hopper.py,$(wildcard bench/*.py))
 
-.PHONY: run record report compare pack bench test lint gpu gpu-systems install dev
+.PHONY: run record report compare evidence pack bench test lint gpu gpu-systems install dev
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -52,6 +52,15 @@ compare: dev
 	DATASET="$(DATASET)" DATA_DIR="$(DATA_DIR)" VAL_DOC_FRACTION="$(VAL_DOC_FRACTION)" \
 	  $(BIN)/python tools/sweep.py "$(COMPARE)" PRESET="$(SYSTEMS)" SHRINK="$(SHRINK)" SEED="$(SEED)" || [ $$? = 1 ]
 	$(BIN)/python tools/report.py --compare logs/"$(COMPARE)"-????.txt
+
+# Three seeds of `make run` and the five systems, run anew on this source; their logs, and every
+# figure of README.md, EXPERIMENTS.md and submission.json. Half an hour on 2 cores; after a kill the
+# same command goes on. The systems run on English documents if CORPUS is there, else on docstrings.
+CORPUS ?= ../shared/corpus
+CORPUS_TOKENIZER ?= ../shared/tokenizers/fineweb_8192_bpe.model
+evidence: dev
+	$(BIN)/python tools/evidence.py \
+	  $(if $(wildcard $(CORPUS)),--corpus "$(CORPUS)" --tokenizer "$(CORPUS_TOKENIZER)")
 
 # The submission folder of a finished run, checked: make pack RUN=runs/<RUN_ID>
 pack: install
