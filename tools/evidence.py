@@ -168,6 +168,17 @@ def sizes_block(script: Path, results: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def ending_block(log: Path) -> list[str]:
+    """The last lines of a run, as the first screen of README.md shows them."""
+    figures = ("artifact_bytes", "seed", "steps", "val_bpb")
+    result = result_of(log)
+    final = json.dumps({name: result[name] for name in figures}).replace("}", ", ...}")
+    text = log.read_text(encoding="utf-8")
+    scores = re.findall(r"^(?:diagnostic|quantized_ttt_lora) .*val_bpb:.*$", text, re.MULTILINE)
+    table = re.findall(r"^phase .*$|^(?:train|score|all of) .*$", text, re.MULTILINE)
+    return ["```", *scores, *table, f"final {final}", "```"]
+
+
 def experiment_block(seeds: list[Path], systems: list[Path]) -> list[str]:
     """The entry of EXPERIMENTS.md that says what was run, on what, with which figures."""
     first = result_of(seeds[0])
@@ -224,6 +235,7 @@ def write_documents(folder: Path, script: Path) -> None:
     for command in commands:
         if subprocess.run(command, cwd=folder, stdout=subprocess.DEVNULL).returncode:
             raise UsageError(f"report.py refused the kept logs: {' '.join(command[2:])}")
+    rewrite_block(readme, "ending", ending_block(seeds[0]))
     rewrite_block(readme, "sizes", sizes_block(script, results))
     rewrite_block(folder / "EXPERIMENTS.md", "evidence", experiment_block(seeds, systems))
 
