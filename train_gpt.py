@@ -926,14 +926,15 @@ def print_knobs() -> None:  # variable, default per preset, meaning
         )
 
 
-# === 2. Runtime: ranks, log, clock ====================================================================================
+# === 2. Runtime: ranks, log, clock ===
 class PendingRead:
-    """Numbers (n,) on their way from the device to the host."""
+    """Numbers (n,) that are being copied from the device to the host without blocking."""
 
     def __init__(self, values: Tensor, ranks: Ranks):
         self.copied = None
         if values.is_cuda:
-            self.host = values.to("cpu", non_blocking=True)  # pinned: returns at once
+            # The host tensor is pinned, so this returns at once.
+            self.host = values.to("cpu", non_blocking=True)
             self.copied = torch.cuda.Event()
             self.copied.record()
         else:
@@ -941,65 +942,85 @@ class PendingRead:
             self.time = ranks.now()
 
     def wait(self) -> tuple[list[float], float]:
-        """Waits for these numbers alone; returns them and when they were there, on the steady clock."""
+        """Waits for these numbers only; returns them and their arrival in monotonic seconds."""
         if self.copied is not None:
             self.copied.synchronize()
             self.time = time.monotonic()
         return self.host.tolist(), self.time
 
 
-class Ranks:  # this process among its peers: all ranks must call a method together; on one rank it is the identity
+class Ranks:
+    """This process among its peers, as torchrun's variables describe them.
+
+    All ranks must call `sum`, `gather` and `tickets` together. With one rank these do nothing
+    but return what they were given.
+    """
+
     def __init__(self, environ: Mapping[str, str]):
-        self.rank, self.distributed, self.queues = int(environ.get("RANK", 0)), "RANK" in environ, 0
-        self.world_size = (
-            int(environ.get("WORLD_SIZE", 1)) if self.distributed else 1
-        )  # clusters may set it alone
+        self.distributed = "RANK" in environ
+        self.rank = int(environ.get("RANK", 0))
+        self.world_size = 1
+        # Without RANK, WORLD_SIZE says nothing: clusters may set it for any process.
+        if self.distributed:
+            self.world_size = int(environ.get("WORLD_SIZE", 1))
         self.is_main = self.rank == 0
-        self.live = (
-            self.is_main and sys.stdout.isatty() and "CI" not in environ
-        )  # whether someone may be looking on
-        cuda, local = torch.cuda.is_available(), int(environ.get("LOCAL_RANK", 0))
-        self.device = torch.device("cuda", local) if cuda else torch.device("cpu")
-        if cuda:
+        # Someone may be watching rank 0's terminal.
+        self.live = self.is_main and sys.stdout.isatty() and "CI" not in environ
+        self.num_queues = 0
+        self.device = torch.device("cpu")
+        if torch.cuda.is_available():
+            self.device = torch.device("cuda", int(environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(self.device)
         if self.distributed:
-            importlib.import_module(
-                "torch.distributed.nn"
-            )  # later, its defaults would keep the group's threads alive
-            store, rank, size = next(
-                dist.rendezvous("env://")
-            )  # torchrun keeps it over restarts, old keys and all
-            store = dist.PrefixStore(f"start {environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-            backend, device = ("nccl", self.device) if cuda else ("gloo", None)
-            dist.init_process_group(
-                backend, store=store, rank=rank, world_size=size, device_id=device
-            )
+            self._join_group(environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
-    def sum(self, t: Tensor) -> Tensor:  # in place
+    def _join_group(self, restart_count: int | str) -> None:
+        """Joins the process group: NCCL on GPUs, gloo on CPUs."""
+        # Imported once the group exists, the default arguments of its functions would hold the
+        # group and keep its threads alive.
+        importlib.import_module("torch.distributed.nn")
+        store, rank, size = next(dist.rendezvous("env://"))
+        # torchrun keeps the store when it restarts the ranks, with the keys of the start before.
+        store = dist.PrefixStore(f"start {restart_count}", store)
+        group = dict(store=store, rank=rank, world_size=size)
+        if self.device.type == "cuda":
+            dist.init_process_group("nccl", device_id=self.device, **group)
+        else:
+            dist.init_process_group("gloo", **group)
+
+    def sum(self, t: Tensor) -> Tensor:
+        """Sums a tensor over all ranks, in place, and returns it."""
         if self.distributed:
             dist.all_reduce(t)
         return t
 
-    def gather(self, value: Any) -> list[Any]:  # every rank's, in rank order
+    def gather(self, value: Any) -> list[Any]:
+        """The value of every rank, in the order of the ranks. The values are pickled."""
         values = [value] * self.world_size
         if self.distributed:
             dist.all_gather_object(values, value)
         return values
 
-    def alone(self) -> Ranks:  # this rank as if it were the only one
-        other = copy.copy(self)
-        other.rank, other.world_size, other.distributed = 0, 1, False
-        return other
+    def alone(self) -> Ranks:
+        """This rank as if it were the only one. Not collective."""
+        single = copy.copy(self)
+        single.rank = 0
+        single.world_size = 1
+        single.distributed = False
+        return single
 
-    def tickets(
-        self,
-    ) -> Iterator[int]:  # 0, 1, 2, .. of a new counter; each goes to the rank that asks first (W49)
-        self.queues += 1
+    def tickets(self) -> Iterator[int]:
+        """The numbers 0, 1, 2, ... without end, each given to the one rank that asks first.
+
+        Work that is shared out like this keeps all ranks busy although its parts differ in length.
+        """
+        self.num_queues += 1
         store = dist.distributed_c10d._get_default_store() if self.distributed else dist.HashStore()
         while True:
-            yield store.add(f"train_gpt/queue{self.queues}", 1) - 1
+            yield store.add(f"train_gpt/queue{self.num_queues}", 1) - 1
 
-    def now(self) -> float:  # seconds on a steady clock, once the device has done all it was given
+    def now(self) -> float:
+        """Monotonic seconds, read once the device has finished all work it was given."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.monotonic()
@@ -1009,91 +1030,109 @@ class Ranks:  # this process among its peers: all ranks must call a method toget
         return PendingRead(values, self)
 
 
-class Log:  # lines for people on rank 0: to the terminal and to a file; `live`: also one that is rewritten in place
-    def __init__(self, path: Path, is_main: bool, live: bool = False, board: Any = ""):
-        self.last, self.shown, self.is_main, self.live, self.board = (
-            time.monotonic(),
-            0.0,
-            is_main,
-            live,
-            board,
-        )
+ERASE_LINE = "\r\033[K"
+
+
+class Log:
+    """Lines for people: rank 0 writes them to a file and to the terminal, other ranks do nothing.
+
+    A live log also shows a line on the terminal that is rewritten in place. `prefix` begins every
+    line. `tensorboard_dir`, if not empty, receives the numbers given to `scalars`.
+    """
+
+    def __init__(self, path: Path, is_main: bool, live: bool = False, tensorboard_dir: str = ""):
+        self.is_main = is_main
+        self.live = live
         self.prefix = ""
+        self.tensorboard_dir = tensorboard_dir
+        self.tensorboard = None  # SummaryWriter, made with the first numbers
+        self.last_line_time = time.monotonic()
+        self.last_shown_time = 0.0
         if is_main:
             path.parent.mkdir(parents=True, exist_ok=True)
-            if path.exists():  # a killed run may have left half a line
+            if path.exists():
+                # A killed run may have left half a line.
                 os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
             self.file = path.open("a", encoding="utf-8")
 
     def __call__(self, line: str, terminal: bool = True) -> None:
-        self.last = time.monotonic()
-        for file in [self.file, sys.stdout][: 1 + terminal] if self.is_main else []:
-            print(
-                "\r\033[K" * (self.live and file is sys.stdout) + self.prefix + line,
-                file=file,
-                flush=True,
-            )
+        """Writes a line to the file and, with `terminal`, to the terminal."""
+        self.last_line_time = time.monotonic()
+        if not self.is_main:
+            return
+        print(self.prefix + line, file=self.file, flush=True)
+        if terminal:
+            erase = ERASE_LINE if self.live else ""
+            print(erase + self.prefix + line, flush=True)
 
-    def due(self) -> bool:  # whether the last line is 8 s ago: a long loop shows that it is alive
-        return time.monotonic() - self.last > 8
+    def due(self) -> bool:
+        """Whether 8 s have passed since the last line, so that a long loop should show progress."""
+        return time.monotonic() - self.last_line_time > 8
 
-    def show(
-        self, line: str, rest: float = 0.0
-    ) -> None:  # unless the last one is not `rest` seconds ago
-        if self.live and time.monotonic() - self.shown >= rest:
-            self.shown = time.monotonic()
-            print(f"\r\033[K{line[: shutil.get_terminal_size().columns - 1]}", end="", flush=True)
+    def show(self, line: str, min_interval_s: float = 0.0) -> None:
+        """Rewrites the live line, unless that was done less than `min_interval_s` seconds ago."""
+        if self.live and time.monotonic() - self.last_shown_time >= min_interval_s:
+            self.last_shown_time = time.monotonic()
+            width = shutil.get_terminal_size().columns - 1
+            print(ERASE_LINE + line[:width], end="", flush=True)
 
-    def scalars(self, step: int, values: dict[str, float]) -> None:  # for TensorBoard
-        if self.is_main and self.board and isinstance(self.board, str):
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Adds numbers to TensorBoard at a training step, by name."""
+        if not self.is_main or not self.tensorboard_dir:
+            return
+        if self.tensorboard is None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.board = SummaryWriter(
-                self.board, purge_step=step
-            )  # what is there from later steps was lost
-        for name, value in values.items() if self.is_main and self.board else ():
-            self.board.add_scalar(name, value, step)
+            # Points of later steps come from a run that was killed and goes on from here.
+            self.tensorboard = SummaryWriter(self.tensorboard_dir, purge_step=step)
+        for name, value in values.items():
+            self.tensorboard.add_scalar(name, value, step)
 
 
-def raise_stopped(
-    number: int, _: Any = None, after: str = ""
-) -> None:  # exit status as a shell has it
-    raise KeyboardInterrupt(
-        f"{signal.Signals(number).name}: the run is stopped{after}", 128 + number
-    )
+def raise_stopped(number: int, _: Any = None, after: str = "") -> None:
+    """Raises KeyboardInterrupt for a signal, with its message and exit status, 128 + number."""
+    name = signal.Signals(number).name
+    raise KeyboardInterrupt(f"{name}: the run is stopped{after}", 128 + number)
 
 
-def handle_signals(
-    act: Callable[[int, Any], Any],
-) -> None:  # `stop` wherever it comes, in training after a step
+def handle_signals(handler: Callable[[int, Any], Any]) -> None:
+    """Sets what SIGINT and SIGTERM do: training waits for the end of a step, the rest stops."""
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, act)
+        signal.signal(number, handler)
 
 
-class CompilationCounter:  # counts graphs and kernels compiled since it was made, and logs why
+class CompilationCounter:
+    """Counts graphs and Triton kernels compiled since it was made, and logs the reason for each."""
+
     def __init__(self, log: Callable[[str], None]):
-        self.log, self.count, self.found = log, 0, []
+        self.log = log
+        self.count = 0
+        self.unlogged: list[str] = []
         torch._dynamo.utils.clear_compilation_metrics()
         if triton is not None:
-            triton.knobs.runtime.jit_post_compile_hook = lambda **about: self.found.append(
-                f"kernel {about['repr']}"
-            )
+            triton.knobs.runtime.jit_post_compile_hook = self.note_kernel
+
+    def note_kernel(self, **details: Any) -> None:
+        """Triton calls this after each kernel it compiles."""
+        self.unlogged.append(f"kernel {details['repr']}")
 
     def poll(self) -> int:
-        graphs = [
-            m for m in torch._dynamo.utils.get_compilation_metrics() if m.is_forward
-        ]  # or it counts twice
+        """Logs what was compiled since the last call; returns the count so far."""
+        for metrics in torch._dynamo.utils.get_compilation_metrics():
+            # The backward of a graph has an entry of its own, which would count it twice.
+            if metrics.is_forward:
+                reason = metrics.recompile_reason or "its first graph"
+                self.unlogged.append(f"{metrics.co_name}: {reason}")
         torch._dynamo.utils.clear_compilation_metrics()
-        self.found += [f"{m.co_name}: {m.recompile_reason or 'its first graph'}" for m in graphs]
-        self.count += len(self.found)
-        while self.found:
-            self.log(f"recompilation: {self.found.pop(0)}")
+        self.count += len(self.unlogged)
+        for compiled in self.unlogged:
+            self.log(f"recompilation: {compiled}")
+        self.unlogged.clear()
         return self.count
 
 
-def write_atomic(
-    path: Path, data: bytes
-) -> None:  # afterwards `path` holds all of it or is untouched
+def write_atomic(path: Path, data: bytes) -> None:
+    """Writes a file through a temporary one: it then holds all of `data`, or is untouched."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     with part.open("wb") as f:
@@ -1103,180 +1142,266 @@ def write_atomic(
     os.replace(part, path)
 
 
-# === 3. Data: shards of uint16 tokens -> rows of packed documents =====================================================
+# === 3. Data: shards of uint16 tokens -> rows of packed documents ===
 SHARD_HEADER = [20240520, 1]  # magic, version; then the token count; 256 int32 in all
 
 
-def write_shard(
-    path: Path, tokens: np.ndarray
-) -> None:  # header of 1024 bytes, ids (n,) as uint16; little-endian
-    header = np.array([*SHARD_HEADER, len(tokens)] + [0] * 253, dtype="<i4")
+def write_shard(path: Path, tokens: np.ndarray) -> None:
+    """Writes ids (n,) as a shard: a header of 1024 bytes, then uint16; little-endian."""
+    header = np.zeros(256, dtype="<i4")
+    header[:2] = SHARD_HEADER
+    header[2] = len(tokens)
     write_atomic(path, header.tobytes() + np.ascontiguousarray(tokens, dtype="<u2").tobytes())
 
 
-def read_shard(
-    path: Path,
-) -> np.ndarray:  # memory-mapped uint16 (n,); UsageError if foreign, newer, cut or empty
-    size, header = path.stat().st_size, np.fromfile(path, dtype="<i4", count=256)
+def read_shard(path: Path) -> np.ndarray:
+    """The ids of a shard, memory-mapped, (n,) uint16.
+
+    Raises UsageError if the file is no shard or a newer one, is cut off, too long or empty.
+    """
+    size = path.stat().st_size
+    header = np.fromfile(path, dtype="<i4", count=256)
     if len(header) < 256 or header[:2].tolist() != SHARD_HEADER:
         raise UsageError(f"{path}: starts with {header[:2].tolist()}, a shard with {SHARD_HEADER}")
-    if size != 1024 + 2 * int(header[2]) or not header[2]:
-        raise UsageError(f"{path}: holds {size} bytes, its header promises 1024 + 2 * {header[2]}")
-    return np.memmap(path, dtype="<u2", mode="r", offset=1024, shape=(int(header[2]),))
+    num_tokens = int(header[2])
+    if size != 1024 + 2 * num_tokens or not num_tokens:
+        raise UsageError(f"{path}: holds {size} bytes, its header promises 1024 + 2 * {num_tokens}")
+    return np.memmap(path, dtype="<u2", mode="r", offset=1024, shape=(num_tokens,))
 
 
-class TokenStream:  # all shards of a split end to end: a document or a transition may straddle two of them (W13)
+class TokenStream:
+    """All shards of a split, end to end.
+
+    A document may straddle two shards, and the first token of a shard is the target of the last
+    token of the shard before it.
+    """
+
     def __init__(self, folder: Path, split: str):
         self.paths = sorted(folder.glob(f"*_{split}_*.bin"))
         if not self.paths:
             raise UsageError(
-                f"{folder}: holds no *_{split}_*.bin; run tools/prepare_data.py or set DATASET, DATA_DIR"
+                f"{folder}: holds no *_{split}_*.bin; "
+                "run tools/prepare_data.py or set DATASET, DATA_DIR"
             )
-        self.shards = [read_shard(p) for p in self.paths]
-        self.starts = np.cumsum([0] + [len(s) for s in self.shards])
+        self.shards = [read_shard(path) for path in self.paths]
+        self.starts = np.cumsum([0] + [len(shard) for shard in self.shards])
         self.size = int(self.starts[-1])
 
-    def read(
-        self, start: int, count: int
-    ) -> np.ndarray:  # ids int64 from `start` on, again from 0 past the end
+    def read(self, start: int, count: int) -> np.ndarray:
+        """The ids from index `start` on, (count,) int64. After its end the stream begins again."""
         parts = []
         while count > 0:
-            i = int(np.searchsorted(self.starts, start % self.size, side="right")) - 1
-            parts.append(self.shards[i][start % self.size - self.starts[i] :][:count])
-            start, count = start + len(parts[-1]), count - len(parts[-1])
+            index = start % self.size
+            shard = int(np.searchsorted(self.starts, index, side="right")) - 1
+            part = self.shards[shard][index - self.starts[shard] :][:count]
+            parts.append(part)
+            start += len(part)
+            count -= len(part)
         return np.concatenate(parts).astype(np.int64)
 
 
-class Batch(
-    NamedTuple
-):  # a row of segments end to end; attention stays within one, positions count from its start
+class Batch(NamedTuple):
+    """A row of T tokens: segments end to end.
+
+    Attention stays within a segment, and positions count from its start.
+    """
+
     inputs: Tensor  # (T,) int64
     targets: Tensor  # (T,) int64; -1 where nothing is predicted
     cu_seqlens: Tensor  # (capacity + 1,) int32: segment starts, then T in every unused entry
-    max_seqlen: int  # bound on the length of a segment, constant over batches so that it compiles once (W26)
+    # Bound on the length of a segment, in tokens. It is the same for all batches, because
+    # kernels and graphs are compiled for it.
+    max_seqlen: int
 
 
 def pack_row(
     inputs: np.ndarray, targets: np.ndarray, starts: np.ndarray, shape: tuple, device: torch.device
 ) -> Batch:
-    """ids (n,) and segment starts -> Batch of `shape` (T, capacity, max_seqlen); beyond n the row predicts nothing."""
-    (tokens, capacity, max_seqlen), n = shape, len(inputs)
-    ids = np.zeros((2, tokens), dtype=np.int32)  # half of what int64 would send over PCIe
-    ids[1], ids[0, :n], ids[1, :n] = -1, inputs, targets
-    segments = [*starts, *range(n, tokens, max_seqlen)]  # padding keeps to the bound too
+    """Makes a Batch of `shape` = (T, capacity, max_seqlen).
+
+    inputs, targets: ids (n,), n <= T; the rest of the row is padding, which predicts nothing.
+    starts: index of the first token of every segment. Raises AssertionError if there are more
+    segments than `capacity`, those of the padding included.
+    """
+    num_tokens, capacity, max_seqlen = shape
+    n = len(inputs)
+    ids = np.zeros((2, num_tokens), dtype=np.int32)  # half of what int64 would send over PCIe
+    ids[0, :n] = inputs
+    ids[1, :n] = targets
+    ids[1, n:] = -1
+    # No segment of the padding is longer than max_seqlen either.
+    segments = [*starts, *range(n, num_tokens, max_seqlen)]
     assert len(segments) <= capacity, (len(segments), capacity)
-    cu_seqlens = np.array(segments + [tokens] * (capacity + 1 - len(segments)), dtype=np.int32)
-    sent = [torch.from_numpy(x) for x in (ids, cu_seqlens)]
+    unused = capacity + 1 - len(segments)
+    cu_seqlens = np.array(segments + [num_tokens] * unused, dtype=np.int32)
+    on_device = [torch.from_numpy(x) for x in (ids, cu_seqlens)]
     if device.type == "cuda":
-        sent = [x.pin_memory().to(device, non_blocking=True) for x in sent]
-    return Batch(*sent[0].long(), sent[1], max_seqlen)
+        on_device = [x.pin_memory().to(device, non_blocking=True) for x in on_device]
+    ids, cu_seqlens = on_device
+    inputs, targets = ids.long()
+    return Batch(inputs, targets, cu_seqlens, max_seqlen)
 
 
 def segment_starts(tokens: np.ndarray, bos_id: int, max_seqlen: int) -> np.ndarray:
-    """Starts of the segments of a row (n,): 0, every BOS, and every `max_seqlen` tokens after either."""
+    """Starts of a row's segments: 0, every BOS, and every `max_seqlen` tokens after these."""
     documents = np.union1d([0], np.flatnonzero(tokens == bos_id))
-    pieces = -(-np.diff(documents, append=len(tokens)) // max_seqlen)
-    piece = np.arange(pieces.sum()) - np.repeat(
-        np.cumsum(pieces) - pieces, pieces
-    )  # 0, 1, .. within each document
-    return np.repeat(documents, pieces) + piece * max_seqlen
+    lengths = np.diff(documents, append=len(tokens))
+    num_pieces = -(-lengths // max_seqlen)  # rounded up
+    first_piece = np.cumsum(num_pieces) - num_pieces
+    piece = np.arange(num_pieces.sum()) - np.repeat(first_piece, num_pieces)  # in its document
+    return np.repeat(documents, num_pieces) + piece * max_seqlen
+
+
+class EpochOrder(NamedTuple):
+    """The order in which DATA_LOADER=shuffled reads the pieces of one epoch."""
+
+    epoch: int
+    offset: int  # index in the stream at which the first piece starts
+    permutation: np.ndarray  # of the pieces
 
 
 class PackedLoader:
-    """Rows of the stream in order, each transition once an epoch (W13). All ranks walk over all rows and build every
-    W-th, so the world size changes no step. A row takes MICRO_BATCH_TOKENS tokens, or what the capacity allows. With
-    DATA_LOADER=shuffled (PR #1394) an epoch takes pieces of TRAIN_SEQ_LEN tokens, from a random one on, at random."""
+    """Rows of training tokens, in which each transition of the stream comes once an epoch.
+
+    A row takes the next MICRO_BATCH_TOKENS tokens of the stream, or fewer if their documents fill
+    the capacity. All ranks walk over all rows, and each builds every W-th: so the number of ranks
+    changes no step. With DATA_LOADER=shuffled (PR #1394) the stream is cut into pieces of
+    TRAIN_SEQ_LEN tokens, which an epoch takes in random order; the first starts at a random offset.
+    """
 
     def __init__(self, stream: TokenStream, bos_id: int, cfg: Config, ranks: Ranks):
-        self.stream, self.cfg, self.ranks, self.cursor = stream, cfg, ranks, 0
-        self.bos_id = bos_id if cfg.data_loader == "documents" else -1
-        self.order = -1, 0, np.arange(0)  # of the pieces: epoch, first place, permutation
+        self.stream = stream
+        self.cfg = cfg
+        self.ranks = ranks
+        self.cursor = 0  # targets served so far, over all epochs
+        self.bos_id = bos_id if cfg.data_loader == "documents" else -1  # -1: cut at no document
+        self.order = EpochOrder(epoch=-1, offset=0, permutation=np.arange(0))
 
-    def read(
-        self, count: int
-    ) -> tuple[np.ndarray, np.ndarray]:  # inputs and targets (count,) from the cursor on
-        if self.cfg.data_loader != "shuffled":
-            tokens = self.stream.read(self.cursor, count + 1)
-            return tokens[:-1], tokens[1:]
-        length, pieces = self.cfg.train_seq_len, []
+    def next_tokens(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs and targets, each (count,) int64, from the cursor on. The cursor stays."""
+        if self.cfg.data_loader == "shuffled":
+            return self.next_pieces(count)
+        tokens = self.stream.read(self.cursor, count + 1)
+        return tokens[:-1], tokens[1:]
+
+    def next_pieces(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """The same from the shuffled pieces. Cursor and count are multiples of TRAIN_SEQ_LEN."""
+        length = self.cfg.train_seq_len
+        pieces_per_epoch = (self.stream.size - 1) // length
+        pieces = []
         for number in range(self.cursor // length, (self.cursor + count) // length):
-            epoch, number = divmod(number, (self.stream.size - 1) // length)
-            if epoch != self.order[0]:
-                rng = np.random.Generator(np.random.PCG64([self.cfg.seed, epoch]))
-                self.order = (
-                    epoch,
-                    rng.integers(length),
-                    rng.permutation((self.stream.size - 1) // length),
-                )
-            pieces.append(
-                self.stream.read(int(self.order[1] + self.order[2][number] * length), length + 1)
-            )
-        return np.concatenate([x[:-1] for x in pieces]), np.concatenate([x[1:] for x in pieces])
+            epoch, index = divmod(number, pieces_per_epoch)
+            if self.order.epoch != epoch:
+                self.order = self.draw_order(epoch, pieces_per_epoch)
+            start = self.order.offset + self.order.permutation[index] * length
+            pieces.append(self.stream.read(int(start), length + 1))
+        inputs = np.concatenate([piece[:-1] for piece in pieces])
+        targets = np.concatenate([piece[1:] for piece in pieces])
+        return inputs, targets
 
-    def rows(
-        self, count: int
-    ) -> tuple[list[Batch], int]:  # this rank's of the next rows, and the targets in them all
-        mine, first, (size, capacity, max_seqlen) = [], self.cursor, self.cfg.row_shape
+    def draw_order(self, epoch: int, num_pieces: int) -> EpochOrder:
+        """Draws an epoch's order from SEED and the epoch, so that a resumed run draws the same."""
+        rng = np.random.Generator(np.random.PCG64([self.cfg.seed, epoch]))
+        offset = rng.integers(self.cfg.train_seq_len)
+        return EpochOrder(epoch, offset, rng.permutation(num_pieces))
+
+    def rows(self, count: int) -> tuple[list[Batch], int]:
+        """Reads the next `count` rows; returns those of this rank, and the targets in all rows."""
+        size, capacity, max_seqlen = self.cfg.row_shape
+        first = self.cursor
+        own_rows = []
         for row in range(count):
-            (tokens, targets), n = self.read(size), size
-            starts = segment_starts(tokens, self.bos_id, max_seqlen)
-            if len(starts) > capacity:  # leave room for the segments of the padding
-                starts, n = starts[: capacity // 2], int(starts[capacity // 2])
+            inputs, targets = self.next_tokens(size)
+            starts = segment_starts(inputs, self.bos_id, max_seqlen)
+            n = size
+            if len(starts) > capacity:
+                # The other half of the capacity is left to the segments of the padding.
+                n = int(starts[capacity // 2])
+                starts = starts[: capacity // 2]
             if row % self.ranks.world_size == self.ranks.rank:
-                mine.append(
-                    pack_row(tokens[:n], targets[:n], starts, self.cfg.row_shape, self.ranks.device)
+                device = self.ranks.device
+                own_rows.append(
+                    pack_row(inputs[:n], targets[:n], starts, self.cfg.row_shape, device)
                 )
             self.cursor += n
-        return mine, self.cursor - first
+        return own_rows, self.cursor - first
 
-    def steps(
-        self,
-    ) -> Iterator[tuple[list[Batch], int]]:  # `rows` of each step; a thread prepares the next
+    def steps(self) -> Iterator[tuple[list[Batch], int]]:
+        """Yields `rows` of one training step after another. A thread prepares the next step."""
         with ThreadPoolExecutor(1) as pool:
             ahead = pool.submit(self.rows, self.cfg.rows_per_step)
             while True:
-                rows, ahead = ahead.result(), pool.submit(self.rows, self.cfg.rows_per_step)
+                rows = ahead.result()
+                ahead = pool.submit(self.rows, self.cfg.rows_per_step)
                 yield rows
 
 
-class Documents(
-    NamedTuple
-):  # targets end with the next one's BOS: all tokens but the first are predicted once (W39)
+class Documents(NamedTuple):
+    """The validation documents within their token stream.
+
+    The target of an input is the token after it, so the last target of a document is the BOS of
+    the next one: every token of the stream but the first is predicted exactly once. A target is
+    named by its stream index: the index in `tokens` of the input before it.
+    """
+
     tokens: np.ndarray  # (N,) int64
-    starts: np.ndarray  # (D,) of each document
-    counts: np.ndarray  # (D,) of its targets
+    starts: np.ndarray  # (D,) index of each document's BOS
+    counts: np.ndarray  # (D,) number of each document's targets
 
     @classmethod
     def load(cls, stream: TokenStream, bos_id: int, cfg: Config) -> Documents:
+        """Reads the split; draws a share of VAL_DOC_FRACTION of its documents with SEED.
+
+        Unless DATA_LOADER=documents, windows cross documents. Then `tokens` holds only the drawn
+        documents, or the windows would read others.
+        """
         tokens = stream.read(0, stream.size)
         starts = np.flatnonzero(tokens == bos_id)
-        wanted = max(1, round(cfg.val_doc_fraction * len(starts)))
-        sample = sorted(random.Random(cfg.seed).sample(range(len(starts)), wanted))
-        docs = cls(tokens, starts[sample], np.diff(starts, append=len(tokens) - 1)[sample])
+        counts = np.diff(starts, append=len(tokens) - 1)
+        num_wanted = max(1, round(cfg.val_doc_fraction * len(starts)))
+        sample = sorted(random.Random(cfg.seed).sample(range(len(starts)), num_wanted))
+        docs = cls(tokens, starts[sample], counts[sample])
         if cfg.data_loader == "documents":
             return docs
-        return cls(docs.joined_tokens(), np.cumsum(np.append(0, docs.counts[:-1])), docs.counts)
+        joined_starts = np.cumsum(np.append(0, docs.counts[:-1]))
+        return cls(docs.joined_tokens(), joined_starts, docs.counts)
 
-    def joined_tokens(
-        self,
-    ) -> np.ndarray:  # of these documents alone, end to end, with the target after the last
-        spans = [
-            (start, start + count) for start, count in zip(self.starts, self.counts, strict=True)
-        ]
-        return np.concatenate(
-            [*(self.tokens[a:b] for a, b in spans), self.tokens[spans[-1][1] :][:1]]
-        )
+    def spans(self, stop: int | None = None) -> Iterator[tuple[int, int]]:
+        """The stream indices start..end-1 of the targets of each document before `stop`."""
+        for start, count in zip(self.starts[:stop], self.counts[:stop], strict=True):
+            yield start, start + count
 
-    def target_indices(
-        self, stop: int | None = None
-    ) -> np.ndarray:  # of all targets of the documents before `stop`, rising
-        pairs = zip(self.starts[:stop], self.counts[:stop], strict=True)
-        return np.concatenate(
-            [np.arange(0), *(np.arange(start, start + count) for start, count in pairs)]
-        )
+    def joined_tokens(self) -> np.ndarray:
+        """The tokens of these documents alone, end to end, and the last target, (targets + 1,)."""
+        pieces = [self.tokens[start:end] for start, end in self.spans()]
+        end = self.starts[-1] + self.counts[-1]
+        return np.concatenate([*pieces, self.tokens[end : end + 1]])
+
+    def target_indices(self, stop: int | None = None) -> np.ndarray:
+        """Stream indices (targets,), rising, of all targets of the documents before `stop`."""
+        pieces = [np.arange(start, end) for start, end in self.spans(stop)]
+        return np.concatenate([np.arange(0), *pieces])
+
+
+def load_manifest(cfg: Config) -> tuple[dict[str, Any], str, str | None]:
+    """The data set's manifest, the name of its tokenizer's file and that file's SHA-256.
+
+    Without a manifest these are {}, the name that the field uses, and None. Raises UsageError if
+    the manifest does not name a tokenizer.
+    """
+    path = cfg.dataset_dir / "manifest.json"
+    if not path.is_file():
+        return {}, f"fineweb_{cfg.vocab_size}_bpe.model", None
+    try:
+        manifest = json.loads(path.read_text())
+        return manifest, manifest["tokenizer"]["file"], manifest["tokenizer"]["sha256"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path}: not a manifest of tools/prepare_data.py") from error
 
 
 class Tokenizer(NamedTuple):
+    """The SentencePiece tokenizer of the data set."""
+
     path: Path
     model: Any  # SentencePieceProcessor
     bos_id: int
@@ -1284,55 +1409,58 @@ class Tokenizer(NamedTuple):
     manifest: dict[str, Any]  # of the data set; empty if it has none
 
     @classmethod
-    def load(
-        cls, cfg: Config
-    ) -> Tokenizer:  # UsageError if it is none, of another size, or not the manifest's
-        import sentencepiece  # here, so that what needs no text needs no package
+    def load(cls, cfg: Config) -> Tokenizer:
+        """Loads TOKENIZER_PATH or, if that is empty, the tokenizer that the data set names.
 
-        named = cfg.dataset_dir / "manifest.json"
-        manifest, default, sha256 = {}, f"fineweb_{cfg.vocab_size}_bpe.model", None
-        if named.is_file():
-            try:
-                manifest = json.loads(named.read_text())
-                default, sha256 = (manifest["tokenizer"][key] for key in ("file", "sha256"))
-            except (ValueError, KeyError, TypeError) as error:
-                raise UsageError(f"{named}: not a manifest of tools/prepare_data.py") from error
+        Raises UsageError if the file is no tokenizer, has another size than VOCAB_SIZE, miscounts
+        bytes, or is not the tokenizer that the manifest names.
+        """
+        # Imported here, so that uses of this file without text need no such package.
+        import sentencepiece
+
+        manifest, default, wanted_sha256 = load_manifest(cfg)
         path = Path(cfg.tokenizer_path or Path(cfg.data_dir) / "tokenizers" / default)
         try:
             data = path.read_bytes()
             model = sentencepiece.SentencePieceProcessor(model_proto=data)
         except (OSError, RuntimeError) as error:
-            raise UsageError(
-                f"TOKENIZER_PATH={path}: no SentencePiece model ({str(error).splitlines()[0]})"
-            ) from error
-        loaded = cls(path, model, model.bos_id(), hashlib.sha256(data).hexdigest(), manifest)
-        if model.vocab_size() != cfg.vocab_size:
-            raise UsageError(f"VOCAB_SIZE={cfg.vocab_size}: {path} has {model.vocab_size()} pieces")
-        if cfg.smear_enabled and loaded.bos_id != BOS_ID:
-            raise UsageError(f"SMEAR_ENABLED=1: needs BOS id {BOS_ID}, {path} has {loaded.bos_id}")
-        if loaded.bos_id < 0 or model.piece_to_id("\u2581") == model.unk_id():
-            raise UsageError(
-                f"TOKENIZER_PATH={path}: needs BOS and the bare space mark, or bytes are miscounted"
-            )
-        if sha256 not in (None, loaded.sha256):
+            reason = str(error).splitlines()[0]
+            raise UsageError(f"TOKENIZER_PATH={path}: no SentencePiece model ({reason})") from error
+        sha256 = hashlib.sha256(data).hexdigest()
+        loaded = cls(path, model, model.bos_id(), sha256, manifest)
+        loaded.check(cfg)
+        if wanted_sha256 is not None and sha256 != wanted_sha256:
+            named = cfg.dataset_dir / "manifest.json"
             raise UsageError(f"TOKENIZER_PATH={path}: not the tokenizer that {named} names")
         return loaded
 
+    def check(self, cfg: Config) -> None:
+        """Raises UsageError if the network or the count of bytes cannot use this tokenizer."""
+        path, model = self.path, self.model
+        if model.vocab_size() != cfg.vocab_size:
+            raise UsageError(f"VOCAB_SIZE={cfg.vocab_size}: {path} has {model.vocab_size()} pieces")
+        if cfg.smear_enabled and self.bos_id != BOS_ID:
+            raise UsageError(f"SMEAR_ENABLED=1: needs BOS id {BOS_ID}, {path} has {self.bos_id}")
+        if self.bos_id < 0 or model.piece_to_id("\u2581") == model.unk_id():
+            raise UsageError(
+                f"TOKENIZER_PATH={path}: needs BOS and the bare space mark, or bytes are miscounted"
+            )
 
-def check_doctor_verdict(
-    cfg: Config, tokenizer: Tokenizer
-) -> None:  # UsageError if doctor.json, on these files, has an error
-    error, files = (
-        None,
-        [tokenizer.path, *cfg.dataset_dir.glob("*.bin"), *cfg.dataset_dir.glob("manifest.json")],
-    )
-    with contextlib.suppress(
-        OSError, ValueError, LookupError, TypeError
-    ):  # no verdict, or none against the data
+
+def check_doctor_verdict(cfg: Config, tokenizer: Tokenizer) -> None:
+    """Raises UsageError if `tools/prepare_data.py doctor` found an error in these very files."""
+    files = [
+        tokenizer.path,
+        *cfg.dataset_dir.glob("*.bin"),
+        *cfg.dataset_dir.glob("manifest.json"),
+    ]
+    error = None
+    # Without a verdict, or without an error in it, there is nothing to say.
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
         verdict = json.loads((cfg.dataset_dir / "doctor.json").read_text())
-        if verdict["files"] == {
-            p.name: [p.stat().st_size, p.stat().st_mtime_ns] for p in files
-        }:  # else it is stale
+        sizes_and_times = {f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in files}
+        # If they differ, a file has changed since the doctor looked.
+        if verdict["files"] == sizes_and_times:
             error = verdict["errors"][0]
     if error:
         raise UsageError(f"{cfg.dataset_dir}: {error}; found by tools/prepare_data.py doctor")
@@ -1341,33 +1469,35 @@ def check_doctor_verdict(
 def check_shards(
     cfg: Config, tokenizer: Tokenizer, ranks: Ranks, streams: dict[str, TokenStream]
 ) -> None:
-    """UsageError for what cannot be used of these splits; each rank scans its share of the ids."""
+    """Raises UsageError for splits that cannot be used. Each rank scans the ids of its shards."""
     check_doctor_verdict(cfg, tokenizer)
-    known = {
-        f["name"]: f["tokens"]
-        for s in tokenizer.manifest.get("splits", {}).values()
-        for f in s["files"]
-    }
-    for split, stream in streams.items():
+    promised_tokens = {}
+    for split in tokenizer.manifest.get("splits", {}).values():
+        for file in split["files"]:
+            promised_tokens[file["name"]] = file["tokens"]
+    for name, stream in streams.items():
         for i, (path, shard) in enumerate(zip(stream.paths, stream.shards, strict=True)):
-            if known and known.get(path.name) != len(shard):
-                raise UsageError(
-                    f"{path}: holds {len(shard)} tokens, the manifest says {known.get(path.name, 0)}"
-                )
-            if (
-                i % ranks.world_size == ranks.rank
-                and (largest := int(shard.max())) >= cfg.vocab_size
-            ):
-                raise UsageError(f"{path}: holds id {largest}, VOCAB_SIZE={cfg.vocab_size}")
-        found = stream.shards[0] == tokenizer.bos_id
-        if not found.any() or (split == "val" and not found[0]):
-            raise UsageError(
-                f"{stream.paths[0]}: no document starts at its beginning (BOS id {tokenizer.bos_id})"
-            )
-        if split == "train" and stream.size <= cfg.train_batch_tokens:
-            raise UsageError(
-                f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens}: the shards hold {stream.size} tokens"
-            )
+            promised = promised_tokens.get(path.name, 0)
+            if promised_tokens and promised != len(shard):
+                raise UsageError(f"{path}: holds {len(shard)} tokens, the manifest says {promised}")
+            if i % ranks.world_size == ranks.rank:
+                largest = int(shard.max())
+                if largest >= cfg.vocab_size:
+                    raise UsageError(f"{path}: holds id {largest}, VOCAB_SIZE={cfg.vocab_size}")
+        check_split(cfg, tokenizer.bos_id, name, stream)
+
+
+def check_split(cfg: Config, bos_id: int, name: str, stream: TokenStream) -> None:
+    """Raises UsageError if a split has no document starts, or too few tokens for one step."""
+    is_start = stream.shards[0] == bos_id
+    if not is_start.any() or (name == "val" and not is_start[0]):
+        raise UsageError(
+            f"{stream.paths[0]}: no document starts at its beginning (BOS id {bos_id})"
+        )
+    if name == "train" and stream.size <= cfg.train_batch_tokens:
+        raise UsageError(
+            f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens}: the shards hold {stream.size} tokens"
+        )
 
 
 # === 4. Model: banks, the order of layers, one forward for training, calibration, scoring and adaptation ==============
@@ -2479,7 +2609,7 @@ class Progress:
                         f"about {predict_submission_bytes(cfg):.0f} bytes",
                     ]
                 ),
-                rest=0.1,
+                min_interval_s=0.1,
             )
 
     def judge(
