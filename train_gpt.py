@@ -2073,10 +2073,14 @@ class LoRA(NamedTuple):
         return dict(zip(reads, zip(a, reads.values(), strict=True), strict=True)), up
 
 
-# === 6. Optimisation: Muon on banks, AdamW on the rest, schedules =====================================================
-MUON_COEFFS = {  # x -> a x + b x^3 + c x^5 of every singular value, a triple per iteration
-    "quintic": [(3.4445, -4.7750, 2.0315)] * 20,  # of Muon (K. Jordan): 0.002..1 to 0.68..1.20
-    "polar": [  # Polar Express (arXiv 2505.16932; PR #1344): 0.001..1 to 0.86..1.14; diverges from 1.022 on
+# === 6. Optimisation: Muon on banks, AdamW on the rest, schedules ===
+# Each iteration maps every singular value x to a x + b x^3 + c x^5, with its own (a, b, c).
+MUON_COEFFS = {
+    # Muon (K. Jordan): takes 0.002 .. 1 to 0.68 .. 1.20.
+    "quintic": [(3.4445, -4.7750, 2.0315)] * 20,
+    # Polar Express (arXiv 2505.16932; PR #1344): takes 0.001 .. 1 to 0.86 .. 1.14. It diverges
+    # from 1.022 on.
+    "polar": [
         (8.156554524902461, -22.48329292557795, 15.878769915207462),
         (4.042929935166739, -2.808917465908714, 0.5000178451051316),
         (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
@@ -2087,17 +2091,27 @@ MUON_COEFFS = {  # x -> a x + b x^3 + c x^5 of every singular value, a triple pe
 
 
 def newton_schulz(g: Tensor, steps: int, coeffs: str = "quintic") -> Tensor:
-    """Singular values of each matrix of g (n, r, c) towards 1, the vectors as they are."""
+    """Moves the singular values of each matrix of g (n, r, c) towards 1; keeps its vectors.
+
+    Each step computes x <- a x + (b y + c y^2) x with y = x x^T, on the shorter side. `coeffs`
+    names an entry of MUON_COEFFS. Newton-Schulz iteration of Muon, K. Jordan.
+    """
     x = g.mT if g.size(-2) > g.size(-1) else g
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for a, b, c in MUON_COEFFS[coeffs][:steps]:
         y = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(y, y, y, beta=b, alpha=c), x, beta=a)
+        polynomial = torch.baddbmm(y, y, y, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
     return x.mT if g.size(-2) > g.size(-1) else x
 
 
 def muon_update(grad: Tensor, buffer: Tensor, momentum: Tensor, cfg: Config) -> Tensor:
-    """Gradient (n, r, c) fp32 and momentum buffer, changed in place -> orthogonalised Nesterov step, compute dtype."""
+    """The direction of a Muon step (n, r, c), in the compute dtype: orthogonalised momentum.
+
+    Computes m <- mu m + g and u = g + mu m (Nesterov). With MUON_ROW_NORMALIZE each row of u is
+    scaled to norm 1 before the orthogonalisation (MuonEq-R). grad: (n, r, c) fp32. buffer: m,
+    changed in place.
+    """
     buffer.mul_(momentum).add_(grad)
     u = grad + momentum * buffer
     if cfg.muon_row_normalize:
@@ -2110,233 +2124,330 @@ def muon_step(
     buffer: Tensor,
     weight: Tensor,
     average: Tensor,
-    sent: Tensor | None,
+    outbox: Tensor | None,
     rates: Tensor,
     cfg: Config,
 ) -> None:
-    """One pass over matrices (n, r, c) of a rank: fp32 and changed in place, but `sent`, which gets the new weights in
-    the compute dtype. `rates`: clip, momentum, learning rate, and the share of the weights of the step before in the
-    average, which takes them in now: by now the host knows that their loss was finite."""
-    clip, momentum, lr, share = rates.unbind()
-    average.lerp_(weight, share)
+    """A Muon step of matrices (n, out, in) that one rank owns, in one pass over memory.
+
+    Computes W <- (1 - lr wd) W - lr sqrt(max(1, out / in)) U with U of muon_update. Changes in
+    place: buffer, weight and average, all fp32, and outbox, which receives the new weights in the
+    compute dtype. rates: (4,) fp32, the factor of clipping, the momentum, the learning rate and
+    `average_share` as in Optimizers.step.
+    """
+    clip, momentum, lr, average_share = rates.unbind()
+    average.lerp_(weight, average_share)
     update = muon_update(grad.float() * clip, buffer, momentum, cfg).float()
-    weight.mul_(1 - lr * cfg.muon_wd).sub_(
-        update * (lr * math.sqrt(max(1.0, weight.size(-2) / weight.size(-1))))
-    )
-    if sent is not None:
-        sent.copy_(weight)
+    shape_factor = math.sqrt(max(1.0, weight.size(-2) / weight.size(-1)))
+    weight.mul_(1 - lr * cfg.muon_wd).sub_(update * (lr * shape_factor))
+    if outbox is not None:
+        outbox.copy_(weight)
 
 
 def assign_matrices(banks: dict[str, Tensor], world_size: int) -> list[dict[str, slice]]:
-    """The slices of every bank that each rank owns: largest matrices first, each to the rank with the fewest values so
-    far. The record model on 8 ranks: the largest share is 2 % above the mean, where equal banks need 36 % (W21)."""
-    loads, counts = [0] * world_size, {name: [0] * world_size for name in banks}
-    for name, bank in sorted(banks.items(), key=lambda item: -item[1][0].numel()):
-        for _ in range(len(bank)):
+    """For each rank, the slice of every bank that it owns.
+
+    The largest matrices are assigned first, each to the rank with the fewest values so far. With
+    the record model on 8 ranks the largest load is 2 % above the mean; if every bank had to be
+    divided equally, it would be 36 % above.
+    """
+    matrix_sizes = {name: bank[0].numel() for name, bank in banks.items()}
+    counts = {name: [0] * world_size for name in banks}
+    loads = [0] * world_size
+    for name in sorted(banks, key=matrix_sizes.get, reverse=True):
+        for _ in range(len(banks[name])):
             rank = loads.index(min(loads))
-            loads[rank] += bank[0].numel()
+            loads[rank] += matrix_sizes[name]
             counts[name][rank] += 1
-    ends = {name: np.cumsum(count).tolist() for name, count in counts.items()}
-    return [
-        {name: slice(ends[name][r] - counts[name][r], ends[name][r]) for name in banks}
-        for r in range(world_size)
-    ]
+
+    slices = [{} for _ in range(world_size)]
+    for name in banks:
+        start = 0
+        for rank, count in enumerate(counts[name]):
+            slices[rank][name] = slice(start, start + count)
+            start += count
+    return slices
 
 
-def split_like(
-    flat: Tensor, like: dict[str, Tensor]
-) -> dict[str, Tensor]:  # its first values, in the shapes of `like`
+def take_slices(banks: dict[str, Tensor], slices: dict[str, slice]) -> dict[str, Tensor]:
+    """Views of the given slice of every bank."""
+    return {name: bank[slices[name]] for name, bank in banks.items()}
+
+
+def split_like(flat: Tensor, like: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Views of the first values of a flat tensor, one after another, in the shapes of `like`."""
     sizes = [x.numel() for x in like.values()]
-    parts = zip(like.items(), flat[: sum(sizes)].split(sizes), strict=True)
-    return {name: part.view_as(x) for (name, x), part in parts}
+    parts = flat[: sum(sizes)].split(sizes)
+    return {name: part.view_as(x) for (name, x), part in zip(like.items(), parts, strict=True)}
+
+
+class MessageSlot(NamedTuple):
+    """The part of a message that holds one rank's slice of one bank."""
+
+    rank: int
+    bank: str
+    view: Tensor  # (matrices, out, in), a view of the message
 
 
 class Muon:
-    """Muon for banks of matrices (B, out, in) that act as y = x W^T: reduce-scatter of gradients, one pass over what a
-    rank owns, all-gather of weights (PR #399 gathers updates). Momentum, average and exact weights exist only at their
-    owner; the other slices of the model's banks are as received, in the compute dtype, to which the forward casts
-    anyway. (Banks of that dtype would save a cast, 0.1 % of a step, and add up microbatches in bf16.) A message has a
-    row for each rank: its slices end to end, then zeros up to the largest share, because collectives want equal ones.
-    The rate is the spectral norm of an update over sqrt(max(1, out / in))."""
+    """Muon for banks of matrices (n, out, in) that act as y = x W^T, divided between the ranks.
+
+    Every rank owns a slice of each bank: matrices start .. end - 1 as assign_matrices chose them.
+    Only their owner keeps their exact fp32 weights, momentum and average, and only it steps them.
+    In the model's banks the other matrices are as received, rounded to the compute dtype, to which
+    the forward casts anyway. (Banks in that dtype would save a cast, 0.1 % of a step, but would
+    add up the gradients of microbatches in bf16.)
+
+    A message has a row for each rank, with the slices that this rank owns. Zeros fill it up to the
+    largest load, because collectives want rows of one length. With two ranks, for example:
+
+        row 0:  | qo[0:5] | kv[0:5] | up[0:3] | down[0:2] |
+        row 1:  | qo[5:9] | kv[5:9] | up[3:5] | down[2:5] | zeros |
+
+    What travels in a step, in the compute dtype:
+
+        gradients   reduce-scatter   each rank fills all rows; rank r receives the sum of row r
+        weights     all-gather       each rank sends its row (`outbox`); all receive all rows
+
+    PR #399 gathers updates instead of weights. The learning rate is the spectral norm of an update
+    over sqrt(max(1, out / in)).
+    """
 
     def __init__(self, banks: dict[str, nn.Parameter], cfg: Config, ranks: Ranks):
-        self.banks, self.cfg, self.ranks, self.shares = (
-            banks,
-            cfg,
-            ranks,
-            assign_matrices(banks, ranks.world_size),
-        )
-        self.one_pass = torch.compile(muon_step, dynamic=False) if cfg.compile else muon_step
-        slices = [
-            {name: bank.data[share[name]] for name, bank in banks.items()} for share in self.shares
-        ]  # by rank
-        self.mine, self.own, self.sent = (
-            self.shares[ranks.rank],
-            slices[ranks.rank],
-            {},
-        )  # stepped in place
-        self.alone = ranks.world_size == 1
-        self.momentum = {name: torch.zeros_like(w) for name, w in self.own.items()}
-        self.average = {name: w.clone() for name, w in self.own.items()}
-        if not self.alone:
-            room = max(sum(x.numel() for x in share.values()) for share in slices)
-            self.message = torch.zeros(ranks.world_size, room, dtype=cfg.dtype, device=ranks.device)
-            self.reduced, self.part = (
-                torch.zeros_like(self.message[0]),
-                torch.zeros_like(self.message[0]),
-            )
-            self.sent, rows = split_like(self.part, self.own), map(split_like, self.message, slices)
-            self.message_slots = [(rank, *x) for rank, row in enumerate(rows) for x in row.items()]
-            others = [place for place in self.message_slots if place[0] != ranks.rank]
-            self.theirs = [slices[rank][name] for rank, name, _ in others], [x for *_, x in others]
+        self.banks = banks
+        self.cfg = cfg
+        self.ranks = ranks
+        self.step_matrices = torch.compile(muon_step, dynamic=False) if cfg.compile else muon_step
+        self.slices_of_ranks = assign_matrices(banks, ranks.world_size)
+        data = {name: bank.data for name, bank in banks.items()}
+        weights_of_ranks = [take_slices(data, slices) for slices in self.slices_of_ranks]
+        self.owned_slices = self.slices_of_ranks[ranks.rank]
+        self.owned_weights = weights_of_ranks[ranks.rank]  # stepped in place
+        self.momentum = {name: torch.zeros_like(w) for name, w in self.owned_weights.items()}
+        self.average = {name: w.clone() for name, w in self.owned_weights.items()}
+        self.outbox: dict[str, Tensor] = {}  # views of the row that this rank sends
+        self.peer_weights: list[Tensor] = []  # the slices of the other ranks in the model's banks
+        self.peer_views: list[Tensor] = []  # where the message holds them
+        if ranks.world_size > 1:
+            self.allocate_messages(weights_of_ranks)
 
-    def whole(
-        self, own: dict[str, Tensor]
-    ) -> dict[str, Tensor]:  # banks in fp32 of all ranks' slices; all call it
-        banks = {name: torch.zeros_like(p, requires_grad=False) for name, p in self.banks.items()}
-        for name, s in self.mine.items():
-            banks[name][s] = own[name]
-        return own | {name: self.ranks.sum(bank) for name, bank in banks.items()}
+    def allocate_messages(self, weights_of_ranks: list[dict[str, Tensor]]) -> None:
+        """Allocates a message of all ranks, and the rows that this rank receives and sends."""
+        loads = [sum(w.numel() for w in weights.values()) for weights in weights_of_ranks]
+        shape = self.ranks.world_size, max(loads)
+        self.message = torch.zeros(shape, dtype=self.cfg.dtype, device=self.ranks.device)
+        self.received_row = torch.zeros_like(self.message[0])
+        self.sent_row = torch.zeros_like(self.message[0])
+        self.outbox = split_like(self.sent_row, self.owned_weights)
+        self.message_slots = []
+        for rank, weights in enumerate(weights_of_ranks):
+            for bank, view in split_like(self.message[rank], weights).items():
+                self.message_slots.append(MessageSlot(rank, bank, view))
+        for slot in self.message_slots:
+            if slot.rank != self.ranks.rank:
+                self.peer_weights.append(weights_of_ranks[slot.rank][slot.bank])
+                self.peer_views.append(slot.view)
 
-    def reduce(
-        self,
-    ) -> Tensor:  # sums gradients over ranks, at their owners; returns the squared norm of them all
-        self.grads = {name: p.grad for name, p in self.banks.items()}
-        if not self.alone:
-            parts = [
-                self.grads[name][self.shares[rank][name]] for rank, name, _ in self.message_slots
-            ]
-            torch._foreach_copy_([x for *_, x in self.message_slots], parts)
-            dist.reduce_scatter_tensor(self.reduced, self.message.view(-1))  # gloo knows no rows
-            self.grads = split_like(self.reduced, self.own)
-        return self.ranks.sum(
-            torch.stack([g.float().square().sum() for g in self.grads.values()]).sum()
-        )
+    def gather_full(self, owned: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The full fp32 banks of which each rank gives the slices it owns. All ranks must call it.
 
-    def step(
-        self, rates: Tensor
-    ) -> None:  # one update from the reduced gradients; `rates` as in muon_step
-        for name, w in self.own.items():
-            if len(w):
-                state = self.momentum[name], w, self.average[name], self.sent.get(name)
-                self.one_pass(self.grads[name], *state, rates, self.cfg)
-        if not self.alone:
-            dist.all_gather_into_tensor(self.message.view(-1), self.part)
-            torch._foreach_copy_(*self.theirs)
+        Tensors in `owned` that are not of a bank are returned as they are.
+        """
+        full = {name: torch.zeros_like(p, requires_grad=False) for name, p in self.banks.items()}
+        for name, slice_ in self.owned_slices.items():
+            full[name][slice_] = owned[name]
+        return owned | {name: self.ranks.sum(bank) for name, bank in full.items()}
+
+    def reduce_gradients(self) -> Tensor:
+        """Sums the gradients over the ranks, each slice at its owner. All ranks must call it.
+
+        Returns the squared norm () of the sums in all banks, the same on every rank.
+        """
+        self.gradients = {name: p.grad for name, p in self.banks.items()}
+        if self.ranks.world_size > 1:
+            parts = []
+            for slot in self.message_slots:
+                slice_ = self.slices_of_ranks[slot.rank][slot.bank]
+                parts.append(self.gradients[slot.bank][slice_])
+            torch._foreach_copy_([slot.view for slot in self.message_slots], parts)
+            # gloo does not accept a message in rows.
+            dist.reduce_scatter_tensor(self.received_row, self.message.view(-1))
+            self.gradients = split_like(self.received_row, self.owned_weights)
+        squares = [g.float().square().sum() for g in self.gradients.values()]
+        return self.ranks.sum(torch.stack(squares).sum())
+
+    def step(self, rates: Tensor) -> None:
+        """Steps this rank's slices by the reduced gradients, then gathers the weights of all ranks.
+
+        rates: (4,) as in muon_step. All ranks must call it.
+        """
+        for name, weight in self.owned_weights.items():
+            if len(weight):
+                self.step_matrices(
+                    self.gradients[name],
+                    self.momentum[name],
+                    weight,
+                    self.average[name],
+                    self.outbox.get(name),
+                    rates,
+                    self.cfg,
+                )
+        if self.ranks.world_size > 1:
+            dist.all_gather_into_tensor(self.message.view(-1), self.sent_row)
+            torch._foreach_copy_(self.peer_weights, self.peer_views)
 
 
 class Optimizers:
-    """All as one: reduce every gradient, clip by the norm of the reduced ones (W2), step, average. The embedding and
-    the small parameters become views of one flat tensor, the same on every rank: one message, one average."""
+    """Muon for the banks and AdamW for all other parameters, as one optimiser.
+
+    A step sums all gradients over the ranks, clips them by the norm of the sums, and updates
+    weights and their average. The parameters outside the banks become views of one flat tensor,
+    which is the same on every rank: one message carries their gradients, and one operation
+    updates their average.
+    """
 
     def __init__(self, model: GPT, cfg: Config, ranks: Ranks):
-        self.model, self.cfg, self.ranks, table = model, cfg, ranks, parameter_table(cfg)
-        self.keep_gradients = False  # zeroed in place: a CUDA graph adds to them
-        group = {"muon": {}, "embed": {}, "scalar": {}, "fixed": {}}
-        for name, p in model.named_parameters():
-            group[table[name].group][name] = p
-        rest = [
-            x
-            for g in ("scalar", "fixed")
-            for x in sorted(group[g].items(), key=lambda item: item[1].numel() % 4)
-        ]
-        self.muon, self.small = (
-            Muon(group["muon"], cfg, ranks),
-            group["embed"] | dict(rest),
-        )  # loads want 16 bytes
-        self.flat = torch.cat([p.detach().flatten() for p in self.small.values()])
-        for name, view in split_like(self.flat, self.small).items():
-            self.small[name].data = view
-        self.average = self.flat.clone()
+        self.model = model
+        self.cfg = cfg
+        self.ranks = ranks
+        # A CUDA graph adds to the gradients where they are, so they must be zeroed in place.
+        self.keep_gradients = False
+        groups = self.parameter_groups()
+        self.muon = Muon(groups["muon"], cfg, ranks)
+        self.small = groups["embed"] | groups["scalar"] | groups["fixed"]
         self.sizes = [
-            sum(p.numel() for p in group[name].values()) for name in ("embed", "scalar", "fixed")
+            sum(p.numel() for p in groups[name].values()) for name in ("embed", "scalar", "fixed")
         ]
-        self.leaves = [nn.Parameter(x) for x in self.flat.split(self.sizes)[:2]]
-        settings = zip(
-            self.leaves,
-            (cfg.tied_embed_lr, cfg.scalar_lr),
-            (cfg.embed_wd, cfg.adam_wd),
-            strict=True,
-        )
-        groups = [
-            dict(params=[leaf], lr=lr, base_lr=lr, weight_decay=decay)
-            for leaf, lr, decay in settings
-        ]
-        self.adam = torch.optim.AdamW(
-            groups, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=True
-        )
-        weights, average = (split_like(flat, self.small) for flat in (self.flat, self.average))
+        self.flat_weights = torch.cat([p.detach().flatten() for p in self.small.values()])
+        self.flat_average = self.flat_weights.clone()
+        weights = split_like(self.flat_weights, self.small)
+        average = split_like(self.flat_average, self.small)
+        for name, p in self.small.items():
+            p.data = weights[name]
+        self.adam = self.build_adam()
+        # What this rank steps, exact: flat parameters and its slices of the banks.
         self.state = {
-            "weights": weights | self.muon.own,
+            "weights": weights | self.muon.owned_weights,
             "average": average | self.muon.average,
             "momentum": self.muon.momentum,
-        }  # this rank's, exact
+        }
+
+    def parameter_groups(self) -> dict[str, dict[str, nn.Parameter]]:
+        """The model's parameters by optimiser group and name."""
+        table = parameter_table(self.cfg)
+        groups = {"muon": {}, "embed": {}, "scalar": {}, "fixed": {}}
+        for name, p in self.model.named_parameters():
+            groups[table[name].group][name] = p
+        # In the flat tensor, parameters whose size is no multiple of 4 come last: vectorised
+        # loads want 16 bytes.
+        for key in ("scalar", "fixed"):
+            surplus = {name: p.numel() % 4 for name, p in groups[key].items()}
+            groups[key] = {name: groups[key][name] for name in sorted(surplus, key=surplus.get)}
+        return groups
+
+    def build_adam(self) -> torch.optim.AdamW:
+        """AdamW over two parts of the flat tensor, embeddings and scalars. The rest is fixed."""
+        cfg = self.cfg
+        embed, scalar, _ = self.flat_weights.split(self.sizes)
+        self.leaves = [nn.Parameter(embed), nn.Parameter(scalar)]
+        embed_group = dict(lr=cfg.tied_embed_lr, weight_decay=cfg.embed_wd)
+        scalar_group = dict(lr=cfg.scalar_lr, weight_decay=cfg.adam_wd)
+        groups = []
+        for leaf, group in zip(self.leaves, (embed_group, scalar_group), strict=True):
+            groups.append(dict(params=[leaf], base_lr=group["lr"], **group))
+        betas = cfg.beta1, cfg.beta2
+        return torch.optim.AdamW(groups, betas=betas, eps=cfg.adam_eps, fused=True)
 
     @torch.no_grad()
-    def step(
-        self, lr_scale: float, momentum: float, average_share: float | None = None
-    ) -> Tensor:  # clears the gradients; returns the reduced one's norm
-        share = 1 - self.cfg.ema_decay if average_share is None else average_share
-        squares = self.muon.reduce()
+    def step(self, lr_scale: float, momentum: float, average_share: float | None = None) -> Tensor:
+        """Updates weights by the gradients, and clears these. All ranks must call it.
+
+        lr_scale: factor of all learning rates. momentum: Muon's. Returns the norm () of the
+        gradient summed over the ranks, before clipping.
+
+        average_share: the share in the average of the weights as they are before this step. They
+        enter the average a step late, because only now does the host know that their loss was
+        finite: a bad step never reaches the average. EMA's share, 1 - EMA_DECAY, unless given.
+        """
+        if average_share is None:
+            average_share = 1 - self.cfg.ema_decay
+        squares = self.muon.reduce_gradients()
         flat = self.ranks.sum(torch.cat([p.grad.flatten() for p in self.small.values()]))
         norm = (squares + flat.square().sum()).sqrt()
         clip = ((self.cfg.grad_clip_norm or math.inf) / (norm + 1e-6)).clamp_max(1.0)
-        self.average.lerp_(self.flat, share)  # of the step before, as in muon_step
-        for leaf, g in zip(self.leaves, flat.mul_(clip).split(self.sizes), strict=False):
-            leaf.grad = g
-        for g in self.adam.param_groups:  # anew each time: load_state_dict replaces them
-            g["lr"] = g["base_lr"] * lr_scale
+
+        self.flat_average.lerp_(self.flat_weights, average_share)
+        embed_grad, scalar_grad, _ = flat.mul_(clip).split(self.sizes)
+        for leaf, grad in zip(self.leaves, (embed_grad, scalar_grad), strict=True):
+            leaf.grad = grad
+        for group in self.adam.param_groups:
+            group["lr"] = group["base_lr"] * lr_scale
         self.adam.step()
-        rates = momentum, self.cfg.matrix_lr * lr_scale, share
-        rates = [norm.new_full((), x) for x in rates]  # a copy would be waited for
+
+        # Each is filled in on the device: the host would wait for a copy.
+        rates = [
+            norm.new_full((), x) for x in (momentum, self.cfg.matrix_lr * lr_scale, average_share)
+        ]
         self.muon.step(torch.stack([clip, *rates]))
         self.model.zero_grad(set_to_none=not self.keep_gradients)
         return norm
 
     @torch.no_grad()
-    def averages(
-        self, newest_share: float | None = None
-    ) -> dict[str, Tensor]:  # whole, with the newest step's weights or as before it
-        weights = self.state["weights"]
-        found = {
-            n: old if newest_share is None else old.lerp(weights[n], newest_share)
-            for n, old in self.state["average"].items()
-        }
-        return self.muon.whole(found)
+    def averages(self, newest_share: float | None = None) -> dict[str, Tensor]:
+        """The average of all weights, in full. All ranks must call it.
+
+        newest_share: the share of the weights of the last step in it; without it they are left
+        out, as `step` does.
+        """
+        averages = self.state["average"]
+        if newest_share is not None:
+            weights = self.state["weights"]
+            averages = {n: old.lerp(weights[n], newest_share) for n, old in averages.items()}
+        return self.muon.gather_full(averages)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that steps read and change, whole (some live, as in torch), the same for any ranks; all must call it."""
-        return {key: self.muon.whole(own) for key, own in self.state.items()} | {
-            "adam": self.adam.state_dict()
-        }
+        """All that steps read and change, in full and the same for any number of ranks.
+
+        Some of its tensors are live, as in torch. All ranks must call it.
+        """
+        state = {key: self.muon.gather_full(owned) for key, owned in self.state.items()}
+        return state | {"adam": self.adam.state_dict()}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Loads what state_dict returned, on any number of ranks, into model and optimisers."""
         self.model.load_state_dict(state["weights"])
-        for x in (
-            [] if self.muon.alone else self.muon.theirs[0]
-        ):  # as received: what scales them sees the rounding
-            x.copy_(x.to(self.cfg.dtype))
-        for name, x, saved in [
-            (n, x, state[key][n]) for key, own in self.state.items() for n, x in own.items()
-        ]:
-            x.copy_(saved[self.muon.mine.get(name, ...)])
+        # After a step the weights of other ranks are rounded to the compute dtype. A run that goes
+        # on must not see exact ones: the forward would scale them before the cast.
+        for weight in self.muon.peer_weights:
+            weight.copy_(weight.to(self.cfg.dtype))
+        for key, owned in self.state.items():
+            for name, x in owned.items():
+                saved = state[key][name]
+                if name in self.muon.owned_slices:
+                    saved = saved[self.muon.owned_slices[name]]
+                x.copy_(saved)
         self.adam.load_state_dict(state["adam"])
 
 
-def lr_scale(
-    frac: float, cfg: Config, step: int = 0
-) -> float:  # 1, then linear to 0 at the end; at least MIN_LR
-    fall = cfg.warmdown_iters * frac / max(step, 1) if cfg.warmdown_iters else cfg.warmdown_frac
+def lr_scale(frac: float, cfg: Config, step: int = 0) -> float:
+    """Factor of all learning rates: 1, then a linear fall to 0 at the end, but at least MIN_LR.
+
+    With `fall`, the share of training that the fall takes, it is 1 while frac < 1 - fall, then
+    max((1 - frac) / fall, MIN_LR). frac: share of training done. fall is WARMDOWN_FRAC or, if
+    set, WARMDOWN_ITERS over the number of steps to expect, step / frac.
+    """
+    fall = cfg.warmdown_frac
+    if cfg.warmdown_iters:
+        fall = cfg.warmdown_iters * frac / max(step, 1)
     return 1.0 if frac < 1 - fall else max((1 - frac) / fall, cfg.min_lr)
 
 
 def muon_momentum(step: int, cfg: Config) -> float:
+    """Muon's momentum: start + (end - start) min(step / warm-up steps, 1)."""
+    start, end = cfg.muon_momentum_warmup_start, cfg.muon_momentum
     share = min((step + 1e-9) / (cfg.muon_momentum_warmup_steps + 1e-9), 1.0)
-    return (
-        cfg.muon_momentum_warmup_start
-        + (cfg.muon_momentum - cfg.muon_momentum_warmup_start) * share
-    )
+    return start + (end - start) * share
 
 
 # === 7. Training ======================================================================================================

@@ -177,8 +177,8 @@ def test_small_parameters_are_views_of_one_tensor_and_compiled_loads_stay_aligne
     offsets = {}
     for name, role in tg.parameter_table(cfg).items():
         p = model.get_parameter(name)
-        inside = p.data_ptr() - optimizers.flat.data_ptr()
-        assert (0 <= inside < 4 * optimizers.flat.numel()) == (role.group != "muon"), name
+        inside = p.data_ptr() - optimizers.flat_weights.data_ptr()
+        assert (0 <= inside < 4 * optimizers.flat_weights.numel()) == (role.group != "muon"), name
         if role.group != "muon":
             offsets[name] = inside
     odd = [name for name, offset in offsets.items() if offset % 16]
