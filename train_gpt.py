@@ -2825,65 +2825,79 @@ def train(run: Run, reserve: float) -> bool:
     return progress.looped
 
 
-# === 8. Scoring: nats and bytes of every validation token, once =======================================================
-class ByteTable(
-    NamedTuple
-):  # bytes of text per token: a leading space counts unless after a boundary
-    base: (
-        np.ndarray
-    )  # (V,) int64: UTF-8 length of the piece's text without one leading space; 1 for byte pieces
+# === 8. Scoring: nats and bytes of every validation token, once ===
+class ByteTable(NamedTuple):
+    """Bytes of text behind each token. A piece's leading space counts, except after a boundary."""
+
+    base: np.ndarray  # (V,) int64: UTF-8 length of the text without one leading space
     space: np.ndarray  # (V,) bool: the piece begins with the space mark
     boundary: (
         np.ndarray
-    )  # (V,) bool: control, unknown or unused piece, after which the text begins anew
+    )  # (V,) bool: control, unknown or unused piece, after which text starts anew
 
     @classmethod
     def from_sentencepiece(cls, model: Any) -> ByteTable:
-        ids = range(model.vocab_size())
-        boundary = np.array(
-            [model.is_control(i) or model.is_unknown(i) or model.is_unused(i) for i in ids]
-        )
-        pieces = [
-            "" if boundary[i] else "?" if model.is_byte(i) else model.id_to_piece(i) for i in ids
-        ]
-        base = np.array(
-            [len(piece.removeprefix("\u2581").replace("\u2581", " ").encode()) for piece in pieces]
-        )
-        return cls(base, np.array([piece.startswith("\u2581") for piece in pieces]), boundary)
+        """Builds the table of a SentencePieceProcessor."""
+        base = []
+        space = []
+        boundary = []
+        for i in range(model.vocab_size()):
+            is_boundary = model.is_control(i) or model.is_unknown(i) or model.is_unused(i)
+            if is_boundary:
+                piece = ""
+            elif model.is_byte(i):
+                piece = "?"  # of one byte
+            else:
+                piece = model.id_to_piece(i)
+            text = piece.removeprefix("\u2581").replace("\u2581", " ")
+            base.append(len(text.encode()))
+            space.append(piece.startswith("\u2581"))
+            boundary.append(is_boundary)
+        return cls(np.array(base), np.array(space), np.array(boundary))
 
-    def bytes_of(
-        self, before: np.ndarray, targets: np.ndarray
-    ) -> np.ndarray:  # of each target after its predecessor
+    def bytes_of(self, before: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        """Bytes (n,) int64 of targets (n,), each of which follows the token `before` (n,)."""
         return self.base[targets] + (self.space[targets] & ~self.boundary[before])
 
-    def to(self, device: torch.device) -> ByteTable:  # the same of tensors
+    def to(self, device: torch.device) -> ByteTable:
+        """The same table in tensors on a device, for `bytes_of` of tensors."""
         return ByteTable(*(torch.from_numpy(x).to(device) for x in self))
 
-    def count(self, tokens: np.ndarray) -> int:  # bytes of all targets tokens[1:] of a stream (n,)
+    def count(self, tokens: np.ndarray) -> int:
+        """Bytes of all targets tokens[1:] of a stream (n,)."""
         return int(self.bytes_of(tokens[:-1], tokens[1:]).sum())
 
 
 def check_bytes(tokenizer: Tokenizer, docs: Documents, ranks: Ranks) -> tuple[ByteTable, int]:
-    """The table, and the bytes of every W-th document decoded. UsageError unless it counts those of each the same."""
-    table, decoded = ByteTable.from_sentencepiece(tokenizer.model), 0
-    for start, count in list(zip(docs.starts, docs.counts, strict=True))[
-        ranks.rank :: ranks.world_size
-    ]:
-        ids = docs.tokens[
-            start : start + count + (start + count == len(docs.tokens) - 1)
-        ]  # without the next BOS
-        real = len(tokenizer.model.decode(ids[1:].tolist()).encode())
-        if (counted := table.count(ids)) != real:
+    """Compares the table's bytes with those of the decoded text, for every W-th document.
+
+    Returns the table, and the decoded bytes of this rank's documents. Raises UsageError if a
+    document differs, or the whole set from its manifest.
+    """
+    table = ByteTable.from_sentencepiece(tokenizer.model)
+    decoded = 0
+    for start, end in list(docs.spans())[ranks.rank :: ranks.world_size]:
+        # The last target is the next document's BOS, which has no text, except at the very end.
+        if end == len(docs.tokens) - 1:
+            end += 1
+        ids = docs.tokens[start:end]
+        num_bytes = len(tokenizer.model.decode(ids[1:].tolist()).encode())
+        counted = table.count(ids)
+        if counted != num_bytes:
             raise UsageError(
-                f"{tokenizer.path}: counts {counted} bytes, not {real}, for the document at {start}"
+                f"{tokenizer.path}: counts {counted} bytes, not {num_bytes}, "
+                f"for the document at {start}"
             )
-        decoded += real
-    about = tokenizer.manifest.get("splits", {}).get("val", {})
-    total = about.get("bytes") if about.get("tokens") == len(docs.tokens) else None
-    if total not in (None, table.count(docs.tokens)):
-        raise UsageError(
-            f"{tokenizer.path}: counts {table.count(docs.tokens)} validation bytes, the manifest {total}"
-        )
+        decoded += num_bytes
+
+    manifest = tokenizer.manifest.get("splits", {}).get("val", {})
+    if manifest.get("tokens") == len(docs.tokens):
+        counted = table.count(docs.tokens)
+        promised = manifest.get("bytes")
+        if promised not in (None, counted):
+            raise UsageError(
+                f"{tokenizer.path}: counts {counted} validation bytes, the manifest {promised}"
+            )
     return table, decoded
 
 
@@ -2895,7 +2909,7 @@ class DatasetTotals(NamedTuple):
     bytes: int
 
 
-# What the field's validation sets hold; other numbers mean other data or a lost tail.
+# What the field's validation sets hold. Other numbers mean other data, or that its end is lost.
 CANONICAL = {
     "fineweb10B_sp8192": DatasetTotals(50_000, 40_540_803, 151_080_891),
     "fineweb10B_sp4096": DatasetTotals(50_000, 0, 151_080_891),
@@ -2903,104 +2917,131 @@ CANONICAL = {
 }
 
 
-class InvalidScore(RuntimeError): ...  # the ledger found a broken rule: there is no score
+class InvalidScore(RuntimeError):
+    """The ledger found a broken rule, so there is no score."""
 
 
 class Ledger:
-    """Every target of the validation stream, named by the place of the token before it: its nats as first scored, and
-    how often it was scored. An update says what it reads, and reads only what is scored. All on the device: no step
-    waits for it. One per evaluation, and the only place that makes val_loss and val_bpb."""
+    """The score of every target of the validation stream, and the only source of val_loss, val_bpb.
+
+    A target is named by its stream index, as in Documents. The ledger holds its nats as first
+    scored and how often it was scored. Before an update of adapters or weights reads targets, it
+    must declare them: none may be read before it is scored. All is kept on the device, so no step
+    waits for it. Each evaluation has a ledger of its own, and each rank its part until `join`.
+    """
 
     def __init__(self, docs: Documents, table: ByteTable, device: torch.device):
-        self.docs, self.padding_index = docs, len(docs.tokens) - 1  # where scores of padding go
+        self.docs = docs
+        self.padding_index = len(docs.tokens) - 1  # receives the scores of padding
         self.tokens = torch.from_numpy(docs.tokens.astype(np.int32)).to(device)  # (N,)
         self.bytes = table.to(device).bytes_of(self.tokens[:-1], self.tokens[1:])  # (N - 1,) int64
-        self.nats = torch.zeros(len(self.tokens), device=device)
-        self.times_scored = torch.zeros_like(self.tokens)
-        self.num_read_early = torch.zeros(
-            (), dtype=torch.int64, device=device
-        )  # targets that an update read too soon
-        self.num_not_learnt_from = (
-            0  # documents, or chunks of the stream, that the deadline kept from being learnt from
-        )
+        self.nats = torch.zeros(len(self.tokens), device=device)  # (N,) fp32
+        self.times_scored = torch.zeros_like(self.tokens)  # (N,) int32
+        # Targets that an update read before their score, () int64.
+        self.num_read_early = torch.zeros((), dtype=torch.int64, device=device)
+        # Documents, or chunks of the stream, that the deadline kept from being learnt from.
+        self.num_not_learnt_from = 0
 
-    def record(
-        self, place: Tensor, nats: Tensor
-    ) -> None:  # (n,) int64 and fp32, final: a second score changes nothing
-        self.nats[place] = torch.where(self.times_scored[place] == 0, nats, self.nats[place])
-        self.times_scored.index_add_(0, place, torch.ones_like(place, dtype=torch.int32))
+    def record(self, index: Tensor, nats: Tensor) -> None:
+        """Records the scores of the targets `index` (n,) int64: nats (n,) fp32.
 
-    def require_scored(
-        self, place: Tensor, ranks: Ranks | None = None
-    ) -> None:  # an update reads these targets (n,) int64
-        times = self.times_scored[place]
-        self.num_read_early += (
-            ((ranks.sum(times) if ranks else times) == 0) & (place != self.padding_index)
-        ).sum()
+        They are final: a second score changes nothing, but is counted.
+        """
+        is_new = self.times_scored[index] == 0
+        self.nats[index] = torch.where(is_new, nats, self.nats[index])
+        self.times_scored.index_add_(0, index, torch.ones_like(index, dtype=torch.int32))
 
-    def result(self) -> dict[str, float]:  # so far
+    def require_scored(self, index: Tensor, ranks: Ranks | None = None) -> None:
+        """Declares that an update reads the targets `index` (n,) int64, and counts the unscored.
+
+        With `ranks`, a target scored by any rank is scored; then all of them must call it.
+        """
+        times = self.times_scored[index]
+        if ranks:
+            times = ranks.sum(times)
+        self.num_read_early += ((times == 0) & (index != self.padding_index)).sum()
+
+    def result(self) -> dict[str, float]:
+        """Figures of the targets scored so far: nats per token, bits per byte, tokens, bytes."""
         scored = self.times_scored[:-1] > 0
-        nats, tokens = self.nats[:-1].double().sum().item(), int(scored.sum())
-        num_bytes, loss = int((self.bytes * scored).sum()), nats / max(tokens, 1)
+        nats = self.nats[:-1].double().sum().item()
+        tokens = int(scored.sum())
+        num_bytes = int((self.bytes * scored).sum())
+        loss = nats / max(tokens, 1)
         bpb = loss / math.log(2) * tokens / max(num_bytes, 1)
         return {"val_loss": loss, "val_bpb": bpb, "tokens": tokens, "bytes": num_bytes}
 
-    def join(
-        self, ranks: Ranks
-    ) -> Ledger:  # the ledgers of all ranks into each; a target of two ranks counts twice
+    def join(self, ranks: Ranks) -> Ledger:
+        """Adds up the ledgers of all ranks, in each of them. All ranks must call it.
+
+        A target that two ranks scored counts as scored twice.
+        """
         self.nats[-1] = 0.0
         self.num_not_learnt_from = sum(ranks.gather(self.num_not_learnt_from))
         for t in (self.nats, self.times_scored, self.num_read_early):
             ranks.sum(t)
         return self
 
-    def by_document(
-        self,
-    ) -> dict[str, np.ndarray]:  # (D,) each: nats, bytes and targets of every document
-        ends = [
-            np.append(0, x[:-1].cpu().double().numpy().cumsum())
-            for x in (self.nats, F.pad(self.bytes, (0, 1)))
-        ]
-        starts, stops = self.docs.starts, self.docs.starts + self.docs.counts
-        nats, num_bytes = (x[stops] - x[starts] for x in ends)
-        return {"doc_nats": nats, "doc_bytes": num_bytes, "doc_tokens": self.docs.counts}
+    def by_document(self) -> dict[str, np.ndarray]:
+        """Nats, bytes and targets of every document, (D,) each."""
+        starts = self.docs.starts
+        ends = starts + self.docs.counts
 
-    def problems(
-        self, decoded_bytes: int
-    ) -> list[str]:  # of the joined ledger; none: every rule was kept
-        wanted, times = (
-            np.bincount(self.docs.target_indices(), minlength=self.padding_index),
-            self.times_scored[:-1].cpu().numpy(),
-        )
+        def sum_documents(values: Tensor) -> np.ndarray:
+            sums = np.append(0, values.cpu().double().numpy().cumsum())
+            return sums[ends] - sums[starts]
+
+        return {
+            "doc_nats": sum_documents(self.nats[:-1]),
+            "doc_bytes": sum_documents(self.bytes),
+            "doc_tokens": self.docs.counts,
+        }
+
+    def problems(self, decoded_bytes: int) -> list[str]:
+        """The rules that a joined ledger breaks, in words; empty if it keeps all.
+
+        decoded_bytes: bytes of the decoded text of all documents.
+        """
+        wanted = np.bincount(self.docs.target_indices(), minlength=self.padding_index)
+        times = self.times_scored[:-1].cpu().numpy()
         counts = {
             "targets were never scored": (times < wanted).sum(),
             "targets were scored too often": (times > wanted).sum(),
             "targets were read by an update before their score": self.num_read_early.item(),
             "scores are not finite": (~self.nats[:-1].isfinite()).sum().item(),
         }
-        counted = self.result()["bytes"]
-        lost = [f"{counted} bytes were counted, the documents hold {decoded_bytes}"] * (
-            counted != decoded_bytes
-        )
-        return [f"{n} {what}" for what, n in counts.items() if n] + lost
+        problems = [f"{count} {broken_rule}" for broken_rule, count in counts.items() if count]
+        counted_bytes = self.result()["bytes"]
+        if counted_bytes != decoded_bytes:
+            problems.append(
+                f"{counted_bytes} bytes were counted, the documents hold {decoded_bytes}"
+            )
+        return problems
 
 
-# Inputs start .. end - 1 are read, and the targets of the inputs first_scored .. end - 1 are scored.
+# The inputs start .. end - 1 are read; the targets of first_scored .. end - 1 are scored.
 Window = tuple[int, int, int]  # (start, first_scored, end)
 
 
 def scoring_windows(num_targets: int, length: int, stride: int) -> list[Window]:
-    """(start, score, end): read inputs start..end-1 of a document, score its targets score..end-1; target j follows j.
-    Each window starts on the grid of `stride`, wherever the document ends (W51); stride = length is plain scoring."""
-    starts = range(0, max(num_targets - length, 0) + stride, stride)
-    return [
-        (s, s + length - stride if s else 0, min(s + length, num_targets))
-        for s in starts
-        if num_targets > 0
-    ]
+    """Windows over a text that score each of its targets once. Indices count from its start.
+
+    Windows start at multiples of `stride`, wherever the text ends: a window that was moved to end
+    with it would let scores depend on what comes later. With stride = length none overlaps another
+    (plain scoring); otherwise all but the first score only their last `stride` targets.
+    """
+    if num_targets <= 0:
+        return []
+    windows = []
+    for start in range(0, max(num_targets - length, 0) + stride, stride):
+        first_scored = start + length - stride if start else 0
+        windows.append((start, first_scored, min(start + length, num_targets)))
+    return windows
 
 
-class Scorer(NamedTuple):  # scores without learning; what every evaluation needs
+class Scorer(NamedTuple):
+    """Scores windows of the validation stream without learning: what all evaluations share."""
+
     forward: Callable
     plan: tuple[Visit, ...]
     ledger: Ledger
@@ -3034,39 +3075,51 @@ class Scorer(NamedTuple):  # scores without learning; what every evaluation need
 
     @torch.no_grad()
     def score_windows(self, windows: Iterable[Window], shared: bool) -> None:
-        """Windows (start, score, end), packed into rows as they come; no score depends on its row. With `shared` the
-        ranks, which all call it, divide the rows between them."""
-        ledger, (size, capacity, _), rows, used = self.ledger, self.cfg.val_row_shape, [], math.inf
-        for start, score, end in windows:
+        """Scores windows of the stream and records the results in the ledger.
+
+        With `shared` the ranks, all of which call it, divide the rows between them.
+        """
+        rows = self.pack_windows(windows)
+        if shared:
+            rows = rows[self.ranks.rank :: self.ranks.world_size]
+        for row in rows:
+            self.score_row(row)
+            if self.log.due():
+                result = self.ledger.result()
+                self.log(
+                    f"eval_progress: {result['tokens']} targets running_bpb:{result['val_bpb']:.4f}"
+                )
+
+    def pack_windows(self, windows: Iterable[Window]) -> list[list[Window]]:
+        """The windows of each row, as they come. No score depends on the rest of its row."""
+        size, capacity, _ = self.cfg.val_row_shape
+        rows = []
+        used = math.inf  # tokens of the last row
+        for start, first_scored, end in windows:
             if used + end - start > size or len(rows[-1]) == capacity // 2:
                 rows.append([])
                 used = 0
-            rows[-1].append((start, score, end))
+            rows[-1].append((start, first_scored, end))
             used += end - start
-        for row in rows[self.ranks.rank :: self.ranks.world_size] if shared else rows:
-            index = np.concatenate([np.arange(start, end) for start, _, end in row])
-            scored = np.concatenate([np.arange(start, end) >= score for start, score, end in row])
-            starts = np.cumsum([0] + [end - start for start, _, end in row[:-1]])
-            before, targets = (
-                ledger.docs.tokens[index],
-                np.where(scored, ledger.docs.tokens[index + 1], -1),
-            )
-            batch = pack_row(before, targets, starts, self.cfg.val_row_shape, ledger.nats.device)
-            place = torch.from_numpy(np.where(scored, index, ledger.padding_index)).to(
-                ledger.nats.device
-            )  # waits, so first
-            ledger.record(place, self.forward(batch, self.plan)[: len(index)])
-            if self.log.due():
-                self.log(
-                    "eval_progress: {tokens} targets running_bpb:{val_bpb:.4f}".format(
-                        **ledger.result()
-                    )
-                )
+        return rows
+
+    def score_row(self, row: list[Window]) -> None:
+        """Scores the windows of one row in one forward."""
+        ledger, device = self.ledger, self.ledger.nats.device
+        read = np.concatenate([np.arange(start, end) for start, _, end in row])
+        scored = np.concatenate([np.arange(start, end) >= first for start, first, end in row])
+        lengths = [end - start for start, _, end in row]
+        starts = np.cumsum([0] + lengths[:-1])
+        inputs = ledger.docs.tokens[read]
+        targets = np.where(scored, ledger.docs.tokens[read + 1], -1)
+        batch = pack_row(inputs, targets, starts, self.cfg.val_row_shape, device)
+        # Copied before the forward begins, because the copy waits for all work given so far.
+        index = torch.from_numpy(np.where(scored, read, ledger.padding_index)).to(device)
+        ledger.record(index, self.forward(batch, self.plan)[: len(index)])
 
 
-def score_all(
-    scorer: Scorer, stride: int
-) -> Ledger:  # every target once, in windows `stride` (0: a window) apart
+def score_all(scorer: Scorer, stride: int) -> Ledger:
+    """Scores every target once, in windows `stride` apart (0: a window). All ranks must call it."""
     scorer.score_windows(scorer.stream_windows(stride), shared=True)
     return scorer.ledger.join(scorer.ranks)
 
