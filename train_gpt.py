@@ -952,8 +952,8 @@ class PendingRead:
 class Ranks:
     """This process among its peers, as torchrun's variables describe them.
 
-    All ranks must call `sum`, `gather` and `tickets` together. With one rank these do nothing
-    but return what they were given.
+    All ranks must call `sum`, `gather` and `tickets` together. Without a process group, `sum` and
+    `gather` return what they were given.
     """
 
     def __init__(self, environ: Mapping[str, str]):
@@ -2192,19 +2192,19 @@ class MessageSlot(NamedTuple):
 class Muon:
     """Muon for banks of matrices (n, out, in) that act as y = x W^T, divided between the ranks.
 
-    Every rank owns a slice of each bank: matrices start .. end - 1 as assign_matrices chose them.
-    Only their owner keeps their exact fp32 weights, momentum and average, and only it steps them.
-    In the model's banks the other matrices are as received, rounded to the compute dtype, to which
-    the forward casts anyway. (Banks in that dtype would save a cast, 0.1 % of a step, but would
-    add up the gradients of microbatches in bf16.)
+    Each bank is cut in rank order, at the ends that assign_matrices chose: a rank owns a slice of
+    consecutive matrices. Only the owner keeps exact fp32 weights, momentum and average of its
+    slices, and only it steps them. The other slices of its model's banks are as received, rounded
+    to the compute dtype, to which the forward casts anyway. (Banks in that dtype would save a
+    cast, 0.1 % of a step, but would add up the gradients of microbatches in bf16.)
 
-    A message has a row for each rank, with the slices that this rank owns. Zeros fill it up to the
-    largest load, because collectives want rows of one length. With two ranks, for example:
+    A message has a row for each rank, which holds the slices that this rank owns. Collectives want
+    rows of one length, so zeros end the row of a smaller load. For two ranks and three layers:
 
-        row 0:  | qo[0:5] | kv[0:5] | up[0:3] | down[0:2] |
-        row 1:  | qo[5:9] | kv[5:9] | up[3:5] | down[2:5] | zeros |
+        row 0:  | qo[0:3] | kv[0:3] | up[0:2] | down[0:1] |
+        row 1:  | qo[3:6] | kv[3:6] | up[2:3] | down[1:3] |
 
-    What travels in a step, in the compute dtype:
+    Two messages travel in a step, in the compute dtype:
 
         gradients   reduce-scatter   each rank fills all rows; rank r receives the sum of row r
         weights     all-gather       each rank sends its row (`outbox`); all receive all rows
