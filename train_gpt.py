@@ -32,7 +32,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
-from itertools import chain, groupby, takewhile
+from itertools import groupby, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -1107,7 +1107,7 @@ class CompilationCounter:
     def __init__(self, log: Callable[[str], None]):
         self.log = log
         self.count = 0
-        self.unlogged: list[str] = []
+        self.unlogged = []
         torch._dynamo.utils.clear_compilation_metrics()
         if triton is not None:
             triton.knobs.runtime.jit_post_compile_hook = self.note_kernel
@@ -2225,9 +2225,9 @@ class Muon:
         self.owned_weights = weights_of_ranks[ranks.rank]  # stepped in place
         self.momentum = {name: torch.zeros_like(w) for name, w in self.owned_weights.items()}
         self.average = {name: w.clone() for name, w in self.owned_weights.items()}
-        self.outbox: dict[str, Tensor] = {}  # views of the row that this rank sends
-        self.peer_weights: list[Tensor] = []  # the slices of the other ranks in the model's banks
-        self.peer_views: list[Tensor] = []  # where the message holds them
+        self.outbox = {}  # per bank a view of the row that this rank sends
+        self.peer_weights = []  # the slices of the other ranks in the model's banks
+        self.peer_views = []  # where the message holds them
         if ranks.world_size > 1:
             self.allocate_messages(weights_of_ranks)
 
@@ -2324,6 +2324,9 @@ class Optimizers:
         average = split_like(self.flat_average, self.small)
         for name, p in self.small.items():
             p.data = weights[name]
+        # Parameters in "fixed" are not stepped.
+        embed, scalar, _ = self.flat_weights.split(self.sizes)
+        self.leaves = [nn.Parameter(embed), nn.Parameter(scalar)]
         self.adam = self.build_adam()
         # What this rank steps, exact: flat parameters and its slices of the banks.
         self.state = {
@@ -2346,15 +2349,15 @@ class Optimizers:
         return groups
 
     def build_adam(self) -> torch.optim.AdamW:
-        """AdamW over two parts of the flat tensor, embeddings and scalars. The rest is fixed."""
+        """AdamW over the leaves: embeddings and scalars, with a rate and a decay each."""
         cfg = self.cfg
-        embed, scalar, _ = self.flat_weights.split(self.sizes)
-        self.leaves = [nn.Parameter(embed), nn.Parameter(scalar)]
-        embed_group = dict(lr=cfg.tied_embed_lr, weight_decay=cfg.embed_wd)
-        scalar_group = dict(lr=cfg.scalar_lr, weight_decay=cfg.adam_wd)
-        groups = []
-        for leaf, group in zip(self.leaves, (embed_group, scalar_group), strict=True):
-            groups.append(dict(params=[leaf], base_lr=group["lr"], **group))
+        embed, scalar = self.leaves
+        groups = [
+            dict(params=[embed], lr=cfg.tied_embed_lr, weight_decay=cfg.embed_wd),
+            dict(params=[scalar], lr=cfg.scalar_lr, weight_decay=cfg.adam_wd),
+        ]
+        for group in groups:
+            group["base_lr"] = group["lr"]
         betas = cfg.beta1, cfg.beta2
         return torch.optim.AdamW(groups, betas=betas, eps=cfg.adam_eps, fused=True)
 
@@ -2380,6 +2383,7 @@ class Optimizers:
         embed_grad, scalar_grad, _ = flat.mul_(clip).split(self.sizes)
         for leaf, grad in zip(self.leaves, (embed_grad, scalar_grad), strict=True):
             leaf.grad = grad
+        # load_state_dict replaces these groups, so they are looked up anew in each step.
         for group in self.adam.param_groups:
             group["lr"] = group["base_lr"] * lr_scale
         self.adam.step()
@@ -2396,8 +2400,8 @@ class Optimizers:
     def averages(self, newest_share: float | None = None) -> dict[str, Tensor]:
         """The average of all weights, in full. All ranks must call it.
 
-        newest_share: the share of the weights of the last step in it; without it they are left
-        out, as `step` does.
+        newest_share: the share in it of the weights after the last step. Without it they are left
+        out, as `step` leaves them out.
         """
         averages = self.state["average"]
         if newest_share is not None:
@@ -4074,11 +4078,14 @@ def adapt_documents(
                 )
                 log(f"ttt_progress: batch {number + 1}/{len(batches)} {running}")
         rest = [d for d in batch if deadline.late and counts[d] > done]
-        for_each = (
-            scorer.text_windows(starts[d], counts[d], stride=0, first=starts[d] + done)
+        windows = (
+            window
             for d in rest
+            for window in scorer.text_windows(
+                starts[d], counts[d], stride=0, first=starts[d] + done
+            )
         )
-        scorer.score_windows(chain.from_iterable(for_each), shared=False)
+        scorer.score_windows(windows, shared=False)
         ledger.num_not_learnt_from += len(rest)
 
 
