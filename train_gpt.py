@@ -926,14 +926,15 @@ def print_knobs() -> None:  # variable, default per preset, meaning
         )
 
 
-# === 2. Runtime: ranks, log, clock ====================================================================================
+# === 2. Runtime: ranks, log, clock ===
 class PendingRead:
-    """Numbers (n,) on their way from the device to the host."""
+    """Numbers (n,) that are being copied from the device to the host without blocking."""
 
     def __init__(self, values: Tensor, ranks: Ranks):
         self.copied = None
         if values.is_cuda:
-            self.host = values.to("cpu", non_blocking=True)  # pinned: returns at once
+            # The host tensor is pinned, so this returns at once.
+            self.host = values.to("cpu", non_blocking=True)
             self.copied = torch.cuda.Event()
             self.copied.record()
         else:
@@ -941,65 +942,85 @@ class PendingRead:
             self.time = ranks.now()
 
     def wait(self) -> tuple[list[float], float]:
-        """Waits for these numbers alone; returns them and when they were there, on the steady clock."""
+        """Waits for these numbers only; returns them and their arrival in monotonic seconds."""
         if self.copied is not None:
             self.copied.synchronize()
             self.time = time.monotonic()
         return self.host.tolist(), self.time
 
 
-class Ranks:  # this process among its peers: all ranks must call a method together; on one rank it is the identity
+class Ranks:
+    """This process among its peers, as torchrun's variables describe them.
+
+    All ranks must call `sum`, `gather` and `tickets` together. Without a process group, `sum` and
+    `gather` return what they were given.
+    """
+
     def __init__(self, environ: Mapping[str, str]):
-        self.rank, self.distributed, self.queues = int(environ.get("RANK", 0)), "RANK" in environ, 0
-        self.world_size = (
-            int(environ.get("WORLD_SIZE", 1)) if self.distributed else 1
-        )  # clusters may set it alone
+        self.distributed = "RANK" in environ
+        self.rank = int(environ.get("RANK", 0))
+        self.world_size = 1
+        # Without RANK, WORLD_SIZE says nothing: clusters may set it for any process.
+        if self.distributed:
+            self.world_size = int(environ.get("WORLD_SIZE", 1))
         self.is_main = self.rank == 0
-        self.live = (
-            self.is_main and sys.stdout.isatty() and "CI" not in environ
-        )  # whether someone may be looking on
-        cuda, local = torch.cuda.is_available(), int(environ.get("LOCAL_RANK", 0))
-        self.device = torch.device("cuda", local) if cuda else torch.device("cpu")
-        if cuda:
+        # Someone may be watching rank 0's terminal.
+        self.live = self.is_main and sys.stdout.isatty() and "CI" not in environ
+        self.num_queues = 0
+        self.device = torch.device("cpu")
+        if torch.cuda.is_available():
+            self.device = torch.device("cuda", int(environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(self.device)
         if self.distributed:
-            importlib.import_module(
-                "torch.distributed.nn"
-            )  # later, its defaults would keep the group's threads alive
-            store, rank, size = next(
-                dist.rendezvous("env://")
-            )  # torchrun keeps it over restarts, old keys and all
-            store = dist.PrefixStore(f"start {environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-            backend, device = ("nccl", self.device) if cuda else ("gloo", None)
-            dist.init_process_group(
-                backend, store=store, rank=rank, world_size=size, device_id=device
-            )
+            self._join_group(environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
-    def sum(self, t: Tensor) -> Tensor:  # in place
+    def _join_group(self, restart_count: int | str) -> None:
+        """Joins the process group: NCCL on GPUs, gloo on CPUs."""
+        # Imported once the group exists, the default arguments of its functions would hold the
+        # group and keep its threads alive.
+        importlib.import_module("torch.distributed.nn")
+        store, rank, size = next(dist.rendezvous("env://"))
+        # torchrun keeps the store when it restarts the ranks, with the keys of the start before.
+        store = dist.PrefixStore(f"start {restart_count}", store)
+        group = dict(store=store, rank=rank, world_size=size)
+        if self.device.type == "cuda":
+            dist.init_process_group("nccl", device_id=self.device, **group)
+        else:
+            dist.init_process_group("gloo", **group)
+
+    def sum(self, t: Tensor) -> Tensor:
+        """Sums a tensor over all ranks, in place, and returns it."""
         if self.distributed:
             dist.all_reduce(t)
         return t
 
-    def gather(self, value: Any) -> list[Any]:  # every rank's, in rank order
+    def gather(self, value: Any) -> list[Any]:
+        """The value of every rank, in the order of the ranks. The values are pickled."""
         values = [value] * self.world_size
         if self.distributed:
             dist.all_gather_object(values, value)
         return values
 
-    def alone(self) -> Ranks:  # this rank as if it were the only one
-        other = copy.copy(self)
-        other.rank, other.world_size, other.distributed = 0, 1, False
-        return other
+    def alone(self) -> Ranks:
+        """This rank as if it were the only one. Not collective."""
+        single = copy.copy(self)
+        single.rank = 0
+        single.world_size = 1
+        single.distributed = False
+        return single
 
-    def tickets(
-        self,
-    ) -> Iterator[int]:  # 0, 1, 2, .. of a new counter; each goes to the rank that asks first (W49)
-        self.queues += 1
+    def tickets(self) -> Iterator[int]:
+        """The numbers 0, 1, 2, ... without end, each given to the one rank that asks first.
+
+        Work that is shared out like this keeps all ranks busy although its parts differ in length.
+        """
+        self.num_queues += 1
         store = dist.distributed_c10d._get_default_store() if self.distributed else dist.HashStore()
         while True:
-            yield store.add(f"train_gpt/queue{self.queues}", 1) - 1
+            yield store.add(f"train_gpt/queue{self.num_queues}", 1) - 1
 
-    def now(self) -> float:  # seconds on a steady clock, once the device has done all it was given
+    def now(self) -> float:
+        """Monotonic seconds, read once the device has finished all work it was given."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.monotonic()
@@ -1009,91 +1030,109 @@ class Ranks:  # this process among its peers: all ranks must call a method toget
         return PendingRead(values, self)
 
 
-class Log:  # lines for people on rank 0: to the terminal and to a file; `live`: also one that is rewritten in place
-    def __init__(self, path: Path, is_main: bool, live: bool = False, board: Any = ""):
-        self.last, self.shown, self.is_main, self.live, self.board = (
-            time.monotonic(),
-            0.0,
-            is_main,
-            live,
-            board,
-        )
+ERASE_LINE = "\r\033[K"
+
+
+class Log:
+    """Lines for people: rank 0 writes them to a file and to the terminal, other ranks do nothing.
+
+    A live log also shows a line on the terminal that is rewritten in place. `prefix` begins every
+    line. `tensorboard_dir`, if not empty, receives the numbers given to `scalars`.
+    """
+
+    def __init__(self, path: Path, is_main: bool, live: bool = False, tensorboard_dir: str = ""):
+        self.is_main = is_main
+        self.live = live
         self.prefix = ""
+        self.tensorboard_dir = tensorboard_dir
+        self.tensorboard = None  # SummaryWriter, made with the first numbers
+        self.last_line_time = time.monotonic()
+        self.last_shown_time = 0.0
         if is_main:
             path.parent.mkdir(parents=True, exist_ok=True)
-            if path.exists():  # a killed run may have left half a line
+            if path.exists():
+                # A killed run may have left half a line.
                 os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
             self.file = path.open("a", encoding="utf-8")
 
     def __call__(self, line: str, terminal: bool = True) -> None:
-        self.last = time.monotonic()
-        for file in [self.file, sys.stdout][: 1 + terminal] if self.is_main else []:
-            print(
-                "\r\033[K" * (self.live and file is sys.stdout) + self.prefix + line,
-                file=file,
-                flush=True,
-            )
+        """Writes a line to the file and, with `terminal`, to the terminal."""
+        self.last_line_time = time.monotonic()
+        if not self.is_main:
+            return
+        print(self.prefix + line, file=self.file, flush=True)
+        if terminal:
+            erase = ERASE_LINE if self.live else ""
+            print(erase + self.prefix + line, flush=True)
 
-    def due(self) -> bool:  # whether the last line is 8 s ago: a long loop shows that it is alive
-        return time.monotonic() - self.last > 8
+    def due(self) -> bool:
+        """Whether 8 s have passed since the last line, so that a long loop should show progress."""
+        return time.monotonic() - self.last_line_time > 8
 
-    def show(
-        self, line: str, rest: float = 0.0
-    ) -> None:  # unless the last one is not `rest` seconds ago
-        if self.live and time.monotonic() - self.shown >= rest:
-            self.shown = time.monotonic()
-            print(f"\r\033[K{line[: shutil.get_terminal_size().columns - 1]}", end="", flush=True)
+    def show(self, line: str, min_interval_s: float = 0.0) -> None:
+        """Rewrites the live line, unless that was done less than `min_interval_s` seconds ago."""
+        if self.live and time.monotonic() - self.last_shown_time >= min_interval_s:
+            self.last_shown_time = time.monotonic()
+            width = shutil.get_terminal_size().columns - 1
+            print(ERASE_LINE + line[:width], end="", flush=True)
 
-    def scalars(self, step: int, values: dict[str, float]) -> None:  # for TensorBoard
-        if self.is_main and self.board and isinstance(self.board, str):
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Adds numbers to TensorBoard at a training step, by name."""
+        if not self.is_main or not self.tensorboard_dir:
+            return
+        if self.tensorboard is None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.board = SummaryWriter(
-                self.board, purge_step=step
-            )  # what is there from later steps was lost
-        for name, value in values.items() if self.is_main and self.board else ():
-            self.board.add_scalar(name, value, step)
+            # Points of later steps come from a run that was killed and goes on from here.
+            self.tensorboard = SummaryWriter(self.tensorboard_dir, purge_step=step)
+        for name, value in values.items():
+            self.tensorboard.add_scalar(name, value, step)
 
 
-def raise_stopped(
-    number: int, _: Any = None, after: str = ""
-) -> None:  # exit status as a shell has it
-    raise KeyboardInterrupt(
-        f"{signal.Signals(number).name}: the run is stopped{after}", 128 + number
-    )
+def raise_stopped(number: int, _: Any = None, after: str = "") -> None:
+    """Raises KeyboardInterrupt for a signal, with its message and exit status, 128 + number."""
+    name = signal.Signals(number).name
+    raise KeyboardInterrupt(f"{name}: the run is stopped{after}", 128 + number)
 
 
-def handle_signals(
-    act: Callable[[int, Any], Any],
-) -> None:  # `stop` wherever it comes, in training after a step
+def handle_signals(handler: Callable[[int, Any], Any]) -> None:
+    """Sets what SIGINT and SIGTERM do: training waits for the end of a step, the rest stops."""
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, act)
+        signal.signal(number, handler)
 
 
-class CompilationCounter:  # counts graphs and kernels compiled since it was made, and logs why
+class CompilationCounter:
+    """Counts graphs and Triton kernels compiled since it was made, and logs the reason for each."""
+
     def __init__(self, log: Callable[[str], None]):
-        self.log, self.count, self.found = log, 0, []
+        self.log = log
+        self.count = 0
+        self.unlogged = []
         torch._dynamo.utils.clear_compilation_metrics()
         if triton is not None:
-            triton.knobs.runtime.jit_post_compile_hook = lambda **about: self.found.append(
-                f"kernel {about['repr']}"
-            )
+            triton.knobs.runtime.jit_post_compile_hook = self.note_kernel
+
+    def note_kernel(self, **details: Any) -> None:
+        """Triton calls this after each kernel it compiles."""
+        self.unlogged.append(f"kernel {details['repr']}")
 
     def poll(self) -> int:
-        graphs = [
-            m for m in torch._dynamo.utils.get_compilation_metrics() if m.is_forward
-        ]  # or it counts twice
+        """Logs what was compiled since the last call; returns the count so far."""
+        for metrics in torch._dynamo.utils.get_compilation_metrics():
+            # The backward of a graph has an entry of its own, which would count it twice.
+            if metrics.is_forward:
+                reason = metrics.recompile_reason or "its first graph"
+                self.unlogged.append(f"{metrics.co_name}: {reason}")
         torch._dynamo.utils.clear_compilation_metrics()
-        self.found += [f"{m.co_name}: {m.recompile_reason or 'its first graph'}" for m in graphs]
-        self.count += len(self.found)
-        while self.found:
-            self.log(f"recompilation: {self.found.pop(0)}")
+        self.count += len(self.unlogged)
+        for compiled in self.unlogged:
+            self.log(f"recompilation: {compiled}")
+        self.unlogged.clear()
         return self.count
 
 
-def write_atomic(
-    path: Path, data: bytes
-) -> None:  # afterwards `path` holds all of it or is untouched
+def write_atomic(path: Path, data: bytes) -> None:
+    """Writes a file through a temporary one: it then holds all of `data`, or is untouched."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     with part.open("wb") as f:
@@ -1103,180 +1142,266 @@ def write_atomic(
     os.replace(part, path)
 
 
-# === 3. Data: shards of uint16 tokens -> rows of packed documents =====================================================
+# === 3. Data: shards of uint16 tokens -> rows of packed documents ===
 SHARD_HEADER = [20240520, 1]  # magic, version; then the token count; 256 int32 in all
 
 
-def write_shard(
-    path: Path, tokens: np.ndarray
-) -> None:  # header of 1024 bytes, ids (n,) as uint16; little-endian
-    header = np.array([*SHARD_HEADER, len(tokens)] + [0] * 253, dtype="<i4")
+def write_shard(path: Path, tokens: np.ndarray) -> None:
+    """Writes ids (n,) as a shard: a header of 1024 bytes, then uint16; little-endian."""
+    header = np.zeros(256, dtype="<i4")
+    header[:2] = SHARD_HEADER
+    header[2] = len(tokens)
     write_atomic(path, header.tobytes() + np.ascontiguousarray(tokens, dtype="<u2").tobytes())
 
 
-def read_shard(
-    path: Path,
-) -> np.ndarray:  # memory-mapped uint16 (n,); UsageError if foreign, newer, cut or empty
-    size, header = path.stat().st_size, np.fromfile(path, dtype="<i4", count=256)
+def read_shard(path: Path) -> np.ndarray:
+    """The ids of a shard, memory-mapped, (n,) uint16.
+
+    Raises UsageError if the file is no shard or a newer one, is cut off, too long or empty.
+    """
+    size = path.stat().st_size
+    header = np.fromfile(path, dtype="<i4", count=256)
     if len(header) < 256 or header[:2].tolist() != SHARD_HEADER:
         raise UsageError(f"{path}: starts with {header[:2].tolist()}, a shard with {SHARD_HEADER}")
-    if size != 1024 + 2 * int(header[2]) or not header[2]:
-        raise UsageError(f"{path}: holds {size} bytes, its header promises 1024 + 2 * {header[2]}")
-    return np.memmap(path, dtype="<u2", mode="r", offset=1024, shape=(int(header[2]),))
+    num_tokens = int(header[2])
+    if size != 1024 + 2 * num_tokens or not num_tokens:
+        raise UsageError(f"{path}: holds {size} bytes, its header promises 1024 + 2 * {num_tokens}")
+    return np.memmap(path, dtype="<u2", mode="r", offset=1024, shape=(num_tokens,))
 
 
-class TokenStream:  # all shards of a split end to end: a document or a transition may straddle two of them (W13)
+class TokenStream:
+    """All shards of a split, end to end.
+
+    A document may straddle two shards, and the first token of a shard is the target of the last
+    token of the shard before it.
+    """
+
     def __init__(self, folder: Path, split: str):
         self.paths = sorted(folder.glob(f"*_{split}_*.bin"))
         if not self.paths:
             raise UsageError(
-                f"{folder}: holds no *_{split}_*.bin; run tools/prepare_data.py or set DATASET, DATA_DIR"
+                f"{folder}: holds no *_{split}_*.bin; "
+                "run tools/prepare_data.py or set DATASET, DATA_DIR"
             )
-        self.shards = [read_shard(p) for p in self.paths]
-        self.starts = np.cumsum([0] + [len(s) for s in self.shards])
+        self.shards = [read_shard(path) for path in self.paths]
+        self.starts = np.cumsum([0] + [len(shard) for shard in self.shards])
         self.size = int(self.starts[-1])
 
-    def read(
-        self, start: int, count: int
-    ) -> np.ndarray:  # ids int64 from `start` on, again from 0 past the end
+    def read(self, start: int, count: int) -> np.ndarray:
+        """The ids from index `start` on, (count,) int64. After its end the stream begins again."""
         parts = []
         while count > 0:
-            i = int(np.searchsorted(self.starts, start % self.size, side="right")) - 1
-            parts.append(self.shards[i][start % self.size - self.starts[i] :][:count])
-            start, count = start + len(parts[-1]), count - len(parts[-1])
+            index = start % self.size
+            shard = int(np.searchsorted(self.starts, index, side="right")) - 1
+            part = self.shards[shard][index - self.starts[shard] :][:count]
+            parts.append(part)
+            start += len(part)
+            count -= len(part)
         return np.concatenate(parts).astype(np.int64)
 
 
-class Batch(
-    NamedTuple
-):  # a row of segments end to end; attention stays within one, positions count from its start
+class Batch(NamedTuple):
+    """A row of T tokens: segments end to end.
+
+    Attention stays within a segment, and positions count from its start.
+    """
+
     inputs: Tensor  # (T,) int64
     targets: Tensor  # (T,) int64; -1 where nothing is predicted
     cu_seqlens: Tensor  # (capacity + 1,) int32: segment starts, then T in every unused entry
-    max_seqlen: int  # bound on the length of a segment, constant over batches so that it compiles once (W26)
+    # Bound on the length of a segment, in tokens. It is the same for all batches, because
+    # kernels and graphs are compiled for it.
+    max_seqlen: int
 
 
 def pack_row(
     inputs: np.ndarray, targets: np.ndarray, starts: np.ndarray, shape: tuple, device: torch.device
 ) -> Batch:
-    """ids (n,) and segment starts -> Batch of `shape` (T, capacity, max_seqlen); beyond n the row predicts nothing."""
-    (tokens, capacity, max_seqlen), n = shape, len(inputs)
-    ids = np.zeros((2, tokens), dtype=np.int32)  # half of what int64 would send over PCIe
-    ids[1], ids[0, :n], ids[1, :n] = -1, inputs, targets
-    segments = [*starts, *range(n, tokens, max_seqlen)]  # padding keeps to the bound too
+    """Makes a Batch of `shape` = (T, capacity, max_seqlen).
+
+    inputs, targets: ids (n,), n <= T; the rest of the row is padding, which predicts nothing.
+    starts: index of the first token of every segment. Raises AssertionError if there are more
+    segments than `capacity`, those of the padding included.
+    """
+    num_tokens, capacity, max_seqlen = shape
+    n = len(inputs)
+    ids = np.zeros((2, num_tokens), dtype=np.int32)  # half of what int64 would send over PCIe
+    ids[0, :n] = inputs
+    ids[1, :n] = targets
+    ids[1, n:] = -1
+    # No segment of the padding is longer than max_seqlen either.
+    segments = [*starts, *range(n, num_tokens, max_seqlen)]
     assert len(segments) <= capacity, (len(segments), capacity)
-    cu_seqlens = np.array(segments + [tokens] * (capacity + 1 - len(segments)), dtype=np.int32)
-    sent = [torch.from_numpy(x) for x in (ids, cu_seqlens)]
+    unused = capacity + 1 - len(segments)
+    cu_seqlens = np.array(segments + [num_tokens] * unused, dtype=np.int32)
+    on_device = [torch.from_numpy(x) for x in (ids, cu_seqlens)]
     if device.type == "cuda":
-        sent = [x.pin_memory().to(device, non_blocking=True) for x in sent]
-    return Batch(*sent[0].long(), sent[1], max_seqlen)
+        on_device = [x.pin_memory().to(device, non_blocking=True) for x in on_device]
+    ids, cu_seqlens = on_device
+    inputs, targets = ids.long()
+    return Batch(inputs, targets, cu_seqlens, max_seqlen)
 
 
 def segment_starts(tokens: np.ndarray, bos_id: int, max_seqlen: int) -> np.ndarray:
-    """Starts of the segments of a row (n,): 0, every BOS, and every `max_seqlen` tokens after either."""
+    """Starts of a row's segments: 0, every BOS, and every `max_seqlen` tokens after these."""
     documents = np.union1d([0], np.flatnonzero(tokens == bos_id))
-    pieces = -(-np.diff(documents, append=len(tokens)) // max_seqlen)
-    piece = np.arange(pieces.sum()) - np.repeat(
-        np.cumsum(pieces) - pieces, pieces
-    )  # 0, 1, .. within each document
-    return np.repeat(documents, pieces) + piece * max_seqlen
+    lengths = np.diff(documents, append=len(tokens))
+    num_pieces = -(-lengths // max_seqlen)  # rounded up
+    first_piece = np.cumsum(num_pieces) - num_pieces
+    piece = np.arange(num_pieces.sum()) - np.repeat(first_piece, num_pieces)  # in its document
+    return np.repeat(documents, num_pieces) + piece * max_seqlen
+
+
+class EpochOrder(NamedTuple):
+    """The order in which DATA_LOADER=shuffled reads the pieces of one epoch."""
+
+    epoch: int
+    offset: int  # index in the stream at which the first piece starts
+    permutation: np.ndarray  # of the pieces
 
 
 class PackedLoader:
-    """Rows of the stream in order, each transition once an epoch (W13). All ranks walk over all rows and build every
-    W-th, so the world size changes no step. A row takes MICRO_BATCH_TOKENS tokens, or what the capacity allows. With
-    DATA_LOADER=shuffled (PR #1394) an epoch takes pieces of TRAIN_SEQ_LEN tokens, from a random one on, at random."""
+    """Rows of training tokens, in which each transition of the stream comes once an epoch.
+
+    A row takes the next MICRO_BATCH_TOKENS tokens of the stream, or fewer if their documents fill
+    the capacity. All ranks walk over all rows, and each builds every W-th: so the number of ranks
+    changes no step. With DATA_LOADER=shuffled (PR #1394) the stream is cut into pieces of
+    TRAIN_SEQ_LEN tokens, which an epoch takes in random order; the first starts at a random offset.
+    """
 
     def __init__(self, stream: TokenStream, bos_id: int, cfg: Config, ranks: Ranks):
-        self.stream, self.cfg, self.ranks, self.cursor = stream, cfg, ranks, 0
-        self.bos_id = bos_id if cfg.data_loader == "documents" else -1
-        self.order = -1, 0, np.arange(0)  # of the pieces: epoch, first place, permutation
+        self.stream = stream
+        self.cfg = cfg
+        self.ranks = ranks
+        self.cursor = 0  # targets served so far, over all epochs
+        self.bos_id = bos_id if cfg.data_loader == "documents" else -1  # -1: cut at no document
+        self.order = EpochOrder(epoch=-1, offset=0, permutation=np.arange(0))
 
-    def read(
-        self, count: int
-    ) -> tuple[np.ndarray, np.ndarray]:  # inputs and targets (count,) from the cursor on
-        if self.cfg.data_loader != "shuffled":
-            tokens = self.stream.read(self.cursor, count + 1)
-            return tokens[:-1], tokens[1:]
-        length, pieces = self.cfg.train_seq_len, []
+    def next_tokens(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs and targets, each (count,) int64, from the cursor on. The cursor stays."""
+        if self.cfg.data_loader == "shuffled":
+            return self.next_pieces(count)
+        tokens = self.stream.read(self.cursor, count + 1)
+        return tokens[:-1], tokens[1:]
+
+    def next_pieces(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """The same from the shuffled pieces. Cursor and count are multiples of TRAIN_SEQ_LEN."""
+        length = self.cfg.train_seq_len
+        pieces_per_epoch = (self.stream.size - 1) // length
+        pieces = []
         for number in range(self.cursor // length, (self.cursor + count) // length):
-            epoch, number = divmod(number, (self.stream.size - 1) // length)
-            if epoch != self.order[0]:
-                rng = np.random.Generator(np.random.PCG64([self.cfg.seed, epoch]))
-                self.order = (
-                    epoch,
-                    rng.integers(length),
-                    rng.permutation((self.stream.size - 1) // length),
-                )
-            pieces.append(
-                self.stream.read(int(self.order[1] + self.order[2][number] * length), length + 1)
-            )
-        return np.concatenate([x[:-1] for x in pieces]), np.concatenate([x[1:] for x in pieces])
+            epoch, index = divmod(number, pieces_per_epoch)
+            if self.order.epoch != epoch:
+                self.order = self.draw_order(epoch, pieces_per_epoch)
+            start = self.order.offset + self.order.permutation[index] * length
+            pieces.append(self.stream.read(int(start), length + 1))
+        inputs = np.concatenate([piece[:-1] for piece in pieces])
+        targets = np.concatenate([piece[1:] for piece in pieces])
+        return inputs, targets
 
-    def rows(
-        self, count: int
-    ) -> tuple[list[Batch], int]:  # this rank's of the next rows, and the targets in them all
-        mine, first, (size, capacity, max_seqlen) = [], self.cursor, self.cfg.row_shape
+    def draw_order(self, epoch: int, num_pieces: int) -> EpochOrder:
+        """Draws an epoch's order from SEED and the epoch, so that a resumed run draws the same."""
+        rng = np.random.Generator(np.random.PCG64([self.cfg.seed, epoch]))
+        offset = rng.integers(self.cfg.train_seq_len)
+        return EpochOrder(epoch, offset, rng.permutation(num_pieces))
+
+    def rows(self, count: int) -> tuple[list[Batch], int]:
+        """Reads the next `count` rows; returns those of this rank, and the targets in all rows."""
+        size, capacity, max_seqlen = self.cfg.row_shape
+        first = self.cursor
+        own_rows = []
         for row in range(count):
-            (tokens, targets), n = self.read(size), size
-            starts = segment_starts(tokens, self.bos_id, max_seqlen)
-            if len(starts) > capacity:  # leave room for the segments of the padding
-                starts, n = starts[: capacity // 2], int(starts[capacity // 2])
+            inputs, targets = self.next_tokens(size)
+            starts = segment_starts(inputs, self.bos_id, max_seqlen)
+            n = size
+            if len(starts) > capacity:
+                # The other half of the capacity is left to the segments of the padding.
+                n = int(starts[capacity // 2])
+                starts = starts[: capacity // 2]
             if row % self.ranks.world_size == self.ranks.rank:
-                mine.append(
-                    pack_row(tokens[:n], targets[:n], starts, self.cfg.row_shape, self.ranks.device)
+                device = self.ranks.device
+                own_rows.append(
+                    pack_row(inputs[:n], targets[:n], starts, self.cfg.row_shape, device)
                 )
             self.cursor += n
-        return mine, self.cursor - first
+        return own_rows, self.cursor - first
 
-    def steps(
-        self,
-    ) -> Iterator[tuple[list[Batch], int]]:  # `rows` of each step; a thread prepares the next
+    def steps(self) -> Iterator[tuple[list[Batch], int]]:
+        """Yields `rows` of one training step after another. A thread prepares the next step."""
         with ThreadPoolExecutor(1) as pool:
             ahead = pool.submit(self.rows, self.cfg.rows_per_step)
             while True:
-                rows, ahead = ahead.result(), pool.submit(self.rows, self.cfg.rows_per_step)
+                rows = ahead.result()
+                ahead = pool.submit(self.rows, self.cfg.rows_per_step)
                 yield rows
 
 
-class Documents(
-    NamedTuple
-):  # targets end with the next one's BOS: all tokens but the first are predicted once (W39)
+class Documents(NamedTuple):
+    """The validation documents within their token stream.
+
+    The target of an input is the token after it, so the last target of a document is the BOS of
+    the next one: every token of the stream but the first is predicted exactly once. A target is
+    named by its stream index: the index in `tokens` of the input before it.
+    """
+
     tokens: np.ndarray  # (N,) int64
-    starts: np.ndarray  # (D,) of each document
-    counts: np.ndarray  # (D,) of its targets
+    starts: np.ndarray  # (D,) index of each document's BOS
+    counts: np.ndarray  # (D,) number of each document's targets
 
     @classmethod
     def load(cls, stream: TokenStream, bos_id: int, cfg: Config) -> Documents:
+        """Reads the split; draws a share of VAL_DOC_FRACTION of its documents with SEED.
+
+        Unless DATA_LOADER=documents, windows cross documents. Then `tokens` holds only the drawn
+        documents, or the windows would read others.
+        """
         tokens = stream.read(0, stream.size)
         starts = np.flatnonzero(tokens == bos_id)
-        wanted = max(1, round(cfg.val_doc_fraction * len(starts)))
-        sample = sorted(random.Random(cfg.seed).sample(range(len(starts)), wanted))
-        docs = cls(tokens, starts[sample], np.diff(starts, append=len(tokens) - 1)[sample])
+        counts = np.diff(starts, append=len(tokens) - 1)
+        num_wanted = max(1, round(cfg.val_doc_fraction * len(starts)))
+        sample = sorted(random.Random(cfg.seed).sample(range(len(starts)), num_wanted))
+        docs = cls(tokens, starts[sample], counts[sample])
         if cfg.data_loader == "documents":
             return docs
-        return cls(docs.text(), np.cumsum(np.append(0, docs.counts[:-1])), docs.counts)
+        joined_starts = np.cumsum(np.append(0, docs.counts[:-1]))
+        return cls(docs.joined_tokens(), joined_starts, docs.counts)
 
-    def text(
-        self,
-    ) -> np.ndarray:  # of these documents alone, end to end, with the target after the last
-        spans = [
-            (start, start + count) for start, count in zip(self.starts, self.counts, strict=True)
-        ]
-        return np.concatenate(
-            [*(self.tokens[a:b] for a, b in spans), self.tokens[spans[-1][1] :][:1]]
-        )
+    def spans(self, stop: int | None = None) -> Iterator[tuple[int, int]]:
+        """The stream indices start..end-1 of the targets of each document before `stop`."""
+        for start, count in zip(self.starts[:stop], self.counts[:stop], strict=True):
+            yield start, start + count
 
-    def target_index(
-        self, stop: int | None = None
-    ) -> np.ndarray:  # of all targets of the documents before `stop`, rising
-        pairs = zip(self.starts[:stop], self.counts[:stop], strict=True)
-        return np.concatenate(
-            [np.arange(0), *(np.arange(start, start + count) for start, count in pairs)]
-        )
+    def joined_tokens(self) -> np.ndarray:
+        """The tokens of these documents alone, end to end, and the last target, (targets + 1,)."""
+        pieces = [self.tokens[start:end] for start, end in self.spans()]
+        end = self.starts[-1] + self.counts[-1]
+        return np.concatenate([*pieces, self.tokens[end : end + 1]])
+
+    def target_indices(self, stop: int | None = None) -> np.ndarray:
+        """Stream indices (targets,), rising, of all targets of the documents before `stop`."""
+        pieces = [np.arange(start, end) for start, end in self.spans(stop)]
+        return np.concatenate([np.arange(0), *pieces])
+
+
+def load_manifest(cfg: Config) -> tuple[dict[str, Any], str, str | None]:
+    """The data set's manifest, the name of its tokenizer's file and that file's SHA-256.
+
+    Without a manifest these are {}, the name that the field uses, and None. Raises UsageError if
+    the manifest does not name a tokenizer.
+    """
+    path = cfg.dataset_dir / "manifest.json"
+    if not path.is_file():
+        return {}, f"fineweb_{cfg.vocab_size}_bpe.model", None
+    try:
+        manifest = json.loads(path.read_text())
+        return manifest, manifest["tokenizer"]["file"], manifest["tokenizer"]["sha256"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path}: not a manifest of tools/prepare_data.py") from error
 
 
 class Tokenizer(NamedTuple):
+    """The SentencePiece tokenizer of the data set."""
+
     path: Path
     model: Any  # SentencePieceProcessor
     bos_id: int
@@ -1284,55 +1409,58 @@ class Tokenizer(NamedTuple):
     manifest: dict[str, Any]  # of the data set; empty if it has none
 
     @classmethod
-    def load(
-        cls, cfg: Config
-    ) -> Tokenizer:  # UsageError if it is none, of another size, or not the manifest's
-        import sentencepiece  # here, so that what needs no text needs no package
+    def load(cls, cfg: Config) -> Tokenizer:
+        """Loads TOKENIZER_PATH or, if that is empty, the tokenizer that the data set names.
 
-        named = cfg.dataset_dir / "manifest.json"
-        manifest, default, sha256 = {}, f"fineweb_{cfg.vocab_size}_bpe.model", None
-        if named.is_file():
-            try:
-                manifest = json.loads(named.read_text())
-                default, sha256 = (manifest["tokenizer"][key] for key in ("file", "sha256"))
-            except (ValueError, KeyError, TypeError) as error:
-                raise UsageError(f"{named}: not a manifest of tools/prepare_data.py") from error
+        Raises UsageError if the file is no tokenizer, has another size than VOCAB_SIZE, miscounts
+        bytes, or is not the tokenizer that the manifest names.
+        """
+        # Imported here, so that uses of this file without text need no such package.
+        import sentencepiece
+
+        manifest, default, wanted_sha256 = load_manifest(cfg)
         path = Path(cfg.tokenizer_path or Path(cfg.data_dir) / "tokenizers" / default)
         try:
             data = path.read_bytes()
             model = sentencepiece.SentencePieceProcessor(model_proto=data)
         except (OSError, RuntimeError) as error:
-            raise UsageError(
-                f"TOKENIZER_PATH={path}: no SentencePiece model ({str(error).splitlines()[0]})"
-            ) from error
-        loaded = cls(path, model, model.bos_id(), hashlib.sha256(data).hexdigest(), manifest)
-        if model.vocab_size() != cfg.vocab_size:
-            raise UsageError(f"VOCAB_SIZE={cfg.vocab_size}: {path} has {model.vocab_size()} pieces")
-        if cfg.smear_enabled and loaded.bos_id != BOS_ID:
-            raise UsageError(f"SMEAR_ENABLED=1: needs BOS id {BOS_ID}, {path} has {loaded.bos_id}")
-        if loaded.bos_id < 0 or model.piece_to_id("\u2581") == model.unk_id():
-            raise UsageError(
-                f"TOKENIZER_PATH={path}: needs BOS and the bare space mark, or bytes are miscounted"
-            )
-        if sha256 not in (None, loaded.sha256):
+            reason = str(error).splitlines()[0]
+            raise UsageError(f"TOKENIZER_PATH={path}: no SentencePiece model ({reason})") from error
+        sha256 = hashlib.sha256(data).hexdigest()
+        loaded = cls(path, model, model.bos_id(), sha256, manifest)
+        loaded.check(cfg)
+        if wanted_sha256 is not None and sha256 != wanted_sha256:
+            named = cfg.dataset_dir / "manifest.json"
             raise UsageError(f"TOKENIZER_PATH={path}: not the tokenizer that {named} names")
         return loaded
 
+    def check(self, cfg: Config) -> None:
+        """Raises UsageError if the network or the count of bytes cannot use this tokenizer."""
+        path, model = self.path, self.model
+        if model.vocab_size() != cfg.vocab_size:
+            raise UsageError(f"VOCAB_SIZE={cfg.vocab_size}: {path} has {model.vocab_size()} pieces")
+        if cfg.smear_enabled and self.bos_id != BOS_ID:
+            raise UsageError(f"SMEAR_ENABLED=1: needs BOS id {BOS_ID}, {path} has {self.bos_id}")
+        if self.bos_id < 0 or model.piece_to_id("\u2581") == model.unk_id():
+            raise UsageError(
+                f"TOKENIZER_PATH={path}: needs BOS and the bare space mark, or bytes are miscounted"
+            )
 
-def check_doctor_verdict(
-    cfg: Config, tokenizer: Tokenizer
-) -> None:  # UsageError if doctor.json, on these files, has an error
-    error, files = (
-        None,
-        [tokenizer.path, *cfg.dataset_dir.glob("*.bin"), *cfg.dataset_dir.glob("manifest.json")],
-    )
-    with contextlib.suppress(
-        OSError, ValueError, LookupError, TypeError
-    ):  # no verdict, or none against the data
+
+def check_doctor_verdict(cfg: Config, tokenizer: Tokenizer) -> None:
+    """Raises UsageError if `tools/prepare_data.py doctor` found an error in these very files."""
+    files = [
+        tokenizer.path,
+        *cfg.dataset_dir.glob("*.bin"),
+        *cfg.dataset_dir.glob("manifest.json"),
+    ]
+    error = None
+    # Without a verdict, or without an error in it, there is nothing to say.
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
         verdict = json.loads((cfg.dataset_dir / "doctor.json").read_text())
-        if verdict["files"] == {
-            p.name: [p.stat().st_size, p.stat().st_mtime_ns] for p in files
-        }:  # else it is stale
+        sizes_and_times = {f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in files}
+        # If they differ, a file has changed since the doctor looked.
+        if verdict["files"] == sizes_and_times:
             error = verdict["errors"][0]
     if error:
         raise UsageError(f"{cfg.dataset_dir}: {error}; found by tools/prepare_data.py doctor")
@@ -1341,33 +1469,35 @@ def check_doctor_verdict(
 def check_shards(
     cfg: Config, tokenizer: Tokenizer, ranks: Ranks, streams: dict[str, TokenStream]
 ) -> None:
-    """UsageError for what cannot be used of these splits; each rank scans its share of the ids."""
+    """Raises UsageError for splits that cannot be used. Each rank scans the ids of its shards."""
     check_doctor_verdict(cfg, tokenizer)
-    known = {
-        f["name"]: f["tokens"]
-        for s in tokenizer.manifest.get("splits", {}).values()
-        for f in s["files"]
-    }
-    for split, stream in streams.items():
+    promised_tokens = {}
+    for split in tokenizer.manifest.get("splits", {}).values():
+        for file in split["files"]:
+            promised_tokens[file["name"]] = file["tokens"]
+    for name, stream in streams.items():
         for i, (path, shard) in enumerate(zip(stream.paths, stream.shards, strict=True)):
-            if known and known.get(path.name) != len(shard):
-                raise UsageError(
-                    f"{path}: holds {len(shard)} tokens, the manifest says {known.get(path.name, 0)}"
-                )
-            if (
-                i % ranks.world_size == ranks.rank
-                and (largest := int(shard.max())) >= cfg.vocab_size
-            ):
-                raise UsageError(f"{path}: holds id {largest}, VOCAB_SIZE={cfg.vocab_size}")
-        found = stream.shards[0] == tokenizer.bos_id
-        if not found.any() or (split == "val" and not found[0]):
-            raise UsageError(
-                f"{stream.paths[0]}: no document starts at its beginning (BOS id {tokenizer.bos_id})"
-            )
-        if split == "train" and stream.size <= cfg.train_batch_tokens:
-            raise UsageError(
-                f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens}: the shards hold {stream.size} tokens"
-            )
+            promised = promised_tokens.get(path.name, 0)
+            if promised_tokens and promised != len(shard):
+                raise UsageError(f"{path}: holds {len(shard)} tokens, the manifest says {promised}")
+            if i % ranks.world_size == ranks.rank:
+                largest = int(shard.max())
+                if largest >= cfg.vocab_size:
+                    raise UsageError(f"{path}: holds id {largest}, VOCAB_SIZE={cfg.vocab_size}")
+        check_split(cfg, tokenizer.bos_id, name, stream)
+
+
+def check_split(cfg: Config, bos_id: int, name: str, stream: TokenStream) -> None:
+    """Raises UsageError if a split has no document starts, or too few tokens for one step."""
+    is_start = stream.shards[0] == bos_id
+    if not is_start.any() or (name == "val" and not is_start[0]):
+        raise UsageError(
+            f"{stream.paths[0]}: no document starts at its beginning (BOS id {bos_id})"
+        )
+    if name == "train" and stream.size <= cfg.train_batch_tokens:
+        raise UsageError(
+            f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens}: the shards hold {stream.size} tokens"
+        )
 
 
 # === 4. Model: banks, the order of layers, one forward for training, calibration, scoring and adaptation ==============
@@ -1943,10 +2073,14 @@ class LoRA(NamedTuple):
         return dict(zip(reads, zip(a, reads.values(), strict=True), strict=True)), up
 
 
-# === 6. Optimisation: Muon on banks, AdamW on the rest, schedules =====================================================
-MUON_COEFFS = {  # x -> a x + b x^3 + c x^5 of every singular value, a triple per iteration
-    "quintic": [(3.4445, -4.7750, 2.0315)] * 20,  # of Muon (K. Jordan): 0.002..1 to 0.68..1.20
-    "polar": [  # Polar Express (arXiv 2505.16932; PR #1344): 0.001..1 to 0.86..1.14; diverges from 1.022 on
+# === 6. Optimisation: Muon on banks, AdamW on the rest, schedules ===
+# Each iteration maps every singular value x to a x + b x^3 + c x^5, with its own (a, b, c).
+MUON_COEFFS = {
+    # Muon (K. Jordan): takes 0.002 .. 1 to 0.68 .. 1.20.
+    "quintic": [(3.4445, -4.7750, 2.0315)] * 20,
+    # Polar Express (arXiv 2505.16932; PR #1344): takes 0.001 .. 1 to 0.86 .. 1.14. It diverges
+    # from 1.022 on.
+    "polar": [
         (8.156554524902461, -22.48329292557795, 15.878769915207462),
         (4.042929935166739, -2.808917465908714, 0.5000178451051316),
         (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
@@ -1957,17 +2091,27 @@ MUON_COEFFS = {  # x -> a x + b x^3 + c x^5 of every singular value, a triple pe
 
 
 def newton_schulz(g: Tensor, steps: int, coeffs: str = "quintic") -> Tensor:
-    """Singular values of each matrix of g (n, r, c) towards 1, the vectors as they are."""
+    """Moves the singular values of each matrix of g (n, r, c) towards 1; keeps its vectors.
+
+    Each step computes x <- a x + (b y + c y^2) x with y = x x^T, on the shorter side. `coeffs`
+    names an entry of MUON_COEFFS. Newton-Schulz iteration of Muon, K. Jordan.
+    """
     x = g.mT if g.size(-2) > g.size(-1) else g
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for a, b, c in MUON_COEFFS[coeffs][:steps]:
         y = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(y, y, y, beta=b, alpha=c), x, beta=a)
+        polynomial = torch.baddbmm(y, y, y, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
     return x.mT if g.size(-2) > g.size(-1) else x
 
 
 def muon_update(grad: Tensor, buffer: Tensor, momentum: Tensor, cfg: Config) -> Tensor:
-    """Gradient (n, r, c) fp32 and momentum buffer, changed in place -> orthogonalised Nesterov step, compute dtype."""
+    """The direction of a Muon step (n, r, c), in the compute dtype: orthogonalised momentum.
+
+    Computes m <- mu m + g and u = g + mu m (Nesterov). With MUON_ROW_NORMALIZE each row of u is
+    scaled to norm 1 before the orthogonalisation (MuonEq-R). grad: (n, r, c) fp32. buffer: m,
+    changed in place.
+    """
     buffer.mul_(momentum).add_(grad)
     u = grad + momentum * buffer
     if cfg.muon_row_normalize:
@@ -1980,232 +2124,334 @@ def muon_step(
     buffer: Tensor,
     weight: Tensor,
     average: Tensor,
-    sent: Tensor | None,
+    outbox: Tensor | None,
     rates: Tensor,
     cfg: Config,
 ) -> None:
-    """One pass over matrices (n, r, c) of a rank: fp32 and changed in place, but `sent`, which gets the new weights in
-    the compute dtype. `rates`: clip, momentum, learning rate, and the share of the weights of the step before in the
-    average, which takes them in now: by now the host knows that their loss was finite."""
-    clip, momentum, lr, share = rates.unbind()
-    average.lerp_(weight, share)
+    """A Muon step of matrices (n, out, in) that one rank owns, in one pass over memory.
+
+    Computes W <- (1 - lr wd) W - lr sqrt(max(1, out / in)) U with U of muon_update. Changes in
+    place: buffer, weight and average, all fp32, and outbox, which receives the new weights in the
+    compute dtype. rates: (4,) fp32, the factor of clipping, the momentum, the learning rate and
+    `average_share` as in Optimizers.step.
+    """
+    clip, momentum, lr, average_share = rates.unbind()
+    average.lerp_(weight, average_share)
     update = muon_update(grad.float() * clip, buffer, momentum, cfg).float()
-    weight.mul_(1 - lr * cfg.muon_wd).sub_(
-        update * (lr * math.sqrt(max(1.0, weight.size(-2) / weight.size(-1))))
-    )
-    if sent is not None:
-        sent.copy_(weight)
+    shape_factor = math.sqrt(max(1.0, weight.size(-2) / weight.size(-1)))
+    weight.mul_(1 - lr * cfg.muon_wd).sub_(update * (lr * shape_factor))
+    if outbox is not None:
+        outbox.copy_(weight)
 
 
 def assign_matrices(banks: dict[str, Tensor], world_size: int) -> list[dict[str, slice]]:
-    """The slices of every bank that each rank owns: largest matrices first, each to the rank with the fewest values so
-    far. The record model on 8 ranks: the largest share is 2 % above the mean, where equal banks need 36 % (W21)."""
-    loads, counts = [0] * world_size, {name: [0] * world_size for name in banks}
-    for name, bank in sorted(banks.items(), key=lambda item: -item[1][0].numel()):
-        for _ in range(len(bank)):
+    """For each rank, the slice of every bank that it owns.
+
+    The largest matrices are assigned first, each to the rank with the fewest values so far. With
+    the record model on 8 ranks the largest load is 2 % above the mean; if every bank had to be
+    divided equally, it would be 36 % above.
+    """
+    matrix_sizes = {name: bank[0].numel() for name, bank in banks.items()}
+    counts = {name: [0] * world_size for name in banks}
+    loads = [0] * world_size
+    for name in sorted(banks, key=matrix_sizes.get, reverse=True):
+        for _ in range(len(banks[name])):
             rank = loads.index(min(loads))
-            loads[rank] += bank[0].numel()
+            loads[rank] += matrix_sizes[name]
             counts[name][rank] += 1
-    ends = {name: np.cumsum(count).tolist() for name, count in counts.items()}
-    return [
-        {name: slice(ends[name][r] - counts[name][r], ends[name][r]) for name in banks}
-        for r in range(world_size)
-    ]
+
+    slices = [{} for _ in range(world_size)]
+    for name in banks:
+        start = 0
+        for rank, count in enumerate(counts[name]):
+            slices[rank][name] = slice(start, start + count)
+            start += count
+    return slices
 
 
-def split_like(
-    flat: Tensor, like: dict[str, Tensor]
-) -> dict[str, Tensor]:  # its first values, in the shapes of `like`
+def take_slices(banks: dict[str, Tensor], slices: dict[str, slice]) -> dict[str, Tensor]:
+    """Views of the given slice of every bank."""
+    return {name: bank[slices[name]] for name, bank in banks.items()}
+
+
+def split_like(flat: Tensor, like: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Views of the first values of a flat tensor, one after another, in the shapes of `like`."""
     sizes = [x.numel() for x in like.values()]
-    parts = zip(like.items(), flat[: sum(sizes)].split(sizes), strict=True)
-    return {name: part.view_as(x) for (name, x), part in parts}
+    parts = flat[: sum(sizes)].split(sizes)
+    return {name: part.view_as(x) for (name, x), part in zip(like.items(), parts, strict=True)}
+
+
+class MessageSlot(NamedTuple):
+    """The part of a message that holds one rank's slice of one bank."""
+
+    rank: int
+    bank: str
+    view: Tensor  # (matrices, out, in), a view of the message
 
 
 class Muon:
-    """Muon for banks of matrices (B, out, in) that act as y = x W^T: reduce-scatter of gradients, one pass over what a
-    rank owns, all-gather of weights (PR #399 gathers updates). Momentum, average and exact weights exist only at their
-    owner; the other slices of the model's banks are as received, in the compute dtype, to which the forward casts
-    anyway. (Banks of that dtype would save a cast, 0.1 % of a step, and add up microbatches in bf16.) A message has a
-    row for each rank: its slices end to end, then zeros up to the largest share, because collectives want equal ones.
-    The rate is the spectral norm of an update over sqrt(max(1, out / in))."""
+    """Muon for banks of matrices (n, out, in) that act as y = x W^T, divided between the ranks.
+
+    Each bank is cut in rank order, at the ends that assign_matrices chose: a rank owns a slice of
+    consecutive matrices. Only the owner keeps exact fp32 weights, momentum and average of its
+    slices, and only it steps them. The other slices of its model's banks are as received, rounded
+    to the compute dtype, to which the forward casts anyway. (Banks in that dtype would save a
+    cast, 0.1 % of a step, but would add up the gradients of microbatches in bf16.)
+
+    A message has a row for each rank, which holds the slices that this rank owns. Collectives want
+    rows of one length, so zeros end the row of a smaller load. For two ranks and three layers:
+
+        row 0:  | qo[0:3] | kv[0:3] | up[0:2] | down[0:1] |
+        row 1:  | qo[3:6] | kv[3:6] | up[2:3] | down[1:3] |
+
+    Two messages travel in a step, in the compute dtype:
+
+        gradients   reduce-scatter   each rank fills all rows; rank r receives the sum of row r
+        weights     all-gather       each rank sends its row (`outbox`); all receive all rows
+
+    PR #399 gathers updates instead of weights. The learning rate is the spectral norm of an update
+    over sqrt(max(1, out / in)).
+    """
 
     def __init__(self, banks: dict[str, nn.Parameter], cfg: Config, ranks: Ranks):
-        self.banks, self.cfg, self.ranks, self.shares = (
-            banks,
-            cfg,
-            ranks,
-            assign_matrices(banks, ranks.world_size),
-        )
-        self.one_pass = torch.compile(muon_step, dynamic=False) if cfg.compile else muon_step
-        slices = [
-            {name: bank.data[share[name]] for name, bank in banks.items()} for share in self.shares
-        ]  # by rank
-        self.mine, self.own, self.sent = (
-            self.shares[ranks.rank],
-            slices[ranks.rank],
-            {},
-        )  # stepped in place
-        self.alone = ranks.world_size == 1
-        self.momentum = {name: torch.zeros_like(w) for name, w in self.own.items()}
-        self.average = {name: w.clone() for name, w in self.own.items()}
-        if not self.alone:
-            room = max(sum(x.numel() for x in share.values()) for share in slices)
-            self.message = torch.zeros(ranks.world_size, room, dtype=cfg.dtype, device=ranks.device)
-            self.reduced, self.part = (
-                torch.zeros_like(self.message[0]),
-                torch.zeros_like(self.message[0]),
-            )
-            self.sent, rows = split_like(self.part, self.own), map(split_like, self.message, slices)
-            self.message_slots = [(rank, *x) for rank, row in enumerate(rows) for x in row.items()]
-            others = [place for place in self.message_slots if place[0] != ranks.rank]
-            self.theirs = [slices[rank][name] for rank, name, _ in others], [x for *_, x in others]
+        self.banks = banks
+        self.cfg = cfg
+        self.ranks = ranks
+        self.step_matrices = torch.compile(muon_step, dynamic=False) if cfg.compile else muon_step
+        self.slices_of_ranks = assign_matrices(banks, ranks.world_size)
+        data = {name: bank.data for name, bank in banks.items()}
+        weights_of_ranks = [take_slices(data, slices) for slices in self.slices_of_ranks]
+        self.owned_slices = self.slices_of_ranks[ranks.rank]
+        self.owned_weights = weights_of_ranks[ranks.rank]  # stepped in place
+        self.momentum = {name: torch.zeros_like(w) for name, w in self.owned_weights.items()}
+        self.average = {name: w.clone() for name, w in self.owned_weights.items()}
+        self.outbox = {}  # per bank a view of the row that this rank sends
+        self.peer_weights = []  # the slices of the other ranks in the model's banks
+        self.peer_views = []  # where the message holds them
+        if ranks.world_size > 1:
+            self.allocate_messages(weights_of_ranks)
 
-    def whole(
-        self, own: dict[str, Tensor]
-    ) -> dict[str, Tensor]:  # banks in fp32 of all ranks' slices; all call it
-        banks = {name: torch.zeros_like(p, requires_grad=False) for name, p in self.banks.items()}
-        for name, s in self.mine.items():
-            banks[name][s] = own[name]
-        return own | {name: self.ranks.sum(bank) for name, bank in banks.items()}
+    def allocate_messages(self, weights_of_ranks: list[dict[str, Tensor]]) -> None:
+        """Allocates a message of all ranks, and the rows that this rank receives and sends."""
+        loads = [sum(w.numel() for w in weights.values()) for weights in weights_of_ranks]
+        shape = self.ranks.world_size, max(loads)
+        self.message = torch.zeros(shape, dtype=self.cfg.dtype, device=self.ranks.device)
+        self.received_row = torch.zeros_like(self.message[0])
+        self.sent_row = torch.zeros_like(self.message[0])
+        self.outbox = split_like(self.sent_row, self.owned_weights)
+        self.message_slots = []
+        for rank, weights in enumerate(weights_of_ranks):
+            for bank, view in split_like(self.message[rank], weights).items():
+                self.message_slots.append(MessageSlot(rank, bank, view))
+        for slot in self.message_slots:
+            if slot.rank != self.ranks.rank:
+                self.peer_weights.append(weights_of_ranks[slot.rank][slot.bank])
+                self.peer_views.append(slot.view)
 
-    def reduce(
-        self,
-    ) -> Tensor:  # sums gradients over ranks, at their owners; returns the squared norm of them all
-        self.grads = {name: p.grad for name, p in self.banks.items()}
-        if not self.alone:
-            parts = [
-                self.grads[name][self.shares[rank][name]] for rank, name, _ in self.message_slots
-            ]
-            torch._foreach_copy_([x for *_, x in self.message_slots], parts)
-            dist.reduce_scatter_tensor(self.reduced, self.message.view(-1))  # gloo knows no rows
-            self.grads = split_like(self.reduced, self.own)
-        return self.ranks.sum(
-            torch.stack([g.float().square().sum() for g in self.grads.values()]).sum()
-        )
+    def gather_full(self, owned: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The full fp32 banks of which each rank gives the slices it owns. All ranks must call it.
 
-    def step(
-        self, rates: Tensor
-    ) -> None:  # one update from the reduced gradients; `rates` as in muon_step
-        for name, w in self.own.items():
-            if len(w):
-                state = self.momentum[name], w, self.average[name], self.sent.get(name)
-                self.one_pass(self.grads[name], *state, rates, self.cfg)
-        if not self.alone:
-            dist.all_gather_into_tensor(self.message.view(-1), self.part)
-            torch._foreach_copy_(*self.theirs)
+        Tensors in `owned` that are not of a bank are returned as they are.
+        """
+        full = {name: torch.zeros_like(p, requires_grad=False) for name, p in self.banks.items()}
+        for name, slice_ in self.owned_slices.items():
+            full[name][slice_] = owned[name]
+        return owned | {name: self.ranks.sum(bank) for name, bank in full.items()}
+
+    def reduce_gradients(self) -> Tensor:
+        """Sums the gradients over the ranks, each slice at its owner. All ranks must call it.
+
+        Returns the squared norm () of the sums in all banks, the same on every rank.
+        """
+        self.gradients = {name: p.grad for name, p in self.banks.items()}
+        if self.ranks.world_size > 1:
+            parts = []
+            for slot in self.message_slots:
+                slice_ = self.slices_of_ranks[slot.rank][slot.bank]
+                parts.append(self.gradients[slot.bank][slice_])
+            torch._foreach_copy_([slot.view for slot in self.message_slots], parts)
+            # gloo does not accept a message in rows.
+            dist.reduce_scatter_tensor(self.received_row, self.message.view(-1))
+            self.gradients = split_like(self.received_row, self.owned_weights)
+        squares = [g.float().square().sum() for g in self.gradients.values()]
+        return self.ranks.sum(torch.stack(squares).sum())
+
+    def step(self, rates: Tensor) -> None:
+        """Steps this rank's slices by the reduced gradients, then gathers the weights of all ranks.
+
+        rates: (4,) as in muon_step. All ranks must call it.
+        """
+        for name, weight in self.owned_weights.items():
+            if len(weight):
+                self.step_matrices(
+                    self.gradients[name],
+                    self.momentum[name],
+                    weight,
+                    self.average[name],
+                    self.outbox.get(name),
+                    rates,
+                    self.cfg,
+                )
+        if self.ranks.world_size > 1:
+            dist.all_gather_into_tensor(self.message.view(-1), self.sent_row)
+            torch._foreach_copy_(self.peer_weights, self.peer_views)
 
 
 class Optimizers:
-    """All as one: reduce every gradient, clip by the norm of the reduced ones (W2), step, average. The embedding and
-    the small parameters become views of one flat tensor, the same on every rank: one message, one average."""
+    """Muon for the banks and AdamW for all other parameters, as one optimiser.
+
+    A step sums all gradients over the ranks, clips them by the norm of the sums, and updates
+    weights and their average. The parameters outside the banks become views of one flat tensor,
+    which is the same on every rank: one message carries their gradients, and one operation
+    updates their average.
+    """
 
     def __init__(self, model: GPT, cfg: Config, ranks: Ranks):
-        self.model, self.cfg, self.ranks, table = model, cfg, ranks, parameter_table(cfg)
-        self.keep_gradients = False  # zeroed in place: a CUDA graph adds to them
-        self.share, group = 1 - cfg.ema_decay, {"muon": {}, "embed": {}, "scalar": {}, "fixed": {}}
-        for name, p in model.named_parameters():
-            group[table[name].group][name] = p
-        rest = [
-            x
-            for g in ("scalar", "fixed")
-            for x in sorted(group[g].items(), key=lambda item: item[1].numel() % 4)
-        ]
-        self.muon, self.small = (
-            Muon(group["muon"], cfg, ranks),
-            group["embed"] | dict(rest),
-        )  # loads want 16 bytes
-        self.flat = torch.cat([p.detach().flatten() for p in self.small.values()])
-        for name, view in split_like(self.flat, self.small).items():
-            self.small[name].data = view
-        self.average = self.flat.clone()
+        self.model = model
+        self.cfg = cfg
+        self.ranks = ranks
+        # A CUDA graph adds to the gradients where they are, so they must be zeroed in place.
+        self.keep_gradients = False
+        groups = self.parameter_groups()
+        self.muon = Muon(groups["muon"], cfg, ranks)
+        self.small = groups["embed"] | groups["scalar"] | groups["fixed"]
         self.sizes = [
-            sum(p.numel() for p in group[name].values()) for name in ("embed", "scalar", "fixed")
+            sum(p.numel() for p in groups[name].values()) for name in ("embed", "scalar", "fixed")
         ]
-        self.leaves = [nn.Parameter(x) for x in self.flat.split(self.sizes)[:2]]
-        settings = zip(
-            self.leaves,
-            (cfg.tied_embed_lr, cfg.scalar_lr),
-            (cfg.embed_wd, cfg.adam_wd),
-            strict=True,
-        )
-        groups = [
-            dict(params=[leaf], lr=lr, base_lr=lr, weight_decay=decay)
-            for leaf, lr, decay in settings
-        ]
-        self.adam = torch.optim.AdamW(
-            groups, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=True
-        )
-        weights, average = (split_like(flat, self.small) for flat in (self.flat, self.average))
+        self.flat_weights = torch.cat([p.detach().flatten() for p in self.small.values()])
+        self.flat_average = self.flat_weights.clone()
+        weights = split_like(self.flat_weights, self.small)
+        average = split_like(self.flat_average, self.small)
+        for name, p in self.small.items():
+            p.data = weights[name]
+        # Parameters in "fixed" are not stepped.
+        embed, scalar, _ = self.flat_weights.split(self.sizes)
+        self.leaves = [nn.Parameter(embed), nn.Parameter(scalar)]
+        self.adam = self.build_adam()
+        # What this rank steps, exact: flat parameters and its slices of the banks.
         self.state = {
-            "weights": weights | self.muon.own,
+            "weights": weights | self.muon.owned_weights,
             "average": average | self.muon.average,
             "momentum": self.muon.momentum,
-        }  # this rank's, exact
+        }
+
+    def parameter_groups(self) -> dict[str, dict[str, nn.Parameter]]:
+        """The model's parameters by optimiser group and name."""
+        table = parameter_table(self.cfg)
+        groups = {"muon": {}, "embed": {}, "scalar": {}, "fixed": {}}
+        for name, p in self.model.named_parameters():
+            groups[table[name].group][name] = p
+        # In the flat tensor, parameters whose size is no multiple of 4 come last: vectorised
+        # loads want 16 bytes.
+        for key in ("scalar", "fixed"):
+            surplus = {name: p.numel() % 4 for name, p in groups[key].items()}
+            groups[key] = {name: groups[key][name] for name in sorted(surplus, key=surplus.get)}
+        return groups
+
+    def build_adam(self) -> torch.optim.AdamW:
+        """AdamW over the leaves: embeddings and scalars, with a rate and a decay each."""
+        cfg = self.cfg
+        embed, scalar = self.leaves
+        groups = [
+            dict(params=[embed], lr=cfg.tied_embed_lr, weight_decay=cfg.embed_wd),
+            dict(params=[scalar], lr=cfg.scalar_lr, weight_decay=cfg.adam_wd),
+        ]
+        for group in groups:
+            group["base_lr"] = group["lr"]
+        betas = cfg.beta1, cfg.beta2
+        return torch.optim.AdamW(groups, betas=betas, eps=cfg.adam_eps, fused=True)
 
     @torch.no_grad()
-    def step(
-        self, lr_scale: float, momentum: float
-    ) -> Tensor:  # clears the gradients; returns the reduced one's norm
-        squares = self.muon.reduce()
+    def step(self, lr_scale: float, momentum: float, average_share: float | None = None) -> Tensor:
+        """Updates weights by the gradients, and clears these. All ranks must call it.
+
+        lr_scale: factor of all learning rates. momentum: Muon's. Returns the norm () of the
+        gradient summed over the ranks, before clipping.
+
+        average_share: the share in the average of the weights as they are before this step. They
+        enter the average a step late, because only now does the host know that their loss was
+        finite: a bad step never reaches the average. EMA's share, 1 - EMA_DECAY, unless given.
+        """
+        if average_share is None:
+            average_share = 1 - self.cfg.ema_decay
+        squares = self.muon.reduce_gradients()
         flat = self.ranks.sum(torch.cat([p.grad.flatten() for p in self.small.values()]))
         norm = (squares + flat.square().sum()).sqrt()
         clip = ((self.cfg.grad_clip_norm or math.inf) / (norm + 1e-6)).clamp_max(1.0)
-        self.average.lerp_(self.flat, self.share)  # of the step before, as in muon_step
-        for leaf, g in zip(self.leaves, flat.mul_(clip).split(self.sizes), strict=False):
-            leaf.grad = g
-        for g in self.adam.param_groups:  # anew each time: load_state_dict replaces them
-            g["lr"] = g["base_lr"] * lr_scale
+
+        self.flat_average.lerp_(self.flat_weights, average_share)
+        embed_grad, scalar_grad, _ = flat.mul_(clip).split(self.sizes)
+        for leaf, grad in zip(self.leaves, (embed_grad, scalar_grad), strict=True):
+            leaf.grad = grad
+        # load_state_dict replaces these groups, so they are looked up anew in each step.
+        for group in self.adam.param_groups:
+            group["lr"] = group["base_lr"] * lr_scale
         self.adam.step()
-        rates = momentum, self.cfg.matrix_lr * lr_scale, self.share
-        rates = [norm.new_full((), x) for x in rates]  # a copy would be waited for
+
+        # Each is filled in on the device: the host would wait for a copy.
+        rates = [
+            norm.new_full((), x) for x in (momentum, self.cfg.matrix_lr * lr_scale, average_share)
+        ]
         self.muon.step(torch.stack([clip, *rates]))
         self.model.zero_grad(set_to_none=not self.keep_gradients)
         return norm
 
     @torch.no_grad()
-    def averages(
-        self, newest: bool
-    ) -> dict[str, Tensor]:  # whole, with the newest step's weights or as before it
-        weights = self.state["weights"]
-        found = {
-            n: old.lerp(weights[n], self.share) if newest else old
-            for n, old in self.state["average"].items()
-        }
-        return self.muon.whole(found)
+    def averages(self, newest_share: float | None = None) -> dict[str, Tensor]:
+        """The average of all weights, in full. All ranks must call it.
+
+        newest_share: the share in it of the weights after the last step. Without it they are left
+        out, as `step` leaves them out.
+        """
+        averages = self.state["average"]
+        if newest_share is not None:
+            weights = self.state["weights"]
+            averages = {n: old.lerp(weights[n], newest_share) for n, old in averages.items()}
+        return self.muon.gather_full(averages)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that steps read and change, whole (some live, as in torch), the same for any ranks; all must call it."""
-        return {key: self.muon.whole(own) for key, own in self.state.items()} | {
-            "adam": self.adam.state_dict()
-        }
+        """All that steps read and change, in full and the same for any number of ranks.
+
+        Some of its tensors are live, as in torch. All ranks must call it.
+        """
+        state = {key: self.muon.gather_full(owned) for key, owned in self.state.items()}
+        return state | {"adam": self.adam.state_dict()}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Loads what state_dict returned, on any number of ranks, into model and optimisers."""
         self.model.load_state_dict(state["weights"])
-        for x in (
-            [] if self.muon.alone else self.muon.theirs[0]
-        ):  # as received: what scales them sees the rounding
-            x.copy_(x.to(self.cfg.dtype))
-        for name, x, saved in [
-            (n, x, state[key][n]) for key, own in self.state.items() for n, x in own.items()
-        ]:
-            x.copy_(saved[self.muon.mine.get(name, ...)])
+        # After a step the weights of other ranks are rounded to the compute dtype. A run that goes
+        # on must not see exact ones: the forward would scale them before the cast.
+        for weight in self.muon.peer_weights:
+            weight.copy_(weight.to(self.cfg.dtype))
+        for key, owned in self.state.items():
+            for name, x in owned.items():
+                saved = state[key][name]
+                if name in self.muon.owned_slices:
+                    saved = saved[self.muon.owned_slices[name]]
+                x.copy_(saved)
         self.adam.load_state_dict(state["adam"])
 
 
-def lr_scale(
-    frac: float, cfg: Config, step: int = 0
-) -> float:  # 1, then linear to 0 at the end; at least MIN_LR
-    fall = cfg.warmdown_iters * frac / max(step, 1) if cfg.warmdown_iters else cfg.warmdown_frac
+def lr_scale(frac: float, cfg: Config, step: int = 0) -> float:
+    """Factor of all learning rates: 1, then a linear fall to 0 at the end, but at least MIN_LR.
+
+    With `fall`, the share of training that the fall takes, it is 1 while frac < 1 - fall, then
+    max((1 - frac) / fall, MIN_LR). frac: share of training done. fall is WARMDOWN_FRAC or, if
+    set, WARMDOWN_ITERS over the number of steps to expect, step / frac.
+    """
+    fall = cfg.warmdown_frac
+    if cfg.warmdown_iters:
+        fall = cfg.warmdown_iters * frac / max(step, 1)
     return 1.0 if frac < 1 - fall else max((1 - frac) / fall, cfg.min_lr)
 
 
 def muon_momentum(step: int, cfg: Config) -> float:
+    """Muon's momentum: start + (end - start) min(step / warm-up steps, 1)."""
+    start, end = cfg.muon_momentum_warmup_start, cfg.muon_momentum
     share = min((step + 1e-9) / (cfg.muon_momentum_warmup_steps + 1e-9), 1.0)
-    return (
-        cfg.muon_momentum_warmup_start
-        + (cfg.muon_momentum - cfg.muon_momentum_warmup_start) * share
-    )
+    return start + (end - start) * share
 
 
 # === 7. Training ======================================================================================================
@@ -2336,7 +2582,7 @@ class Progress:
         )  # on all
         self.looped, self.expected, self.kept = False, run.cfg.iterations, 0.0
         self.share, self.taken, self.rounds = (
-            run.optimizers.share,
+            1 - run.cfg.ema_decay,
             0,
             False,
         )  # of the average; LATE_QAT
@@ -2344,7 +2590,6 @@ class Progress:
             vars(self).update(run.kept["progress"])
             run.optimizers.load_state_dict(run.kept["optimizers"])
             torch.set_rng_state(run.kept["random"])
-            run.optimizers.share = self.share
         self.run, self.cfg, self.budget, self.unread, self.signal, self.stop = (
             run,
             run.cfg,
@@ -2418,7 +2663,7 @@ class Progress:
         (self.loss, norm, clock, compiled, self.stop), now = late.wait()
         self.ended = now - self.start
         if not math.isfinite(self.loss + norm):
-            run.save("last_good.pt", run.optimizers.averages(newest=False), step - 1, self.looped)
+            run.save("last_good.pt", run.optimizers.averages(), step - 1, self.looped)
             raise FloatingPointError(
                 f"loss {self.loss}, gradient norm {norm} in step {step}; last_good.pt is before"
             )
@@ -2479,7 +2724,7 @@ class Progress:
                         f"about {predict_submission_bytes(cfg):.0f} bytes",
                     ]
                 ),
-                rest=0.1,
+                min_interval_s=0.1,
             )
 
     def judge(
@@ -2553,8 +2798,8 @@ def train(run: Run, reserve: float) -> bool:
         run.model.rounded(False)
         progress.read()  # of the step before, which the device has done by now
         progress.looped |= switch
-        norm = run.optimizers.step(scale, muon_momentum(step, cfg))
-        run.optimizers.share = progress.average(scale)
+        norm = run.optimizers.step(scale, muon_momentum(step, cfg), progress.share)
+        progress.average(scale)
         progress.send(local, norm, len(plan), num_targets, scale)
         if cfg.val_loss_every and progress.step % cfg.val_loss_every == 0:
             progress.read()
@@ -2573,7 +2818,7 @@ def train(run: Run, reserve: float) -> bool:
     if any(ranks.gather(progress.signal)):  # in the last step
         progress.stop = 1.0
         progress.pause()
-    step, ema = progress.step, run.optimizers.averages(newest=True)
+    step, ema = progress.step, run.optimizers.averages(newest_share=progress.share)
     log(
         f"stopping: step:{step}/{cfg.iterations} train_time:{1000 * progress.ended:.0f}ms; "
         f"{cfg.export_weights}:applying {cfg.export_weights.upper()} weights"
@@ -2584,171 +2829,223 @@ def train(run: Run, reserve: float) -> bool:
     return progress.looped
 
 
-# === 8. Scoring: nats and bytes of every validation token, once =======================================================
-class ByteTable(
-    NamedTuple
-):  # bytes of text per token: a leading space counts unless after a boundary
-    base: (
-        np.ndarray
-    )  # (V,) int64: UTF-8 length of the piece's text without one leading space; 1 for byte pieces
+# === 8. Scoring: nats and bytes of every validation token, once ===
+class ByteTable(NamedTuple):
+    """Bytes of text behind each token. A piece's leading space counts, except after a boundary."""
+
+    base: np.ndarray  # (V,) int64: UTF-8 length of the text without one leading space
     space: np.ndarray  # (V,) bool: the piece begins with the space mark
     boundary: (
         np.ndarray
-    )  # (V,) bool: control, unknown or unused piece, after which the text begins anew
+    )  # (V,) bool: control, unknown or unused piece, after which text starts anew
 
     @classmethod
     def from_sentencepiece(cls, model: Any) -> ByteTable:
-        ids = range(model.vocab_size())
-        boundary = np.array(
-            [model.is_control(i) or model.is_unknown(i) or model.is_unused(i) for i in ids]
-        )
-        pieces = [
-            "" if boundary[i] else "?" if model.is_byte(i) else model.id_to_piece(i) for i in ids
-        ]
-        base = np.array(
-            [len(piece.removeprefix("\u2581").replace("\u2581", " ").encode()) for piece in pieces]
-        )
-        return cls(base, np.array([piece.startswith("\u2581") for piece in pieces]), boundary)
+        """Builds the table of a SentencePieceProcessor."""
+        base = []
+        space = []
+        boundary = []
+        for i in range(model.vocab_size()):
+            is_boundary = model.is_control(i) or model.is_unknown(i) or model.is_unused(i)
+            if is_boundary:
+                piece = ""
+            elif model.is_byte(i):
+                piece = "?"  # of one byte
+            else:
+                piece = model.id_to_piece(i)
+            text = piece.removeprefix("\u2581").replace("\u2581", " ")
+            base.append(len(text.encode()))
+            space.append(piece.startswith("\u2581"))
+            boundary.append(is_boundary)
+        return cls(np.array(base), np.array(space), np.array(boundary))
 
-    def bytes_of(
-        self, before: np.ndarray, targets: np.ndarray
-    ) -> np.ndarray:  # of each target after its predecessor
+    def bytes_of(self, before: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        """Bytes (n,) int64 of targets (n,), each of which follows the token `before` (n,)."""
         return self.base[targets] + (self.space[targets] & ~self.boundary[before])
 
-    def to(self, device: torch.device) -> ByteTable:  # the same of tensors
+    def to(self, device: torch.device) -> ByteTable:
+        """The same table in tensors on a device, for `bytes_of` of tensors."""
         return ByteTable(*(torch.from_numpy(x).to(device) for x in self))
 
-    def count(self, tokens: np.ndarray) -> int:  # bytes of all targets tokens[1:] of a stream (n,)
+    def count(self, tokens: np.ndarray) -> int:
+        """Bytes of all targets tokens[1:] of a stream (n,)."""
         return int(self.bytes_of(tokens[:-1], tokens[1:]).sum())
 
 
 def check_bytes(tokenizer: Tokenizer, docs: Documents, ranks: Ranks) -> tuple[ByteTable, int]:
-    """The table, and the bytes of every W-th document decoded. UsageError unless it counts those of each the same."""
-    table, decoded = ByteTable.from_sentencepiece(tokenizer.model), 0
-    for start, count in list(zip(docs.starts, docs.counts, strict=True))[
-        ranks.rank :: ranks.world_size
-    ]:
-        ids = docs.tokens[
-            start : start + count + (start + count == len(docs.tokens) - 1)
-        ]  # without the next BOS
-        real = len(tokenizer.model.decode(ids[1:].tolist()).encode())
-        if (counted := table.count(ids)) != real:
+    """Compares the table's bytes with those of the decoded text, for every W-th document.
+
+    Returns the table, and the decoded bytes of this rank's documents. Raises UsageError if a
+    document differs, or the whole set from its manifest.
+    """
+    table = ByteTable.from_sentencepiece(tokenizer.model)
+    decoded = 0
+    for start, end in list(docs.spans())[ranks.rank :: ranks.world_size]:
+        # The last target is the next document's BOS, which has no text, except at the very end.
+        if end == len(docs.tokens) - 1:
+            end += 1
+        ids = docs.tokens[start:end]
+        num_bytes = len(tokenizer.model.decode(ids[1:].tolist()).encode())
+        counted = table.count(ids)
+        if counted != num_bytes:
             raise UsageError(
-                f"{tokenizer.path}: counts {counted} bytes, not {real}, for the document at {start}"
+                f"{tokenizer.path}: counts {counted} bytes, not {num_bytes}, "
+                f"for the document at {start}"
             )
-        decoded += real
-    about = tokenizer.manifest.get("splits", {}).get("val", {})
-    total = about.get("bytes") if about.get("tokens") == len(docs.tokens) else None
-    if total not in (None, table.count(docs.tokens)):
-        raise UsageError(
-            f"{tokenizer.path}: counts {table.count(docs.tokens)} validation bytes, the manifest {total}"
-        )
+        decoded += num_bytes
+
+    manifest = tokenizer.manifest.get("splits", {}).get("val", {})
+    if manifest.get("tokens") == len(docs.tokens):
+        counted = table.count(docs.tokens)
+        promised = manifest.get("bytes")
+        if promised not in (None, counted):
+            raise UsageError(
+                f"{tokenizer.path}: counts {counted} validation bytes, the manifest {promised}"
+            )
     return table, decoded
 
 
-# What the field's validation sets hold (documents, tokens, bytes); other numbers mean other data or a lost tail.
+class DatasetTotals(NamedTuple):
+    """What a validation set holds; 0 where a number is not known."""
+
+    documents: int
+    tokens: int
+    bytes: int
+
+
+# What the field's validation sets hold. Other numbers mean other data, or that its end is lost.
 CANONICAL = {
-    "fineweb10B_sp8192": (50_000, 40_540_803, 151_080_891),
-    "fineweb10B_sp4096": (50_000, 0, 151_080_891),
-    "fineweb10B_sp1024": (50_000, 0, 151_080_891),
+    "fineweb10B_sp8192": DatasetTotals(50_000, 40_540_803, 151_080_891),
+    "fineweb10B_sp4096": DatasetTotals(50_000, 0, 151_080_891),
+    "fineweb10B_sp1024": DatasetTotals(50_000, 0, 151_080_891),
 }
 
 
-class InvalidScore(RuntimeError): ...  # the ledger found a broken rule: there is no score
+class InvalidScore(RuntimeError):
+    """The ledger found a broken rule, so there is no score."""
 
 
 class Ledger:
-    """Every target of the validation stream, named by the place of the token before it: its nats as first scored, and
-    how often it was scored. An update says what it reads, and reads only what is scored. All on the device: no step
-    waits for it. One per evaluation, and the only place that makes val_loss and val_bpb."""
+    """The score of every target of the validation stream, and the only source of val_loss, val_bpb.
+
+    A target is named by its stream index, as in Documents. The ledger holds its nats as first
+    scored and how often it was scored. Before an update of adapters or weights reads targets, it
+    must declare them: none may be read before it is scored. All is kept on the device, so no step
+    waits for it. Each evaluation has a ledger of its own, and each rank its part until `join`.
+    """
 
     def __init__(self, docs: Documents, table: ByteTable, device: torch.device):
-        self.docs, self.padding_index = docs, len(docs.tokens) - 1  # where scores of padding go
+        self.docs = docs
+        self.padding_index = len(docs.tokens) - 1  # receives the scores of padding
         self.tokens = torch.from_numpy(docs.tokens.astype(np.int32)).to(device)  # (N,)
         self.bytes = table.to(device).bytes_of(self.tokens[:-1], self.tokens[1:])  # (N - 1,) int64
-        self.nats, self.times = (
-            torch.zeros(len(self.tokens), device=device),
-            torch.zeros_like(self.tokens),
-        )
-        self.early = torch.zeros(
-            (), dtype=torch.int64, device=device
-        )  # targets that an update read too soon
-        self.plain = (
-            0  # documents, or chunks of the stream, that the deadline kept from being learnt from
-        )
+        self.nats = torch.zeros(len(self.tokens), device=device)  # (N,) fp32
+        self.times_scored = torch.zeros_like(self.tokens)  # (N,) int32
+        # Targets that an update read before their score, () int64.
+        self.num_read_early = torch.zeros((), dtype=torch.int64, device=device)
+        # Documents, or chunks of the stream, that the deadline kept from being learnt from.
+        self.num_not_learnt_from = 0
 
-    def add(
-        self, place: Tensor, nats: Tensor
-    ) -> None:  # (n,) int64 and fp32, final: a second score changes nothing
-        self.nats[place] = torch.where(self.times[place] == 0, nats, self.nats[place])
-        self.times.index_add_(0, place, torch.ones_like(place, dtype=torch.int32))
+    def record(self, index: Tensor, nats: Tensor) -> None:
+        """Records the scores of the targets `index` (n,) int64: nats (n,) fp32.
 
-    def require(
-        self, place: Tensor, ranks: Ranks | None = None
-    ) -> None:  # an update reads these targets (n,) int64
-        times = self.times[place]
-        self.early += (
-            ((ranks.sum(times) if ranks else times) == 0) & (place != self.padding_index)
-        ).sum()
+        They are final: a second score changes nothing, but is counted.
+        """
+        is_new = self.times_scored[index] == 0
+        self.nats[index] = torch.where(is_new, nats, self.nats[index])
+        self.times_scored.index_add_(0, index, torch.ones_like(index, dtype=torch.int32))
 
-    def result(self) -> dict[str, float]:  # so far
-        scored = self.times[:-1] > 0
-        nats, tokens = self.nats[:-1].double().sum().item(), int(scored.sum())
-        num_bytes, loss = int((self.bytes * scored).sum()), nats / max(tokens, 1)
+    def require_scored(self, index: Tensor, ranks: Ranks | None = None) -> None:
+        """Declares that an update reads the targets `index` (n,) int64, and counts the unscored.
+
+        With `ranks`, a target scored by any rank is scored; then all of them must call it.
+        """
+        times = self.times_scored[index]
+        if ranks:
+            times = ranks.sum(times)
+        self.num_read_early += ((times == 0) & (index != self.padding_index)).sum()
+
+    def result(self) -> dict[str, float]:
+        """Figures of the targets scored so far: nats per token, bits per byte, tokens, bytes."""
+        scored = self.times_scored[:-1] > 0
+        nats = self.nats[:-1].double().sum().item()
+        tokens = int(scored.sum())
+        num_bytes = int((self.bytes * scored).sum())
+        loss = nats / max(tokens, 1)
         bpb = loss / math.log(2) * tokens / max(num_bytes, 1)
         return {"val_loss": loss, "val_bpb": bpb, "tokens": tokens, "bytes": num_bytes}
 
-    def join(
-        self, ranks: Ranks
-    ) -> Ledger:  # the ledgers of all ranks into each; a target of two ranks counts twice
-        self.nats[-1], self.plain = 0.0, sum(ranks.gather(self.plain))
-        for t in (self.nats, self.times, self.early):
+    def join(self, ranks: Ranks) -> Ledger:
+        """Adds up the ledgers of all ranks, in each of them. All ranks must call it.
+
+        A target that two ranks scored counts as scored twice.
+        """
+        self.nats[-1] = 0.0
+        self.num_not_learnt_from = sum(ranks.gather(self.num_not_learnt_from))
+        for t in (self.nats, self.times_scored, self.num_read_early):
             ranks.sum(t)
         return self
 
-    def by_document(
-        self,
-    ) -> dict[str, np.ndarray]:  # (D,) each: nats, bytes and targets of every document
-        ends = [
-            np.append(0, x[:-1].cpu().double().numpy().cumsum())
-            for x in (self.nats, F.pad(self.bytes, (0, 1)))
-        ]
-        starts, stops = self.docs.starts, self.docs.starts + self.docs.counts
-        nats, num_bytes = (x[stops] - x[starts] for x in ends)
-        return {"doc_nats": nats, "doc_bytes": num_bytes, "doc_tokens": self.docs.counts}
+    def by_document(self) -> dict[str, np.ndarray]:
+        """Nats, bytes and targets of every document, (D,) each."""
+        starts = self.docs.starts
+        ends = starts + self.docs.counts
 
-    def problems(
-        self, decoded_bytes: int
-    ) -> list[str]:  # of the joined ledger; none: every rule was kept
-        wanted, times = (
-            np.bincount(self.docs.target_index(), minlength=self.padding_index),
-            self.times[:-1].cpu().numpy(),
-        )
+        def sum_documents(values: Tensor) -> np.ndarray:
+            sums = np.append(0, values.cpu().double().numpy().cumsum())
+            return sums[ends] - sums[starts]
+
+        return {
+            "doc_nats": sum_documents(self.nats[:-1]),
+            "doc_bytes": sum_documents(self.bytes),
+            "doc_tokens": self.docs.counts,
+        }
+
+    def problems(self, decoded_bytes: int) -> list[str]:
+        """The rules that a joined ledger breaks, in words; empty if it keeps all.
+
+        decoded_bytes: bytes of the decoded text of all documents.
+        """
+        wanted = np.bincount(self.docs.target_indices(), minlength=self.padding_index)
+        times = self.times_scored[:-1].cpu().numpy()
         counts = {
             "targets were never scored": (times < wanted).sum(),
             "targets were scored too often": (times > wanted).sum(),
-            "targets were read by an update before their score": self.early.item(),
+            "targets were read by an update before their score": self.num_read_early.item(),
             "scores are not finite": (~self.nats[:-1].isfinite()).sum().item(),
         }
-        counted = self.result()["bytes"]
-        lost = [f"{counted} bytes were counted, the documents hold {decoded_bytes}"] * (
-            counted != decoded_bytes
-        )
-        return [f"{n} {what}" for what, n in counts.items() if n] + lost
+        problems = [f"{count} {broken_rule}" for broken_rule, count in counts.items() if count]
+        counted_bytes = self.result()["bytes"]
+        if counted_bytes != decoded_bytes:
+            problems.append(
+                f"{counted_bytes} bytes were counted, the documents hold {decoded_bytes}"
+            )
+        return problems
 
 
-def scoring_windows(num_targets: int, length: int, stride: int) -> list[tuple[int, int, int]]:
-    """(start, score, end): read inputs start..end-1 of a document, score its targets score..end-1; target j follows j.
-    Each window starts on the grid of `stride`, wherever the document ends (W51); stride = length is plain scoring."""
-    starts = range(0, max(num_targets - length, 0) + stride, stride)
-    return [
-        (s, s + length - stride if s else 0, min(s + length, num_targets))
-        for s in starts
-        if num_targets > 0
-    ]
+# The inputs start .. end - 1 are read; the targets of first_scored .. end - 1 are scored.
+Window = tuple[int, int, int]  # (start, first_scored, end)
 
 
-class Scorer(NamedTuple):  # scores without learning; what every evaluation needs
+def scoring_windows(num_targets: int, length: int, stride: int) -> list[Window]:
+    """Windows over a text that score each of its targets once. Indices count from its start.
+
+    Windows start at multiples of `stride`, wherever the text ends: a window that was moved to end
+    with it would let scores depend on what comes later. With stride = length none overlaps another
+    (plain scoring); otherwise all but the first score only their last `stride` targets.
+    """
+    if num_targets <= 0:
+        return []
+    windows = []
+    for start in range(0, max(num_targets - length, 0) + stride, stride):
+        first_scored = start + length - stride if start else 0
+        windows.append((start, first_scored, min(start + length, num_targets)))
+    return windows
+
+
+class Scorer(NamedTuple):
+    """Scores windows of the validation stream without learning: what all evaluations share."""
+
     forward: Callable
     plan: tuple[Visit, ...]
     ledger: Ledger
@@ -2756,57 +3053,78 @@ class Scorer(NamedTuple):  # scores without learning; what every evaluation need
     ranks: Ranks
     log: Log
 
-    def windows(
-        self, stride: int
-    ) -> Iterator[tuple[int, int, int]]:  # (start, score, end) by place in the stream
-        docs, length = self.ledger.docs, self.cfg.eval_seq_len
-        texts = (
-            zip(*docs[1:], strict=True)
-            if self.cfg.data_loader == "documents"
-            else [(0, self.ledger.padding_index)]
-        )
-        return (
-            tuple(first + x for x in window)
-            for first, count in texts
-            for window in scoring_windows(count, length, min(stride or length, length))
-        )
+    def stream_windows(self, stride: int, first: int = 0) -> Iterator[Window]:
+        """Windows over all texts, `stride` targets apart, that score the targets from `first` on.
+
+        A text is a document with DATA_LOADER=documents, otherwise the stream. Windows and `first`
+        are indices into the stream. A stride of 0 is the length of a window, EVAL_SEQ_LEN.
+        """
+        docs = self.ledger.docs
+        if self.cfg.data_loader == "documents":
+            texts = zip(docs.starts, docs.counts, strict=True)
+        else:
+            texts = [(0, self.ledger.padding_index)]
+        for start, num_targets in texts:
+            yield from self.text_windows(start, num_targets, stride, first)
+
+    def text_windows(
+        self, text_start: int, num_targets: int, stride: int, first: int = 0
+    ) -> Iterator[Window]:
+        """Windows as in stream_windows over the text that starts at index `text_start`."""
+        length = self.cfg.eval_seq_len
+        stride = min(stride or length, length)
+        for start, first_scored, end in scoring_windows(num_targets, length, stride):
+            if text_start + end > first:
+                yield text_start + start, max(text_start + first_scored, first), text_start + end
 
     @torch.no_grad()
-    def score(self, spans: Iterable[tuple[int, int, int]], shared: bool) -> None:
-        """Windows (start, score, end), packed into rows as they come; no score depends on its row. With `shared` the
-        ranks, which all call it, divide the rows between them."""
-        ledger, (size, capacity, _), rows, used = self.ledger, self.cfg.val_row_shape, [], math.inf
-        for start, score, end in spans:
+    def score_windows(self, windows: Iterable[Window], shared: bool) -> None:
+        """Scores windows of the stream and records the results in the ledger.
+
+        With `shared` the ranks, all of which call it, divide the rows between them.
+        """
+        rows = self.pack_windows(windows)
+        if shared:
+            rows = rows[self.ranks.rank :: self.ranks.world_size]
+        for row in rows:
+            self.score_row(row)
+            if self.log.due():
+                result = self.ledger.result()
+                self.log(
+                    f"eval_progress: {result['tokens']} targets running_bpb:{result['val_bpb']:.4f}"
+                )
+
+    def pack_windows(self, windows: Iterable[Window]) -> list[list[Window]]:
+        """The windows of each row, as they come. No score depends on the rest of its row."""
+        size, capacity, _ = self.cfg.val_row_shape
+        rows = []
+        used = math.inf  # tokens of the last row
+        for start, first_scored, end in windows:
             if used + end - start > size or len(rows[-1]) == capacity // 2:
                 rows.append([])
                 used = 0
-            rows[-1].append((start, score, end))
+            rows[-1].append((start, first_scored, end))
             used += end - start
-        for row in rows[self.ranks.rank :: self.ranks.world_size] if shared else rows:
-            index = np.concatenate([np.arange(start, end) for start, _, end in row])
-            scored = np.concatenate([np.arange(start, end) >= score for start, score, end in row])
-            starts = np.cumsum([0] + [end - start for start, _, end in row[:-1]])
-            before, targets = (
-                ledger.docs.tokens[index],
-                np.where(scored, ledger.docs.tokens[index + 1], -1),
-            )
-            batch = pack_row(before, targets, starts, self.cfg.val_row_shape, ledger.nats.device)
-            place = torch.from_numpy(np.where(scored, index, ledger.padding_index)).to(
-                ledger.nats.device
-            )  # waits, so first
-            ledger.add(place, self.forward(batch, self.plan)[: len(index)])
-            if self.log.due():
-                self.log(
-                    "eval_progress: {tokens} targets running_bpb:{val_bpb:.4f}".format(
-                        **ledger.result()
-                    )
-                )
+        return rows
+
+    def score_row(self, row: list[Window]) -> None:
+        """Scores the windows of one row in one forward."""
+        ledger, device = self.ledger, self.ledger.nats.device
+        read = np.concatenate([np.arange(start, end) for start, _, end in row])
+        scored = np.concatenate([np.arange(start, end) >= first for start, first, end in row])
+        lengths = [end - start for start, _, end in row]
+        starts = np.cumsum([0] + lengths[:-1])
+        inputs = ledger.docs.tokens[read]
+        targets = np.where(scored, ledger.docs.tokens[read + 1], -1)
+        batch = pack_row(inputs, targets, starts, self.cfg.val_row_shape, device)
+        # Copied before the forward begins, because the copy waits for all work given so far.
+        index = torch.from_numpy(np.where(scored, read, ledger.padding_index)).to(device)
+        ledger.record(index, self.forward(batch, self.plan)[: len(index)])
 
 
-def score_all(
-    scorer: Scorer, stride: int
-) -> Ledger:  # every target once, in windows `stride` (0: a window) apart
-    scorer.score(scorer.windows(stride), shared=True)
+def score_all(scorer: Scorer, stride: int) -> Ledger:
+    """Scores every target once, in windows `stride` apart (0: a window). All ranks must call it."""
+    scorer.score_windows(scorer.stream_windows(stride), shared=True)
     return scorer.ledger.join(scorer.ranks)
 
 
@@ -3631,9 +3949,9 @@ class Adaptation:
                     raise
                 self.room = tokens * (rows.stop - first) // 2
                 continue
-            ledger.add(place, nats)  # final from here on
+            ledger.record(place, nats)  # final from here on
             for again in range(self.cfg.ttt_grad_steps * (len(grads) > 0)):
-                ledger.require(place)
+                ledger.require_scored(place)
                 self.learn(
                     self.score(ledger, start, end, rows)[2] if again else grads,
                     rows,
@@ -3760,20 +4078,15 @@ def adapt_documents(
                 )
                 log(f"ttt_progress: batch {number + 1}/{len(batches)} {running}")
         rest = [d for d in batch if deadline.late and counts[d] > done]
-        spans = (
-            (d, span)
+        windows = (
+            window
             for d in rest
-            for span in scoring_windows(counts[d], cfg.eval_seq_len, cfg.eval_seq_len)
+            for window in scorer.text_windows(
+                starts[d], counts[d], stride=0, first=starts[d] + done
+            )
         )
-        scorer.score(
-            (
-                (starts[d] + start, starts[d] + max(score, done), starts[d] + end)
-                for d, (start, score, end) in spans
-                if end > done
-            ),
-            shared=False,
-        )
-        ledger.plain += len(rest)
+        scorer.score_windows(windows, shared=False)
+        ledger.num_not_learnt_from += len(rest)
 
 
 def score_documents(
@@ -3794,7 +4107,7 @@ def score_documents(
         adapt_documents(state, scorer, first, stop, deadline)
         state.warm, places = (
             None,
-            docs.target_index(stop if stop < len(docs.counts) else 0),
+            docs.target_indices(stop if stop < len(docs.counts) else 0),
         )  # nothing for no one
         starts = range(0, len(places) - size + 1, size)
         yield (
@@ -3807,8 +4120,8 @@ def score_chunks(scorer: Scorer, deadline: Deadline) -> Iterator[tuple[int, list
     """TTT_MODE=chunk (PR #461, #1413): scores every window of a chunk of the stream; windows that straddle chunks in
     parts, EVAL_STRIDE apart with SLIDING_WINDOW_ENABLED; what is late at once, in plain ones. Yields the targets left,
     and what all weights learn from before the next chunk, after the last nothing: (places, share of the schedule)."""
-    size, places, spans = scorer.cfg.ttt_chunk_tokens, scorer.ledger.docs.target_index(), {}
-    for start, score, end in scorer.windows(
+    size, places, spans = scorer.cfg.ttt_chunk_tokens, scorer.ledger.docs.target_indices(), {}
+    for start, score, end in scorer.stream_windows(
         scorer.cfg.eval_stride * scorer.cfg.sliding_window_enabled
     ):
         at = int(np.searchsorted(places, score))
@@ -3817,17 +4130,12 @@ def score_chunks(scorer: Scorer, deadline: Deadline) -> Iterator[tuple[int, list
             spans.setdefault(k, []).append((start, *part))
     last = len(spans) - 1
     for k in range(len(spans)):
-        scorer.score(spans[k], shared=True)
+        scorer.score_windows(spans[k], shared=True)
         chunk, left = places[k * size : (k + 1) * size], places[(k + 1) * size :]
         yield len(left), [(chunk, k / last)] if k < last else []
         if deadline.late and k < last:
-            rest = (
-                (start, max(score, left[0]), end)
-                for start, score, end in scorer.windows(0)
-                if end > left[0]
-            )
-            scorer.score(rest, shared=True)
-            scorer.ledger.plain += scorer.ranks.is_main * (last - k - 1)
+            scorer.score_windows(scorer.stream_windows(stride=0, first=left[0]), shared=True)
+            scorer.ledger.num_not_learnt_from += scorer.ranks.is_main * (last - k - 1)
             break
 
 
@@ -3847,7 +4155,7 @@ def evaluate_ttt(
     ):
         for place, share in learns:
             if deadline.near(left / ranks.world_size, ranks):
-                scorer.ledger.plain += ranks.is_main
+                scorer.ledger.num_not_learnt_from += ranks.is_main
             else:
                 sgd.param_groups[0]["lr"] = 0.5 * cfg.ttt_lr * (1 + math.cos(math.pi * share))
                 learn_weights(model, forward, sgd, scorer, place)
@@ -3868,7 +4176,7 @@ def learn_weights(
         scorer.cfg.eval_seq_len,
         scorer.ledger.docs.tokens,
     )
-    ledger.require(torch.from_numpy(place).to(ranks.device), ranks)
+    ledger.require_scored(torch.from_numpy(place).to(ranks.device), ranks)
     rows, size = (
         place[: len(place) // length * length].reshape(-1, length),
         cfg.ttt_batch_seqs * ranks.world_size,
@@ -4011,7 +4319,9 @@ class Run:  # from its data to its report, the same on all ranks; `go` holds the
             "attention": self.backend,
             "val_docs": len(self.docs.counts),
             "tokenizer_sha256": self.tokenizer.sha256,
-            "val_sha256": hashlib.sha256(self.docs.text().astype("<u2").tobytes()).hexdigest(),
+            "val_sha256": hashlib.sha256(
+                self.docs.joined_tokens().astype("<u2").tobytes()
+            ).hexdigest(),
         }
         lines += self.resume(log := Path(f"logs/{run_id}.txt"))
         self.log = Log(
@@ -4370,14 +4680,16 @@ class Run:  # from its data to its report, the same on all ranks; `go` holds the
         )
         if problems or any(abs(n - m) > 1e-4 * m for n, m in zip(held, known, strict=True) if m):
             reasons = problems or [
-                f"(documents, tokens, bytes) are {held}, in the field's data set {known}"
+                f"(documents, tokens, bytes) are {held}, in the field's data set {tuple(known)}"
             ]
             raise InvalidScore(f"{label} INVALID: {'; '.join(reasons)}")
         (loss, bpb, tokens, num_bytes), seconds = ledger.result().values(), self.phases[-1][2]
         self.log(f"{label} val_loss:{loss:.8f} val_bpb:{bpb:.8f} eval_time:{1000 * seconds:.0f}ms")
         self.log.scalars(self.final.get("steps", 0), {f"val_bpb/{key}": bpb})
-        if ledger.plain:
-            self.log(f"deadline: {ledger.plain} of them scored without learning from them")
+        if ledger.num_not_learnt_from:
+            self.log(
+                f"deadline: {ledger.num_not_learnt_from} of them scored without learning from them"
+            )
         self.final |= {f"{key}_loss": loss, f"{key}_bpb": bpb, "val_loss": loss, "val_bpb": bpb}
         self.final |= {"val_tokens": tokens, "val_bytes": num_bytes}
         if self.ranks.is_main:

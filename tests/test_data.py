@@ -1,4 +1,4 @@
-"""Data: shards, the token stream over them, packed rows for any number of ranks, documents, and what is refused."""
+"""Data: shards and their stream, packed rows for any number of ranks, documents, refusals."""
 
 import itertools
 import json
@@ -19,22 +19,25 @@ DATASET, PREFIX = f"tiny_sp{VOCAB}", "tiny"
 
 
 def rank_of(world_size, rank=0):
-    """One of `world_size` ranks, on the CPU and by itself."""
+    """One of `world_size` ranks on the CPU, without a process group."""
     ranks = tg.Ranks({})
-    ranks.world_size, ranks.rank, ranks.device = world_size, rank, torch.device("cpu")
+    ranks.world_size = world_size
+    ranks.rank = rank
+    ranks.device = torch.device("cpu")
     return ranks
 
 
 def random_documents(total, lengths):
-    """`total` ids: documents of random `lengths`, BOS first."""
-    rng, tokens = np.random.default_rng(), []
+    """`total` ids: documents with lengths drawn from `lengths`, each with BOS first."""
+    rng = np.random.default_rng()
+    tokens = []
     while len(tokens) < total:
         tokens += [BOS, *rng.integers(4, VOCAB, rng.choice(lengths) - 1)]
     return np.array(tokens[:total], dtype=np.uint16)
 
 
 def equal(some, others):
-    """Whether two lists of rows are the same."""
+    """Whether two lists of rows are equal."""
     pairs = list(zip(some, others, strict=True))
     return all(torch.equal(x, y) for a, b in pairs for x, y in zip(a[:3], b[:3], strict=True))
 
@@ -46,7 +49,7 @@ def stream_of(folder, tokens, cuts=(), split="train"):
 
 
 def refused(action, *parts):
-    """What `action` raises is one line and names each of `parts`."""
+    """Asserts that `action` raises a UsageError of one line that names each of `parts`."""
     with pytest.raises(tg.UsageError) as caught:
         action()
     message = str(caught.value)
@@ -56,7 +59,7 @@ def refused(action, *parts):
 
 @pytest.fixture
 def data_copy(tiny_data, tmp_path):
-    """A DATA_DIR of one's own and the folder of its data set."""
+    """A DATA_DIR that a test may change, and the folder of its data set."""
     root = shutil.copytree(tiny_data, tmp_path / "copy")
     return root, root / "datasets" / DATASET
 
@@ -134,16 +137,21 @@ LENGTHS = {"usual": [1, 2, 5, 30, 60, 300], "short": [1, 1, 2], "long": [500, 10
 
 
 def epoch(stream, cfg, world_size):
-    """All rows of one epoch and some more in their order, made by `world_size` loaders, and their number of targets."""
+    """The rows of one epoch and a few more, in order, and the number of their targets.
+
+    They are made by the loaders of `world_size` ranks.
+    """
     loaders = [tg.PackedLoader(stream, BOS, cfg, rank_of(world_size, r)) for r in range(world_size)]
-    rows, total = [], 0
+    rows = []
+    total = 0
     while total < stream.size:
         parts, counts = zip(*(loader.rows(cfg.rows_per_step) for loader in loaders), strict=True)
         assert len(set(counts)) == 1
         step = [None] * cfg.rows_per_step
         for r, part in enumerate(parts):
             step[r::world_size] = part
-        rows, total = rows + step, total + counts[0]
+        rows += step
+        total += counts[0]
     return rows, total
 
 
@@ -153,10 +161,8 @@ def test_an_epoch_serves_every_transition_once_in_the_same_rows_for_any_world_si
     tmp_path, lengths, loader
 ):
     tokens = random_documents(3001, LENGTHS[lengths]).astype(np.int64)
-    stream, cfg = (
-        stream_of(tmp_path, tokens, cuts=[777, 778, 2000]),
-        tiny_config(**ROWS, data_loader=loader),
-    )
+    stream = stream_of(tmp_path, tokens, cuts=[777, 778, 2000])
+    cfg = tiny_config(**ROWS, data_loader=loader)
     one, total = epoch(stream, cfg, 1)
     inputs, targets = torch.cat([r.inputs for r in one]), torch.cat([r.targets for r in one])
     assert (inputs.dtype, targets.dtype, int((targets >= 0).sum())) == (
@@ -165,9 +171,8 @@ def test_an_epoch_serves_every_transition_once_in_the_same_rows_for_any_world_si
         total,
     )
     inputs, targets = inputs[targets >= 0].numpy(), targets[targets >= 0].numpy()
-    assert np.array_equal(
-        inputs[:3001], tokens
-    )  # in order: each token once as input, none left out at row borders
+    # Each token comes once as an input, in order, and none is left out where a row ends.
+    assert np.array_equal(inputs[:3001], tokens)
     assert np.array_equal(targets[:3001], np.roll(tokens, -1))
     for world_size in (2, 3, 4):
         rows, same = epoch(stream, cfg, world_size)
@@ -192,17 +197,19 @@ def test_row_is_cut_at_every_document_and_at_the_bound(tmp_path, lengths):
         assert int(cu.diff().min()) >= 0 and int(cu.diff().max()) <= 48
         starts = cu.unique().tolist()
         assert [s for s in starts if s < n] == expected_starts(row.inputs[:n].tolist(), BOS, 48)
-        assert n == 128 or n in starts  # padding is no part of a document
-    assert lengths != "short" or all(
-        (row.targets < 0).any() for row in rows
-    )  # these need more rows
+        # Padding belongs to no document.
+        assert n == 128 or n in starts
+    if lengths == "short":
+        # The capacity is used up before the row is full.
+        assert all((row.targets < 0).any() for row in rows)
 
 
 def test_padding_comes_last_and_predicts_nothing(tmp_path):
     rows, _ = epoch(stream_of(tmp_path, random_documents(600, [1, 2])), tiny_config(**ROWS), 1)
     for row in rows:
         n = int((row.targets >= 0).sum())
-        assert 10 <= n < 128  # half of the capacity, in documents of 1 or 2 tokens
+        # Half of the capacity is 10 documents, of 1 or 2 tokens each.
+        assert 10 <= n < 128
         assert (row.targets[n:] == -1).all() and (row.inputs[n:] == 0).all()
 
 
@@ -216,7 +223,7 @@ def test_rows_mode_ignores_documents(tmp_path):
 
 
 def test_smallest_allowed_capacity_holds_every_row(tmp_path):
-    """The rule of CU_SEQLENS_CAPACITY leaves room for the segments of the padding, in real and in warm-up rows."""
+    """The rule of CU_SEQLENS_CAPACITY leaves room for the segments of the padding."""
     for micro, longest in ((128, 48), (96, 48), (97, 96), (64, 2), (7, 7)):
         shape = dict(micro_batch_tokens=micro, train_batch_tokens=micro, train_seq_len=longest)
         cfg = tiny_config(**shape, cu_seqlens_capacity=2 + 2 * -(-micro // longest))
@@ -240,15 +247,19 @@ def test_synthetic_rows_keep_to_the_bound_whatever_the_capacity(shape):
     )
     assert int(row.cu_seqlens.diff().max()) <= shape[2]
     assert int(row.inputs.min()) >= 0 and int(row.inputs.max()) < VOCAB
-    assert (row.targets >= 0).sum() >= shape[0] // 4  # it is not mostly padding
+    # It is not mostly padding.
+    assert (row.targets >= 0).sum() >= shape[0] // 4
 
 
 def test_prefetched_steps_equal_direct_calls_and_end_with_the_iterator(tmp_path):
-    stream, cfg = stream_of(tmp_path, random_documents(3001, LENGTHS["usual"])), tiny_config(**ROWS)
-    direct, before = tg.PackedLoader(stream, BOS, cfg, rank_of(2, 1)), set(threading.enumerate())
+    stream = stream_of(tmp_path, random_documents(3001, LENGTHS["usual"]))
+    cfg = tiny_config(**ROWS)
+    direct = tg.PackedLoader(stream, BOS, cfg, rank_of(2, 1))
+    before = set(threading.enumerate())
     steps = tg.PackedLoader(stream, BOS, cfg, rank_of(2, 1)).steps()
     for _ in range(5):
-        (rows, total), (expected, same) = next(steps), direct.rows(cfg.rows_per_step)
+        rows, total = next(steps)
+        expected, same = direct.rows(cfg.rows_per_step)
         assert (len(rows), total) == (2, same)
         assert equal(rows, expected)
     assert set(threading.enumerate()) - before
@@ -261,7 +272,7 @@ def test_prefetched_steps_equal_direct_calls_and_end_with_the_iterator(tmp_path)
 
 @pytest.mark.parametrize("tail", [[], [BOS], [BOS, BOS], [BOS, 9]], ids=str)
 def test_documents_predict_every_token_but_the_first_once(tmp_path, tail):
-    """A lone BOS at the end is the last target of the document before it and has none of its own (W39)."""
+    """A lone BOS at the end is the last target of the document before it; it has none itself."""
     tokens = np.concatenate([random_documents(500, [1, 2, 40]), np.array(tail, dtype=np.uint16)])
     docs = tg.Documents.load(
         stream_of(tmp_path, tokens, cuts=[100], split="val"), BOS, tiny_config()
@@ -312,7 +323,8 @@ def test_id_past_the_vocabulary_is_refused_by_the_rank_that_scans_it(data_copy, 
     cfg = tiny_config(data_dir=root, tokenizer_path=root / "tokenizers" / f"{DATASET}.model")
     refused(lambda: opened(cfg), path, f"id {VOCAB}", f"VOCAB_SIZE={VOCAB}")
     refused(lambda: opened(cfg, rank_of(2, 1)), path, f"id {VOCAB}")
-    opened(cfg, rank_of(2, 0))  # the other rank's share is fine
+    # The other rank scans other shards.
+    opened(cfg, rank_of(2, 0))
 
 
 @pytest.mark.parametrize(

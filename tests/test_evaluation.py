@@ -1,4 +1,4 @@
-"""Evaluation as a whole: its deadline, memory, chunk mode and phases, and the rules the ledger keeps."""
+"""Evaluation: its speed, deadline, chunk mode and phases, and what a broken rule leads to."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def plain(model: tg.GPT, docs: tg.Documents, stride: int = 0) -> tg.Ledger:
     return tg.score_all(scorer_for(model, docs), stride)
 
 
-# --- Speed leaves the scores alone ------------------------------------------------------------------------------------
+# --- Speed leaves the scores alone ---
 @pytest.mark.parametrize(
     "changes",
     [
@@ -65,19 +65,19 @@ def plain(model: tg.GPT, docs: tg.Documents, stride: int = 0) -> tg.Ledger:
     ids=str,
 )
 def test_published_way_buckets_and_batches_give_the_same_scores(changes):
-    docs, model = documents(*MANY), model_for(4)
-    found, expected = (
-        nats_of(evaluated(with_settings(model, **changes), docs)),
-        nats_of(evaluated(model, docs)),
-    )
-    limit = (
-        1e-6 if changes.get("ttt_fast", True) else 2e-5
-    )  # all queries round otherwise; AdamW enlarges it
+    docs = documents(*MANY)
+    model = model_for(4)
+    found = nats_of(evaluated(with_settings(model, **changes), docs))
+    expected = nats_of(evaluated(model, docs))
+    # The published way asks for all queries, which round otherwise, and AdamW enlarges that.
+    limit = 1e-6 if changes.get("ttt_fast", True) else 2e-5
     assert np.abs(found - expected).max() < limit
 
 
 def test_windows_are_padded_to_few_lengths_and_finished_documents_leave():
-    seen, docs, model = [], documents(*MANY), model_for(4, ttt_buckets=3, ttt_chunk_size=8)
+    seen = []
+    docs = documents(*MANY)
+    model = model_for(4, ttt_buckets=3, ttt_chunk_size=8)
 
     def forward(batch, plan, lora, select):
         seen.append(
@@ -90,14 +90,15 @@ def test_windows_are_padded_to_few_lengths_and_finished_documents_leave():
     assert {n for _, n, _ in seen} == {16, 32, 64}
     assert {c for _, _, c in seen} == {8}
     chunks = sum(-(-count // 8) for count in MANY)
-    assert (
-        sum(rows for rows, _, _ in seen) == chunks
-    )  # no row is processed once its document is over
+    # No row is processed once its document is over.
+    assert sum(rows for rows, _, _ in seen) == chunks
     assert {rows for rows, _, _ in seen} >= {1, 2, 3, 4}
 
 
 def test_memory_that_runs_out_makes_batches_smaller_and_changes_no_score():
-    docs, model, tried = documents(*MANY), model_for(8), []
+    docs = documents(*MANY)
+    model = model_for(8)
+    tried = []
 
     def forward(batch, plan, **options):
         tried.append(len(batch.inputs))
@@ -110,10 +111,10 @@ def test_memory_that_runs_out_makes_batches_smaller_and_changes_no_score():
         tg.evaluate_ttt(scorer, adaptation(model, forward), model, forward, tg.Deadline(1e9))
     )
     failed = [i for i, size in enumerate(tried) if size > 150]
-    assert failed and len(failed) < 10  # what did not fit is not tried again
-    assert all(
-        tried[i] / 3 < tried[i + 1] <= tried[i] / 2 for i in failed
-    )  # but half of it, as far as documents go
+    # What did not fit is not tried again.
+    assert failed and len(failed) < 10
+    # Half of it is, rounded down to whole documents.
+    assert all(tried[i] / 3 < tried[i + 1] <= tried[i] / 2 for i in failed)
     assert np.abs(found - nats_of(evaluated(model, docs))).max() < 1e-6
     with pytest.raises(torch.OutOfMemoryError):
         narrow = model_for(8, ttt_eval_seq_len=S)
@@ -130,14 +131,15 @@ def test_updates_are_those_of_torchs_optimisers(optimizer, beta1):
         ttt_optimizer=optimizer, ttt_beta1=beta1, ttt_lora_lr=0.01, ttt_weight_decay=0.5
     )
     leaf = torch.randn(5, 7).requires_grad_()
-    master, rounded = leaf.detach().clone(), leaf.detach().bfloat16()
-    kind, special = torch.optim.AdamW, dict(betas=(beta1, cfg.ttt_beta2), eps=1e-10)
+    master = leaf.detach().clone()
+    rounded = leaf.detach().bfloat16()
+    kind = torch.optim.AdamW
+    special = dict(betas=(beta1, cfg.ttt_beta2), eps=1e-10)
     if optimizer == "sgd":
-        kind, special = torch.optim.SGD, dict(momentum=beta1)
-    theirs, moments = (
-        kind([leaf], lr=0.01, weight_decay=0.5, **special),
-        [torch.zeros(5, 7) for _ in range(2)],
-    )
+        kind = torch.optim.SGD
+        special = dict(momentum=beta1)
+    theirs = kind([leaf], lr=0.01, weight_decay=0.5, **special)
+    moments = [torch.zeros(5, 7) for _ in range(2)]
     moments = moments[: 1 + (optimizer == "adam" and beta1 > 0)]
     for number in range(1, 6):
         leaf.grad = torch.randn(5, 7)
@@ -169,7 +171,8 @@ def test_short_chunks_go_by_the_place_in_a_document_and_not_by_its_length():
         tg.chunk_grid(cfg, n) == tg.chunk_grid(cfg, 200)[: len(tg.chunk_grid(cfg, n))]
         for n in range(1, 200)
     )
-    docs, model = documents(*LENGTHS), model_for(4, ttt_short_chunks="8:4,30:10", ttt_buckets=3)
+    docs = documents(*LENGTHS)
+    model = model_for(4, ttt_short_chunks="8:4,30:10", ttt_buckets=3)
     whole = evaluated(model, docs)
     short = evaluated(model, docs._replace(counts=np.minimum(docs.counts, 40)))
     for start, count in zip(docs.starts, np.minimum(docs.counts, 40), strict=True):
@@ -182,39 +185,42 @@ def test_short_chunks_go_by_the_place_in_a_document_and_not_by_its_length():
 
 
 def test_adapters_kept_from_earlier_documents_carry_nothing_back():
-    """TTT_WARM_START_A: what a document teaches goes to documents after it in the stream, never before."""
-    docs, model = documents(*MANY), model_for(2, ttt_warm_start_a=True)
-    before, place = nats_of(evaluated(model, docs)), int(docs.starts[7]) + 5
+    """With TTT_WARM_START_A documents learn for later ones of the stream, never for earlier."""
+    docs = documents(*MANY)
+    model = model_for(2, ttt_warm_start_a=True)
+    before = nats_of(evaluated(model, docs))
+    place = int(docs.starts[7]) + 5
     after = nats_of(evaluated(model, edited(docs, place)))
-    assert_equal(after[: docs.starts[6]], before[: docs.starts[6]])  # batches of two
-    assert (
-        after[docs.starts[8] :] != before[docs.starts[8] :]
-    ).mean() > 0.3  # one document of each later batch
+    # Batches hold two documents.
+    assert_equal(after[: docs.starts[6]], before[: docs.starts[6]])
+    # It changes one document of each later batch.
+    assert (after[docs.starts[8] :] != before[docs.starts[8] :]).mean() > 0.3
     fresh = nats_of(evaluated(with_settings(model, ttt_warm_start_a=False), docs))
     assert (fresh != before).any()
 
 
 @pytest.mark.parametrize("doc,left", [(0, 20), (2, 9), (5, 50), (7, 4)])
 def test_earlier_end_of_a_document_changes_no_score_before_it_when_adapters_are_kept(doc, left):
-    """Documents of a batch go by length: an adapter tied to the row, not to the stream, would know what is ahead."""
-    docs, model = (
-        documents(150, 120, 64, 65, 33, 90, 100, 200, 40, 7),
-        model_for(3, ttt_warm_start_a=True),
-    )
-    tokens, cut = docs.tokens.copy(), int(docs.starts[doc]) + left
-    tokens[cut] = 1  # BOS: what is left is a document of its own
+    """Rows of a batch are sorted by length, so adapters kept by row would know what is ahead."""
+    docs = documents(150, 120, 64, 65, 33, 90, 100, 200, 40, 7)
+    model = model_for(3, ttt_warm_start_a=True)
+    tokens = docs.tokens.copy()
+    cut = int(docs.starts[doc]) + left
+    # BOS: what is left becomes a document of its own.
+    tokens[cut] = 1
     starts = np.insert(docs.starts, doc + 1, cut)
     shorter = tg.Documents(tokens, starts, np.diff(starts, append=len(tokens) - 1))
     before, after = (nats_of(evaluated(model, d))[: cut - 1] for d in (docs, shorter))
     assert np.abs(before - after).max() < 1e-6
 
 
-# --- Deadline ---------------------------------------------------------------------------------------------------------
+# --- Deadline ---
 class Clock:
-    """Time that passes only in forwards: a millisecond per token, three with adapters."""
+    """Time that passes only in forwards: 1 ms per token, 3 ms with adapters."""
 
     def __init__(self, monkeypatch, model):
-        self.now, self.model = 1000.0, model
+        self.now = 1000.0
+        self.model = model
         monkeypatch.setattr(tg.time, "monotonic", lambda: self.now)
 
     def __call__(self, batch, plan, lora=None, select=None):
@@ -224,8 +230,10 @@ class Clock:
     def evaluated(self, docs, seconds, forward=None):
         start = self.now
         tg.score_all(scorer_for(self.model, docs, forward=self), 0)
-        rate, start = (self.now - start) / docs.counts.sum(), self.now
-        deadline, scorer = tg.Deadline(seconds), scorer_for(self.model, docs, forward=self)
+        rate = (self.now - start) / docs.counts.sum()
+        start = self.now
+        deadline = tg.Deadline(seconds)
+        scorer = scorer_for(self.model, docs, forward=self)
         deadline.rate = rate
         state = adaptation(self.model, self) if self.model.cfg.ttt_mode == "document" else None
         ledger = tg.evaluate_ttt(scorer, state, self.model, self, deadline)
@@ -240,57 +248,65 @@ class Clock:
 def test_deadline_of_a_third_of_the_time_ends_inside_it_with_every_target_scored(
     monkeypatch, settings
 ):
-    docs, model = documents(*MANY * 3), model_for(4, val_batch_tokens=512, **settings)
+    docs = documents(*MANY * 3)
+    model = model_for(4, val_batch_tokens=512, **settings)
     clock = Clock(monkeypatch, model)
     whole, needed = clock.evaluated(docs, 1e9)
-    learnt, learn = [], tg.learn_weights
+    learnt = []
+    learn = tg.learn_weights
     monkeypatch.setattr(tg, "learn_weights", lambda *args: learnt.append(learn(*args)))
     part, spent = clock.evaluated(docs, needed / 3)
-    assert part.plain > whole.plain == 0
-    if model.cfg.ttt_mode == "chunk":  # each is counted or learnt from, but the last
-        assert learnt and len(learnt) + part.plain == -(-docs.counts.sum() // 128) - 1
-    assert needed / 6 < spent <= needed / 3  # inside, and not much before
+    assert part.num_not_learnt_from > whole.num_not_learnt_from == 0
+    if model.cfg.ttt_mode == "chunk":
+        # Each chunk but the last is learnt from or counted.
+        assert learnt and len(learnt) + part.num_not_learnt_from == -(-docs.counts.sum() // 128) - 1
+    # It ends within the deadline, and not much before it.
+    assert needed / 6 < spent <= needed / 3
     same = nats_of(part) == nats_of(whole)
     stride = model.cfg.eval_stride * model.cfg.sliding_window_enabled
     base = np.abs(nats_of(part) - nats_of(plain(model, docs, stride))) < 1e-6
-    assert (
-        same.sum() > 100 and base.sum() > 100
-    )  # some as if there were no deadline, some without learning
+    # Some scores are those without a deadline, others those without learning.
+    assert same.sum() > 100
+    assert base.sum() > 100
 
 
 @pytest.mark.parametrize("mode", ["document", "chunk", "phases"])
 def test_deadline_of_zero_is_plain_scoring_and_says_what_was_not_learnt_from(mode):
-    docs, model = (
-        documents(*MANY),
-        model_for(4, **{"chunk": CHUNKS, "phases": PHASES}.get(mode, {})),
-    )
+    docs = documents(*MANY)
+    model = model_for(4, **{"chunk": CHUNKS, "phases": PHASES}.get(mode, {}))
     ledger = evaluated(model, docs, seconds=0.0)
     assert np.abs(nats_of(ledger) - nats_of(plain(model, docs))).max() < 1e-5
-    chunks = -(-docs.counts.sum() // 128) - 1  # nothing learns from the last
-    before = (
-        docs.counts[:5].sum() // 64 + docs.counts[:10].sum() // 64
-    )  # whole chunks of each phase
-    assert ledger.plain == {"chunk": chunks, "phases": len(MANY) + before}.get(mode, len(MANY))
+    # Nothing learns from the last chunk.
+    chunks = -(-docs.counts.sum() // 128) - 1
+    # Full chunks before the second and the third phase.
+    before = docs.counts[:5].sum() // 64 + docs.counts[:10].sum() // 64
+    assert ledger.num_not_learnt_from == {"chunk": chunks, "phases": len(MANY) + before}.get(
+        mode, len(MANY)
+    )
 
 
 def late_on_the_second(
     ranks: tg.Ranks, settings: dict[str, dict]
 ) -> dict[str, tuple[np.ndarray, int]]:
-    docs, found = documents(*MANY), {}
+    docs = documents(*MANY)
+    found = {}
     for mode, more in settings.items():
         ledger = evaluated(model_for(4, **more), docs, ranks, seconds=0.0 if ranks.rank else 1e9)
-        found[mode] = nats_of(ledger), ledger.plain
+        found[mode] = nats_of(ledger), ledger.num_not_learnt_from
     return found
 
 
 def test_deadline_of_one_rank_ends_the_learning_of_all_weights_on_all(tmp_path):
-    """Each rank asks its own clock; if one learnt where another does not, their weights would part, or both hang."""
-    still = {"ttt_lora_lr": 0.0}  # of the two, only the weights' learning is to be seen
+    """Each rank has its own clock. If only one learnt, weights would differ or both would hang."""
+    # Adapters do not learn, so that only the learning of the weights shows.
+    still = {"ttt_lora_lr": 0.0}
     both = on_ranks(
         2, late_on_the_second, tmp_path, {"chunk": CHUNKS, "phases": {**PHASES, **still}}
     )
-    docs, model = documents(*MANY), model_for(4, **still)
-    base, adapted = nats_of(plain(model, docs)), nats_of(evaluated(model, docs))
+    docs = documents(*MANY)
+    model = model_for(4, **still)
+    base = nats_of(plain(model, docs))
+    adapted = nats_of(evaluated(model, docs))
     for mode in ("chunk", "phases"):
         (nats, unlearnt), (others, other) = (found[mode] for found in both)
         assert_equal(nats, others)
@@ -302,9 +318,8 @@ def test_deadline_of_one_rank_ends_the_learning_of_all_weights_on_all(tmp_path):
             else sum(docs.counts[:n].sum() // 64 for n in (5, 10))
         )
         assert unlearnt == other
-        assert (
-            0 <= unlearnt - pieces <= (0 if mode == "chunk" else len(MANY))
-        )  # and documents that the second took
+        # In phases the documents that the second rank took are counted too.
+        assert 0 <= unlearnt - pieces <= (0 if mode == "chunk" else len(MANY))
 
 
 def test_deadline_that_was_near_stays_near(monkeypatch):
@@ -314,18 +329,17 @@ def test_deadline_that_was_near_stays_near(monkeypatch):
     assert [deadline.near(targets) for targets in (0, 49, 50, 0)] == [False, False, True, True]
 
 
-# --- Chunk mode and phases: all weights learn -----------------------------------------------------------------------
+# --- Chunk mode and phases: all weights learn ---
 @pytest.fixture
 def learnt(monkeypatch):
-    """The places of every learn_weights, in order, and the weights after it."""
-    calls, real = [], tg.learn_weights
+    """A list that receives (indices, learning rate, weights afterwards) of each learn_weights."""
+    calls = []
+    real = tg.learn_weights
 
     def spy(model, forward, sgd, scorer, place):
         real(model, forward, sgd, scorer, place)
-        lr, weights = (
-            sgd.param_groups[0]["lr"],
-            {n: p.detach().clone() for n, p in model.named_parameters()},
-        )
+        lr = sgd.param_groups[0]["lr"]
+        weights = {n: p.detach().clone() for n, p in model.named_parameters()}
         calls.append((place, lr, weights))
 
     monkeypatch.setattr(tg, "learn_weights", spy)
@@ -336,31 +350,33 @@ def learnt(monkeypatch):
 def test_chunk_is_scored_by_weights_that_learnt_from_the_chunks_before_it(learnt, sliding):
     docs = documents(*MANY)
     model = model_for(4, **CHUNKS, sliding_window_enabled=sliding, eval_stride=16)
-    found, stride = nats_of(evaluated(model, docs)), 16 if sliding else 0
-    assert [len(place) for place, _, _ in learnt] == [
-        128
-    ] * 7  # of 955 targets; the last chunk is not learnt from
+    found = nats_of(evaluated(model, docs))
+    stride = 16 if sliding else 0
+    # There are 955 targets, and the last chunk is not learnt from.
+    assert [len(place) for place, _, _ in learnt] == [128] * 7
     rates = [0.5 * 0.05 * (1 + math.cos(math.pi * k / 7)) for k in range(7)]
     assert [lr for _, lr, _ in learnt] == pytest.approx(rates)
-    assert_equal(np.concatenate([place for place, _, _ in learnt]), docs.target_index()[: 7 * 128])
-    expected, weights = np.zeros_like(found), [model.state_dict(), *(w for _, _, w in learnt)]
+    assert_equal(
+        np.concatenate([place for place, _, _ in learnt]), docs.target_indices()[: 7 * 128]
+    )
+    expected = np.zeros_like(found)
+    weights = [model.state_dict(), *(w for _, _, w in learnt)]
     for k, state in enumerate(weights):
         other = tg.GPT(model.cfg)
         other.load_state_dict(state)
-        chunk = docs.target_index()[k * 128 : (k + 1) * 128]
+        chunk = docs.target_indices()[k * 128 : (k + 1) * 128]
         expected[chunk] = nats_of(plain(other, docs, stride))[chunk]
     assert np.abs(found - expected).max() < 1e-5
     assert np.abs(found - nats_of(plain(model, docs, stride)))[128:].mean() > 1e-3
 
 
 def test_first_sgd_step_is_that_of_the_mean_loss_of_the_chunk(learnt):
-    """One epoch, clipped, no momentum yet: written out with autograd."""
-    docs, model = (
-        documents(*MANY),
-        model_for(4, **{**CHUNKS, "ttt_epochs": 1, "ttt_grad_clip": 0.5}),
-    )
+    """The step is written out with autograd: one epoch, clipped, still without momentum."""
+    docs = documents(*MANY)
+    model = model_for(4, **{**CHUNKS, "ttt_epochs": 1, "ttt_grad_clip": 0.5})
     evaluated(model, docs)
-    tokens, place = torch.from_numpy(docs.tokens), docs.target_index()[:128]
+    tokens = torch.from_numpy(docs.tokens)
+    place = docs.target_indices()[:128]
     starts = sorted({0, S, *(int(s) for s in docs.starts if s < 128)})
     cu = torch.tensor([*starts, 128], dtype=torch.int32)
     model.zero_grad()
@@ -373,7 +389,8 @@ def test_first_sgd_step_is_that_of_the_mean_loss_of_the_chunk(learnt):
 
 
 def test_edited_token_changes_no_chunk_before_its_own():
-    docs, model = documents(*MANY), model_for(4, **CHUNKS)
+    docs = documents(*MANY)
+    model = model_for(4, **CHUNKS)
     before = nats_of(evaluated(model, docs))
     for place in (130, 300, 600):
         after = nats_of(evaluated(model, edited(docs, place)))
@@ -388,7 +405,8 @@ def test_frozen_layers_stay_as_they_are_in_every_bank(learnt, frozen):
     evaluated(model, documents(*MANY))
     L = model.cfg.num_layers
     for name, now in learnt[-1][2].items():
-        was = model.get_parameter(name).detach()  # afterwards as before
+        # The evaluation has put the model's own weights back.
+        was = model.get_parameter(name).detach()
         changed = (now != was).flatten(1).any(1) if now.dim() > 1 else now != was
         if name in ("tok_emb", "skip_weights", "skip_gates"):
             assert changed.any(), name
@@ -409,28 +427,30 @@ def test_weights_are_afterwards_as_before(settings):
 
 
 def test_phases_learn_from_scored_documents_before_the_next_is_scored(learnt):
-    docs, model = documents(*MANY), model_for(4, **PHASES)
-    found, without = nats_of(evaluated(model, docs)), nats_of(evaluated(model_for(4), docs))
+    docs = documents(*MANY)
+    model = model_for(4, **PHASES)
+    found = nats_of(evaluated(model, docs))
+    without = nats_of(evaluated(model_for(4), docs))
     first, second = docs.counts[:5].sum(), docs.counts[:10].sum()
     assert [len(place) for place, _, _ in learnt] == [64] * (first // 64 + second // 64)
     assert_equal(
         np.concatenate([p for p, _, _ in learnt[: first // 64]]),
-        docs.target_index(5)[: first // 64 * 64],
+        docs.target_indices(5)[: first // 64 * 64],
     )
     assert_equal(found[:first], without[:first])
     assert (found[first:] != without[first:]).mean() > 0.9
 
 
 def test_phases_keep_to_the_order_of_the_stream():
-    """The published queue scores the longest documents first; here nothing flows back in the stream."""
-    docs, model = documents(*MANY), model_for(4, **PHASES)
+    """The published queue scores the longest documents first; here nothing flows backwards."""
+    docs = documents(*MANY)
+    model = model_for(4, **PHASES)
     before = nats_of(evaluated(model, docs))
     for d in (1, 4, 7, 9, 12):
         place = int(docs.starts[d])
         after = nats_of(evaluated(model, edited(docs, place + 1)))
-        bound = next(
-            b for b in (0, 5, 10) if b + 5 > d or b == 10
-        )  # the first document of its phase
+        # The first document of its phase.
+        bound = next(b for b in (0, 5, 10) if b + 5 > d or b == 10)
         assert_equal(after[: docs.starts[bound]], before[: docs.starts[bound]])
         others = np.ones(len(before), bool)
         others[place : place + docs.counts[d]] = False
@@ -439,24 +459,26 @@ def test_phases_keep_to_the_order_of_the_stream():
 
 
 def test_phases_beyond_the_documents_score_them_all(learnt):
-    docs, model = documents(*LENGTHS), model_for(4, **{**PHASES, "phased_ttt_prefix_docs": 1000})
+    docs = documents(*LENGTHS)
+    model = model_for(4, **{**PHASES, "phased_ttt_prefix_docs": 1000})
     nats_of(evaluated(model, docs))
-    half = set(docs.target_index(len(LENGTHS) // 2).tolist())
-    assert learnt and all(
-        half.issuperset(place.tolist()) for place, *_ in learnt
-    )  # after the last, nothing is scored
+    half = set(docs.target_indices(len(LENGTHS) // 2).tolist())
+    # Nothing learns from the second half: after it nothing is scored.
+    assert learnt
+    assert all(half.issuperset(place.tolist()) for place, *_ in learnt)
 
 
 def test_epochs_and_batches_make_as_many_steps(monkeypatch):
     steps = []
     monkeypatch.setattr(torch.optim.SGD, "step", lambda self: steps.append(1))
     evaluated(model_for(4, **{**CHUNKS, "ttt_epochs": 3, "ttt_batch_seqs": 1}), documents(*MANY))
-    assert len(steps) == 7 * 3 * 2  # chunks, epochs, rows of 64 targets one at a time
+    # 7 chunks, 3 epochs, 2 rows of 64 targets, one row a step.
+    assert len(steps) == 7 * 3 * 2
 
 
-# --- The whole program ------------------------------------------------------------------------------------------------
+# --- The whole program ---
 def broken(line: str, data: Path, folder: Path, **env: str) -> subprocess.CompletedProcess:
-    """A run in which `line` has spoilt the evaluation."""
+    """A run of the script in a process in which `line` has spoilt the evaluation."""
     code = f"import sys, train_gpt as tg\n{line}\nsys.exit(tg.main([]))"
     env = {
         **os.environ,
@@ -482,7 +504,8 @@ def test_failed_check_takes_the_place_of_the_score(tiny_data, tmp_path):
         r"train_gpt.py: diagnostic .* INVALID: \d+ targets were never scored; .*\n", done.stderr
     )
     assert "val_bpb:" not in done.stdout and "final " not in done.stdout
-    assert (tmp_path / "runs" / "x" / "final_model.int6.ptz").is_file()  # nothing computed is lost
+    # Nothing that was computed is lost.
+    assert (tmp_path / "runs" / "x" / "final_model.int6.ptz").is_file()
 
 
 def test_data_with_the_fields_name_must_be_the_fields(tiny_data, tmp_path):
@@ -517,11 +540,11 @@ def test_a_ten_thousandth_may_differ_from_the_fields_counts(
     run = Session(tiny_data, val_doc_fraction=share)
     figures = {"val_loss": 1.0, "val_bpb": 2.0, "tokens": 3, "bytes": 4}
     ledger = SimpleNamespace(
-        problems=lambda decoded: [], result=lambda: figures, plain=0, by_document=dict
+        problems=lambda decoded: [], result=lambda: figures, num_not_learnt_from=0, by_document=dict
     )
-    monkeypatch.setitem(
-        tg.CANONICAL, TINY["DATASET"], (len(run.docs.starts), 0, 1_000_000)
-    )  # 0: not known
+    # The number of tokens is not known.
+    totals = tg.DatasetTotals(documents=len(run.docs.starts), tokens=0, bytes=1_000_000)
+    monkeypatch.setitem(tg.CANONICAL, TINY["DATASET"], totals)
     run.decoded = held
     if fine:
         run.score("name", "none", lambda: ledger)
@@ -553,12 +576,8 @@ def test_the_report_names_what_gzip_takes_of_the_same_text(tiny_data, tmp_path, 
     assert "for scale, gzip -9 of each document: val_bpb:2.6200" in run.log
 
 
-LONGER = {
-    **TINY,
-    "TTT_CHUNK_SIZE": "1",
-    "TTT_LORA_RANK": "16",
-    "RUN_ID": "x",
-}  # an adaptation of many steps
+# An adaptation of many steps, long enough to be killed.
+LONGER = {**TINY, "TTT_CHUNK_SIZE": "1", "TTT_LORA_RANK": "16", "RUN_ID": "x"}
 
 
 def torchrun(*options: str) -> list[str]:
@@ -592,7 +611,8 @@ def test_killed_rank_ends_all_with_one_line_and_the_artifact_is_still_there(tiny
     assert time.monotonic() - start < 30
     assert run.returncode != 0
     assert len([line for line in errors.splitlines() if line.startswith("train_gpt.py:")]) <= 1
-    assert 'train_gpt.py", line' not in errors  # no traceback of ours
+    # There is no traceback of the script.
+    assert 'train_gpt.py", line' not in errors
     artifact = tmp_path / "runs" / "x" / "final_model.int6.ptz"
     again = run_script(
         {**TINY, "DATA_DIR": str(tiny_data), "EVAL_ONLY_PATH": str(artifact)}, tmp_path
@@ -608,7 +628,8 @@ def test_two_nodes_score_as_one_process(tiny_data, tmp_path):
     endpoint = f"--rdzv_endpoint=127.0.0.1:{29000 + os.getpid() % 2000}"
     options = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", "--rdzv_id=x", endpoint]
     (tmp_path / "other").mkdir()
-    folders = tmp_path, tmp_path / "other"  # nodes do not share folders
+    # Nodes do not share a working directory.
+    folders = tmp_path, tmp_path / "other"
     (tmp_path / "other" / "runs").symlink_to(tmp_path / "runs")
     env = {**TINY, "EVAL_ONLY_PATH": str(artifact), "RUN_ID": "b"}
     nodes = [launch(torchrun(*options), tiny_data, folder, **env) for folder in folders]

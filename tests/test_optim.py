@@ -13,20 +13,19 @@ from torch import Tensor
 
 import train_gpt as tg
 
-UNEVEN = dict(
-    num_layers=3, xsa_last_n=3, parallel_start_layer=2
-)  # banks of 6 and 3 slices: no even shares
+# Banks of 6 and 3 matrices, which ranks cannot divide evenly.
+UNEVEN = dict(num_layers=3, xsa_last_n=3, parallel_start_layer=2)
 RATES = {"muon": "matrix_lr", "embed": "tied_embed_lr", "scalar": "scalar_lr"}
 DECAYS = {"muon": "muon_wd", "embed": "embed_wd", "scalar": "adam_wd"}
 
 
 def on_one(job: Callable, *args: Any) -> Any:
-    """The same without processes and without a process group."""
+    """What job(ranks, *args) returns in this process, without a process group."""
     return job(cpu_ranks(), *args)
 
 
 def test_a_world_size_without_a_rank_is_no_world():
-    """Clusters may export it to processes that nobody launched as ranks."""
+    """Clusters may set WORLD_SIZE for processes that nobody launched as ranks."""
     assert [
         (r.world_size, r.distributed) for r in (tg.Ranks({"WORLD_SIZE": "2"}), tg.Ranks({}))
     ] == [(1, False)] * 2
@@ -68,7 +67,7 @@ def assert_near_orthogonal(matrices: Tensor) -> None:
     assert values.max() < 1.3
 
 
-# --- Newton-Schulz and the Muon update ------------------------------------------------------------------------------
+# --- Newton-Schulz and the Muon update ---
 @pytest.mark.parametrize("shape", [(3, 96, 32), (3, 32, 96), (2, 64, 256), (1, 17, 5), (3, 48, 48)])
 def test_newton_schulz_moves_singular_values_near_one_and_leaves_the_vectors(shape):
     u, _, vh = torch.linalg.svd(torch.randn(shape), full_matrices=False)
@@ -78,19 +77,21 @@ def test_newton_schulz_moves_singular_values_near_one_and_leaves_the_vectors(sha
     assert_near_orthogonal(out)
     assert_near_orthogonal(tg.newton_schulz(torch.randn(2, 24, 96), 5))
     wanted = values.double() / values.double().norm(dim=1, keepdim=True)
-    for _ in range(5):  # what five steps make of each value by itself
+    # Five steps of each singular value by itself.
+    for _ in range(5):
         wanted = 3.4445 * wanted - 4.7750 * wanted**3 + 2.0315 * wanted**5
-    assert (
-        error(u.mT @ out @ vh.mT, torch.diag_embed(wanted)) < 1e-3
-    )  # 1e-7 beside the small norm, 3.4445**5 times
+    # The 1e-7 added to the small norm counts here, 3.4445**5 times.
+    assert error(u.mT @ out @ vh.mT, torch.diag_embed(wanted)) < 1e-3
     for one, all_at_once in zip(g, out, strict=True):
         assert error(tg.newton_schulz(one[None], 5)[0], all_at_once) < 1e-5
 
 
 @pytest.mark.parametrize("normalize", [True, False])
 def test_momentum_nesterov_and_row_norms_are_those_of_a_hand_loop(normalize):
-    cfg, mu = tiny_config(muon_row_normalize=normalize), 0.9
-    buffer, mine = torch.zeros(2, 24, 48), [[[0.0] * 48 for _ in range(24)] for _ in range(2)]
+    cfg = tiny_config(muon_row_normalize=normalize)
+    mu = 0.9
+    buffer = torch.zeros(2, 24, 48)
+    mine = [[[0.0] * 48 for _ in range(24)] for _ in range(2)]
     for step in range(3):
         grad = torch.randn(2, 24, 48, generator=torch.Generator().manual_seed(step)) * 10.0**-step
         wanted = torch.zeros(2, 24, 48, dtype=torch.float64)
@@ -110,9 +111,11 @@ def test_momentum_nesterov_and_row_norms_are_those_of_a_hand_loop(normalize):
     [("qo_bank", 1.0), ("kv_bank", 1.0), ("up_bank", math.sqrt(2)), ("down_bank", 1.0)],
 )
 def test_a_muon_step_decays_then_moves_by_its_rate_in_spectral_norm(bank, factor):
-    """The tiny up bank is (64, 32), so sqrt(out / in) = sqrt(2); no other matrix has more rows than columns."""
+    """The tiny up bank is (64, 32), so sqrt(out / in) = sqrt(2). Other matrices are not tall."""
     cfg, model, optimizers = build(muon_wd=0.5)
-    gradients, before, rate = draw_gradients(model, 0), weights_of(model)[bank], 0.4 * cfg.matrix_lr
+    gradients = draw_gradients(model, 0)
+    before = weights_of(model)[bank]
+    rate = 0.4 * cfg.matrix_lr
     set_gradients(model, gradients)
     optimizers.step(0.4, 0.95)
     update = tg.muon_update(gradients[bank], torch.zeros_like(before), torch.tensor(0.95), cfg)
@@ -131,7 +134,7 @@ def test_the_first_update_of_every_wide_or_tall_bank_is_near_orthogonal():
         )
 
 
-# --- AdamW, groups, state -------------------------------------------------------------------------------------------
+# --- AdamW, groups, state ---
 @pytest.mark.parametrize(
     "name", ["tok_emb", "q_gain", "resid_mix", "skip_gates", "parallel_post_lambdas"]
 )
@@ -152,7 +155,7 @@ def test_the_rest_follows_adamw_written_out_by_hand(name):
 
 
 def test_every_parameter_has_exactly_one_owner_and_the_rate_of_its_group():
-    """Every group's rate is doubled alone; the parameters that then step twice as far are its own."""
+    """The rate of one group at a time is doubled: just its parameters step twice as far."""
     for group, rate in RATES.items():
         steps = []
         for factor in (1, 2):
@@ -166,10 +169,8 @@ def test_every_parameter_has_exactly_one_owner_and_the_rate_of_its_group():
         for name, role in tg.parameter_table(cfg).items():
             assert steps[0][name].any(), name
             wanted = (1 + (role.group == group)) * steps[0][name]
-            assert error(steps[1][name], wanted) < 1e-4, (
-                name,
-                group,
-            )  # 1e-4: beside weights of 1, fp32 steps
+            # 1e-4 because steps of fp32 weights near 1 are rounded.
+            assert error(steps[1][name], wanted) < 1e-4, (name, group)
 
 
 def test_small_parameters_are_views_of_one_tensor_and_compiled_loads_stay_aligned():
@@ -177,8 +178,8 @@ def test_small_parameters_are_views_of_one_tensor_and_compiled_loads_stay_aligne
     offsets = {}
     for name, role in tg.parameter_table(cfg).items():
         p = model.get_parameter(name)
-        inside = p.data_ptr() - optimizers.flat.data_ptr()
-        assert (0 <= inside < 4 * optimizers.flat.numel()) == (role.group != "muon"), name
+        inside = p.data_ptr() - optimizers.flat_weights.data_ptr()
+        assert (0 <= inside < 4 * optimizers.flat_weights.numel()) == (role.group != "muon"), name
         if role.group != "muon":
             offsets[name] = inside
     odd = [name for name, offset in offsets.items() if offset % 16]
@@ -186,7 +187,7 @@ def test_small_parameters_are_views_of_one_tensor_and_compiled_loads_stay_aligne
     assert any(model.get_parameter(n).numel() % 4 for n in offsets)
 
 
-# --- Ranks ----------------------------------------------------------------------------------------------------------
+# --- Ranks ---
 def test_each_slice_has_one_owner_and_no_rank_has_much_more_than_its_share():
     for slices in range(1, 25):
         for world in range(1, 9):
@@ -216,22 +217,22 @@ def test_messages_of_the_record_model_hold_next_to_no_zeros(world, excess):
 
 
 def two_clipped_steps(ranks: tg.Ranks, overrides: dict[str, Any]) -> dict[str, Any]:
-    """Steps on a fixed gradient of which each rank has a part; the first rank's is by far the largest."""
+    """Steps on a fixed gradient of which each rank has a part, the first rank by far the most."""
     cfg = tiny_config(**overrides)
     model = tg.GPT(cfg)
-    optimizers, norms, squares = tg.Optimizers(model, cfg, ranks), [], 0.0
+    optimizers = tg.Optimizers(model, cfg, ranks)
+    norms = []
+    squares = 0.0
     for step in range(2):
-        total, rest = (
-            draw_gradients(model, step, scale=(5.0, 0.5)[step]),
-            draw_gradients(model, 9, scale=0.01),
-        )
+        total = draw_gradients(model, step, scale=(5.0, 0.5)[step])
+        rest = draw_gradients(model, 9, scale=0.01)
         if ranks.world_size == 2:
             total = rest if ranks.rank else {name: g - rest[name] for name, g in total.items()}
         set_gradients(model, total)
         norms.append(float(optimizers.step(1.0, 0.9)))
-        if (
-            step == 0
-        ):  # what reached the optimisers: momentum is the clipped gradient, AdamW's average 1 - beta1 of it
+        if step == 0:
+            # After one step Muon's momentum is the clipped gradient, and AdamW's first moment is
+            # 1 - beta1 of it.
             squares = (
                 sum(s["exp_avg"].square().sum() for s in optimizers.adam.state.values())
                 / (1 - cfg.beta1) ** 2
@@ -257,7 +258,8 @@ def test_two_ranks_step_as_one_does(two_ranks):
 
 
 def test_clipping_bounds_the_norm_of_the_reduced_gradient(two_ranks):
-    model, limit = tg.GPT(tiny_config(**UNEVEN)), tiny_config().grad_clip_norm
+    model = tg.GPT(tiny_config(**UNEVEN))
+    limit = tiny_config().grad_clip_norm
     flat = torch.cat([g.flatten() for g in draw_gradients(model, 0, scale=5.0).values()])
     for found in (on_one(two_clipped_steps, UNEVEN), *two_ranks):
         assert found["norms"][0] == pytest.approx(float(flat.norm()), rel=1e-5)
@@ -280,7 +282,7 @@ def test_compile_decides_whether_muon_is_compiled(monkeypatch, on):
     assert compiled == [tg.muon_step] * on
 
 
-# --- Schedules ------------------------------------------------------------------------------------------------------
+# --- Schedules ---
 @pytest.mark.parametrize(
     ("warmdown", "floor", "values"),
     [

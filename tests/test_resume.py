@@ -591,7 +591,7 @@ def test_the_expected_bytes_of_a_fitted_artifact_are_the_limit_or_the_bits_a_wei
 def test_mfu_is_shown_where_the_peak_is_known(tiny_data):
     run = Session(tiny_data, iterations=2)
     run.facts["device"], shown = "NVIDIA H100 80GB HBM3", []
-    run.log.live, run.log.show = True, lambda line, rest: shown.append(line)
+    run.log.live, run.log.show = True, lambda line, **_: shown.append(line)
     run.train()
     assert re.search(r" tok/s, MFU 0 %, about ", shown[-1])
 
@@ -600,11 +600,11 @@ def test_tensorboard_gets_loss_rate_speed_and_scores(tiny_data, tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    log = tg.Log(tmp_path / "log.txt", True, board=str(tmp_path / "board"))
+    log = tg.Log(tmp_path / "log.txt", True, tensorboard_dir=str(tmp_path / "board"))
     run = Session(tiny_data, iterations=4, val_loss_every=2)
     run.log.scalars = log.scalars
     run.train()
-    log.board.close()
+    log.tensorboard.close()
     events = EventAccumulator(str(tmp_path / "board")).Reload()
     points = {tag: [e.step for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
     assert points == {

@@ -1,4 +1,4 @@
-"""The sharded optimizer against a plain one written out here, on one rank and several; its whole and partial state."""
+"""The sharded optimiser against a plain one written out here, on one rank and several."""
 
 from __future__ import annotations
 
@@ -14,27 +14,33 @@ from torch import Tensor
 
 import train_gpt as tg
 
-STEPS = 50
+STEPS = 20
 
 
 def schedule(step: int) -> tuple[float, float]:
-    """Rate factor and momentum of a step: both change."""
+    """Rate factor and momentum of a step. Both change from step to step."""
     return 1.0 - step / (2 * STEPS), 0.85 + 0.1 * step / STEPS
 
 
 def plain(cfg: tg.Config) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Weights and their average after STEPS steps, each parameter by itself, in fp64 (Newton-Schulz in fp32)."""
+    """Weights and their average after STEPS steps, in fp64 but for Newton-Schulz in fp32.
+
+    Each parameter is stepped by itself.
+    """
     model = tg.GPT(cfg)
     weights = {n: p.detach().double() for n, p in model.named_parameters()}
-    average, table = {n: w.clone() for n, w in weights.items()}, tg.parameter_table(cfg)
+    average = {n: w.clone() for n, w in weights.items()}
+    table = tg.parameter_table(cfg)
     momentum = {n: torch.zeros_like(w) for n, w in weights.items()}
     square = {n: torch.zeros_like(w) for n, w in weights.items()}
     for step in range(STEPS):
-        (scale, mu), gradients = schedule(step), draw_gradients(model, step, scale=0.01)
+        scale, mu = schedule(step)
+        gradients = draw_gradients(model, step, scale=0.01)
         norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradients.values()))
         clip = min(1.0, cfg.grad_clip_norm / (norm + 1e-6))
         for n, w in weights.items():
-            g, group = gradients[n].double() * clip, table[n].group
+            g = gradients[n].double() * clip
+            group = table[n].group
             if group == "muon":
                 momentum[n] = mu * momentum[n] + g
                 u = g + mu * momentum[n]
@@ -63,14 +69,15 @@ def plain(cfg: tg.Config) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 def stepped(
     ranks: tg.Ranks, overrides: dict[str, Any], first: int = 0, last: int = STEPS, state: Any = None
 ) -> dict:
-    """Steps on gradients of which each rank has a part; `state` first, if given."""
+    """Steps on gradients of which each rank has a part. If given, `state` is loaded first."""
     cfg = tiny_config(**overrides)
     model = tg.GPT(cfg)
     optimizers = tg.Optimizers(model, cfg, ranks)
     if state:
         optimizers.load_state_dict(deepcopy(state))
     for step in range(first, last):
-        total, W = draw_gradients(model, step, scale=0.01), ranks.world_size
+        total = draw_gradients(model, step, scale=0.01)
+        W = ranks.world_size
         parts = [draw_gradients(model, 1000 + r, scale=0.003) for r in range(W - 1)]
         parts.append({n: g - sum(part[n] for part in parts) for n, g in total.items()})
         set_gradients(model, parts[ranks.rank])
@@ -79,8 +86,8 @@ def stepped(
     return deepcopy(
         {
             "state": optimizers.state_dict(),
-            "average": optimizers.averages(newest=True),
-            "before": optimizers.averages(newest=False),
+            "average": optimizers.averages(newest_share=1 - cfg.ema_decay),
+            "before": optimizers.averages(),
             "model": weights_of(model),
             "visible": visible,
         }
@@ -88,7 +95,7 @@ def stepped(
 
 
 def halves(ranks: tg.Ranks, overrides: dict[str, Any]) -> dict[str, Any]:
-    """A run, and a run of new optimizers that goes on from its middle."""
+    """A run without a break, and one in which new optimisers go on from its middle."""
     middle = stepped(ranks, overrides, 0, 9)
     return {
         "straight": stepped(ranks, overrides, 0, 15),
@@ -114,7 +121,7 @@ def together(
 
 
 def leaves(state: Any, name: str = "") -> dict[str, Any]:
-    """Every value of nested dicts and lists by its path."""
+    """Every value of nested dicts and lists, by its path."""
     if isinstance(state, (dict, list, tuple)):
         items = state.items() if isinstance(state, dict) else enumerate(state)
         return {k: v for key, value in items for k, v in leaves(value, f"{name}/{key}").items()}
@@ -135,7 +142,7 @@ def assert_near(found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: 
         assert error(x, wanted[name]) < tolerance, (name, error(x, wanted[name]))
 
 
-def test_fifty_steps_are_those_of_a_plain_optimizer(alone):
+def test_many_steps_are_those_of_a_plain_optimizer(alone):
     weights, average = plain(tiny_config(**UNEVEN))
     assert_near(alone["long"]["model"], weights, 2e-6)
     assert_near(alone["long"]["average"], average, 2e-6)
@@ -166,7 +173,7 @@ def test_a_state_loaded_in_the_middle_goes_on_bit_for_bit(alone, together):
 
 
 def test_a_state_of_several_ranks_goes_on_alone(together):
-    """To the gradients' rounding: those of several ranks are sums."""
+    """The gradients of several ranks are sums, so no step is compared, only what is loaded."""
     end = together[0]["halves"]["straight"]
     resumed = on_one(stepped, UNEVEN, 15, 15, end["state"])
     assert_equal(resumed["state"], end["state"])
@@ -183,7 +190,8 @@ def test_in_bf16_ranks_see_equal_weights_and_their_owners_keep_exact_ones(togeth
         n for n, role in tg.parameter_table(tiny_config(**UNEVEN)).items() if role.group == "muon"
     ]
     assert all(not torch.equal(exact[n], exact[n].bfloat16().float()) for n in banks)
-    for name in banks:  # what a rank has of others is rounded, and every slice is exact somewhere
+    for name in banks:
+        # A rank holds the slices of others rounded, and each slice is exact on one rank.
         views = torch.stack([found["bf16"]["model"][name] for found in together])
         assert ((views == exact[name]) | (views == exact[name].bfloat16().float())).all()
         assert (views == exact[name]).flatten(2).all(-1).any(0).all()
@@ -191,14 +199,14 @@ def test_in_bf16_ranks_see_equal_weights_and_their_owners_keep_exact_ones(togeth
 
 
 def test_the_average_lags_a_step_so_that_a_bad_one_never_enters_it():
-    """A step on NaN leaves nothing finite in the weights and the average of the steps before as it was."""
+    """A step on NaN spoils all weights, but leaves the average of the steps before as it was."""
     cfg = tiny_config(**UNEVEN, ema_decay=0.5)
     model = tg.GPT(cfg)
     optimizers = on_one(lambda ranks: tg.Optimizers(model, cfg, ranks))
     for step in range(4):
-        wanted = deepcopy(optimizers.averages(newest=True))
+        wanted = deepcopy(optimizers.averages(newest_share=0.5))
         set_gradients(model, draw_gradients(model, step, scale=math.nan if step == 3 else 1.0))
         optimizers.step(1.0, 0.9)
-        assert_equal(optimizers.averages(newest=False), wanted)
+        assert_equal(optimizers.averages(), wanted)
     assert not any(p.isfinite().any() for p in model.parameters())
     assert all(w.isfinite().all() for w in wanted.values())

@@ -56,7 +56,9 @@ VERSION = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[
 
 # What the published FineWeb validation set holds: 50,000 documents, 151,080,891 bytes. The ids are exact for sp8192,
 # the others from scored totals in logs of merged records, which leave out a last part of at most 2048 ids.
-CANONICAL_DOCUMENTS, SP8192_TOKENS, CANONICAL_BYTES = CANONICAL["fineweb10B_sp8192"]
+CANONICAL_DOCUMENTS = CANONICAL["fineweb10B_sp8192"].documents
+CANONICAL_BYTES = CANONICAL["fineweb10B_sp8192"].bytes
+SP8192_TOKENS = CANONICAL["fineweb10B_sp8192"].tokens
 BYTES_TOLERANCE = 1e-4
 CANONICAL_TOKENS = {
     "sp1024": (62_021_632, 62_023_681),
