@@ -3128,40 +3128,71 @@ def score_all(scorer: Scorer, stride: int) -> Ledger:
     return scorer.ledger.join(scorer.ranks)
 
 
-# === 9. Compression: Hessians -> steps -> GPTQ -> integers -> one file ===============================================
+# === 9. Compression: Hessians -> steps -> GPTQ -> integers -> one file ============================
+#
+# A large matrix W (rows, cols) is stored as small integers q, called codes, and one fp16 step for
+# each row; it is read back as q * step. All other parameters are stored as fp16. The sub-sections
+# follow the data: which parameters become codes, what calibration says about them, how they are
+# rounded, how fine, how the whole meets a limit in bytes, and how the codes become a file.
+
+
+# --- What becomes integers ------------------------------------------------------------------------
+#
+# Banks of matrices and embedding tables become codes, the rest stays fp16. Both lists follow from
+# the parameter table and so from the config alone, which is why a file needs no names or shapes.
+
+
 class Matrix(NamedTuple):
     """One matrix that becomes integers: a slice of a bank, or a table."""
 
     bank: str
     index: int  # along the bank's first axis
-    site: str  # whose inputs it multiplies: key of a Hessian together with `layer`
-    layer: int
+    site: str  # whose inputs it multiplies
+    layer: int  # 0 for a table
+
+    @property
+    def input_key(self) -> tuple[str, int]:
+        """Names the inputs, and so their Hessian. Queries, keys and values of a layer share one."""
+        return self.site, self.layer
+
+    @property
+    def is_lookup(self) -> bool:
+        """Whether rows of the table are only looked up: no activation multiplies them."""
+        return self.site == self.bank
 
 
 def quantised_matrices(cfg: Config) -> list[Matrix]:
     """All matrices that become integers, banks before tables, in the order of the artifact."""
-    L = cfg.num_layers
-    banks, tables = [], []
+    slices = []
+    tables = []
     for name, role in parameter_table(cfg).items():
-        if role.packing == "matrix":
-            for half, site in enumerate(role.sites):
-                banks += [Matrix(name, half * L + layer, site, layer) for layer in range(L)]
-        elif role.packing == "embed":
+        if role.packing == "float":
+            continue
+        if role.is_table:
             tables.append(Matrix(name, 0, role.sites[0], 0))
-    return banks + tables
+            continue
+        for half, site in enumerate(role.sites):
+            for layer in range(cfg.num_layers):
+                slices.append(Matrix(name, half * cfg.num_layers + layer, site, layer))
+    return slices + tables
 
 
-def bank_shapes(
-    cfg: Config,
-) -> dict[str, tuple[int, int, int]]:  # name -> (n, rows, cols), in the order of the artifact
-    table = parameter_table(cfg).items()
+def matrices_of(cfg: Config, bank: str) -> list[Matrix]:
+    """The matrices of one bank or table, in the order of its first axis."""
+    return [matrix for matrix in quantised_matrices(cfg) if matrix.bank == bank]
+
+
+def bank_shapes(cfg: Config) -> dict[str, tuple[int, int, int]]:
+    """(n, rows, cols) of every bank and table of integers, in the order of the artifact."""
     return {
-        name: (math.prod(r.shape[:-2]), *r.shape[-2:]) for name, r in table if r.packing != "float"
+        name: (math.prod(role.shape[:-2]), *role.shape[-2:])
+        for name, role in parameter_table(cfg).items()
+        if role.packing != "float"
     }
 
 
 def float_shapes(cfg: Config) -> dict[str, tuple[int, ...]]:
-    """Shapes of the parameters kept as fp16, without the leading rows that nothing reads."""
+    """Shapes of the parameters stored as fp16, without the leading rows that nothing reads."""
     return {
         name: (role.shape[0] - role.unread, *role.shape[1:])
         for name, role in parameter_table(cfg).items()
@@ -3169,37 +3200,48 @@ def float_shapes(cfg: Config) -> dict[str, tuple[int, ...]]:
     }
 
 
+# --- Calibration: which errors the loss notices ---------------------------------------------------
+#
+# Rounding W to W + E changes an output by E x. The Hessian H, the mean of x x^T over the inputs x,
+# turns this into a number: the mean square of row r's change is e_r H e_r^T. The sensitivity of row
+# r says how much the loss suffers from such a change. Both are measured on a few training rows,
+# packed and attended to as in training: the published script calibrated on windows that cross
+# documents, with dense attention over unrelated text.
+
+Hessians = dict[tuple[str, int], Tensor]  # by Matrix.input_key, (in, in) fp32
+
+
 @torch.no_grad()
 def collect_hessians(
     model: GPT, plan: tuple[Visit, ...], rows: list[Batch], ranks: Ranks
-) -> dict[tuple, Tensor]:
-    """(site, layer) -> mean of x x^T (in, in) over visits and all ranks' rows, as in training (W31); I for lookups."""
-    sites = {
-        (site, layer): model.get_parameter(bank).size(-1)
-        for bank, _, site, layer in quantised_matrices(model.cfg)
-    }
-    lookups = {
-        key: torch.eye(size, device=ranks.device)
-        for key, size in sites.items()
-        if key[0] in parameter_table(model.cfg)
-    }
-    sums = {
-        key: torch.zeros(size, size, device=ranks.device)
-        for key, size in sites.items()
-        if key not in lookups
-    }
+) -> Hessians:
+    """H = mean of x x^T over the inputs x of each site and layer: all visits, all ranks' rows.
+
+    A table that is only looked up has no inputs and gets the identity. All ranks must call it, each
+    with its own rows; all get the same sums.
+    """
+    sums = {}
+    lookups = {}
+    for matrix in quantised_matrices(model.cfg):
+        size = model.get_parameter(matrix.bank).size(-1)
+        if matrix.is_lookup:
+            lookups[matrix.input_key] = torch.eye(size, device=ranks.device)
+        elif matrix.input_key not in sums:
+            sums[matrix.input_key] = torch.zeros(size, size, device=ranks.device)
 
     def tap(site: str, layer: int, x: Tensor) -> None:
         if (site, layer) in sums:
             sums[site, layer].addmm_(x.mT.float(), x.float())
 
+    # The forward is needed up to the head's inputs, so one target is enough.
+    select = torch.zeros(1, dtype=torch.long, device=ranks.device)
     for row in rows:
-        model(row, plan, tap=tap, select=torch.zeros(1, dtype=torch.long, device=ranks.device))
-    count = (
-        ranks.sum(torch.tensor(float(len(rows)), device=ranks.device))
-        * model.cfg.micro_batch_tokens
-    )
-    return {key: ranks.sum(total) / count for key, total in sums.items()} | lookups
+        model(row, plan, tap=tap, select=select)
+
+    num_rows = ranks.sum(torch.tensor(float(len(rows)), device=ranks.device))
+    count = num_rows * model.cfg.micro_batch_tokens
+    means = {key: ranks.sum(total) / count for key, total in sums.items()}
+    return means | lookups
 
 
 def collect_sensitivities(
@@ -3207,44 +3249,94 @@ def collect_sensitivities(
     model: GPT,
     plan: tuple[Visit, ...],
     rows: list[Batch],
-    hessians: dict[tuple, Tensor],
+    hessians: Hessians,
     ranks: Ranks,
 ) -> dict[str, Tensor]:
-    """bank -> (n, rows) fp32, all ranks: what a squared error of a row's output costs in nats, up to one factor: the
-    mean square of the loss's gradient by it, here the squared gradient of the row's weights over its inputs' energy.
-    The tied table's gradient holds both its roles, so its Hessian becomes, in `hessians`, their covariance (W31)."""
+    """Cost in nats of a squared error of each row's output, up to a common factor.
+
+    It is the mean square of the loss's gradient g_r by output r. The gradient of the row's weights
+    is the sum of g_r x over tokens, so its square over the energy of the inputs stands for it:
+
+        sensitivity[r] = sum over rows of |dL / dW_r|^2 / trace(H)
+
+    Returns (n, rows) fp32 by bank. The tied table's gradient holds both its roles, head and lookup,
+    so its Hessian is replaced, in place in `hessians`, by the covariance of the directions of
+    that gradient, at the same trace. All ranks must call it; all get the same numbers.
+    """
     squares = {
-        name: torch.zeros(shape[:2], device=ranks.device)
-        for name, shape in bank_shapes(model.cfg).items()
+        bank: torch.zeros(shape[:2], device=ranks.device)
+        for bank, shape in bank_shapes(model.cfg).items()
     }
-    both, key, found = (
-        torch.zeros(2 * [model.cfg.model_dim], device=ranks.device),
-        ("head_in", 0),
-        {},
-    )
+    both_roles = torch.zeros(2 * [model.cfg.model_dim], device=ranks.device)
     for row in rows:
         forward(row, plan).sum().backward()
         with torch.no_grad():
-            for name, total in squares.items():
-                total += model.get_parameter(name).grad.square().sum(-1).view_as(total)
+            for bank, total in squares.items():
+                total += model.get_parameter(bank).grad.square().sum(-1).view_as(total)
             directions = F.normalize(model.tok_emb.grad, dim=-1)
-            both.addmm_(directions.mT, directions)
+            both_roles.addmm_(directions.mT, directions)
         model.zero_grad(set_to_none=True)
-    if key in hessians:
-        hessians[key] = ranks.sum(both) * (hessians[key].trace() / both.trace().clamp_min(1e-30))
-    for name, total in squares.items():
-        energy = torch.stack(
-            [hessians[m[2:]].trace() for m in quantised_matrices(model.cfg) if m[0] == name]
-        )
-        found[name] = ranks.sum(total) / energy.clamp_min(1e-30)[:, None]
-        if name.endswith("_emb"):  # a token may be absent from these rows, not from the test
-            found[name] += 0.25 * found[name].sqrt().mean().square()
-    return found
+
+    head_inputs = ("head_in", 0)
+    if head_inputs in hessians:
+        both_roles = ranks.sum(both_roles)
+        scale = hessians[head_inputs].trace() / both_roles.trace().clamp_min(1e-30)
+        hessians[head_inputs] = both_roles * scale
+
+    sensitivities = {}
+    for bank, total in squares.items():
+        traces = [hessians[m.input_key].trace() for m in matrices_of(model.cfg, bank)]
+        energy = torch.stack(traces).clamp_min(1e-30)
+        sensitivity = ranks.sum(total) / energy[:, None]
+        if parameter_table(model.cfg)[bank].is_table:
+            # A token may be absent from these rows and still occur in the test.
+            sensitivity += 0.25 * sensitivity.sqrt().mean().square()
+        sensitivities[bank] = sensitivity
+    return sensitivities
 
 
-def damped_cholesky(hessian: Tensor) -> Tensor:  # L (c, c) with H = L L^T, from the lower triangle
-    diagonal, damped = hessian.diagonal(), hessian.clone()
-    for tenfold in range(6):  # damped by 1 % of the diagonal's mean, more where that is not enough
+# --- Pruning --------------------------------------------------------------------------------------
+#
+# The system of PR #568 sets its smallest weights to zero before it rounds, which shortens the file.
+
+
+def prune(model: GPT) -> None:
+    """Sets the smallest PRUNE_FRAC of all weights of banks and tables to 0, in place (PR #568)."""
+    weights = []
+    for name, role in parameter_table(model.cfg).items():
+        if role.group == "muon" or role.is_table:
+            weights.append(model.get_parameter(name).detach())
+    sizes = torch.cat([weight.abs().flatten() for weight in weights])
+    rank = 1 + int(model.cfg.prune_frac * (len(sizes) - 1))
+    smallest_left = sizes.kthvalue(rank).values
+    for weight in weights:
+        weight[weight.abs() < smallest_left] = 0
+
+
+# --- GPTQ solver ----------------------------------------------------------------------------------
+#
+# GPTQ (Frantar et al. 2022) rounds a matrix column by column and lets the columns that are still
+# free make up for the error of those already rounded. The published form needs the inverse of
+# the Hessian. With H = L L^T, L lower triangular, it is not: a row's error e = w - q step costs
+#
+#     e H e^T = |e L|^2 = sum over columns j of (sum over k >= j of e_k L_kj)^2
+#
+# and the term of column j holds no column before j. So columns are rounded from the last to the
+# first, and each q_j makes its own term as small as it can: it is the rounding of
+# w_j + sum over k > j of e_k L_kj / L_jj (QuIP, arXiv 2307.13304, theorem 6).
+
+GPTQ_BLOCK_COLUMNS = 32  # the errors of a block reach the columns before it in one product
+
+
+def damped_cholesky(hessian: Tensor) -> Tensor:
+    """L (cols, cols), lower triangular, with L L^T = the Hessian plus damping on its diagonal.
+
+    The damping is 1 % of the diagonal's mean, ten times more as often as that is not enough.
+    Raises BadMatrix if no factor is found.
+    """
+    diagonal = hessian.diagonal()
+    damped = hessian.clone()
+    for tenfold in range(6):
         damped.diagonal().copy_(diagonal + 0.01 * 10**tenfold * diagonal.mean())
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed and lower.diagonal().isfinite().all():
@@ -3253,554 +3345,923 @@ def damped_cholesky(hessian: Tensor) -> Tensor:  # L (c, c) with H = L L^T, from
 
 
 class GptqSolver(NamedTuple):
-    """GPTQ (Frantar et al. 2022) with act-order for all matrices of one shape at once. Columns go by falling Hessian
-    diagonal, the error of each to those after it; inputs that are never active get zero columns. With H = L L^T in the
-    opposite order no inverse is needed: column j is rounded as w_j + sum of e_k L_kj / L_jj over the columns k before
-    it, e = w - q step (QuIP, arXiv 2307.13304, theorem 6). A column is contiguous."""
+    """Rounds n matrices of one shape (rows, cols) at once, for as many choices of steps as asked.
 
-    weight: Tensor  # (n, cols, rows) fp32, columns in that order: from the last to the first
-    order: Tensor  # (n, cols)
-    upper: Tensor  # L^T (n, cols, cols): a step s costs s^2 / 12 * L_jj^2 of weighted error in column j
+    Inputs are ordered by their Hessian's diagonal: columns of the largest are rounded first
+    ("act-order") and thus come last here. All tensors have the columns on the second axis, so that
+    a column is contiguous.
+    """
+
+    weight: Tensor  # (n, cols, rows) fp32
+    order: Tensor  # (n, cols), the input that stands at each column
+    upper: Tensor  # L^T (n, cols, cols); a step s costs s^2 / 12 * L_jj^2 in column j
 
     @classmethod
-    def prepare(
-        cls, weight: Tensor, hessians: Iterable[Tensor]
-    ) -> GptqSolver:  # (n, rows, cols), n of (cols, cols)
+    def prepare(cls, weight: Tensor, hessians: Iterable[Tensor]) -> GptqSolver:
+        """Orders and factors the Hessians, n of (cols, cols), of weights (n, rows, cols).
+
+        Inputs that were never active get zero columns and a typical diagonal, so that they neither
+        spoil the factor nor change the damping of the others. Raises BadMatrix.
+        """
         n, rows, cols = weight.shape
-        w, upper = (weight.new_empty(n, cols, size, dtype=torch.float32) for size in (rows, cols))
+        ordered = weight.new_empty(n, cols, rows, dtype=torch.float32)
+        upper = weight.new_empty(n, cols, cols, dtype=torch.float32)
         orders = []
-        for i, hessian in enumerate(hessians):  # one by one: a copy of each at a time, not of all
-            orders.append(order := hessian.diagonal().argsort(descending=True).flip(0))
+        # One by one: this takes memory for a copy of one Hessian, not of all.
+        for i, hessian in enumerate(hessians):
+            order = hessian.diagonal().argsort(descending=True).flip(0)
             h = hessian.index_select(0, order).index_select(1, order)
             dead = h.diagonal() <= 0
             typical = h.diagonal().sum() / (~dead).sum().clamp_min(1)
             h.diagonal().add_(typical.clamp_min(1e-12) * dead)
-            w[i] = weight[i].index_select(1, order).masked_fill(dead, 0).mT
+            ordered[i] = weight[i].index_select(1, order).masked_fill(dead, 0).mT
             upper[i] = damped_cholesky(h).mT
-        return cls(w, torch.stack(orders), upper)
+            orders.append(order)
+        return cls(ordered, torch.stack(orders), upper)
 
-    def solve(
-        self, step: Tensor, qmax: int
-    ) -> Tensor:  # (n, rows) -> q int8 (n, rows, cols), W ~ q * step
-        e, q = self.weight.clone(), torch.empty_like(self.weight, dtype=torch.int8)
-        for stop in range(e.size(1), 0, -32):
-            start = max(stop - 32, 0)
-            block, u = e[:, start:stop], self.upper[:, start:stop, start:]
-            u, inside = u / u.diagonal(dim1=1, dim2=2).unsqueeze(2), stop - start
-            wanted = torch.baddbmm(block, u[..., inside:], e[:, stop:])
-            for j in reversed(range(inside)):
-                sent = u[:, j, None, j + 1 : inside] @ block[:, j + 1 :]
-                rounded = sent.squeeze(1).add_(wanted[:, j]).div_(step).round_().clamp_(-qmax, qmax)
+    def solve(self, step: Tensor, qmax: int) -> Tensor:
+        """Codes int8 (n, rows, cols) in [-qmax, qmax] with W ~ codes * step, step (n, rows) fp32.
+
+        Raises BadMatrix if a weight or a Hessian is not finite.
+        """
+        # Columns that are already rounded hold their errors e, the others still their weights w.
+        errors = self.weight.clone()
+        codes = torch.empty_like(self.weight, dtype=torch.int8)
+        for end in range(errors.size(1), 0, -GPTQ_BLOCK_COLUMNS):
+            start = max(end - GPTQ_BLOCK_COLUMNS, 0)
+            width = end - start
+            block = errors[:, start:end]
+            ratios = self.upper[:, start:end, start:]
+            ratios = ratios / ratios.diagonal(dim1=1, dim2=2).unsqueeze(2)  # [j, k] = L_kj / L_jj
+            # What the columns behind the block ask for; those within it follow one by one.
+            wanted = torch.baddbmm(block, ratios[..., width:], errors[:, end:])
+            for j in reversed(range(width)):
+                target = ratios[:, j, None, j + 1 : width] @ block[:, j + 1 :]
+                target = target.squeeze(1).add_(wanted[:, j])  # (n, rows)
+                rounded = target.div_(step).round_().clamp_(-qmax, qmax)
                 block[:, j].addcmul_(rounded, step, value=-1)
-                q[:, start + j] = rounded
-        if not e.isfinite().all():
+                codes[:, start + j] = rounded
+        if not errors.isfinite().all():
             raise BadMatrix("GPTQ: a weight or a Hessian is not finite")
-        return torch.stack(
-            [x.index_select(0, o).mT for x, o in zip(q, self.order.argsort(-1), strict=True)]
-        )
+
+        columns = self.order.argsort(-1)  # of each input
+        in_order = [q.index_select(0, column).mT for q, column in zip(codes, columns, strict=True)]
+        return torch.stack(in_order)
+
+
+# --- Step sizes -----------------------------------------------------------------------------------
+#
+# The step of a row is the distance between two neighbouring values that its weights may take: half
+# the step, one bit more a weight, a quarter of the squared error. Published systems derive it from
+# the spread of the row (clips) or from its largest weights (percentiles) alone. QUANTIZER=allocated
+# asks what an error of the row costs and gives fine steps to the rows where it costs most.
+
+FP16_TINY = torch.finfo(torch.float16).tiny  # 2^-14; a smaller fp16 has fewer bits, or is zero
+# Percentiles of |w| among which GPTQ-lite (PR #374) chooses, and the one of PR #568.
+GPTQ_LITE_PERCENTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)
+INT6_PERCENTILES = (0.9999984,)
+
+
+def qmax_of(cfg: Config, bank: str) -> int:
+    """Largest code of a bank or table by the published rule: 2^(bits - 1) - 1."""
+    if parameter_table(cfg)[bank].is_table:
+        bits = cfg.embed_bits
+    else:
+        bits = cfg.matrix_bits
+    return 2 ** (bits - 1) - 1
+
+
+def clip_sigmas_of(cfg: Config, matrix: Matrix) -> float:
+    """Range of a matrix's codes in standard deviations of a row.
+
+    Looped layers come first, then the group (attention or MLP), then MATRIX_CLIP_SIGMAS; 0 passes
+    on to the next. Tables have a clip of their own.
+    """
+    if parameter_table(cfg)[matrix.bank].is_table:
+        return cfg.embed_clip_sigmas
+    is_looped = cfg.num_loops > 0 and cfg.loop_start <= matrix.layer <= cfg.loop_end
+    if is_looped and cfg.loop_clip_sigmas:
+        return cfg.loop_clip_sigmas
+    if matrix.site in ("attn_in", "attn_out"):
+        return cfg.attn_clip_sigmas or cfg.matrix_clip_sigmas
+    return cfg.mlp_clip_sigmas or cfg.matrix_clip_sigmas
+
+
+def clip_steps(weight: Tensor, clip_sigmas: Tensor | float, qmax: int) -> Tensor:
+    """SDClip (PR #1394): step = clip_sigmas * std(row) / qmax, (n, rows) fp16.
+
+    The floor is the least fp16 that has all its bits; the published 1e-10 is zero in fp16.
+    """
+    return (clip_sigmas * weight.float().std(dim=-1) / qmax).clamp_min(FP16_TINY).half()
 
 
 def percentile_steps(weight: Tensor, qmax: int, floor: float, shares: Iterable[float]) -> Tensor:
-    """(n, rows) fp16. A row's largest integer stands for this percentile of its |w|, at least for `floor`; of several,
-    each matrix has the one with the least squared error: GPTQ-lite (PR #374), which is no GPTQ."""
-    found = []
+    """step = max(percentile of the row's |w|, floor) / qmax, (n, rows) fp16.
+
+    Each matrix takes, among the percentiles in `shares`, the one of the least squared error:
+    GPTQ-lite (PR #374), which has no Hessian and so is no GPTQ.
+    """
+    chosen = []
     for w in weight.float():
-        largest = (
-            w.abs()
-            .quantile(w.new_tensor(shares), -1)
-            .clamp_min(max(floor, qmax * torch.finfo(torch.half).tiny))
-        )
+        largest = w.abs().quantile(w.new_tensor(shares), -1)  # (shares, rows)
+        largest = largest.clamp_min(max(floor, qmax * FP16_TINY))
         steps = (largest / qmax).half()
-        rounded = (s[:, None] * (w / s[:, None]).round().clamp(-qmax, qmax) for s in steps.float())
-        found.append(steps[int(torch.stack([(w - x).square().mean() for x in rounded]).argmin())])
-    return torch.stack(found)
+        errors = []
+        for step in steps.float():
+            codes = (w / step[:, None]).round().clamp(-qmax, qmax)
+            errors.append((w - step[:, None] * codes).square().mean())
+        best = int(torch.stack(errors).argmin())
+        chosen.append(steps[best])
+    return torch.stack(chosen)
 
 
-def prune(
-    model: GPT,
-) -> None:  # PRUNE_FRAC (PR #568): of all banks and tables together, the smallest weights become 0
-    names = [
-        name
-        for name, role in parameter_table(model.cfg).items()
-        if role.group == "muon" or name.endswith("_emb")
-    ]
-    weights = [model.get_parameter(name).detach() for name in names]
-    sizes = torch.cat([w.abs().flatten() for w in weights])
-    least = sizes.kthvalue(1 + int(model.cfg.prune_frac * (len(sizes) - 1))).values
-    for w in weights:
-        w[w.abs() < least] = 0
+def published_steps(cfg: Config, bank: str, weight: Tensor, has_hessians: bool) -> Tensor:
+    """Steps (n, rows) fp16 by the rule of the published quantiser that the config names."""
+    qmax = qmax_of(cfg, bank)
+    if has_hessians:
+        sigmas = [clip_sigmas_of(cfg, matrix) for matrix in matrices_of(cfg, bank)]
+        return clip_steps(weight, torch.tensor(sigmas, device=weight.device)[:, None], qmax)
+    shares = INT6_PERCENTILES
+    if cfg.quantizer == "gptq_lite" and not parameter_table(cfg)[bank].is_table:
+        shares = GPTQ_LITE_PERCENTILES
+    return percentile_steps(weight, qmax, cfg.clip_floor, shares)
 
 
-def clip_steps(
-    weight: Tensor, clip_sigmas: Tensor | float, qmax: int
-) -> Tensor:  # SDClip (PR #1394): (n, rows) fp16
-    floor = torch.finfo(torch.float16).tiny  # below, fp16 loses bits (W33)
-    return (clip_sigmas * weight.float().std(dim=-1) / qmax).clamp_min(floor).half()
+# Rounded. One more digit would change the bytes of every fitted artifact.
+TWO_PI_E = 17.08
+# Allocated steps may use the whole byte: bits are saved by the entropy coder, not by the range.
+ALLOCATED_QMAX = 127
+STEPS_PER_OCTAVE = 8
+MAX_STEP = 2.0**15  # fp16 holds up to 65504
+
+
+def entropy_bits(power: Tensor, step: Tensor) -> Tensor:
+    """Bits a weight takes, 1/2 log2(1 + 2 pi e power / step^2), for Gaussian rows.
+
+    For fine steps this is the entropy of a Gaussian less log2(step). The 1 + brings it to 0 for
+    steps so coarse that they leave nothing but zeros.
+    """
+    return 0.5 * torch.log2(1 + TWO_PI_E * power / step.square())
+
+
+class BankRows(NamedTuple):
+    """What the choice of steps knows about each row of a bank; tensors are (n, rows) fp32.
+
+    One number, theta, sets the size of the artifact: all steps grow with it. With sensitivities it
+    is what every row costs, in nats a weight, up to their common factor. Without them, published
+    steps are multiplied by its square root.
+    """
+
+    published_step: Tensor
+    power: Tensor  # mean square of the weights, above 0
+    largest: Tensor  # largest absolute weight
+    cost: Tensor | None  # nats a weight for a unit of squared error; None without sensitivities
+    qmax: int  # largest code
+
+    def steps(self, theta: float) -> Tensor:
+        """Steps (n, rows) for this theta: fp32, and every value one that fp16 holds exactly."""
+        if self.cost is None:
+            return self.scaled_steps(theta)
+        return self.allocated_steps(theta)
+
+    def scaled_steps(self, theta: float) -> Tensor:
+        """The published steps times sqrt(theta), but not so fine that more weights are clipped."""
+        finest = torch.minimum(self.published_step, self.largest / self.qmax)
+        return (self.published_step * math.sqrt(theta)).maximum(finest).half().float()
+
+    def allocated_steps(self, theta: float) -> Tensor:
+        """Steps by reverse water-filling, the least total cost for a given number of bits.
+
+        A step s leaves the squared error s^2 / 12, but never more than the power p, which zeros
+        leave: 1 / D = 12 / s^2 + 1 / p joins the two. At cost e, the sum of e D for a sum of rates
+        1/2 log2(p / D) is least where every row costs the same, e D = theta, and rows that cannot
+        cost that much, e p < theta, become zeros (Cover and Thomas, Elements of Information
+        Theory, section 10.3). Solved for s:
+
+            12 theta = s^2 (e - theta / p)
+
+        Steps are then rounded to powers of 2^(1/8): 0.1 % more error, 60 KB less of scales.
+        """
+        step = (12 * theta / (self.cost - theta / self.power).clamp_min(1e-37)).sqrt()
+        # 100 standard deviations make zeros of a row. The range of codes holds its largest weight.
+        step = torch.minimum(step, 100 * self.power.sqrt()).maximum(self.largest / self.qmax)
+        step = step.clamp(FP16_TINY, MAX_STEP)
+        octaves = (STEPS_PER_OCTAVE * step.log2()).round() / STEPS_PER_OCTAVE
+        return torch.exp2(octaves).half().float()
+
+
+# --- Quantizer ------------------------------------------------------------------------------------
+#
+# The quantizer joins solver and steps. Ordering and factoring the Hessians does not depend on the
+# size of the artifact, so it is done once. Solving for one size may then be repeated until the file
+# fits. Each rank takes every W-th slice of a bank (W ranks) and has zeros in the place of the
+# others, so the sum over the ranks is complete.
+
+LOG2_THETA_RANGE = (-140.0, 60.0)  # at both ends every step has reached a bound of its own
+THETA_HALVINGS = 48
+
+
+class OwnedSlices(NamedTuple):
+    """The slices of one bank that this rank quantises."""
+
+    index: Tensor  # along the bank's first axis
+    solver: GptqSolver
 
 
 class Quantizer:
-    """All of quantisation that is the same for any size; a rank prepares every W-th slice of a bank. Steps are those of
-    CLIP_SIGMAS times sqrt(theta), or with sensitivities by reverse water-filling over all rows: a row of power p and
-    step s takes 1/2 log2(1 + 2 pi e p / s^2) bits a weight and costs, by Solver.upper, e s^2 / 12 nats a weight. The
-    sum of costs is least at 12 theta = s^2 (e - theta / p), with nothing but zeros where e p < theta. Steps are powers
-    of 2^(1/8) then: 0.1 % more error, 60 KB less of scales. Without Hessians: percentile_steps and, by I, rounding."""
+    """Turns a model's banks and tables into codes and scales, for any size of the artifact.
+
+    Without Hessians the solver works with the identity and so rounds to nearest. Without
+    sensitivities the steps are the published ones. All ranks must call the constructor and `solve`.
+    """
 
     def __init__(
         self,
         model: GPT,
-        hessians: dict | None,
+        hessians: Hessians | None,
         sensitivities: dict[str, Tensor] | None,
         ranks: Ranks,
     ):
-        cfg, self.ranks, self.shapes, self.solvers, self.rows = (
-            model.cfg,
-            ranks,
-            bank_shapes(model.cfg),
-            {},
-            {},
-        )
-        self.finest = (
-            sum(map(math.prod, self.shapes.values())) * cfg.matrix_bits / 8
-        )  # bytes; see fit
+        """Factors this rank's Hessians and measures all rows. Raises BadMatrix."""
+        self.cfg = model.cfg
+        self.ranks = ranks
+        self.shapes = bank_shapes(model.cfg)
+        self.owned: dict[str, OwnedSlices] = {}
+        self.rows: dict[str, BankRows] = {}
         for bank, shape in self.shapes.items():
-            weight, spread = (
-                model.get_parameter(bank).detach().view(shape),
-                torch.zeros(shape[0], device=ranks.device),
+            weight = model.get_parameter(bank).detach().view(shape)
+            spread = self.prepare_slices(bank, weight, hessians)
+            cost = None
+            qmax = qmax_of(self.cfg, bank)
+            if sensitivities is not None:
+                cost = ranks.sum(spread)[:, None] * sensitivities[bank]
+                qmax = ALLOCATED_QMAX
+            published = published_steps(self.cfg, bank, weight, hessians is not None)
+            self.rows[bank] = BankRows(
+                published_step=published.float(),
+                power=weight.square().mean(-1).clamp_min(1e-20),
+                largest=weight.abs().amax(-1),
+                cost=cost,
+                qmax=qmax,
             )
-            all_of = [m for m in quantised_matrices(cfg) if m[0] == bank]
-            if mine := all_of[ranks.rank :: ranks.world_size]:
-                index = torch.tensor([m[1] for m in mine], device=weight.device)
-                each = [
-                    hessians[m[2:]] if hessians else torch.eye(shape[2], device=weight.device)
-                    for m in mine
-                ]
-                self.solvers[bank] = index, (solver := GptqSolver.prepare(weight[index], each))
-                spread[index] = solver.upper.diagonal(dim1=1, dim2=2).square().mean(-1)
-            qmax = 2 ** ((cfg.embed_bits if bank.endswith("_emb") else cfg.matrix_bits) - 1) - 1
-            clips = torch.tensor(
-                [clip_sigmas_of(cfg, bank, m[3]) for m in all_of], device=weight.device
-            )[:, None]
-            lite = cfg.quantizer == "gptq_lite" and not bank.endswith("_emb")
-            shares = (0.999, 0.9995, 0.9999, 0.99999, 1.0) if lite else (0.9999984,)
-            published = (
-                clip_steps(weight, clips, qmax)
-                if hessians is not None
-                else percentile_steps(weight, qmax, cfg.clip_floor, shares)
-            ).float()
-            power = weight.square().mean(-1).clamp_min(1e-20)
-            cost = ranks.sum(spread)[:, None] * sensitivities[bank] if sensitivities else None
-            self.rows[bank] = (
-                published,
-                power,
-                weight.abs().amax(-1),
-                cost,
-                127 if sensitivities else qmax,
-            )
-        self.default = (
-            self.theta(self.predict(1.0, published=True)) if sensitivities else 1.0
-        )  # size: CLIP_SIGMAS'
 
-    def steps(self, bank: str, theta: float) -> Tensor:  # (n, rows) fp32, values that fp16 has
-        published, power, largest, cost, qmax = self.rows[bank]
-        if cost is None:
-            return (
-                (published * math.sqrt(theta))
-                .maximum(torch.minimum(published, largest / qmax))
-                .half()
-                .float()
-            )
-        step = (12 * theta / (cost - theta / power).clamp_min(1e-37)).sqrt()
-        step = (
-            torch.minimum(step, 100 * power.sqrt()).maximum(largest / qmax).clamp(2.0**-14, 2.0**15)
-        )
-        return torch.exp2((8 * step.log2()).round() / 8).half().float()
+        # Bytes of codes at MATRIX_BITS a weight: the fit goes no finer.
+        num_weights = sum(math.prod(shape) for shape in self.shapes.values())
+        self.finest = num_weights * self.cfg.matrix_bits / 8
+        # The theta whose codes take as many bytes as the published steps'.
+        self.default = 1.0
+        if sensitivities is not None:
+            steps = {bank: rows.published_step for bank, rows in self.rows.items()}
+            self.default = self.theta_for(self.entropy_bytes(steps))
 
-    def predict(
-        self, theta: float, published: bool = False
-    ) -> float:  # bytes of codes by the entropy formula
+    def prepare_slices(self, bank: str, weight: Tensor, hessians: Hessians | None) -> Tensor:
+        """Makes the solver of this rank's slices of a bank.
+
+        Returns the mean of L_jj^2 over columns, (n,) fp32: the mean squared change of an output for
+        a unit of squared error in its weights. It is 0 for the slices of other ranks.
+        """
+        spread = torch.zeros(len(weight), device=self.ranks.device)
+        matrices = matrices_of(self.cfg, bank)[self.ranks.rank :: self.ranks.world_size]
+        if not matrices:
+            return spread
+        index = torch.tensor([matrix.index for matrix in matrices], device=weight.device)
+        if hessians is None:
+            identity = torch.eye(weight.size(-1), device=weight.device)
+            inputs = [identity] * len(matrices)
+        else:
+            inputs = [hessians[matrix.input_key] for matrix in matrices]
+        solver = GptqSolver.prepare(weight[index], inputs)
+        self.owned[bank] = OwnedSlices(index, solver)
+        spread[index] = solver.upper.diagonal(dim1=1, dim2=2).square().mean(-1)
+        return spread
+
+    def entropy_bytes(self, steps: dict[str, Tensor]) -> float:
+        """Bytes of all codes at these steps, predicted from the powers of the rows."""
         total = 0.0
         for bank, (_, _, cols) in self.shapes.items():
-            step = self.rows[bank][0] if published else self.steps(bank, theta)
-            total += (
-                cols
-                / 16
-                * torch.log2(1 + 17.08 * self.rows[bank][1] / step.square()).double().sum().item()
-            )
+            bits = entropy_bits(self.rows[bank].power, steps[bank])
+            total += cols / 8 * bits.double().sum().item()
         return total
 
-    def theta(
-        self, budget: float
-    ) -> float:  # the least with codes of at most `budget` bytes, predicted
-        low, high = -140.0, 60.0  # log2
-        for _ in range(48):
+    def predicted_bytes(self, theta: float) -> float:
+        """Bytes of all codes at this theta, predicted from the powers of the rows."""
+        return self.entropy_bytes({bank: rows.steps(theta) for bank, rows in self.rows.items()})
+
+    def theta_for(self, budget: float) -> float:
+        """The least theta whose codes take at most `budget` bytes, as predicted, by bisection."""
+        low, high = LOG2_THETA_RANGE
+        for _ in range(THETA_HALVINGS):
             middle = (low + high) / 2
-            low, high = (low, middle) if self.predict(2.0**middle) <= budget else (middle, high)
+            if self.predicted_bytes(2.0**middle) <= budget:
+                high = middle
+            else:
+                low = middle
         return 2.0**high
 
     def solve(self, theta: float) -> dict[str, tuple[Tensor, Tensor]]:
-        """name -> (q int8 (n, rows, cols), scale fp16 (n, rows)) on the CPU, the same on all ranks."""
+        """Codes int8 (n, rows, cols) and scales fp16 (n, rows) by bank, on the CPU.
+
+        All ranks must call it; all get the same. Raises BadMatrix.
+        """
         packed = {}
         for bank, shape in self.shapes.items():
-            step, q = (
-                self.steps(bank, theta),
-                torch.zeros(shape, dtype=torch.int8, device=self.ranks.device),
-            )
-            if bank in self.solvers:
-                index, solver = self.solvers[bank]
-                q[index] = solver.solve(step[index], self.rows[bank][4])
-            packed[bank] = self.ranks.sum(q).cpu(), step.half().cpu()
+            step = self.rows[bank].steps(theta)
+            codes = torch.zeros(shape, dtype=torch.int8, device=self.ranks.device)
+            if bank in self.owned:
+                owned = self.owned[bank]
+                codes[owned.index] = owned.solver.solve(step[owned.index], self.rows[bank].qmax)
+            packed[bank] = (self.ranks.sum(codes).cpu(), step.half().cpu())
         return packed
 
 
-def clip_sigmas_of(cfg: Config, bank: str, layer: int) -> float:
-    looped = cfg.num_loops > 0 and cfg.loop_start <= layer <= cfg.loop_end and cfg.loop_clip_sigmas
-    group = {"qo_bank": cfg.attn_clip_sigmas, "kv_bank": cfg.attn_clip_sigmas}.get(
-        bank, cfg.mlp_clip_sigmas
-    )
-    return (
-        cfg.embed_clip_sigmas
-        if bank.endswith("_emb")
-        else looped or group or cfg.matrix_clip_sigmas
-    )
+# --- Fit to the byte limit ------------------------------------------------------------------------
+#
+# Finer steps always cost less loss, so the best artifact is the one that just fits. How many bytes
+# a theta gives is predicted, then measured on the real file; each round corrects the budget of the
+# next by what the last one missed. A tiny model stops at MATRIX_BITS a weight instead: no finer
+# step is worth its bytes.
+
+FIT_SLACK_BYTES = 4096
 
 
 def fit_artifact(
-    solver: Quantizer,
+    quantizer: Quantizer,
     model: GPT,
     meta: dict[str, Any],
     log: Callable[[str], None],
     rounds: int = 12,
 ) -> bytes:
-    """The artifact (on rank 0; all call it) with the finest steps that keep code and model under ARTIFACT_LIMIT_BYTES,
-    at most 4 KB under it unless the weights take MATRIX_BITS each on average: no finer step is worth its bytes."""
-    cfg, lead, finest = model.cfg, solver.ranks.is_main, solver.finest
+    """The artifact with the finest steps that keep code and model under ARTIFACT_LIMIT_BYTES.
+
+    It lands at most 4 KB under the limit, or has weights of MATRIX_BITS each on average. Without a
+    limit the size is that of the published steps. All ranks must call it; only rank 0 gets the
+    bytes, the others none. Raises UsageError if the model cannot fit.
+    """
+    cfg = model.cfg
+    is_main = quantizer.ranks.is_main
     if not cfg.artifact_limit_bytes:
-        packed = solver.solve(solver.default)
-        return pack_artifact(model, packed, meta) if lead else b""
-    room, fits, best, size = cfg.artifact_limit_bytes - CODE_BYTES, 0, b"", 0
+        packed = quantizer.solve(quantizer.default)
+        return pack_artifact(model, packed, meta) if is_main else b""
+
+    room = cfg.artifact_limit_bytes - CODE_BYTES
+    finest = quantizer.finest
     budget = min(0.96 * room, finest)
-    for turn in range(rounds):
-        packed = solver.solve(solver.theta(budget))
-        data = pack_artifact(model, packed, meta) if lead else b""
-        size = solver.ranks.gather(len(data))[0]
-        log(f"fit:{turn + 1} codes predicted:{budget:.0f} model:{size} room:{room}")
-        if fits < size <= room:
-            best, fits = data, size
-        if room - 4096 < size <= room or (budget == finest and size <= room):
+    best = b""
+    best_size = 0
+    size = 0
+    for turn in range(1, rounds + 1):
+        packed = quantizer.solve(quantizer.theta_for(budget))
+        data = pack_artifact(model, packed, meta) if is_main else b""
+        size = quantizer.ranks.gather(len(data))[0]
+        log(f"fit:{turn} codes predicted:{budget:.0f} model:{size} room:{room}")
+        if best_size < size <= room:
+            best = data
+            best_size = size
+        is_close = room - FIT_SLACK_BYTES < size <= room
+        is_finest = budget == finest and size <= room
+        if is_close or is_finest:
             break
-        budget = min(
-            max(budget + (room - 2048 - size) * min(1.0, budget / size), budget / 4), finest
-        )
-    if not fits and rounds > 1:
+        missing = room - FIT_SLACK_BYTES // 2 - size
+        budget = max(budget + missing * min(1.0, budget / size), budget / 4)
+        budget = min(budget, finest)
+    if not best_size and rounds > 1:
         raise UsageError(
-            f"ARTIFACT_LIMIT_BYTES={cfg.artifact_limit_bytes}: the model is {size - room} bytes over at "
-            f"{budget / finest * cfg.matrix_bits:.2f} bits a weight; lower MLP_MULT or MODEL_DIM"
+            f"ARTIFACT_LIMIT_BYTES={cfg.artifact_limit_bytes}: the model is {size - room} bytes "
+            f"over at {budget / finest * cfg.matrix_bits:.2f} bits a weight; "
+            "lower MLP_MULT or MODEL_DIM"
         )
     return best
 
 
-# --- Entropy coder: interleaved range ANS (J. Duda) in NumPy, exact integers only, so any machine decodes alike ---
-ANS_BITS, NUM_BANDS = (
-    14,
-    64,
-)  # frequencies of a table add up to 2^14; a table per band of magnitude, times 4 of bias
-MAGNITUDE_EDGES = np.array(
-    [round(2 ** (16 + (t + 0.5) / 8)) for t in range(-36, 24)]
-)  # of a column's mean |q|, relative, * 2^16
-INVERSE_LEVEL = np.array(
-    [0] + [round(2 ** (16 - (k - 65) / 8)) for k in range(1, 256)]
-)  # 2^16 / a level's mean |q|
+# --- Entropy coder --------------------------------------------------------------------------------
+#
+# Asymmetric numeral systems (ANS, J. Duda), the range variant: a sequence of symbols becomes one
+# large integer, the state, and a symbol of frequency f / 2^14 makes it 2^14 / f times larger, which
+# is log2(2^14 / f) bits. The state is a stack: what was pushed last is popped first, so the encoder
+# goes through the codes backwards. Everything is exact integer arithmetic in NumPy, so that any
+# machine decodes alike, and many independent states work side by side to make it fast.
+#
+# How likely a code is depends on its context: how large the codes of its row and of its column are,
+# and whether the column leans to one side. Encoder and decoder must agree on it, so it is made only
+# from what the decoder has by then: the levels of the rows, which are stored before the codes, and
+# the codes of the rows above.
+
+ANS_BITS = 14  # the frequencies of a context add up to 2^14
+WORD_BITS = 16  # a state sheds and takes in words of this size
+STATE_MIN = 1 << WORD_BITS  # a state x lies in 2^16 <= x < 2^32, between any two symbols
+SYMBOL_BITS = 8
+NUM_SYMBOLS = 1 << SYMBOL_BITS
+ZERO_SYMBOL = 128  # the symbol of code 0: symbol = code * sign + 128
+NUM_BANDS = 64  # of magnitude
+NUM_BIASES = 4  # how far the mean of a column is off 0
+NUM_CONTEXTS = NUM_BANDS * NUM_BIASES
+BIAS_EDGES = (7, 19, 39)  # |mean code| of a column in per cent of its mean |code|
+# Magnitudes are logarithmic, eight levels an octave: level k stands for a mean |code| of
+# 2^((k - 65) / 8), level 0 for a row of zeros.
+LEVELS_PER_OCTAVE = 8
+UNIT_LEVEL = 65
+# In fixed point with 16 bits after the point: boundaries between the levels of a column's mean
+# |code| relative to its rows', and 1 / (mean |code|) of each level.
+FIXED_POINT = 1 << 16
+MAGNITUDE_EDGES = np.array([round(2 ** (16 + (t + 0.5) / 8)) for t in range(-36, 24)])
+INVERSE_LEVEL = np.array([0] + [round(2 ** (16 - (k - 65) / 8)) for k in range(1, 256)])
 
 
-def row_levels(
-    q: np.ndarray,
-) -> np.ndarray:  # (n, rows, cols) int8 -> u8 (n, rows): mean |q| in steps of 2^(1/8)
-    mean = np.stack([np.abs(matrix.astype(np.int16)).mean(-1) for matrix in q])
-    return np.where(mean > 0, np.rint(8 * np.log2(np.maximum(mean, 2**-8)) + 65), 0).astype(
-        np.uint8
-    )
+def row_levels(codes: np.ndarray) -> np.ndarray:
+    """Level of each row's mean |code|: int8 (n, rows, cols) -> uint8 (n, rows)."""
+    mean = np.stack([np.abs(matrix.astype(np.int16)).mean(-1) for matrix in codes])
+    level = np.rint(LEVELS_PER_OCTAVE * np.log2(np.maximum(mean, 2**-8)) + UNIT_LEVEL)
+    return np.where(mean > 0, level, 0).astype(np.uint8)
 
 
-def num_coder_states(
-    codes: list[np.ndarray],
-) -> int:  # independent states: more are faster, each costs 2 bytes
-    return max(max(q.shape[2] for q in codes), sum(q.size for q in codes) >> 13)
+def num_coder_states(codes: list[np.ndarray]) -> int:
+    """How many independent states code these arrays. More are faster; each costs 2 bytes."""
+    widest = max(q.shape[2] for q in codes)
+    return max(widest, sum(q.size for q in codes) >> 13)
+
+
+class ColumnStatistics:
+    """Running means of m matrices' columns, over the rows coded so far, in fixed point.
+
+    Codes count relative to their row's level. Changed in place by `add`; the context is renewed
+    every eighth row, which is faster and predicts as well.
+    """
+
+    ROWS_A_RENEWAL = 8
+
+    def __init__(self, num_matrices: int, cols: int):
+        """Starts as if eight rows of just their level, without a bias, stood above."""
+        self.num_rows = 0
+        self.magnitude = np.full((num_matrices, cols), 8 * FIXED_POINT)  # sums of |code|
+        self.total = np.zeros_like(self.magnitude)  # sums of codes
+        self.renew()
+
+    def renew(self) -> None:
+        """Takes band offset, bias and sign from the sums."""
+        self.offset = np.searchsorted(MAGNITUDE_EDGES, self.magnitude // (self.num_rows + 8))
+        per_cent = 100 * abs(self.total) // self.magnitude
+        self.bias = np.searchsorted(BIAS_EDGES, per_cent, "right")
+        self.sign = 1 - 2 * (self.total < 0)
+
+    def contexts(self, level: np.ndarray) -> np.ndarray:
+        """Contexts (m, cols) of one row of each matrix, given the rows' levels int64 (m, 1)."""
+        band = np.minimum((level + self.offset) // 3, NUM_BANDS - 1)
+        return np.where(level, band, 0) * NUM_BIASES + self.bias
+
+    def add(self, codes: np.ndarray, level: np.ndarray) -> None:
+        """Takes in one row of each matrix, codes (m, cols), levels int64 (m, 1)."""
+        codes = codes.astype(np.int64)
+        inverse = INVERSE_LEVEL[level]
+        self.magnitude += np.where(level, abs(codes) * inverse, FIXED_POINT)
+        self.total += codes * inverse
+        self.num_rows += 1
+        if self.num_rows % self.ROWS_A_RENEWAL == 0:
+            self.renew()
 
 
 def coding_order(
     codes: list[np.ndarray], levels: list[np.ndarray]
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """(codes, contexts, signs), each (m, cols), of one row of m matrices, all rows in the stream's order; who decodes
-    fills in the codes before going on. Context: band of magnitude (the row's level, known beforehand, and the column's
-    mean |q| in rows above) and how far off 0 the column's mean is. The sign is this mean's: times it, codes lean up."""
-    lanes = num_coder_states(codes)
+    """Yields (codes, contexts, signs), each (m, cols), row by row in the order of the stream.
+
+    One item is one row of as many matrices as there are states for. With states for two matrices, a
+    bank of three matrices (2 rows each) gives row 0 of matrices 0 and 1, row 1 of both, row 0 of
+    matrix 2, row 1 of matrix 2.
+
+    The encoder reads the codes. The decoder starts from zeros and fills `codes`, a view, in place
+    before it asks for the next item, whose contexts depend on them. `signs` are those of the
+    columns' means: times them, codes lean to the positive side, and one table serves both sides.
+    """
+    num_states = num_coder_states(codes)
     for bank, bank_levels in zip(codes, levels, strict=True):
-        for first in range(0, len(bank), lanes // bank.shape[2]):
-            part, level = (x[first : first + lanes // bank.shape[2]] for x in (bank, bank_levels))
-            size = np.full((len(part), part.shape[2]), 8 << 16)
-            total = np.zeros_like(size)
-            for row in range(part.shape[1]):
-                if row % 8 == 0:
-                    offset = np.searchsorted(MAGNITUDE_EDGES, size // (row + 8))
-                    bias, sign = (
-                        np.searchsorted([7, 19, 39], 100 * abs(total) // size, "right"),
-                        1 - 2 * (total < 0),
-                    )
-                k = level[:, row, None].astype(np.int64)
-                yield (
-                    part[:, row],
-                    np.where(k, np.minimum((k + offset) // 3, NUM_BANDS - 1), 0) * 4 + bias,
-                    sign,
-                )
-                q = part[:, row].astype(np.int64)
-                size += np.where(k, abs(q) * INVERSE_LEVEL[k], 1 << 16)
-                total += q * INVERSE_LEVEL[k]
+        num_matrices, num_rows, cols = bank.shape
+        matrices_at_once = num_states // cols
+        for first in range(0, num_matrices, matrices_at_once):
+            group = bank[first : first + matrices_at_once]
+            group_levels = bank_levels[first : first + matrices_at_once].astype(np.int64)
+            columns = ColumnStatistics(len(group), cols)
+            for row in range(num_rows):
+                level = group_levels[:, row, None]
+                yield group[:, row], columns.contexts(level), columns.sign
+                columns.add(group[:, row], level)
+
+
+def frequency_table(counts: np.ndarray) -> np.ndarray:
+    """Frequencies that add up to 2^14 in each context, from counts (contexts, 256).
+
+    Every symbol that occurs gets at least 1; the most frequent one takes what rounding leaves.
+    """
+    totals = np.maximum(counts.sum(1, keepdims=True), 1)
+    table = np.maximum((counts << ANS_BITS) // totals, counts > 0)
+    table[np.arange(len(table)), table.argmax(1)] += (1 << ANS_BITS) - table.sum(1)
+    return table
+
+
+def range_starts(table: np.ndarray) -> np.ndarray:
+    """Sum of the frequencies before each symbol of its context, flat (contexts * 256,)."""
+    return (table.cumsum(1) - table).ravel()
 
 
 def ans_encode(codes: list[np.ndarray], levels: list[np.ndarray]) -> bytes:
-    """u32 size of the tables, these, LZMA of frequencies u16 (contexts, 256), then final states u32, then words u16."""
-    steps = [
-        (context << 8 | q * sign + 128).ravel().astype(np.int32)
-        for q, context, sign in coding_order(codes, levels)
-    ]
-    counts = np.bincount(np.concatenate(steps), minlength=NUM_BANDS * 4 * 256).reshape(-1, 256)
-    table = np.maximum(
-        (counts << ANS_BITS) // np.maximum(counts.sum(1, keepdims=True), 1), counts > 0
-    )
-    table[np.arange(len(table)), table.argmax(1)] += (1 << ANS_BITS) - table.sum(1)
-    freq, start = table.ravel(), (table.cumsum(1) - table).ravel()
-    state, words = np.full(num_coder_states(codes), 1 << 16, np.int64), []
-    for step in reversed(steps):
-        x = state[: len(step)]
-        full = x >= freq[step] << 32 - ANS_BITS
-        words.append(x[full].astype("<u2"))
-        x[full] >>= 16
-        x += x // freq[step] * ((1 << ANS_BITS) - freq[step]) + start[step]
-    tables = codec("lzma")[0](table.astype("<u2").tobytes())
-    numbers = b"".join(x.tobytes() for x in (state.astype("<u4"), *reversed(words)))
-    return len(tables).to_bytes(4, "little") + tables + numbers
+    """The codes, int8 (n, rows, cols) each with levels uint8 (n, rows), as one stream.
+
+    Layout: u32 size of the tables; the tables, frequencies u16 (contexts, 256) in LZMA; the states
+    u32 at the end of encoding, where decoding starts; words u16 in the order of decoding.
+
+    Pushing a symbol of frequency f that starts at c: x -> (x // f) * 2^14 + c + x % f. Before it, a
+    state that would leave its range sheds its lower 16 bits as a word. So STATE_MIN <= x < 2^32
+    holds before and after each push, for every state.
+    """
+    pushes = []
+    for q, context, sign in coding_order(codes, levels):
+        index = context << SYMBOL_BITS | q * sign + ZERO_SYMBOL
+        pushes.append(index.ravel().astype(np.int32))
+    counts = np.bincount(np.concatenate(pushes), minlength=NUM_CONTEXTS * NUM_SYMBOLS)
+    table = frequency_table(counts.reshape(-1, NUM_SYMBOLS))
+    frequency = table.ravel()
+    start = range_starts(table)
+
+    states = np.full(num_coder_states(codes), STATE_MIN, np.int64)
+    words = []
+    for index in reversed(pushes):
+        x = states[: len(index)]  # a view
+        f = frequency[index]
+        is_full = x >= f << 2 * WORD_BITS - ANS_BITS
+        words.append(x[is_full].astype("<u2"))
+        x[is_full] >>= WORD_BITS
+        x += x // f * ((1 << ANS_BITS) - f) + start[index]
+
+    tables = LzmaCodec().compress(table.astype("<u2").tobytes())
+    numbers = [states.astype("<u4"), *reversed(words)]
+    body = b"".join(array.tobytes() for array in numbers)
+    return len(tables).to_bytes(4, "little") + tables + body
 
 
 def ans_decode(data: bytes, shapes: Iterable[tuple], levels: list[np.ndarray]) -> list[np.ndarray]:
-    """The codes. ValueError or IndexError if ans_encode cannot have written `data`."""
-    codes, end, at = (
-        [np.zeros(shape, np.int8) for shape in shapes],
-        4 + int.from_bytes(data[:4], "little"),
-        0,
-    )
-    tables = codec("lzma")[1](data[4:end], NUM_BANDS * 4 * 512)
-    table = np.frombuffer(tables, "<u2").astype(np.int64).reshape(NUM_BANDS * 4, 256)
+    """The codes, arrays of these shapes, from what ans_encode wrote.
+
+    A pop undoes a push: the lower 14 bits of x, its slot, name the symbol, and
+    x -> f * (x >> 14) + slot - c removes it; a state below STATE_MIN then takes in a word. So
+    STATE_MIN <= x < 2^32 holds again, and at the end each state is where the encoder started it.
+    Raises ValueError or IndexError if ans_encode cannot have written `data`.
+    """
+    codes = [np.zeros(shape, np.int8) for shape in shapes]
+    tables_end = 4 + int.from_bytes(data[:4], "little")
+    tables = LzmaCodec().decompress(data[4:tables_end], 2 * NUM_CONTEXTS * NUM_SYMBOLS)
+    table = np.frombuffer(tables, "<u2").astype(np.int64).reshape(NUM_CONTEXTS, NUM_SYMBOLS)
     if (table.sum(1) != 1 << ANS_BITS).any():
         raise ValueError("a table of frequencies does not add up")
-    symbols = np.repeat(np.tile(np.arange(256, dtype=np.uint8), len(table)), table.ravel()).reshape(
-        len(table), -1
-    )
-    freq, start = table.ravel(), (table.cumsum(1) - table).ravel()
-    state = np.frombuffer(data, "<u4", num_coder_states(codes), end).astype(np.int64)
-    words = np.frombuffer(data, "<u2", offset=end + 4 * len(state)).astype(np.int64)
+    every_symbol = np.tile(np.arange(NUM_SYMBOLS, dtype=np.uint8), NUM_CONTEXTS)
+    symbols = np.repeat(every_symbol, table.ravel()).reshape(NUM_CONTEXTS, -1)  # by slot
+    frequency = table.ravel()
+    start = range_starts(table)
+
+    states = np.frombuffer(data, "<u4", num_coder_states(codes), tables_end).astype(np.int64)
+    words_start = tables_end + 4 * len(states)
+    words = np.frombuffer(data, "<u2", offset=words_start).astype(np.int64)
+    num_read = 0
     for q, context, sign in coding_order(codes, levels):
-        x, slot = state[: q.size], state[: q.size] & (1 << ANS_BITS) - 1
-        index = context.ravel() << 8 | symbols[context.ravel(), slot]
-        x[:] = freq[index] * (x >> ANS_BITS) + slot - start[index]
-        low = np.flatnonzero(x < 1 << 16)
-        x[low] = x[low] << 16 | words[at : at + len(low)]
-        at += len(low)
-        q[:] = ((index & 255) - 128).reshape(q.shape) * sign
-    if at != len(words) or (state != 1 << 16).any():
+        x = states[: q.size]  # a view
+        slot = x & (1 << ANS_BITS) - 1
+        symbol = symbols[context.ravel(), slot]
+        index = context.ravel() << SYMBOL_BITS | symbol
+        x[:] = frequency[index] * (x >> ANS_BITS) + slot - start[index]
+        low = np.flatnonzero(x < STATE_MIN)
+        x[low] = x[low] << WORD_BITS | words[num_read : num_read + len(low)]
+        num_read += len(low)
+        q[:] = (symbol.astype(np.int64) - ZERO_SYMBOL).reshape(q.shape) * sign
+    if num_read != len(words) or (states != STATE_MIN).any():
         raise ValueError("words are left over")
     return codes
 
 
-# --- Container ---
-def codec(name: str) -> tuple[Callable[[bytes], bytes], Callable[[bytes, int], bytes]]:
-    """compress(data) and decompress(data, size): at most `size` bytes and little memory besides, whatever data says."""
-    if name == "zstd":
+def code_entropy_bytes(codes: Iterable[np.ndarray]) -> float:
+    """Order-0 entropy of int8 codes in bytes: the least for a coder that knows no contexts."""
+    counts = sum(np.bincount(q.view(np.uint8).ravel(), minlength=NUM_SYMBOLS) for q in codes)
+    total = counts.sum()
+    return sum(-n * math.log2(n / total) / 8 for n in counts if n)
+
+
+# --- General codecs -------------------------------------------------------------------------------
+#
+# COMPRESSOR may also be a general codec, and the small streams are always LZMA. A file is not
+# trusted: `decompress` returns at most `size` bytes and takes little memory besides, whatever the
+# data says. It may return fewer, and it may raise any error of its library.
+
+
+class ZstdCodec:
+    """Zstandard, tuned for codes."""
+
+    def __init__(self):
         import zstandard
 
-        # zstd's own levels look for matches that are not there (+16 % at level 3): codes want Huffman on literals
-        fast = dict(strategy=1, window_log=17, hash_log=6, chain_log=6, search_log=1, min_match=6)
-        coder = zstandard.ZstdCompressor(
-            compression_params=zstandard.ZstdCompressionParameters(**fast)
+        # The levels of zstd look for matches that are not there (+16 % at level 3). These settings
+        # leave little but the Huffman coding of literals, which suits codes.
+        parameters = zstandard.ZstdCompressionParameters(
+            strategy=1, window_log=17, hash_log=6, chain_log=6, search_log=1, min_match=6
         )
-        reader = partial(
-            zstandard.ZstdDecompressor(max_window_size=1 << 20).stream_reader,
-            read_across_frames=False,
-        )
-        return coder.compress, lambda data, size: reader(data).read(size)
-    if name == "brotli":
+        self.compressor = zstandard.ZstdCompressor(compression_params=parameters)
+        self.decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 20)
+
+    def compress(self, data: bytes) -> bytes:
+        """One frame."""
+        return self.compressor.compress(data)
+
+    def decompress(self, data: bytes, size: int) -> bytes:
+        """The first `size` bytes of the first frame."""
+        return self.decompressor.stream_reader(data, read_across_frames=False).read(size)
+
+
+class BrotliCodec:
+    """Brotli at its highest quality, as in PR #1530 and PR #1413."""
+
+    def compress(self, data: bytes) -> bytes:
+        """One stream."""
         import brotli
 
-        return partial(
-            brotli.compress, quality=11
-        ), lambda data, size: brotli.Decompressor().process(data, size)
-    import lzma
+        return brotli.compress(data, quality=11)
 
-    pairs = dict(
-        id=lzma.FILTER_LZMA2, preset=6, lc=0, lp=1, pb=1
-    )  # models low and high bytes of fp16 apart
-    raw = dict(format=lzma.FORMAT_RAW, filters=[pairs])  # no header, none to trust
-    return partial(lzma.compress, **raw), lambda data, size: lzma.LZMADecompressor(
-        **raw
-    ).decompress(data, size)
+    def decompress(self, data: bytes, size: int) -> bytes:
+        """The first `size` bytes."""
+        import brotli
+
+        return brotli.Decompressor().process(data, size)
 
 
-def split_arrays(
-    flat: np.ndarray, shapes: Iterable[tuple[int, ...]]
-) -> list[np.ndarray]:  # arrays that lie end to end
-    ends = np.cumsum([math.prod(shape) for shape in shapes])[:-1]
-    return [part.reshape(shape) for part, shape in zip(np.split(flat, ends), shapes, strict=True)]
+class LzmaCodec:
+    """Raw LZMA2, without a container whose header would have to be trusted."""
+
+    def __init__(self):
+        import lzma
+
+        # lp=1 and pb=1 model the low and the high bytes of fp16 apart.
+        pairs = dict(id=lzma.FILTER_LZMA2, preset=6, lc=0, lp=1, pb=1)
+        self.lzma = lzma
+        self.format = dict(format=lzma.FORMAT_RAW, filters=[pairs])
+
+    def compress(self, data: bytes) -> bytes:
+        """One stream."""
+        return self.lzma.compress(data, **self.format)
+
+    def decompress(self, data: bytes, size: int) -> bytes:
+        """The first `size` bytes."""
+        return self.lzma.LZMADecompressor(**self.format).decompress(data, size)
+
+
+def codec(name: str) -> ZstdCodec | BrotliCodec | LzmaCodec:
+    """The general codec of this name. Raises ImportError if its package is not installed."""
+    codecs = {"zstd": ZstdCodec, "brotli": BrotliCodec, "lzma": LzmaCodec}
+    return codecs[name]()
 
 
 def pack_codes(compressor: str, codes: list[np.ndarray], levels: list[np.ndarray]) -> bytes:
-    """COMPRESSOR=ans knows a row's level; every other one gets a bank's rows by rising level (zstd: 7 % less)."""
+    """The stream of codes. ans knows the level of each row; the others do not, so a bank's rows are
+    sorted by rising level for them (7 % less with zstd)."""
     if compressor == "ans":
         return ans_encode(codes, levels)
-    rows = [
-        q.reshape(lv.size, -1)[lv.argsort(axis=None, kind="stable")]
-        for q, lv in zip(codes, levels, strict=True)
-    ]
-    return codec(compressor)[0](b"".join(q.tobytes() for q in rows))
+    sorted_rows = []
+    for q, level in zip(codes, levels, strict=True):
+        order = level.argsort(axis=None, kind="stable")
+        sorted_rows.append(q.reshape(level.size, -1)[order].tobytes())
+    return codec(compressor).compress(b"".join(sorted_rows))
 
 
 def unpack_codes(
     compressor: str, data: bytes, shapes: list[tuple], levels: list[np.ndarray]
 ) -> list[np.ndarray]:
+    """The codes that pack_codes packed, arrays of these shapes. Raises ValueError, or an error of
+    the codec, if the stream does not hold them."""
     if compressor == "ans":
         return ans_decode(data, shapes, levels)
-    rows = np.frombuffer(codec(compressor)[1](data, sum(map(math.prod, shapes))), np.int8)
-    places = [lv.argsort(axis=None, kind="stable").argsort() for lv in levels]
-    return [
-        q.reshape(len(i), -1)[i] for q, i in zip(split_arrays(rows, shapes), places, strict=True)
-    ]
+    raw = decompress_all(compressor, data, sum(math.prod(shape) for shape in shapes))
+    flat = np.frombuffer(raw, np.int8)
+    codes = []
+    start = 0
+    for shape, level in zip(shapes, levels, strict=True):
+        end = start + math.prod(shape)
+        rows = np.empty((level.size, shape[2]), np.int8)
+        rows[level.argsort(axis=None, kind="stable")] = flat[start:end].reshape(rows.shape)
+        codes.append(rows.reshape(shape))
+        start = end
+    return codes
 
 
-ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGLM", 2
+def decompress_all(compressor: str, data: bytes, size: int) -> bytes:
+    """Exactly `size` bytes of a stream. Raises ValueError if it holds fewer."""
+    raw = codec(compressor).decompress(data, size)
+    if len(raw) != size:
+        raise ValueError("a stream is shorter than its header says")
+    return raw
 
 
-def stream_sizes(cfg: Config) -> list[int]:  # raw: codes, levels, scales, floats
+# --- Container: writing ---------------------------------------------------------------------------
+#
+# The file is a header and four streams. Its bytes follow from the weights and the config alone: no
+# time, no path, no order of a dictionary goes into it. Its layout stands in `pack_artifact`.
+
+ARTIFACT_MAGIC = b"PGLM"
+ARTIFACT_VERSION = 2
+HEADER_START = 13  # after magic, version, length and CRC-32 of the header
+MAX_HEADER_BYTES = 1 << 16  # of JSON
+MAX_STREAM_BYTES = 1 << 27  # of all streams, decompressed
+
+
+class StreamSizes(NamedTuple):
+    """Bytes of the four streams before compression, in the order of the file."""
+
+    codes: int
+    levels: int
+    scales: int
+    floats: int
+
+
+def stream_sizes(cfg: Config) -> StreamSizes:
+    """Sizes of the streams of a network."""
     shapes = bank_shapes(cfg).values()
-    rows = sum(math.prod(shape[:2]) for shape in shapes)
-    return [
-        sum(map(math.prod, shapes)),
-        rows,
-        2 * rows,
-        2 * sum(map(math.prod, float_shapes(cfg).values())),
-    ]
+    num_rows = sum(math.prod(shape[:2]) for shape in shapes)
+    num_floats = sum(math.prod(shape) for shape in float_shapes(cfg).values())
+    return StreamSizes(
+        codes=sum(math.prod(shape) for shape in shapes),
+        levels=num_rows,
+        scales=2 * num_rows,
+        floats=2 * num_floats,
+    )
 
 
 def fp16_bytes(tensors: Iterable[Tensor]) -> bytes:
-    return (
-        torch.cat([t.detach().flatten().half() for t in tensors])
-        .cpu()
-        .numpy()
-        .astype("<f2")
-        .tobytes()
-    )
+    """All values of the tensors, one after the other, as little-endian fp16."""
+    flat = torch.cat([tensor.detach().flatten().half() for tensor in tensors])
+    return flat.cpu().numpy().astype("<f2").tobytes()
 
 
 def pack_artifact(
     model: GPT, packed: dict[str, tuple[Tensor, Tensor]], meta: dict[str, Any]
 ) -> bytes:
-    """The artifact file, equal for equal weights. All numbers little-endian:
-        "PGLM", u8 version, u32 length and u32 CRC-32 of the header, the header: zlib-compressed JSON of at most 64 KiB
-            {config, compressor, streams: [[raw bytes, stored bytes, CRC-32 of the stored ones], ..], ..meta};
-        four streams: codes (int8, each matrix in the order of the parameter table; pack_codes), and with LZMA the level
-            of each row (u8, row_levels), scales and floats (fp16), without the rows that nothing reads.
-    Names and shapes follow from the config."""
-    cfg, codes = model.cfg, [q.numpy() for q, _ in packed.values()]
+    """The artifact file, equal for equal weights. All numbers are little-endian:
+
+        "PGLM", u8 version, u32 length and u32 CRC-32 of the header
+        the header: zlib-compressed JSON of at most 64 KiB, {config, compressor,
+            streams: [[raw bytes, stored bytes, CRC-32 of the stored bytes], ..], ..meta}
+        four streams: codes (int8, each matrix in the order of the parameter table; pack_codes), and
+            with LZMA the level of each row (u8; row_levels), the scales and the floats (fp16),
+            without the rows that nothing reads
+
+    Names and shapes follow from the config. `packed` holds codes and scales by bank.
+    """
+    cfg = model.cfg
+    codes = []
+    scales = []
+    for q, scale in packed.values():
+        codes.append(q.numpy())
+        scales.append(scale)
     levels = [row_levels(q) for q in codes]
-    raw = [
-        b"".join(lv.tobytes() for lv in levels),
-        fp16_bytes(scale for _, scale in packed.values()),
-        fp16_bytes(model.get_parameter(n)[-shape[0] :] for n, shape in float_shapes(cfg).items()),
+    floats = []
+    for name, shape in float_shapes(cfg).items():
+        floats.append(model.get_parameter(name)[-shape[0] :])
+
+    lzma = LzmaCodec()
+    streams = [
+        pack_codes(cfg.compressor, codes, levels),
+        lzma.compress(b"".join(level.tobytes() for level in levels)),
+        lzma.compress(fp16_bytes(scales)),
+        lzma.compress(fp16_bytes(floats)),
     ]
-    stored = [pack_codes(cfg.compressor, codes, levels), *map(codec("lzma")[0], raw)]
     header = {"config": network_config(cfg), "compressor": cfg.compressor, **meta}
-    header["streams"] = [
-        [n, len(s), zlib.crc32(s)] for n, s in zip(stream_sizes(cfg), stored, strict=True)
-    ]
+    header["streams"] = []
+    for size, stream in zip(stream_sizes(cfg), streams, strict=True):
+        header["streams"].append([size, len(stream), zlib.crc32(stream)])
     head = zlib.compress(json.dumps(header, sort_keys=True).encode(), 9)
-    numbers = len(head).to_bytes(4, "little") + zlib.crc32(head).to_bytes(4, "little")
-    return ARTIFACT_MAGIC + bytes([ARTIFACT_VERSION]) + numbers + head + b"".join(stored)
+    length = len(head).to_bytes(4, "little")
+    checksum = zlib.crc32(head).to_bytes(4, "little")
+    start = ARTIFACT_MAGIC + bytes([ARTIFACT_VERSION]) + length + checksum
+    return start + head + b"".join(streams)
 
 
-def config_of_header(
-    header: dict[str, Any],
-) -> Config:  # of the network an artifact holds; ValueError if none can be
-    theirs, defaults = (
-        read_network_config(header["config"]),
-        Config(artifact_limit_bytes=0, fused_ce=False),
-    )
-    if any(type(value) is not type(getattr(defaults, f)) for f, value in theirs.items()):
-        raise ValueError("a field of another type")
-    cfg = dataclasses.replace(defaults, **theirs)
-    if any(p.split("=")[0].lower() in theirs for p in cfg.problems()):
-        raise ValueError("a field out of range")
+# --- Container: reading ---------------------------------------------------------------------------
+#
+# Nothing read is executed: the file holds JSON and arrays of numbers. The config in the header says
+# how large each stream must be, and both are checked before anything is allocated: at most 64 KiB
+# of header and 2^27 bytes of streams, however the file was forged.
+
+
+class ArtifactArrays(NamedTuple):
+    """The contents of an artifact by parameter name, in the order of the parameter table."""
+
+    codes: dict[str, np.ndarray]  # int8 (n, rows, cols)
+    levels: dict[str, np.ndarray]  # uint8 (n, rows)
+    scales: dict[str, np.ndarray]  # fp16 (n, rows)
+    floats: dict[str, np.ndarray]  # fp16, the parameter's shape without the rows nobody reads
+
+
+def config_of_header(header: dict[str, Any]) -> Config:
+    """The config of the network in an artifact. Raises ValueError if there can be no such network,
+    KeyError if a field is missing."""
+    fields = read_network_config(header["config"])
+    defaults = Config(artifact_limit_bytes=0, fused_ce=False)
+    for name, value in fields.items():
+        if type(value) is not type(getattr(defaults, name)):
+            raise ValueError("a field of another type")
+    cfg = dataclasses.replace(defaults, **fields)
+    for problem in cfg.problems():
+        if problem.split("=")[0].lower() in fields:
+            raise ValueError("a field out of range")
     return cfg
 
 
-def open_artifact(data: bytes, path: Path) -> tuple[dict[str, Any], list[bytes]]:
-    """Header and raw streams (codes, levels, scales, floats) of an artifact. Raises UsageError (one line) for whatever
-    was not written whole by us, forged with care or not; nothing read is executed, sizes are checked before use."""
+def read_header(data: bytes) -> tuple[dict[str, Any], int]:
+    """Header of an artifact and offset of its first stream. Raises ValueError and others."""
+    end = HEADER_START + int.from_bytes(data[5:9], "little")
+    head = data[HEADER_START:end]
+    if len(data) < end or zlib.crc32(head).to_bytes(4, "little") != data[9:HEADER_START]:
+        raise ValueError("its header does not match its checksum")
+    return json.loads(zlib.decompressobj().decompress(head, MAX_HEADER_BYTES)), end
+
+
+def stored_streams(data: bytes, header: dict[str, Any], start: int, cfg: Config) -> list[bytes]:
+    """The four streams as stored, checked against the header, and the header against the network.
+    Raises ValueError and others."""
+    sizes, lengths, checksums = zip(*header["streams"], strict=True)
+    expected = stream_sizes(cfg)
+    is_expected = sizes == expected and sum(expected) <= MAX_STREAM_BYTES
+    if not is_expected or header["compressor"] not in COMPRESSORS:
+        raise ValueError("its streams are not those of its network, or of an unknown compressor")
+    streams = []
+    for length, checksum in zip(lengths, checksums, strict=True):
+        stream = data[start : start + length]
+        if zlib.crc32(stream) != checksum:
+            raise ValueError("a stream does not match its checksum")
+        streams.append(stream)
+        start += length
+    if start != len(data):
+        raise ValueError("a stream does not match its checksum")
+    return streams
+
+
+def split_arrays(flat: np.ndarray, shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    """Views of arrays that lie end to end in `flat`. Raises ValueError if they do not fill it."""
+    ends = np.cumsum([math.prod(shape) for shape in shapes.values()])
+    parts = np.split(flat, ends[:-1])
+    named_parts = zip(shapes.items(), parts, strict=True)
+    return {name: part.reshape(shape) for (name, shape), part in named_parts}
+
+
+def unpack_streams(streams: list[bytes], compressor: str, cfg: Config) -> ArtifactArrays:
+    """The arrays in the four stored streams. Raises ValueError, or any error of a codec."""
+    sizes = stream_sizes(cfg)
+    shapes = bank_shapes(cfg)
+    row_shapes = {bank: shape[:2] for bank, shape in shapes.items()}
+    stored_codes, stored_levels, stored_scales, stored_floats = streams
+    raw_levels = decompress_all("lzma", stored_levels, sizes.levels)
+    raw_scales = decompress_all("lzma", stored_scales, sizes.scales)
+    raw_floats = decompress_all("lzma", stored_floats, sizes.floats)
+    levels = split_arrays(np.frombuffer(raw_levels, np.uint8), row_shapes)
+    codes = unpack_codes(compressor, stored_codes, list(shapes.values()), list(levels.values()))
+    return ArtifactArrays(
+        codes=dict(zip(shapes, codes, strict=True)),
+        levels=levels,
+        scales=split_arrays(np.frombuffer(raw_scales, "<f2"), row_shapes),
+        floats=split_arrays(np.frombuffer(raw_floats, "<f2"), float_shapes(cfg)),
+    )
+
+
+def open_artifact(data: bytes, path: Path) -> tuple[dict[str, Any], ArtifactArrays]:
+    """Header and arrays of an artifact; `path` is for messages only.
+
+    Raises UsageError (one line) for whatever pack_artifact did not write as a whole, forged with
+    care or not. Nothing read is executed, and sizes are checked before use.
+    """
     if data[:4] != ARTIFACT_MAGIC:
         raise UsageError(f"{path}: not an artifact of train_gpt.py (starts with {data[:4]!r})")
     if len(data) > 4 and data[4] != ARTIFACT_VERSION:
         raise UsageError(
             f"{path}: container version {data[4]}, this program reads {ARTIFACT_VERSION}"
         )
-    at = 13 + int.from_bytes(data[5:9], "little")
     try:
-        if len(data) < at or zlib.crc32(data[13:at]).to_bytes(4, "little") != data[9:13]:
-            raise ValueError("its header does not match its checksum")
-        header = json.loads(zlib.decompressobj().decompress(data[13:at], 1 << 16))
-        cfg, (sizes, lengths, checksums) = (
-            config_of_header(header),
-            zip(*header["streams"], strict=True),
-        )
-        if (
-            list(sizes) != stream_sizes(cfg)
-            or sum(sizes) > 1 << 27
-            or header["compressor"] not in COMPRESSORS
-        ):
-            raise ValueError(
-                "its streams are not those of its network, or of an unknown compressor"
-            )
-        ends = np.cumsum([at, *lengths]).tolist()
-        stored = [data[start:end] for start, end in zip(ends, ends[1:], strict=False)]
-        if ends[-1] != len(data) or [zlib.crc32(s) for s in stored] != list(checksums):
-            raise ValueError("a stream does not match its checksum")
-        rest, shapes = (
-            list(map(codec("lzma")[1], stored[1:], sizes[1:])),
-            list(bank_shapes(cfg).values()),
-        )
-        levels = split_arrays(np.frombuffer(rest[0], np.uint8), [shape[:2] for shape in shapes])
-        codes = unpack_codes(header["compressor"], stored[0], shapes, levels)
-        streams = [b"".join(q.tobytes() for q in codes), *rest]
-        if [len(s) for s in streams] != list(sizes):
-            raise ValueError("a stream is shorter than its header says")
-    except Exception as error:  # each codec has its own class of errors, and a hostile file may provoke any of them
-        reason = (
-            str(error).splitlines()[:1] if type(error) is ValueError else [type(error).__name__]
-        )
-        raise UsageError(f"{path}: damaged: {' '.join(reason)}") from error
-    return header, streams
+        header, start = read_header(data)
+        cfg = config_of_header(header)
+        streams = stored_streams(data, header, start, cfg)
+        return header, unpack_streams(streams, header["compressor"], cfg)
+    # Each codec has errors of its own, and a hostile file may provoke any of them.
+    except Exception as error:
+        reason = type(error).__name__
+        if type(error) is ValueError:
+            reason = " ".join(str(error).splitlines()[:1])
+        raise UsageError(f"{path}: damaged: {reason}") from error
 
 
 @torch.no_grad()
-def load_artifact(
-    model: GPT, streams: list[bytes]
-) -> None:  # every parameter becomes q * scale or its fp16 value
-    shapes, small = bank_shapes(model.cfg), float_shapes(model.cfg)
-    codes = split_arrays(np.frombuffer(streams[0], np.int8), shapes.values())
-    scales, values = (np.frombuffer(data, "<f2").astype(np.float32) for data in streams[2:])
-    scales = split_arrays(scales, [shape[:2] for shape in shapes.values()])
-    for name, q, scale in zip(shapes, codes, scales, strict=True):
-        p = model.get_parameter(name)
-        p.copy_(torch.from_numpy(q * scale[..., None]).view(p.shape))
-    for (name, shape), value in zip(
-        small.items(), split_arrays(values, small.values()), strict=True
-    ):
-        model.get_parameter(name)[-shape[0] :] = torch.from_numpy(value)
+def load_artifact(model: GPT, arrays: ArtifactArrays) -> None:
+    """Sets every parameter of the model, in place, to codes * scale or to its fp16 value.
+
+    Rows that nothing reads stay as they are.
+    """
+    for name, q in arrays.codes.items():
+        parameter = model.get_parameter(name)
+        scale = arrays.scales[name].astype(np.float32)
+        parameter.copy_(torch.from_numpy(q * scale[..., None]).view(parameter.shape))
+    for name, values in arrays.floats.items():
+        parameter = model.get_parameter(name)
+        parameter[-len(values) :] = torch.from_numpy(values.astype(np.float32))
 
 
 # === 10. Test-time training: score a chunk, then learn from it, before a deadline =====================================
@@ -4611,12 +5072,10 @@ class Run:  # from its data to its report, the same on all ranks; `go` holds the
         data = self.ranks.gather(path.read_bytes() if self.ranks.is_main else None)[
             0
         ]  # nodes may not share folders
-        header, streams = open_artifact(data, path)
-        load_artifact(self.model, streams)
-        counts, total = np.bincount(np.frombuffer(streams[0], np.uint8)), len(data) + CODE_BYTES
-        bound = int(
-            sum(-n * math.log2(n / counts.sum()) / 8 for n in counts if n)
-        )  # order-0 entropy
+        header, arrays = open_artifact(data, path)
+        load_artifact(self.model, arrays)
+        total = len(data) + CODE_BYTES
+        bound = int(code_entropy_bytes(arrays.codes.values()))
         self.final |= {
             "model_bytes": len(data),
             "artifact_bytes": total,

@@ -1,14 +1,17 @@
-"""What an artifact costs, in two tables: coders of the same integers, and quantisers at equal bytes.
+"""What an artifact costs: coders of the same integers, and quantisers at equal bytes.
 
-    python bench/artifact.py --full                 # seeded Gaussian weights of uneven rows and columns, full size
-    python bench/artifact.py                        # the same of a small network, for a quick look
-    python bench/artifact.py runs/ID/final_model.pt # a checkpoint; environment as for the run that made it
+    python bench/artifact.py --full                 # Gaussian weights of the record network's size
+    python bench/artifact.py                        # the same for a small network: a quick look
+    python bench/artifact.py runs/ID/final_model.pt # a checkpoint; environment as for its run
 
-Needs what the run needs; pickle + Brotli and ZPAQ (lrzip) appear where these are installed. ZPAQ of 36 M codes takes
-minutes: ZPAQ=0 leaves it out. The last line is `bench ` and JSON."""
+The Gaussian weights are seeded, and their rows and columns differ in size. Needs what the run
+needs; pickle + Brotli and ZPAQ (lrzip) appear where these are installed. ZPAQ takes minutes for 36
+million codes; ZPAQ=0 leaves it out. The last line is `bench ` and JSON.
+"""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import importlib.util
 import io
@@ -25,147 +28,195 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_gpt as tg
 
-Packed = dict[str, tuple[torch.Tensor, torch.Tensor]]
+Packed = dict[str, tuple[Tensor, Tensor]]  # codes int8 (n, rows, cols), scales fp16 (n, rows)
+QUIET = tg.Log(Path(os.devnull), is_main=False)
+SMALL = dict(
+    num_layers=2,
+    model_dim=256,
+    vocab_size=2048,
+    num_loops=0,
+    parallel_start_layer=0,
+    xsa_last_n=2,
+)
 
 
-def gaussian(cfg: tg.Config) -> Packed:
-    """Integers of the published steps for Gaussian weights whose rows and columns differ in size."""
-    rng, packed = np.random.default_rng(0), {}
+def gaussian_codes(cfg: tg.Config) -> Packed:
+    """Codes at published steps for Gaussian weights whose rows and columns differ in size."""
+    rng = np.random.default_rng(0)
+    packed = {}
     for bank, (n, rows, cols) in tg.bank_shapes(cfg).items():
         weight = rng.standard_normal((n, rows, cols), dtype=np.float32)
         weight *= np.exp(0.4 * rng.standard_normal((n, rows, 1), dtype=np.float32))
         weight *= np.exp(0.3 * rng.standard_normal((n, 1, cols), dtype=np.float32))
-        bits, clip = (7, 15.0) if bank == "tok_emb" else (6, 12.85)
+        is_table = tg.parameter_table(cfg)[bank].is_table
+        bits, clip = (7, 15.0) if is_table else (6, 12.85)
         scale = tg.clip_steps(torch.from_numpy(weight), clip, 2 ** (bits - 1) - 1)
         q = np.rint(weight / scale.float().numpy()[..., None]).clip(-127, 127).astype(np.int8)
-        packed[bank] = torch.from_numpy(q), scale
+        packed[bank] = (torch.from_numpy(q), scale)
     return packed
 
 
-def order_0(codes: np.ndarray) -> float:  # bytes
-    count = np.bincount(codes.view(np.uint8).ravel())
-    count = count[count > 0]
-    return float(-(count * np.log2(count / count.sum())).sum() / 8)
-
-
-def per_row(packed: Packed) -> float:
-    """Entropy given each row's level, in bytes: what a coder reaches that knows rows but not columns."""
+# --- Coders of the same integers ------------------------------------------------------------------
+def entropy_given_levels(arrays: list[np.ndarray]) -> float:
+    """Entropy given each row's level, in bytes: the bound for a coder that knows rows only."""
     total = 0.0
-    for q, _ in packed.values():
-        level, rows = tg.row_levels(q.numpy()).ravel(), q.numpy().reshape(-1, q.shape[-1])
-        total += sum(order_0(rows[level == k]) for k in np.unique(level))
+    for q in arrays:
+        levels = tg.row_levels(q).ravel()
+        rows = q.reshape(-1, q.shape[-1])
+        for level in np.unique(levels):
+            total += tg.code_entropy_bytes([rows[levels == level]])
     return total
 
 
-class Methods:
-    """name -> (encode, decode) of the codes of one network; pickles hold the tensors, the others their bytes."""
+class AnsCoder:
+    """The entropy coder of train_gpt.py together with the levels that the container stores."""
 
-    def __init__(self, packed: Packed):
-        self.arrays = [q.numpy() for q, _ in packed.values()]
-        self.plain = b"".join(q.tobytes() for q in self.arrays)
-        buffer = io.BytesIO()
-        torch.save({name: q for name, (q, _) in packed.items()}, buffer)
-        self.pickled, self.levels = buffer.getvalue(), [tg.row_levels(q) for q in self.arrays]
+    def __init__(self, shapes: dict[str, tuple[int, int, int]]):
+        """Codes and decodes arrays of these shapes, end to end."""
+        self.shapes = shapes
+        self.row_shapes = {name: shape[:2] for name, shape in shapes.items()}
 
-    def ans(self) -> bytes:
-        levels = tg.codec("lzma")[0](
-            b"".join(lv.tobytes() for lv in self.levels)
-        )  # as the container stores them
-        return len(levels).to_bytes(4, "little") + levels + tg.ans_encode(self.arrays, self.levels)
+    def compress(self, data: bytes) -> bytes:
+        """u32 size of the levels, the levels in LZMA, the stream of codes."""
+        arrays = tg.split_arrays(np.frombuffer(data, np.int8), self.shapes)
+        codes = list(arrays.values())
+        levels = [tg.row_levels(q) for q in codes]
+        stored = tg.codec("lzma").compress(b"".join(level.tobytes() for level in levels))
+        return len(stored).to_bytes(4, "little") + stored + tg.ans_encode(codes, levels)
 
-    def unans(self, data: bytes) -> bytes:
-        shapes, end = [q.shape for q in self.arrays], 4 + int.from_bytes(data[:4], "little")
-        levels = np.frombuffer(
-            tg.codec("lzma")[1](data[4:end], sum(lv.size for lv in self.levels)), np.uint8
-        )
-        levels = tg.split_arrays(levels, [shape[:2] for shape in shapes])
-        return b"".join(q.tobytes() for q in tg.ans_decode(data[end:], shapes, levels))
+    def decompress(self, data: bytes) -> bytes:
+        """The bytes of the arrays."""
+        end = 4 + int.from_bytes(data[:4], "little")
+        num_rows = sum(math.prod(shape) for shape in self.row_shapes.values())
+        flat = np.frombuffer(tg.codec("lzma").decompress(data[4:end], num_rows), np.uint8)
+        levels = list(tg.split_arrays(flat, self.row_shapes).values())
+        codes = tg.ans_decode(data[end:], list(self.shapes.values()), levels)
+        return b"".join(q.tobytes() for q in codes)
 
-    def table(self) -> dict[str, tuple[Callable[[], bytes], Callable[[bytes], bytes], bytes]]:
-        import zstandard
 
-        zstd, unzstd = tg.codec("zstd")
-        size, plain, pickled = len(self.plain), self.plain, self.pickled
-        found = {
-            "pickle + zstd 22": (
-                lambda: zstandard.compress(pickled, 22),
-                zstandard.decompress,
-                pickled,
-            ),
-            "lzma 6": (lambda: lzma.compress(plain, preset=6), lzma.decompress, plain),
-            "zstd (ours)": (lambda: zstd(plain), lambda data: unzstd(data, size), plain),
-            "ans (ours)": (self.ans, self.unans, plain),
-        }
-        if importlib.util.find_spec("brotli"):
-            import brotli
+class Method(NamedTuple):
+    """One way to store the integers of a network."""
 
-            found["pickle + Brotli 11"] = (
-                lambda: brotli.compress(pickled, quality=11),
-                brotli.decompress,
-                pickled,
-            )
-        if shutil.which("lrzip") and os.environ.get("ZPAQ", "1") == "1":
-            pack, unpack = partial(lrzip, plain, "-z -L 9"), partial(lrzip, options="-d")
-            found["ZPAQ (lrzip -z -L 9)"] = pack, unpack, plain
-        return found
+    name: str
+    data: bytes  # what is compressed: the bytes of the integers, or a pickle of their tensors
+    compress: Callable[[bytes], bytes]
+    decompress: Callable[[bytes], bytes]
+
+
+class Result(NamedTuple):
+    """What a method needed."""
+
+    size: int  # bytes
+    encode_s: float
+    decode_s: float
 
 
 def lrzip(data: bytes, options: str) -> bytes:
+    """What lrzip makes of `data` with these options."""
     with tempfile.TemporaryDirectory() as folder:
-        source, target = Path(folder) / "in.lrz", Path(folder) / "out"
+        source = Path(folder) / "in.lrz"
+        target = Path(folder) / "out"
         source.write_bytes(data)
-        subprocess.run(
-            ["lrzip", "-Q", *options.split(), "-o", str(target), str(source)], check=True
-        )
+        command = ["lrzip", "-Q", *options.split(), "-o", str(target), str(source)]
+        subprocess.run(command, check=True)
         return target.read_bytes()
 
 
-def coders(packed: Packed) -> dict[str, float]:
-    methods, found = Methods(packed), {}
-    codes = np.concatenate([q.ravel() for q in methods.arrays])
-    entropy, conditional = order_0(codes), per_row(packed)
+def available_methods(packed: Packed) -> list[Method]:
+    """All methods whose packages and programs are installed."""
+    import zstandard
+
+    codes = {name: q for name, (q, _) in packed.items()}
+    plain = b"".join(q.numpy().tobytes() for q in codes.values())
+    buffer = io.BytesIO()
+    torch.save(codes, buffer)
+    pickled = buffer.getvalue()
+
+    zstd = tg.codec("zstd")
+    unzstd = partial(zstd.decompress, size=len(plain))
+    ans = AnsCoder({name: tuple(q.shape) for name, q in codes.items()})
+    zstd_22 = partial(zstandard.compress, level=22)
+    methods = [
+        Method("pickle + zstd 22", pickled, zstd_22, zstandard.decompress),
+        Method("lzma 6", plain, partial(lzma.compress, preset=6), lzma.decompress),
+        Method("zstd (ours)", plain, zstd.compress, unzstd),
+        Method("ans (ours)", plain, ans.compress, ans.decompress),
+    ]
+    if importlib.util.find_spec("brotli"):
+        import brotli
+
+        brotli_11 = partial(brotli.compress, quality=11)
+        methods.append(Method("pickle + Brotli 11", pickled, brotli_11, brotli.decompress))
+    if shutil.which("lrzip") and os.environ.get("ZPAQ", "1") == "1":
+        zpaq = partial(lrzip, options="-z -L 9")
+        methods.append(Method("ZPAQ (lrzip -z -L 9)", plain, zpaq, partial(lrzip, options="-d")))
+    return methods
+
+
+def measure(method: Method) -> Result:
+    """Compresses and decompresses once. Raises AssertionError if it is not lossless."""
+    start = time.perf_counter()
+    data = method.compress(method.data)
+    encoded = time.perf_counter()
+    restored = method.decompress(data)
+    decoded = time.perf_counter()
+    assert restored == method.data, method.name
+    return Result(len(data), encoded - start, decoded - encoded)
+
+
+def compare_coders(packed: Packed) -> dict[str, float]:
+    """Prints a line a method, with the peak memory of the process, and returns the ratios."""
+    arrays = [q.numpy() for q, _ in packed.values()]
+    num_codes = sum(q.size for q in arrays)
+    entropy = tg.code_entropy_bytes(arrays)
+    conditional = entropy_given_levels(arrays)
     print(
-        f"{codes.size} codes; entropy of order 0 {entropy:.0f} bytes, given the row's level {conditional:.0f}"
+        f"{num_codes} codes; entropy of order 0 {entropy:.0f} bytes, "
+        f"given the row's level {conditional:.0f}"
     )
     print(
-        f"{'method':<22}{'bytes':>11}{'bits/w':>8}{'/order0':>8}{'/row':>8}{'enc s':>7}{'dec s':>7}{'MiB':>7}"
+        f"{'method':<22}{'bytes':>11}{'bits/w':>8}{'/order0':>8}{'/row':>8}"
+        f"{'enc s':>7}{'dec s':>7}{'MiB':>7}"
     )
-    for name, (encode, decode, plain) in methods.table().items():
-        start = time.perf_counter()
-        data = encode()
-        middle = time.perf_counter()
-        assert decode(data) == plain, name
-        end, peak = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
-        found[name] = len(data), middle - start, end - middle
+    results = {}
+    for method in available_methods(packed):
+        result = measure(method)
+        results[method.name] = result
+        peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
         print(
-            f"{name:<22}{len(data):>11}{8 * len(data) / codes.size:>8.3f}{len(data) / entropy:>8.4f}"
-            f"{len(data) / conditional:>8.4f}{middle - start:>7.2f}{end - middle:>7.2f}{peak:>7}"
+            f"{method.name:<22}{result.size:>11}{8 * result.size / num_codes:>8.3f}"
+            f"{result.size / entropy:>8.4f}{result.size / conditional:>8.4f}"
+            f"{result.encode_s:>7.2f}{result.decode_s:>7.2f}{peak_mib:>7}"
         )
-    size, encode_s, decode_s = found["ans (ours)"]
-    brotli = found.get("pickle + Brotli 11", (math.nan,))[0]
+
+    ans = results["ans (ours)"]
+    brotli_size = math.nan
+    if "pickle + Brotli 11" in results:
+        brotli_size = results["pickle + Brotli 11"].size
     return {
-        "zstd_over_entropy": found["zstd (ours)"][0] / entropy,
-        "ans_over_entropy": size / entropy,
-        "ans_over_brotli": size / brotli,
-        "encode_s": encode_s,
-        "decode_s": decode_s,
+        "zstd_over_entropy": results["zstd (ours)"].size / entropy,
+        "ans_over_entropy": ans.size / entropy,
+        "ans_over_brotli": ans.size / brotli_size,
+        "encode_s": ans.encode_s,
+        "decode_s": ans.decode_s,
     }
 
 
-QUIET = tg.Log(Path(os.devnull), is_main=False)
-
-
+# --- Quantisers at equal bytes --------------------------------------------------------------------
 class Checkpoint:
     """A trained network with its calibration rows and its validation documents."""
 
     def __init__(self, path: str):
+        """Reads a checkpoint and calibrates. Raises UsageError if the file is none."""
         env = {"TTT_ENABLED": "0", "VAL_DOC_FRACTION": "0.1", **os.environ, "EVAL_ONLY_PATH": path}
         cfg, origin = tg.Config.from_env(env, torch.cuda.is_available())
         self.cfg, saved = tg.load_model_file(cfg, origin)
@@ -173,7 +224,8 @@ class Checkpoint:
             raise tg.UsageError(
                 f"{path}: is an artifact; a checkpoint is needed, final_model.pt beside it"
             )
-        self.ranks, tokenizer = tg.Ranks({}), tg.Tokenizer.load(self.cfg)
+        self.ranks = tg.Ranks({})
+        tokenizer = tg.Tokenizer.load(self.cfg)
         streams = {split: tg.TokenStream(self.cfg.dataset_dir, split) for split in ("train", "val")}
         tg.check_shards(self.cfg, tokenizer, self.ranks, streams)
         self.docs = tg.Documents.load(streams["val"], tokenizer.bos_id, self.cfg)
@@ -186,100 +238,111 @@ class Checkpoint:
         self.model.load_state_dict(saved["weights"])
         loader = tg.PackedLoader(streams["train"], tokenizer.bos_id, self.cfg, self.ranks)
         self.rows, _ = loader.rows(self.cfg.gptq_calibration_batches)
-        self.hessians = tg.collect_hessians(self.model, self.plan, self.rows, self.ranks)
-        self.both = dict(self.hessians)  # the embedding's Hessian of both its roles
-        self.loss = tg.collect_sensitivities(
-            self.model, self.model, self.plan, self.rows, self.both, self.ranks
+        self.calibrate()
+
+    def calibrate(self) -> None:
+        """Measures Hessians (the published ones and ours) and sensitivities."""
+        model, rows = self.model, self.rows
+        self.hessians = tg.collect_hessians(model, self.plan, rows, self.ranks)
+        # Here the Hessian of the tied table is replaced by that of both its roles.
+        self.hessians_of_both_roles = dict(self.hessians)
+        self.sensitivities = tg.collect_sensitivities(
+            model, model, self.plan, rows, self.hessians_of_both_roles, self.ranks
         )
 
     def bpb(self, data: bytes | None = None) -> float:
+        """Bits per byte of the network, or of the artifact `data` of it."""
         model = self.model
         if data:
             model = tg.GPT(self.cfg, self.model.attention_backend).to(self.ranks.device)
-            tg.load_artifact(model, tg.open_artifact(data, Path("artifact"))[1])
+            _, arrays = tg.open_artifact(data, Path("artifact"))
+            tg.load_artifact(model, arrays)
         ledger = tg.Ledger(self.docs, self.table, self.ranks.device)
         scorer = tg.Scorer(model, self.plan, ledger, self.cfg, self.ranks, QUIET)
         return tg.score_all(scorer, 0).result()["val_bpb"]
 
-    def error(self, packed: Packed) -> float:
-        """Sum over rows of sensitivity * e H e^T: the quantisers' own measure of harm, nats up to one factor."""
+    def weighted_error(self, data: bytes) -> float:
+        """Sum over rows of sensitivity * e H e^T, e the error of an artifact's weights.
+
+        This is the quantisers' own measure of harm: nats, up to one factor.
+        """
+        _, arrays = tg.open_artifact(data, Path("artifact"))
+        shapes = tg.bank_shapes(self.cfg)
         total = 0.0
-        for bank, i, site, layer in tg.quantised_matrices(self.cfg):
-            q, scale = (x[i].to(self.ranks.device).float() for x in packed[bank])
-            weight = self.model.get_parameter(bank).detach().view(tg.bank_shapes(self.cfg)[bank])[i]
-            e = weight - q * scale[:, None]
-            total += float((((e @ self.both[site, layer]) * e).sum(-1) * self.loss[bank][i]).sum())
+        for matrix in tg.quantised_matrices(self.cfg):
+            bank, i = matrix.bank, matrix.index
+            scale = arrays.scales[bank][i].astype(np.float32)
+            restored = torch.from_numpy(arrays.codes[bank][i] * scale[:, None])
+            weight = self.model.get_parameter(bank).detach().view(shapes[bank])[i]
+            e = weight - restored.to(self.ranks.device)
+            harm = ((e @ self.hessians_of_both_roles[matrix.input_key]) * e).sum(-1)
+            total += float((harm * self.sensitivities[bank][i]).sum())
         return total
 
-    def nearest(self) -> dict:  # Hessians without correlations: the solver then rounds to nearest
+    def identities(self) -> tg.Hessians:
+        """Hessians without correlations: the solver then rounds to nearest."""
         return {key: torch.eye(len(h), device=h.device) for key, h in self.hessians.items()}
 
 
-def unpacked(data: bytes, cfg: tg.Config) -> Packed:  # codes and scales of an artifact
-    _, streams = tg.open_artifact(data, Path("artifact"))
-    shapes = tg.bank_shapes(cfg)
-    codes = tg.split_arrays(np.frombuffer(streams[0], np.int8), shapes.values())
-    scales = tg.split_arrays(
-        np.frombuffer(streams[2], np.float16), [shape[:2] for shape in shapes.values()]
+def compare_quantizers(point: Checkpoint) -> Packed:
+    """Prints a line a quantiser, all fitted to the bytes of published GPTQ and coded with ans.
+
+    Returns the integers and scales of the last one, ours.
+    """
+    model, ranks = point.model, point.ranks
+    published = dataclasses.replace(
+        point.cfg, quantizer="gptq", compressor="ans", artifact_limit_bytes=0
     )
-    parts = zip(shapes, codes, scales, strict=True)
-    return {
-        bank: (torch.from_numpy(q.copy()), torch.from_numpy(scale.copy()))
-        for bank, q, scale in parts
-    }
-
-
-def quantizers(point: Checkpoint) -> Packed:
-    """Round to nearest, published GPTQ and ours, all fitted to the bytes of the published one and coded with ans."""
-    cfg, model, ranks = point.cfg, point.model, point.ranks
-    published = dataclasses.replace(cfg, quantizer="gptq", compressor="ans", artifact_limit_bytes=0)
-    model.cfg, before = published, point.bpb()
-    limit = (
-        len(tg.fit_artifact(tg.Quantizer(model, point.hessians, None, ranks), model, {}, QUIET))
-        + 2048
-        + tg.CODE_BYTES
+    model.cfg = published
+    unquantised = point.bpb()
+    quantizer = tg.Quantizer(model, point.hessians, None, ranks)
+    published_size = len(tg.fit_artifact(quantizer, model, {}, QUIET))
+    model.cfg = dataclasses.replace(
+        published, artifact_limit_bytes=published_size + 2048 + tg.CODE_BYTES
     )
     print(
-        f"{'quantiser':<20}{'bytes':>11}{'weighted error':>16}{'bpb lost':>10}{'s':>7}  unquantised {before:.5f}"
+        f"{'quantiser':<20}{'bytes':>11}{'weighted error':>16}{'bpb lost':>10}{'s':>7}"
+        f"  unquantised {unquantised:.5f}"
     )
-    for name, hessians, loss in (
-        ("round to nearest", point.nearest(), None),
+    for name, hessians, sensitivities in (
+        ("round to nearest", point.identities(), None),
         ("published GPTQ", point.hessians, None),
-        ("allocated (ours)", point.both, point.loss),
+        ("allocated (ours)", point.hessians_of_both_roles, point.sensitivities),
     ):
         start = time.perf_counter()
-        model.cfg = dataclasses.replace(published, artifact_limit_bytes=limit)
-        solver = tg.Quantizer(model, hessians, loss, ranks)
-        data = tg.fit_artifact(solver, model, {}, QUIET)
-        seconds, packed = time.perf_counter() - start, unpacked(data, cfg)
-        lost = point.bpb(data) - before
-        print(
-            f"{name:<20}{len(data):>11}{point.error(packed):>16.4e}{lost:>10.5f}{seconds:>7.1f}",
-            flush=True,
-        )
+        quantizer = tg.Quantizer(model, hessians, sensitivities, ranks)
+        data = tg.fit_artifact(quantizer, model, {}, QUIET)
+        seconds = time.perf_counter() - start
+        lost = point.bpb(data) - unquantised
+        error = point.weighted_error(data)
+        print(f"{name:<20}{len(data):>11}{error:>16.4e}{lost:>10.5f}{seconds:>7.1f}", flush=True)
+
+    _, arrays = tg.open_artifact(data, Path("artifact"))
+    packed = {}
+    for bank, q in arrays.codes.items():
+        packed[bank] = (torch.from_numpy(q.copy()), torch.from_numpy(arrays.scales[bank].copy()))
     return packed
 
 
 def main(argv: list[str]) -> int:
-    if argv and argv[0] in ("-h", "--help"):
-        print(__doc__)
-        return 0
-    small = dict(
-        num_layers=2,
-        model_dim=256,
-        vocab_size=2048,
-        num_loops=0,
-        parallel_start_layer=0,
-        xsa_last_n=2,
+    """Prints the tables. Exit status 2 if the file is not a checkpoint of train_gpt.py."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    cfg = tg.Config(**({} if argv == ["--full"] else small))
-    try:
-        point = Checkpoint(argv[0]) if argv and argv != ["--full"] else None
-    except tg.UsageError as error:
-        print(f"bench/artifact.py: {error}", file=sys.stderr)
-        return 2
-    packed = quantizers(point) if point else gaussian(cfg)
-    print("bench " + json.dumps({key: round(value, 5) for key, value in coders(packed).items()}))
+    parser.add_argument("checkpoint", nargs="?", help="final_model.pt; without it Gaussian weights")
+    parser.add_argument("--full", action="store_true", help="Gaussian weights at full size")
+    args = parser.parse_args(argv)
+    if args.checkpoint:
+        try:
+            point = Checkpoint(args.checkpoint)
+        except tg.UsageError as error:
+            print(f"bench/artifact.py: {error}", file=sys.stderr)
+            return 2
+        packed = compare_quantizers(point)
+    else:
+        packed = gaussian_codes(tg.Config() if args.full else tg.Config(**SMALL))
+    ratios = {key: round(value, 5) for key, value in compare_coders(packed).items()}
+    print("bench " + json.dumps(ratios))
     return 0
 
 

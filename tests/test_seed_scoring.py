@@ -97,11 +97,10 @@ def packed_by(
 
 def loaded(cfg: tg.Config, data: bytes) -> tuple[tg.GPT, dict[str, np.ndarray]]:
     """The network in a file, and its integers."""
-    other, shapes = random_model(cfg, seed=1), tg.bank_shapes(cfg)
-    _, streams = tg.open_artifact(data, Path("file"))
-    tg.load_artifact(other, streams)
-    codes = tg.split_arrays(np.frombuffer(streams[0], np.int8), shapes.values())
-    return other, dict(zip(shapes, codes, strict=True))
+    other = random_model(cfg, seed=1)
+    _, arrays = tg.open_artifact(data, Path("file"))
+    tg.load_artifact(other, arrays)
+    return other, arrays.codes
 
 
 def relative(found: tg.GPT, wanted: tg.GPT, name: str) -> float:
