@@ -4747,6 +4747,8 @@ class Run:  # from its data to its report, the same on all ranks; `go` holds the
             None,
         )  # saved: EVAL_ONLY_PATH's file
         self.phases, self.inner = [], 0.0
+        self.tuner = TileTuner()
+        use_tuner(self.tuner)
         with self.phase("check", "none"):
             try:
                 lines = self.check(origin)
@@ -5008,7 +5010,7 @@ class Run:  # from its data to its report, the same on all ranks; `go` holds the
             self.graphs = {plan: capture_row(self.forward, plan, row, pool) for plan in plans}
             self.model.zero_grad(set_to_none=False)
         self.sentinel = CompilationCounter(self.log)  # of what is compiled from here on
-        fastest_tile.measures = not cfg.warmup_steps
+        self.tuner.may_measure = not cfg.warmup_steps
         reserve = (
             max(ranks.gather(reserve)) if cfg.gptq_reserve_seconds < 0 else cfg.gptq_reserve_seconds
         )
@@ -5185,102 +5187,208 @@ class Run:  # from its data to its report, the same on all ranks; `go` holds the
 
 
 # === 12. Kernels: MLP, cross-entropy, norm and RoPE, XSA, each beside a plain reference ===
-HEAD_TILES = [(32, 8), (32, 4), (16, 4), (64, 8)]  # heads, warps
+# What all kernels share comes first. Each kernel then has a part of its own, in one order: formula
+# and source, reference forward and backward, Triton kernel, launcher, operator of torch.library,
+# autograd function, public function.
+
+# --- Shared by all kernels: choice of tiles, operators, launches over heads -----------------------
+HEAD_TILES = [(32, 8), (32, 4), (16, 4), (64, 8)]  # heads of a program, warps
 TILES = {
-    "mlp_up": [(128, 256, 64), (128, 128, 64)],
-    "mlp_dpre": [(128, 256, 64), (128, 128, 64)],  # tokens, hidden, summed
+    "mlp_up": [(128, 256, 64), (128, 128, 64)],  # tokens, hidden units, terms of the sum at once
+    "mlp_dpre": [(128, 256, 64), (128, 128, 64)],
     "ce": [(8192, 16), (8192, 8), (4096, 8), (1024, 4)],  # columns at once, warps
     "qk": HEAD_TILES,
     "qk_backward": HEAD_TILES,
     "xsa": HEAD_TILES,
     "xsa_backward": HEAD_TILES,
 }
-chosen: dict[tuple, tuple] = {}  # (kernel, ..shape) -> tile
 
 
-def fastest_tile(kernel: str, rows: int, shape: tuple, launch: Callable[[tuple], None]) -> tuple:
-    """The tile of TILES[kernel] with which launch(tile) is fastest on this GPU: measured once per shape, with many rows
-    (few fill no GPU: the first tile), kept beside Triton's compiled kernels. Warm-up comes here before a CUDA graph."""
-    key = (kernel, *shape)
-    if key not in chosen and rows >= 2**14 and fastest_tile.measures:
-        about = str((key, TILES[kernel], torch.cuda.get_device_name(), triton.__version__))
-        path = (
-            Path(triton.knobs.cache.dir)
-            / f"tile-{hashlib.sha256(about.encode()).hexdigest()[:32]}.json"
-        )
+class TileTuner:
+    """Finds the fastest tile of TILES for each kernel and shape by measuring on this GPU.
+
+    A run owns one and forbids it to measure once warm-up is over: a CUDA graph cannot record a
+    measurement, and training time should not pay for one. The choices are kept beside Triton's
+    compiled kernels, so that a machine measures each shape once and all its ranks use one tile.
+    """
+
+    MIN_ROWS = 2**14  # fewer do not fill a GPU, so the first tile of the table serves
+
+    def __init__(self) -> None:
+        self.may_measure = True
+        self.chosen: dict[tuple, tuple] = {}  # (kernel, *shape) -> tile
+
+    def fastest_tile(
+        self, kernel: str, rows: int, shape: tuple, launch: Callable[[tuple], None]
+    ) -> tuple:
+        """The tile with which `launch(tile)` is fastest; the first one while none was measured.
+
+        kernel: a key of TILES. shape: whatever decides about speed, except the number of rows.
+        """
+        key = (kernel, *shape)
+        if key not in self.chosen and rows >= self.MIN_ROWS and self.may_measure:
+            self.chosen[key] = self.load_or_measure(key, TILES[kernel], launch)
+        return self.chosen.get(key, TILES[kernel][0])
+
+    def load_or_measure(
+        self, key: tuple, tiles: list[tuple], launch: Callable[[tuple], None]
+    ) -> tuple:
+        """The tile that is kept on disk for `key`; measured and saved if there is none yet."""
+        identity = str((key, tiles, torch.cuda.get_device_name(), triton.__version__))
+        digest = hashlib.sha256(identity.encode()).hexdigest()[:32]
+        path = Path(triton.knobs.cache.dir) / f"tile-{digest}.json"
         if not path.is_file():
-            times = [
-                triton.testing.do_bench(partial(launch, tile), warmup=5, rep=20)
-                for tile in TILES[kernel]
+            times_ms = [
+                triton.testing.do_bench(partial(launch, tile), warmup=5, rep=20) for tile in tiles
             ]
-            best, own = TILES[kernel][int(np.argmin(times))], path.with_suffix(f".{os.getpid()}")
-            write_atomic(own, json.dumps(best).encode())
-            with contextlib.suppress(
-                OSError
-            ):  # the first of all ranks decides: other tiles round sums otherwise
-                os.link(own, path)
-            own.unlink()
-        chosen[key] = tuple(json.loads(path.read_text())) if path.is_file() else best
-    return chosen.get(key, TILES[kernel][0])
+            fastest = tiles[int(np.argmin(times_ms))]
+            own_path = path.with_suffix(f".{os.getpid()}")
+            write_atomic(own_path, json.dumps(fastest).encode())
+            # A link fails where the file exists already. So the first rank to finish decides for
+            # all: ranks with different tiles would round sums differently. Some file systems have
+            # no links; there each rank uses its own measurement.
+            with contextlib.suppress(OSError):
+                os.link(own_path, path)
+            own_path.unlink()
+            if not path.is_file():
+                return fastest
+        return tuple(json.loads(path.read_text()))
 
 
-fastest_tile.measures = True  # until warm-up is over
+# The tuner that launchers ask. An operator of torch.library takes only tensors and numbers, and its
+# backward may run on another thread, so neither an argument nor a context variable can bring the
+# run's tuner to a launcher: this one slot has to name it. A run installs its own.
+active_tuner = TileTuner()
+
+
+def use_tuner(tuner: TileTuner) -> None:
+    """Makes all launchers of this process ask `tuner` from now on."""
+    global active_tuner
+    active_tuner = tuner
 
 
 def define_operator(
-    name: str, reference: Callable, kernel: Callable, fake: Any = None, changes: tuple = ()
+    name: str,
+    reference: Callable,
+    launcher: Callable,
+    fake: Callable | None = None,
+    mutates: tuple[str, ...] = (),
 ) -> Any:
-    def on_gpu(x: Tensor, *args: Any) -> Any:  # the kernels sum in fp32
-        fits = triton is not None and x.element_size() <= 4 and x.numel() > 0
-        return (kernel if fits else reference)(x, *args)
+    """Registers golf::`name`, an operator that runs `launcher` on a GPU and `reference` elsewhere.
 
-    op = torch.library.custom_op(f"golf::{name}", reference, mutates_args=changes)
-    op.register_kernel("cuda", on_gpu)
-    op.register_fake(fake or reference)
-    return op
+    Both take the same arguments; torch.compile looks into neither. The annotations of `reference`
+    become the operator's schema. fake: returns empty outputs while a graph is traced, by default
+    `reference` itself. mutates: names of arguments that are changed in place.
+    """
+
+    def on_gpu(x: Tensor, *args: Any) -> Any:
+        """Kernels sum in fp32, so fp64 takes the reference; so does an empty tensor."""
+        if triton is not None and x.element_size() <= 4 and x.numel() > 0:
+            return launcher(x, *args)
+        return reference(x, *args)
+
+    operator = torch.library.custom_op(f"golf::{name}", reference, mutates_args=mutates)
+    operator.register_kernel("cuda", on_gpu)
+    operator.register_fake(fake or reference)
+    return operator
 
 
-def launch_heads(kernel: Any, name: str, args: list, rows: int, tile: tuple, **shape: Any) -> None:
-    """kernel(*args, rows, ..): `rows` heads of D values, tile[0] of them to a program."""
+@jit
+def heads_of_program(ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Indices of the heads of this program (ROWS, 1), int64, and of their columns (1, COLS)."""
+    head = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    col = tl.arange(0, COLS)[None, :]
+    return head, col
+
+
+def launch_heads(
+    kernel: Any, table: str, arguments: list, rows: int, sizes: dict[str, Any], tile: tuple | None
+) -> None:
+    """Launches kernel(*arguments, rows, **sizes, ...), in which each program has some of the heads.
+
+    arguments: tensors, None for one that is left out, and strides; the first gives the dtype.
+    rows: heads of D values in all; a program takes all columns of its heads at once.
+    tile: heads of a program and its warps, or None for the fastest of TILES[table].
+    """
+    columns = triton.next_power_of_2(sizes["D"])
 
     def launch(tile: tuple) -> None:
-        block = dict(ROWS=tile[0], COLS=triton.next_power_of_2(shape["D"]), num_warps=tile[1])
-        kernel[(triton.cdiv(rows, tile[0]),)](*args, rows, **shape, **block)
+        heads, warps = tile
+        grid = (triton.cdiv(rows, heads),)
+        kernel[grid](*arguments, rows, **sizes, ROWS=heads, COLS=columns, num_warps=warps)
 
-    launch(tile or fastest_tile(name, rows, (*shape.values(), args[0].dtype), launch))
+    if tile is None:
+        num_given = sum(argument is not None for argument in arguments)
+        shape = (*sizes.values(), num_given, arguments[0].dtype)
+        tile = active_tuner.fastest_tile(table, rows, shape, launch)
+    launch(tile)
 
 
-# --- Fused MLP: out = leaky_relu(x @ w_up.T)^2 @ w_down.T for x (T, C), w_up (F, C), w_down (C, F). ---
-# PR #1530; after modded-nanogpt. Both products with an activation epilogue are operators: PyTorch, or Triton on Hopper.
+# --- Fused MLP ------------------------------------------------------------------------------------
+# out = leaky_relu(x @ w_up.T)^2 @ w_down.T for x (T, C), w_up (F, C), w_down (C, F). From PR #1530,
+# after modded-nanogpt. Two products have the activation, or its derivative, as their epilogue. Both
+# are operators, computed by PyTorch or, on Hopper, by one Triton kernel.
+def mlp_up_reference(x: Tensor, w_up: Tensor, slope: float = MLP_SLOPE) -> tuple[Tensor, Tensor]:
+    """pre = x @ w_up.T and post = leaky_relu(pre)^2, both (T, F)."""
+    pre = F.linear(x, w_up)
+    return pre, leaky_relu_sq(pre, slope)
+
+
+def mlp_dpre_reference(dy: Tensor, w_down: Tensor, pre: Tensor, slope: float = MLP_SLOPE) -> Tensor:
+    """Gradient of pre (T, F) from dy (T, C): (dy @ w_down) * derivative of leaky_relu^2 at pre.
+
+    The derivative is twice leaky_relu with the slope squared. In bf16 on a CPU this form takes 1/12
+    of the time of torch.where.
+    """
+    return (dy @ w_down).mul_(F.leaky_relu(pre, slope**2)).mul_(2)
+
+
 @jit
 def mlp_kernel(a, w, pre, out, BACKWARD: tl.constexpr, SLOPE: tl.constexpr):
-    """One product and its epilogue. Operands are tensor descriptors and bring their dtype; sums are fp32.
-    forward : a = x (T, C), w = w_up (F, C);    stores pre = a @ w.T and out = leaky_relu(pre)^2, both (T, F)
-    backward: a = dy (T, C), w = w_down (C, F); loads pre, stores out = (a @ w) * derivative of leaky_relu^2 at pre
-    A sum is rounded to the dtype before the epilogue, as between separate operators. TMA reads zeros and writes
-    nothing past an edge: no masks. Programs stride over tiles in groups of 8 row blocks (weights stay in L2).
-    `flatten` starts the next tile's loads before this epilogue, done by column halves so that staging fits."""
+    """A product of two matrices and its epilogue, for both operators.
+
+    Forward: a = x (T, C), w = w_up (F, C). Stores pre = a @ w.T and out = leaky_relu(pre)^2.
+    Backward: a = dy (T, C), w = w_down (C, F). Loads pre and stores
+    out = (a @ w) * derivative of leaky_relu^2 at pre. Both pre and out are (T, F).
+
+    The operands are tensor descriptors, which bring their dtype; sums are fp32. A sum is rounded to
+    the dtype before the epilogue, as it would be between separate operators. TMA reads zeros and
+    writes nothing past an edge, so there are no masks. Programs stride over the tiles in groups of
+    8 row blocks, so that weights stay in the L2 cache. `flatten` starts the loads of the next tile
+    before the epilogue of this one, which works on column halves so that its staging buffer fits.
+    """
     BM: tl.constexpr = a.block_shape[0]
     BH: tl.constexpr = out.block_shape[1]
-    row_blocks, col_blocks = tl.cdiv(out.shape[0], BM), tl.cdiv(out.shape[1], 2 * BH)
-    for tile in tl.range(
-        tl.program_id(0), row_blocks * col_blocks, tl.num_programs(0), flatten=True
-    ):
+    row_blocks = tl.cdiv(out.shape[0], BM)
+    col_blocks = tl.cdiv(out.shape[1], 2 * BH)
+    num_tiles = row_blocks * col_blocks
+    for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), flatten=True):
         i, j = tl.swizzle2d(tile // col_blocks, tile % col_blocks, row_blocks, col_blocks, 8)
-        row, col = i * BM, j * 2 * BH
+        row = i * BM
+        col = j * 2 * BH
         acc = tl.zeros((BM, 2 * BH), tl.float32)
         for k in range(0, a.shape[1], a.block_shape[1]):
-            b = (
-                w.load([k, col]) if BACKWARD else w.load([col, k]).T
-            )  # as stored: no transposed copy
+            # Both weights are read as they are stored; no transposed copy of one is made.
+            if BACKWARD:
+                b = w.load([k, col])
+            else:
+                b = w.load([col, k]).T
             acc = tl.dot(a.load([row, k]), b, acc)
         halves = tl.split(tl.permute(tl.reshape(acc.to(out.dtype), (BM, 2, BH)), (0, 2, 1)))
+
+        # Let f(z) be z above zero and SLOPE^2 * z below. Then leaky_relu(z)^2 = z * f(z), and its
+        # derivative is 2 * f(z) = f(2 * z).
         for h in tl.static_range(2):
-            half, at = halves[h], [row, col + h * BH]
-            z = 2 * pre.load(at) if BACKWARD else half
-            out.store(at, half * tl.where(z > 0, z, SLOPE * SLOPE * z))
-            if not BACKWARD:
-                pre.store(at, half)
+            half = halves[h]
+            half_col = col + h * BH
+            if BACKWARD:
+                doubled = 2 * pre.load([row, half_col])
+                derivative = tl.where(doubled > 0, doubled, SLOPE * SLOPE * doubled)
+                out.store([row, half_col], half * derivative)
+            else:
+                factor = tl.where(half > 0, half, SLOPE * SLOPE * half)
+                out.store([row, half_col], half * factor)
+                pre.store([row, half_col], half)
 
 
 def launch_mlp(
@@ -5293,111 +5401,170 @@ def launch_mlp(
     tile: tuple,
     slope: float = MLP_SLOPE,
 ) -> None:
-    """Fills `out` (forward also `pre`) with at most that many persistent programs. T must not be 0; a new T compiles
-    nothing. Descriptors are made per call (a cache would keep activations alive), never in a replayed CUDA graph.
-    Shared memory, of 227 KB: forward 224 (4 stages), backward with its staged `pre` 208 (3 stages)."""
+    """Fills `out`, and in the forward `pre`, with at most `programs` persistent programs.
+
+    T must not be 0; a new T compiles nothing. Descriptors are made for every call, because a cache
+    of them would keep activations alive; a replayed CUDA graph makes none. Of 227 KB of shared
+    memory the forward takes 224 with its 4 stages, the backward with its staged `pre` 208 with 3.
+    """
     bm, bn, bk = tile
-    boxes = [bm, bk], [bk, bn] if backward else [bn, bk], [bm, bn // 2], [bm, bn // 2]
-    args = [
-        TensorDescriptor(t, t.shape, t.stride(), box)
-        for t, box in zip((a, w, pre, out), boxes, strict=True)
-    ]
-    grid = (min(programs, triton.cdiv(out.shape[0], bm) * triton.cdiv(out.shape[1], bn)),)
+    w_box = [bk, bn] if backward else [bn, bk]
+    half_box = [bm, bn // 2]
+    num_tiles = triton.cdiv(out.shape[0], bm) * triton.cdiv(out.shape[1], bn)
+    grid = (min(programs, num_tiles),)
     mlp_kernel[grid](
-        *args, BACKWARD=backward, SLOPE=slope, num_warps=8, num_stages=3 if backward else 4
+        TensorDescriptor(a, a.shape, a.stride(), [bm, bk]),
+        TensorDescriptor(w, w.shape, w.stride(), w_box),
+        TensorDescriptor(pre, pre.shape, pre.stride(), half_box),
+        TensorDescriptor(out, out.shape, out.stride(), half_box),
+        BACKWARD=backward,
+        SLOPE=slope,
+        num_warps=8,
+        num_stages=3 if backward else 4,
     )
 
 
-def mlp_up_reference(x: Tensor, w_up: Tensor, slope: float = MLP_SLOPE) -> tuple[Tensor, Tensor]:
-    pre = F.linear(x, w_up)
-    return pre, leaky_relu_sq(pre, slope)
+def launch_fastest_mlp(
+    a: Tensor, w: Tensor, pre: Tensor, out: Tensor, backward: bool, slope: float
+) -> None:
+    """launch_mlp with the fastest tile, and as many programs as the GPU has multiprocessors."""
+    programs = torch.cuda.get_device_properties(a.device).multi_processor_count
+    launch = partial(launch_mlp, a, w, pre, out, programs, backward, slope=slope)
+    table = "mlp_dpre" if backward else "mlp_up"
+    shape = (out.size(1), a.size(1), a.dtype)
+    launch(active_tuner.fastest_tile(table, len(a), shape, launch))
 
 
-def mlp_dpre_reference(dy: Tensor, w_down: Tensor, pre: Tensor, slope: float = MLP_SLOPE) -> Tensor:
-    return (
-        (dy @ w_down).mul_(F.leaky_relu(pre, slope**2)).mul_(2)
-    )  # 1/12 of torch.where's time on a CPU in bf16
+def mlp_kernel_fits(hidden: int, *operands: Tensor) -> bool:
+    """Whether mlp_kernel can read these operands (rows, columns) and write rows of `hidden` values.
+
+    It needs Hopper and a dtype of two bytes. TMA needs dense columns, and rows that begin at
+    multiples of 16 bytes, which are 8 values.
+    """
+    first = operands[0]
+    if triton is None or torch.cuda.get_device_properties(first.device).major != 9:
+        return False
+    if first.dtype not in (torch.bfloat16, torch.float16) or len(first) == 0 or hidden % 8 != 0:
+        return False
+    for t in operands:
+        is_aligned = t.stride(1) == 1 and t.stride(0) % 8 == 0 and t.data_ptr() % 16 == 0
+        if t.dtype != first.dtype or not is_aligned:
+            return False
+    return True
 
 
-def mlp_cuda(a: Tensor, w: Tensor, pre: Tensor | None = None, slope: float = MLP_SLOPE) -> Any:
-    """Either operator; the reference off Hopper, for dtypes that have not two bytes, or without TMA's alignment."""
-    backward, gpu = pre is not None, torch.cuda.get_device_properties(a.device)
-    hidden, inputs = (w.shape[1], (a, w, pre)) if backward else (w.shape[0], (a, w))
-    fits = (
-        triton is not None
-        and gpu.major == 9
-        and a.dtype in (torch.bfloat16, torch.float16)
-        and len(a) > 0
-    )
-    rows = (
-        (t.dtype == a.dtype, t.stride(1) == 1, t.stride(0) % 8 == 0, t.data_ptr() % 16 == 0)
-        for t in inputs
-    )
-    if not (fits and hidden % 8 == 0 and all(map(all, rows))):
-        return mlp_dpre_reference(*inputs, slope) if backward else mlp_up_reference(*inputs, slope)
-    pre, out = pre if backward else a.new_empty(len(a), hidden), a.new_empty(len(a), hidden)
-    launch = partial(launch_mlp, a, w, pre, out, gpu.multi_processor_count, backward, slope=slope)
-    launch(
-        fastest_tile(
-            "mlp_dpre" if backward else "mlp_up", len(a), (hidden, a.size(1), a.dtype), launch
-        )
-    )
-    return out if backward else (pre, out)
+def mlp_up_cuda(x: Tensor, w_up: Tensor, slope: float = MLP_SLOPE) -> tuple[Tensor, Tensor]:
+    """mlp_up on a GPU: the kernel where it fits, otherwise the reference."""
+    hidden = w_up.size(0)
+    if not mlp_kernel_fits(hidden, x, w_up):
+        return mlp_up_reference(x, w_up, slope)
+    pre = x.new_empty(len(x), hidden)
+    post = x.new_empty(len(x), hidden)
+    launch_fastest_mlp(x, w_up, pre, post, False, slope)
+    return pre, post
 
 
-mlp_up = define_operator(
-    "mlp_up", mlp_up_reference, lambda x, w_up, slope=MLP_SLOPE: mlp_cuda(x, w_up, slope=slope)
-)
-mlp_dpre = define_operator("mlp_dpre", mlp_dpre_reference, mlp_cuda)
+def mlp_dpre_cuda(dy: Tensor, w_down: Tensor, pre: Tensor, slope: float = MLP_SLOPE) -> Tensor:
+    """mlp_dpre on a GPU: the kernel where it fits, otherwise the reference."""
+    hidden = w_down.size(1)
+    if not mlp_kernel_fits(hidden, dy, w_down, pre):
+        return mlp_dpre_reference(dy, w_down, pre, slope)
+    dpre = dy.new_empty(len(dy), hidden)
+    launch_fastest_mlp(dy, w_down, pre, dpre, True, slope)
+    return dpre
+
+
+mlp_up = define_operator("mlp_up", mlp_up_reference, mlp_up_cuda)
+mlp_dpre = define_operator("mlp_dpre", mlp_dpre_reference, mlp_dpre_cuda)
 
 
 class FusedMLP(torch.autograd.Function):
+    """The second product of the MLP. Its backward is that of the whole MLP, mlp_up included."""
+
     @staticmethod
     def forward(
         ctx, x: Tensor, w_up: Tensor, w_down: Tensor, pre: Tensor, post: Tensor, slope: float
     ) -> Tensor:
-        ctx.slope, (_, need_up, need_down, *_) = (
-            slope,
-            ctx.needs_input_grad,
-        )  # a frozen weight keeps nothing alive
-        ctx.save_for_backward(
-            x if need_up else None, w_up, w_down, pre, post if need_down else None
-        )
+        """out (T, C). A frozen weight keeps neither its input nor the activation alive."""
+        _, need_up, need_down, *_ = ctx.needs_input_grad
+        saved_x = x if need_up else None
+        saved_post = post if need_down else None
+        ctx.save_for_backward(saved_x, w_up, w_down, pre, saved_post)
+        ctx.slope = slope
         return F.linear(post, w_down)
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x and both weights, each only where it is needed."""
         x, w_up, w_down, pre, post = ctx.saved_tensors
         need_x, need_up, need_down, *_ = ctx.needs_input_grad
         dpre = mlp_dpre(dy, w_down, pre, ctx.slope) if need_x or need_up else None
-        dx, dw_up = dpre @ w_up if need_x else None, dpre.t() @ x if need_up else None
-        return dx, dw_up, dy.t() @ post if need_down else None, None, None, None
+        dx = dpre @ w_up if need_x else None
+        dw_up = dpre.t() @ x if need_up else None
+        dw_down = dy.t() @ post if need_down else None
+        return dx, dw_up, dw_down, None, None, None
 
 
 def fused_mlp(
     x: Tensor, w_up: Tensor, w_down: Tensor, slope: float = MLP_SLOPE
 ) -> tuple[Tensor, Tensor]:
-    """out (T, C), and post (T, F) without gradient."""
-    pre, post = mlp_up(
-        x.detach(), w_up.detach(), slope
-    )  # outputs of FusedMLP would have autograd fill zeros for post
+    """out (T, C), and post (T, F) = leaky_relu(x @ w_up.T)^2 without gradient."""
+    # Were pre and post outputs of FusedMLP, autograd would fill zeros as the gradient of post.
+    pre, post = mlp_up(x.detach(), w_up.detach(), slope)
     return FusedMLP.apply(x, w_up, w_down, pre, post, slope), post
 
 
 def plain_mlp(
     x: Tensor, w_up: Tensor, w_down: Tensor, slope: float = MLP_SLOPE
-) -> tuple[Tensor, Tensor]:  # the same
+) -> tuple[Tensor, Tensor]:
+    """The same as fused_mlp, in separate operators with PyTorch's autograd."""
     post = leaky_relu_sq(F.linear(x, w_up), slope)
     return F.linear(post, w_down), post
 
 
-# --- Head and softcapped cross-entropy: nats of logits cap * tanh(z / cap), z = x w^T (N, V), in fp32 (W16). ---
-# |logits| <= cap <= 75 bounds a sum of 65,536 exponentials: no running maximum. d nats / d z replaces z in the forward,
-# so its gradient scales rows of x and dx (N, C), not of z: the backward is two products and no other pass over z.
+# --- Head and softcapped cross-entropy ------------------------------------------------------------
+# Nats of the logits cap * tanh(z / cap), where z = x @ w.T (N, V). Everything behind the product is
+# fp32: the public script rounds logits to bf16, whose spacing at 16 to 32 is 0.125, which costs up
+# to 8e-4 nats a token. |logits| <= cap <= 75 bounds the sum of 65,536 exponentials, so no running
+# maximum is needed. The forward replaces z by d nats / d z. The incoming gradient then scales rows
+# of x and dx (N, C) instead of z, so the backward is two products and no other pass over z.
+def softcap_ce_reference(z: Tensor, targets: Tensor, cap: float, gradient: bool) -> Tensor:
+    """Nats (N,) in fp32 or better, 0 where the target is -1.
+
+    z: (N, V). With `gradient` it becomes d nats / d z in place.
+    """
+    wide = torch.promote_types(z.dtype, torch.float32)
+    nats = z.new_empty(len(z), dtype=wide)
+    # Some rows at a time: on a CPU, 512 KB of fp32 stay in the cache of a core.
+    values_at_once = 2**17 if z.is_cpu else 2**28
+    rows_at_once = values_at_once // z.size(1) + 1
+    parts = [t.split(rows_at_once) for t in (z, targets, nats)]
+    for z_rows, target, out in zip(*parts, strict=True):
+        tanh = torch.tanh(z_rows.to(wide) / cap)
+        is_scored = target >= 0
+        index = target.clamp_min(0).unsqueeze(1)
+        p = (tanh * cap).exp_()
+        total = p.sum(-1, keepdim=True)
+        out.copy_((total.log() - cap * tanh.gather(1, index)).squeeze(1) * is_scored)
+        if gradient:
+            p.div_(total).scatter_add_(1, index, p.new_full((), -1.0).expand_as(index))
+            slope = tanh.square_().neg_().add_(1)
+            z_rows.copy_(p.mul_(slope).mul_(is_scored.unsqueeze(1)))
+    return nats
+
+
 @jit
-def softcap(
-    z, cap
-):  # cap * tanh(z / cap) and its derivative; exp of a negative number keeps both exact near 0
+def load_logits(z_row, start, cols, V: tl.constexpr):
+    """Columns start + cols of a row of z in fp32, zero past its end."""
+    return tl.load(z_row + start + cols, start + cols < V, other=0.0).to(tl.float32)
+
+
+@jit
+def softcap(z, cap):
+    """cap * tanh(z / cap) and its derivative.
+
+    Both are formed from the exponential of a negative number, which keeps them exact near 0.
+    """
     m = tl.exp(tl.abs(z) * (-2.0 / cap))
     r = 1.0 / (1.0 + m)
     return cap * tl.where(z < 0, -1.0, 1.0) * (1.0 - m) * r, 4.0 * m * r * r
@@ -5407,118 +5574,111 @@ def softcap(
 def softcap_ce_kernel(
     z, targets, nats, cap, V: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """A row per program. With V <= BLOCK all of it is read, and its two exponentials computed, once."""
-    row, cols = tl.program_id(0), tl.arange(0, BLOCK)
-    target, z = tl.load(targets + row), z + row.to(tl.int64) * V
-    c, slope = softcap(tl.load(z + cols, cols < V, other=0.0).to(tl.float32), cap)
-    sums = tl.where(cols < V, tl.exp(c), 0.0)
+    """A program has one row. With V <= BLOCK, it reads it once and takes its exponentials once."""
+    row = tl.program_id(0)
+    cols = tl.arange(0, BLOCK)
+    target = tl.load(targets + row)
+    z_row = z + row.to(tl.int64) * V
+
+    logits, slope = softcap(load_logits(z_row, 0, cols, V), cap)
+    sums = tl.where(cols < V, tl.exp(logits), 0.0)
     for start in range(BLOCK, V, BLOCK):
-        c, slope = softcap(
-            tl.load(z + start + cols, start + cols < V, other=0.0).to(tl.float32), cap
-        )
-        sums += tl.where(start + cols < V, tl.exp(c), 0.0)
-    score, _ = softcap(
-        tl.load(z + tl.maximum(target, 0)).to(tl.float32), cap
-    )  # before the barrier of the sum:
-    total, keep = (
-        tl.sum(sums, 0),
-        tl.where(target >= 0, 1.0, 0.0),
-    )  # after it, other warps overwrite z
-    tl.store(nats + row, keep * (tl.log(total) - score))
+        logits, slope = softcap(load_logits(z_row, start, cols, V), cap)
+        sums += tl.where(start + cols < V, tl.exp(logits), 0.0)
+
+    # The target's logit must be loaded before the sum. In tl.sum all warps wait for each other;
+    # behind that barrier a warp that is ahead may already overwrite z with its gradient, and a
+    # score read then would be wrong without any sign of it.
+    target_logit, _ = softcap(tl.load(z_row + tl.maximum(target, 0)).to(tl.float32), cap)
+    total = tl.sum(sums, 0)
+    is_scored = tl.where(target >= 0, 1.0, 0.0)
+    tl.store(nats + row, is_scored * (tl.log(total) - target_logit))
+
     if GRADIENT:
         for start in range(0, V, BLOCK):
             if V > BLOCK:
-                c, slope = softcap(
-                    tl.load(z + start + cols, start + cols < V, other=0.0).to(tl.float32), cap
-                )
-            dz = (tl.exp(c) * (keep / total) - tl.where(start + cols == target, 1.0, 0.0)) * slope
-            tl.store(z + start + cols, dz.to(z.dtype.element_ty), start + cols < V)
-
-
-def softcap_ce_reference(z: Tensor, targets: Tensor, cap: float, gradient: bool) -> Tensor:
-    """Nats (N,), fp32 or better, 0 where the target is -1. With `gradient`, z (N, V) becomes d nats / d z."""
-    nats = z.new_empty(len(z), dtype=torch.promote_types(z.dtype, torch.float32))
-    count = (2**17 if z.is_cpu else 2**28) // z.size(
-        1
-    ) + 1  # rows at a time: 512 KB stay in a core's cache
-    for rows, target, out in zip(
-        z.split(count), targets.split(count), nats.split(count), strict=True
-    ):
-        t, keep, target = (
-            torch.tanh(rows.to(out.dtype) / cap),
-            target >= 0,
-            target.clamp_min(0).unsqueeze(1),
-        )
-        p = (t * cap).exp_()
-        total = p.sum(-1, keepdim=True)
-        out.copy_((total.log() - cap * t.gather(1, target)).squeeze(1) * keep)
-        if gradient:
-            p.div_(total).scatter_add_(1, target, p.new_full((), -1.0).expand_as(target))
-            rows.copy_(p.mul_(t.square_().neg_().add_(1)).mul_(keep.unsqueeze(1)))
-    return nats
+                logits, slope = softcap(load_logits(z_row, start, cols, V), cap)
+            is_target = tl.where(start + cols == target, 1.0, 0.0)
+            dz = (tl.exp(logits) * (is_scored / total) - is_target) * slope
+            tl.store(z_row + start + cols, dz.to(z.dtype.element_ty), start + cols < V)
 
 
 def softcap_ce_cuda(
-    z: Tensor, targets: Tensor, cap: float, gradient: bool, tile: tuple = ()
+    z: Tensor, targets: Tensor, cap: float, gradient: bool, tile: tuple | None = None
 ) -> Tensor:
+    """softcap_ce on a GPU, with the fastest tile unless one is given. z must be contiguous."""
     assert z.is_contiguous(), z.stride()
-    (N, V), nats = z.shape, z.new_empty(len(z), dtype=torch.float32)
+    N, V = z.shape
+    nats = z.new_empty(N, dtype=torch.float32)
+    targets = targets.contiguous()
 
     def launch(z: Tensor, tile: tuple) -> None:
-        softcap_ce_kernel[(N,)](
-            z, targets.contiguous(), nats, cap, V, gradient, BLOCK=tile[0], num_warps=tile[1]
-        )
+        block, warps = tile
+        softcap_ce_kernel[(N,)](z, targets, nats, cap, V, gradient, BLOCK=block, num_warps=warps)
 
-    launch(
-        z,
-        tile or fastest_tile("ce", N, (V, z.dtype, gradient), lambda tile: launch(z.clone(), tile)),
-    )
+    def launch_on_copy(tile: tuple) -> None:
+        """For measurements, because a launch may overwrite z."""
+        launch(z.clone(), tile)
+
+    if tile is None:
+        tile = active_tuner.fastest_tile("ce", N, (V, z.dtype, gradient), launch_on_copy)
+    launch(z, tile)
     return nats
 
 
+def softcap_ce_fake(z: Tensor, targets: Tensor, cap: float, gradient: bool) -> Tensor:
+    """Empty nats (N,) for tracing."""
+    return z.new_empty(z.size(0), dtype=torch.promote_types(z.dtype, torch.float32))
+
+
 softcap_ce = define_operator(
-    "softcap_ce",
-    softcap_ce_reference,
-    softcap_ce_cuda,
-    lambda z, *_: z.new_empty(z.size(0), dtype=torch.promote_types(z.dtype, torch.float32)),
-    ("z",),
+    "softcap_ce", softcap_ce_reference, softcap_ce_cuda, softcap_ce_fake, mutates=("z",)
 )
 
 
 def head_product(x: Tensor, w: Tensor, extra: Tensor | None) -> Tensor:
-    return F.linear(x, w) if extra is None else F.linear(x, w) + extra
+    """z (N, V) = x @ w.T, plus `extra` (N, V) where an adapter adds to the product."""
+    z = F.linear(x, w)
+    if extra is not None:
+        z = z + extra
+    return z
 
 
 class HeadLoss(torch.autograd.Function):
+    """head_loss where a gradient is needed: after the forward, z holds its own gradient."""
+
     @staticmethod
     def forward(
         ctx, x: Tensor, w: Tensor, extra: Tensor | None, targets: Tensor, cap: float
     ) -> Tensor:
-        nats = softcap_ce(z := head_product(x, w, extra), targets, cap, True)
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, w, z)
+        """Nats (N,). Saves d nats / d z (N, V), and x unless w is frozen."""
+        _, need_w, *_ = ctx.needs_input_grad
+        z = head_product(x, w, extra)
+        nats = softcap_ce(z, targets, cap, True)
+        ctx.save_for_backward(x if need_w else None, w, z)
         return nats
 
     @staticmethod
-    def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
-        (x, w, dz), g, (need_x, need_w, need_extra, *_) = (
-            ctx.saved_tensors,
-            g.unsqueeze(1),
-            ctx.needs_input_grad,
-        )
-        dx = (dz @ w * g).to(w.dtype) if need_x else None
-        dw = dz.t() @ (x * g).to(w.dtype) if need_w else None
-        return dx, dw, (dz * g).to(w.dtype) if need_extra else None, None, None
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x, w and extra from that of the nats (N,), each only where it is needed."""
+        x, w, dz = ctx.saved_tensors
+        need_x, need_w, need_extra, *_ = ctx.needs_input_grad
+        grad = grad.unsqueeze(1)  # (N, 1)
+        dx = (dz @ w * grad).to(w.dtype) if need_x else None
+        dw = dz.t() @ (x * grad).to(w.dtype) if need_w else None
+        dextra = (dz * grad).to(w.dtype) if need_extra else None
+        return dx, dw, dextra, None, None
 
 
 def head_loss(
     x: Tensor, w: Tensor, extra: Tensor | None, targets: Tensor, cap: float, fused: bool
 ) -> Tensor:
-    """Nats (N,) of the targets, 0 where -1, from x (N, C), w (V, C) and what an adapter adds to the product (N, V)."""
-    if (
-        fused
-        and torch.is_grad_enabled()
-        and any(t is not None and t.requires_grad for t in (x, w, extra))
-    ):
+    """Nats (N,) of the targets in fp32 or better, 0 where a target is -1.
+
+    x: (N, C), w: (V, C). extra: what an adapter adds to their product (N, V), or None.
+    """
+    is_trained = any(t is not None and t.requires_grad for t in (x, w, extra))
+    if fused and is_trained and torch.is_grad_enabled():
         return HeadLoss.apply(x, w, extra, targets, cap)
     z = head_product(x, w, extra)
     if fused:
@@ -5527,124 +5687,31 @@ def head_loss(
     return F.cross_entropy(logits, targets, ignore_index=-1, reduction="none")
 
 
-# --- Norm, RoPE, gain: rows (T, H + 2 Hkv heads of D) -> q (T, H, D), k, v (T, Hkv, D). And XSA, on y (T, H, D). ---
-# v is a view of the row, which therefore outlives the step anyway: the backward norms it again and saves nothing else.
-# ROWS heads to a program, all their COLS >= D columns at once
-@jit
-def qk_kernel(
-    dq,
-    dk,
-    dv,
-    du,
-    qkv,
-    gain,
-    rope,
-    out,
-    dgain,
-    rows,
-    H: tl.constexpr,
-    KV: tl.constexpr,  # noqa: PLR0913
-    D: tl.constexpr,
-    HALF: tl.constexpr,
-    EPS: tl.constexpr,
-    BACKWARD: tl.constexpr,
-    TWICE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-):
-    """out: heads of q and k; or, rotating back first, gradients of the row's heads, and each one's dgain."""
-    HEADS: tl.constexpr = H + 2 * KV if BACKWARD else H + KV
-    r, col = (
-        (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None],
-        tl.arange(0, COLS)[None, :],
-    )
-    t, h, mask = r // HEADS, r % HEADS, (r < rows) & (col < D)
-    in_q, in_k, in_v = mask & (h < H), mask & (h >= H) & (h < H + KV), mask & (h >= H + KV)
-    at, turned = (
-        rope + t * 2 * HALF + col % HALF,
-        (in_q | in_k) & (col < 2 * HALF),
-    )  # cos, sin (T, 2, HALF)
-    cos, sin = tl.load(at, turned, other=1.0), tl.load(at + HALF, turned, other=0.0)
-    sin = tl.where(col < HALF, sin, -sin)
-    partner = tl.where(
-        col < HALF, col + HALF, tl.where(col < 2 * HALF, col - HALF, col)
-    )  # of a pair
-    row = qkv + (t * (H + 2 * KV) + h) * D
-    x = tl.load(row + col, in_q | in_k, other=0.0).to(tl.float32)
-    rstd = tl.rsqrt(tl.sum(x * x, 1, keep_dims=True) / D + EPS)
-    scale = rstd * tl.load(gain + h, h < H, other=1.0).to(tl.float32)
-    if BACKWARD:
-        of_q, of_k, of_v = (
-            dq + (t * H + h) * D,
-            dk + (t * KV + h - H) * D,
-            (t * KV + h - H - KV) * D + col,
-        )
-        g = tl.load(of_q + col, in_q, other=0.0) + tl.load(of_k + col, in_k, other=0.0)
-        g = (g + tl.load(dv + of_v, in_v, other=0.0)).to(tl.float32)  # one of the three
-        if TWICE:
-            g += tl.load(du + of_v, in_v, other=0.0).to(tl.float32)
-        other = tl.load(of_q + partner, in_q, other=0.0) + tl.load(of_k + partner, in_k, other=0.0)
-        g, n = g * cos - other.to(tl.float32) * sin, x * rstd
-        dot = tl.sum(g * n, 1, keep_dims=True)
-        x = (g - n * (dot / D)) * tl.where(h < H + KV, scale, 1.0)
-        tl.store(dgain + r, dot, r < rows)
-    else:
-        x = (x * cos + tl.load(row + partner, mask, other=0.0).to(tl.float32) * sin) * scale
-    tl.store(out + r * D + col, x.to(out.dtype.element_ty), mask)
-
-
-@jit
-def xsa_kernel(
-    grad,
-    y,
-    v,
-    out,
-    dv,
-    stride,
-    rows,
-    G: tl.constexpr,
-    KV: tl.constexpr,
-    D: tl.constexpr,  # noqa: PLR0913
-    BACKWARD: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-):
-    """out = g less its component along v: y where g = y, and dy where g is the gradient of that. Then also dv."""
-    r, col = (
-        (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None],
-        tl.arange(0, COLS)[None, :],
-    )
-    mask = (r < rows) & (col < D)
-    u = tl.load(v + r // KV * stride + r % KV * D + col, mask, other=0.0).to(tl.float32)
-    length = tl.sqrt(tl.sum(u * u, 1, keep_dims=True))
-    u, du = u / tl.maximum(length, 1e-12), tl.zeros((ROWS, COLS), tl.float32)
-    for i in range(G):  # the query heads of this value
-        at = (r * G + i) * D + col
-        g = tl.load(grad + at, mask, other=0.0).to(tl.float32)
-        a = tl.sum(g * u, 1, keep_dims=True)
-        if BACKWARD:
-            x = tl.load(y + at, mask, other=0.0).to(tl.float32)
-            du -= a * x + tl.sum(x * u, 1, keep_dims=True) * g
-        tl.store(out + at, (g - a * u).to(out.dtype.element_ty), mask)
-    if BACKWARD:
-        along = tl.where(length > 1e-12, tl.sum(du * u, 1, keep_dims=True), 0.0)
-        dx = (du - along * u) / tl.maximum(length, 1e-12)
-        tl.store(dv + r * D + col, dx.to(dv.dtype.element_ty), mask)
-
-
+# --- Norm, RoPE and gain of queries and keys ------------------------------------------------------
+# A row of qkv holds H + 2 Hkv heads of D values. q (T, H, D) = gain * rotate(rms_norm(q heads)),
+# k (T, Hkv, D) = rotate(rms_norm(k heads)), and v (T, Hkv, D) is a view of the row. The row must be
+# saved anyway, because v is a view of it; so the backward norms it again and saves nothing else.
 def normed_heads(qkv: Tensor, gain: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """q and k heads (T, H + Hkv, D) in fp32 or better, their 1 / rms, and their gains, 1 for keys."""
-    heads, wide = qkv.unflatten(1, (-1, head_dim)), torch.promote_types(qkv.dtype, torch.float32)
-    x = heads[:, : (heads.size(1) + len(gain)) // 2].to(wide)
-    gains = F.pad(gain.to(wide), (0, x.size(1) - len(gain)), value=1.0).unsqueeze(1)
+    """Heads of q and k (T, H + Hkv, D) in fp32 or better, their 1 / rms, and their gains.
+
+    The gains are (H + Hkv, 1), and 1 for keys.
+    """
+    wide = torch.promote_types(qkv.dtype, torch.float32)
+    heads = qkv.unflatten(1, (-1, head_dim))  # (T, H + 2 Hkv, D)
+    num_qk = (heads.size(1) + len(gain)) // 2
+    x = heads[:, :num_qk].to(wide)
+    gains = F.pad(gain.to(wide), (0, num_qk - len(gain)), value=1.0).unsqueeze(1)
     return x, torch.rsqrt(x.square().mean(-1, keepdim=True) + NORM_EPS), gains
 
 
-def qk_rope_reference(
-    qkv: Tensor, gain: Tensor, rope: Tensor, head_dim: int
-) -> Tensor:  # q, then k (T, H + Hkv, D)
+def qk_rope_reference(qkv: Tensor, gain: Tensor, rope: Tensor, head_dim: int) -> Tensor:
+    """Heads of q, then of k (T, H + Hkv, D): normed, rotated, and those of q times their gain (H,).
+
+    rope: (T, 2, 1, half) fp32, cosines and sines of each token.
+    """
     x, rstd, gains = normed_heads(qkv, gain, head_dim)
-    return rotate(x * (rstd * gains), *rope.to(x.dtype).unbind(1)).to(qkv.dtype)
+    cos, sin = rope.to(x.dtype).unbind(1)
+    return rotate(x * (rstd * gains), cos, sin).to(qkv.dtype)
 
 
 def qk_rope_backward_reference(
@@ -5656,129 +5723,387 @@ def qk_rope_backward_reference(
     dv: Tensor,
     du: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of row and gain; du is a second one of the values. They rotate back first: no division by a gain."""
+    """Gradients of qkv and gain. du is the gradient of a second use of the values, if there is one.
+
+    The gradients are rotated back first, so that nothing is divided by a gain, which may be 0.
+    """
     x, rstd, gains = normed_heads(qkv, gain, dq.size(-1))
     cos, sin = rope.to(x.dtype).unbind(1)
-    g, n = rotate(torch.cat([dq, dk], 1).to(x.dtype), cos, -sin), x * rstd
-    dot = (g * n).sum(-1, keepdim=True)
-    dx = torch.addcmul(g, n, dot / x.size(-1), value=-1).mul_(rstd * gains)
-    dx = torch.cat([dx.to(dv.dtype), dv if du is None else dv + du], 1).flatten(1)
-    return dx, dot[:, : len(gain), 0].sum(0).to(gain.dtype)
+    g = rotate(torch.cat([dq, dk], 1).to(x.dtype), cos, -sin)
+    normed = x * rstd
+    dot = (g * normed).sum(-1, keepdim=True)
+    dx = torch.addcmul(g, normed, dot / x.size(-1), value=-1).mul_(rstd * gains)
+    dvalues = dv if du is None else dv + du
+    dqkv = torch.cat([dx.to(dv.dtype), dvalues], 1).flatten(1)
+    return dqkv, dot[:, : len(gain), 0].sum(0).to(gain.dtype)
 
 
-def xsa_backward_reference(y: Tensor, v: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    wide = torch.promote_types(y.dtype, torch.float32)
-    g, x = (t.to(wide).unflatten(1, (v.size(1), -1)) for t in (grad, y))
-    length = v.to(wide).norm(dim=-1, keepdim=True)
-    unit = (v / length.clamp_min(1e-12)).unsqueeze(2)
-    a, s = (g * unit).sum(-1, keepdim=True), (x * unit).sum(-1, keepdim=True)
-    dy, du, unit = (
-        torch.addcmul(g, a, unit, value=-1),
-        -(a * x).addcmul_(s, g).sum(2),
-        unit.squeeze(2),
-    )
-    along = (du * unit).sum(-1, keepdim=True) * (length > 1e-12)
-    dv = du.addcmul_(along, unit, value=-1).div_(length.clamp_min(1e-12))
-    return dy.flatten(1, 2).to(y.dtype), dv.to(v.dtype)
+@jit
+def load_rope(rope, t, col, is_qk, HALF: tl.constexpr):
+    """cos and sin for each column of a head of token t, and its partner, the column paired with it.
+
+    Columns j and j + HALF are a pair, of which the second has -sin. A column that is not rotated
+    has cos 1, sin 0 and itself as its partner. rope: (T, 2, HALF) fp32.
+    """
+    angle = rope + t * 2 * HALF + col % HALF
+    is_rotated = is_qk & (col < 2 * HALF)
+    cos = tl.load(angle, is_rotated, other=1.0)
+    sin = tl.load(angle + HALF, is_rotated, other=0.0)
+    sin = tl.where(col < HALF, sin, -sin)
+    partner = tl.where(col < HALF, col + HALF, tl.where(col < 2 * HALF, col - HALF, col))
+    return cos, sin, partner
+
+
+@jit
+def load_head(head, gain, h, col, is_qk, H: tl.constexpr, D: tl.constexpr, EPS: tl.constexpr):
+    """A head of q or k in fp32, its 1 / rms, and that times its gain, which is 1 for keys."""
+    x = tl.load(head + col, is_qk, other=0.0).to(tl.float32)
+    rstd = tl.rsqrt(tl.sum(x * x, 1, keep_dims=True) / D + EPS)
+    scale = rstd * tl.load(gain + h, h < H, other=1.0).to(tl.float32)
+    return x, rstd, scale
+
+
+# Triton takes each pointer and each size as an argument of its own.
+# ruff: disable[PLR0913]
+@jit
+def qk_rope_kernel(
+    qkv,
+    gain,
+    rope,
+    out,
+    rows,
+    H: tl.constexpr,
+    KV: tl.constexpr,
+    D: tl.constexpr,
+    HALF: tl.constexpr,
+    EPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """out (T, H + KV, D): the heads of q and k, normed, rotated and scaled."""
+    HEADS: tl.constexpr = H + KV
+    r, col = heads_of_program(ROWS, COLS)
+    t = r // HEADS
+    h = r % HEADS
+    mask = (r < rows) & (col < D)
+    cos, sin, partner = load_rope(rope, t, col, mask, HALF)
+    head = qkv + (t * (H + 2 * KV) + h) * D
+    x, _, scale = load_head(head, gain, h, col, mask, H, D, EPS)
+
+    x_partner = tl.load(head + partner, mask, other=0.0).to(tl.float32)
+    x = (x * cos + x_partner * sin) * scale
+    tl.store(out + r * D + col, x.to(out.dtype.element_ty), mask)
+
+
+@jit
+def qk_rope_backward_kernel(
+    dq,
+    dk,
+    dv,
+    du,
+    qkv,
+    gain,
+    rope,
+    dqkv,
+    dgain,
+    rows,
+    H: tl.constexpr,
+    KV: tl.constexpr,
+    D: tl.constexpr,
+    HALF: tl.constexpr,
+    EPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """dqkv (T, H + 2 KV, D), and in dgain (T, H + 2 KV) fp32 what each head adds to its gradient.
+
+    du: the gradient of a second use of the values, or None.
+    """
+    HEADS: tl.constexpr = H + 2 * KV
+    r, col = heads_of_program(ROWS, COLS)
+    t = r // HEADS
+    h = r % HEADS
+    mask = (r < rows) & (col < D)
+    is_q = mask & (h < H)
+    is_k = mask & (h >= H) & (h < H + KV)
+    is_v = mask & (h >= H + KV)
+    cos, sin, partner = load_rope(rope, t, col, is_q | is_k, HALF)
+    head = qkv + (t * HEADS + h) * D
+    x, rstd, scale = load_head(head, gain, h, col, is_q | is_k, H, D, EPS)
+
+    # The gradient of a head stands in one of dq, dk and dv; loads from the other two give zero.
+    dq_head = dq + (t * H + h) * D
+    dk_head = dk + (t * KV + h - H) * D
+    v_values = (t * KV + h - H - KV) * D + col
+    g = tl.load(dq_head + col, is_q, other=0.0) + tl.load(dk_head + col, is_k, other=0.0)
+    g = (g + tl.load(dv + v_values, is_v, other=0.0)).to(tl.float32)
+    if du is not None:
+        g += tl.load(du + v_values, is_v, other=0.0).to(tl.float32)
+    dq_partner = tl.load(dq_head + partner, is_q, other=0.0)
+    dk_partner = tl.load(dk_head + partner, is_k, other=0.0)
+    g_partner = (dq_partner + dk_partner).to(tl.float32)
+
+    g = g * cos - g_partner * sin
+    normed = x * rstd
+    dot = tl.sum(g * normed, 1, keep_dims=True)
+    dx = (g - normed * (dot / D)) * tl.where(h < H + KV, scale, 1.0)
+    tl.store(dgain + r, dot, r < rows)
+    tl.store(dqkv + r * D + col, dx.to(dqkv.dtype.element_ty), mask)
+
+
+# ruff: enable[PLR0913]
 
 
 def qk_rope_cuda(
-    qkv: Tensor, gain: Tensor, rope: Tensor, head_dim: int, *grads: Tensor, tile: tuple = ()
-) -> Any:
-    """What qk_rope returns; given dq, dk, dv and perhaps du, what qk_rope_backward does."""
-    qkv, *grads = (t.contiguous() for t in (qkv, *grads) if t is not None)
-    H, KV = len(gain), (qkv.size(1) // head_dim - len(gain)) // 2
-    out = qkv.new_empty(len(qkv), H + KV * (2 if grads else 1), head_dim)
-    parts = qkv.new_empty(out.shape[:2] if grads else 0, dtype=torch.float32)
-    args = [*grads, *[qkv] * (4 - len(grads)), qkv, gain, rope, out, parts]
-    shape = dict(
-        H=H,
-        KV=KV,
-        D=head_dim,
-        HALF=rope.size(-1),
-        EPS=NORM_EPS,
-        BACKWARD=bool(grads),
-        TWICE=len(grads) == 4,
-    )
-    launch_heads(
-        qk_kernel, "qk_backward" if grads else "qk", args, len(qkv) * out.size(1), tile, **shape
-    )
-    return (out.flatten(1), parts[:, :H].sum(0).to(gain.dtype)) if grads else out
+    qkv: Tensor, gain: Tensor, rope: Tensor, head_dim: int, tile: tuple | None = None
+) -> Tensor:
+    """qk_rope on a GPU, with the fastest tile unless one is given."""
+    qkv = qkv.contiguous()
+    H = len(gain)
+    KV = (qkv.size(1) // head_dim - H) // 2
+    out = qkv.new_empty(len(qkv), H + KV, head_dim)
+    sizes = dict(H=H, KV=KV, D=head_dim, HALF=rope.size(-1), EPS=NORM_EPS)
+    rows = len(qkv) * (H + KV)
+    launch_heads(qk_rope_kernel, "qk", [qkv, gain, rope, out], rows, sizes, tile)
+    return out
 
 
-def xsa_cuda(
-    y: Tensor, v: Tensor, grad: Tensor | None = None, tile: tuple = ()
-) -> Tensor | tuple[Tensor, Tensor]:
-    (T, KV, D), backward = v.shape, grad is not None
-    v, y = v if v.stride()[1:] == (D, 1) else v.contiguous(), y.contiguous()
-    out, dv = y.new_empty(y.shape), v.new_empty(v.shape if backward else 0)
-    args = [grad.contiguous() if backward else y, y, v, out, dv, v.stride(0)]
-    shape = dict(G=y.size(1) // KV, KV=KV, D=D, BACKWARD=backward)
-    launch_heads(xsa_kernel, "xsa_backward" if backward else "xsa", args, T * KV, tile, **shape)
-    return (out, dv) if backward else out
+def qk_rope_backward_cuda(
+    qkv: Tensor,
+    gain: Tensor,
+    rope: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    du: Tensor | None = None,
+    tile: tuple | None = None,
+) -> tuple[Tensor, Tensor]:
+    """qk_rope_backward on a GPU, with the fastest tile unless one is given."""
+    qkv, dq, dk, dv = (t.contiguous() for t in (qkv, dq, dk, dv))
+    if du is not None:
+        du = du.contiguous()
+    _, H, D = dq.shape
+    KV = dk.size(1)
+    dqkv = qkv.new_empty(qkv.shape)
+    dgain = qkv.new_empty(len(qkv), H + 2 * KV, dtype=torch.float32)
+    arguments = [dq, dk, dv, du, qkv, gain, rope, dqkv, dgain]
+    sizes = dict(H=H, KV=KV, D=D, HALF=rope.size(-1), EPS=NORM_EPS)
+    launch_heads(qk_rope_backward_kernel, "qk_backward", arguments, dgain.numel(), sizes, tile)
+    return dqkv, dgain[:, :H].sum(0).to(gain.dtype)
 
 
 qk_rope = define_operator("qk_rope", qk_rope_reference, qk_rope_cuda)
 qk_rope_backward = define_operator(
-    "qk_rope_backward",
-    qk_rope_backward_reference,
-    lambda qkv, gain, rope, dq, *more: qk_rope_cuda(qkv, gain, rope, dq.size(-1), dq, *more),
-)
-xsa = define_operator("xsa", remove_own_value, xsa_cuda)
-xsa_backward = define_operator("xsa_backward", xsa_backward_reference, xsa_cuda)
-xsa.register_autograd(
-    lambda ctx, grad: xsa_backward(*ctx.saved_tensors, grad),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+    "qk_rope_backward", qk_rope_backward_reference, qk_rope_backward_cuda
 )
 
 
 class NormRope(torch.autograd.Function):
+    """norm_rope in operators; the values are returned once for each of their uses."""
+
     @staticmethod
     def forward(
         ctx, qkv: Tensor, gain: Tensor, rope: Tensor, head_dim: int, uses: int
     ) -> tuple[Tensor, ...]:
+        """q, k, and `uses` views of v, each of which has a gradient of its own."""
         ctx.save_for_backward(qkv, gain, rope)
         qk = qk_rope(qkv, gain, rope, head_dim)
-        values = (qkv.unflatten(1, (-1, head_dim))[:, qk.size(1) :] for _ in range(uses))
+        heads = qkv.unflatten(1, (-1, head_dim))  # (T, H + 2 Hkv, D)
+        values = [heads[:, qk.size(1) :] for _ in range(uses)]
         return qk[:, : len(gain)], qk[:, len(gain) :], *values
 
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of qkv and gain from those of q, k and one or two of v."""
         return *qk_rope_backward(*ctx.saved_tensors, *grads), None, None, None
 
 
 def norm_rope(
     qkv: Tensor, gain: Tensor, rope: Tensor, head_dim: int, fused: bool, uses: int = 1
 ) -> tuple[Tensor, ...]:
-    """q, k, v: normed, rotated by rope (T, 2, 1, half) fp32 = cos, sin of each token, queries times gain (H,). For two
-    `uses` of v it comes twice, so that its gradients meet in the kernel and not in a pass of their own."""
+    """q (T, H, D), k and v (T, Hkv, D): q and k normed and rotated, q times its gain (H,).
+
+    rope: (T, 2, 1, half) fp32, cosines and sines of each token. With two `uses`, v is returned
+    twice: its gradients then meet in the kernel instead of in a pass of their own.
+    """
     if fused:
         return NormRope.apply(qkv, gain, rope, head_dim, uses)
-    qk, H = qk_rope_reference(qkv, gain, rope, head_dim), len(gain)
-    return qk[:, :H], qk[:, H:], *[qkv.unflatten(1, (-1, head_dim))[:, qk.size(1) :]] * uses
+    H = len(gain)
+    qk = qk_rope_reference(qkv, gain, rope, head_dim)
+    values = qkv.unflatten(1, (-1, head_dim))[:, qk.size(1) :]
+    return qk[:, :H], qk[:, H:], *[values] * uses
+
+
+# --- XSA ------------------------------------------------------------------------------------------
+# From each head of y (T, H, D), its component along the token's own value v (T, Hkv, D) is removed:
+# y - (y . u) u with u = v / |v| (PR #1530). remove_own_value is the reference of the forward.
+def xsa_backward_reference(y: Tensor, v: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of y and v. A value of length 0 takes nothing away and has no gradient."""
+    wide = torch.promote_types(y.dtype, torch.float32)
+    KV = v.size(1)
+    g = grad.to(wide).unflatten(1, (KV, -1))  # (T, Hkv, H / Hkv, D)
+    x = y.to(wide).unflatten(1, (KV, -1))
+    length = v.to(wide).norm(dim=-1, keepdim=True)  # (T, Hkv, 1)
+    safe_length = length.clamp_min(1e-12)
+    unit = v / safe_length  # (T, Hkv, D)
+    group_unit = unit.unsqueeze(2)
+    g_along = (g * group_unit).sum(-1, keepdim=True)
+    x_along = (x * group_unit).sum(-1, keepdim=True)
+    dy = torch.addcmul(g, g_along, group_unit, value=-1)
+    dunit = -(g_along * x).addcmul_(x_along, g).sum(2)
+    along = (dunit * unit).sum(-1, keepdim=True) * (length > 1e-12)
+    dv = dunit.addcmul_(along, unit, value=-1).div_(safe_length)
+    return dy.flatten(1, 2).to(y.dtype), dv.to(v.dtype)
+
+
+@jit
+def load_unit_value(v, r, col, mask, stride, KV: tl.constexpr, D: tl.constexpr):
+    """Value head r over its length, in fp32, and the length. stride: values in a row of v."""
+    u = tl.load(v + r // KV * stride + r % KV * D + col, mask, other=0.0).to(tl.float32)
+    length = tl.sqrt(tl.sum(u * u, 1, keep_dims=True))
+    return u / tl.maximum(length, 1e-12), length
+
+
+# ruff: disable[PLR0913]
+@jit
+def xsa_kernel(
+    y,
+    v,
+    out,
+    stride,
+    rows,
+    G: tl.constexpr,
+    KV: tl.constexpr,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """out (T, H, D): y without its component along v. A row is a value head with G query heads."""
+    r, col = heads_of_program(ROWS, COLS)
+    mask = (r < rows) & (col < D)
+    u, _ = load_unit_value(v, r, col, mask, stride, KV, D)
+    for i in range(G):
+        query = (r * G + i) * D + col
+        x = tl.load(y + query, mask, other=0.0).to(tl.float32)
+        along = tl.sum(x * u, 1, keep_dims=True)
+        tl.store(out + query, (x - along * u).to(out.dtype.element_ty), mask)
+
+
+@jit
+def xsa_backward_kernel(
+    grad,
+    y,
+    v,
+    dy,
+    dv,
+    stride,
+    rows,
+    G: tl.constexpr,
+    KV: tl.constexpr,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """dy (T, H, D): grad without its component along v. dv (T, KV, D): the gradient through u."""
+    r, col = heads_of_program(ROWS, COLS)
+    mask = (r < rows) & (col < D)
+    u, length = load_unit_value(v, r, col, mask, stride, KV, D)
+    du = tl.zeros((ROWS, COLS), tl.float32)
+    for i in range(G):
+        query = (r * G + i) * D + col
+        g = tl.load(grad + query, mask, other=0.0).to(tl.float32)
+        g_along = tl.sum(g * u, 1, keep_dims=True)
+        x = tl.load(y + query, mask, other=0.0).to(tl.float32)
+        du -= g_along * x + tl.sum(x * u, 1, keep_dims=True) * g
+        tl.store(dy + query, (g - g_along * u).to(dy.dtype.element_ty), mask)
+    along = tl.where(length > 1e-12, tl.sum(du * u, 1, keep_dims=True), 0.0)
+    dvalue = (du - along * u) / tl.maximum(length, 1e-12)
+    tl.store(dv + r * D + col, dvalue.to(dv.dtype.element_ty), mask)
+
+
+# ruff: enable[PLR0913]
+
+
+def dense_heads(v: Tensor) -> Tensor:
+    """v (T, Hkv, D) with the heads of a token side by side; its rows may lie apart."""
+    return v if v.stride()[1:] == (v.size(2), 1) else v.contiguous()
+
+
+def xsa_cuda(y: Tensor, v: Tensor, tile: tuple | None = None) -> Tensor:
+    """xsa on a GPU, with the fastest tile unless one is given."""
+    y, v = y.contiguous(), dense_heads(v)
+    T, KV, D = v.shape
+    out = y.new_empty(y.shape)
+    sizes = dict(G=y.size(1) // KV, KV=KV, D=D)
+    launch_heads(xsa_kernel, "xsa", [y, v, out, v.stride(0)], T * KV, sizes, tile)
+    return out
+
+
+def xsa_backward_cuda(
+    y: Tensor, v: Tensor, grad: Tensor, tile: tuple | None = None
+) -> tuple[Tensor, Tensor]:
+    """xsa_backward on a GPU, with the fastest tile unless one is given."""
+    y, v, grad = y.contiguous(), dense_heads(v), grad.contiguous()
+    T, KV, D = v.shape
+    dy = y.new_empty(y.shape)
+    dv = v.new_empty(v.shape)
+    sizes = dict(G=y.size(1) // KV, KV=KV, D=D)
+    arguments = [grad, y, v, dy, dv, v.stride(0)]
+    launch_heads(xsa_backward_kernel, "xsa_backward", arguments, T * KV, sizes, tile)
+    return dy, dv
+
+
+xsa = define_operator("xsa", remove_own_value, xsa_cuda)
+xsa_backward = define_operator("xsa_backward", xsa_backward_reference, xsa_backward_cuda)
+
+
+def save_xsa_inputs(ctx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    """Keeps y and v for the backward."""
+    ctx.save_for_backward(*inputs)
+
+
+def xsa_gradients(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of y and v."""
+    return xsa_backward(*ctx.saved_tensors, grad)
+
+
+xsa.register_autograd(xsa_gradients, setup_context=save_xsa_inputs)
 
 
 # === 13. Attention backends ===
-# --- Attention over packed documents, one signature for every backend: q (T, H, D), k and v (T, Hkv, D), cu_seqlens
-# int32 (capacity + 1,) ending in repeated T, max_seqlen a constant: one graph for all batches. FA2, FA3 (from 2025-12)
-# and torch's varlen trace as operators, FA4 not by 2026-08 (refused until it does); per-document SDPA becomes one here.
-# Queries may have own cu_seqlens: then they are the last positions of each segment of keys, or none of them.
+# Every backend has the signature of sdpa_varlen: q (T, H, D), k and v (T, Hkv, D), and cu_seqlens
+# int32 (capacity + 1,), the start offsets of a row's documents, filled up with T. max_seqlen is a
+# constant, so one graph serves all batches. A backend is causal within each document, and no token
+# may see another document: cu_seqlens is all that keeps documents apart, here and in every backend.
+# Queries may have cu_seqlens of their own: a document's are then its last positions, or none.
+#
+# torch.compile must trace a backend without a break, and its outputs and gradients must be those of
+# masked SDPA: check_attention tries both. FA2, FA3 (from 2025-12) and torch's varlen are operators,
+# which can be traced. FA4 was none by 2026-08; it is refused until it is. SDPA becomes one here.
+class AttentionBackend(NamedTuple):
+    """Where the function of a backend is imported from."""
+
+    module: str
+    function: str
+
+
+# By preference. sdpa is defined in this file and runs on any device in any float type.
 ATTENTION_BACKENDS = {
-    "fa3": "flash_attn_interface",
-    "fa4": "flash_attn.cute",
-    "fa2": "flash_attn",
-}  # by preference
-ATTENTION_BACKENDS |= {
-    "torch": "torch.nn.attention.varlen",
-    "sdpa": "",
-}  # sdpa: any device, any float type
+    "fa3": AttentionBackend("flash_attn_interface", "flash_attn_varlen_func"),
+    "fa4": AttentionBackend("flash_attn.cute", "flash_attn_varlen_func"),
+    "fa2": AttentionBackend("flash_attn", "flash_attn_varlen_func"),
+    "torch": AttentionBackend("torch.nn.attention.varlen", "varlen_attn"),
+    "sdpa": AttentionBackend("", "sdpa_varlen"),
+}
+# Largest relative error (a ratio of norms) of an output or gradient. fp32 may be computed as TF32.
 ATTENTION_TOLERANCE = {
     torch.bfloat16: 2e-2,
     torch.float16: 5e-3,
     torch.float32: 2e-3,
     torch.float64: 1e-5,
-}  # TF32 2e-3
-# Package absent; library does not load; another version; dtype, head width or GPU refused, or a graph break.
+}
+# A package is absent, its library does not load, it is another version, it refuses the dtype, the
+# head width or the GPU, or torch.compile has to break the graph.
 BACKEND_ERRORS = (
     ImportError,
     OSError,
@@ -5791,85 +6116,117 @@ BACKEND_ERRORS = (
 )
 
 
-def for_each_run(kernel: Callable, inputs: tuple, outputs: tuple, cu: Tensor) -> None:
-    """Fills outputs (T, heads, ...) with kernel(*inputs), called on (rows, heads, n, ...) views of equal neighbours
-    with queries. cu (2, segments + 1): cu_seqlens of queries, of keys."""
-    totals, pairs = cu[:, -1].tolist(), [pair for pair in cu.diff().T.tolist() if pair[1]]
-    start, runs = (
-        dict.fromkeys(totals, 0),
-        [(pair, len(list(same))) for pair, same in groupby(pairs)],
-    )
-    for pair, rows in (
-        runs if inputs[0].is_cpu else ((p, 1) for p in pairs)
-    ):  # a GPU holds the (n, m) scores: one row
-        n = dict(
-            zip(totals, pair, strict=True)
-        )  # by length of a tensor: as many queries as keys are the same segments
-        views = (
-            x[start[len(x)] :][: rows * n[len(x)]].unflatten(0, (rows, n[len(x)]))
-            for x in (*inputs, *outputs)
-        )
-        parts = [x.transpose(1, 2) for x in views]
-        for part, result in zip(
-            parts[len(inputs) :], kernel(*parts[: len(inputs)]) if pair[0] else (), strict=False
-        ):
-            part.copy_(result)
-        start = {total: first + rows * n[total] for total, first in start.items()}
+# --- SDPA over packed documents -------------------------------------------------------------------
+class EqualRun(NamedTuple):
+    """Neighbouring segments with equally many queries and equally many keys: a batch of them."""
+
+    count: int  # segments
+    queries: slice  # their rows of q and of whatever has a row per query
+    keys: slice  # their rows of k and v
+
+    def query_batch(self, x: Tensor) -> Tensor:
+        """Rows of x (queries, heads, ...) as a view (count, heads, queries of a segment, ...)."""
+        return x[self.queries].unflatten(0, (self.count, -1)).transpose(1, 2)
+
+    def key_batch(self, x: Tensor) -> Tensor:
+        """Rows of x (keys, heads, ...) as a view (count, heads, keys of a segment, ...)."""
+        return x[self.keys].unflatten(0, (self.count, -1)).transpose(1, 2)
 
 
-def causal_options(
-    q: Tensor, k: Tensor
-) -> dict[str, Any]:  # queries (.., n, D) are the last of the positions (.., m, D);
-    n, m = q.size(-2), k.size(-2)  # is_causal takes them for the first
-    return {
-        "is_causal": n == m,
-        "attn_mask": None if n == m else q.new_full((n, m), -torch.inf).triu(1 + m - n),
-    }
+def equal_runs(cu_queries: Tensor, cu_keys: Tensor, merge: bool) -> Iterator[EqualRun]:
+    """The segments that have queries, in order; with `merge`, equal neighbours in one run.
+
+    cu_queries, cu_keys: int32 (segments + 1,). A segment without keys is padding.
+    """
+    pairs = zip(cu_queries.diff().tolist(), cu_keys.diff().tolist(), strict=True)
+    lengths = [pair for pair in pairs if pair[1] > 0]
+    if merge:
+        counted = [(pair, len(list(same))) for pair, same in groupby(lengths)]
+    else:
+        counted = [(pair, 1) for pair in lengths]
+    query_start = key_start = 0
+    for (num_queries, num_keys), count in counted:
+        queries = slice(query_start, query_start + count * num_queries)
+        keys = slice(key_start, key_start + count * num_keys)
+        if num_queries > 0:
+            yield EqualRun(count, queries, keys)
+        query_start = queries.stop
+        key_start = keys.stop
 
 
-def plain_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # (rows, heads, n, D)
+def check_segments(q: Tensor, k: Tensor, cu_queries: Tensor, cu_keys: Tensor, max_seqlen: int):
+    """Asserts that both offsets fit their tensors and that no segment is too long.
+
+    A segment may have at most as many queries as keys, because queries are its last positions.
+    """
+    cu = torch.stack([cu_queries, cu_keys])
+    lengths = cu.diff()
+    ends = cu[:, [0, -1]].tolist()
+    shortest = int(lengths[0].min())
+    longest = int(lengths[1].max())
+    fits = ends == [[0, len(q)], [0, len(k)]] and shortest >= 0 and longest <= max_seqlen
+    queries_have_keys = bool((lengths[0] <= lengths[1]).all())
+    assert fits and queries_have_keys, f"{ends=}, {shortest=}, {longest=}, {lengths=}"
+
+
+def causal_options(q: Tensor, k: Tensor) -> dict[str, Any]:
+    """Options of SDPA under which queries (..., n, D) are the last of the positions (..., m, D).
+
+    is_causal would take them for the first positions, so it serves only where n = m.
+    """
+    n, m = q.size(-2), k.size(-2)
+    if n == m:
+        return {"is_causal": True, "attn_mask": None}
+    return {"is_causal": False, "attn_mask": q.new_full((n, m), -torch.inf).triu(1 + m - n)}
+
+
+def plain_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """SDPA of a batch: q (rows, heads, n, D), k and v (rows, Hkv, m, D)."""
     return F.scaled_dot_product_attention(q, k, v, **causal_options(q, k), enable_gqa=True)
 
 
-def causal_gradients(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Tensor
-) -> tuple[Tensor, ...]:  # dq, dk, dv
-    return torch.func.vjp(plain_causal, q, k, v)[1](
-        grad
-    )  # autograd is off inside an operator, this is not
+def causal_gradients(grad: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    """dq, dk and dv of plain_causal. Autograd is off inside an operator; torch.func is not."""
+    _, gradients = torch.func.vjp(plain_causal, q, k, v)
+    return gradients(grad)
 
 
-def dense_rows(x: Tensor) -> Tensor:  # the CPU kernels misread a strided last dimension
+def dense_columns(x: Tensor) -> Tensor:
+    """x with a last dimension without gaps, because the CPU kernels misread any other."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def sdpa_outputs(
-    q: Tensor,
-) -> tuple[Tensor, Tensor]:  # y (T, H, D), logsumexp (H, T), used only on a CPU
-    return q.new_empty(q.shape), q.new_zeros(
-        q.shape[1::-1], dtype=torch.promote_types(q.dtype, torch.float32)
-    )
+def sdpa_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
+    """Empty y (T, H, D), and zeros for the logsumexp (H, T), which only a CPU uses."""
+    T, H, _ = q.shape
+    lse = q.new_zeros((H, T), dtype=torch.promote_types(q.dtype, torch.float32))
+    return q.new_empty(q.shape), lse
 
 
 @torch.library.custom_op("golf::sdpa_varlen", mutates_args=())
 def sdpa_varlen(
     q: Tensor, k: Tensor, v: Tensor, cu_queries: Tensor, cu_seqlens: Tensor, max_seqlen: int
 ) -> tuple[Tensor, Tensor]:
-    """y and logsumexp. On two cores, 16 x 512 bf16 tokens, H=4, D=32: 16 ms, 35 ms in backward."""
-    lengths = (cu := torch.stack([cu_queries, cu_seqlens])).diff()
-    ends, shortest, longest = cu[:, [0, -1]].tolist(), int(lengths[0].min()), int(lengths[1].max())
-    fits = ends == [[0, len(q)], [0, len(k)]] and shortest >= 0 and longest <= max_seqlen
-    assert fits and bool((lengths[0] <= lengths[1]).all()), (
-        f"{ends=}, {shortest=}, {longest=}, {lengths=}"
-    )
-    inputs = tuple(map(dense_rows, (q, k, v)))
+    """y (T, H, D) and logsumexp (H, T), segment by segment.
+
+    On two cores, 16 x 512 bf16 tokens with H = 4 and D = 32 take 16 ms, and 35 ms in the backward.
+    """
+    check_segments(q, k, cu_queries, cu_seqlens, max_seqlen)
+    q, k, v = dense_columns(q), dense_columns(k), dense_columns(v)
     y, lse = sdpa_outputs(q)
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-
-    def kernel(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-        return flash(q, k, v, **causal_options(q, k)) if q.is_cpu else (plain_causal(q, k, v),)
-
-    for_each_run(kernel, inputs, (y, lse.T), cu)
+    # A GPU holds the (n, m) scores of a batch in memory, so it takes one segment at a time.
+    for run in equal_runs(cu_queries, cu_seqlens, merge=q.is_cpu):
+        q_batch = run.query_batch(q)
+        k_batch = run.key_batch(k)
+        v_batch = run.key_batch(v)
+        if q.is_cpu:
+            options = causal_options(q_batch, k_batch)
+            y_batch, lse_batch = flash(q_batch, k_batch, v_batch, **options)
+            run.query_batch(lse.T).copy_(lse_batch)
+        else:
+            y_batch = plain_causal(q_batch, k_batch, v_batch)
+        run.query_batch(y).copy_(y_batch)
     return y, lse
 
 
@@ -5884,29 +6241,67 @@ def sdpa_varlen_backward(
     cu_queries: Tensor,
     cu_seqlens: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    inputs = (*map(dense_rows, (grad, q, k, v, y)), lse.T)
-    grads = q.new_empty(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
+    """dq, dk and dv from the gradient of y and what sdpa_varlen was given and returned."""
+    grad, q, k, v, y = (dense_columns(x) for x in (grad, q, k, v, y))
+    # Keys of segments without queries are never visited: their gradients are zero.
+    dq = q.new_empty(q.shape)
+    dk = k.new_zeros(k.shape)
+    dv = v.new_zeros(v.shape)
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-    kernel = (
-        (lambda *x: flash(*x, dropout_p=0.0, **causal_options(*x[1:3])))
-        if q.is_cpu
-        else causal_gradients
-    )
-    for_each_run(kernel, inputs, grads, torch.stack([cu_queries, cu_seqlens]))
-    return grads
+    for run in equal_runs(cu_queries, cu_seqlens, merge=q.is_cpu):
+        grad_batch = run.query_batch(grad)
+        q_batch = run.query_batch(q)
+        k_batch = run.key_batch(k)
+        v_batch = run.key_batch(v)
+        if q.is_cpu:
+            results = run.query_batch(y), run.query_batch(lse.T)
+            options = causal_options(q_batch, k_batch)
+            gradients = flash(
+                grad_batch, q_batch, k_batch, v_batch, *results, dropout_p=0.0, **options
+            )
+        else:
+            gradients = causal_gradients(grad_batch, q_batch, k_batch, v_batch)
+        dq_batch, dk_batch, dv_batch = gradients
+        run.query_batch(dq).copy_(dq_batch)
+        run.key_batch(dk).copy_(dk_batch)
+        run.key_batch(dv).copy_(dv_batch)
+    return dq, dk, dv
 
 
-sdpa_varlen.register_fake(lambda q, *_: sdpa_outputs(q))
-sdpa_varlen_backward.register_fake(
-    lambda grad, *saved: tuple(x.new_empty(x.shape) for x in saved[:3])
-)
-sdpa_varlen.register_autograd(
-    lambda ctx, grad, _: (*sdpa_varlen_backward(grad, *ctx.saved_tensors), None, None, None),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(
-        *inputs[:3], *output, *inputs[3:5]
-    ),
-)
-ATTENTION = {"sdpa": sdpa_varlen}  # check_attention adds the others
+@sdpa_varlen.register_fake
+def sdpa_varlen_fake(
+    q: Tensor, k: Tensor, v: Tensor, cu_queries: Tensor, cu_seqlens: Tensor, max_seqlen: int
+) -> tuple[Tensor, Tensor]:
+    """Outputs of sdpa_varlen while a graph is traced."""
+    return sdpa_outputs(q)
+
+
+@sdpa_varlen_backward.register_fake
+def sdpa_varlen_backward_fake(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *saved: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Outputs of sdpa_varlen_backward while a graph is traced."""
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def save_attention(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    """Keeps what sdpa_varlen_backward takes."""
+    q, k, v, cu_queries, cu_seqlens, _ = inputs
+    y, lse = output
+    ctx.save_for_backward(q, k, v, y, lse, cu_queries, cu_seqlens)
+
+
+def attention_gradients(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of q, k and v; the offsets and the length have none."""
+    return *sdpa_varlen_backward(grad, *ctx.saved_tensors), None, None, None
+
+
+sdpa_varlen.register_autograd(attention_gradients, setup_context=save_attention)
+
+
+# --- Calling, checking and choosing a backend -----------------------------------------------------
+# The function of each backend that has been loaded in this process; check_attention adds to it.
+ATTENTION = {"sdpa": sdpa_varlen}
 
 
 def attention(
@@ -5918,91 +6313,174 @@ def attention(
     backend: str,
     cu_queries: Tensor | None = None,
 ) -> Tensor:
-    """y (T, H, D), causal within each segment, scale D ** -0.5; query head h reads key/value head h // (H // Hkv)."""
-    y = ATTENTION[backend](
-        q, k, v, cu_seqlens if cu_queries is None else cu_queries, cu_seqlens, max_seqlen
-    )
-    return (
-        y[0] if isinstance(y, tuple) else y
-    )  # ours, FA4, and FA3 before 2025-07 add the logsumexp
+    """y (T, H, D), causal within each document, with scale D ** -0.5.
+
+    Query head h reads key/value head h // (H // Hkv). With cu_queries, q holds the last positions
+    of each document only, and T is their number.
+    """
+    if cu_queries is None:
+        cu_queries = cu_seqlens
+    y = ATTENTION[backend](q, k, v, cu_queries, cu_seqlens, max_seqlen)
+    # sdpa_varlen, FA4, and FA3 before 2025-07 return the logsumexp as well.
+    return y[0] if isinstance(y, tuple) else y
 
 
-def load_attention(
-    backend: str,
-) -> Callable[..., Tensor]:  # with our signature; raises one of BACKEND_ERRORS
-    name = "varlen_attn" if backend == "torch" else "flash_attn_varlen_func"
-    function = getattr(importlib.import_module(ATTENTION_BACKENDS[backend]), name)
-    if (
-        backend == "torch"
-    ):  # 2.10 has is_causal, later a window; enable_gqa is required since 2.12, implied before
-        known = inspect.signature(function).parameters
-        options = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
-        options |= {"enable_gqa": True} if "enable_gqa" in known else {}
-        return lambda q, k, v, cu_q, cu_k, n: function(q, k, v, cu_q, cu_k, n, n, **options)
-    return lambda q, k, v, cu_q, cu_k, n: function(
-        q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, max_seqlen_q=n, max_seqlen_k=n, causal=True
+def load_attention(backend: str) -> Callable[..., Tensor]:
+    """The function of a backend behind the signature of sdpa_varlen.
+
+    Raises one of BACKEND_ERRORS if it cannot be imported.
+    """
+    if backend == "sdpa":
+        return sdpa_varlen
+    module, name = ATTENTION_BACKENDS[backend]
+    function = getattr(importlib.import_module(module), name)
+    if backend == "torch":
+        return adapt_torch_varlen(function)
+
+    def flash(q, k, v, cu_queries, cu_seqlens, max_seqlen):
+        return function(
+            q,
+            k,
+            v,
+            cu_seqlens_q=cu_queries,
+            cu_seqlens_k=cu_seqlens,
+            max_seqlen_q=max_seqlen,
+            max_seqlen_k=max_seqlen,
+            causal=True,
+        )
+
+    return flash
+
+
+def adapt_torch_varlen(function: Callable) -> Callable[..., Tensor]:
+    """torch's varlen_attn behind the signature of sdpa_varlen, in every version that has it.
+
+    2.10 has `is_causal`, later ones a window. `enable_gqa` is required since 2.12, implied before.
+    """
+    known = inspect.signature(function).parameters
+    options: dict[str, Any] = {}
+    if "window_size" in known:
+        options["window_size"] = (-1, 0)
+    else:
+        options["is_causal"] = True
+    if "enable_gqa" in known:
+        options["enable_gqa"] = True
+
+    def varlen(q, k, v, cu_queries, cu_seqlens, max_seqlen):
+        return function(q, k, v, cu_queries, cu_seqlens, max_seqlen, max_seqlen, **options)
+
+    return varlen
+
+
+# The row on which backends are compared: documents of 1, 129 and 170 tokens, and padding. Its
+# queries are all tokens first; then the first document's, none of the second, the third's last 48.
+PROBE_CU_SEQLENS = [0, 1, 130, 300, 300, 300]
+PROBE_CU_QUERIES = [0, 1, 1, 49, 49, 49]
+PROBE_QUERIES = [0, *range(252, 300)]
+
+
+def attention_probe(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+    """The gradient of y, and q, k, v, for the probe row; leaves the global random state alone."""
+    rng = torch.Generator(device).manual_seed(0)
+    grad, *inputs = (
+        torch.randn(300, heads, 64, generator=rng, device=device).to(dtype)
+        for heads in (4, 4, 2, 2)
     )
+    return grad, inputs
+
+
+def reference_attention(grad: Tensor, inputs: list[Tensor]) -> list[Tensor]:
+    """y, dq, dk and dv of the probe in fp32 or better, for all queries and for few.
+
+    It is one SDPA over the row with a mask of every pair that is causal and in one document.
+    """
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    leaves = [x.detach().to(wide).requires_grad_() for x in inputs]
+    heads = [x.repeat_interleave(4 // x.size(1), 1).transpose(0, 1) for x in leaves]
+    lengths = torch.tensor(PROBE_CU_SEQLENS, device=grad.device).diff()
+    document = torch.arange(len(lengths), device=grad.device).repeat_interleave(lengths)
+    mask = (document[:, None] == document).tril()
+    y = F.scaled_dot_product_attention(*heads, attn_mask=mask).transpose(0, 1)
+    results = []
+    for tokens in (slice(None), PROBE_QUERIES):
+        part = y[tokens]
+        gradients = torch.autograd.grad(part, leaves, grad[tokens].to(wide), retain_graph=True)
+        results += [part, *gradients]
+    return results
+
+
+def candidate_attention(backend: str, grad: Tensor, inputs: list[Tensor]) -> list[Tensor]:
+    """The same from a backend, compiled whole. Raises one of BACKEND_ERRORS if it cannot."""
+    ATTENTION[backend] = load_attention(backend)
+    compiled = torch.compile(attention, backend="aot_eager", fullgraph=True)
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    q, k, v = leaves
+    cu_seqlens = torch.tensor(PROBE_CU_SEQLENS, dtype=torch.int32, device=grad.device)
+    cu_queries = torch.tensor(PROBE_CU_QUERIES, dtype=torch.int32, device=grad.device)
+    results = []
+    for tokens, cu in ((slice(None), None), (PROBE_QUERIES, cu_queries)):
+        y = compiled(q[tokens], k, v, cu_seqlens, 256, backend, cu)
+        results += [y, *torch.autograd.grad(y, leaves, grad[tokens])]
+    return results
+
+
+def largest_relative_error(results: list[Tensor], references: list[Tensor]) -> float:
+    """The largest |result - reference| / |reference| of the pairs; NaN if any is NaN."""
+    pairs = zip(results, references, strict=True)
+    errors = [(x - z).norm() / z.norm() for x, z in pairs]
+    return float(torch.stack(errors).max().detach())
 
 
 def check_attention(backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Why to refuse a backend, or "" if it compiles whole and y, dq, dk, dv, of all and of few queries, are SDPA's."""
-    cu, few = torch.tensor(
-        [[0, 1, 130, 300, 300, 300], [0, 1, 1, 49, 49, 49]], dtype=torch.int32, device=device
-    )
-    segment = torch.tensor([0] + 129 * [1] + 170 * [2], device=device)
-    rng = torch.Generator(device).manual_seed(0)  # leaves the global one alone
-    grad, *leaves = (
-        torch.randn(300, n, 64, generator=rng, device=device).to(dtype) for n in (4, 4, 2, 2)
-    )
-    exact = [x.to(torch.promote_types(dtype, torch.float32)).requires_grad_() for x in leaves]
-    heads = (x.repeat_interleave(4 // x.size(1), 1).transpose(0, 1) for x in exact)
-    y = F.scaled_dot_product_attention(
-        *heads, attn_mask=(segment[:, None] == segment).tril()
-    ).transpose(0, 1)
-    compiled, found, wanted = torch.compile(attention, backend="aot_eager", fullgraph=True), [], []
+    """Why to refuse a backend, in one line; empty if it compiles whole and its numbers are SDPA's.
+
+    Compared are y, dq, dk and dv, once with all queries and once with the last ones of documents.
+    """
+    grad, inputs = attention_probe(device, dtype)
+    references = reference_attention(grad, inputs)
     try:
-        ATTENTION[backend] = sdpa_varlen if backend == "sdpa" else load_attention(backend)
-        q, *kv = leaves = [x.detach().clone().requires_grad_() for x in leaves]
-        for cu_queries, at in ((None, slice(None)), (few, [0, *range(252, 300)])):
-            z, x = y[at], compiled(q[at], *kv, cu, 256, backend, cu_queries)
-            wanted += [z, *torch.autograd.grad(z, exact, grad[at].to(y.dtype), retain_graph=True)]
-            found += [x, *torch.autograd.grad(x, leaves, grad[at])]
-    except BACKEND_ERRORS as error:
-        return (str(error).strip() or repr(error)).splitlines()[0][:200]
-    error = float(
-        torch.stack([(x - z).norm() / z.norm() for x, z in zip(found, wanted, strict=True)])
-        .max()
-        .detach()
-    )
-    return (
-        ""
-        if error <= ATTENTION_TOLERANCE[dtype]
-        else f"relative error {error:.1e} against masked SDPA"
-    )
+        results = candidate_attention(backend, grad, inputs)
+    except BACKEND_ERRORS as failure:
+        message = str(failure).strip() or repr(failure)
+        return message.splitlines()[0][:200]
+    error = largest_relative_error(results, references)
+    if error <= ATTENTION_TOLERANCE[dtype]:  # false for NaN
+        return ""
+    return f"relative error {error:.1e} against masked SDPA"
 
 
 def choose_attention(
     requested: str, device: torch.device, dtype: torch.dtype
 ) -> tuple[str, list[str]]:
-    """A name for `attention` ("auto": the first that works) and log lines; UsageError if there is none."""
+    """A backend for `attention`, and lines for the log about it and about those refused before it.
+
+    "auto" takes the first of ATTENTION_BACKENDS that passes check_attention. Raises UsageError,
+    which names those that would work, if there is none.
+    """
     if requested == "auto" and device.type == "cpu":
         return "sdpa", ["attention_backend:sdpa (the others need a GPU)"]
-    some = [
-        n for n in ATTENTION_BACKENDS if n != "sdpa" or dtype != torch.bfloat16
-    ]  # its loop on a GPU: only by name
-    names, log, reason = [requested] if requested != "auto" else some, [], "no such backend"
-    for name in filter(ATTENTION_BACKENDS.__contains__, names):
+
+    if requested == "auto":
+        candidates = list(ATTENTION_BACKENDS)
+        # On a GPU sdpa loops over documents, seconds a step in bf16: there only by name.
+        if dtype == torch.bfloat16:
+            candidates.remove("sdpa")
+    else:
+        candidates = [name for name in ATTENTION_BACKENDS if name == requested]
+
+    log = []
+    reason = "no such backend"
+    for name in candidates:
         reason = check_attention(name, device, dtype)
         if not reason:
-            return name, [*log, f"attention_backend:{name}"]
+            log.append(f"attention_backend:{name}")
+            return name, log
         log.append(f"{name}: {reason}")
-    works = [
-        name
-        for name in ATTENTION_BACKENDS
-        if name not in names and not check_attention(name, device, dtype)
-    ]
+
+    others = [name for name in ATTENTION_BACKENDS if name not in candidates]
+    working = [name for name in others if not check_attention(name, device, dtype)]
     raise UsageError(
-        f"ATTENTION_BACKEND={requested}: {reason}; works here: {', '.join(works) or 'none'}"
+        f"ATTENTION_BACKEND={requested}: {reason}; works here: {', '.join(working) or 'none'}"
     )
 
 

@@ -1,7 +1,10 @@
-"""A Hopper GPU that is not there: enough of it for PyTorch to trace fake CUDA tensors and for Inductor to write code.
+"""A Hopper GPU that is not there, so that Inductor writes code for one.
 
-Import it before torch, which asks only once what devices there are: a few lines of C++ answer autograd's questions (one
-device, one stream, events that are over). Needs a CPU build of PyTorch, and g++. Nothing can be executed on it."""
+It is enough of a GPU for PyTorch to trace fake CUDA tensors and for Inductor to write its kernels;
+nothing can be executed on it. Import it before torch, which asks only once which devices there are.
+A few lines of C++ answer autograd's questions: one device, one stream, and events that are over. It
+needs a CPU build of PyTorch, and g++.
+"""
 
 from __future__ import annotations
 
@@ -52,30 +55,24 @@ static impl::DeviceGuardImplRegistrar registrar(DeviceType::CUDA, &guard);
 
 
 def stand_in() -> None:
-    """Registers the C++ above with PyTorch, which asks for it only once: so before `import torch`."""
+    """Registers the C++ above with PyTorch; raises ImportError if PyTorch is built with CUDA.
+
+    PyTorch asks for its hooks only once, so this must come before `import torch`.
+    """
     package = Path(importlib.util.find_spec("torch").origin).parent
     if (package / "lib" / "libtorch_cuda.so").exists():
         raise ImportError("PyTorch is built with CUDA; where a GPU is, bench/step.py measures")
+    compiler = ["g++", "-std=c++20", "-fPIC", "-shared", f"-I{package}/include"]
     with tempfile.TemporaryDirectory() as folder:
         library = f"{folder}/stand_in.so"
-        command = [
-            "g++",
-            "-std=c++20",
-            "-fPIC",
-            "-shared",
-            "-x",
-            "c++",
-            "-",
-            f"-I{package}/include",
-            "-o",
-            library,
-        ]
+        command = [*compiler, "-x", "c++", "-", "-o", library]
         subprocess.run(command, input=STAND_IN.encode(), check=True, capture_output=True)
         for path in (f"{package}/lib/libtorch_cpu.so", library):
             ctypes.CDLL(path, ctypes.RTLD_GLOBAL)
 
 
-MISSING = ""  # why there is no stand-in
+# Why there is no stand-in; empty if there is one.
+MISSING = ""
 try:
     if "torch" in sys.modules:
         raise ImportError("torch is imported already")
@@ -108,21 +105,27 @@ HOPPER = types.SimpleNamespace(
 )
 
 
-class Driver:  # what Triton and Inductor ask of a GPU's driver while they write source
+class Driver:
+    """What Triton and Inductor ask of a GPU's driver while they write source."""
+
     utils = types.SimpleNamespace(get_device_properties=lambda _: {"max_shared_mem": 232448})
 
     def get_current_target(self) -> GPUTarget:
+        """sm_90, with 32 threads in a warp."""
         return GPUTarget("cuda", 90, 32)
 
     def get_current_device(self) -> int:
+        """The only device."""
         return 0
 
     def get_active_torch_device(self) -> torch.device:
+        """The only device, for PyTorch."""
         return DEVICE
 
 
 @contextlib.contextmanager
-def autocasting() -> Iterator[None]:  # torch.autocast("cuda") would switch itself off
+def autocasting() -> Iterator[None]:
+    """Keeps torch.autocast("cuda") on, which would switch itself off without a GPU."""
     with (
         mock.patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False),
         mock.patch.object(torch.cuda, "is_bf16_supported", lambda *_, **__: True),
@@ -130,44 +133,39 @@ def autocasting() -> Iterator[None]:  # torch.autocast("cuda") would switch itse
         yield
 
 
+def answer(value: object) -> Callable[..., object]:
+    """A function that returns `value` whatever it is asked."""
+    return lambda *args, **kwargs: value
+
+
 @contextlib.contextmanager
 def hopper(finish: Callable[[GraphLowering], None]) -> Iterator[None]:
-    """Inductor believes in an H100 and calls `finish` where it would compile and load what it wrote."""
-    everywhere = {"has_triton": lambda *_: True, "triton_hash_with_backend": lambda: ""}
-    loaded = [
-        m
-        for name, m in sys.modules.items()
-        if name.startswith(("torch._inductor", "torch.utils._triton"))
+    """Inductor believes in an H100, and calls `finish` where it would load what it has written."""
+    patches: list[tuple[object, str, object]] = [
+        (CudaInterface, "get_device_properties", staticmethod(answer(HOPPER))),
+        (CudaInterface.Worker, "get_device_properties", staticmethod(answer(HOPPER))),
+        (CudaInterface, "get_compute_capability", staticmethod(answer(90))),
+        (GraphLowering, "compile_to_module", lambda graph: finish(graph)),
+        (torch.cuda, "is_available", answer(True)),
+        (torch.cuda, "device_count", answer(1)),
+        (torch.cuda, "current_device", answer(0)),
+        (torch.cuda, "get_device_properties", answer(HOPPER)),
+        (torch.cuda, "get_device_capability", answer((9, 0))),
+        (torch.cuda, "get_rng_state", answer(torch.empty(16, dtype=torch.uint8))),
+        (torch.cuda, "set_rng_state", answer(None)),
+        (torch.cuda, "_exchange_device", answer(0)),
+        (torch.cuda, "_maybe_exchange_device", answer(0)),
+        (torch.cuda, "set_device", answer(None)),
+        (torch.cuda, "synchronize", answer(None)),
     ]
-    cuda = {
-        "is_available": lambda: True,
-        "device_count": lambda: 1,
-        "current_device": lambda: 0,
-        "get_device_properties": lambda *_, **__: HOPPER,
-        "get_device_capability": lambda *_: (9, 0),
-        "get_rng_state": lambda *_: torch.empty(16, dtype=torch.uint8),
-        "set_rng_state": lambda *_: None,
-        "_exchange_device": lambda _: 0,
-        "_maybe_exchange_device": lambda _: 0,
-        "set_device": lambda _: None,
-        "synchronize": lambda *_: None,
-    }
-    properties = staticmethod(lambda *_: HOPPER)
+    # Modules of Inductor hold these two by name, wherever they are imported.
+    replaced = {"has_triton": answer(True), "triton_hash_with_backend": answer("")}
+    for module_name, module in list(sys.modules.items()):
+        if module_name.startswith(("torch._inductor", "torch.utils._triton")):
+            names = replaced.keys() & vars(module).keys()
+            patches += [(module, name, replaced[name]) for name in names]
     with contextlib.ExitStack() as stack:
-        for module in loaded:
-            for name in everywhere.keys() & vars(module).keys():
-                stack.enter_context(mock.patch.object(module, name, everywhere[name]))
-        for name, value in cuda.items():
-            stack.enter_context(mock.patch.object(torch.cuda, name, value))
-        stack.enter_context(mock.patch.object(CudaInterface, "get_device_properties", properties))
-        stack.enter_context(
-            mock.patch.object(CudaInterface.Worker, "get_device_properties", properties)
-        )
-        stack.enter_context(
-            mock.patch.object(CudaInterface, "get_compute_capability", staticmethod(lambda *_: 90))
-        )
-        stack.enter_context(
-            mock.patch.object(GraphLowering, "compile_to_module", lambda graph: finish(graph))
-        )
+        for owner, name, value in patches:
+            stack.enter_context(mock.patch.object(owner, name, value))
         triton.runtime.driver.set_active(Driver())
         yield

@@ -37,7 +37,7 @@ JOBS = {  # what an operator (CPU) or kernel (GPU) is for, by its name; the firs
     "attention": r"sdpa|scaled_dot|flash|fmha|varlen|attention",
     "fused MLP": r"mlp_kernel|mlp_up|mlp_dpre|linear_leaky_relu|leaky_relu",
     "loss": r"softcap_ce|softmax|nll|cross_entropy|tanh",
-    "fused norm, RoPE, XSA": r"qk_kernel|xsa_kernel|qk_rope|golf::xsa",
+    "fused norm, RoPE, XSA": r"qk_rope|xsa_kernel|xsa_backward_kernel|golf::xsa",
     "products": r"::(mm|addmm|bmm|baddbmm|linear|matmul)|gemm|nvjet|cutlass|xmma|wgmma",
     "optimizer": r"adam|lerp|foreach",
     "copies and casts": r"copy|_to\b|clone|contiguous|cat|stack|Memcpy|Memset|fill|zero",

@@ -51,22 +51,22 @@ def run(leaves, grad, cu, max_seqlen=64, backend="sdpa", function=attention):
     return y, *torch.autograd.grad(y, leaves, grad)
 
 
-def masked_softmax(leaves, grad, lengths, at=slice(None)):
-    """y, dq, dk, dv written by hand: every pair of tokens scored, the forbidden ones masked, head by head; y of the
-    queries `at`."""
+def masked_softmax(leaves, grad, lengths, queries=slice(None)):
+    """y, dq, dk, dv of some queries, written out head by head.
+
+    Every pair of tokens is scored, and the forbidden ones are masked.
+    """
     q, k, v = leaves
-    document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(
-        q.device
-    )
+    document = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(q.device)
     position = torch.arange(q.size(0), device=q.device)
     allowed = (document[:, None] == document) & (position[:, None] >= position)
     heads = []
     for h in range(q.size(1)):
         kv = h // (q.size(1) // k.size(1))
-        scores = (q[:, h] @ k[:, kv].T / q.size(2) ** 0.5).masked_fill(~allowed, -torch.inf)
-        heads.append(scores.softmax(-1) @ v[:, kv])
-    y = torch.stack(heads, 1)[at]
-    return y, *torch.autograd.grad(y, leaves, grad[at])
+        scores = q[:, h] @ k[:, kv].T / q.size(2) ** 0.5
+        heads.append(scores.masked_fill(~allowed, -torch.inf).softmax(-1) @ v[:, kv])
+    y = torch.stack(heads, 1)[queries]
+    return y, *torch.autograd.grad(y, leaves, grad[queries])
 
 
 def assert_near(found, wanted, limit):
@@ -76,7 +76,7 @@ def assert_near(found, wanted, limit):
         assert error <= limit, f"{name} is off by {error:.2e}, limit {limit:.0e}"
 
 
-# The operator
+# --- The operator ---------------------------------------------------------------------------------
 
 
 def test_packed_row_equals_its_documents_one_by_one():
@@ -93,7 +93,8 @@ def test_packed_row_equals_its_documents_one_by_one():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_no_token_sees_its_future_or_another_document(dtype):
     leaves, _ = draw(sum(LENGTHS), dtype=dtype)
-    (q, k, v), cu = (x.detach() for x in leaves), offsets(LENGTHS)
+    q, k, v = (x.detach() for x in leaves)
+    cu = offsets(LENGTHS)
     before = attention(q, k, v, cu, 64, "sdpa")
     bounds = cu.tolist()
     for changed in (0, 1, 10, 25, 51, 60, 85):
@@ -111,9 +112,8 @@ def test_gradients_reach_neither_the_future_nor_another_document():
     leaves, _ = draw(sum(LENGTHS))
     y = attention(*leaves, offsets(LENGTHS), 64, "sdpa")
     token, start = 30, 22  # in the document of tokens 22..51
-    for x, first in zip(
-        torch.autograd.grad(y[token].sum(), leaves), (token, start, start), strict=True
-    ):
+    gradients = torch.autograd.grad(y[token].sum(), leaves)
+    for x, first in zip(gradients, (token, start, start), strict=True):
         assert x[:first].eq(0).all() and x[token + 1 :].eq(0).all()
         assert x[first : token + 1].ne(0).flatten(1).any(1).all()
 
@@ -162,10 +162,11 @@ def test_strides_do_not_matter():
     assert_near(run(swapped, grad, offsets(LENGTHS)), wanted, 1e-14)
     fused = torch.cat([x.detach() for x in leaves], 1).requires_grad_()
     y = attention(*fused.split([4, 2, 2], 1), offsets(LENGTHS), 64, "sdpa")
-    assert_near((y, *torch.autograd.grad(y, fused, grad)[0].split([4, 2, 2], 1)), wanted, 1e-14)
-    ones = torch.autograd.grad(
-        attention(*leaves, offsets(LENGTHS), 64, "sdpa").sum(), leaves
-    )  # expanded gradient
+    (fused_grad,) = torch.autograd.grad(y, fused, grad)
+    assert_near((y, *fused_grad.split([4, 2, 2], 1)), wanted, 1e-14)
+    # The gradient of a sum is an expanded scalar.
+    total = attention(*leaves, offsets(LENGTHS), 64, "sdpa").sum()
+    ones = torch.autograd.grad(total, leaves)
     for x, z in zip(ones, run(leaves, torch.ones_like(grad), offsets(LENGTHS))[1:], strict=True):
         torch.testing.assert_close(x, z, rtol=1e-13, atol=1e-13)
 
@@ -178,9 +179,8 @@ def test_gradcheck_in_float64():
 
 def test_operator_keeps_the_rules_of_torch_library():
     leaves, _ = draw(sum(LENGTHS), dtype=torch.float32)
-    torch.library.opcheck(
-        train_gpt.sdpa_varlen, (*leaves, offsets(LENGTHS, 12), offsets(LENGTHS, 12), 64)
-    )
+    cu = offsets(LENGTHS, 12)
+    torch.library.opcheck(train_gpt.sdpa_varlen, (*leaves, cu, cu.clone(), 64))
 
 
 @pytest.mark.parametrize(
@@ -199,9 +199,21 @@ def test_gradients_written_out_for_other_devices_match_autograd():
     q, k, v, grad = (torch.randn(3, n, 21, 8, dtype=torch.float64) for n in (6, 2, 2, 6))
     leaves = [x.requires_grad_() for x in (q, k, v)]
     y = F.scaled_dot_product_attention(*leaves, is_causal=True, enable_gqa=True)
-    found = train_gpt.causal_gradients(grad, q, k, v, y, y)
+    found = train_gpt.causal_gradients(grad, q, k, v)
     for x, z in zip(found, torch.autograd.grad(y, leaves, grad), strict=True):
         torch.testing.assert_close(x, z, rtol=1e-12, atol=1e-12)
+
+
+def test_a_gpu_takes_one_segment_at_a_time_and_a_cpu_equal_neighbours_at_once():
+    cu_queries, cu_keys = offsets([5, 5, 0, 2, 0]), offsets([7, 7, 3, 2, 0])
+
+    def runs(merge):
+        found = train_gpt.equal_runs(cu_queries, cu_keys, merge)
+        return [(run.count, run.queries, run.keys) for run in found]
+
+    last = (1, slice(10, 12), slice(17, 19))
+    assert runs(True) == [(2, slice(0, 10), slice(0, 14)), last]
+    assert runs(False) == [(1, slice(0, 5), slice(0, 7)), (1, slice(5, 10), slice(7, 14)), last]
 
 
 @pytest.mark.parametrize("cu", [[0, 5, 9], [1, 5, 10], [0, 10], [0, 7, 3, 10]])
@@ -211,13 +223,14 @@ def test_offsets_that_do_not_fit_the_row_are_refused(cu):
         attention(*leaves, torch.tensor(cu, dtype=torch.int32), 8, "sdpa")
 
 
-# Queries of some positions only: the last of each segment
+# --- Queries of some positions only: the last of each segment -------------------------------------
 
 
 def draw_some(rng, segments, longest):
-    """Lengths of segments, and how many of the last positions of each are queries: none, some, all."""
-    lengths = [int(n) for n in rng.integers(0, longest, segments)] + [2]
-    return lengths, [int(rng.choice([0, rng.integers(0, n + 1), n])) for n in lengths[:-1]] + [1]
+    """Lengths of segments, and how many of the last positions of each are queries."""
+    lengths = [int(n) for n in rng.integers(0, longest, segments)]
+    counts = [int(rng.choice([0, rng.integers(0, n + 1), n])) for n in lengths]
+    return [*lengths, 2], [*counts, 1]
 
 
 def at_ends(lengths, counts):
@@ -226,26 +239,29 @@ def at_ends(lengths, counts):
     return [i for end, n in zip(ends, counts, strict=True) for i in range(end - n, end)]
 
 
-def some_of(function, at, leaves, grad):
-    """y, dq (of all positions), dk, dv of the queries `at` alone."""
-    y = function(leaves[0][at], *leaves[1:])
-    return y, *torch.autograd.grad(y, leaves, grad[at])
+def some_of(function, queries, leaves, grad):
+    """y, dq (of all positions), dk, dv of some queries alone."""
+    y = function(leaves[0][queries], *leaves[1:])
+    return y, *torch.autograd.grad(y, leaves, grad[queries])
 
 
-WINDOWS = ([9, 7] * 3, [4, 0] * 3), ([16] * 3, [5] * 3)  # of adaptation, padded and not
+# Lengths and queries of the windows of adaptation, with padding and without.
+WINDOWS = [([9, 7] * 3, [4, 0] * 3), ([16] * 3, [5] * 3)]
 
 
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (3, 1)])
 def test_last_queries_of_segments_match_masked_softmax(seed, heads, kv_heads):
-    rng = np.random.default_rng(seed)
-    lengths, counts = (
-        WINDOWS[seed] if seed < len(WINDOWS) else draw_some(rng, 7, int(rng.choice([6, 40, 300])))
-    )
-    (leaves, grad), at = draw(sum(lengths), heads, kv_heads), at_ends(lengths, counts)
+    if seed < len(WINDOWS):
+        lengths, counts = WINDOWS[seed]
+    else:
+        rng = np.random.default_rng(seed)
+        lengths, counts = draw_some(rng, 7, int(rng.choice([6, 40, 300])))
+    leaves, grad = draw(sum(lengths), heads, kv_heads)
+    queries = at_ends(lengths, counts)
     cu, few = offsets(lengths, 12), offsets(counts, 12)
-    found = some_of(lambda *qkv: attention(*qkv, cu, 300, "sdpa", few), at, leaves, grad)
-    assert_near(found, masked_softmax(leaves, grad, lengths, at), 1e-14)
+    found = some_of(lambda *qkv: attention(*qkv, cu, 300, "sdpa", few), queries, leaves, grad)
+    assert_near(found, masked_softmax(leaves, grad, lengths, queries), 1e-14)
     unasked = torch.repeat_interleave(torch.tensor(counts), torch.tensor(lengths)) == 0
     assert all(x[unasked].eq(0).all() for x in found[2:])
 
@@ -270,11 +286,12 @@ def test_gradcheck_of_some_queries():
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.bfloat16, 1e-2), (torch.float32, 1e-6)])
 def test_low_precision_of_some_queries_is_near_float64(dtype, limit):
     lengths, counts = (130, 1, 90, 90), (48, 0, 90, 7)
-    (leaves, grad), at = draw(sum(lengths), dtype=dtype), at_ends(lengths, counts)
+    leaves, grad = draw(sum(lengths), dtype=dtype)
+    queries = at_ends(lengths, counts)
     exact = [x.detach().double().requires_grad_() for x in leaves]
     cu, few = offsets(lengths, 8), offsets(counts, 8)
-    found = some_of(lambda *qkv: attention(*qkv, cu, 130, "sdpa", few), at, leaves, grad)
-    assert_near(found, masked_softmax(exact, grad.double(), lengths, at), limit)
+    found = some_of(lambda *qkv: attention(*qkv, cu, 130, "sdpa", few), queries, leaves, grad)
+    assert_near(found, masked_softmax(exact, grad.double(), lengths, queries), limit)
 
 
 def test_gradients_of_some_queries_written_out_for_other_devices_match_autograd():
@@ -284,7 +301,7 @@ def test_gradients_of_some_queries_written_out_for_other_devices_match_autograd(
     leaves = [x.requires_grad_() for x in (q, k, v)]
     seen = torch.ones(5, 21, dtype=torch.bool).tril(16)
     y = F.scaled_dot_product_attention(*leaves, attn_mask=seen, enable_gqa=True)
-    found = train_gpt.causal_gradients(grad, q, k, v, y, y)
+    found = train_gpt.causal_gradients(grad, q, k, v)
     for x, z in zip(found, torch.autograd.grad(y, leaves, grad), strict=True):
         torch.testing.assert_close(x, z, rtol=1e-12, atol=1e-12)
 
@@ -297,7 +314,7 @@ def test_queries_that_are_not_of_the_segments_are_refused(few):
         attention(leaves[0][:7], *leaves[1:], cu, 8, "sdpa", few)
 
 
-# The compiled graph
+# --- The compiled graph ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
@@ -314,34 +331,37 @@ def test_compiled_whole_gives_the_same_and_never_recompiles(compiler):
 def test_some_queries_compile_whole_for_every_number_of_them():
     graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(attention, backend=graphs, fullgraph=True, dynamic=True)
-    for lengths, counts in (
-        ([16] * 3, [5] * 3),
-        ([9, 7] * 3, [9, 0] * 3),
-        ([20, 12] * 3, [4, 0] * 3),
-        *WINDOWS,
-    ):
-        (leaves, grad), at = draw(sum(lengths), dtype=torch.float32), at_ends(lengths, counts)
-        cu, few = offsets(lengths, 6), offsets(counts, 6)
-        found, wanted = (
-            some_of(lambda *qkv, f=f: f(*qkv, cu, 64, "sdpa", few), at, leaves, grad)  # noqa: B023
-            for f in (compiled, attention)
-        )
-        assert_near(found, wanted, 1e-6)
+    cases = [*WINDOWS, ([9, 7] * 3, [9, 0] * 3), ([20, 12] * 3, [4, 0] * 3)]
+    for lengths, counts in cases:
+        leaves, grad = draw(sum(lengths), dtype=torch.float32)
+        queries = at_ends(lengths, counts)
+        segments = offsets(lengths, 6), 64, "sdpa", offsets(counts, 6)
+
+        def results(function, segments=segments, case=(queries, leaves, grad)):
+            return some_of(lambda *qkv: function(*qkv, *segments), *case)
+
+        assert_near(results(compiled), results(attention), 1e-6)
     assert graphs.frame_count == 1
 
 
-# The choice of a backend
+# --- The choice of a backend ----------------------------------------------------------------------
 
 
+# Stand-ins have the signatures of the functions that they stand for.
+# ruff: disable[PLR0913]
 def flash_module(monkeypatch, name, wrong=0.0, extra=False):
-    """Puts a stand-in for a flash attention package under `name`, with its keywords; y is off by the factor `wrong`."""
+    """Puts a stand-in for a flash attention package under `name`, called by its keywords.
+
+    wrong: y is off by this factor. extra: it returns the logsumexp as well.
+    """
 
     def flash_attn_varlen_func(
         q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal=False
-    ):  # noqa: PLR0913
+    ):
         assert causal and max_seqlen_q == max_seqlen_k
         y, lse = train_gpt.sdpa_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q)
-        return (y * (1 + wrong), lse) if extra else y * (1 + wrong)
+        y = y * (1 + wrong)
+        return (y, lse) if extra else y
 
     module = types.ModuleType(name)
     module.flash_attn_varlen_func = flash_attn_varlen_func
@@ -350,26 +370,29 @@ def flash_module(monkeypatch, name, wrong=0.0, extra=False):
 
 def varlen_2_10(
     query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None
-):  # noqa: PLR0913
+):
     assert is_causal and max_q == max_k
     return train_gpt.sdpa_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q)[0]
 
 
-def varlen_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size=(-1, -1)):  # noqa: PLR0913
+def varlen_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size=(-1, -1)):
     assert window_size == (-1, 0)
     return varlen_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=True)
 
 
 def varlen_2_12(
     query, key, value, cu_q, cu_k, max_q, max_k, *, window_size=(-1, -1), enable_gqa=False
-):  # noqa: PLR0913
+):
     assert enable_gqa
     return varlen_2_11(query, key, value, cu_q, cu_k, max_q, max_k, window_size=window_size)
 
 
+# ruff: enable[PLR0913]
+
+
 def hide(monkeypatch, *backends):
     for name in backends:
-        monkeypatch.setitem(sys.modules, ATTENTION_BACKENDS[name], None)
+        monkeypatch.setitem(sys.modules, ATTENTION_BACKENDS[name].module, None)
 
 
 def test_auto_takes_sdpa_on_a_cpu_and_says_why():
@@ -391,7 +414,7 @@ def test_named_backend_that_cannot_run_is_one_clear_line(name, monkeypatch):
     text = str(caught.value)
     assert text.startswith(f"ATTENTION_BACKEND={name}: ") and text.endswith("works here: sdpa")
     assert "\n" not in text and caught.value.__cause__ is None
-    assert ATTENTION_BACKENDS[name] in text or name == "torch"
+    assert ATTENTION_BACKENDS[name].module in text or name == "torch"
 
 
 def test_unknown_backend_is_refused_by_name(monkeypatch):
@@ -405,7 +428,7 @@ def test_unknown_backend_is_refused_by_name(monkeypatch):
 @pytest.mark.parametrize("extra", [False, True])
 @pytest.mark.parametrize("name", ["fa3", "fa4", "fa2"])
 def test_right_flash_package_is_chosen_with_or_without_logsumexp(name, extra, monkeypatch):
-    flash_module(monkeypatch, ATTENTION_BACKENDS[name], extra=extra)
+    flash_module(monkeypatch, ATTENTION_BACKENDS[name].module, extra=extra)
     assert choose_attention(name, CPU, torch.float32) == (name, [f"attention_backend:{name}"])
     leaves, grad = draw(sum(LENGTHS))
     assert_near(
@@ -417,9 +440,10 @@ def test_right_flash_package_is_chosen_with_or_without_logsumexp(name, extra, mo
 
 @pytest.mark.parametrize("varlen_attn", [varlen_2_10, varlen_2_11, varlen_2_12])
 def test_every_version_of_torch_varlen_is_called_as_it_expects(varlen_attn, monkeypatch):
-    module = types.ModuleType(ATTENTION_BACKENDS["torch"])
+    name = ATTENTION_BACKENDS["torch"].module
+    module = types.ModuleType(name)
     module.varlen_attn = varlen_attn
-    monkeypatch.setitem(sys.modules, ATTENTION_BACKENDS["torch"], module)
+    monkeypatch.setitem(sys.modules, name, module)
     assert choose_attention("torch", CPU, torch.bfloat16)[0] == "torch"
 
 
@@ -438,29 +462,25 @@ def test_backend_with_wrong_gradients_is_refused(monkeypatch):
     right = sys.modules["flash_attn_interface"].flash_attn_varlen_func
 
     def wrong(q, k, v, **rest):
-        return right(
-            q, k.detach() + 0.5 * (k - k.detach()), v, **rest
-        )  # y as it should be, half of dk
+        """y is right, and dk is half of what it should be."""
+        return right(q, k.detach() + 0.5 * (k - k.detach()), v, **rest)
 
     monkeypatch.setattr(sys.modules["flash_attn_interface"], "flash_attn_varlen_func", wrong)
-    assert (
-        train_gpt.check_attention("fa3", CPU, torch.float32)
-        == "relative error 5.0e-01 against masked SDPA"
-    )
+    reason = train_gpt.check_attention("fa3", CPU, torch.float32)
+    assert reason == "relative error 5.0e-01 against masked SDPA"
 
 
 def test_backend_that_takes_the_last_queries_for_the_first_is_refused(monkeypatch):
-    """Aligned at the top left, as flash-attn before 2.1: silent as long as there are as many queries as keys."""
+    """flash-attn before 2.1 did; it shows only where there are fewer queries than keys."""
     flash_module(monkeypatch, "flash_attn")
     right = sys.modules["flash_attn"].flash_attn_varlen_func
 
     def top_left(q, k, v, *, cu_seqlens_q, cu_seqlens_k, **rest):
-        place = torch.arange(len(q), dtype=torch.int32)
-        segment = torch.searchsorted(cu_seqlens_q, place, right=True) - 1
-        seen = cu_seqlens_k[segment] + place - cu_seqlens_q[segment]
-        return right(
-            q, k[seen], v[seen], cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_q, **rest
-        )
+        index = torch.arange(len(q), dtype=torch.int32)
+        segment = torch.searchsorted(cu_seqlens_q, index, right=True) - 1
+        seen = cu_seqlens_k[segment] + index - cu_seqlens_q[segment]
+        offsets = dict(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_q)
+        return right(q, k[seen], v[seen], **offsets, **rest)
 
     monkeypatch.setattr(sys.modules["flash_attn"], "flash_attn_varlen_func", top_left)
     reason = train_gpt.check_attention("fa2", CPU, torch.float32)
@@ -509,15 +529,14 @@ def test_auto_walks_the_table_and_logs_each_refusal(monkeypatch):
 
 
 def test_auto_never_ends_at_a_loop_over_documents_on_a_gpu_in_bf16(monkeypatch):
-    monkeypatch.setattr(
-        train_gpt, "check_attention", lambda name, *_: f"no {name}" * (name != "sdpa")
-    )
-    gpu, found = torch.device("cuda"), []
+    reasons = {name: f"no {name}" for name in ATTENTION_BACKENDS} | {"sdpa": ""}
+    monkeypatch.setattr(train_gpt, "check_attention", lambda name, *_: reasons[name])
+    gpu = torch.device("cuda")
     with pytest.raises(UsageError, match="^ATTENTION_BACKEND=auto: no torch; works here: sdpa$"):
         choose_attention("auto", gpu, torch.bfloat16)
-    for name, dtype in (("sdpa", torch.bfloat16), ("auto", torch.float32)):
-        found.append(choose_attention(name, gpu, dtype)[0])
-    assert found == ["sdpa", "sdpa"]
+    for requested, dtype in (("sdpa", torch.bfloat16), ("auto", torch.float32)):
+        name, _ = choose_attention(requested, gpu, dtype)
+        assert name == "sdpa"
 
 
 def test_choice_leaves_the_random_state_alone():
@@ -526,7 +545,7 @@ def test_choice_leaves_the_random_state_alone():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-# On a GPU
+# --- On a GPU -------------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu
@@ -555,6 +574,5 @@ def test_auto_on_gpu_finds_a_backend_in_every_float_type():
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
         name, log = choose_attention("auto", torch.device("cuda"), dtype)
         assert name in ATTENTION_BACKENDS and log[-1] == f"attention_backend:{name}"
-        assert name != "sdpa" or dtype != torch.bfloat16, (
-            log
-        )  # which loops over documents: seconds a step
+        # In bf16 sdpa, which loops over documents, would take seconds a step.
+        assert name != "sdpa" or dtype != torch.bfloat16, log

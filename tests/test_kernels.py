@@ -1,7 +1,7 @@
-"""Fused norm + RoPE + gain, XSA, and head + cross-entropy: operators, autograd, knobs, Triton kernels without a GPU.
+"""Fused norm, RoPE and gain; XSA; head and cross-entropy: operators, autograd, knobs, kernels.
 
-Run as a script, this file is its own child process: `interpret` needs TRITON_INTERPRET=1 from the first import of
-triton. It prints one JSON list on the last line.
+No test needs a GPU. Run as a script, this file is its own child process: Triton's interpreter needs
+TRITON_INTERPRET=1 from the first import of triton. The last line it prints is a JSON list.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ KNOBS = ("fused_mlp", "fused_qk", "fused_xsa", "fused_ce")
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+# (T, H, Hkv, D, half of the rotated columns)
 HEADS = [
     (1, 2, 1, 8, 2),
     (19, 3, 1, 64, 8),
@@ -32,12 +34,14 @@ HEADS = [
     (16, 8, 4, 64, 8),
     (33, 5, 5, 6, 1),
 ]
+# Rows of queries alone, or of keys and values alone.
 SPLIT = [
     (19, 3, 0, 64, 8),
     (37, 0, 4, 24, 12),
     (5, 2, 0, 6, 1),
     (1, 0, 1, 40, 3),
-]  # queries alone; keys and values
+]
+# (N, C, V, cap)
 LOGITS = [
     (1, 2, 33, 30.0),
     (17, 5, 129, 30.0),
@@ -56,16 +60,25 @@ def relative_error(out: Tensor, reference: Tensor) -> float:
 def exact_qk(
     qkv: Tensor, gain: Tensor, rope: Tensor, dim: int, uses: int = 1
 ) -> tuple[Tensor, ...]:
-    """Another spelling of norm, rotation and gain: pairs as complex numbers, one head at a time. Values as often as
-    they are used."""
-    heads, H = qkv.unflatten(1, (-1, dim)), len(gain)
-    kv, half = (heads.size(1) - H) // 2, rope.size(-1)
-    turn, out = torch.complex(rope[:, 0, 0], -rope[:, 1, 0]), []
+    """Norm, rotation and gain in other words: pairs are complex numbers, and heads come one by one.
+
+    The values are returned as often as they are used.
+    """
+    heads = qkv.unflatten(1, (-1, dim))
+    H = len(gain)
+    kv = (heads.size(1) - H) // 2
+    half = rope.size(-1)
+    turn = torch.complex(rope[:, 0, 0], -rope[:, 1, 0])
+    out = []
     for h in range(H + kv):
-        x = heads[:, h] / (heads[:, h].square().mean(1, keepdim=True) + 2.0**-23).sqrt()
+        rms = (heads[:, h].square().mean(1, keepdim=True) + 2.0**-23).sqrt()
+        x = heads[:, h] / rms
         z = torch.complex(x[:, :half], x[:, half : 2 * half]) * turn
-        out.append(torch.cat([z.real, z.imag, x[:, 2 * half :]], 1) * (gain[h] if h < H else 1.0))
-    q, k = (torch.stack(x, 1) if x else heads[:, :0] * gain.sum() for x in (out[:H], out[H:]))
+        x = torch.cat([z.real, z.imag, x[:, 2 * half :]], 1)
+        out.append(x * gain[h] if h < H else x)
+    none = heads[:, :0] * gain.sum()
+    q = torch.stack(out[:H], 1) if H else none
+    k = torch.stack(out[H:], 1) if kv else none
     return q, k, *[heads[:, H + kv :]] * uses
 
 
@@ -75,16 +88,18 @@ def exact_xsa(y: Tensor, v: Tensor) -> Tensor:
 
 
 def exact_nats(z: Tensor, targets: Tensor, cap: float) -> Tensor:
-    picked = (
-        (cap * torch.tanh(z / cap)).log_softmax(-1).gather(1, targets.clamp_min(0)[:, None])[:, 0]
-    )
+    log_p = (cap * torch.tanh(z / cap)).log_softmax(-1)
+    picked = log_p.gather(1, targets.clamp_min(0)[:, None])[:, 0]
     return torch.where(targets < 0, 0.0, -picked)
 
 
 def qk_inputs(
     T: int, H: int, kv: int, dim: int, half: int, dtype: torch.dtype, uses: int = 1
 ) -> tuple[list, list]:
-    """(row, gain, rope) and gradients of q, k, and v for each use; a zero among the gains, angles of any size."""
+    """(row, gain, rope), and gradients of q, k, and v for each use.
+
+    One of the gains is zero, and the angles are large.
+    """
     angles = torch.rand(T, 1, half, dtype=torch.float64) * 100
     rope = torch.stack([angles.cos(), angles.sin()], 1).to(
         torch.promote_types(dtype, torch.float32)
@@ -106,27 +121,33 @@ def xsa_inputs(T: int, H: int, kv: int, dim: int, dtype: torch.dtype) -> list[Te
 
 def ce_inputs(N: int, C: int, V: int, dtype: torch.dtype) -> list[Tensor]:
     """x, w, what an adapter adds, targets with some -1, gradient of the nats."""
-    x, w, extra = torch.randn(N, C), torch.randn(V, C) * 8 * C**-0.5, torch.randn(N, V)
+    x = torch.randn(N, C)
+    w = torch.randn(V, C) * 8 * C**-0.5
+    extra = torch.randn(N, V)
     targets = torch.randint(0, V, (N,))
     targets[2::3] = -1
     return [x.to(dtype), w.to(dtype), extra.to(dtype), targets, torch.randn(N, dtype=torch.float64)]
 
 
+def as_tuple(x: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return x if isinstance(x, tuple) else (x,)
+
+
 def against_exact(function, exact, inputs: list[Tensor], grads: list[Tensor]) -> list[float]:
     """Relative errors of outputs and of the gradient of every input."""
     leaves = [t.detach().clone().requires_grad_() for t in inputs]
+    outs = as_tuple(function(*leaves))
+    out_grads = [g.to(o.dtype) for g, o in zip(grads, outs, strict=True)]
+    found = torch.autograd.grad(outs, leaves, out_grads)
+
     wide = [t.detach().double().requires_grad_() for t in inputs]
-    outs, wanted = function(*leaves), exact(*wide)
-    outs, wanted = (x if isinstance(x, tuple) else (x,) for x in (outs, wanted))
-    found = torch.autograd.grad(
-        outs, leaves, [g.to(o.dtype) for g, o in zip(grads, outs, strict=True)]
-    )
+    wanted = as_tuple(exact(*wide))
     wanted_grads = torch.autograd.grad(wanted, wide, [g.double() for g in grads])
     pairs = zip((*outs, *found), (*wanted, *wanted_grads), strict=True)
     return [relative_error(a.detach(), b.detach()) for a, b in pairs]
 
 
-# --- Operators on a CPU, fused and plain, against fp64 ---------------------------------------------------------------
+# --- Operators on a CPU, fused and plain, against fp64 --------------------------------------------
 @pytest.mark.parametrize("uses", [1, 2])
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -163,18 +184,19 @@ def test_head_loss_equals_fp64_autograd(shape, adapted, dtype, fused):
 
     def exact(x, w, extra=None):
         z = F.linear(x, w) if extra is None else F.linear(x, w) + extra
-        return exact_nats(
-            z + (z.detach().to(dtype).double() - z.detach()), targets, cap
-        )  # rounded as the product is
+        rounding = z.detach().to(dtype).double() - z.detach()  # of the product
+        return exact_nats(z + rounding, targets, cap)
 
     def loss(x, w, extra=None):
         return tg.head_loss(x, w, extra, targets, cap, fused)
 
     errors = against_exact(loss, exact, leaves, [grad])
     assert max(errors) < 12 * TOLERANCE[dtype], errors
-    with torch.no_grad():  # scoring: the same nats from a kernel that leaves the logits alone
+    # Scoring gives the same nats, from an operator that leaves the logits alone.
+    with torch.no_grad():
         nats = tg.head_loss(x, w, extra if adapted else None, targets, cap, fused)
-    assert nats.dtype == torch.promote_types(dtype, torch.float32) and not nats[targets < 0].any()
+    assert nats.dtype == torch.promote_types(dtype, torch.float32)
+    assert not nats[targets < 0].any()
     assert relative_error(nats, exact(*(t.double() for t in leaves))) < 12 * TOLERANCE[dtype]
 
 
@@ -202,9 +224,10 @@ def test_logits_are_overwritten_only_for_a_gradient_and_never_twice():
 
 def test_softcap_reaches_its_cap_without_overflow():
     z = torch.tensor([[1e4, -1e4, 0.0], [torch.finfo(torch.bfloat16).max, 0.0, -3e38]])
-    nats = tg.softcap_ce(z.clone(), torch.tensor([1, 0]), 75.0, False)
-    torch.testing.assert_close(nats.double(), exact_nats(z.double(), torch.tensor([1, 0]), 75.0))
-    tg.softcap_ce(z, torch.tensor([1, 0]), 75.0, True)
+    targets = torch.tensor([1, 0])
+    nats = tg.softcap_ce(z.clone(), targets, 75.0, False)
+    torch.testing.assert_close(nats.double(), exact_nats(z.double(), targets, 75.0))
+    tg.softcap_ce(z, targets, 75.0, True)
     assert z.isfinite().all()
 
 
@@ -216,10 +239,9 @@ def test_operators_agree_with_their_fakes():
         torch.library.opcheck(tg.qk_rope_backward, (row, gain, rope, *grads[: 2 + uses]))
     torch.library.opcheck(tg.xsa, (y.requires_grad_(), v.clone().requires_grad_()))
     torch.library.opcheck(tg.xsa_backward, (y.detach(), v, grad))
+    targets = torch.tensor([0, -1, 3, 8, 2])
     for gradient in (False, True):
-        torch.library.opcheck(
-            tg.softcap_ce, (torch.randn(5, 9), torch.tensor([0, -1, 3, 8, 2]), 30.0, gradient)
-        )
+        torch.library.opcheck(tg.softcap_ce, (torch.randn(5, 9), targets, 30.0, gradient))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
@@ -243,7 +265,7 @@ def test_every_fused_form_compiles_whole_and_changes_nothing(backend):
     torch._dynamo.reset()
 
 
-# --- The network with and without them -------------------------------------------------------------------------------
+# --- The network with and without them ------------------------------------------------------------
 def nats_and_gradients(adapted: bool, **knobs: object) -> list[Tensor]:
     """Of a random tiny network, every parameter (and adapter) away from its initial value."""
     from conftest import VOCAB, tiny_config
@@ -284,180 +306,234 @@ def test_a_knob_changes_nothing_but_rounding(off, adapted, dtype):
 
 
 def test_a_knob_decides_which_operators_run(monkeypatch):
-    for knob, name in zip(KNOBS, ("mlp_up", "qk_rope", "xsa", "softcap_ce"), strict=True):
-        calls, real = [], getattr(tg, name)
-        monkeypatch.setattr(
-            tg, name, lambda *args, real=real, calls=calls: calls.append(1) or real(*args)
-        )
+    calls = []
+
+    def counting(name: str):
+        operator = getattr(tg, name)
+
+        def call(*args):
+            calls.append(name)
+            return operator(*args)
+
+        return call
+
+    operators = dict(zip(KNOBS, ("mlp_up", "qk_rope", "xsa", "softcap_ce"), strict=True))
+    for name in operators.values():
+        monkeypatch.setattr(tg, name, counting(name))
+    for knob, name in operators.items():
+        calls.clear()
         nats_and_gradients(False, **{knob: False})
-        assert not calls, knob
-        nats_and_gradients(False)
-        assert calls, knob
+        assert set(calls) == {*operators.values()} - {name}
+    calls.clear()
+    nats_and_gradients(False)
+    assert set(calls) == {*operators.values()}
 
 
-# --- Choice of tiles -------------------------------------------------------------------------------------------------
-def test_the_fastest_tile_is_measured_once_per_shape_and_kept_on_disk(monkeypatch, tmp_path):
+# --- Choice of tiles ------------------------------------------------------------------------------
+@pytest.fixture
+def tile_folder(monkeypatch, tmp_path):
+    """An empty folder in place of Triton's cache, for a GPU that is not there."""
     triton = pytest.importorskip("triton")
-    seconds, measured = {(8192, 16): 3.0, (8192, 8): 1.0, (4096, 8): 2.0, (1024, 4): 4.0}, []
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+    return tmp_path
+
+
+def no_launch(tile: tuple) -> None:
+    pass
+
+
+def test_the_fastest_tile_is_measured_once_per_shape_and_kept_on_disk(monkeypatch, tile_folder):
+    times_ms = {(8192, 16): 3.0, (8192, 8): 1.0, (4096, 8): 2.0, (1024, 4): 4.0}
+    measured = []
 
     def bench(launch, **_):
-        tile = launch.args[0]
+        (tile,) = launch.args
         measured.append(tile)
-        return seconds[tile]
+        return times_ms[tile]
 
-    monkeypatch.setattr(triton.testing, "do_bench", bench)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
-    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
-    for expected in (4, 4, 8):
-        monkeypatch.setattr(tg, "chosen", {})  # a new process
-        assert tg.fastest_tile("ce", 2**14, (expected // 8, torch.bfloat16), lambda tile: None) == (
-            8192,
-            8,
-        )
-        assert len(measured) == expected
-    assert tg.fastest_tile("ce", 1, (1, torch.bfloat16), lambda tile: None) == (8192, 8)
-    assert tg.fastest_tile("ce", 2**14 - 1, (9, torch.bfloat16), lambda tile: None) == (
-        8192,
-        16,
-    )  # too few rows to measure
-    monkeypatch.setattr(tg.fastest_tile, "measures", False)  # warm-up is over
-    assert tg.fastest_tile("ce", 2**14, (9, torch.bfloat16), lambda tile: None) == (8192, 16)
-    assert tg.fastest_tile("ce", 2**14, (1, torch.bfloat16), lambda tile: None) == (8192, 8)
-    assert len(measured) == 8 and len(list(tmp_path.iterdir())) == 2
+    monkeypatch.setattr(tg.triton.testing, "do_bench", bench)
+    first, fastest = (8192, 16), (8192, 8)
+    for shape, measurements in (((0,), 4), ((0,), 4), ((1,), 8)):
+        tuner = tg.TileTuner()  # as in a new process
+        assert tuner.fastest_tile("ce", 2**14, shape, no_launch) == fastest
+        assert len(measured) == measurements
+    assert tuner.fastest_tile("ce", 1, (1,), no_launch) == fastest
+    # Too few rows to measure, and no measurement after warm-up.
+    assert tuner.fastest_tile("ce", 2**14 - 1, (9,), no_launch) == first
+    tuner.may_measure = False
+    assert tuner.fastest_tile("ce", 2**14, (9,), no_launch) == first
+    assert tuner.fastest_tile("ce", 2**14, (1,), no_launch) == fastest
+    assert len(measured) == 8 and len(list(tile_folder.iterdir())) == 2
 
 
-def test_ranks_that_measure_at_once_use_the_tile_of_the_first_to_end(monkeypatch, tmp_path):
-    triton = pytest.importorskip("triton")
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
-    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
-
-    def rank(best, meanwhile=lambda: None):
+def test_ranks_that_measure_at_once_use_the_tile_of_the_first_to_end(monkeypatch, tile_folder):
+    def tile_of_rank(best, meanwhile=None):
         def bench(launch, **_):
-            meanwhile()
-            return float(launch.args[0] != best)
+            if meanwhile is not None:
+                meanwhile()
+            return float(launch.args != (best,))
 
-        monkeypatch.setattr(tg, "chosen", {})
-        monkeypatch.setattr(triton.testing, "do_bench", bench)
-        return tg.fastest_tile("ce", 2**14, (1,), lambda tile: None)
+        monkeypatch.setattr(tg.triton.testing, "do_bench", bench)
+        return tg.TileTuner().fastest_tile("ce", 2**14, (1,), no_launch)
 
-    slow = rank(
-        (8192, 8), meanwhile=lambda: rank((1024, 4)) if not any(tmp_path.iterdir()) else None
-    )
-    assert slow == rank((4096, 8)) == (1024, 4)
-    assert [p.suffix for p in tmp_path.iterdir()] == [".json"]
+    def another_rank_ends():
+        if not any(tile_folder.iterdir()):
+            tile_of_rank((1024, 4))
+
+    assert tile_of_rank((8192, 8), another_rank_ends) == (1024, 4)
+    assert tile_of_rank((4096, 8)) == (1024, 4)
+    assert [p.suffix for p in tile_folder.iterdir()] == [".json"]
+
+
+def test_without_links_each_rank_uses_its_own_measurement(monkeypatch, tile_folder):
+    def no_links(*_):
+        raise PermissionError
+
+    monkeypatch.setattr(os, "link", no_links)
     monkeypatch.setattr(
-        os, "link", lambda *_: (_ for _ in ()).throw(PermissionError())
-    )  # as some file systems
-    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path / "other"))
-    assert rank((4096, 8)) == (4096, 8) and not any((tmp_path / "other").iterdir())
+        tg.triton.testing, "do_bench", lambda launch, **_: float(launch.args != ((4096, 8),))
+    )
+    assert tg.TileTuner().fastest_tile("ce", 2**14, (1,), no_launch) == (4096, 8)
+    assert not any(tile_folder.iterdir())
 
 
-# --- The kernels, compiled without a GPU -----------------------------------------------------------------------------
-def test_every_kernel_compiles_for_hopper_without_spills():
-    pytest.importorskip("triton")
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, str(Path(tg.__file__).parent / "bench" / "kernels.py"), "--first"]
+def test_launchers_ask_the_tuner_that_was_installed_last(monkeypatch):
+    tuner = tg.TileTuner()
+    monkeypatch.setattr(tg, "active_tuner", tg.active_tuner)
+    tg.use_tuner(tuner)
+    launched = []
+    monkeypatch.setattr(tg, "launch_mlp", lambda *args, slope: launched.append(args))
+    gpu = types.SimpleNamespace(multi_processor_count=7)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
+    a = torch.zeros(3, 8)
+    tuner.chosen["mlp_up", 16, 8, a.dtype] = (1, 2, 3)
+    tg.launch_fastest_mlp(a, a, a, torch.zeros(3, 16), False, 0.5)
+    ((*_, tile),) = launched
+    assert tile == (1, 2, 3)
+
+
+# --- The kernels, compiled without a GPU ----------------------------------------------------------
+def run_script(*command: str, **environ: str) -> str:
+    """The last line that a Python program prints."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environ
     child = subprocess.run(
-        command, env=env, capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, *command],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     assert child.returncode == 0, child.stderr[-3000:]
-    found = json.loads(child.stdout.splitlines()[-1].removeprefix("bench "))
-    assert found["clean"] and {r["kernel"] for r in found["kernels"]} == {
-        *tg.TILES,
-        "ce + gradient",
-    }
+    return child.stdout.splitlines()[-1]
+
+
+def test_every_kernel_compiles_for_hopper_without_spills():
+    pytest.importorskip("triton")
+    line = run_script(str(Path(tg.__file__).parent / "bench" / "kernels.py"), "--first")
+    found = json.loads(line.removeprefix("bench "))
+    assert found["clean"]
+    assert {r["kernel"] for r in found["kernels"]} == {*tg.TILES, "ce + gradient"}
     for r in found["kernels"]:
-        assert (
-            r["stack_spills"] == [0, 0, 0] and r["registers"] <= 255 and r["shared"] <= 227 * 1024
-        ), r
-        assert r["instructions"] == (
-            ["wgmma", "TMA"] if r["kernel"].startswith("mlp") else ["16-byte"]
-        ), r
-        if r["kernel"].startswith(
-            "ce"
-        ):  # 16 columns to a thread: two exponentials each, and one of the target
+        assert r["stack_spills"] == [0, 0, 0], r
+        assert r["registers"] <= 255 and r["shared"] <= 227 * 1024, r
+        if r["kernel"].startswith("mlp"):
+            assert r["instructions"] == ["wgmma", "TMA"] and not r["serialised"], r
+            assert r["wgmma_shapes"] == ["m64n256k16"], r
+            assert r["tma_targets"] == ["global", "shared"], r
+        else:
+            assert r["instructions"] == ["16-byte"], r
+        if r["kernel"].startswith("ce"):
+            # 16 columns to a thread: two exponentials for each, and one for the target.
             assert r["ex2"] == 2 * 16 + 1, r
-            assert r["single_loads_after_barrier"] == 0, (
-                r
-            )  # of the target's logit: others then overwrite it
+            # The target's logit is not loaded behind the barrier: other warps overwrite it there.
+            assert r["single_loads_after_barrier"] == 0, r
 
 
-# --- The kernels, interpreted ----------------------------------------------------------------------------------------
-new_empty, POISONED = (
-    Tensor.new_empty,
-    [],
-)  # every buffer a launcher asked for, with a NaN margin on both sides
+# --- The kernels, interpreted ---------------------------------------------------------------------
+MARGIN = 128  # values of NaN on both sides of every buffer that a launcher asks for
+new_empty = Tensor.new_empty
+POISONED = []  # those buffers
 
 
 def poisoned(like: Tensor, *shape, dtype: torch.dtype | None = None, **options) -> Tensor:
-    if options:  # the interpreter's own
+    """Tensor.new_empty filled with NaN, so that a missed element and a write past an edge show."""
+    if options:  # a call by the interpreter
         return new_empty(like, *shape, dtype=dtype or like.dtype, **options)
     shape = shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape
     size = torch.Size(shape).numel()
-    POISONED.append(torch.full((size + 256,), float("nan"), dtype=dtype or like.dtype))
-    return POISONED[-1][128 : 128 + size].view(shape)
+    buffer = torch.full((size + 2 * MARGIN,), float("nan"), dtype=dtype or like.dtype)
+    POISONED.append(buffer)
+    return buffer[MARGIN : MARGIN + size].view(shape)
+
+
+def errors_of(names: tuple, found: tuple, wanted: tuple, *case) -> list[list]:
+    """[name, *case, relative error] of each output."""
+    triples = zip(names, found, wanted, strict=True)
+    return [[name, *case, relative_error(a, b.detach())] for name, a, b in triples]
+
+
+def interpret_qk(shape: tuple, tile: tuple, uses: int, dtype: torch.dtype) -> list[list]:
+    (row, gain, rope), grads = qk_inputs(*shape, dtype, uses)
+    wide = [t.double().requires_grad_() for t in (row, gain)]
+    q, k, *values = exact_qk(*wide, rope.double(), shape[3], uses)
+    wanted_grads = torch.autograd.grad((q, k, *values), wide, [g.double() for g in grads])
+    qk = tg.qk_rope_cuda(row, gain, rope, shape[3], tile)
+    dqkv, dgain = tg.qk_rope_backward_cuda(row, gain, rope, *grads, tile=tile)
+    wanted = (torch.cat([q, k], 1), *wanted_grads)
+    return errors_of(("qk", "dqkv", "dgain"), (qk, dqkv, dgain), wanted, shape, tile)
+
+
+def interpret_xsa(shape: tuple, tile: tuple, dtype: torch.dtype) -> list[list]:
+    y, v, grad = xsa_inputs(*shape[:4], dtype)
+    wide = [t.double().requires_grad_() for t in (y, v)]
+    out = exact_xsa(*wide)
+    wanted = (out, *torch.autograd.grad(out, wide, grad.double()))
+    found = (tg.xsa_cuda(y, v, tile), *tg.xsa_backward_cuda(y, v, grad, tile))
+    return errors_of(("xsa", "dy", "dv"), found, wanted, shape, tile)
+
+
+def interpret_ce(case: tuple, tile: tuple, dtype: torch.dtype) -> list[list]:
+    N, _, V, cap = case
+    z = (torch.randn(N, V) * 3).to(dtype)
+    targets = torch.randint(-1, V, (N,))
+    exact = z.double().requires_grad_()
+    wanted = exact_nats(exact, targets, cap)
+    (wanted_dz,) = torch.autograd.grad(wanted.sum(), exact)
+    before = z.clone()
+    nats = tg.softcap_ce_cuda(z, targets, cap, False, tile)
+    assert torch.equal(z, before)
+    again = tg.softcap_ce_cuda(z, targets, cap, True, tile)
+    assert torch.equal(again, nats)
+    return errors_of(("nats", "dz"), (nats, z), (wanted, wanted_dz), case, tile)
 
 
 def interpret(dtype: torch.dtype) -> list:
-    """Errors of the interpreted kernels: [what, shape, tile, relative error]; their outputs start as NaN."""
-    torch.Tensor.new_empty, results = poisoned, []
-    for shape in HEADS + SPLIT:
-        for tile in ((32, 1), (128, 1)):
+    """Errors of the interpreted kernels: [what, shape, tile, relative error]."""
+    Tensor.new_empty = poisoned
+    results = []
+    for tile in ((32, 1), (128, 1)):
+        for shape in HEADS + SPLIT:
             for uses in (1, 2):
-                (row, gain, rope), grads = qk_inputs(*shape, dtype, uses)
-                wide = [t.double().requires_grad_() for t in (row, gain)]
-                want = exact_qk(*wide, rope.double(), shape[3], uses)
-                grad_wants = torch.autograd.grad(want, wide, [g.double() for g in grads])
-                qk = tg.qk_rope_cuda(row, gain, rope, shape[3], tile=tile)
-                got = tg.qk_rope_cuda(row, gain, rope, shape[3], *grads, tile=tile)
-                wanted = torch.cat(want[:2], 1), *grad_wants
-                pairs = zip(("qk", "dqkv", "dgain"), (qk, *got), wanted, strict=True)
-                results += [
-                    [what, shape, tile, relative_error(a, b.detach())] for what, a, b in pairs
-                ]
-            if shape in SPLIT:
-                continue
-            y, v, grad = xsa_inputs(*shape[:4], dtype)
-            wide = [t.double().requires_grad_() for t in (y, v)]
-            want = exact_xsa(*wide)
-            dy, dv = torch.autograd.grad(want, wide, grad.double())
-            got = tg.xsa_cuda(y, v, grad, tile)
-            pairs = [
-                ("xsa", tg.xsa_cuda(y, v, None, tile), want),
-                ("dy", got[0], dy),
-                ("dv", got[1], dv),
-            ]
-            results += [[what, shape, tile, relative_error(a, b.detach())] for what, a, b in pairs]
-    for N, _, V, cap in LOGITS:
-        for tile in ((256, 1), (4096, 1)):
-            z, targets = (torch.randn(N, V) * 3).to(dtype), torch.randint(-1, V, (N,))
-            exact = z.double().requires_grad_()
-            want = exact_nats(exact, targets, cap)
-            (dz,) = torch.autograd.grad(want.sum(), exact)
-            kept = z.clone()
-            nats = tg.softcap_ce_cuda(kept, targets, cap, False, tile)
-            assert torch.equal(kept, z)
-            again, z = tg.softcap_ce_cuda(z, targets, cap, True, tile), z
-            assert torch.equal(again, nats)
-            results += [
-                [what, (N, V, cap), tile, relative_error(a, b.detach())]
-                for what, a, b in (("nats", nats, want), ("dz", z, dz))
-            ]
-    margins = all(t[:128].isnan().all() and t[-128:].isnan().all() for t in POISONED)
-    return [*results, ["margins", len(POISONED), 0, 0.0 if margins and POISONED else 1.0]]
+                results += interpret_qk(shape, tile, uses, dtype)
+        for shape in HEADS:
+            results += interpret_xsa(shape, tile, dtype)
+    for tile in ((256, 1), (4096, 1)):
+        for case in LOGITS:
+            results += interpret_ce(case, tile, dtype)
+    margins = torch.stack([torch.stack([t[:MARGIN], t[-MARGIN:]]).float() for t in POISONED])
+    return [*results, ["margins", len(POISONED), 0, float(not margins.isnan().all())]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_interpreted_kernels_equal_float64_over_odd_shapes(dtype):
     pytest.importorskip("triton")
-    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(tg.__file__).parent)}
-    command = [sys.executable, __file__, str(dtype).split(".")[1]]
-    child = subprocess.run(
-        command, env=env, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert child.returncode == 0, child.stderr[-3000:]
-    results = json.loads(child.stdout.splitlines()[-1])
-    assert len(results) == 2 * (9 * len(HEADS) + 6 * len(SPLIT) + 2 * len(LOGITS)) + 1
+    root = str(Path(tg.__file__).parent)
+    line = run_script(__file__, str(dtype).split(".")[1], TRITON_INTERPRET="1", PYTHONPATH=root)
+    results = json.loads(line)
+    outputs = 2 * 2 * 3 * len(HEADS + SPLIT) + 2 * 3 * len(HEADS) + 2 * 2 * len(LOGITS)
+    assert len(results) == outputs + 1
     for *what, error in results:
         assert error <= TOLERANCE[dtype], (what, error)  # false for NaN, too
 
