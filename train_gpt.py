@@ -414,6 +414,12 @@ class ModelKnobs:
             yield Rule("rope_dims", f"even and at most {self.head_dim}")
         if self.mlp_dim < 1:
             yield Rule("mlp_mult", f"enough for one hidden unit at MODEL_DIM={self.model_dim}")
+        # The fused loss adds up to 65,536 exponentials in fp32 without a running maximum.
+        if self.fused_ce and self.logit_softcap > 75 * min(self.logit_temperature, 1):
+            yield Rule(
+                "logit_softcap",
+                f"at most 75, and 75 * LOGIT_TEMPERATURE={self.logit_temperature}, with FUSED_CE=1",
+            )
         if self.bigram_vocab_size == 1:
             yield Rule("bigram_vocab_size", "0, or at least 2")
         if sum(stream_sizes(self)) > 1 << 27:
@@ -841,12 +847,6 @@ class KernelKnobs:
         """What is wrong with kernels and compilation."""
         if self.recompile_limit >= 0 and not self.warmup_steps:
             yield Rule("recompile_limit", "-1 with WARMUP_STEPS=0")
-        # The fused loss adds up to 65,536 exponentials in fp32 without a running maximum.
-        if self.fused_ce and self.logit_softcap > 75 * min(self.logit_temperature, 1):
-            yield Rule(
-                "logit_softcap",
-                f"at most 75, and 75 * LOGIT_TEMPERATURE={self.logit_temperature}, with FUSED_CE=1",
-            )
 
 
 # A dataclass takes the fields of its last base first, so the first group stands last.
