@@ -1,4 +1,4 @@
-"""One-file entry for the Parameter Golf challenge: the best language model in 16,000,000 bytes.
+"""One-file entry for Parameter Golf: the best language model that fits in 16,000,000 bytes.
 
 How to run it:
 
@@ -28,7 +28,7 @@ The run, and what each phase leaves behind (files without a folder lie in runs/<
       |
     report      phases against their budgets                 the one line `final {...}`
 
-Contents, in the order of a run, with the hardest code last:
+Contents, in the order of a run, kernels last:
 
      1  Configuration            knobs, rules, presets
      2  Runtime                  ranks, log, clock
@@ -36,14 +36,14 @@ Contents, in the order of a run, with the hardest code last:
      4  Model                    plain maths, order of layers, parameters, one forward
      5  Adapters                 a LoRA for every document of a batch
      6  Optimisers               Muon on the banks, AdamW on the rest, schedules
-     7  Training
+     7  Training                 steps, validation, pace, checkpoints
      8  Scoring                  nats and bytes of every validation token
-     9  Compression and artifact Hessians -> steps -> integers -> one file
+     9  Compression, artifact    Hessians -> step sizes -> integers -> one file
     10  Test-time training       score a chunk, then learn from it
     11  Run                      the phases above
     12  Kernels                  each beside a plain reference
     13  Attention backends       accepted by their numbers, at the start
-    14  Command line
+    14  Command line             exit statuses
 
 Letters in shapes: B rows, T tokens per row, C model width, H query heads, Hkv key/value heads,
 D head width, V vocabulary, L layers.
@@ -874,11 +874,12 @@ class Config(
         An origin is "default", "preset" or "env". Raises UsageError with every problem at once.
         """
         given = canonical_names(environ)
-        problems = [*problems_of_names(given)]
+        problems = list(problems_of_names(given))
         preset = given.get("PRESET", "record" if has_cuda else "cpu")
         if preset not in PRESETS:
             problems.append(f"PRESET={preset}: must be one of {', '.join(PRESETS)}")
             raise UsageError("\n".join(problems))
+
         values = preset_values(preset, shrink=given.get("SHRINK") == "1")
         origin = {name: "preset" if name in values else "default" for name in FIELDS}
         for name in sorted(FIELDS):
@@ -889,6 +890,7 @@ class Config(
                 values[name] = parse_knob(FIELDS[name], given[name.upper()])
             except ValueError as error:
                 problems.append(f"{name.upper()}={given[name.upper()]}: {error}")
+
         cfg = cls(**values)
         problems += problems_of_aliases(environ)
         if cfg.warmdown_iters and origin["warmdown_frac"] == "env":
@@ -902,17 +904,17 @@ class Config(
 
     def problems(self) -> list[str]:
         """A line for each value out of range or, if there is none, for each rule that is broken."""
-        broken = [*self.ranges()] or [*self.rules()]
-        return [self.line(rule) for rule in broken]
+        broken = list(self.out_of_range()) or list(self.rules())
+        return [self.message(rule) for rule in broken]
 
-    def line(self, rule: Rule) -> str:
+    def message(self, rule: Rule) -> str:
         """The line for the user: variable, value, and what it must be."""
         value = getattr(self, rule.field)
         if isinstance(value, bool):
             value = int(value)
         return f"{rule.field.upper()}={value}: must be {rule.requirement}"
 
-    def ranges(self) -> Iterator[Rule]:
+    def out_of_range(self) -> Iterator[Rule]:
         """The values that are out of range or not among the choices."""
         for name, field in FIELDS.items():
             value = getattr(self, name)
@@ -955,7 +957,7 @@ class Config(
             )
 
     def warnings_of_chunks(self) -> Iterator[str]:
-        """The same for settings of the SGD of all weights."""
+        """A sentence for each such setting of the SGD of all weights, chunk by chunk."""
         if self.ttt_chunk_optimizer == "adam":
             yield (
                 "TTT_CHUNK_OPTIMIZER=adam overfits the chunk: 1.1598 bpb, SGD 1.1220 (PR #473);"
@@ -1008,7 +1010,8 @@ def network_config(cfg: Config) -> dict[str, Any]:
 def read_network_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """All of the network's fields, from those a model file holds. Raises KeyError if one lacks."""
     defaults = {name: FIELDS[name].default for name in OPTIONAL_NETWORK_FIELDS}
-    return {name: (defaults | config)[name] for name in NETWORK_FIELDS}
+    values = defaults | config
+    return {name: values[name] for name in NETWORK_FIELDS}
 
 
 # --- Names of variables ---
@@ -1099,7 +1102,7 @@ def check_paths(cfg: Config) -> None:
 
     Raises UsageError, one line per problem.
     """
-    problems = [cfg.line(rule) for rule in rules_of_paths(cfg)]
+    problems = [cfg.message(rule) for rule in rules_of_paths(cfg)]
     if problems:
         raise UsageError("\n".join(problems))
 
