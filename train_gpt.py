@@ -1,12 +1,56 @@
-"""One-file entry for the Parameter Golf challenge: the best language model that fits in 16,000,000 bytes.
+"""One-file entry for Parameter Golf: the best language model that fits in 16,000,000 bytes.
 
-    python train_gpt.py                                      # one process, on whatever device there is
+How to run it:
+
+    python train_gpt.py                                      # one process, on any device
     torchrun --standalone --nproc_per_node=8 train_gpt.py    # 8 GPUs over FineWeb shards
-    python train_gpt.py --knobs                              # every knob, its meaning and its default per preset
+    python train_gpt.py --knobs                              # every knob, meaning and defaults
 
-The run: check, warm up, train, calibrate, quantise, pack, reload, score, adapt, report; so the file. Importing it reads
-no environment and needs neither a GPU nor an optional package. The system is that of PR #1530 (samacqua) and PR #1560;
-W1..W57 number weak points of the published script and stand where they are mended."""
+The run, and what each phase leaves behind (files without a folder lie in runs/<RUN_ID>/):
+
+    check       configuration, data, tokenizer, attention    logs/<RUN_ID>.txt begins
+      |
+    warm up     compile on random tokens, then undo          compiled graphs
+      |
+    train       within the budget of time or steps           checkpoint.[01].pt, final_model.pt
+      |
+    calibrate   training rows through the final weights      Hessians and sensitivities
+      |
+    quantise    step sizes, then GPTQ                        integers and their scales
+      |
+    pack        fit the step sizes to the byte limit         final_model.int6.ptz
+      |
+    reload      the artifact, and nothing else               the weights that are scored
+      |
+    score       every validation token once                  scores.json, documents.npz
+      |
+    adapt       score a chunk first, then learn from it      scores.json, documents.npz
+      |
+    report      phases against their budgets                 the one line `final {...}`
+
+Contents, in the order of a run, kernels last:
+
+     1  Configuration            knobs, rules, presets
+     2  Runtime                  ranks, log, clock
+     3  Data                     shards of tokens -> rows of packed documents
+     4  Model                    plain maths, order of layers, parameters, one forward
+     5  Adapters                 a LoRA for every document of a batch
+     6  Optimisers               Muon on the banks, AdamW on the rest, schedules
+     7  Training                 steps, validation, pace, checkpoints
+     8  Scoring                  nats and bytes of every validation token
+     9  Compression, artifact    Hessians -> step sizes -> integers -> one file
+    10  Test-time training       score a chunk, then learn from it
+    11  Run                      the phases above
+    12  Kernels                  each beside a plain reference
+    13  Attention backends       accepted by their numbers, at the start
+    14  Command line             exit statuses
+
+Letters in shapes: B rows, T tokens per row, C model width, H query heads, Hkv key/value heads,
+D head width, V vocabulary, L layers.
+
+Importing this file reads no environment variable and needs neither a GPU nor an optional package.
+The system is that of PR #1530 (samacqua) with PR #1560.
+"""
 
 from __future__ import annotations
 
@@ -42,702 +86,1058 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-try:  # the plain reference beside the kernel runs everywhere else
+# Without Triton (macOS, Windows) the plain reference beside each kernel runs instead.
+try:
     import triton
     import triton.language as tl
     from triton.tools.tensor_descriptor import TensorDescriptor
-except ImportError:  # macOS, Windows
-    triton = None
-jit = triton.jit if triton else lambda kernel: kernel
 
-SOURCE = Path(
-    __file__
-).read_bytes()  # the file that runs and counts, taken before anyone can edit it (W35)
-# Its text and the hash of the readable source: tools/pack.py puts both into the packed file, otherwise they are SOURCE.
-TEXT, CODE_SHA256 = globals().get("UNPACKED") or (
-    SOURCE.decode(),
-    hashlib.sha256(SOURCE).hexdigest(),
-)
+    jit = triton.jit
+except ImportError:
+    triton = None
+
+    def jit(kernel: Callable) -> Callable:
+        """Leave a kernel as it is: nothing launches it."""
+        return kernel
+
+
+# The file that runs is the file whose bytes count. It is read before anyone can edit it.
+SOURCE = Path(__file__).read_bytes()
+CODE_BYTES = len(SOURCE)
 LIMIT_BYTES = 16_000_000  # code and model together, decimal
+
+# The readable source and its hash, for the log. tools/pack.py puts both into the packed file.
+if "UNPACKED" in globals():
+    TEXT, CODE_SHA256 = globals()["UNPACKED"]
+else:
+    TEXT = SOURCE.decode()
+    CODE_SHA256 = hashlib.sha256(SOURCE).hexdigest()
+
 COMPRESSORS = ("zstd", "ans", "lzma", "brotli")
-CODE_BYTES = len(SOURCE)  # what the code counts for
 
 
 class UsageError(ValueError):
-    """Wrong configuration, data or file. The message is all the user sees, one line per problem; exit status 2."""
+    """Wrong configuration, data or file.
+
+    The message is all that the user sees, one line per problem. Exit status 2.
+    """
 
 
-class RunStopped(RuntimeError): ...  # by a limit that the user has set; one line, exit status 3
+class RunStopped(RuntimeError):
+    """The run reached a limit that the user has set. One line, exit status 3."""
 
 
-class BadMatrix(FloatingPointError): ...  # on the rank that quantises it
+class BadMatrix(FloatingPointError):
+    """A matrix or its Hessian cannot be quantised. Raised only on the rank that quantises it."""
 
 
-# === 1. Configuration: every knob is an environment variable; a field is its variable in lower case ===================
-def knob(default: Any, doc: str, lo: float = 0, hi: float = 1e18, choices: tuple = ()) -> Any:
-    return dataclasses.field(default=default, metadata=dict(doc=doc, lo=lo, hi=hi, choices=choices))
+# === 1. Configuration ===
+# Every knob is an environment variable, and a field of Config is its variable in lower case. The
+# fields stand in groups. A group holds its knobs, what follows from them, and the rules between
+# them. Methods of a group may read the fields of all groups: they only run as part of a Config.
+def knob(
+    default: Any,
+    doc: str,
+    lo: float = 0,
+    hi: float = 1e18,
+    choices: tuple[str, ...] = (),
+    network: bool | str = False,
+    free_on_resume: bool = False,
+    shrinks: bool = False,
+) -> Any:
+    """A field of Config.
+
+    doc: meaning and unit, to be read alone in a table.
+    lo, hi, choices: a number must lie in lo..hi, a text among the choices if there are any.
+    network: True if a model file decides the value; "optional" if the file holds it only where it
+    is not the default.
+    free_on_resume: a checkpoint does not depend on the value.
+    shrinks: SHRINK=1 divides the value, a length, by eight.
+    """
+    metadata = dict(doc=doc, lo=lo, hi=hi, choices=choices)
+    metadata |= dict(network=network, free_on_resume=free_on_resume, shrinks=shrinks)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+class Rule(NamedTuple):
+    """A rule that a config breaks."""
+
+    field: str  # the field to blame
+    requirement: str  # completes "must be", with the values of the other knobs involved
+
+
+class RowShape(NamedTuple):
+    """The fixed size of a row of packed segments: one shape needs one compiled graph."""
+
+    tokens: int
+    capacity: int  # segments that the row can hold
+    max_seqlen: int  # tokens of the longest segment
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:  # defaults are the `record` preset's; `PRESETS` overrides them and the environment both
-    # Run and data
-    preset: str = knob("record", "row of the preset table; default: record with CUDA, cpu without")
+class RunKnobs:
+    """The run, its name and the files it writes."""
+
+    preset: str = knob(
+        "record", "set of defaults to start from; unset: record with CUDA, cpu without"
+    )
     shrink: bool = knob(
-        False, "the preset's structure in small, for a CPU: narrow, short rows, little time"
+        False, "run the preset's structure at CPU size: narrow layers, short rows, little time"
     )
-    seed: int = knob(1337, "initial weights, adapter init, document sampling", 0, 2**31)
-    run_id: str = knob("", "names the log and the output folder; default: date, preset and seed")
-    artifact_dir: str = knob("", "output folder; default: runs/<RUN_ID>")
+    seed: int = knob(
+        1337, "seed of initial weights, adapters and the sample of documents", 0, 2**31
+    )
+    run_id: str = knob(
+        "",
+        "name of log and output folder; empty: date, preset and seed",
+        free_on_resume=True,
+    )
+    artifact_dir: str = knob("", "output folder; empty: runs/<RUN_ID>", free_on_resume=True)
     checkpoint_every: float = knob(
-        0.0, "seconds of training; started again, RUN_ID goes on from the last; 0: never"
+        0.0,
+        "seconds of training between checkpoints, to resume RUN_ID from; 0: none",
+        free_on_resume=True,
     )
-    tensorboard_dir: str = knob("", "folder for TensorBoard, a curve per RUN_ID")
+    tensorboard_dir: str = knob(
+        "",
+        "folder for TensorBoard, with one per RUN_ID in it; empty: none",
+        free_on_resume=True,
+    )
     eval_only_path: str = knob(
-        "", "checkpoint (quantise, score, adapt) or artifact (score, adapt) instead of training"
+        "",
+        "model file to score instead of training: a checkpoint (quantised first) or an artifact",
     )
-    data_dir: str = knob("./data", "holds datasets/ and tokenizers/")
-    dataset: str = knob("", "folder under datasets/; default: fineweb10B_sp<VOCAB_SIZE>")
+    train_log_every: int = knob(
+        500,
+        "steps between lines of the log, besides one every 8 s; 0: only those",
+        free_on_resume=True,
+    )
+
+    def rules(self) -> Iterator[Rule]:
+        """What is wrong with the run's name and its checkpoints."""
+        if not re.fullmatch(r"([^./][^/]*)?", self.run_id):
+            yield Rule("run_id", "a file name, which does not begin with a dot")
+        if self.checkpoint_every and not self.run_id:
+            yield Rule("checkpoint_every", "0 without RUN_ID")
+        if self.checkpoint_every and self.eval_only_path:
+            yield Rule("checkpoint_every", f"0 with EVAL_ONLY_PATH={self.eval_only_path}")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataKnobs:
+    """The data set, and the rows that training reads from it."""
+
+    data_dir: str = knob(
+        "./data", "folder that holds datasets/ and tokenizers/", free_on_resume=True
+    )
+    dataset: str = knob("", "folder of the data set in datasets/; empty: fineweb10B_sp<VOCAB_SIZE>")
     tokenizer_path: str = knob(
-        "", "SentencePiece model; default: the manifest's, else fineweb_<VOCAB_SIZE>_bpe.model"
+        "",
+        "SentencePiece model; empty: the manifest's, else fineweb_<VOCAB_SIZE>_bpe.model",
+        free_on_resume=True,
     )
     data_loader: str = knob(
-        "documents", "packed; or rows across them", choices=("documents", "rows", "shuffled")
+        "documents",
+        "rows of packed documents, or cut across documents, in order or shuffled",
+        choices=("documents", "rows", "shuffled"),
+        network=True,
     )
-    compute_dtype: str = knob(
-        "bf16", "activations and products; parameters are fp32", choices=("bf16", "fp32")
+    train_batch_tokens: int = knob(786432, "tokens per step, over all ranks", 1)
+    micro_batch_tokens: int = knob(
+        98304, "tokens per row; a rank takes every WORLD_SIZE-th row of a step", 1
     )
-    cuda_graph: bool = knob(
-        False, "forward and backward of a row as a CUDA graph, where attention allows it"
+    train_seq_len: int = knob(
+        2048, "tokens of the longest training segment; longer documents are cut", 2, shrinks=True
     )
-    compile: bool = knob(True, "torch.compile the forwards and Newton-Schulz")
-    attention_backend: str = knob(
-        "auto", "or the first right", choices=("auto", "fa3", "fa4", "fa2", "torch", "sdpa")
+    cu_seqlens_capacity: int = knob(
+        512, "segments a row can hold; fixed, so that one graph serves all rows", 2
     )
-    fused_mlp: bool = knob(True, "products of the MLP with their activation; 0: separate operators")
-    fused_qk: bool = knob(True, "norm, RoPE and gain of q and k at once; 0: separate operators")
-    fused_xsa: bool = knob(True, "the same for XSA")
-    fused_ce: bool = knob(
-        True, "head and softcapped cross-entropy, the gradient overwriting the logits; 0: separate"
+
+    @property
+    def dataset_dir(self) -> Path:
+        """The folder of the shards."""
+        name = self.dataset or f"fineweb10B_sp{self.vocab_size}"
+        return Path(self.data_dir) / "datasets" / name
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of one training step, over all ranks."""
+        return self.train_batch_tokens // self.micro_batch_tokens
+
+    @property
+    def row_shape(self) -> RowShape:
+        """The shape of a training row."""
+        return RowShape(self.micro_batch_tokens, self.cu_seqlens_capacity, self.train_seq_len)
+
+    def rules(self) -> Iterator[Rule]:
+        """What is wrong with the sizes of rows and steps."""
+        row = self.micro_batch_tokens
+        length = self.train_seq_len
+        if self.train_batch_tokens % row:
+            yield Rule("train_batch_tokens", f"a multiple of MICRO_BATCH_TOKENS={row}")
+        if length > row:
+            yield Rule("train_seq_len", f"at most MICRO_BATCH_TOKENS={row}")
+        if self.data_loader == "shuffled" and row % length:
+            yield Rule(
+                "train_seq_len", f"a divisor of MICRO_BATCH_TOKENS={row} with DATA_LOADER=shuffled"
+            )
+        least = 2 + 2 * math.ceil(row / length)
+        if self.cu_seqlens_capacity < least:
+            yield Rule(
+                "cu_seqlens_capacity",
+                f"at least {least} with MICRO_BATCH_TOKENS={row} and TRAIN_SEQ_LEN={length}",
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelKnobs:
+    """The network."""
+
+    vocab_size: int = knob(
+        8192, "number of tokens in the vocabulary, that of the tokenizer", 2, 65536, network=True
     )
-    # Length and schedule of training
-    iterations: int = knob(20000, "step limit", 1)
+    num_layers: int = knob(11, "number of physical layers", 2, 256, network=True)
+    model_dim: int = knob(512, "width of the residual stream", 8, network=True)
+    num_heads: int = knob(8, "query heads per layer", 1, network=True)
+    num_kv_heads: int = knob(4, "key and value heads per layer", 1, network=True)
+    mlp_mult: float = knob(
+        4.0, "hidden width of the MLP, as a multiple of MODEL_DIM", 0.01, network=True
+    )
+    leaky_slope: float = knob(
+        0.5,
+        "slope below zero of the MLP's squared leaky ReLU; 0: squared ReLU",
+        0,
+        1,
+        network="optional",
+    )
+    xsa_last_n: int = knob(11, "number of layers with XSA, counted from the top", network=True)
+    skip_gates_enabled: bool = knob(
+        True, "gate the skip connections; 0: add them with weights only", network=True
+    )
+    tied_embed_init_std: float = knob(0.005, "initial standard deviation of the token embedding")
+    logit_softcap: float = knob(
+        30.0, "bound c of the logits: c * tanh(logits / c)", 0.01, network=True
+    )
+    rope_base: float = knob(
+        10000.0, "base of RoPE: its slowest wavelength in tokens, over 2 pi", 1.01, network=True
+    )
+    rope_dims: int = knob(16, "dimensions per head that RoPE rotates; 0: all", network=True)
+    rope_train_seq_len: int = knob(
+        0,
+        "tokens of a segment from which ROPE_BASE grows (NTK, PR #414); 0: it never does",
+        network="optional",
+        shrinks=True,
+    )
+    ln_scale: bool = knob(
+        True, "scale the normalised inputs of layer i by 1 / sqrt(i + 1)", network=True
+    )
+    branch_scale: bool = knob(
+        False,
+        "scale the outputs of layer i by 1 / sqrt(i + 1), instead of LN_SCALE (PR #568)",
+        network="optional",
+    )
+    qk_gain_init: float = knob(
+        5.0, "initial query scale per head, applied after QK norm and learned"
+    )
+    num_loops: int = knob(
+        2, "extra passes over the layers LOOP_START..LOOP_END", 0, 64, network=True
+    )
+    loop_start: int = knob(3, "first looped layer, counted from 0", network=True)
+    loop_end: int = knob(5, "last looped layer, counted from 0", network=True)
+    parallel_start_layer: int = knob(
+        8, "first layer with two lanes, counted from 0; 0: none", network=True
+    )
+    parallel_final_lane: str = knob(
+        "mean",
+        "lane to read after the last layer, or the mean of both",
+        choices=("mean", "mlp", "attn"),
+        network=True,
+    )
+    bigram_vocab_size: int = knob(
+        0, "rows of the hashed embedding of token pairs (PR #162); 0: none", network="optional"
+    )
+    bigram_dim: int = knob(128, "width of the embedding of token pairs", 1, network="optional")
+    smear_enabled: bool = knob(
+        False,
+        "mix every token with the one before in its document (SmearGate, PR #162)",
+        network="optional",
+    )
+    train_input_features: bool = knob(
+        True, "train pair embedding and SmearGate; 0: they stay as initialised (PR #605)"
+    )
+    ve_enabled: bool = knob(
+        False,
+        "add a second token embedding to the values of VE_LAYERS (PR #414)",
+        network="optional",
+    )
+    ve_dim: int = knob(128, "width of the embedding of VE_ENABLED", 1, network="optional")
+    ve_layers: str = knob(
+        "9,10", "layers of VE_ENABLED, counted from 0, separated by commas", network="optional"
+    )
+
+    @property
+    def head_dim(self) -> int:
+        """Width of an attention head."""
+        return self.model_dim // self.num_heads
+
+    @property
+    def mlp_dim(self) -> int:
+        """Hidden width of the MLP."""
+        return int(self.mlp_mult * self.model_dim)
+
+    @cached_property
+    def plans(self) -> tuple[tuple[Visit, ...], tuple[Visit, ...]]:
+        """The order of layers before the loops run, and with them."""
+        return layer_plan(self, looped=False), layer_plan(self, looped=True)
+
+    @property
+    def value_embedding_layers(self) -> list[int]:
+        """The layers whose values get the second embedding."""
+        if not self.ve_enabled:
+            return []
+        return [int(layer) for layer in re.findall(r"\d+", self.ve_layers)]
+
+    def rules(self) -> Iterator[Rule]:
+        """What is wrong with the network."""
+        yield from self.rules_of_widths()
+        yield from self.rules_of_layers()
+
+    def rules_of_widths(self) -> Iterator[Rule]:
+        """What is wrong with widths, heads and tables."""
+        if self.model_dim % (2 * self.num_heads):
+            yield Rule("model_dim", f"a multiple of 2 * NUM_HEADS={self.num_heads}")
+        if self.num_heads % self.num_kv_heads:
+            yield Rule("num_kv_heads", f"a divisor of NUM_HEADS={self.num_heads}")
+        if self.rope_train_seq_len and (self.rope_dims or self.head_dim) <= 2:
+            yield Rule("rope_train_seq_len", "0 where RoPE rotates only two dimensions")
+        if self.rope_dims % 2 or self.rope_dims > self.head_dim:
+            yield Rule("rope_dims", f"even and at most {self.head_dim}")
+        if self.mlp_dim < 1:
+            yield Rule("mlp_mult", f"enough for one hidden unit at MODEL_DIM={self.model_dim}")
+        # The fused loss adds up to 65,536 exponentials in fp32 without a running maximum.
+        if self.fused_ce and self.logit_softcap > 75 * min(self.logit_temperature, 1):
+            yield Rule(
+                "logit_softcap",
+                f"at most 75, and 75 * LOGIT_TEMPERATURE={self.logit_temperature}, with FUSED_CE=1",
+            )
+        if self.bigram_vocab_size == 1:
+            yield Rule("bigram_vocab_size", "0, or at least 2")
+        if sum(stream_sizes(self)) > 1 << 27:
+            yield Rule("model_dim", f"smaller: an artifact unpacks to {1 << 27} bytes at most")
+
+    def rules_of_layers(self) -> Iterator[Rule]:
+        """What is wrong with the order of layers and what a layer has."""
+        layers = self.num_layers
+        if self.xsa_last_n > layers:
+            yield Rule("xsa_last_n", f"at most NUM_LAYERS={layers}")
+        if self.branch_scale and self.ln_scale:
+            yield Rule("branch_scale", "0 with LN_SCALE=1")
+        if self.ve_enabled and not self.ve_layers_are_valid():
+            yield Rule("ve_layers", f"as in 9,10, each below NUM_LAYERS={layers}")
+        if layers * (1 + self.num_loops) > 1024:
+            yield Rule("num_loops", f"at most {1024 // layers - 1} with NUM_LAYERS={layers}")
+        if self.num_loops and self.loop_start > self.loop_end:
+            yield Rule("loop_start", f"at most LOOP_END={self.loop_end}")
+        if self.num_loops and self.loop_end >= layers:
+            yield Rule("loop_end", f"below NUM_LAYERS={layers}")
+        if self.parallel_start_layer >= layers:
+            yield Rule("parallel_start_layer", f"below NUM_LAYERS={layers}")
+        if self.num_loops and 0 < self.parallel_start_layer <= self.loop_end:
+            yield Rule(
+                "parallel_start_layer",
+                f"0 or above LOOP_END={self.loop_end}: later passes would work on stale lanes",
+            )
+        elif any(visit.parallel and visit.push for plan in self.plans for visit in plan):
+            yield Rule("parallel_start_layer", "in the decoder half of the layers")
+
+    def ve_layers_are_valid(self) -> bool:
+        """Whether VE_LAYERS lists different layers of the network."""
+        if not re.fullmatch(r"\d+(,\d+)*", self.ve_layers):
+            return False
+        layers = self.value_embedding_layers
+        return len(set(layers)) == len(layers) and max(layers) < self.num_layers
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerKnobs:
+    """Optimisers, and the averages of the weights."""
+
+    tied_embed_lr: float = knob(0.03, "AdamW rate of the embedding tables")
+    scalar_lr: float = knob(0.02, "AdamW rate of scales, gains, gates, lambdas and the like")
+    matrix_lr: float = knob(
+        0.026, "Muon rate of the banks: spectral norm of a square matrix's update (PR #1586)"
+    )
+    muon_momentum: float = knob(0.97, "momentum of Muon after its warm-up", 0, 0.9999)
+    muon_momentum_warmup_start: float = knob(0.92, "momentum of Muon at the first step", 0, 0.9999)
+    muon_momentum_warmup_steps: int = knob(
+        1500, "steps from the first to the final momentum of Muon"
+    )
+    muon_backend_steps: int = knob(5, "Newton-Schulz iterations per update of Muon", 1, 20)
+    muon_coeffs: str = knob(
+        "quintic",
+        "Newton-Schulz coefficients: Muon's, or Polar Express for at most 5 iterations",
+        choices=("quintic", "polar"),
+    )
+    muon_row_normalize: bool = knob(
+        True, "scale the rows of an update to unit norm before Newton-Schulz (MuonEq-R)"
+    )
+    beta1: float = knob(0.9, "decay of AdamW's first moment per step", 0, 0.9999)
+    beta2: float = knob(0.95, "decay of AdamW's second moment per step", 0, 0.99999)
+    adam_eps: float = knob(1e-8, "epsilon in the denominator of AdamW", 1e-20)
+    grad_clip_norm: float = knob(
+        0.3, "limit of the norm of the gradient of all parameters; 0: no limit"
+    )
+    adam_wd: float = knob(0.02, "decoupled weight decay of the parameters of SCALAR_LR")
+    muon_wd: float = knob(0.095, "decoupled weight decay of the banks")
+    embed_wd: float = knob(0.085, "decoupled weight decay of the embedding tables")
+    export_weights: str = knob(
+        "ema",
+        "weights to keep: exponential average, that with SWA, or the last",
+        choices=("ema", "swa", "raw"),
+    )
+    ema_decay: float = knob(
+        0.9965, "decay of the exponential average of all parameters per step", 0, 0.999999
+    )
+    ema_every: int = knob(1, "steps between weights that enter the exponential average", 1)
+    swa_threshold: float = knob(
+        0.2, "rate factor below which SWA takes the plain mean of the weights (PR #374)", 0, 2
+    )
+    swa_every: int = knob(50, "steps between weights that enter the mean of SWA", 1)
+    late_qat: bool = knob(
+        False, "train through the rounding of the banks to MATRIX_BITS, late in the run"
+    )
+    late_qat_threshold: float = knob(
+        0.15, "rate factor below which LATE_QAT rounds; 2: from the start", 0, 2
+    )
+
+    def rules(self) -> Iterator[Rule]:
+        """What is wrong with the optimisers."""
+        most = len(MUON_COEFFS[self.muon_coeffs])
+        if self.muon_backend_steps > most:
+            yield Rule("muon_backend_steps", f"at most {most} with MUON_COEFFS={self.muon_coeffs}")
+
+
+@dataclasses.dataclass(frozen=True)
+class ScheduleKnobs:
+    """The length of training and its schedule."""
+
+    iterations: int = knob(20000, "limit of the number of training steps", 1)
     max_wallclock_seconds: float = knob(
-        600.0, "training, calibration, quantisation, packing; 0: ITERATIONS steps"
+        600.0, "seconds for training, calibration, quantisation and packing; 0: no limit"
     )
     gptq_reserve_seconds: float = knob(
-        -1.0, "of that, kept for all after the last step; -1: measured in warm-up", -1
-    )
-    warmup_steps: int = knob(
-        3, "synthetic steps per graph, undone afterwards; 0: compile inside the run"
+        -1.0,
+        "seconds of MAX_WALLCLOCK_SECONDS kept for all after training; -1: measured in warm-up",
+        -1,
     )
     warmdown_frac: float = knob(
         0.75, "last share of the budget, over which the rates fall linearly", 0, 1
     )
     warmdown_iters: int = knob(
-        0, "steps of that fall, at the mean time of a step (PR #473); 0: WARMDOWN_FRAC"
+        0,
+        "steps over which the rates fall, by a step's mean time (PR #473); 0: WARMDOWN_FRAC",
     )
-    min_lr: float = knob(0.1, "floor of the learning-rate factor (PR #1787)", 0, 1)
+    min_lr: float = knob(0.1, "least factor of the learning rates (PR #1787)", 0, 1)
     enable_looping_at: float = knob(0.35, "share of the budget after which the loops run", 0, 1)
-    train_batch_tokens: int = knob(786432, "tokens per step, all ranks together", 1)
-    micro_batch_tokens: int = knob(
-        98304, "tokens per row; a rank takes every WORLD_SIZE-th row of a step", 1
-    )
-    train_seq_len: int = knob(2048, "longest segment; longer documents are cut", 2)
-    cu_seqlens_capacity: int = knob(512, "segments a row can hold: one shape, one graph (W25)", 2)
     pod_speedgate_ms: float = knob(
-        0.0, "a mean of 20 steps above it stops the run, exit status 3; 0: off"
+        0.0, "ms per step, mean of 20, above which the run stops, exit status 3; 0: off"
     )
-    recompile_limit: int = knob(
-        -1, "more compilations after warm-up stop the run, exit status 3; -1: only count", -1
-    )
-    train_log_every: int = knob(500, "steps; besides, a line every 8 s; 0: only those")
-    val_loss_every: int = knob(4000, "steps between validations, off the clock; 0: never")
-    # Model
-    vocab_size: int = knob(8192, "must be the tokenizer's", 2, 65536)
-    num_layers: int = knob(11, "physical layers", 2, 256)
-    model_dim: int = knob(512, "width", 8)
-    num_heads: int = knob(8, "query heads", 1)
-    num_kv_heads: int = knob(4, "key and value heads", 1)
-    mlp_mult: float = knob(4.0, "hidden width / MODEL_DIM", 0.01)
-    leaky_slope: float = knob(
-        0.5, "MLP: the square of the input, of this times it below zero; 0: relu squared", 0, 1
-    )
-    xsa_last_n: int = knob(11, "layers with XSA, counted from the top")
-    skip_gates_enabled: bool = knob(True, "gated skips; 0: weighted add")
-    tied_embed_init_std: float = knob(0.005, "initial standard deviation of the embedding")
-    logit_softcap: float = knob(30.0, "logits = cap * tanh(z / cap)", 0.01)
-    rope_base: float = knob(10000.0, "slowest wavelength / 2 pi", 1.01)
-    rope_dims: int = knob(16, "rotated dims per head; 0: all")
-    rope_train_seq_len: int = knob(
-        0, "longer segments raise ROPE_BASE (NTK, PR #414); 0: none does"
-    )
-    ln_scale: bool = knob(True, "norm outputs times 1 / sqrt(layer + 1)")
-    branch_scale: bool = knob(
-        False, "what a layer adds to the stream times that, instead (PR #568)"
-    )
-    qk_gain_init: float = knob(5.0, "query scale per head after QK norm, learned")
-    num_loops: int = knob(2, "extra passes over LOOP_START..LOOP_END", 0, 64)
-    loop_start: int = knob(3, "first looped layer")
-    loop_end: int = knob(5, "last looped layer")
-    parallel_start_layer: int = knob(8, "first layer with two lanes; 0: never")
-    parallel_final_lane: str = knob(
-        "mean", "what leaves the two lanes", choices=("mean", "mlp", "attn")
-    )
-    bigram_vocab_size: int = knob(0, "rows of the hashed table of token pairs (PR #162); 0: none")
-    bigram_dim: int = knob(128, "its width", 1)
-    smear_enabled: bool = knob(
-        False, "mix every token with the one before in its document (SmearGate, PR #162)"
-    )
-    train_input_features: bool = knob(True, "0: both stay as initialised (PR #605)")
-    ve_enabled: bool = knob(False, "a second embedding, added to the values of VE_LAYERS (PR #414)")
-    ve_dim: int = knob(128, "its width", 1)
-    ve_layers: str = knob("9,10", "layers, from 0")
-    # Optimisers
-    tied_embed_lr: float = knob(0.03, "AdamW rate of the embedding")
-    scalar_lr: float = knob(0.02, "AdamW rate of scales, gains, gates and lambdas")
-    matrix_lr: float = knob(
-        0.026, "Muon rate: spectral norm of an update of a square matrix (PR #1586)"
-    )
-    muon_momentum: float = knob(0.97, "final momentum", 0, 0.9999)
-    muon_momentum_warmup_start: float = knob(0.92, "first momentum", 0, 0.9999)
-    muon_momentum_warmup_steps: int = knob(1500, "steps from the first to the final momentum")
-    muon_backend_steps: int = knob(5, "Newton-Schulz iterations", 1, 20)
-    muon_coeffs: str = knob("quintic", "of these; polar has five", choices=("quintic", "polar"))
-    muon_row_normalize: bool = knob(True, "rows of the update to unit norm first (MuonEq-R)")
-    beta1: float = knob(0.9, "AdamW", 0, 0.9999)
-    beta2: float = knob(0.95, "AdamW", 0, 0.99999)
-    adam_eps: float = knob(1e-8, "AdamW", 1e-20)
-    grad_clip_norm: float = knob(0.3, "norm of the reduced gradient of all parameters; 0: off")
-    adam_wd: float = knob(0.02, "decoupled decay of what SCALAR_LR moves")
-    muon_wd: float = knob(0.095, "decoupled decay of the banks")
-    embed_wd: float = knob(0.085, "decoupled decay of the embedding")
-    export_weights: str = knob(
-        "ema", "averages, or the last weights", choices=("ema", "swa", "raw")
-    )
-    ema_decay: float = knob(0.9965, "of the average of all parameters, per step", 0, 0.999999)
-    ema_every: int = knob(1, "steps between weights that enter it", 1)
-    swa_threshold: float = knob(
-        0.2, "swa: the mean of all weights while the rate factor is below (PR #374)", 0, 2
-    )
-    swa_every: int = knob(50, "steps between weights that enter it", 1)
-    late_qat: bool = knob(
-        False, "train through the rounding of the banks to MATRIX_BITS, late in the run"
-    )
-    late_qat_threshold: float = knob(0.15, "from this rate factor on; 2: from the start", 0, 2)
-    # Artifact
-    gptq_calibration_batches: int = knob(
-        16, "training rows for the Hessians, shared out over the ranks", 1
-    )
+    val_loss_every: int = knob(4000, "steps between validations, off the clock; 0: none")
+
+    @property
+    def wallclock(self) -> float:
+        """Seconds of the training budget; infinite without a limit."""
+        return self.max_wallclock_seconds or math.inf
+
+    def rules(self) -> Iterator[Rule]:
+        """What is wrong with the budget."""
+        if not self.eval_only_path and 2 * self.gptq_reserve_seconds > self.wallclock:
+            yield Rule(
+                "gptq_reserve_seconds",
+                f"at most half of MAX_WALLCLOCK_SECONDS={self.max_wallclock_seconds:g}",
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class ArtifactKnobs:
+    """Quantisation and the artifact."""
+
+    gptq_calibration_batches: int = knob(16, "training rows for the Hessians, over all ranks", 1)
     quantizer: str = knob(
         "allocated",
-        "steps by what the loss minds; as in PR #1394; without Hessians: #374, #568",
+        "steps by the loss's sensitivity; GPTQ (PR #1394); without Hessians: PR #374, #568",
         choices=("allocated", "gptq", "gptq_lite", "int6"),
     )
-    clip_floor: float = knob(1.0, "least range of a row's integers, of the two without Hessians")
-    tables_fp16: bool = knob(False, "embeddings as fp16, not as integers")
+    clip_floor: float = knob(
+        1.0, "least clip range of a row, in the weights' unit, of the quantisers without Hessians"
+    )
+    tables_fp16: bool = knob(
+        False, "store embedding tables as fp16 instead of integers", network="optional"
+    )
     prune_frac: float = knob(
-        0.0, "this share of the weights, the smallest, becomes 0 (PR #568)", 0, 0.99
+        0.0, "share of the weights, the smallest, that becomes 0 (PR #568)", 0, 0.99
     )
     artifact_limit_bytes: int = knob(
-        LIMIT_BYTES, "code and model: the steps are fitted to it; 0: the clips decide"
+        LIMIT_BYTES,
+        "bytes of code and model that the steps are fitted to; 0: the clips decide",
     )
     matrix_bits: int = knob(
-        6, "integer width of the banks; allocated: most bits a weight, integers being 8 wide", 2, 8
+        6, "bits of an integer of the banks; allocated: limit of the mean bits per weight", 2, 8
     )
-    embed_bits: int = knob(7, "integer width of the embedding (PR #1586); allocated: 8", 2, 8)
+    embed_bits: int = knob(
+        7, "bits of an integer of the tables (PR #1586); allocated: always 8", 2, 8
+    )
     matrix_clip_sigmas: float = knob(
-        12.85, "range of the integers in standard deviations of a row", 0.1
+        12.85, "range of the banks' integers, in standard deviations of a row", 0.1
     )
-    embed_clip_sigmas: float = knob(15.0, "the same for the embedding", 0.1)
-    attn_clip_sigmas: float = knob(0.0, "the same for q, k, v, o; 0: MATRIX_CLIP_SIGMAS")
-    mlp_clip_sigmas: float = knob(0.0, "the same for the MLP; 0: MATRIX_CLIP_SIGMAS")
+    embed_clip_sigmas: float = knob(
+        15.0, "range of the tables' integers, in standard deviations of a row", 0.1
+    )
+    attn_clip_sigmas: float = knob(0.0, "MATRIX_CLIP_SIGMAS of q, k, v and o; 0: the same")
+    mlp_clip_sigmas: float = knob(0.0, "MATRIX_CLIP_SIGMAS of the MLP; 0: the same")
     loop_clip_sigmas: float = knob(
-        0.0, "the same for looped layers, before the two above; 0: no other than those"
+        0.0, "MATRIX_CLIP_SIGMAS of looped layers, before the other two; 0: the same"
     )
-    compressor: str = knob("zstd", "of the codes", choices=COMPRESSORS)
-    # Scoring and test-time training
-    val_batch_tokens: int = knob(524288, "eight rows of scoring; a row never cuts a window", 16)
-    eval_seq_len: int = knob(2048, "longest window of plain and sliding scoring", 2)
+    compressor: str = knob("zstd", "compressor of the integers", choices=COMPRESSORS)
+
+    @property
+    def no_hessians(self) -> bool:
+        """Whether the quantiser works without Hessians."""
+        return self.quantizer in ("gptq_lite", "int6")
+
+    def rules(self) -> Iterator[Rule]:
+        """What is wrong with the limit of the artifact."""
+        num_weights = sum(math.prod(role.shape) for role in parameter_table(self).values())
+        least = CODE_BYTES + num_weights // 8
+        if 0 < self.artifact_limit_bytes < least and not self.eval_only_path:
+            yield Rule(
+                "artifact_limit_bytes",
+                f"0 or at least {least}, code and one bit a weight; or lower"
+                f" MODEL_DIM={self.model_dim}, MLP_MULT={self.mlp_mult},"
+                f" NUM_LAYERS={self.num_layers}",
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoringKnobs:
+    """Scoring."""
+
+    val_batch_tokens: int = knob(
+        524288, "tokens of eight rows of scoring; a row never cuts a window", 16
+    )
+    eval_seq_len: int = knob(
+        2048, "tokens of the longest window of plain and sliding scoring", 2, shrinks=True
+    )
     eval_stride: int = knob(64, "tokens scored by each sliding window but the first", 1)
     logit_temperature: float = knob(
-        1.0, "logits / it wherever something is scored; to be chosen beforehand", 0.01
+        1.0, "divisor of the logits wherever tokens are scored; choose it beforehand", 0.01
     )
     sliding_window_enabled: bool = knob(False, "score with sliding windows as well")
     val_doc_fraction: float = knob(
         1.0, "share of the validation documents, drawn with SEED, for quick looks", 1e-9, 1
     )
     eval_deadline_seconds: float = knob(
-        580.0, "from the first scored token; what is left then is scored plainly"
+        580.0, "seconds from the first scored token after which no more is learnt"
     )
     eval_budget_includes_compile: bool = knob(
-        False, "take warm-up of the evaluation off EVAL_DEADLINE_SECONDS"
+        False, "take the warm-up of the evaluation off EVAL_DEADLINE_SECONDS"
     )
-    ttt_enabled: bool = knob(True, "learn from what is scored, score first")
+
+    @property
+    def val_row_shape(self) -> RowShape:
+        """The shape of a row of scoring."""
+        capacity = self.val_batch_tokens // min(512, 2 * self.eval_seq_len)
+        return RowShape(self.val_batch_tokens // 8, capacity, self.eval_seq_len)
+
+    def rules(self) -> Iterator[Rule]:
+        """What is wrong with the windows of scoring."""
+        if self.val_batch_tokens < 8 * self.eval_seq_len:
+            yield Rule("val_batch_tokens", f"at least 8 * EVAL_SEQ_LEN={self.eval_seq_len}")
+        if self.eval_stride > self.eval_seq_len:
+            yield Rule("eval_stride", f"at most EVAL_SEQ_LEN={self.eval_seq_len}")
+
+
+@dataclasses.dataclass(frozen=True)
+class AdaptationKnobs:
+    """Test-time training."""
+
+    ttt_enabled: bool = knob(True, "learn from validation tokens after they are scored")
     ttt_mode: str = knob(
-        "document", "a LoRA per document, or SGD chunk by chunk", choices=("document", "chunk")
+        "document",
+        "what learns: a LoRA per document, or all weights by SGD chunk by chunk",
+        choices=("document", "chunk"),
     )
     ttt_fast: bool = knob(
         True, "0: the published way, to compare: whole windows, all logits, fixed batches"
     )
     ttt_buckets: int = knob(
-        10, "window lengths that are compiled, others padded to them; 0: every length", 0, 64
+        10, "window lengths to compile, others are padded to them; 0: every length", 0, 64
     )
     ttt_cuda_graph: bool = knob(
-        False, "a CUDA graph per shape of a window; most are captured within the clock"
+        False, "replay windows as CUDA graphs, most of them captured within the clock"
     )
     ttt_lora_rank: int = knob(96, "rank of every adapter", 1)
     ttt_lora_alpha: float = knob(
-        0.0, "adapters times TTT_LORA_ALPHA / TTT_LORA_RANK (PR #1767); 0: times 1"
+        0.0, "scale adapters by TTT_LORA_ALPHA / TTT_LORA_RANK (PR #1767); 0: by 1"
     )
-    ttt_lora_lr: float = knob(1e-4, "rate of the adapters")
-    ttt_lm_rank: int = knob(0, "of the head's; 0: TTT_LORA_RANK")
-    ttt_bias_tune: bool = knob(False, "learn a vector to add after every layer, too (PR #596)")
-    ttt_lr_factors: str = knob("", "of TTT_LORA_LR, as in q:0.5,v:1.5,head:2,bias:3 (PR #596)")
+    ttt_lora_lr: float = knob(1e-4, "learning rate of the adapters")
+    ttt_lm_rank: int = knob(0, "rank of the head's adapter; 0: TTT_LORA_RANK")
+    ttt_bias_tune: bool = knob(
+        False, "learn a vector as well that is added after every layer (PR #596)"
+    )
+    ttt_lr_factors: str = knob(
+        "", "factors of TTT_LORA_LR by site, as in q:0.5,v:1.5,head:2,bias:3 (PR #596)"
+    )
     ttt_cosine_chunks: int = knob(
-        0, "chunks of a document in which it falls on a cosine to a tenth; 0: it stays"
+        0, "chunks in which a document's rate falls on a cosine to a tenth; 0: it stays"
     )
-    ttt_min_doc_len: int = knob(0, "learn nothing before this place in a document")
-    ttt_max_doc_len: int = knob(0, "nor after this one; 0: none")
+    ttt_min_doc_len: int = knob(
+        0, "position in a document before which nothing is learnt, in tokens", shrinks=True
+    )
+    ttt_max_doc_len: int = knob(
+        0, "position in a document after which nothing is learnt, in tokens; 0: no limit"
+    )
     ttt_warm_start_a: bool = knob(
         False, "keep A from earlier documents (PR #1767): stream order, fixed schedule"
     )
-    ttt_chunk_size: int = knob(48, "tokens scored, then learnt from, at once (PR #1560)", 1)
+    ttt_chunk_size: int = knob(
+        48, "tokens of a document scored, then learnt from, at once (PR #1560)", 1
+    )
     ttt_short_chunks: str = knob(
         "", "smaller chunks up to a position in a document, as in 256:8,2000:24 (PR #2014)"
     )
-    ttt_eval_seq_len: int = knob(2048, "longest window", 2)
-    ttt_batch_size: int = knob(
-        64, "documents at once on a rank; fast: four times as many short, a quarter long", 1
+    ttt_eval_seq_len: int = knob(
+        2048, "tokens of the longest window of adaptation", 2, shrinks=True
     )
-    ttt_grad_steps: int = knob(1, "updates per scored chunk", 1)
-    ttt_weight_decay: float = knob(0.5, "decoupled")
-    ttt_beta1: float = knob(0.0, "AdamW; momentum with sgd", 0, 0.9999)
-    ttt_beta2: float = knob(0.999, "AdamW", 0, 0.99999)
-    ttt_q_lora: bool = knob(True, "adapter on queries")
-    ttt_k_lora: bool = knob(True, "adapter on keys")
-    ttt_v_lora: bool = knob(True, "adapter on values")
+    ttt_batch_size: int = knob(
+        64, "documents at once on a rank; TTT_FAST: up to four times the short, a quarter long", 1
+    )
+    ttt_grad_steps: int = knob(1, "updates per scored chunk of a document", 1)
+    ttt_weight_decay: float = knob(0.5, "weight decay of the adapters, decoupled in AdamW")
+    ttt_beta1: float = knob(
+        0.0, "decay of the first moment of the adapters, or momentum with SGD", 0, 0.9999
+    )
+    ttt_beta2: float = knob(0.999, "decay of the second moment of the adapters", 0, 0.99999)
+    ttt_q_lora: bool = knob(True, "adapter on the queries")
+    ttt_k_lora: bool = knob(True, "adapter on the keys")
+    ttt_v_lora: bool = knob(True, "adapter on the values")
     ttt_mlp_lora: bool = knob(True, "adapter beside the MLP")
     ttt_o_lora: bool = knob(True, "adapter beside the attention output")
-    ttt_optimizer: str = knob("adam", "AdamW or SGD", choices=("adam", "sgd"))
+    ttt_optimizer: str = knob(
+        "adam", "optimiser of the adapters: AdamW or SGD", choices=("adam", "sgd")
+    )
     phased_ttt_num_phases: int = knob(
-        0, "SGD of all weights on the documents before each of so many places (PR #1626)"
+        0, "places in the stream where all weights learn from the documents before (PR #1626)"
     )
     phased_ttt_prefix_docs: int = knob(
-        2000, "the last of these places, in documents of the stream", 1
+        2000, "documents before the last of PHASED_TTT_NUM_PHASES places, evenly spaced", 1
     )
     ttt_chunk_optimizer: str = knob(
-        "sgd", "the same: or AdamW, to repeat PR #473", choices=("sgd", "adam")
+        "sgd", "optimiser of all weights: SGD, or AdamW as in PR #473", choices=("sgd", "adam")
     )
     ttt_lr: float = knob(
-        0.002, "SGD of all weights: first rate of a cosine over its chunks (PR #461)"
+        0.002, "SGD of all weights: first rate of a cosine over the chunks (PR #461)"
     )
-    ttt_momentum: float = knob(0.9, "the same: momentum", 0, 0.9999)
-    ttt_epochs: int = knob(1, "the same: passes over a chunk that has been scored (PR #1413: 3)", 1)
-    ttt_chunk_tokens: int = knob(32768, "the same: tokens of a chunk", 2)
-    ttt_batch_seqs: int = knob(32, "the same: rows of EVAL_SEQ_LEN tokens per rank and step", 1)
-    ttt_grad_clip: float = knob(1.0, "the same: norm of the gradient of all weights; 0: off")
-    ttt_freeze_blocks: int = knob(0, "the same: layers from the bottom that stay as they are")
-    dtype = property(lambda c: torch.bfloat16 if c.compute_dtype == "bf16" else torch.float32)
-    head_dim = property(lambda c: c.model_dim // c.num_heads)
-    mlp_dim = property(lambda c: int(c.mlp_mult * c.model_dim))
-    wallclock = property(lambda c: c.max_wallclock_seconds or math.inf)
-    rows_per_step = property(lambda c: c.train_batch_tokens // c.micro_batch_tokens)
-    plans = cached_property(lambda c: (layer_plan(c, looped=False), layer_plan(c, looped=True)))
-    no_hessians = property(lambda c: c.quantizer in ("gptq_lite", "int6"))
-    lora_scale = property(lambda c: c.ttt_lora_alpha / c.ttt_lora_rank if c.ttt_lora_alpha else 1.0)
-    adapter_rate_factors = property(
-        lambda c: dict(pair.split(":") for pair in c.ttt_lr_factors.split(",") if pair)
+    ttt_momentum: float = knob(0.9, "SGD of all weights: momentum", 0, 0.9999)
+    ttt_epochs: int = knob(1, "SGD of all weights: passes over a scored chunk (PR #1413: 3)", 1)
+    ttt_chunk_tokens: int = knob(32768, "SGD of all weights: tokens of a chunk", 2)
+    ttt_batch_seqs: int = knob(
+        32, "SGD of all weights: rows of EVAL_SEQ_LEN tokens per rank and step", 1
     )
-    value_embedding_layers = property(
-        lambda c: [int(n) for n in re.findall(r"\d+", c.ve_layers) if c.ve_enabled]
+    ttt_grad_clip: float = knob(1.0, "SGD of all weights: limit of the gradient norm; 0: none")
+    ttt_freeze_blocks: int = knob(0, "SGD of all weights: layers from the bottom that do not learn")
+
+    @property
+    def lora_scale(self) -> float:
+        """Factor of what the adapters add."""
+        return self.ttt_lora_alpha / self.ttt_lora_rank if self.ttt_lora_alpha else 1.0
+
+    @property
+    def adapter_rate_factors(self) -> dict[str, float]:
+        """TTT_LR_FACTORS: site -> factor of the learning rate; 1 for a site that is absent."""
+        pairs = (pair.split(":") for pair in self.ttt_lr_factors.split(",") if pair)
+        return {site: float(factor) for site, factor in pairs}
+
+    @property
+    def short_chunks(self) -> list[tuple[int, int]]:
+        """TTT_SHORT_CHUNKS: (position in a document, size of the chunks up to it), in order."""
+        pairs = (pair.split(":") for pair in self.ttt_short_chunks.split(",") if pair)
+        return sorted((int(position), int(size)) for position, size in pairs)
+
+    @property
+    def learns_by_chunks(self) -> bool:
+        """Whether all weights learn by SGD, chunk by chunk."""
+        return self.ttt_enabled and (self.ttt_mode == "chunk" or self.phased_ttt_num_phases > 0)
+
+    def rules(self) -> Iterator[Rule]:
+        """What is wrong with test-time training."""
+        longest = self.ttt_eval_seq_len
+        if self.ttt_chunk_size > longest:
+            yield Rule("ttt_chunk_size", f"at most TTT_EVAL_SEQ_LEN={longest}")
+        if not self.short_chunks_are_valid():
+            yield Rule(
+                "ttt_short_chunks",
+                f"position:size,.. with sizes up to TTT_EVAL_SEQ_LEN={longest}",
+            )
+        if not re.fullmatch(r"((q|k|v|o|mlp|head|bias):\d*\.?\d+(,|$))*", self.ttt_lr_factors):
+            yield Rule("ttt_lr_factors", "site:factor,.. with sites q, k, v, o, mlp, head, bias")
+        if 0 < self.ttt_max_doc_len <= self.ttt_min_doc_len:
+            yield Rule("ttt_max_doc_len", f"0 or above TTT_MIN_DOC_LEN={self.ttt_min_doc_len}")
+        phases = self.phased_ttt_num_phases
+        if self.ttt_mode == "chunk" and phases:
+            yield Rule("ttt_mode", f"document with PHASED_TTT_NUM_PHASES={phases}")
+        if self.ttt_epochs > 1 and self.ttt_mode == "document" and not phases:
+            yield Rule(
+                "ttt_epochs",
+                "1 with TTT_MODE=document: a document is learnt from once (ruling on PR #605)",
+            )
+        if self.ttt_chunk_tokens < self.eval_seq_len:
+            yield Rule("ttt_chunk_tokens", f"at least EVAL_SEQ_LEN={self.eval_seq_len}")
+        if self.ttt_freeze_blocks > self.num_layers:
+            yield Rule("ttt_freeze_blocks", f"at most NUM_LAYERS={self.num_layers}")
+
+    def short_chunks_are_valid(self) -> bool:
+        """Whether TTT_SHORT_CHUNKS is a list of positions and sizes that fit into a window."""
+        if not re.fullmatch(r"(\d+:[1-9]\d*(,|$))*", self.ttt_short_chunks):
+            return False
+        return all(size <= self.ttt_eval_seq_len for _, size in self.short_chunks)
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelKnobs:
+    """Kernels, compilation and warm-up."""
+
+    compute_dtype: str = knob(
+        "bf16", "dtype of activations and products; parameters are fp32", choices=("bf16", "fp32")
     )
-    short_chunks = property(
-        lambda c: sorted(  # (position in a document, size of the chunks up to it)
-            tuple(map(int, pair.split(":"))) for pair in c.ttt_short_chunks.split(",") if pair
-        )
+    compile: bool = knob(True, "use torch.compile for the forwards and Newton-Schulz")
+    warmup_steps: int = knob(
+        3, "synthetic steps per compiled graph, undone afterwards; 0: compile inside the run"
     )
-    dataset_dir = property(
-        lambda c: Path(c.data_dir) / "datasets" / (c.dataset or f"fineweb10B_sp{c.vocab_size}")
+    recompile_limit: int = knob(
+        -1,
+        "compilations allowed after warm-up, more stop the run, exit status 3; -1: any",
+        -1,
     )
-    row_shape = property(lambda c: (c.micro_batch_tokens, c.cu_seqlens_capacity, c.train_seq_len))
-    val_row_shape = property(
-        lambda c: (
-            c.val_batch_tokens // 8,
-            c.val_batch_tokens // min(512, 2 * c.eval_seq_len),
-            c.eval_seq_len,
-        )
+    cuda_graph: bool = knob(
+        False, "replay forward and backward of a row as a CUDA graph, where attention allows it"
     )
+    attention_backend: str = knob(
+        "auto",
+        "attention kernel; auto: the first that passes the check",
+        choices=("auto", "fa3", "fa4", "fa2", "torch", "sdpa"),
+    )
+    fused_mlp: bool = knob(
+        True, "fuse the products of the MLP with its activation; 0: separate operators"
+    )
+    fused_qk: bool = knob(
+        True, "fuse norm, RoPE and gain of queries and keys; 0: separate operators"
+    )
+    fused_xsa: bool = knob(True, "fuse the operators of XSA; 0: separate operators")
+    fused_ce: bool = knob(
+        True, "fuse head and loss, the gradient overwriting the logits; 0: separate operators"
+    )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of activations and products."""
+        return torch.bfloat16 if self.compute_dtype == "bf16" else torch.float32
+
+    def rules(self) -> Iterator[Rule]:
+        """What is wrong with kernels and compilation."""
+        if self.recompile_limit >= 0 and not self.warmup_steps:
+            yield Rule("recompile_limit", "-1 with WARMUP_STEPS=0")
+
+
+# A dataclass takes the fields of its last base first, so the first group stands last.
+@dataclasses.dataclass(frozen=True)
+class Config(
+    KernelKnobs,
+    AdaptationKnobs,
+    ScoringKnobs,
+    ArtifactKnobs,
+    ScheduleKnobs,
+    OptimizerKnobs,
+    ModelKnobs,
+    DataKnobs,
+    RunKnobs,
+):
+    """All knobs of a run. Defaults are the `record` preset's.
+
+    PRESETS overrides the defaults, and the environment overrides both.
+    """
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str], has_cuda: bool) -> tuple[Config, dict[str, str]]:
-        """The config of `environ`, and each field's origin: default, preset or env. UsageError names every problem."""
-        fields, problems, given = {f.name.upper(): f for f in dataclasses.fields(cls)}, [], environ
-        environ = {
-            ALIASES.get(name, name): text
-            for name, text in sorted(given.items(), key=lambda i: i[0] in fields)
-        }
-        for name in sorted(environ.keys() - fields.keys()):
-            if name in REJECTED_NAMES:
-                problems.append(
-                    f"{name}={environ[name]}: not a knob of this program; {REJECTED_NAMES[name]}"
-                )
-            elif near := difflib.get_close_matches(name, fields, n=1, cutoff=0.85):
-                problems.append(f"{name}={environ[name]}: not a knob; did you mean {near[0]}?")
-        preset = environ.get("PRESET", "record" if has_cuda else "cpu")
+        """The config that `environ` asks for, and the origin of each field.
+
+        An origin is "default", "preset" or "env". Raises UsageError with every problem at once.
+        """
+        given = canonical_names(environ)
+        problems = list(problems_of_names(given))
+        preset = given.get("PRESET", "record" if has_cuda else "cpu")
         if preset not in PRESETS:
-            raise UsageError(
-                "\n".join([*problems, f"PRESET={preset}: must be one of {', '.join(PRESETS)}"])
-            )
-        values = {**PRESETS[preset], "preset": preset}
-        if environ.get("SHRINK") == "1" and preset != "cpu":  # what the preset has not stays off
-            values |= {
-                f: x for f, x in SHRINK.items() if values.get(f, getattr(cls, f)) or f == "dataset"
-            }
-            values |= {f: values.get(f, getattr(cls, f)) // 8 for f in SHRUNK_LENGTHS}
-        origin = {f.name: "preset" if f.name in values else "default" for f in fields.values()}
-        expected = {bool: "0 or 1", int: "a whole number", float: "a number"}
-        for name in sorted(fields.keys() & environ.keys()):
-            field, kind, text = name.lower(), type(fields[name].default), environ[name]
-            origin[field] = "env"
+            problems.append(f"PRESET={preset}: must be one of {', '.join(PRESETS)}")
+            raise UsageError("\n".join(problems))
+
+        values = preset_values(preset, shrink=given.get("SHRINK") == "1")
+        origin = {name: "preset" if name in values else "default" for name in FIELDS}
+        for name in sorted(FIELDS):
+            if name.upper() not in given:
+                continue
+            origin[name] = "env"
             try:
-                values[field] = {"0": False, "1": True}[text] if kind is bool else kind(text)
-            except (KeyError, ValueError):
-                problems.append(f"{name}={text}: must be {expected[kind]}")
+                values[name] = parse_knob(FIELDS[name], given[name.upper()])
+            except ValueError as error:
+                problems.append(f"{name.upper()}={given[name.upper()]}: {error}")
+
         cfg = cls(**values)
-        for name, other in ALIASES.items():
-            if other in given and given.get(name, given[other]) != given[other]:
-                problems.append(f"{name}={given[name]}: the same knob as {other}={given[other]}")
+        problems += problems_of_aliases(environ)
         if cfg.warmdown_iters and origin["warmdown_frac"] == "env":
             problems.append(
                 f"WARMDOWN_FRAC={cfg.warmdown_frac:g}: not with WARMDOWN_ITERS={cfg.warmdown_iters}"
             )
-        if problems := problems + cfg.problems():
+        problems += cfg.problems()
+        if problems:
             raise UsageError("\n".join(problems))
         return cfg, origin
 
-    def problems(
-        self,
-    ) -> list[str]:  # values out of range or, if there is none, combinations that cannot work (W7)
-        def named(text: str) -> str:  # each variable in the text with its value
-            return re.sub(
-                r"[A-Z0-9_]{6,}",
-                lambda m: f"{m[0]}={getattr(self, m[0].lower(), '')}".rstrip("="),
-                text,
+    def problems(self) -> list[str]:
+        """A line for each value out of range or, if there is none, for each rule that is broken."""
+        broken = list(self.out_of_range()) or list(self.rules())
+        return [self.message(rule) for rule in broken]
+
+    def message(self, rule: Rule) -> str:
+        """The line for the user: variable, value, and what it must be."""
+        value = getattr(self, rule.field)
+        if isinstance(value, bool):
+            value = int(value)
+        return f"{rule.field.upper()}={value}: must be {rule.requirement}"
+
+    def out_of_range(self) -> Iterator[Rule]:
+        """The values that are out of range or not among the choices."""
+        for name, field in FIELDS.items():
+            value = getattr(self, name)
+            lo = field.metadata["lo"]
+            hi = field.metadata["hi"]
+            choices = field.metadata["choices"]
+            if choices:
+                if value not in choices:
+                    yield Rule(name, f"one of {', '.join(choices)}")
+            elif not isinstance(value, str) and not lo <= value <= hi:
+                yield Rule(name, f"{lo:g}..{hi:g}")
+
+    def rules(self) -> Iterator[Rule]:
+        """The rules between knobs that are broken, of all groups."""
+        for group in GROUPS:
+            yield from group.rules(self)
+
+    def warnings(self) -> Iterator[str]:
+        """A sentence for each setting that others have tried and found harmful."""
+        if self.learns_by_chunks:
+            yield from self.warnings_of_chunks()
+        if self.export_weights == "swa" and self.swa_threshold > 0.2:
+            yield (
+                f"SWA_THRESHOLD={self.swa_threshold:g}: an average from 0.5 on hurt, from 0.2 on it"
+                " cost nothing (PR #374)"
+            )
+        if self.compile and self.num_loops and not self.warmup_steps:
+            yield (
+                "WARMUP_STEPS=0: with loops and compilation on the clock a port had 1440 steps in"
+                " 600 s (remark in PR #1530)"
+            )
+        if self.loop_clip_sigmas:
+            yield (
+                f"LOOP_CLIP_SIGMAS={self.loop_clip_sigmas:g}: no gain was ever reported (PR #1530)"
+            )
+        if self.logit_temperature != 1:
+            yield (
+                f"LOGIT_TEMPERATURE={self.logit_temperature:g}: legal only if chosen without a look"
+                " at validation scores (issue #1017; PR #605 was refused)"
             )
 
-        found = []
-        for f in dataclasses.fields(self):
-            value, lo, hi, choices = (
-                getattr(self, f.name),
-                *(f.metadata[key] for key in ("lo", "hi", "choices")),
+    def warnings_of_chunks(self) -> Iterator[str]:
+        """A sentence for each such setting of the SGD of all weights, chunk by chunk."""
+        if self.ttt_chunk_optimizer == "adam":
+            yield (
+                "TTT_CHUNK_OPTIMIZER=adam overfits the chunk: 1.1598 bpb, SGD 1.1220 (PR #473);"
+                " 1.0825 became 1.1885 (PR #1947)"
             )
-            if (
-                value not in choices
-                if choices
-                else not isinstance(value, str) and not lo <= value <= hi
-            ):
-                must = f"one of {', '.join(choices)}" if choices else f"{lo:g}..{hi:g}"
-                found.append(f"{f.name.upper()}={value}: must be {must}")
-        return found or [
-            f"{named(name)}: must be {named(must)}"
-            for name, ok, must in self.combinations()
-            if not ok
-        ]
-
-    def combinations(
-        self,
-    ) -> list[tuple[str, bool, str]]:  # (variable, whether it is fine, what it must be)
-        c, loops, row, lanes = (
-            self,
-            self.num_loops > 0,
-            self.micro_batch_tokens,
-            self.parallel_start_layer,
-        )
-        stale, package, at = (
-            loops and 0 < lanes <= c.loop_end,
-            c.compressor.replace("zstd", "zstandard"),
-            Path.cwd(),
-        )
-        least = CODE_BYTES + sum(math.prod(r.shape) for r in parameter_table(c).values()) // 8
-        pushed = any(visit.parallel and visit.push for plan in c.plans for visit in plan)
-        room = c.cu_seqlens_capacity - 2 - 2 * -(-row // c.train_seq_len)
-
-        def writable(path: Path, is_file: bool = False) -> bool:  # it, or where it is to be made
-            found = next(
-                p
-                for p in (path, *path.parents)
-                if os.path.exists(p) or len(os.fsencode(p.name)) > 251
+        if self.ttt_epochs > 3:
+            yield (
+                f"TTT_EPOCHS={self.ttt_epochs}: gains end near 1.1202 bpb, and only 3 fit into"
+                " 600 s on 8xH100 (PR #473); from 3 to 30 they gave 0.002 (PR #526)"
             )
-            return os.access(found, os.W_OK) and found.is_dir() != (is_file and found == path)
-
-        return [
-            (
-                "RUN_ID",
-                re.fullmatch(r"([^./][^/]*)?", c.run_id) is not None
-                and writable(at / f"logs/{c.run_id}.txt", is_file=True),
-                "a name of a file to write in logs",
-            ),
-            (
-                "CHECKPOINT_EVERY",
-                not c.checkpoint_every or c.run_id != "" and not c.eval_only_path,
-                "0 without RUN_ID, or with EVAL_ONLY_PATH",
-            ),
-            (
-                "TENSORBOARD_DIR",
-                not c.tensorboard_dir
-                or importlib.util.find_spec("tensorboard") is not None
-                and writable(at / c.tensorboard_dir / c.run_id),
-                "empty or a folder to write, with tensorboard installed",
-            ),
-            ("MODEL_DIM", c.model_dim % (2 * c.num_heads) == 0, "a multiple of 2 * NUM_HEADS"),
-            ("NUM_KV_HEADS", c.num_heads % c.num_kv_heads == 0, "a divisor of NUM_HEADS"),
-            (
-                "ROPE_TRAIN_SEQ_LEN",
-                not c.rope_train_seq_len or (c.rope_dims or c.head_dim) > 2,
-                "0 with two ROPE_DIMS",
-            ),
-            (
-                "ROPE_DIMS",
-                c.rope_dims % 2 == 0 and c.rope_dims <= c.head_dim,
-                f"even and at most {c.head_dim}",
-            ),
-            ("MLP_MULT", c.mlp_dim >= 1, "enough for one hidden unit at MODEL_DIM"),
-            ("XSA_LAST_N", c.xsa_last_n <= c.num_layers, "at most NUM_LAYERS"),
-            ("BRANCH_SCALE", not (c.branch_scale and c.ln_scale), "0 with LN_SCALE"),
-            ("BIGRAM_VOCAB_SIZE", c.bigram_vocab_size != 1, "0, or at least 2"),
-            (
-                "VE_LAYERS",
-                not c.ve_enabled
-                or re.fullmatch(r"\d+(,\d+)*", c.ve_layers) is not None
-                and len({*c.value_embedding_layers}) == len(c.value_embedding_layers)
-                and max(c.value_embedding_layers) < c.num_layers,
-                "as in 9,10, below NUM_LAYERS",
-            ),
-            (
-                "LOGIT_SOFTCAP",
-                not c.fused_ce or c.logit_softcap <= 75 * min(c.logit_temperature, 1),
-                "at most 75, and 75 * LOGIT_TEMPERATURE, with FUSED_CE",
-            ),
-            ("LOOP_START", not loops or c.loop_start <= c.loop_end, "at most LOOP_END"),
-            ("LOOP_END", not loops or c.loop_end < c.num_layers, "below NUM_LAYERS"),
-            (
-                "NUM_LOOPS",
-                c.num_layers * (1 + c.num_loops) <= 1024,
-                "at most 1024 / NUM_LAYERS - 1",
-            ),
-            (
-                "MODEL_DIM",
-                sum(stream_sizes(c)) <= 1 << 27,
-                "smaller: an artifact unpacks to 134217728 bytes at most",
-            ),
-            (
-                "PARALLEL_START_LAYER",
-                not stale,
-                "0 or above LOOP_END: later passes would work on stale lanes",
-            ),
-            ("PARALLEL_START_LAYER", lanes < c.num_layers, "below NUM_LAYERS"),
-            ("PARALLEL_START_LAYER", stale or not pushed, "in the decoder half of the layers"),
-            (
-                "TRAIN_BATCH_TOKENS",
-                c.train_batch_tokens % row == 0,
-                "a multiple of MICRO_BATCH_TOKENS",
-            ),
-            ("TRAIN_SEQ_LEN", c.train_seq_len <= row, "at most MICRO_BATCH_TOKENS"),
-            (
-                "TRAIN_SEQ_LEN",
-                c.data_loader != "shuffled" or row % c.train_seq_len == 0,
-                "a divisor of MICRO_BATCH_TOKENS with DATA_LOADER",
-            ),
-            (
-                "CU_SEQLENS_CAPACITY",
-                room >= 0,
-                "at least 2 + 2 * MICRO_BATCH_TOKENS / TRAIN_SEQ_LEN",
-            ),
-            (
-                "VAL_BATCH_TOKENS",
-                c.val_batch_tokens >= 8 * c.eval_seq_len,
-                "at least 8 * EVAL_SEQ_LEN",
-            ),
-            ("EVAL_STRIDE", c.eval_stride <= c.eval_seq_len, "at most EVAL_SEQ_LEN"),
-            ("TTT_CHUNK_SIZE", c.ttt_chunk_size <= c.ttt_eval_seq_len, "at most TTT_EVAL_SEQ_LEN"),
-            (
-                "MUON_BACKEND_STEPS",
-                c.muon_backend_steps <= len(MUON_COEFFS[c.muon_coeffs]),
-                "up to 5 with MUON_COEFFS",
-            ),
-            (
-                "RECOMPILE_LIMIT",
-                c.recompile_limit < 0 or c.warmup_steps > 0,
-                "-1 with WARMUP_STEPS",
-            ),
-            (
-                "TTT_SHORT_CHUNKS",
-                re.fullmatch(r"(\d+:[1-9]\d*(,|$))*", c.ttt_short_chunks) is not None
-                and max([size for _, size in c.short_chunks], default=1) <= c.ttt_eval_seq_len,
-                "position:size,.. with sizes up to TTT_EVAL_SEQ_LEN",
-            ),
-            (
-                "TTT_LR_FACTORS",
-                re.fullmatch(r"((q|k|v|o|mlp|head|bias):\d*\.?\d+(,|$))*", c.ttt_lr_factors)
-                is not None,
-                "site:factor,.. of q, k, v, o, mlp, head, bias",
-            ),
-            (
-                "TTT_MAX_DOC_LEN",
-                not c.ttt_max_doc_len or c.ttt_max_doc_len > c.ttt_min_doc_len,
-                "0 or above TTT_MIN_DOC_LEN",
-            ),
-            (
-                "TTT_MODE",
-                c.ttt_mode != "chunk" or not c.phased_ttt_num_phases,
-                "document for PHASED_TTT_NUM_PHASES",
-            ),
-            (
-                "TTT_EPOCHS",
-                c.ttt_epochs == 1 or c.ttt_mode == "chunk" or c.phased_ttt_num_phases > 0,
-                "1 with TTT_MODE=document: a document is learnt from once (ruling on PR #605)",
-            ),
-            ("TTT_CHUNK_TOKENS", c.ttt_chunk_tokens >= c.eval_seq_len, "at least EVAL_SEQ_LEN"),
-            ("TTT_FREEZE_BLOCKS", c.ttt_freeze_blocks <= c.num_layers, "at most NUM_LAYERS"),
-            (
-                "GPTQ_RESERVE_SECONDS",
-                c.eval_only_path != "" or 2 * c.gptq_reserve_seconds <= c.wallclock,
-                "at most half of MAX_WALLCLOCK_SECONDS",
-            ),
-            (
-                "COMPRESSOR",
-                package == "ans" or importlib.util.find_spec(package) is not None,
-                f"ans, lzma, or {package} must be installed",
-            ),
-            (
-                "ARTIFACT_LIMIT_BYTES",
-                not 0 < c.artifact_limit_bytes < least or c.eval_only_path != "",
-                f"0 or at least {least}, code and one bit a weight; or lower MODEL_DIM, MLP_MULT, NUM_LAYERS",
-            ),
-            (
-                "ARTIFACT_DIR",
-                writable(at / (c.artifact_dir or f"runs/{c.run_id}")),
-                "a folder that can be written",
-            ),
-        ]
-
-    def warnings(self) -> list[str]:  # what others have tried and regretted
-        c, chunks = (
-            self,
-            self.ttt_enabled and (self.ttt_mode == "chunk" or self.phased_ttt_num_phases > 0),
-        )
-        return [
-            text
-            for applies, text in [
-                (
-                    chunks and c.ttt_chunk_optimizer == "adam",
-                    "TTT_CHUNK_OPTIMIZER=adam overfits the chunk: 1.1598 bpb, SGD "
-                    "1.1220 (PR #473); 1.0825 became 1.1885 (PR #1947)",
-                ),
-                (
-                    chunks and c.ttt_epochs > 3,
-                    f"TTT_EPOCHS={c.ttt_epochs}: gains end near 1.1202 bpb, and only 3 fit into "
-                    "600 s on 8xH100 (PR #473); from 3 to 30 they gave 0.002 (PR #526)",
-                ),
-                (
-                    chunks and c.ttt_freeze_blocks > 0 and c.ttt_epochs <= 3,
-                    f"TTT_FREEZE_BLOCKS={c.ttt_freeze_blocks}: with few epochs, none frozen was best (PR #473, #549)",
-                ),
-                (
-                    chunks and c.late_qat,
-                    "LATE_QAT=1 hurt under test-time training of all weights (PR #398)",
-                ),
-                (
-                    chunks and c.quantizer == "gptq" and not c.num_loops,
-                    "QUANTIZER=gptq: SGD by chunks gained nothing on "
-                    "such a model (1.12075, before 1.12070: PR #533)",
-                ),
-                (
-                    c.export_weights == "swa" and c.swa_threshold > 0.2,
-                    f"SWA_THRESHOLD={c.swa_threshold:g}: an average from 0.5 on hurt, from 0.2 on it cost nothing (PR #374)",
-                ),
-                (
-                    c.compile and c.num_loops > 0 and not c.warmup_steps,
-                    "WARMUP_STEPS=0: loops and compilation in the clock "
-                    "left 1440 steps of 600 s to a port (remark in PR #1530)",
-                ),
-                (
-                    c.loop_clip_sigmas > 0,
-                    f"LOOP_CLIP_SIGMAS={c.loop_clip_sigmas:g}: no gain was ever given (PR #1530)",
-                ),
-                (
-                    c.logit_temperature != 1,
-                    f"LOGIT_TEMPERATURE={c.logit_temperature:g}: legal only if chosen without a "
-                    "look at validation scores (issue #1017; PR #605 was refused)",
-                ),
-            ]
-            if applies
-        ]
+        elif self.ttt_freeze_blocks:
+            yield (
+                f"TTT_FREEZE_BLOCKS={self.ttt_freeze_blocks}: with few epochs, none frozen was best"
+                " (PR #473, #549)"
+            )
+        if self.late_qat:
+            yield "LATE_QAT=1 hurt under test-time training of all weights (PR #398)"
+        if self.quantizer == "gptq" and not self.num_loops:
+            yield (
+                "QUANTIZER=gptq: SGD by chunks gained nothing on such a model (1.12075, before"
+                " 1.12070: PR #533)"
+            )
 
 
-# The network: a model file decides these, not the environment. Of the first group it holds what is not the default.
-OPTIONAL_NETWORK_FIELDS = """leaky_slope branch_scale rope_train_seq_len bigram_vocab_size bigram_dim smear_enabled ve_enabled
-    ve_dim ve_layers tables_fp16""".split()
-NETWORK_FIELDS = (
-    """vocab_size num_layers model_dim num_heads num_kv_heads mlp_mult xsa_last_n skip_gates_enabled
-    rope_base rope_dims logit_softcap ln_scale num_loops loop_start loop_end parallel_start_layer parallel_final_lane
-    data_loader""".split()
-    + OPTIONAL_NETWORK_FIELDS
-)
+GROUPS = Config.__bases__[::-1]
+FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 
 
-def network_config(cfg: Config) -> dict[str, Any]:  # as a file holds it
-    return {
-        f: getattr(cfg, f)
-        for f in NETWORK_FIELDS
-        if f not in OPTIONAL_NETWORK_FIELDS or getattr(cfg, f) != getattr(Config, f)
-    }
+def fields_marked(mark: str, *values: object) -> tuple[str, ...]:
+    """The names of the fields whose mark has one of these values."""
+    return tuple(name for name, field in FIELDS.items() if field.metadata[mark] in values)
 
 
-def read_network_config(
-    config: Mapping[str, Any],
-) -> dict[str, Any]:  # all fields of what a file holds; KeyError
-    return {
-        f: config.get(f, getattr(Config, f)) if f in OPTIONAL_NETWORK_FIELDS else config[f]
-        for f in NETWORK_FIELDS
-    }
+NETWORK_FIELDS = fields_marked("network", True, "optional")
+OPTIONAL_NETWORK_FIELDS = fields_marked("network", "optional")
+FREE_FIELDS = fields_marked("free_on_resume", True)
+SHRUNK_LENGTHS = fields_marked("shrinks", True)
 
 
-# What a checkpoint does not depend on.
-FREE_FIELDS = "run_id artifact_dir checkpoint_every tensorboard_dir train_log_every data_dir tokenizer_path".split()
-# Knobs of the published scripts that are none here, and why.
-REJECTED_NAMES = {
+def network_config(cfg: Config) -> dict[str, Any]:
+    """The network's fields as a model file holds them."""
+    config = {}
+    for name in NETWORK_FIELDS:
+        value = getattr(cfg, name)
+        if name not in OPTIONAL_NETWORK_FIELDS or value != FIELDS[name].default:
+            config[name] = value
+    return config
+
+
+def read_network_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """All of the network's fields, from those a model file holds. Raises KeyError if one lacks."""
+    defaults = {name: FIELDS[name].default for name in OPTIONAL_NETWORK_FIELDS}
+    values = defaults | config
+    return {name: values[name] for name in NETWORK_FIELDS}
+
+
+# --- Names of variables ---
+# Spellings of other programs for knobs of this one.
+ALIASES = {
+    "VAL_BATCH_SIZE": "VAL_BATCH_TOKENS",
+    "TTT_MAX_EVAL_SECS": "EVAL_DEADLINE_SECONDS",
+    "GLOBAL_TTT_LR": "TTT_LR",
+    "GLOBAL_TTT_EPOCHS": "TTT_EPOCHS",
+    "GLOBAL_TTT_CHUNK_TOKENS": "TTT_CHUNK_TOKENS",
+    "GLOBAL_TTT_MOMENTUM": "TTT_MOMENTUM",
+    "GLOBAL_TTT_BATCH_SEQS": "TTT_BATCH_SEQS",
+    "GLOBAL_TTT_GRAD_CLIP": "TTT_GRAD_CLIP",
+}
+
+# Knobs of the published scripts that are refused here. To ignore one would promise its effect.
+SET_ELSEWHERE = {
     "ROPE_YARN": "ROPE_TRAIN_SEQ_LEN alone decides",
     "MLP_HIDDEN": "set MLP_MULT",
     "DATA_PATH": "set DATA_DIR, DATASET",
     "QAT_ENABLED": "set LATE_QAT=1 LATE_QAT_THRESHOLD=2",
-    "TTT_TEMP_RESCALE": "a factor on the nats is no probability "
-    "(ruling on PR #605); LOGIT_TEMPERATURE keeps a sum of 1",
+    "EMA_ENABLED": "set EXPORT_WEIGHTS",
+    "SWA_ENABLED": "set EXPORT_WEIGHTS",
+    "LAWA_ENABLED": "set EXPORT_WEIGHTS",
+    "EMBEDDING_DIM": "the head is the embedding",
+    "TIE_EMBEDDINGS": "the head is the embedding",
+    "EMBED_LR": "the head is the embedding",
+    "HEAD_LR": "the head is the embedding",
+}
+AGAINST_THE_RULES = {
+    "TTT_TEMP_RESCALE": "a factor on the nats is no probability (ruling on PR #605);"
+    " LOGIT_TEMPERATURE keeps a sum of 1",
     "TTT_MIN_NLL": "the best of several passes is chosen by the answer (ruling on PR #605)",
     "TTT_COSINE_LR": "a fall as long as the document tells where it ends; set TTT_COSINE_CHUNKS",
-    **dict.fromkeys(("EMA_ENABLED", "SWA_ENABLED", "LAWA_ENABLED"), "set EXPORT_WEIGHTS"),
-    **dict.fromkeys(
-        ("EMBEDDING_DIM", "TIE_EMBEDDINGS", "EMBED_LR", "HEAD_LR"), "the head is the embedding"
-    ),
-    **dict.fromkeys(
-        (
-            "MUON_BETA2",
-            "CONTROL_TENSOR_NAME_PATTERNS",
-            "TTT_EVAL_BATCHES",
-            "TTT_OUTPUT_DIR",
-            "TTT_DEBUG_BYPASS",
-        ),
-        "it was dead, or for debugging",
-    ),
 }
-ALIASES = {
-    "VAL_BATCH_SIZE": "VAL_BATCH_TOKENS",
-    "TTT_MAX_EVAL_SECS": "EVAL_DEADLINE_SECONDS",
-}  # spellings of others
-ALIASES |= {
-    f"GLOBAL_TTT_{x}": f"TTT_{x}"
-    for x in "LR EPOCHS CHUNK_TOKENS MOMENTUM BATCH_SEQS GRAD_CLIP".split()
+WITHOUT_EFFECT = {
+    "MUON_BETA2": "nothing read it",
+    "CONTROL_TENSOR_NAME_PATTERNS": "nothing read it",
+    "TTT_EVAL_BATCHES": "it was for debugging",
+    "TTT_OUTPUT_DIR": "it was for debugging",
+    "TTT_DEBUG_BYPASS": "it was for debugging",
 }
+REJECTED_NAMES = SET_ELSEWHERE | AGAINST_THE_RULES | WITHOUT_EFFECT
+
+
+def canonical_names(environ: Mapping[str, str]) -> dict[str, str]:
+    """`environ` with every alias replaced by its knob's name. A knob's own spelling wins."""
+    renamed = {ALIASES[name]: text for name, text in environ.items() if name in ALIASES}
+    others = {name: text for name, text in environ.items() if name not in ALIASES}
+    return renamed | others
+
+
+def problems_of_names(given: Mapping[str, str]) -> Iterator[str]:
+    """A line for each variable that looks like a knob of this program but is none."""
+    knobs = [name.upper() for name in FIELDS]
+    for name in sorted(given.keys() - set(knobs)):
+        if name in REJECTED_NAMES:
+            yield f"{name}={given[name]}: not a knob of this program; {REJECTED_NAMES[name]}"
+            continue
+        near = difflib.get_close_matches(name, knobs, n=1, cutoff=0.85)
+        if near:
+            yield f"{name}={given[name]}: not a knob; did you mean {near[0]}?"
+
+
+def problems_of_aliases(environ: Mapping[str, str]) -> Iterator[str]:
+    """A line for each knob that is set twice, under two spellings, to different values."""
+    for alias, name in ALIASES.items():
+        if alias in environ and name in environ and environ[alias] != environ[name]:
+            yield f"{alias}={environ[alias]}: the same knob as {name}={environ[name]}"
+
+
+def parse_knob(field: dataclasses.Field, text: str) -> Any:
+    """The value of a variable. Raises ValueError, which says what it must be."""
+    kind = type(field.default)
+    if kind is bool:
+        if text not in ("0", "1"):
+            raise ValueError("must be 0 or 1")
+        return text == "1"
+    try:
+        return kind(text)
+    except ValueError:
+        number = "a whole number" if kind is int else "a number"
+        raise ValueError(f"must be {number}") from None
+
+
+def check_paths(cfg: Config) -> None:
+    """Check what the run will write to and the packages it will import.
+
+    Raises UsageError, one line per problem.
+    """
+    problems = [cfg.message(rule) for rule in rules_of_paths(cfg)]
+    if problems:
+        raise UsageError("\n".join(problems))
+
+
+def rules_of_paths(cfg: Config) -> Iterator[Rule]:
+    """The rules about files, folders and installed packages that are broken."""
+    if not can_be_written(Path("logs", f"{cfg.run_id}.txt"), is_file=True):
+        yield Rule("run_id", "the name of a file that can be written in logs")
+    if not can_be_written(Path(cfg.artifact_dir or f"runs/{cfg.run_id}")):
+        yield Rule("artifact_dir", "a folder that can be written")
+    if cfg.tensorboard_dir:
+        if importlib.util.find_spec("tensorboard") is None:
+            yield Rule("tensorboard_dir", "empty, or tensorboard must be installed")
+        elif not can_be_written(Path(cfg.tensorboard_dir, cfg.run_id)):
+            yield Rule("tensorboard_dir", "empty or a folder that can be written")
+    package = {"zstd": "zstandard", "brotli": "brotli"}.get(cfg.compressor)
+    if package and importlib.util.find_spec(package) is None:
+        yield Rule("compressor", f"ans or lzma, or {package} must be installed")
+
+
+def can_be_written(path: Path, is_file: bool = False) -> bool:
+    """Whether a folder (or file) can be written or, if there is none, made."""
+    path = Path.cwd() / path
+    nearest = path
+    while not os.path.exists(nearest):
+        # Names have up to 255 bytes, of which the log's may get four more (.old).
+        if len(os.fsencode(nearest.name)) > 251:
+            return False
+        nearest = nearest.parent
+    may_be_file = is_file and nearest == path
+    return os.access(nearest, os.W_OK) and nearest.is_dir() != may_be_file
+
+
+# --- Presets: what differs from the defaults, which are those of `record` ---
+# The published system: parallel lanes, loops, GPTQ, a LoRA per document.
 PR1530 = dict(
     warmdown_frac=0.72,
     min_lr=0.0,
@@ -751,8 +1151,12 @@ PR1530 = dict(
     quantizer="gptq",
     artifact_limit_bytes=0,
 )
+
+# PR #1530's script with a longer fall of the rates and longer chunks.
 PR1560 = dict(PR1530, warmdown_frac=0.75, ttt_chunk_size=48)
-SEED_SYSTEMS = dict(  # what the systems before have in common
+
+# What the three earlier systems have in common: one lane, and SGD of all weights in three epochs.
+SEED_SYSTEMS = dict(
     PR1530,
     parallel_start_layer=0,
     muon_momentum=0.99,
@@ -761,6 +1165,8 @@ SEED_SYSTEMS = dict(  # what the systems before have in common
     ttt_mode="chunk",
     ttt_epochs=3,
 )
+
+# Loops of two layers, shuffled rows of equal length.
 PR1413 = dict(
     SEED_SYSTEMS,
     data_loader="shuffled",
@@ -772,6 +1178,8 @@ PR1413 = dict(
     gptq_reserve_seconds=12.0,
     ttt_lr=0.005,
 )
+
+# What the two oldest have in common: vocabulary 1024, no loops, squared ReLU, SmearGate.
 OLDER_SYSTEMS = dict(
     SEED_SYSTEMS,
     vocab_size=1024,
@@ -790,6 +1198,8 @@ OLDER_SYSTEMS = dict(
     warmdown_iters=3500,
     gptq_reserve_seconds=-1.0,
 )
+
+# Embedding of token pairs, value embeddings, quantisation without Hessians.
 PR473 = dict(
     OLDER_SYSTEMS,
     iterations=9000,
@@ -803,7 +1213,9 @@ PR473 = dict(
     quantizer="gptq_lite",
     compressor="lzma",
 )
-PR605 = dict(  # the legal form: one pass, scored first
+
+# The legal form of PR #605: one pass over a document, which is scored first.
+PR605 = dict(
     OLDER_SYSTEMS,
     train_seq_len=1024,
     bigram_vocab_size=2048,
@@ -841,6 +1253,8 @@ PR605 = dict(  # the legal form: one pass, scored first
     ttt_min_doc_len=512,
     eval_deadline_seconds=550.0,
 )
+
+# The record's structure on two CPU cores in two minutes, over the documentation of Python.
 CPU = dict(
     dataset="pydocs_sp1024",
     vocab_size=1024,
@@ -878,23 +1292,43 @@ CPU = dict(
     ttt_buckets=0,
     ttt_chunk_tokens=4096,
 )
-PRESETS = dict(
-    record={}, pr1530=PR1530, pr1560=PR1560, pr1413=PR1413, pr473=PR473, pr605=PR605, cpu=CPU
-)
-SHRINK = {
-    f: CPU[f]
-    for f in """dataset vocab_size compile train_batch_tokens micro_batch_tokens ema_decay muon_momentum
-    muon_momentum_warmup_start muon_momentum_warmup_steps val_batch_tokens ttt_lora_rank ttt_batch_size ttt_buckets
-    ttt_chunk_tokens""".split()
+
+PRESETS = {
+    "record": {},
+    "pr1530": PR1530,
+    "pr1560": PR1560,
+    "pr1413": PR1413,
+    "pr473": PR473,
+    "pr605": PR605,
+    "cpu": CPU,
 }
-SHRINK |= dict(
+
+# What SHRINK=1 makes of any other preset, besides SHRUNK_LENGTHS: these values of the cpu preset,
+SHRUNK_AS_CPU = (
+    "dataset",
+    "vocab_size",
+    "compile",
+    "train_batch_tokens",
+    "micro_batch_tokens",
+    "ema_decay",
+    "muon_momentum",
+    "muon_momentum_warmup_start",
+    "muon_momentum_warmup_steps",
+    "val_batch_tokens",
+    "ttt_lora_rank",
+    "ttt_lora_lr",
+    "ttt_batch_size",
+    "ttt_buckets",
+    "ttt_chunk_tokens",
+)
+# and these.
+SHRINK = {name: CPU[name] for name in SHRUNK_AS_CPU} | dict(
     model_dim=128,
     num_heads=4,
     num_kv_heads=2,
     bigram_vocab_size=512,
     bigram_dim=32,
     ve_dim=32,
-    ttt_lora_lr=3e-3,
     max_wallclock_seconds=40.0,
     gptq_reserve_seconds=-1.0,
     gptq_calibration_batches=16,
@@ -905,25 +1339,34 @@ SHRINK |= dict(
     ttt_chunk_size=32,
     ttt_epochs=1,
 )
-SHRUNK_LENGTHS = (
-    "train_seq_len",
-    "eval_seq_len",
-    "ttt_eval_seq_len",
-    "rope_train_seq_len",
-    "ttt_min_doc_len",
-)  # an eighth
 
 
-def print_knobs() -> None:  # variable, default per preset, meaning
-    print(f"{'variable':28}" + "".join(f"{p:>14}" for p in PRESETS) + "  meaning")
-    for f in dataclasses.fields(Config):
-        values = [PRESETS[p].get(f.name, f.default) if f.name != "preset" else p for p in PRESETS]
-        cells = [
-            f" {v:>13g}" if isinstance(v, (int, float)) else f" {v or '-':>13}" for v in values
-        ]
-        print(
-            f"{f.name.upper():28}{''.join(cells)}  {f.metadata['doc']} {' | '.join(f.metadata['choices'])}"
-        )
+def preset_values(preset: str, shrink: bool) -> dict[str, Any]:
+    """The fields that a preset sets, in small with SHRINK=1. What a preset has not stays off."""
+    values = {**PRESETS[preset], "preset": preset}
+    if not shrink or preset == "cpu":
+        return values
+
+    full = {name: values.get(name, field.default) for name, field in FIELDS.items()}
+    for name, small in SHRINK.items():
+        if full[name] or name == "dataset":
+            values[name] = small
+    for name in SHRUNK_LENGTHS:
+        values[name] = full[name] // 8
+    return values
+
+
+def print_knobs() -> None:
+    """Print a line per knob: its variable, its default in every preset, its meaning."""
+    print(f"{'variable':28}" + "".join(f"{preset:>14}" for preset in PRESETS) + "  meaning")
+    for name, field in FIELDS.items():
+        cells = []
+        for preset in PRESETS:
+            value = preset_values(preset, shrink=False).get(name, field.default)
+            cell = f"{value:g}" if isinstance(value, (int, float)) else value or "-"
+            cells.append(f" {cell:>13}")
+        choices = " | ".join(field.metadata["choices"])
+        print(f"{name.upper():28}{''.join(cells)}  {field.metadata['doc']} {choices}")
 
 
 # === 2. Runtime: ranks, log, clock ===
@@ -4804,6 +5247,7 @@ class Run:  # from its data to its report, the same on all ranks; `go` holds the
     def check(
         self, origin: dict[str, str]
     ) -> list[str]:  # sets what the phases need, returns lines for the log
+        check_paths(self.cfg)
         if self.cfg.eval_only_path:
             self.cfg, self.saved = load_model_file(self.cfg, origin)
         cfg, ranks = self.cfg, self.ranks
