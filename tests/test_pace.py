@@ -112,19 +112,19 @@ def test_a_budget_holds_for_steps_of_uneven_length(tiny_data):
 
 def test_the_share_of_the_budget_stays_below_one_after_a_slow_beginning():
     """A mean that early steps made long says more than the longest of late ones, by which a step may still fit."""
-    progress = tg.Progress.__new__(tg.Progress)
-    vars(progress).update(
-        cfg=tiny_config(warmdown_frac=0, enable_looping_at=1),
+    state = tg.TrainState(
+        newest_share=0.0,
+        expected_steps=1000,
         step=500,
-        budget=18.0,
-        elapsed=17.95,
-        longest=0.004,
-        flying=4,
-        visits=1000,
+        elapsed_s=17.95,
+        longest_visit_s=0.004,
+        untimed_visits=4,
+        timed_visits=1000,
     )
-    assert progress.fits(4)
-    assert progress.frac() < 1
-    assert tg.lr_scale(progress.frac(), progress.cfg) == 1.0
+    pacer = tg.Pacer(state, cpu_ranks(), budget=18.0, iterations=1000)
+    assert pacer.fits(4)
+    assert pacer.frac() < 1
+    assert tg.lr_scale(pacer.frac(), tiny_config(warmdown_frac=0, enable_looping_at=1)) == 1.0
 
 
 # --- Speed ----------------------------------------------------------------------------------------------------------
@@ -206,10 +206,10 @@ def test_a_new_shape_after_warm_up_is_refused_at_limit_0(tiny_data):
 
 def test_an_error_of_another_rank_counts_and_scoring_looks_too(tiny_data):
     run = Session(tiny_data, recompile_limit=1)
-    run.check_compiled(1)
+    run.check_recompilations(1)
     run.ranks.gather = lambda count: [count, 2]
     with pytest.raises(tg.RunStopped, match="RECOMPILE_LIMIT=1: 2 "):
-        run.score("name", "none", lambda: {"tokens": int(run.docs.counts.sum())})
+        run.run_evaluation("name", "none", lambda: {"tokens": int(run.docs.counts.sum())})
 
 
 @pytest.mark.skipif(tg.triton is None, reason="needs Triton")

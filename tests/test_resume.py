@@ -80,6 +80,11 @@ def torch_load(path: Path) -> dict[str, Any]:
     return torch.load(path.parent / "inner", weights_only=True)
 
 
+def step_of(checkpoint: Path) -> int:
+    """The step after which it was saved, in the training."""
+    return torch_load(checkpoint)["training"]["state"]["step"]
+
+
 # --- The same end -----------------------------------------------------------------------------------------------------
 def test_a_run_that_dies_twice_ends_with_the_same_bits(tiny_data):
     """Before and after the loops start, with validations; from another state of the random numbers."""
@@ -106,10 +111,10 @@ def test_a_run_that_dies_twice_ends_with_the_same_bits(tiny_data):
 def test_random_numbers_go_on(tiny_data):
     with pytest.raises(Killed):
         Mortal(tiny_data, iterations=4, last=3, act=die, **EVERY).train()
-    wanted = torch_load(checkpoints()[-1])["random"]
+    wanted = torch_load(checkpoints()[-1])["training"]["random"]
     torch.manual_seed(99)
     Session(tiny_data, iterations=4, **EVERY).train()
-    assert torch.equal(torch_load(checkpoints()[-1])["random"], wanted)
+    assert torch.equal(torch_load(checkpoints()[-1])["training"]["random"], wanted)
 
 
 def resume_on(ranks: tg.Ranks, data: Path, act: Any, dtype: str = "fp32") -> dict[str, Tensor]:
@@ -180,25 +185,25 @@ def test_the_budget_goes_on_where_it_was(tiny_data):
     assert rest.final["steps"] == pytest.approx(wanted.final["steps"], abs=1)
     assert len(rest.after) == rest.final["steps"] - 19 + 1  # the last checkpoint was after step 18
     assert rest.numbers(r"stopping: .* train_time:(\d+)ms")[0] <= 200_000
-    assert -rest.inner == pytest.approx(
+    assert -rest.excluded_seconds == pytest.approx(
         first.numbers(r"train_time:(\d+)ms")[-1] / 1000, abs=6
     )  # the phase's seconds
 
 
 def test_checkpoints_are_as_far_apart_as_was_asked_and_off_the_clock(tiny_data):
     run = Slow(tiny_data, iterations=20, enable_looping_at=1, run_id="kept", checkpoint_every=12)
-    keep, run.numbers_kept = run.keep, []
+    save = run.save_checkpoint
+    steps = []
 
-    def slow_keep(**state: Any) -> None:
+    def slow_save(stage: tg.Stage, training: dict[str, Any]) -> None:
         run.seconds += 1000
-        run.numbers_kept.append(state["progress"]["step"])
-        keep(**state)
+        steps.append(training["state"]["step"])
+        save(stage, training=training)
 
-    run.keep = slow_keep
+    run.save_checkpoint = slow_save
     run.train()
-    assert [b - a for a, b in itertools.pairwise(run.numbers_kept)] == [
-        4
-    ] * 3  # of 4 s, known two steps late
+    # A step takes 4 s, and the clock is known two steps late.
+    assert [b - a for a, b in itertools.pairwise(steps)] == [4] * 3
     assert run.numbers(r"stopping: .* train_time:(\d+)ms")[0] < 100_000
     assert len(checkpoints()) == 2
 
@@ -215,7 +220,7 @@ def two(tiny_data) -> list[Path]:
     with pytest.raises(Killed):
         Mortal(tiny_data, iterations=6, last=5, act=die, **EVERY).train()
     found = checkpoints()
-    assert [torch_load(p)["progress"]["step"] for p in found] == [1, 4]
+    assert [step_of(p) for p in found] == [1, 4]
     return found
 
 
@@ -235,9 +240,9 @@ DAMAGE = {
         p.read_bytes()[:5000] + bytes([p.read_bytes()[5000] ^ 4]) + p.read_bytes()[5001:]
     ),
     "its checksum": lambda p: p.write_bytes(bytes(32) + p.read_bytes()[32:]),
-    "code": lambda p: rewritten(p, lambda s: s["made"].update(code_sha256="0" * 64)),
-    "data": lambda p: rewritten(p, lambda s: s["made"].update(val_sha256="0" * 64)),
-    "config": lambda p: rewritten(p, lambda s: s["made"].update(matrix_lr=0.5)),
+    "code": lambda p: rewritten(p, lambda s: s["made_with"].update(code_sha256="0" * 64)),
+    "data": lambda p: rewritten(p, lambda s: s["made_with"].update(val_sha256="0" * 64)),
+    "config": lambda p: rewritten(p, lambda s: s["made_with"].update(matrix_lr=0.5)),
 }
 
 
@@ -245,7 +250,7 @@ DAMAGE = {
 def test_what_is_torn_or_foreign_is_refused_and_the_one_before_is_used(tiny_data, two, what):
     DAMAGE[what](two[1])
     run = Session(tiny_data, iterations=6, **EVERY)
-    assert run.kept["progress"]["step"] == 1
+    assert run.start.training["state"]["step"] == 1
     text = Path("logs/kept.txt").read_text(encoding="utf-8")
     (line,) = re.findall(rf"^{two[1]}: refused: .*$", text, re.M)
     assert line.endswith("damaged") == (what in ("cut", "empty", "a bit", "its checksum"))
@@ -291,7 +296,8 @@ def test_what_does_not_change_the_result_may_differ(tiny_data, two):
         "train_log_every": 0,
         "artifact_dir": str(two[0].parent.absolute()),
     }
-    assert Session(tiny_data, iterations=6, **other).kept["progress"]["step"] == 4
+    run = Session(tiny_data, iterations=6, **other)
+    assert run.start.training["state"]["step"] == 4
 
 
 def test_a_log_with_a_result_is_not_added_to(tiny_data, two):
@@ -341,7 +347,7 @@ def test_a_signal_ends_training_after_the_step_with_a_checkpoint_if_there_are_an
         f"{number.name}: the run is stopped after step {step}"
     )  # numbers are read a step late
     assert ("same command goes on" in line) == (every > 0)
-    assert [torch_load(p)["progress"]["step"] for p in checkpoints()] == [step] * (every > 0)
+    assert [step_of(p) for p in checkpoints()] == [step] * (every > 0)
 
 
 # --- Whole runs -------------------------------------------------------------------------------------------------------

@@ -352,7 +352,7 @@ def test_a_rank_that_fails_by_itself_does_not_wait_for_nccl(
     }.items():
         monkeypatch.setattr(tg.dist, name, value)
     for name, value in {
-        "on_signals": lambda act: None,
+        "handle_signals": lambda act: None,
         "Ranks": lambda env: None,
         "Run": lambda *_: SimpleNamespace(go=go),
     }.items():

@@ -75,7 +75,7 @@ class Session(tg.Run):
         self.plans.append(plan)
         return self.model(row, plan)
 
-    def save(self, name: str, weights: dict[str, Tensor], step: int, looped: bool) -> None:
+    def save_weights(self, name: str, weights: dict[str, Tensor], step: int, looped: bool) -> None:
         self.saved.append(
             (name, {key: w.detach().clone() for key, w in weights.items()}, step, looped)
         )
