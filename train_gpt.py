@@ -2262,10 +2262,10 @@ def accumulate_gradients(
     num_targets: int,
     graphs: Mapping[tuple[Visit, ...], Callable] | None = None,
 ) -> Tensor:
-    """Adds the gradient of this rank's part of the mean loss over `num_targets`; returns that part,
-    detached.
+    """Adds the gradient of this rank's part of the mean loss; returns that part, detached.
 
-    graphs: for each plan that was recorded, the function that `capture_row` returned.
+    rows: this rank's of the step. num_targets: in the rows of all ranks. graphs: for each plan that
+    was recorded, the function that `capture_row` returned.
     """
     count = torch.full((), float(num_targets), device=rows[0].inputs.device)
     backward = partial(backward_row, forward, plan)
@@ -2279,10 +2279,9 @@ def accumulate_gradients(
 
 
 def synthetic_row(cfg: Config, shape: tuple[int, int, int], device: torch.device) -> Batch:
-    """A row of random ids in documents of many lengths, on which warm-up works so that it sees no
-    real token.
+    """A row of random ids in documents of many lengths: warm-up sees no real token.
 
-    shape: (tokens, capacity of segments, longest segment), as the loader's rows have it.
+    shape: (tokens, capacity of segments, longest segment), as for the loader's rows.
     """
     size, capacity, longest = shape
     rng = np.random.default_rng(0)
@@ -2298,10 +2297,10 @@ def synthetic_row(cfg: Config, shape: tuple[int, int, int], device: torch.device
 
 @contextlib.contextmanager
 def state_restored(model: nn.Module, optimizers: Optimizers) -> Iterator[None]:
-    """Undoes on leaving what its body did to weights, averages, momentum, gradients and PyTorch's
-    random numbers.
+    """Undoes on leaving what its body did to the training state, PyTorch's random numbers included.
 
-    AdamW's state is dropped: it must not have taken a step before.
+    Weights, averages and momentum are copied back and gradients cleared. AdamW's state is dropped,
+    so it must not have taken a step before.
     """
     tensors = list(model.state_dict().values())
     for by_name in optimizers.state.values():
@@ -2318,9 +2317,8 @@ def state_restored(model: nn.Module, optimizers: Optimizers) -> Iterator[None]:
 def gaussian_bits(bits: int, clip_sigmas: float) -> float:
     """The entropy in bits of a Gaussian weight that is rounded to integers `bits` wide.
 
-    The integers reach to qmax = 2^(bits - 1) - 1 at `clip_sigmas` standard deviations, so a step is
-    clip_sigmas / qmax of one, and a unit Gaussian in fine steps has the entropy log2(sqrt(2 pi e) /
-    step).
+    The largest integer, qmax = 2^(bits - 1) - 1, stands for `clip_sigmas` standard deviations. So a
+    step is clip_sigmas / qmax of one, and in fine steps the entropy is log2(sqrt(2 pi e) / step).
     """
     qmax = 2**bits / 2 - 1
     return math.log2(math.sqrt(2 * math.pi * math.e) * qmax / clip_sigmas)
@@ -2357,13 +2355,12 @@ PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12}
 class TrainState:
     """All numbers that training has to remember from one step to the next.
 
-    A checkpoint holds them as `dataclasses.asdict` gives them, beside weights, the optimisers'
-    state and PyTorch's random state, and `TrainState(**numbers)` has them back. `Pacer`,
-    `AverageSchedule` and `StepReporter` change the fields of their own group.
+    A checkpoint holds them as `dataclasses.asdict` returns them, beside weights, the optimisers'
+    state and PyTorch's random state; `TrainState(**numbers)` restores them. Times are in seconds of
+    training. `Pacer`, `AverageSchedule` and `StepReporter` each change fields of their own.
     """
 
-    # The share of the newest weights in the average. They enter it in the next step, so the share
-    # has to be kept.
+    # The share of the newest weights in the average, which takes them in during the next step.
     newest_share: float
     # Steps that the run will probably take, for the live line.
     expected_steps: float
@@ -2384,7 +2381,7 @@ class TrainState:
     elapsed_s: float = 0.0
     timed_visits: int = 0
     untimed_visits: int = 0
-    # Seconds that the longest visit of a layer took, allowing for 2 % less with every step.
+    # The longest visit of a layer, in seconds. It is forgotten by 2 % with every step.
     longest_visit_s: float = 0.0
     # This rank's own clock, in seconds of training, when the last step that has been read was done.
     rank_s: float = 0.0
@@ -2403,9 +2400,9 @@ class StepNumbers(NamedTuple):
     """The numbers of one step, read on the host; all but `seconds` are the same on all ranks.
 
     step counts from 1. loss is in nats per target, grad_norm the norm of the reduced gradient
-    before it is clipped, lr_scale the factor on the learning rates. compilations is their number
-    since warm-up on all ranks, signals the sum of the numbers of signals that any rank has got.
-    seconds is the time since the step before was done.
+    before clipping, lr_scale the factor on the learning rates. compilations counts those of all
+    ranks since warm-up. signals is the sum of the signal numbers that ranks have received, 0 if
+    none has. seconds is the time since the step before was done, on this rank.
     """
 
     step: int
@@ -2418,8 +2415,9 @@ class StepNumbers(NamedTuple):
 
 
 class SentStep(NamedTuple):
-    """A step whose numbers are on their way to the host: the visits that its clock covers, and its
-    rate factor.
+    """A step whose numbers are on their way to the host.
+
+    covered_visits: visits of layers that the clock among the numbers covers, beyond those known.
     """
 
     covered_visits: int
@@ -2428,41 +2426,42 @@ class SentStep(NamedTuple):
 
 
 class Pacer:
-    """Knows how far the schedule is and whether another step fits into the budget, without waiting
-    for the device.
+    """Knows how far the schedule is, and whether another step fits into the budget.
 
-    A step's numbers are sent to the host at once but read one step late, while the device has the
-    next one's work. They bring the ranks' mean clock, so that all ranks decide alike: its time at
-    the end of the newest step that had been read when they were sent. The visits of layers since
-    then are timed by those before. `budget` is in seconds of training, infinite if ITERATIONS alone
-    ends the run.
+    It never makes the device wait. A step's numbers are sent to the host at once but read one step
+    late, while the device has the next step's work. Among them is the ranks' mean clock at the end
+    of the newest step that each had read by then, so all ranks know the same time and decide alike.
+    For steps after that time, the visits of layers are counted and their duration is estimated.
+    `budget_s` is in seconds of training, infinite if ITERATIONS alone ends the run.
     """
 
-    def __init__(self, state: TrainState, ranks: Ranks, budget: float, iterations: int):
+    def __init__(self, state: TrainState, ranks: Ranks, budget_s: float, iterations: int):
         self.state = state
         self.ranks = ranks
-        self.budget = budget
+        self.budget_s = budget_s
         self.iterations = iterations
         self.unread: SentStep | None = None
         # A resumed run has trained `rank_s` seconds before.
         self.started_at = ranks.now() - state.rank_s
 
     def frac(self) -> float:
-        """The share of the budget, or of ITERATIONS, that is spent before the next step; each visit
-        takes the mean.
+        """The share of the budget, or of ITERATIONS, that is spent before the next step.
+
+        A visit of a layer that is not timed yet counts as long as the mean visit.
         """
         state = self.state
-        if self.budget == math.inf:
+        if self.budget_s == math.inf:
             return state.step / self.iterations
         spent = state.elapsed_s * (1 + state.untimed_visits / max(state.timed_visits, 1))
-        return min(spent / self.budget, 1 - 1e-9)
+        return min(spent / self.budget_s, 1 - 1e-9)
 
     def fits(self, visits: int) -> bool:
-        """Whether a step of so many visits will end within the budget; each visit may take as long
-        as the longest.
+        """Whether a step of so many visits will end within the budget.
+
+        Each visit that is not timed yet counts as long as the longest.
         """
         visits += self.state.untimed_visits
-        return self.state.elapsed_s + self.state.longest_visit_s * visits <= self.budget
+        return self.state.elapsed_s + self.state.longest_visit_s * visits <= self.budget_s
 
     def exclude(self, seconds: float) -> None:
         """Takes seconds that have passed, of a validation or a checkpoint, off the clock."""
@@ -2484,8 +2483,7 @@ class Pacer:
         """
         state = self.state
         if state.step == 0:
-            # Without the first step's time nothing is known of the speed, so this step is waited
-            # for.
+            # The first step is waited for: without its time, nothing is known of the speed.
             clock = self.ranks.now() - self.started_at
             covered_visits = visits
         else:
@@ -2497,14 +2495,12 @@ class Pacer:
         world_size = self.ranks.world_size
         # Tensors are filled on the device, because a copy from the host would wait for it.
         facts = [clock / world_size, compilations, signal_number]
-        facts = [grad_norm.new_full((), x) for x in facts]
-        numbers = self.ranks.sum(torch.stack([loss, grad_norm / world_size, *facts]))
+        filled = [grad_norm.new_full((), fact) for fact in facts]
+        numbers = self.ranks.sum(torch.stack([loss, grad_norm / world_size, *filled]))
         self.unread = SentStep(covered_visits, lr_scale, self.ranks.start_read(numbers))
 
     def read(self) -> StepNumbers | None:
-        """Waits for the last step's numbers and sets the clocks by them; None if they have been
-        read before.
-        """
+        """Waits for the last step's numbers and sets the clocks; None if they have been read."""
         if self.unread is None:
             return None
         covered_visits, lr_scale, pending = self.unread
@@ -2526,12 +2522,11 @@ class Pacer:
 
 
 class AverageSchedule:
-    """Says how much the weights after a step count in the average of weights that is exported
-    (EXPORT_WEIGHTS).
+    """How much the weights after each step count in the average that is exported (EXPORT_WEIGHTS).
 
     ema: 1 - EMA_DECAY^EMA_EVERY, every EMA_EVERY steps. swa: the same until the rate factor is
-    below SWA_THRESHOLD; from there on the average is the plain mean of the weights that every
-    SWA_EVERY-th step leaves. raw: only the newest weights count.
+    below SWA_THRESHOLD; from there on the average is the plain mean of the weights after every
+    SWA_EVERY-th step. raw: only the newest weights count.
     """
 
     def __init__(self, cfg: Config, state: TrainState):
@@ -2539,7 +2534,10 @@ class AverageSchedule:
         self.state = state
 
     def newest_share(self, step: int, lr_scale: float) -> float:
-        """The share for the weights after step `step` (from 1), in [0, 1]; to be asked once a step."""
+        """The share in [0, 1] for the weights after step `step`, which counts from 1.
+
+        It must be called once a step, since it counts the weights that entered.
+        """
         cfg = self.cfg
         if cfg.export_weights == "raw":
             return 1.0
@@ -2554,19 +2552,18 @@ class AverageSchedule:
 
 
 class StepReporter:
-    """Tells people how training goes: lines of the log, the live line, TensorBoard's curves, and
-    the speed gate.
+    """Reports steps: log lines, the live line, TensorBoard's curves; and checks their speed.
 
-    `budget` is in seconds of training.
+    `budget_s` is in seconds of training.
     """
 
-    def __init__(self, run: Run, state: TrainState, budget: float):
+    def __init__(self, run: Run, state: TrainState, budget_s: float):
         self.cfg = run.cfg
         self.log = run.log
         self.device_name = run.facts["device"]
         self.world_size = run.ranks.world_size
         self.state = state
-        self.budget = budget
+        self.budget_s = budget_s
 
     def report(self, numbers: StepNumbers) -> None:
         """Reports one step. Raises RunStopped if POD_SPEEDGATE_MS is set and steps take longer."""
@@ -2593,27 +2590,28 @@ class StepReporter:
             self.show_live_line(numbers, tokens_per_s)
 
     def judge_speed(self, seconds: float, visits: int) -> None:
-        """Predicts the steps that the budget allows from the time of 20 steps; refuses a machine
-        that is too slow.
+        """Predicts the steps that the budget allows. Raises RunStopped beyond POD_SPEEDGATE_MS.
+
+        seconds and visits: of 20 steps together.
         """
         cfg = self.cfg
         plain, looped = map(len, cfg.plans)
         plain_share = min(cfg.enable_looping_at, 1.0)
-        budget_visits = self.budget * visits / seconds
+        budget_visits = self.budget_s * visits / seconds
         steps = budget_visits * (plain_share / plain + (1 - plain_share) / looped)
-        self.state.expected_steps = min(cfg.iterations, steps)
+        steps = min(cfg.iterations, steps)
+        self.state.expected_steps = steps
         step_ms = 50 * seconds
-        self.log(
-            f"speed: {step_ms:.1f}ms per step; the budget allows about {self.state.expected_steps:.0f} steps"
-        )
+        self.log(f"speed: {step_ms:.1f}ms per step; the budget allows about {steps:.0f} steps")
         if 0 < cfg.pod_speedgate_ms < step_ms:
             raise RunStopped(
                 f"POD_SPEEDGATE_MS={cfg.pod_speedgate_ms:g}: a step takes {step_ms:.1f} ms"
             )
 
     def log_step(self, numbers: StepNumbers) -> None:
-        """Writes a step's line into the log, and to a terminal that has no live line. tok/s is
-        since the last one.
+        """Writes a step's line into the log, and to a terminal that has no live line.
+
+        tok/s is the mean since the line before.
         """
         state = self.state
         seconds = max(state.rank_s - state.logged_s, 1e-9)
@@ -2632,7 +2630,7 @@ class StepReporter:
         """Rewrites the terminal's live line, at most ten times a second."""
         state, step = self.state, numbers.step
         iterations_s = (self.cfg.iterations - step) * state.rank_s / step
-        left_s = min(self.budget - state.rank_s, iterations_s)
+        left_s = min(self.budget_s - state.rank_s, iterations_s)
         parts = [
             f"train: step {step} of about {state.expected_steps:.0f}",
             f"{left_s:.0f} s left",
@@ -2647,8 +2645,9 @@ class StepReporter:
         self.log.show(", ".join(parts), rest=0.1)
 
     def mfu_percent(self, tokens_per_s: float) -> float | None:
-        """FLOPs used, 6 for a weight that a token visits, in percent of the peak; None where that
-        is not known.
+        """Model FLOPs utilisation in percent of the peak by data sheet; None for other devices.
+
+        A token costs 6 FLOPs for each weight, as often as it visits the weight's layer.
         """
         visits_per_layer = len(self.cfg.plans[self.state.looped]) / self.cfg.num_layers
         weights = 0.0
@@ -2662,8 +2661,9 @@ class StepReporter:
 
 
 def restore_training(run: Run) -> TrainState:
-    """The state to train on from: the start, or the run's checkpoint, which also sets weights and
-    optimisers.
+    """The state to train on from: a new one, or that of the run's checkpoint.
+
+    With a checkpoint, weights, optimisers and PyTorch's random state are set to it, too.
     """
     saved = run.start.training
     if saved is None:
@@ -2676,18 +2676,17 @@ def restore_training(run: Run) -> TrainState:
 
 
 class Trainer:
-    """What training does between its steps: act on their numbers, validate, save checkpoints, stop
-    for a signal.
+    """What training does between its steps; `train` is the loop of the steps.
 
-    `train` is the loop of the steps themselves.
+    It acts on a step's numbers, validates, saves checkpoints, and stops after a signal.
     """
 
-    def __init__(self, run: Run, budget: float):
+    def __init__(self, run: Run, budget_s: float):
         self.run = run
         self.cfg = run.cfg
         self.state = restore_training(run)
-        self.pacer = Pacer(self.state, run.ranks, budget, run.cfg.iterations)
-        self.reporter = StepReporter(run, self.state, budget)
+        self.pacer = Pacer(self.state, run.ranks, budget_s, run.cfg.iterations)
+        self.reporter = StepReporter(run, self.state, budget_s)
         # The signal that this rank has got, and whether the ranks have agreed to stop for one.
         self.signal_number = 0
         self.must_stop = False
@@ -2730,10 +2729,10 @@ class Trainer:
         run.log.scalars(step, {"val_bpb": bpb})
 
     def pause(self) -> None:
-        """Saves a checkpoint when one is due; after a signal, saves one (with CHECKPOINT_EVERY) and
-        ends the run.
+        """Saves a checkpoint when one is due, and ends the run after a signal.
 
-        All ranks must call it; they agree on both.
+        With CHECKPOINT_EVERY, the end leaves a checkpoint too. All ranks must call it; they agree
+        on both. Raises KeyboardInterrupt to end the run.
         """
         every = self.cfg.checkpoint_every
         if every:
@@ -2763,8 +2762,9 @@ class Trainer:
         run.excluded_seconds += seconds
 
     def finish(self) -> None:
-        """After the last step: stops for a late signal, and leaves the exported weights in the
-        model and in a file.
+        """Ends the training: leaves the exported weights in the model and in final_model.pt.
+
+        A signal that came in the last step ends the run first.
         """
         run, cfg, state = self.run, self.cfg, self.state
         self.read_step()
@@ -2788,14 +2788,13 @@ class Trainer:
 
 
 def train(run: Run, reserve: float) -> bool:
-    """Trains until the budget less `reserve` seconds is spent, never longer, or for ITERATIONS
-    steps.
+    """Trains until the budget less `reserve` seconds is spent, or for ITERATIONS steps.
 
-    Schedules follow the share of the budget, or of ITERATIONS, that is spent. Leaves the weights
-    that EXPORT_WEIGHTS names in the model. Returns whether the layers were looped in the last step,
-    because scoring must use the depth that was trained. Raises FloatingPointError if a loss or a
-    gradient is not finite (see last_good.pt), RunStopped beyond a limit of recompilations or speed,
-    and KeyboardInterrupt after a signal. All ranks must call it.
+    No step ends after the budget. Schedules follow the share of the budget, or of ITERATIONS, that
+    is spent. Leaves the weights that EXPORT_WEIGHTS names in the model. Returns whether the layers
+    were looped in the last step, because scoring must use the depth that was trained. Raises
+    FloatingPointError if a loss or a gradient is not finite (see last_good.pt), RunStopped beyond a
+    limit of recompilations or speed, and KeyboardInterrupt after a signal. All ranks must call it.
     """
     cfg, model, optimizers = run.cfg, run.model, run.optimizers
     trainer = Trainer(run, cfg.wallclock - reserve)
@@ -2825,8 +2824,7 @@ def train(run: Run, reserve: float) -> bool:
         loss = accumulate_gradients(run.forward, plan, rows, num_targets, run.graphs)
         model.rounded(False)
 
-        # The device has this step's work, so the numbers of the step before are read while it is
-        # busy.
+        # The device is busy with this step, so reading the step before costs no time.
         trainer.read_step()
         state.looped = state.looped or loops_begin
         grad_norm = optimizers.step(scale, muon_momentum(step, cfg))
@@ -4171,14 +4169,14 @@ FOREIGN_FILE_ERRORS = (
 
 
 def read_model_file(path: Path) -> dict[str, Any]:
-    """The fields of a checkpoint (`weights` and others) or of an artifact (its header and
-    `streams`).
+    """The fields of a checkpoint (with `weights`), or an artifact's header with its `streams`.
 
-    Executes nothing that it reads. Raises UsageError for a damaged artifact, and various errors for
-    other files.
+    Executes nothing that it reads. Raises UsageError for a damaged artifact, and one of
+    FOREIGN_FILE_ERRORS for other files.
     """
     data = path.read_bytes()
-    if data[:2] == b"PK":  # a checkpoint is a zip file
+    # A checkpoint is a zip file.
+    if data[:2] == b"PK":
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     saved, saved["streams"] = open_artifact(data, path)
     return saved
@@ -4208,10 +4206,10 @@ def reasons_to_refuse(
 
 
 def load_model_file(cfg: Config, origin: dict[str, str]) -> tuple[Config, dict[str, Any]]:
-    """The config with the network of EVAL_ONLY_PATH, and the file's fields: see `read_model_file`.
+    """The config with the network of EVAL_ONLY_PATH, and the fields of that file.
 
-    Raises UsageError if the file is neither a checkpoint nor an artifact, or if the environment
-    asks for another network than the file has.
+    The fields are those of `read_model_file`. Raises UsageError if the file is neither a checkpoint
+    nor an artifact, or if the environment asks for another network than the file has.
     """
     path = Path(cfg.eval_only_path)
     name = f"EVAL_ONLY_PATH={cfg.eval_only_path}"
@@ -4232,9 +4230,7 @@ def load_model_file(cfg: Config, origin: dict[str, str]) -> tuple[Config, dict[s
 
 
 def configure_torch(cfg: Config) -> None:
-    """Sets how PyTorch draws random numbers, multiplies and compiles; to be called before anything
-    is built.
-    """
+    """Sets how PyTorch draws random numbers, multiplies and compiles. It comes before the model."""
     torch.manual_seed(cfg.seed)
     torch.set_float32_matmul_precision("high" if cfg.compute_dtype == "bf16" else "highest")
     # Training, scoring and adaptation share GPT.forward, each with graphs of its own.
@@ -4247,8 +4243,9 @@ def configure_torch(cfg: Config) -> None:
 
 
 def compile_any_size(model: nn.Module, cuda_graph: bool) -> Callable:
-    """The compiled forward of adaptation: one graph for all sizes, recorded as a CUDA graph for
-    each if asked.
+    """The compiled forward of adaptation: one graph for all sizes.
+
+    cuda_graph: whether to record a CUDA graph for each size.
     """
     options = {
         "triton.cudagraphs": cuda_graph,
@@ -4273,8 +4270,10 @@ class Phase(NamedTuple):
 
 
 class Stage(enum.IntEnum):
-    """The last stage of a run that has left a file: none yet, the trained weights, or the artifact
-    too.
+    """The last stage of a run that has left a file.
+
+    NOTHING: neither of the files below, though there may be a checkpoint of the training. TRAINED:
+    the exported weights. PACKED: the artifact.
     """
 
     NOTHING = 0
@@ -4284,12 +4283,12 @@ class Stage(enum.IntEnum):
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """What a run starts from: nothing, its own newest checkpoint, or the file that EVAL_ONLY_PATH
-    names (from_file).
+    """What a run starts from: nothing, its own newest checkpoint, or the file of EVAL_ONLY_PATH.
 
-    weights: exported by the training, None before its end and for an artifact. looped: whether the
-    layers were looped when it ended; None if unknown. training: of a checkpoint within the
-    training, state, optimisers and random state. tokenizer_sha256: that of the file.
+    from_file: whether it is that file. weights: the exported ones; None before the end of training,
+    and for an artifact. looped: whether the layers were looped when training ended; None if
+    unknown. training: state, optimisers and random state, if the checkpoint was saved within the
+    training. tokenizer_sha256: of the tokenizer that the file was made with; empty if unknown.
     """
 
     stage: Stage = Stage.NOTHING
@@ -4297,7 +4296,7 @@ class Start:
     weights: dict[str, Tensor] | None = None
     looped: bool | None = None
     training: dict[str, Any] | None = None
-    tokenizer_sha256: str | None = None
+    tokenizer_sha256: str = ""
 
     @property
     def is_artifact(self) -> bool:
@@ -4312,7 +4311,7 @@ class Start:
             from_file=True,
             weights=saved.get("weights"),
             looped=saved.get("looped"),
-            tokenizer_sha256=saved.get("tokenizer"),
+            tokenizer_sha256=saved.get("tokenizer", ""),
         )
 
     @classmethod
@@ -4327,8 +4326,9 @@ class Start:
 
 
 def read_checkpoint(path: Path, made_with: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    """A checkpoint that `Run.save_checkpoint` wrote, and why it is refused: damaged, or made with
-    other values than `made_with`; empty if it is fine.
+    """A checkpoint of `Run.save_checkpoint`, and why it is refused, empty if it is not.
+
+    It is refused if it is damaged or was made with other values than `made_with`.
     """
     data = path.read_bytes()
     checksum = data[:32]
@@ -4349,11 +4349,12 @@ def has_final_line(log: Path) -> bool:
 
 
 class Run:
-    """One run on one rank, from its data to its report. All ranks must do the same in the same
-    order.
+    """One run on one rank, from its data to its report.
 
     The constructor checks everything that can be wrong and opens the data; `go` goes through the
-    phases.
+    phases. All ranks must call the same methods in the same order. `open_data` sets streams,
+    tokenizer, docs, table (bytes of tokens) and decoded; `build_model` sets model, forwards and
+    optimizers.
     """
 
     def __init__(self, cfg: Config, origin: dict[str, str], ranks: Ranks):
@@ -4369,9 +4370,9 @@ class Run:
         self.phases: list[Phase] = []
         # Seconds that do not count for the phase that is running.
         self.excluded_seconds = 0.0
-        # CUDA graphs of the training, by plan, and the seconds that warm-up spent on the
-        # evaluation.
+        # CUDA graphs of the training, by plan.
         self.graphs: dict[tuple[Visit, ...], Callable] = {}
+        # Seconds that warm-up spent on the evaluation.
         self.eval_warm_up_s = 0.0
         with self.phase("check", "none"):
             lines = self.check_together(origin)
@@ -4401,8 +4402,9 @@ class Run:
 
     # --- Before the phases ---
     def check_together(self, origin: dict[str, str]) -> list[str]:
-        """`check` on all ranks. If one raises UsageError all do, or its peers would wait for it for
-        ever.
+        """Calls `check` on all ranks; if one raises UsageError, all do.
+
+        Otherwise the others would wait for the one that has left. Returns lines for the log.
         """
         lines = []
         problem = None
@@ -4418,10 +4420,9 @@ class Run:
         return lines
 
     def check(self, origin: dict[str, str]) -> list[str]:
-        """Reads the model file, opens the data and the tokenizer, chooses the attention; returns
-        lines for the log.
+        """Checks the model file and the data, and chooses the attention; returns lines for the log.
 
-        Raises UsageError for what is wrong.
+        Raises UsageError if something is wrong.
         """
         if self.cfg.eval_only_path:
             self.cfg, saved = load_model_file(self.cfg, origin)
@@ -4442,18 +4443,16 @@ class Run:
             raise UsageError(f"WORLD_SIZE={world_size}: must be at most {rows}, the rows of a step")
 
     def open_data(self) -> None:
-        """Opens and checks the shards, the tokenizer and the validation documents. Raises
-        UsageError.
+        """Opens and checks shards, tokenizer and validation documents; raises UsageError.
 
-        `decoded` becomes this rank's part of the validation text in bytes, counted by decoding it.
+        Sets `decoded` to the bytes of this rank's part of the documents, counted by decoding them.
         """
         cfg, ranks = self.cfg, self.ranks
-        # The shards come first: without any, the missing tokenizer is not what the user has to be
-        # told.
+        # Shards come before the tokenizer: without data, that is what the user must hear of.
         splits = ["val"] if self.start.is_artifact else ["val", "train"]
         self.streams = {split: TokenStream(cfg.dataset_dir, split) for split in splits}
         self.tokenizer = Tokenizer.load(cfg)
-        if self.start.tokenizer_sha256 not in (None, self.tokenizer.sha256):
+        if self.start.tokenizer_sha256 not in ("", self.tokenizer.sha256):
             raise UsageError(
                 f"EVAL_ONLY_PATH={cfg.eval_only_path}: {self.tokenizer.path} is not its tokenizer"
             )
@@ -4462,7 +4461,7 @@ class Run:
         self.table, self.decoded = check_bytes(self.tokenizer, self.docs, ranks)
 
     def describe(self, run_id: str) -> dict[str, Any]:
-        """The facts of a run that its log and its final line state: code, data, machine, versions."""
+        """The facts that the log and the final line state: code, data, machine, versions."""
         cfg, ranks = self.cfg, self.ranks
         preset = f"{cfg.preset} shrunk" if cfg.shrink else cfg.preset
         if ranks.device.type == "cuda":
@@ -4489,8 +4488,9 @@ class Run:
         }
 
     def log_settings(self, origin: dict[str, str], lines: list[str]) -> None:
-        """Begins the log: the source (unless the run is resumed), all settings, facts, `lines`,
-        warnings.
+        """Begins the log with the source, all settings, the facts, `lines` and warnings.
+
+        A resumed run's log has the source already.
         """
         source = "" if self.checkpoint_number >= 0 else TEXT
         self.log(f"{source}\nHyperparameters:", terminal=False)
@@ -4503,8 +4503,9 @@ class Run:
 
     # --- Checkpoints ---
     def checkpoint_identity(self) -> dict[str, Any]:
-        """What a checkpoint must have been made with to be resumed: code, data, and settings that
-        change results.
+        """What a checkpoint must have been made with so that the run may go on from it.
+
+        These are code and data, and all settings that change results.
         """
         identity = {}
         for field, value in dataclasses.asdict(self.cfg).items():
@@ -4516,11 +4517,11 @@ class Run:
         return identity
 
     def load_checkpoint(self, log: Path) -> list[str]:
-        """Starts from rank 0's newest whole checkpoint of this run; without one, from the beginning
-        with a new log.
+        """Starts from this run's newest usable checkpoint, or anew with a new log.
 
-        Returns lines for the log. Raises UsageError if the log holds a result already, or if there
-        are checkpoints but all are damaged or of another run. All ranks must call it.
+        The checkpoint of rank 0 counts. Returns lines for the log. Raises UsageError if the log
+        holds a result already, or if there are checkpoints and none can be used. All ranks must
+        call it.
         """
         newest = {}
         refusals = []
@@ -4547,8 +4548,7 @@ class Run:
         return lines
 
     def find_checkpoint(self) -> tuple[dict[str, Any], list[str]]:
-        """The newest checkpoint in the run's folder that can be used, and a line for each that is
-        refused.
+        """The newest usable checkpoint in the run's folder, and a line for each refused one.
 
         Removes half-written files that a killed run has left.
         """
@@ -4565,11 +4565,10 @@ class Run:
         return newest, refusals
 
     def save_checkpoint(self, stage: Stage, **contents: Any) -> None:
-        """Saves what the run needs to go on from `stage`, if CHECKPOINT_EVERY is set. All ranks
-        must call it.
+        """Saves what the run needs to go on from `stage`, if CHECKPOINT_EVERY is set.
 
-        contents: the other fields of `Start`. Two checkpoints are kept; this one takes the older
-        one's place.
+        contents: the other fields of `Start`. The folder holds two checkpoints; this one replaces
+        the older. All ranks must call it.
         """
         if not self.cfg.checkpoint_every:
             return
@@ -4590,8 +4589,9 @@ class Run:
             write_atomic(path, hashlib.sha256(body).digest() + body)
 
     def save_weights(self, name: str, weights: dict[str, Tensor], step: int, looped: bool) -> None:
-        """Saves full weights with their network's config as a file in the run's folder, for
-        EVAL_ONLY_PATH.
+        """Saves full weights and their network's config in the run's folder, for EVAL_ONLY_PATH.
+
+        All ranks must call it.
         """
         saved = {
             "config": network_config(self.cfg),
@@ -4613,7 +4613,8 @@ class Run:
         outer_excluded = self.excluded_seconds
         self.excluded_seconds = 0.0
         start = self.ranks.now()
-        if name != "check":  # it comes before the log
+        # The check comes before there is a log.
+        if name != "check":
             self.log.show(f"{name} ..")
         yield
         seconds = self.ranks.now() - start
@@ -4621,9 +4622,7 @@ class Run:
         self.excluded_seconds = outer_excluded + seconds
 
     def go(self) -> dict[str, Any]:
-        """Goes through the phases that the start leaves to do; returns the figures of the final
-        line.
-        """
+        """Goes through the phases that are still to do; returns the figures of the final line."""
         start = self.start
         configure_torch(self.cfg)
         self.build_model()
@@ -4645,12 +4644,13 @@ class Run:
             self.run_evaluation(label, "none", self.evaluate)
 
         self.load_artifact_file(path)
-        self.run_evaluations()
+        self.evaluate_artifact()
         return self.report()
 
     def build_model(self) -> None:
-        """Makes the model and its forwards: of training (`forward`), of scoring, and of adaptation
-        (`ttt_forward`).
+        """Makes the model, its forwards and its optimisers.
+
+        `forward` trains, `scoring` scores, and `ttt_forward` adapts, with one graph for all sizes.
         """
         cfg = self.cfg
         self.model = GPT(cfg, self.backend).to(self.ranks.device)
@@ -4662,6 +4662,7 @@ class Run:
             any_size = compile_any_size(self.model, cfg.ttt_cuda_graph and self.backend != "sdpa")
         self.scoring = partial(self.forward, temperature=cfg.logit_temperature)
         self.ttt_forward = partial(any_size, temperature=cfg.logit_temperature)
+        self.optimizers = Optimizers(self.model, cfg, self.ranks)
         self.log(f"model_params:{sum(p.numel() for p in self.model.parameters())}")
 
     def run_training(self, reserve: float) -> None:
@@ -4673,18 +4674,16 @@ class Run:
 
     # --- Warm-up ---
     def warm_up(self, last_plan: tuple[Visit, ...]) -> float:
-        """Compiles and measures all that the run will need, on random tokens; the model stays as it
-        is.
+        """Compiles and measures what the run will need, on random tokens; the model stays as it is.
 
-        last_plan: the order of layers with which training probably ends. Returns the seconds to
-        keep for compression.
+        last_plan: the order of layers with which training will probably end. Returns the seconds of
+        the budget to keep for compression. Raises UsageError if the budget is too short for it.
         """
         cfg, ranks = self.cfg, self.ranks
         trains = self.start.stage == Stage.NOTHING
         plans = [last_plan]
         if trains:
             plans = sorted({cfg.plans[0], last_plan}, key=len)
-        self.optimizers = Optimizers(self.model, cfg, ranks)
         row = synthetic_row(cfg, cfg.row_shape, ranks.device)
         reserve = 0.0
 
@@ -4705,9 +4704,7 @@ class Run:
         return self.agree_on_reserve(reserve)
 
     def warm_up_training(self, plans: list[tuple[Visit, ...]], row: Batch) -> None:
-        """Compiles the graphs of training, or of calibration alone if the weights are there
-        already.
-        """
+        """Compiles the graphs of training, or of calibration if the run does not train."""
         cfg = self.cfg
         trains = self.start.stage == Stage.NOTHING
         calibrates = cfg.quantizer == "allocated" and self.start.stage < Stage.PACKED
@@ -4721,8 +4718,9 @@ class Run:
             self.log(f"warmup_step: {step + 1}/{cfg.warmup_steps}")
 
     def measure_compression(self, plan: tuple[Visit, ...], row: Batch) -> float:
-        """Seconds that calibration, quantisation and packing will take, with a quarter and a second
-        on top.
+        """The seconds to keep for calibration, quantisation and packing, measured on one row.
+
+        They include a second, and a quarter of the rest, as a margin.
         """
         cfg, ranks = self.cfg, self.ranks
         # The first time compiles, the second is what counts.
@@ -4740,8 +4738,10 @@ class Run:
         return 1.0 + 1.25 * seconds
 
     def warm_up_evaluation(self, plans: list[tuple[Visit, ...]]) -> None:
-        """Compiles the graphs of scoring and adaptation: documents of random tokens make windows of
-        every length.
+        """Compiles the graphs of scoring and adaptation, on documents of random tokens.
+
+        Each document is longer than a window, so that windows of every length occur. plans: those
+        of the training, the last one being that of the evaluation.
         """
         cfg, ranks = self.cfg, self.ranks
         length = cfg.ttt_eval_seq_len + cfg.ttt_chunk_size
@@ -4766,8 +4766,9 @@ class Run:
         self.eval_warm_up_s = ranks.now() - start
 
     def capture_training(self, plans: list[tuple[Visit, ...]], row: Batch) -> None:
-        """Records forward and backward of a row as a CUDA graph for each plan; the gradients stay
-        in place for it.
+        """Records the training of a row as a CUDA graph for each plan.
+
+        From then on the gradients stay in place, because a graph adds to fixed memory.
         """
         self.optimizers.keep_gradients = True
         for p in self.model.parameters():
@@ -4778,10 +4779,9 @@ class Run:
         self.model.zero_grad(set_to_none=False)
 
     def agree_on_reserve(self, measured: float) -> float:
-        """The seconds to keep for compression: GPTQ_RESERVE_SECONDS, or the most that a rank has
-        measured.
+        """The seconds to keep for compression: GPTQ_RESERVE_SECONDS, or the most a rank measured.
 
-        Raises UsageError if they are more than half of the budget.
+        Raises UsageError if a run that trains would keep more than half of its budget.
         """
         cfg, reserve = self.cfg, self.cfg.gptq_reserve_seconds
         if reserve < 0:
@@ -4795,9 +4795,7 @@ class Run:
         return reserve
 
     def check_recompilations(self, count: float) -> None:
-        """Notes the compilations of all ranks since warm-up. Raises RunStopped beyond
-        RECOMPILE_LIMIT.
-        """
+        """Notes the compilations after warm-up. Raises RunStopped beyond RECOMPILE_LIMIT."""
         self.final["recompilations"] = int(count)
         limit = self.cfg.recompile_limit
         if 0 <= limit < count:
@@ -4807,8 +4805,9 @@ class Run:
     def calibrate(
         self, plan: tuple[Visit, ...], rows: list[Batch]
     ) -> tuple[dict | None, dict | None]:
-        """Hessians and sensitivities of the loss on rows of training text; None where QUANTIZER
-        needs none.
+        """Hessians of the matrices and sensitivities of the loss, from rows of training text.
+
+        Each is None where QUANTIZER does without it. All ranks must call it.
         """
         cfg, model, ranks = self.cfg, self.model, self.ranks
         hessians = None
@@ -4830,7 +4829,8 @@ class Run:
             calibration = self.calibrate(self.plan, rows)
         hessians, _ = calibration
         self.log(
-            f"GPTQ:collected {len(hessians or ())} Hessians for {len(quantised_matrices(cfg))} matrices"
+            f"GPTQ:collected {len(hessians or ())} Hessians "
+            f"for {len(quantised_matrices(cfg))} matrices"
         )
         with self.phase("quantise", budget):
             if cfg.prune_frac:
@@ -4844,8 +4844,9 @@ class Run:
         self.save_checkpoint(Stage.PACKED, weights=model.state_dict(), looped=self.looped)
 
     def load_artifact_file(self, path: Path) -> None:
-        """Replaces the model's weights by those of rank 0's artifact, and states its size. All
-        ranks must call it.
+        """Replaces the model's weights with those of an artifact, and logs its size.
+
+        Rank 0's file counts. All ranks must call it. Raises UsageError if the file is damaged.
         """
         # Nodes may not share folders.
         data = self.ranks.gather(path.read_bytes() if self.ranks.is_main else None)[0]
@@ -4871,9 +4872,7 @@ class Run:
     def scorer(
         self, plan: tuple[Visit, ...], docs: Documents | None, ranks: Ranks | None
     ) -> Scorer:
-        """A scorer with a new ledger, of the validation documents and on all ranks unless told
-        otherwise.
-        """
+        """A scorer with an empty ledger. docs and ranks: those of the run if None."""
         ledger = Ledger(docs or self.docs, self.table, self.ranks.device)
         return Scorer(self.scoring, plan, ledger, self.cfg, ranks or self.ranks, self.log)
 
@@ -4884,11 +4883,11 @@ class Run:
         docs: Documents | None = None,
         ranks: Ranks | None = None,
     ) -> Ledger:
-        """Scores every target once, without learning, in windows `stride` tokens apart (0:
-        EVAL_SEQ_LEN).
+        """Scores every target once, without learning, in windows `stride` tokens apart.
+
+        With stride 0 windows follow one another. plan, docs and ranks: those of the run if None.
         """
-        # As in evaluate_ttt: what the deadline leaves is scored there, and must not need another
-        # graph.
+        # As in evaluate_ttt, so that scoring in there, after the deadline, needs no new graph.
         self.model.requires_grad_(False)
         ledger = score_all(self.scorer(plan or self.plan, docs, ranks), stride)
         self.model.requires_grad_(True)
@@ -4897,8 +4896,9 @@ class Run:
     def adapt(
         self, deadline: Deadline, docs: Documents | None = None, ranks: Ranks | None = None
     ) -> Ledger:
-        """Scores every target once and learns from what is scored, as TTT_MODE says, until the
-        deadline.
+        """Scores every target once and learns from what is scored (TTT_MODE), until the deadline.
+
+        docs and ranks: those of the run if None. Afterwards the weights are as before.
         """
         scorer = self.scorer(self.plan, docs, ranks)
         state = None
@@ -4906,16 +4906,16 @@ class Run:
             state = Adaptation(self.model, self.ttt_forward, self.plan, self.ranks.device)
         return evaluate_ttt(scorer, state, self.model, self.ttt_forward, deadline)
 
-    def run_evaluations(self) -> None:
-        """The evaluations of the artifact that the settings ask for, before a common deadline."""
+    def evaluate_artifact(self) -> None:
+        """Runs the evaluations of the artifact that the settings ask for, with one deadline."""
         cfg = self.cfg
-        seconds = cfg.eval_deadline_seconds
+        deadline_s = cfg.eval_deadline_seconds
         if cfg.eval_budget_includes_compile:
-            seconds -= self.eval_warm_up_s
-        deadline = Deadline(seconds)
+            deadline_s -= self.eval_warm_up_s
+        deadline = Deadline(deadline_s)
         self.run_evaluation("diagnostic quantized", "eval", self.evaluate)
-        targets_per_rank = self.docs.counts.sum() / self.ranks.world_size
-        deadline.rate = self.phases[-1].seconds / targets_per_rank
+        seconds = self.phases[-1].seconds
+        deadline.rate = seconds * self.ranks.world_size / self.docs.counts.sum()
 
         if cfg.sliding_window_enabled:
             sliding = partial(self.evaluate, cfg.eval_stride)
@@ -4931,7 +4931,8 @@ class Run:
         key = label.removeprefix("diagnostic ").split()[0].replace("-", "_")
         with self.phase(f"score {key}", budget):
             ledger = evaluation()
-        self.check_recompilations(sum(self.ranks.gather(self.sentinel.poll())))
+        compilations = self.ranks.gather(self.sentinel.poll())
+        self.check_recompilations(sum(compilations))
         if reasons := self.broken_rules(ledger):
             raise InvalidScore(f"{label} INVALID: {'; '.join(reasons)}")
         result = ledger.result()
@@ -4951,8 +4952,10 @@ class Run:
             self.save_scores(ledger)
 
     def broken_rules(self, ledger: Ledger) -> list[str]:
-        """Why a score is no score: rules that the ledger found broken, or documents that are not
-        the field's.
+        """Why an evaluation has no score; empty if it has one.
+
+        Either the ledger found a rule broken, or the documents are not those of the field's data
+        set.
         """
         problems = ledger.problems(self.decoded)
         if problems:
@@ -4977,9 +4980,7 @@ class Run:
 
     # --- Report ---
     def report(self) -> dict[str, Any]:
-        """Logs the table of phases and budgets, then the one line that starts with `final`; returns
-        its figures.
-        """
+        """Logs the table of phases, then the line that starts with `final`; returns its figures."""
         self.log_phases()
         self.log_gzip()
         if self.ranks.device.type == "cuda":
@@ -4996,7 +4997,7 @@ class Run:
         return self.final
 
     def log_phases(self) -> None:
-        """Logs a line for each phase, and one for each budget with the seconds spent of it."""
+        """Logs the seconds of each phase, and for each budget those spent and allowed."""
         self.log(f"{'phase':<34}{'seconds':>9}  counts against")
         for name, budget, seconds in self.phases:
             self.log(f"{name:<34}{seconds:>9.1f}  {budget}")
@@ -5007,7 +5008,7 @@ class Run:
             self.log(f"{'all of ' + budget:<34}{spent:>9.1f}  of {limit:.0f}{over}")
 
     def log_gzip(self) -> None:
-        """Logs what gzip takes for the validation text, if the manifest says so."""
+        """Logs how well gzip compresses the validation text, if the manifest knows."""
         val = self.tokenizer.manifest.get("splits", {}).get("val", {})
         if val.get("gzip_bytes"):
             self.final["gzip_bpb"] = 8 * val["gzip_bytes"] / val["bytes"]
@@ -5868,7 +5869,7 @@ def main(argv: list[str]) -> int:
     ends_together = False
     try:
         if argv == ["--knobs"]:
-            # So that it ends in silence before `| head`.
+            # A pipe that closes early, as that to `head`, ends the program in silence.
             signal.signal(getattr(signal, "SIGPIPE", signal.SIGTERM), signal.SIG_DFL)
             print_knobs()
             return 0
