@@ -4314,16 +4314,6 @@ class Start:
             tokenizer_sha256=saved.get("tokenizer", ""),
         )
 
-    @classmethod
-    def from_checkpoint(cls, saved: dict[str, Any]) -> Start:
-        """From what `Run.save_checkpoint` has saved."""
-        return cls(
-            stage=Stage(saved["stage"]),
-            weights=saved.get("weights"),
-            looped=saved.get("looped"),
-            training=saved.get("training"),
-        )
-
 
 def read_checkpoint(path: Path, made_with: dict[str, Any]) -> tuple[dict[str, Any], str]:
     """A checkpoint of `Run.save_checkpoint`, and why it is refused, empty if it is not.
@@ -4536,7 +4526,7 @@ class Run:
             raise UsageError("\n".join(lines))
 
         if newest:
-            self.start = Start.from_checkpoint(newest)
+            self.start = Start(**newest["start"])
             self.checkpoint_number = newest["number"]
             self.final = newest["final"]
             self.final["resumed"] = self.final.get("resumed", 0) + 1
@@ -4576,11 +4566,10 @@ class Run:
         if self.ranks.is_main:
             saved = {
                 "number": self.checkpoint_number,
-                "stage": int(stage),
                 "made_with": self.made_with,
+                "start": {"stage": int(stage), **contents},
                 "phases": [tuple(phase) for phase in self.phases if phase.budget != "none"],
                 "final": self.final,
-                **contents,
             }
             buffer = io.BytesIO()
             torch.save(saved, buffer)

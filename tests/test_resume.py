@@ -83,7 +83,7 @@ def torch_load(path: Path) -> dict[str, Any]:
 
 def step_of(checkpoint: Path) -> int:
     """The step after which it was saved, in the training."""
-    return torch_load(checkpoint)["training"]["state"]["step"]
+    return torch_load(checkpoint)["start"]["training"]["state"]["step"]
 
 
 # --- The same end ---------------------------------------------------------------------------------
@@ -114,10 +114,10 @@ def test_a_run_that_dies_twice_ends_with_the_same_bits(tiny_data):
 def test_random_numbers_go_on(tiny_data):
     with pytest.raises(Killed):
         Mortal(tiny_data, iterations=4, last=3, act=die, **EVERY).train()
-    wanted = torch_load(checkpoints()[-1])["training"]["random"]
+    wanted = torch_load(checkpoints()[-1])["start"]["training"]["random"]
     torch.manual_seed(99)
     Session(tiny_data, iterations=4, **EVERY).train()
-    assert torch.equal(torch_load(checkpoints()[-1])["training"]["random"], wanted)
+    assert torch.equal(torch_load(checkpoints()[-1])["start"]["training"]["random"], wanted)
 
 
 def resume_on(ranks: tg.Ranks, data: Path, act: Any, dtype: str = "fp32") -> dict[str, Tensor]:
