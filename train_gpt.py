@@ -58,6 +58,7 @@ import contextlib
 import copy
 import dataclasses
 import difflib
+import enum
 import hashlib
 import importlib.util
 import inspect
@@ -2897,9 +2898,13 @@ def muon_momentum(step: int, cfg: Config) -> float:
     return start + (end - start) * share
 
 
-# === 7. Training ======================================================================================================
+# === 7. Training ==================================================================================
 def backward_row(forward: Callable, plan: tuple[Visit, ...], row: Batch, count: Tensor) -> Tensor:
-    """Adds the gradient of the row's nats / count to the parameters'; returns that part of the loss, detached."""
+    """Adds the gradient of one row's part of the loss to the parameters' gradients.
+
+    count: fp32 scalar, the number of targets in all rows of the step. The parts of all rows and
+    ranks therefore add up to the mean loss. Returns this row's part, detached.
+    """
     loss = forward(row, plan).sum() / count
     loss.backward()
     return loss.detach()
@@ -2908,22 +2913,31 @@ def backward_row(forward: Callable, plan: tuple[Visit, ...], row: Batch, count: 
 def capture_row(
     forward: Callable, plan: tuple[Visit, ...], row: Batch, pool: Any
 ) -> Callable[[Batch, Tensor], Tensor]:
-    """`backward` of one plan as a CUDA graph: one launch per row. It works in fixed places: rows are copied to where it
-    reads, gradients are zeroed where they are, and the loss is overwritten by the next call."""
-    inputs = [*(x.clone() for x in row[:3]), torch.ones((), device=row.inputs.device)]
-    call = partial(backward_row, forward, plan, Batch(*inputs[:3], row.max_seqlen), inputs[3])
+    """Records `backward_row` of one plan as a CUDA graph, so that a row costs one launch.
+
+    A graph works in fixed memory: the function that is returned copies each row to where the graph
+    reads, the gradients must be zeroed in place, and the next call overwrites the loss that the
+    last one returned.
+    """
+    tensors = [x.clone() for x in (row.inputs, row.targets, row.cu_seqlens)]
+    count = torch.ones((), device=row.inputs.device)
+    once = partial(backward_row, forward, plan, Batch(*tensors, row.max_seqlen), count)
+
+    # The first call is not recorded: in it, libraries allocate the memory that they keep.
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):
-        call()  # so that libraries allocate what they keep
+        once()
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(
-        graph, pool=pool, capture_error_mode="thread_local"
-    ):  # other threads may use CUDA meanwhile
-        loss = call()
 
-    def replay(row: Batch, count: Tensor) -> Tensor:
-        torch._foreach_copy_(inputs, [*row[:3], count])
+    # By default a capture fails when another thread uses CUDA, as the loader's thread does.
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        loss = once()
+
+    def replay(row: Batch, new_count: Tensor) -> Tensor:
+        """Does for `row` what was recorded."""
+        sources = [row.inputs, row.targets, row.cu_seqlens, new_count]
+        torch._foreach_copy_([*tensors, count], sources)
         graph.replay()
         return loss
 
@@ -2937,339 +2951,584 @@ def accumulate_gradients(
     num_targets: int,
     graphs: Mapping[tuple[Visit, ...], Callable] | None = None,
 ) -> Tensor:
-    """Adds the gradient of this rank's part of the mean loss over `num_targets`; returns that part, detached."""
+    """Adds the gradient of this rank's part of the mean loss; returns that part, detached.
+
+    rows: this rank's of the step. num_targets: in the rows of all ranks. graphs: for each plan that
+    was recorded, the function that `capture_row` returned.
+    """
     count = torch.full((), float(num_targets), device=rows[0].inputs.device)
-    once, total = (
-        (graphs or {}).get(plan) or partial(backward_row, forward, plan),
-        torch.zeros_like(count),
-    )
+    backward = partial(backward_row, forward, plan)
+    if graphs and plan in graphs:
+        backward = graphs[plan]
+
+    total = torch.zeros_like(count)
     for row in rows:
-        total += once(row, count)
+        total += backward(row, count)
     return total
 
 
 def synthetic_row(cfg: Config, shape: tuple[int, int, int], device: torch.device) -> Batch:
-    """Random ids in documents of many lengths: what warm-up sees in place of any real token (W43)."""
-    (size, room, longest), rng = (shape[0], shape[1] // 2, shape[2]), np.random.default_rng(0)
-    ids, starts = (
-        rng.integers(0, cfg.vocab_size, size + 1),
-        segment_starts(rng.random(size) < 2 / longest, 1, longest),
-    )
-    n = int([*starts, size][min(room, len(starts))])  # cut where the loader would
-    return pack_row(ids[:n], ids[1 : n + 1], starts[:room], shape, device)
+    """A row of random ids in documents of many lengths: warm-up sees no real token.
+
+    shape: (tokens, capacity of segments, longest segment), as for the loader's rows.
+    """
+    size, capacity, longest = shape
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, cfg.vocab_size, size + 1)
+    is_start = rng.random(size) < 2 / longest
+    starts = segment_starts(is_start, 1, longest)
+
+    # Cut where the loader would cut a row with too many segments.
+    most = capacity // 2
+    n = size if len(starts) <= most else int(starts[most])
+    return pack_row(ids[:n], ids[1 : n + 1], starts[:most], shape, device)
 
 
 @contextlib.contextmanager
-def state_restored(
-    model: nn.Module, optimizers: Optimizers
-) -> Iterator[None]:  # afterwards all state is as before (W1)
-    kept = [
-        *model.state_dict().values(),
-        *(x for own in optimizers.state.values() for x in own.values()),
-    ]
-    copies, devices = [t.clone() for t in kept], [model.tok_emb.device] * model.tok_emb.is_cuda
+def state_restored(model: nn.Module, optimizers: Optimizers) -> Iterator[None]:
+    """Undoes on leaving what its body did to the training state, PyTorch's random numbers included.
+
+    Weights, averages and momentum are copied back and gradients cleared. AdamW's state is dropped,
+    so it must not have taken a step before.
+    """
+    tensors = list(model.state_dict().values())
+    for by_name in optimizers.state.values():
+        tensors += by_name.values()
+    copies = [t.clone() for t in tensors]
+    devices = [model.tok_emb.device] if model.tok_emb.is_cuda else []
     with torch.random.fork_rng(devices):
         yield
-    torch._foreach_copy_(kept, copies)
+    torch._foreach_copy_(tensors, copies)
     optimizers.adam.state.clear()
     model.zero_grad(set_to_none=True)
 
 
-def predict_submission_bytes(
-    cfg: Config,
-) -> float:  # code and model: codes at the entropy of Gaussian rows, or to fit the limit
-    kinds = {
-        "matrix": (cfg.matrix_bits, cfg.matrix_clip_sigmas),
-        "embed": (cfg.embed_bits, cfg.embed_clip_sigmas),
-    }
-    bits = {
-        kind: math.log2(math.sqrt(2 * math.pi * math.e) * (2**b / 2 - 1) / sd)
-        for kind, (b, sd) in kinds.items()
-    }
+def gaussian_bits(bits: int, clip_sigmas: float) -> float:
+    """The entropy in bits of a Gaussian weight that is rounded to integers `bits` wide.
+
+    The largest integer, qmax = 2^(bits - 1) - 1, stands for `clip_sigmas` standard deviations. So a
+    step is clip_sigmas / qmax of one, and in fine steps the entropy is log2(sqrt(2 pi e) / step).
+    """
+    qmax = 2**bits / 2 - 1
+    return math.log2(math.sqrt(2 * math.pi * math.e) * qmax / clip_sigmas)
+
+
+def predict_submission_bytes(cfg: Config) -> float:
+    """Bytes of code and model together, predicted from the config alone.
+
+    Each weight of a quantised matrix counts its `gaussian_bits`; where the steps are fitted to
+    ARTIFACT_LIMIT_BYTES, it counts MATRIX_BITS, and the sum is at most the limit. Every other
+    parameter takes 16 bits.
+    """
     fitted = cfg.quantizer == "allocated" and cfg.artifact_limit_bytes > 0
-    bits = dict.fromkeys(bits, cfg.matrix_bits) if fitted else bits
-    size = sum(
-        math.prod(role.shape) * bits.get(role.packing, 16) / 8
-        for role in parameter_table(cfg).values()
-    )
-    return min(size + CODE_BYTES, cfg.artifact_limit_bytes if fitted else math.inf)
+    if fitted:
+        bits = {"matrix": cfg.matrix_bits, "embed": cfg.matrix_bits}
+    else:
+        bits = {
+            "matrix": gaussian_bits(cfg.matrix_bits, cfg.matrix_clip_sigmas),
+            "embed": gaussian_bits(cfg.embed_bits, cfg.embed_clip_sigmas),
+        }
+
+    size = 0.0
+    for role in parameter_table(cfg).values():
+        size += math.prod(role.shape) * bits.get(role.packing, 16) / 8
+    size += CODE_BYTES
+    return min(size, cfg.artifact_limit_bytes) if fitted else size
 
 
-PEAK_FLOPS = {
-    "H100": 989e12,
-    "H200": 989e12,
-    "B200": 2250e12,
-    "A100": 312e12,
-}  # dense bf16, by data sheet
+# Dense bf16 FLOP/s by data sheet, for every device whose name holds the key.
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12}
 
 
-class Progress:
-    """What all ranks know of the training. A step's numbers are read one step late, while the device has the next one's
-    work (W20). Time is the ranks' mean clock at the end of a step; in later ones a visit of a layer counts as long as
-    the longest, so that none ends after `budget` seconds. A checkpoint restores all numbers of the first lines."""
+@dataclasses.dataclass
+class TrainState:
+    """All numbers that training has to remember from one step to the next.
 
-    def __init__(self, run: Run, budget: float):
-        self.step, self.tokens, self.loss, self.ended, self.marked = (
-            0,
-            0,
-            math.nan,
-            0.0,
-            (0.0, 0),
-        )  # on this rank
-        self.elapsed, self.visits, self.flying, self.longest, self.timed = (
-            0.0,
-            0,
-            0,
-            0.0,
-            (0.0, 0),
-        )  # on all
-        self.looped, self.expected, self.kept = False, run.cfg.iterations, 0.0
-        self.share, self.taken, self.rounds = (
-            1 - run.cfg.ema_decay,
-            0,
-            False,
-        )  # of the average; LATE_QAT
-        if "progress" in run.kept:
-            vars(self).update(run.kept["progress"])
-            run.optimizers.load_state_dict(run.kept["optimizers"])
-            torch.set_rng_state(run.kept["random"])
-        self.run, self.cfg, self.budget, self.unread, self.signal, self.stop = (
-            run,
-            run.cfg,
-            budget,
-            None,
-            0,
-            0.0,
-        )
-        self.start, run.inner = (
-            run.ranks.now() - self.ended,
-            run.inner - self.ended,
-        )  # it has trained so long before
+    A checkpoint holds them as `dataclasses.asdict` returns them, beside weights, the optimisers'
+    state and PyTorch's random state; `TrainState(**numbers)` restores them. Times are in seconds of
+    training. `Pacer`, `AverageSchedule` and `StepReporter` each change fields of their own.
+    """
 
-    def frac(self) -> float:  # share of the budget, or of ITERATIONS, at the start of the next step
-        spent = self.elapsed * (1 + self.flying / max(self.visits, 1))
-        return (
-            self.step / self.cfg.iterations
-            if self.budget == math.inf
-            else min(spent / self.budget, 1 - 1e-9)
-        )
+    # The share of the newest weights in the average, which takes them in during the next step.
+    newest_share: float
+    # Steps that the run will probably take, for the live line.
+    expected_steps: float
 
-    def fits(
-        self, visits: int
-    ) -> bool:  # whether a step of so many visits will end within the budget
-        return self.elapsed + self.longest * (self.flying + visits) <= self.budget
+    # Steps that the device has been given, and their targets on all ranks.
+    step: int = 0
+    tokens: int = 0
+    # Mean nats per target in the last step whose numbers have been read.
+    loss: float = math.nan
+    # Whether the layers are looped, and whether weights are rounded (LATE_QAT), from now on.
+    looped: bool = False
+    rounded: bool = False
+    # Weights in the average since SWA began.
+    swa_count: int = 0
 
-    def average(self, scale: float) -> float:
-        """The newest weights' share in the average. SWA decays as EMA does, then is the mean of all since it began."""
-        cfg, step = self.cfg, self.step + 1
-        swa = cfg.export_weights == "swa" and scale < cfg.swa_threshold
-        due = step % (cfg.swa_every if swa else cfg.ema_every) == 0
-        self.taken += swa and due
-        self.share = 1 / max(self.taken, 1) if swa else 1 - cfg.ema_decay**cfg.ema_every
-        self.share = 1.0 if cfg.export_weights == "raw" else self.share * due
-        return self.share
+    # The ranks' mean clock in seconds of training, the visits of layers that it covers, and those
+    # sent since.
+    elapsed_s: float = 0.0
+    timed_visits: int = 0
+    untimed_visits: int = 0
+    # The longest visit of a layer, in seconds. It is forgotten by 2 % with every step.
+    longest_visit_s: float = 0.0
+    # This rank's own clock, in seconds of training, when the last step that has been read was done.
+    rank_s: float = 0.0
+
+    # The mean clock at the last checkpoint.
+    checkpoint_s: float = 0.0
+    # This rank's clock and the targets at the last log line.
+    logged_s: float = 0.0
+    logged_tokens: int = 0
+    # The mean clock and the visits at the end of the first step, which is not representative.
+    first_step_s: float = 0.0
+    first_step_visits: int = 0
+
+
+class StepNumbers(NamedTuple):
+    """The numbers of one step, read on the host; all but `seconds` are the same on all ranks.
+
+    step counts from 1. loss is in nats per target, grad_norm the norm of the reduced gradient
+    before clipping, lr_scale the factor on the learning rates. compilations counts those of all
+    ranks since warm-up. signals is the sum of the signal numbers that ranks have received, 0 if
+    none has. seconds is the time since the step before was done, on this rank.
+    """
+
+    step: int
+    loss: float
+    grad_norm: float
+    lr_scale: float
+    compilations: float
+    signals: float
+    seconds: float
+
+
+class SentStep(NamedTuple):
+    """A step whose numbers are on their way to the host.
+
+    covered_visits: visits of layers that the clock among the numbers covers, beyond those known.
+    """
+
+    covered_visits: int
+    lr_scale: float
+    numbers: PendingRead
+
+
+class Pacer:
+    """Knows how far the schedule is, and whether another step fits into the budget.
+
+    It never makes the device wait. A step's numbers are sent to the host at once but read one step
+    late, while the device has the next step's work. Among them is the ranks' mean clock at the end
+    of the newest step that each had read by then, so all ranks know the same time and decide alike.
+    For steps after that time, the visits of layers are counted and their duration is estimated.
+    `budget_s` is in seconds of training, infinite if ITERATIONS alone ends the run.
+    """
+
+    def __init__(self, state: TrainState, ranks: Ranks, budget_s: float, iterations: int):
+        self.state = state
+        self.ranks = ranks
+        self.budget_s = budget_s
+        self.iterations = iterations
+        self.unread: SentStep | None = None
+        # A resumed run has trained `rank_s` seconds before.
+        self.started_at = ranks.now() - state.rank_s
+
+    def frac(self) -> float:
+        """The share of the budget, or of ITERATIONS, that is spent before the next step.
+
+        A visit of a layer that is not timed yet counts as long as the mean visit.
+        """
+        state = self.state
+        if self.budget_s == math.inf:
+            return state.step / self.iterations
+        spent = state.elapsed_s * (1 + state.untimed_visits / max(state.timed_visits, 1))
+        return min(spent / self.budget_s, 1 - 1e-9)
+
+    def fits(self, visits: int) -> bool:
+        """Whether a step of so many visits will end within the budget.
+
+        Each visit that is not timed yet counts as long as the longest.
+        """
+        visits += self.state.untimed_visits
+        return self.state.elapsed_s + self.state.longest_visit_s * visits <= self.budget_s
+
+    def exclude(self, seconds: float) -> None:
+        """Takes seconds that have passed, of a validation or a checkpoint, off the clock."""
+        self.started_at += seconds
 
     def send(
-        self, local: Tensor, norm: Tensor, visits: int, num_targets: int, scale: float
-    ) -> None:
-        """After a step: part of the loss, norm of the reduced gradient, visits of layers, targets, rate factor."""
-        ranks, first = (
-            self.run.ranks,
-            self.step == 0,
-        )  # the first is waited for: without it, no time is known
-        clock, ending = (ranks.now() - self.start, visits) if first else (self.ended, self.flying)
-        self.flying, self.step, self.tokens = (
-            self.flying + visits,
-            self.step + 1,
-            self.tokens + num_targets,
-        )
-        facts = clock / ranks.world_size, self.run.sentinel.poll(), self.signal
-        facts = (norm.new_full((), x) for x in facts)  # fills: no wait
-        self.unread = (
-            ending,
-            scale,
-            ranks.start_read(ranks.sum(torch.stack([local, norm / ranks.world_size, *facts]))),
-        )
-        if first:
-            self.read()
-
-    def read(self) -> None:  # what has not been read; raises if it is bad
-        if not self.unread:
-            return
-        (ending, scale, late), self.unread, run, step, before = (
-            self.unread,
-            None,
-            self.run,
-            self.step,
-            self.ended,
-        )
-        (self.loss, norm, clock, compiled, self.stop), now = late.wait()
-        self.ended = now - self.start
-        if not math.isfinite(self.loss + norm):
-            run.save("last_good.pt", run.optimizers.averages(), step - 1, self.looped)
-            raise FloatingPointError(
-                f"loss {self.loss}, gradient norm {norm} in step {step}; last_good.pt is before"
-            )
-        run.check_compiled(compiled)
-        if ending:
-            self.longest = max(self.longest * 0.98, (clock - self.elapsed) / ending)
-            self.elapsed, self.visits, self.flying = (
-                clock,
-                self.visits + ending,
-                self.flying - ending,
-            )
-        if step == 1:
-            self.timed = self.elapsed, self.visits
-        elif step == 22:
-            self.judge(self.elapsed - self.timed[0], self.visits - self.timed[1])
-        self.tell(step, scale, max(self.ended - before, 1e-9))
-
-    def tell(
-        self, step: int, scale: float, seconds: float
-    ) -> None:  # what all can know of a step that took so long
-        cfg, log, tokens = self.cfg, self.run.log, self.cfg.train_batch_tokens
-        if step <= 3 or log.due() or (cfg.train_log_every and step % cfg.train_log_every == 0):
-            ms, rate = (
-                1000 * self.ended,
-                (self.tokens - self.marked[1]) / max(self.ended - self.marked[0], 1e-9),
-            )
-            self.marked = self.ended, self.tokens
-            log(
-                f"step:{step}/{cfg.iterations} train_loss:{self.loss:.4f} train_time:{ms:.0f}ms "
-                f"step_avg:{ms / step:.2f}ms tok/s:{rate:.0f} lr_scale:{scale:.3f}",
-                terminal=not log.live,
-            )
-        rate = tokens / seconds
-        log.scalars(step, {"train_loss": self.loss, "lr_scale": scale, "tok/s": rate})
-        if log.live:
-            table, share = (
-                parameter_table(cfg).values(),
-                len(cfg.plans[self.looped]) / cfg.num_layers,
-            )  # of visits
-            used = sum(
-                math.prod(role.shape) * (share if role.group == "muon" else 1) for role in table
-            )
-            mfu = [
-                f"MFU {600 * used * rate / self.run.ranks.world_size / peak:.0f} %"
-                for gpu, peak in PEAK_FLOPS.items()
-                if gpu in self.run.facts["device"]
-            ]
-            left = min(self.budget - self.ended, (cfg.iterations - step) * self.ended / step)
-            log.show(
-                ", ".join(
-                    [
-                        f"train: step {step} of about {self.expected:.0f}",
-                        f"{left:.0f} s left",
-                        f"loss {self.loss:.4f}",
-                        f"{1000 * seconds:.0f} ms/step",
-                        f"{rate:.0f} tok/s",
-                        *mfu,
-                        f"about {predict_submission_bytes(cfg):.0f} bytes",
-                    ]
-                ),
-                min_interval_s=0.1,
-            )
-
-    def judge(
-        self, seconds: float, visits: int
-    ) -> None:  # by steps 2 to 21: what the budget allows, whether to go on
-        cfg, (plain, looped), share = (
-            self.cfg,
-            map(len, self.cfg.plans),
-            min(self.cfg.enable_looping_at, 1.0),
-        )
-        self.expected = min(
-            cfg.iterations, self.budget * visits / seconds * (share / plain + (1 - share) / looped)
-        )
-        self.run.log(
-            f"speed: {50 * seconds:.1f}ms per step; the budget allows about {self.expected:.0f} steps"
-        )
-        if 0 < cfg.pod_speedgate_ms < 50 * seconds:
-            raise RunStopped(
-                f"POD_SPEEDGATE_MS={cfg.pod_speedgate_ms:g}: a step takes {50 * seconds:.1f} ms"
-            )
-
-    def pause(
         self,
-    ) -> (
-        None
-    ):  # a checkpoint when it is time; after a signal, one and the end. All ranks agree on both
-        run, every, now = self.run, self.cfg.checkpoint_every, self.run.ranks.now
-        if every and (self.stop or self.elapsed - self.kept >= every):
-            self.read()
-            self.kept, start = self.elapsed, now()
-            numbers = {
-                name: x for name, x in vars(self).items() if isinstance(x, (int, float, tuple))
-            }
-            run.keep(
-                progress=numbers,
-                optimizers=run.optimizers.state_dict(),
-                random=torch.get_rng_state(),
+        loss: Tensor,
+        grad_norm: Tensor,
+        lr_scale: float,
+        visits: int,
+        compilations: int,
+        signal_number: int,
+    ) -> None:
+        """Counts a step and starts to read its numbers. All ranks must call it.
+
+        loss: this rank's part of it; grad_norm: the same on all ranks (both fp32 scalars on the
+        device). visits: of layers in the step. compilations and signal_number: this rank's so far.
+        """
+        state = self.state
+        if state.step == 0:
+            # The first step is waited for: without its time, nothing is known of the speed.
+            clock = self.ranks.now() - self.started_at
+            covered_visits = visits
+        else:
+            clock = state.rank_s
+            covered_visits = state.untimed_visits
+        state.untimed_visits += visits
+        state.step += 1
+
+        world_size = self.ranks.world_size
+        # Tensors are filled on the device, because a copy from the host would wait for it.
+        facts = [clock / world_size, compilations, signal_number]
+        filled = [grad_norm.new_full((), fact) for fact in facts]
+        numbers = self.ranks.sum(torch.stack([loss, grad_norm / world_size, *filled]))
+        self.unread = SentStep(covered_visits, lr_scale, self.ranks.start_read(numbers))
+
+    def read(self) -> StepNumbers | None:
+        """Waits for the last step's numbers and sets the clocks; None if they have been read."""
+        if self.unread is None:
+            return None
+        covered_visits, lr_scale, pending = self.unread
+        self.unread = None
+        (loss, grad_norm, clock, compilations, signals), now = pending.wait()
+
+        state = self.state
+        before_s = state.rank_s
+        state.loss = loss
+        state.rank_s = now - self.started_at
+        if covered_visits:
+            visit_s = (clock - state.elapsed_s) / covered_visits
+            state.longest_visit_s = max(state.longest_visit_s * 0.98, visit_s)
+            state.elapsed_s = clock
+            state.timed_visits += covered_visits
+            state.untimed_visits -= covered_visits
+        seconds = max(state.rank_s - before_s, 1e-9)
+        return StepNumbers(state.step, loss, grad_norm, lr_scale, compilations, signals, seconds)
+
+
+class AverageSchedule:
+    """How much the weights after each step count in the average that is exported (EXPORT_WEIGHTS).
+
+    ema: 1 - EMA_DECAY^EMA_EVERY, every EMA_EVERY steps. swa: the same until the rate factor is
+    below SWA_THRESHOLD; from there on the average is the plain mean of the weights after every
+    SWA_EVERY-th step. raw: only the newest weights count.
+    """
+
+    def __init__(self, cfg: Config, state: TrainState):
+        self.cfg = cfg
+        self.state = state
+
+    def newest_share(self, step: int, lr_scale: float) -> float:
+        """The share in [0, 1] for the weights after step `step`, which counts from 1.
+
+        It must be called once a step, since it counts the weights that entered.
+        """
+        cfg = self.cfg
+        if cfg.export_weights == "raw":
+            return 1.0
+        if cfg.export_weights == "swa" and lr_scale < cfg.swa_threshold:
+            if step % cfg.swa_every:
+                return 0.0
+            self.state.swa_count += 1
+            return 1 / self.state.swa_count
+        if step % cfg.ema_every:
+            return 0.0
+        return 1 - cfg.ema_decay**cfg.ema_every
+
+
+class StepReporter:
+    """Reports steps: log lines, the live line, TensorBoard's curves; and checks their speed.
+
+    `budget_s` is in seconds of training.
+    """
+
+    def __init__(self, run: Run, state: TrainState, budget_s: float):
+        self.cfg = run.cfg
+        self.log = run.log
+        self.device_name = run.facts["device"]
+        self.world_size = run.ranks.world_size
+        self.state = state
+        self.budget_s = budget_s
+
+    def report(self, numbers: StepNumbers) -> None:
+        """Reports one step. Raises RunStopped if POD_SPEEDGATE_MS is set and steps take longer."""
+        state, step = self.state, numbers.step
+        if step == 1:
+            state.first_step_s = state.elapsed_s
+            state.first_step_visits = state.timed_visits
+        elif step == 22:
+            # The clock covers steps 1 to 21 by now.
+            seconds = state.elapsed_s - state.first_step_s
+            self.judge_speed(seconds, state.timed_visits - state.first_step_visits)
+
+        every = self.cfg.train_log_every
+        if step <= 3 or self.log.due() or (every and step % every == 0):
+            self.log_step(numbers)
+        tokens_per_s = self.cfg.train_batch_tokens / numbers.seconds
+        scalars = {
+            "train_loss": numbers.loss,
+            "lr_scale": numbers.lr_scale,
+            "tok/s": tokens_per_s,
+        }
+        self.log.scalars(step, scalars)
+        if self.log.live:
+            self.show_live_line(numbers, tokens_per_s)
+
+    def judge_speed(self, seconds: float, visits: int) -> None:
+        """Predicts the steps that the budget allows. Raises RunStopped beyond POD_SPEEDGATE_MS.
+
+        seconds and visits: of 20 steps together.
+        """
+        cfg = self.cfg
+        plain, looped = map(len, cfg.plans)
+        plain_share = min(cfg.enable_looping_at, 1.0)
+        budget_visits = self.budget_s * visits / seconds
+        steps = budget_visits * (plain_share / plain + (1 - plain_share) / looped)
+        steps = min(cfg.iterations, steps)
+        self.state.expected_steps = steps
+        step_ms = 50 * seconds
+        self.log(f"speed: {step_ms:.1f}ms per step; the budget allows about {steps:.0f} steps")
+        if 0 < cfg.pod_speedgate_ms < step_ms:
+            raise RunStopped(
+                f"POD_SPEEDGATE_MS={cfg.pod_speedgate_ms:g}: a step takes {step_ms:.1f} ms"
             )
-            self.start, run.inner = (
-                self.start + now() - start,
-                run.inner + now() - start,
-            )  # off the clock
-        if self.stop:
-            hint = "; the same command goes on" * (every > 0)
-            raise_stopped(self.signal or signal.SIGTERM, after=f" after step {self.step}{hint}")
+
+    def log_step(self, numbers: StepNumbers) -> None:
+        """Writes a step's line into the log, and to a terminal that has no live line.
+
+        tok/s is the mean since the line before.
+        """
+        state = self.state
+        seconds = max(state.rank_s - state.logged_s, 1e-9)
+        tokens_per_s = (state.tokens - state.logged_tokens) / seconds
+        state.logged_s = state.rank_s
+        state.logged_tokens = state.tokens
+        time_ms = 1000 * state.rank_s
+        self.log(
+            f"step:{numbers.step}/{self.cfg.iterations} train_loss:{numbers.loss:.4f} "
+            f"train_time:{time_ms:.0f}ms step_avg:{time_ms / numbers.step:.2f}ms "
+            f"tok/s:{tokens_per_s:.0f} lr_scale:{numbers.lr_scale:.3f}",
+            terminal=not self.log.live,
+        )
+
+    def show_live_line(self, numbers: StepNumbers, tokens_per_s: float) -> None:
+        """Rewrites the terminal's live line, at most ten times a second."""
+        state, step = self.state, numbers.step
+        iterations_s = (self.cfg.iterations - step) * state.rank_s / step
+        left_s = min(self.budget_s - state.rank_s, iterations_s)
+        parts = [
+            f"train: step {step} of about {state.expected_steps:.0f}",
+            f"{left_s:.0f} s left",
+            f"loss {numbers.loss:.4f}",
+            f"{1000 * numbers.seconds:.0f} ms/step",
+            f"{tokens_per_s:.0f} tok/s",
+        ]
+        mfu = self.mfu_percent(tokens_per_s)
+        if mfu is not None:
+            parts.append(f"MFU {mfu:.0f} %")
+        parts.append(f"about {predict_submission_bytes(self.cfg):.0f} bytes")
+        self.log.show(", ".join(parts), min_interval_s=0.1)
+
+    def mfu_percent(self, tokens_per_s: float) -> float | None:
+        """Model FLOPs utilisation in percent of the peak by data sheet; None for other devices.
+
+        A token costs 6 FLOPs for each weight, as often as it visits the weight's layer.
+        """
+        visits_per_layer = len(self.cfg.plans[self.state.looped]) / self.cfg.num_layers
+        weights = 0.0
+        for role in parameter_table(self.cfg).values():
+            times = visits_per_layer if role.group == "muon" else 1
+            weights += math.prod(role.shape) * times
+        for gpu, peak in PEAK_FLOPS.items():
+            if gpu in self.device_name:
+                return 100 * 6 * weights * tokens_per_s / self.world_size / peak
+        return None
+
+
+def restore_training(run: Run) -> TrainState:
+    """The state to train on from: a new one, or that of the run's checkpoint.
+
+    With a checkpoint, weights, optimisers and PyTorch's random state are set to it, too.
+    """
+    saved = run.start.training
+    if saved is None:
+        return TrainState(1 - run.cfg.ema_decay, expected_steps=run.cfg.iterations)
+    state = TrainState(**saved["state"])
+    run.optimizers.load_state_dict(saved["optimizers"])
+    torch.set_rng_state(saved["random"])
+    return state
+
+
+class Trainer:
+    """What training does between its steps; `train` is the loop of the steps.
+
+    It acts on a step's numbers, validates, saves checkpoints, and stops after a signal.
+    """
+
+    def __init__(self, run: Run, budget_s: float):
+        self.run = run
+        self.cfg = run.cfg
+        self.state = restore_training(run)
+        self.pacer = Pacer(self.state, run.ranks, budget_s, run.cfg.iterations)
+        self.reporter = StepReporter(run, self.state, budget_s)
+        # The signal that this rank has got, and whether the ranks have agreed to stop for one.
+        self.signal_number = 0
+        self.must_stop = False
+        # What the run trained before it was resumed belongs to this phase.
+        run.excluded_seconds -= self.state.rank_s
+
+    def note_signal(self, number: int, frame: Any) -> None:
+        """Remembers a signal until the step is over."""
+        self.signal_number = number
+
+    def read_step(self) -> None:
+        """Waits for the last step's numbers, if they have not been read, and acts on them.
+
+        Raises FloatingPointError if they are not finite, after saving the average of the steps
+        before; RunStopped if RECOMPILE_LIMIT or POD_SPEEDGATE_MS is exceeded.
+        """
+        numbers = self.pacer.read()
+        if numbers is None:
+            return
+        self.must_stop = numbers.signals > 0
+        if not math.isfinite(numbers.loss + numbers.grad_norm):
+            average = self.run.optimizers.averages()
+            self.run.save_weights("last_good.pt", average, numbers.step - 1, self.state.looped)
+            raise FloatingPointError(
+                f"loss {numbers.loss}, gradient norm {numbers.grad_norm} in step {numbers.step}; "
+                "last_good.pt is before"
+            )
+        self.run.check_recompilations(numbers.compilations)
+        self.reporter.report(numbers)
+
+    def validate(self, plan: tuple[Visit, ...]) -> None:
+        """Scores the validation documents with the weights as they are, off the clock."""
+        run, step = self.run, self.state.step
+        self.read_step()
+        with run.phase("validate", "none"):
+            result = run.evaluate(plan=plan).result()
+        self.pacer.exclude(run.phases[-1].seconds)
+        loss, bpb = result["val_loss"], result["val_bpb"]
+        run.log(f"{step}/{self.cfg.iterations} val_loss: {loss:.4f} val_bpb: {bpb:.4f}")
+        run.log.scalars(step, {"val_bpb": bpb})
+
+    def pause(self) -> None:
+        """Saves a checkpoint when one is due, and ends the run after a signal.
+
+        With CHECKPOINT_EVERY, the end leaves a checkpoint too. All ranks must call it; they agree
+        on both. Raises KeyboardInterrupt to end the run.
+        """
+        every = self.cfg.checkpoint_every
+        if every:
+            since_last_s = self.state.elapsed_s - self.state.checkpoint_s
+            if self.must_stop or since_last_s >= every:
+                self.save_checkpoint()
+        if self.must_stop:
+            after = f" after step {self.state.step}"
+            if every:
+                after += "; the same command goes on"
+            raise_stopped(self.signal_number or signal.SIGTERM, after=after)
+
+    def save_checkpoint(self) -> None:
+        """Saves a checkpoint, off the clock."""
+        self.read_step()
+        run, state = self.run, self.state
+        state.checkpoint_s = state.elapsed_s
+        start = run.ranks.now()
+        training = {
+            "state": dataclasses.asdict(state),
+            "optimizers": run.optimizers.state_dict(),
+            "random": torch.get_rng_state(),
+        }
+        run.save_checkpoint(Stage.NOTHING, training=training)
+        seconds = run.ranks.now() - start
+        self.pacer.exclude(seconds)
+        run.excluded_seconds += seconds
+
+    def finish(self) -> None:
+        """Ends the training: leaves the exported weights in the model and in final_model.pt.
+
+        A signal that came in the last step ends the run first.
+        """
+        run, cfg, state = self.run, self.cfg, self.state
+        self.read_step()
+        # Nothing else can use the memory of CUDA graphs.
+        run.graphs = {}
+        handle_signals(raise_stopped)
+        if any(run.ranks.gather(self.signal_number)):
+            self.must_stop = True
+            self.pause()
+
+        weights = run.optimizers.averages(newest_share=state.newest_share)
+        run.log(
+            f"stopping: step:{state.step}/{cfg.iterations} train_time:{1000 * state.rank_s:.0f}ms; "
+            f"{cfg.export_weights}:applying {cfg.export_weights.upper()} weights"
+        )
+        run.model.load_state_dict(weights)
+        run.final["steps"] = state.step
+        run.final["train_loss"] = state.loss
+        run.final["train_tokens"] = state.tokens
+        run.save_weights("final_model.pt", weights, state.step, state.looped)
 
 
 def train(run: Run, reserve: float) -> bool:
-    """Trains until the budget less `reserve` seconds is spent, never longer; leaves EXPORT_WEIGHTS in the model.
-    Schedules follow the share of the budget spent, or of ITERATIONS. Returns whether the loops ran at the end: scoring
-    uses the depth that was trained (W6). FloatingPointError if a loss or gradient is not finite: see last_good.pt."""
-    cfg, ranks, log, plans = run.cfg, run.ranks, run.log, run.cfg.plans
-    progress = Progress(run, cfg.wallclock - reserve)
-    loader = PackedLoader(run.streams["train"], run.tokenizer.bos_id, cfg, ranks)
-    loader.cursor, steps = progress.tokens, loader.steps()
-    handle_signals(lambda number, _: setattr(progress, "signal", number))
-    while progress.step < cfg.iterations:
-        frac, step = progress.frac(), progress.step
-        switch = cfg.num_loops > 0 and not progress.looped and frac >= cfg.enable_looping_at
-        plan = plans[progress.looped or switch]
-        if not progress.fits(len(plan)):
+    """Trains until the budget less `reserve` seconds is spent, or for ITERATIONS steps.
+
+    No step ends after the budget. Schedules follow the share of the budget, or of ITERATIONS, that
+    is spent. Leaves the weights that EXPORT_WEIGHTS names in the model. Returns whether the layers
+    were looped in the last step, because scoring must use the depth that was trained. Raises
+    FloatingPointError if a loss or a gradient is not finite (see last_good.pt), RunStopped beyond a
+    limit of recompilations or speed, and KeyboardInterrupt after a signal. All ranks must call it.
+    """
+    cfg, model, optimizers = run.cfg, run.model, run.optimizers
+    trainer = Trainer(run, cfg.wallclock - reserve)
+    state, pacer = trainer.state, trainer.pacer
+    average = AverageSchedule(cfg, state)
+    loader = PackedLoader(run.streams["train"], run.tokenizer.bos_id, cfg, run.ranks)
+    loader.cursor = state.tokens
+    steps = loader.steps()
+    handle_signals(trainer.note_signal)
+
+    while state.step < cfg.iterations:
+        frac, step = pacer.frac(), state.step
+        loops_begin = cfg.num_loops > 0 and not state.looped and frac >= cfg.enable_looping_at
+        plan = cfg.plans[state.looped or loops_begin]
+        if not pacer.fits(len(plan)):
             break
-        if switch:
-            log(f"layer_loop:enabled step:{step} frac:{frac:.3f} order:{[v.layer for v in plan]}")
-        (rows, num_targets), scale = next(steps), lr_scale(frac, cfg, step)
-        if cfg.late_qat and scale < cfg.late_qat_threshold and not progress.rounds:
-            log(f"late_qat:enabled step:{step} lr_scale:{scale:.3f}")
-            progress.rounds = True
-        run.model.rounded(progress.rounds)
-        local = accumulate_gradients(run.forward, plan, rows, num_targets, run.graphs)
-        run.model.rounded(False)
-        progress.read()  # of the step before, which the device has done by now
-        progress.looped |= switch
-        norm = run.optimizers.step(scale, muon_momentum(step, cfg), progress.share)
-        progress.average(scale)
-        progress.send(local, norm, len(plan), num_targets, scale)
-        if cfg.val_loss_every and progress.step % cfg.val_loss_every == 0:
-            progress.read()
-            with run.phase("validate", "none"):
-                result = run.evaluate(plan=plan).result()
-            progress.start += run.phases[-1][2]  # off the clock
-            log(
-                f"{step + 1}/{cfg.iterations} val_loss: {result['val_loss']:.4f} val_bpb: {result['val_bpb']:.4f}"
-            )
-            log.scalars(step + 1, {"val_bpb": result["val_bpb"]})
-        progress.pause()
+        if loops_begin:
+            order = [visit.layer for visit in plan]
+            run.log(f"layer_loop:enabled step:{step} frac:{frac:.3f} order:{order}")
+        rows, num_targets = next(steps)
+        scale = lr_scale(frac, cfg, step)
+        if cfg.late_qat and scale < cfg.late_qat_threshold and not state.rounded:
+            run.log(f"late_qat:enabled step:{step} lr_scale:{scale:.3f}")
+            state.rounded = True
+
+        model.rounded(state.rounded)
+        loss = accumulate_gradients(run.forward, plan, rows, num_targets, run.graphs)
+        model.rounded(False)
+
+        # The device is busy with this step, so reading the step before costs no time.
+        trainer.read_step()
+        state.looped = state.looped or loops_begin
+        grad_norm = optimizers.step(scale, muon_momentum(step, cfg), state.newest_share)
+        state.newest_share = average.newest_share(step + 1, scale)
+        state.tokens += num_targets
+        compilations = run.sentinel.poll()
+        pacer.send(loss, grad_norm, scale, len(plan), compilations, trainer.signal_number)
+        if state.step == 1:
+            trainer.read_step()
+        if cfg.val_loss_every and state.step % cfg.val_loss_every == 0:
+            trainer.validate(plan)
+        trainer.pause()
+
     steps.close()
-    progress.read()
-    run.graphs = {}  # nothing else can use their memory
-    handle_signals(raise_stopped)
-    if any(ranks.gather(progress.signal)):  # in the last step
-        progress.stop = 1.0
-        progress.pause()
-    step, ema = progress.step, run.optimizers.averages(newest_share=progress.share)
-    log(
-        f"stopping: step:{step}/{cfg.iterations} train_time:{1000 * progress.ended:.0f}ms; "
-        f"{cfg.export_weights}:applying {cfg.export_weights.upper()} weights"
-    )
-    run.model.load_state_dict(ema)
-    run.final |= {"steps": step, "train_loss": progress.loss, "train_tokens": progress.tokens}
-    run.save("final_model.pt", ema, step, progress.looped)
-    return progress.looped
+    trainer.finish()
+    return state.looped
 
 
 # === 8. Scoring: nats and bytes of every validation token, once ===
@@ -5106,116 +5365,319 @@ def learn_weights(
     model.requires_grad_(False)
 
 
-# === 11. Entry: the phases of a run, each leaving a file ==============================================================
+# === 11. Run: its phases in order, each leaving a file ============================================
+# What reading a file may raise that no run has written: torch.load refuses it, or fields are
+# missing or of other types.
+FOREIGN_FILE_ERRORS = (
+    OSError,
+    RuntimeError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    zlib.error,
+    pickle.UnpicklingError,
+)
+
+
+def read_model_file(path: Path) -> dict[str, Any]:
+    """The fields of a checkpoint (with `weights`), or an artifact's header with its `streams`.
+
+    Executes nothing that it reads. Raises UsageError for a damaged artifact, and one of
+    FOREIGN_FILE_ERRORS for other files.
+    """
+    data = path.read_bytes()
+    # A checkpoint is a zip file.
+    if data[:2] == b"PK":
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    saved, saved["streams"] = open_artifact(data, path)
+    return saved
+
+
+def reasons_to_refuse(
+    name: str, cfg: Config, asked: Config, origin: dict[str, str], saved: dict[str, Any]
+) -> list[str]:
+    """Why a model file cannot be used, a line for each reason; empty if it can.
+
+    name: of the file in messages. cfg: with the file's network; asked: as the environment has it.
+    """
+    others = []
+    for field in NETWORK_FIELDS:
+        value = getattr(cfg, field)
+        if origin[field] == "env" and getattr(asked, field) != value:
+            others.append(f"{field.upper()}={value}")
+    if others:
+        return [f"{name}: was made with {', '.join(others)}"]
+    if problems := cfg.problems():
+        return problems
+    if "weights" in saved:
+        shapes = {n: tuple(w.shape) for n, w in saved["weights"].items()}
+        if shapes != {n: role.shape for n, role in parameter_table(cfg).items()}:
+            return [f"{name}: was made with another network than its config says"]
+    return []
+
+
 def load_model_file(cfg: Config, origin: dict[str, str]) -> tuple[Config, dict[str, Any]]:
-    """The config with EVAL_ONLY_PATH's network, the file's header with `weights` (checkpoint) or `streams` (artifact).
-    Executes nothing it reads. UsageError if it is neither, or the environment asks for another network."""
-    path, name = Path(cfg.eval_only_path), f"EVAL_ONLY_PATH={cfg.eval_only_path}"
+    """The config with the network of EVAL_ONLY_PATH, and the fields of that file.
+
+    The fields are those of `read_model_file`. Raises UsageError if the file is neither a checkpoint
+    nor an artifact, or if the environment asks for another network than the file has.
+    """
+    path = Path(cfg.eval_only_path)
+    name = f"EVAL_ONLY_PATH={cfg.eval_only_path}"
     try:
-        data = path.read_bytes()
-        if data[:2] == b"PK":  # a checkpoint is a zip file
-            saved = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        else:
-            saved, saved["streams"] = open_artifact(data, path)
+        saved = read_model_file(path)
         if type(saved.get("looped", True)) is not bool or {"weights", "streams"} <= saved.keys():
             raise TypeError("fields that no run writes")
-        theirs = read_network_config(saved["config"])
-        asked = [
-            f"{f.upper()}={v}"
-            for f, v in theirs.items()
-            if origin[f] == "env" and getattr(cfg, f) != v
-        ]
-        cfg = dataclasses.replace(cfg, **theirs)
-        problems = [f"{name}: was made with {', '.join(asked)}"] if asked else cfg.problems()
-        if (
-            not problems
-            and "weights" in saved
-            and {n: tuple(w.shape) for n, w in saved["weights"].items()}
-            != {n: role.shape for n, role in parameter_table(cfg).items()}
-        ):
-            problems = [f"{name}: was made with another network than its config says"]
-    except (
-        OSError,
-        RuntimeError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        zlib.error,
-        pickle.UnpicklingError,
-    ) as error:
-        reason = (
-            getattr(error, "strerror", None)
-            or "neither an artifact nor a checkpoint of train_gpt.py"
-        )
+        file_cfg = dataclasses.replace(cfg, **read_network_config(saved["config"]))
+        reasons = reasons_to_refuse(name, file_cfg, cfg, origin, saved)
+    except FOREIGN_FILE_ERRORS as error:
+        reason = "neither an artifact nor a checkpoint of train_gpt.py"
+        if isinstance(error, OSError) and error.strerror:
+            reason = error.strerror
         raise UsageError(f"{name}: {reason}") from error
-    if problems:
-        raise UsageError("\n".join(problems))
-    return cfg, saved
+    if reasons:
+        raise UsageError("\n".join(reasons))
+    return file_cfg, saved
 
 
-def configure_torch(
-    cfg: Config,
-) -> None:  # how it draws, multiplies and compiles, before anything is built
+def configure_torch(cfg: Config) -> None:
+    """Sets how PyTorch draws random numbers, multiplies and compiles. It comes before the model."""
     torch.manual_seed(cfg.seed)
     torch.set_float32_matmul_precision("high" if cfg.compute_dtype == "bf16" else "highest")
-    torch._dynamo.config.recompile_limit = 64  # training, scoring and adaptation share GPT.forward
-    torch._dynamo.config.specialize_int = torch._dynamo.config.specialize_float = (
-        True  # settings; only sizes vary
-    )
-    torch.fx.experimental._config.use_duck_shape = (
-        False  # each for itself: in warm-up some are equal by chance
-    )
+    # Training, scoring and adaptation share GPT.forward, each with graphs of its own.
+    torch._dynamo.config.recompile_limit = 64
+    # Whole numbers and floats are settings; only sizes vary.
+    torch._dynamo.config.specialize_int = True
+    torch._dynamo.config.specialize_float = True
+    # A symbol for each size: in warm-up some are equal by chance.
+    torch.fx.experimental._config.use_duck_shape = False
 
 
-def compile_any_size(
-    model: nn.Module, cuda_graph: bool
-) -> Callable:  # one graph for all sizes of adaptation
+def compile_any_size(model: nn.Module, cuda_graph: bool) -> Callable:
+    """The compiled forward of adaptation: one graph for all sizes.
+
+    cuda_graph: whether to record a CUDA graph for each size.
+    """
     options = {
         "triton.cudagraphs": cuda_graph,
+        # With it there would be a second graph, for few tokens.
         "triton.mix_order_reduction": False,
-    }  # or two: for few tokens
-    known = {name: options[name] for name in options if name in torch._inductor.list_options()}
-    return torch.compile(model, fullgraph=True, dynamic=True, options=known)
+    }
+    known = torch._inductor.list_options()
+    options = {name: value for name, value in options.items() if name in known}
+    return torch.compile(model, fullgraph=True, dynamic=True, options=options)
 
 
-class Run:  # from its data to its report, the same on all ranks; `go` holds the phases in order
-    def __init__(
-        self, cfg: Config, origin: dict[str, str], ranks: Ranks
-    ):  # checks all that can be wrong, on all ranks
-        self.cfg, self.ranks, self.saved, self.final, error = (
-            cfg,
-            ranks,
-            {},
-            {},
-            None,
-        )  # saved: EVAL_ONLY_PATH's file
-        self.phases, self.inner = [], 0.0
+class Phase(NamedTuple):
+    """A phase of a run that is over.
+
+    budget: which one it counts against (train, eval or none). seconds: without those of phases
+    within it.
+    """
+
+    name: str
+    budget: str
+    seconds: float
+
+
+class Stage(enum.IntEnum):
+    """The last stage of a run that has left a file.
+
+    NOTHING: neither of the files below, though there may be a checkpoint of the training. TRAINED:
+    the exported weights. PACKED: the artifact.
+    """
+
+    NOTHING = 0
+    TRAINED = 1
+    PACKED = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """What a run starts from: nothing, its own newest checkpoint, or the file of EVAL_ONLY_PATH.
+
+    from_file: whether it is that file. weights: the exported ones; None before the end of training,
+    and for an artifact. looped: whether the layers were looped when training ended; None if
+    unknown. training: state, optimisers and random state, if the checkpoint was saved within the
+    training. tokenizer_sha256: of the tokenizer that the file was made with; empty if unknown.
+    """
+
+    stage: Stage = Stage.NOTHING
+    from_file: bool = False
+    weights: dict[str, Tensor] | None = None
+    looped: bool | None = None
+    training: dict[str, Any] | None = None
+    tokenizer_sha256: str = ""
+
+    @property
+    def is_artifact(self) -> bool:
+        """Whether the run only scores and adapts an artifact; then it needs no training data."""
+        return self.from_file and self.stage == Stage.PACKED
+
+    @classmethod
+    def from_model_file(cls, saved: dict[str, Any]) -> Start:
+        """From the fields that `load_model_file` returns."""
+        return cls(
+            stage=Stage.PACKED if "streams" in saved else Stage.TRAINED,
+            from_file=True,
+            weights=saved.get("weights"),
+            looped=saved.get("looped"),
+            tokenizer_sha256=saved.get("tokenizer", ""),
+        )
+
+
+def read_checkpoint(path: Path, made_with: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """A checkpoint of `Run.save_checkpoint`, and why it is refused, empty if it is not.
+
+    It is refused if it is damaged or was made with other values than `made_with`.
+    """
+    data = path.read_bytes()
+    checksum = data[:32]
+    body = data[32:]
+    if hashlib.sha256(body).digest() != checksum:
+        return {}, "damaged"
+    saved = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
+    others = []
+    for key, value in saved["made_with"].items():
+        if made_with.get(key, value) != value:
+            others.append(f"made with {key}={value}")
+    return saved, ", ".join(others)
+
+
+def has_final_line(log: Path) -> bool:
+    """Whether a log holds a run's result."""
+    return log.exists() and re.search(rb"^final .*\n", log.read_bytes(), re.M) is not None
+
+
+class Run:
+    """One run on one rank, from its data to its report.
+
+    The constructor checks everything that can be wrong and opens the data; `go` goes through the
+    phases. All ranks must call the same methods in the same order. `open_data` sets streams,
+    tokenizer, docs, table (bytes of tokens) and decoded; `build_model` sets model, forwards and
+    optimizers.
+    """
+
+    def __init__(self, cfg: Config, origin: dict[str, str], ranks: Ranks):
+        """Raises UsageError on all ranks if one of them finds something wrong.
+
+        origin: where each field of `cfg` comes from, as Config.from_env returns it.
+        """
+        self.cfg = cfg
+        self.ranks = ranks
+        self.start = Start()
+        # The figures of the final line, and the phases that are over.
+        self.final: dict[str, Any] = {}
+        self.phases: list[Phase] = []
+        # Seconds that do not count for the phase that is running.
+        self.excluded_seconds = 0.0
+        # CUDA graphs of the training, by plan.
+        self.graphs: dict[tuple[Visit, ...], Callable] = {}
+        # Seconds that warm-up spent on the evaluation.
+        self.eval_warm_up_s = 0.0
         self.tuner = TileTuner()
         use_tuner(self.tuner)
         with self.phase("check", "none"):
-            try:
-                lines = self.check(origin)
-            except UsageError as caught:
-                error = str(caught)
-            if found := next(
-                filter(None, ranks.gather(error)), None
-            ):  # or a peer would wait for one that has left
-                raise UsageError(found)
-            self.decoded = sum(ranks.gather(self.decoded))
-        cfg, run_id = (
-            self.cfg,
-            cfg.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}_{cfg.preset}_seed{cfg.seed}",
-        )
-        run_id = ranks.gather(run_id)[0]
+            lines = self.check_together(origin)
+
+        cfg = self.cfg
+        default_id = f"{time.strftime('%Y%m%d-%H%M%S')}_{cfg.preset}_seed{cfg.seed}"
+        run_id = ranks.gather(cfg.run_id or default_id)[0]
         self.folder = Path(cfg.artifact_dir or f"runs/{run_id}")
-        self.facts = {
+        log_path = Path(f"logs/{run_id}.txt")
+        self.facts = self.describe(run_id)
+        self.made_with = self.checkpoint_identity()
+        self.checkpoint_number = -1
+        lines += self.load_checkpoint(log_path)
+        self.looped = cfg.num_loops > 0 and cfg.enable_looping_at < 1
+        if self.start.looped is not None:
+            self.looped = self.start.looped
+
+        board = f"{cfg.tensorboard_dir}/{run_id}" if cfg.tensorboard_dir else ""
+        self.log = Log(log_path, ranks.is_main, ranks.live, board)
+        self.sentinel = CompilationCounter(self.log)
+        self.log_settings(origin, lines)
+
+    @property
+    def plan(self) -> tuple[Visit, ...]:
+        """The order of layers at the end of training, which scoring and adaptation use."""
+        return self.cfg.plans[self.looped]
+
+    # --- Before the phases ---
+    def check_together(self, origin: dict[str, str]) -> list[str]:
+        """Calls `check` on all ranks; if one raises UsageError, all do.
+
+        Otherwise the others would wait for the one that has left. Returns lines for the log.
+        """
+        lines = []
+        problem = None
+        self.decoded = 0
+        try:
+            lines = self.check(origin)
+        except UsageError as error:
+            problem = str(error)
+        for message in self.ranks.gather(problem):
+            if message:
+                raise UsageError(message)
+        self.decoded = sum(self.ranks.gather(self.decoded))
+        return lines
+
+    def check(self, origin: dict[str, str]) -> list[str]:
+        """Checks the model file and the data, and chooses the attention; returns lines for the log.
+
+        Raises UsageError if something is wrong.
+        """
+        if self.cfg.eval_only_path:
+            self.cfg, saved = load_model_file(self.cfg, origin)
+            self.start = Start.from_model_file(saved)
+        self.check_world_size()
+        self.open_data()
+        self.backend, lines = choose_attention(
+            self.cfg.attention_backend, self.ranks.device, self.cfg.dtype
+        )
+        for name, stream in self.streams.items():
+            lines.append(f"{name}_shards: {len(stream.paths)} {name}_tokens: {stream.size}")
+        return lines
+
+    def check_world_size(self) -> None:
+        """Raises UsageError if a rank would have no row of a training step."""
+        world_size, rows = self.ranks.world_size, self.cfg.rows_per_step
+        if not self.start.from_file and world_size > rows:
+            raise UsageError(f"WORLD_SIZE={world_size}: must be at most {rows}, the rows of a step")
+
+    def open_data(self) -> None:
+        """Opens and checks shards, tokenizer and validation documents; raises UsageError.
+
+        Sets `decoded` to the bytes of this rank's part of the documents, counted by decoding them.
+        """
+        cfg, ranks = self.cfg, self.ranks
+        # Shards come before the tokenizer: without data, that is what the user must hear of.
+        splits = ["val"] if self.start.is_artifact else ["val", "train"]
+        self.streams = {split: TokenStream(cfg.dataset_dir, split) for split in splits}
+        self.tokenizer = Tokenizer.load(cfg)
+        if self.start.tokenizer_sha256 not in ("", self.tokenizer.sha256):
+            raise UsageError(
+                f"EVAL_ONLY_PATH={cfg.eval_only_path}: {self.tokenizer.path} is not its tokenizer"
+            )
+        check_shards(cfg, self.tokenizer, ranks, self.streams)
+        self.docs = Documents.load(self.streams["val"], self.tokenizer.bos_id, cfg)
+        self.table, self.decoded = check_bytes(self.tokenizer, self.docs, ranks)
+
+    def describe(self, run_id: str) -> dict[str, Any]:
+        """The facts that the log and the final line state: code, data, machine, versions."""
+        cfg, ranks = self.cfg, self.ranks
+        preset = f"{cfg.preset} shrunk" if cfg.shrink else cfg.preset
+        if ranks.device.type == "cuda":
+            device = torch.cuda.get_device_name()
+        else:
+            device = f"CPU, {os.cpu_count()} cores"
+        val_tokens = self.docs.joined_tokens().astype("<u2")
+        return {
             "run_id": run_id,
-            "preset": cfg.preset + " shrunk" * cfg.shrink,
+            "preset": preset,
             "seed": cfg.seed,
             "world_size": ranks.world_size,
-            "device": torch.cuda.get_device_name()
-            if ranks.device.type == "cuda"
-            else f"CPU, {os.cpu_count()} cores",
+            "device": device,
             "torch": torch.__version__,
             "python": sys.version.split()[0],
             "dataset": cfg.dataset_dir.name,
@@ -5225,321 +5687,392 @@ class Run:  # from its data to its report, the same on all ranks; `go` holds the
             "attention": self.backend,
             "val_docs": len(self.docs.counts),
             "tokenizer_sha256": self.tokenizer.sha256,
-            "val_sha256": hashlib.sha256(
-                self.docs.joined_tokens().astype("<u2").tobytes()
-            ).hexdigest(),
+            "val_sha256": hashlib.sha256(val_tokens.tobytes()).hexdigest(),
         }
-        lines += self.resume(log := Path(f"logs/{run_id}.txt"))
-        self.log = Log(
-            log,
-            ranks.is_main,
-            ranks.live,
-            cfg.tensorboard_dir and f"{cfg.tensorboard_dir}/{run_id}",
-        )
-        self.sentinel, self.graphs = CompilationCounter(self.log), {}
-        self.log(TEXT * (not self.kept) + "\nHyperparameters:", terminal=False)
-        for field, value in sorted(dataclasses.asdict(cfg).items()):
+
+    def log_settings(self, origin: dict[str, str], lines: list[str]) -> None:
+        """Begins the log with the source, all settings, the facts, `lines` and warnings.
+
+        A resumed run's log has the source already.
+        """
+        source = "" if self.checkpoint_number >= 0 else TEXT
+        self.log(f"{source}\nHyperparameters:", terminal=False)
+        for field, value in sorted(dataclasses.asdict(self.cfg).items()):
             self.log(f"  {field}: {value} ({origin[field]})", terminal=origin[field] == "env")
-        self.log("\n".join([*(f"{key}: {value}" for key, value in self.facts.items()), *lines]))
-        for warning in cfg.warnings():
+        facts = [f"{key}: {value}" for key, value in self.facts.items()]
+        self.log("\n".join(facts + lines))
+        for warning in self.cfg.warnings():
             self.log(f"warning: {warning}")
 
-    def check(
-        self, origin: dict[str, str]
-    ) -> list[str]:  # sets what the phases need, returns lines for the log
-        check_paths(self.cfg)
-        if self.cfg.eval_only_path:
-            self.cfg, self.saved = load_model_file(self.cfg, origin)
-        cfg, ranks = self.cfg, self.ranks
-        if not self.saved and ranks.world_size > cfg.rows_per_step:
-            raise UsageError(
-                f"WORLD_SIZE={ranks.world_size}: must be at most {cfg.rows_per_step}, the rows of a step"
-            )
-        splits = (
-            ["val"] if "streams" in self.saved else ["val", "train"]
-        )  # no data is an error before no tokenizer
-        self.streams = {split: TokenStream(cfg.dataset_dir, split) for split in splits}
-        self.tokenizer = Tokenizer.load(cfg)
-        if self.saved.get("tokenizer", self.tokenizer.sha256) != self.tokenizer.sha256:
-            raise UsageError(
-                f"EVAL_ONLY_PATH={cfg.eval_only_path}: {self.tokenizer.path} is not its tokenizer"
-            )
-        check_shards(cfg, self.tokenizer, ranks, self.streams)
-        self.docs = Documents.load(self.streams["val"], self.tokenizer.bos_id, cfg)
-        self.table, self.decoded = check_bytes(self.tokenizer, self.docs, ranks)
-        self.backend, lines = choose_attention(cfg.attention_backend, ranks.device, cfg.dtype)
-        return lines + [
-            f"{name}_shards: {len(s.paths)} {name}_tokens: {s.size}"
-            for name, s in self.streams.items()
-        ]
+    # --- Checkpoints ---
+    def checkpoint_identity(self) -> dict[str, Any]:
+        """What a checkpoint must have been made with so that the run may go on from it.
 
-    def resume(self, log: Path) -> list[str]:
-        """Sets `kept`, the newest whole checkpoint of this run, rank 0's on all ranks; empty if there is none: then a
-        new log begins. Returns lines for it. UsageError if it has a result, or all are damaged or another run's."""
-        facts = {key: self.facts[key] for key in ("code_sha256", "tokenizer_sha256", "val_sha256")}
-        facts["tokens"] = sum(stream.size for stream in self.streams.values())
-        self.made = {
-            k: v for k, v in dataclasses.asdict(self.cfg).items() if k not in FREE_FIELDS
-        } | facts
-        kept, lines = {}, []
+        These are code and data, and all settings that change results.
+        """
+        identity = {}
+        for field, value in dataclasses.asdict(self.cfg).items():
+            if field not in FREE_FIELDS:
+                identity[field] = value
+        for key in ("code_sha256", "tokenizer_sha256", "val_sha256"):
+            identity[key] = self.facts[key]
+        identity["tokens"] = sum(stream.size for stream in self.streams.values())
+        return identity
+
+    def load_checkpoint(self, log: Path) -> list[str]:
+        """Starts from this run's newest usable checkpoint, or anew with a new log.
+
+        The checkpoint of rank 0 counts. Returns lines for the log. Raises UsageError if the log
+        holds a result already, or if there are checkpoints and none can be used. All ranks must
+        call it.
+        """
+        newest = {}
+        refusals = []
         if self.ranks.is_main:
-            over = log.exists() and re.search(rb"^final .*\n", log.read_bytes(), re.M)
-            lines = [f"RUN_ID={self.cfg.run_id}: {log} has its result already"] if over else []
-            for part in (
-                self.folder.glob("*.part") if self.cfg.checkpoint_every else ()
-            ):  # of a killed run
-                part.unlink()
-            for path in (
-                self.folder.glob("checkpoint.[01].pt")
-                if self.cfg.checkpoint_every and not over
-                else ()
-            ):
-                data = path.read_bytes()
-                whole, other = hashlib.sha256(data[32:]).digest() == data[:32], ["damaged"]
-                if whole:
-                    state = torch.load(io.BytesIO(data[32:]), map_location="cpu", weights_only=True)
-                    other = [
-                        f"made with {k}={v}"
-                        for k, v in state["made"].items()
-                        if self.made.get(k, v) != v
-                    ]
-                lines += [f"{path}: refused: {', '.join(other)}"] * bool(other)
-                kept = kept if other else max(kept, state, key=lambda s: s.get("number", -1))
-        self.kept, lines = self.ranks.gather((kept, lines))[0]  # nodes may not share folders
-        if lines and not self.kept:
+            if has_final_line(log):
+                refusals = [f"RUN_ID={self.cfg.run_id}: {log} has its result already"]
+            elif self.cfg.checkpoint_every:
+                newest, refusals = self.find_checkpoint()
+        # Nodes may not share folders.
+        newest, lines = self.ranks.gather((newest, refusals))[0]
+        if lines and not newest:
             raise UsageError("\n".join(lines))
-        if self.ranks.is_main and not self.kept and log.exists():  # of a run that did not end
-            log.replace(f"{log}.old")
-        self.final, self.phases = (
-            self.kept.get("final", {}),
-            self.phases + self.kept.get("phases", []),
-        )
-        if self.kept:
+
+        if newest:
+            self.start = Start(**newest["start"])
+            self.checkpoint_number = newest["number"]
+            self.final = newest["final"]
             self.final["resumed"] = self.final.get("resumed", 0) + 1
-            lines.append(f"resumed: from checkpoint {self.kept['number']}")
+            self.phases += [Phase(*phase) for phase in newest["phases"]]
+            lines.append(f"resumed: from checkpoint {self.checkpoint_number}")
+        elif self.ranks.is_main and log.exists():
+            # It is the log of a run that did not end.
+            log.replace(f"{log}.old")
         return lines
 
-    def keep(self, **state: Any) -> None:  # a checkpoint, in place of the one before the last
-        if self.cfg.checkpoint_every:
-            self.kept = {"number": self.kept.get("number", -1) + 1}
-            spent = [phase for phase in self.phases if phase[1] != "none"]
-            state |= {**self.kept, "made": self.made, "phases": spent, "final": self.final}
-            torch.save(state, data := io.BytesIO())
-            if self.ranks.is_main:
-                path, data = (
-                    self.folder / f"checkpoint.{self.kept['number'] % 2}.pt",
-                    data.getvalue(),
-                )
-                write_atomic(path, hashlib.sha256(data).digest() + data)
+    def find_checkpoint(self) -> tuple[dict[str, Any], list[str]]:
+        """The newest usable checkpoint in the run's folder, and a line for each refused one.
 
-    @contextlib.contextmanager
-    def phase(
-        self, name: str, budget: str
-    ) -> Iterator[None]:  # times, against a budget, less phases within it
-        outer, self.inner, start = self.inner, 0.0, self.ranks.now()
-        if name != "check":  # which comes before the log
-            self.log.show(f"{name} ..")
-        yield
-        seconds = self.ranks.now() - start
-        self.phases.append((name, budget, seconds - self.inner))
-        self.inner = outer + seconds
+        Removes half-written files that a killed run has left.
+        """
+        for part in self.folder.glob("*.part"):
+            part.unlink()
+        newest = {}
+        refusals = []
+        for path in self.folder.glob("checkpoint.[01].pt"):
+            saved, reason = read_checkpoint(path, self.made_with)
+            if reason:
+                refusals.append(f"{path}: refused: {reason}")
+            elif saved["number"] > newest.get("number", -1):
+                newest = saved
+        return newest, refusals
 
-    def go(
-        self,
-    ) -> dict[str, Any]:  # each phase leaves a file before the next begins; returns the figures
-        cfg, saved, path = self.cfg, self.saved, Path(self.cfg.eval_only_path)
-        configure_torch(cfg)
-        self.model = GPT(cfg, self.backend).to(self.ranks.device)
-        self.forward = (
-            torch.compile(self.model, fullgraph=True, dynamic=False) if cfg.compile else self.model
-        )
-        graphs = cfg.ttt_cuda_graph and self.backend != "sdpa"  # which asks the host
-        both = self.forward, compile_any_size(self.model, graphs) if cfg.compile else self.model
-        self.scoring, self.ttt_forward = (
-            partial(f, temperature=cfg.logit_temperature) for f in both
-        )
-        self.log(f"model_params:{sum(p.numel() for p in self.model.parameters())}")
-        start = saved or self.kept
-        looped = start.get("looped", cfg.num_loops > 0 and cfg.enable_looping_at < 1)
-        with self.phase("warm-up", "none"):
-            reserve = self.warm_up(cfg.plans[looped])
-        if "weights" in start:
-            self.model.load_state_dict(start["weights"])
-        elif not saved:
-            with self.phase("train", "train"):
-                looped = train(self, reserve)
-            self.keep(weights=self.model.state_dict(), looped=looped)
-        self.plan = cfg.plans[looped]
-        if "streams" not in saved:
-            path = self.folder / "final_model.int6.ptz"
-            if "packed" not in start:
-                self.compress(path, {"looped": looped, "tokenizer": self.tokenizer.sha256})
-                self.keep(weights=self.model.state_dict(), looped=looped, packed=True)
-            self.score("diagnostic pre-quantization post-ema", "none", self.evaluate)
-        self.reload(path)
-        deadline = Deadline(
-            cfg.eval_deadline_seconds - cfg.eval_budget_includes_compile * self.eval_warm_up
-        )
-        self.score("diagnostic quantized", "eval", self.evaluate)
-        deadline.rate = self.phases[-1][2] * self.ranks.world_size / self.docs.counts.sum()
-        if cfg.sliding_window_enabled:
-            self.score(
-                "diagnostic quantized_sliding_window",
-                "eval",
-                partial(self.evaluate, cfg.eval_stride),
-            )
-        if cfg.ttt_enabled:
-            self.score("quantized_ttt_lora", "eval", partial(self.adapt, deadline))
-        return self.report()
+    def save_checkpoint(self, stage: Stage, **contents: Any) -> None:
+        """Saves what the run needs to go on from `stage`, if CHECKPOINT_EVERY is set.
 
-    def warm_up(
-        self, last: tuple[Visit, ...]
-    ) -> float:  # synthetic tokens, undone; the seconds to keep after training
-        cfg, ranks, reserve, trains = (
-            self.cfg,
-            self.ranks,
-            0.0,
-            not self.saved and "weights" not in self.kept,
-        )
-        calibrates = cfg.quantizer == "allocated" and not (
-            "streams" in self.saved or "packed" in self.kept
-        )
-        plans = sorted({cfg.plans[0], last}, key=len) if trains else [last]
-        self.optimizers, row = (
-            Optimizers(self.model, cfg, ranks),
-            synthetic_row(cfg, cfg.row_shape, ranks.device),
-        )
-        with state_restored(self.model, self.optimizers):
-            for step in range(cfg.warmup_steps * (trains or calibrates)):
-                for plan in plans:
-                    accumulate_gradients(self.forward, plan, [row], cfg.micro_batch_tokens)
-                    if trains:
-                        self.optimizers.step(1.0, cfg.muon_momentum)
-                self.log(f"warmup_step: {step + 1}/{cfg.warmup_steps}")
-            measured = trains and cfg.gptq_reserve_seconds < 0 and cfg.wallclock < math.inf
-            for _ in range(2 * measured):  # cold, then timed
-                start = ranks.now()
-                calibration = self.calibrate(last, [row])
-                middle, rows = ranks.now(), -(-cfg.gptq_calibration_batches // ranks.world_size)
-                solver = Quantizer(self.model, *calibration, ranks)
-                fit_artifact(solver, self.model, {}, self.log, rounds=1)
-                rounds = (
-                    4 if 0 < cfg.artifact_limit_bytes < 1.2 * solver.finest else 1
-                )  # a fit has taken up to four
-                reserve = 1.0 + 1.25 * (rows * (middle - start) + rounds * (ranks.now() - middle))
-            if cfg.warmup_steps:  # documents of random tokens, in every length of a window
-                count = cfg.ttt_eval_seq_len + cfg.ttt_chunk_size
-                starts = np.arange(0, max(2 * cfg.ttt_chunk_tokens, cfg.val_row_shape[0]), count)
-                tokens = np.random.default_rng(0).integers(
-                    0, cfg.vocab_size, count * len(starts) + 1
-                )
-                self.plan, docs = last, Documents(tokens, starts, np.full(len(starts), count))
-                self.log.prefix = "warmup: "  # what it scores are random tokens
-                for plan in (
-                    plans if cfg.val_loss_every else [last]
-                ):  # validation may come before the loops
-                    start = ranks.now()
-                    self.evaluate(plan=plan, docs=docs, ranks=ranks.alone())
-                if cfg.ttt_enabled:
-                    self.adapt(Deadline(math.inf), docs, ranks.alone())
-                self.log.prefix = ""
-                self.log("warmup:done (random tokens, no validation data)")
-            self.eval_warm_up = ranks.now() - start if cfg.warmup_steps else 0.0
-        if (
-            trains and cfg.cuda_graph and ranks.device.type == "cuda" and self.backend != "sdpa"
-        ):  # sdpa asks the host
-            self.optimizers.keep_gradients, pool = True, torch.cuda.graph_pool_handle()
-            for p in self.model.parameters():
-                p.grad = torch.zeros_like(p)
-            self.graphs = {plan: capture_row(self.forward, plan, row, pool) for plan in plans}
-            self.model.zero_grad(set_to_none=False)
-        self.sentinel = CompilationCounter(self.log)  # of what is compiled from here on
-        self.tuner.may_measure = not cfg.warmup_steps
-        reserve = (
-            max(ranks.gather(reserve)) if cfg.gptq_reserve_seconds < 0 else cfg.gptq_reserve_seconds
-        )
-        if trains and cfg.wallclock < 2 * reserve:
-            raise UsageError(
-                f"MAX_WALLCLOCK_SECONDS={cfg.wallclock:g}: compression needs {reserve:.1f} s"
-            )
-        self.log(
-            f"gptq:reserving {reserve:.1f}s, effective={1000 * (cfg.wallclock - reserve):.0f}ms"
-        )
-        return reserve
+        contents: the other fields of `Start`. The folder holds two checkpoints; this one replaces
+        the older. All ranks must call it.
+        """
+        if not self.cfg.checkpoint_every:
+            return
+        self.checkpoint_number += 1
+        if self.ranks.is_main:
+            saved = {
+                "number": self.checkpoint_number,
+                "made_with": self.made_with,
+                "start": {"stage": int(stage), **contents},
+                "phases": [tuple(phase) for phase in self.phases if phase.budget != "none"],
+                "final": self.final,
+            }
+            buffer = io.BytesIO()
+            torch.save(saved, buffer)
+            body = buffer.getvalue()
+            path = self.folder / f"checkpoint.{self.checkpoint_number % 2}.pt"
+            write_atomic(path, hashlib.sha256(body).digest() + body)
 
-    def check_compiled(self, count: float) -> None:  # of all ranks, since warm-up
-        self.final["recompilations"] = int(count)
-        if 0 <= self.cfg.recompile_limit < count:
-            raise RunStopped(
-                f"RECOMPILE_LIMIT={self.cfg.recompile_limit}: {count:.0f} compilations after warm-up"
-            )
+    def save_weights(self, name: str, weights: dict[str, Tensor], step: int, looped: bool) -> None:
+        """Saves full weights and their network's config in the run's folder, for EVAL_ONLY_PATH.
 
-    def save(self, name: str, weights: dict[str, Tensor], step: int, looped: bool) -> None:
-        saved = {"config": network_config(self.cfg), "looped": looped, "step": step}
-        saved |= {
+        All ranks must call it.
+        """
+        saved = {
+            "config": network_config(self.cfg),
+            "looped": looped,
+            "step": step,
             "tokenizer": self.tokenizer.sha256,
-            "weights": {k: v.detach().cpu() for k, v in weights.items()},
+            "weights": {key: value.detach().cpu() for key, value in weights.items()},
         }
-        torch.save(saved, buffer := io.BytesIO())
+        buffer = io.BytesIO()
+        torch.save(saved, buffer)
         if self.ranks.is_main:
             write_atomic(self.folder / name, buffer.getvalue())
         self.log(f"Serialized model: {buffer.tell()} bytes in {self.folder / name}")
 
+    # --- The phases ---
+    @contextlib.contextmanager
+    def phase(self, name: str, budget: str) -> Iterator[None]:
+        """Times its body as a phase that counts against `budget` (train, eval or none)."""
+        outer_excluded = self.excluded_seconds
+        self.excluded_seconds = 0.0
+        start = self.ranks.now()
+        # The check comes before there is a log.
+        if name != "check":
+            self.log.show(f"{name} ..")
+        yield
+        seconds = self.ranks.now() - start
+        self.phases.append(Phase(name, budget, seconds - self.excluded_seconds))
+        self.excluded_seconds = outer_excluded + seconds
+
+    def go(self) -> dict[str, Any]:
+        """Goes through the phases that are still to do; returns the figures of the final line."""
+        start = self.start
+        configure_torch(self.cfg)
+        self.build_model()
+        with self.phase("warm-up", "none"):
+            reserve = self.warm_up(self.plan)
+
+        if start.weights is not None:
+            self.model.load_state_dict(start.weights)
+        elif start.stage == Stage.NOTHING:
+            self.run_training(reserve)
+
+        path = self.folder / "final_model.int6.ptz"
+        if start.stage < Stage.PACKED:
+            self.compress(path)
+        if start.is_artifact:
+            path = Path(self.cfg.eval_only_path)
+        else:
+            label = "diagnostic pre-quantization post-ema"
+            self.run_evaluation(label, "none", self.evaluate)
+
+        self.load_artifact_file(path)
+        self.evaluate_artifact()
+        return self.report()
+
+    def build_model(self) -> None:
+        """Makes the model, its forwards and its optimisers.
+
+        `forward` trains, `scoring` scores, and `ttt_forward` adapts, with one graph for all sizes.
+        """
+        cfg = self.cfg
+        self.model = GPT(cfg, self.backend).to(self.ranks.device)
+        self.forward = self.model
+        any_size = self.model
+        if cfg.compile:
+            self.forward = torch.compile(self.model, fullgraph=True, dynamic=False)
+            # sdpa asks the host for the documents' lengths, which a CUDA graph cannot.
+            any_size = compile_any_size(self.model, cfg.ttt_cuda_graph and self.backend != "sdpa")
+        self.scoring = partial(self.forward, temperature=cfg.logit_temperature)
+        self.ttt_forward = partial(any_size, temperature=cfg.logit_temperature)
+        self.optimizers = Optimizers(self.model, cfg, self.ranks)
+        self.log(f"model_params:{sum(p.numel() for p in self.model.parameters())}")
+
+    def run_training(self, reserve: float) -> None:
+        """Trains, keeping `reserve` seconds of the budget for compression."""
+        with self.phase("train", "train"):
+            self.looped = train(self, reserve)
+        weights = self.model.state_dict()
+        self.save_checkpoint(Stage.TRAINED, weights=weights, looped=self.looped)
+
+    # --- Warm-up ---
+    def warm_up(self, last_plan: tuple[Visit, ...]) -> float:
+        """Compiles and measures what the run will need, on random tokens; the model stays as it is.
+
+        last_plan: the order of layers with which training will probably end. Returns the seconds of
+        the budget to keep for compression. Raises UsageError if the budget is too short for it.
+        """
+        cfg, ranks = self.cfg, self.ranks
+        trains = self.start.stage == Stage.NOTHING
+        plans = [last_plan]
+        if trains:
+            plans = sorted({cfg.plans[0], last_plan}, key=len)
+        row = synthetic_row(cfg, cfg.row_shape, ranks.device)
+        reserve = 0.0
+
+        with state_restored(self.model, self.optimizers):
+            self.warm_up_training(plans, row)
+            if trains and cfg.gptq_reserve_seconds < 0 and cfg.wallclock < math.inf:
+                reserve = self.measure_compression(last_plan, row)
+            if cfg.warmup_steps:
+                self.warm_up_evaluation(plans)
+
+        # sdpa asks the host for the documents' lengths, which a CUDA graph cannot.
+        on_cuda = ranks.device.type == "cuda" and self.backend != "sdpa"
+        if trains and cfg.cuda_graph and on_cuda:
+            self.capture_training(plans, row)
+        # From here on, compilations are counted and no tile is timed any more.
+        self.sentinel = CompilationCounter(self.log)
+        self.tuner.may_measure = not cfg.warmup_steps
+        return self.agree_on_reserve(reserve)
+
+    def warm_up_training(self, plans: list[tuple[Visit, ...]], row: Batch) -> None:
+        """Compiles the graphs of training, or of calibration if the run does not train."""
+        cfg = self.cfg
+        trains = self.start.stage == Stage.NOTHING
+        calibrates = cfg.quantizer == "allocated" and self.start.stage < Stage.PACKED
+        if not (trains or calibrates):
+            return
+        for step in range(cfg.warmup_steps):
+            for plan in plans:
+                accumulate_gradients(self.forward, plan, [row], cfg.micro_batch_tokens)
+                if trains:
+                    self.optimizers.step(1.0, cfg.muon_momentum)
+            self.log(f"warmup_step: {step + 1}/{cfg.warmup_steps}")
+
+    def measure_compression(self, plan: tuple[Visit, ...], row: Batch) -> float:
+        """The seconds to keep for calibration, quantisation and packing, measured on one row.
+
+        They include a second, and a quarter of the rest, as a margin.
+        """
+        cfg, ranks = self.cfg, self.ranks
+        # The first time compiles, the second is what counts.
+        for _ in range(2):
+            start = ranks.now()
+            calibration = self.calibrate(plan, [row])
+            calibrated = ranks.now()
+            solver = Quantizer(self.model, *calibration, ranks)
+            fit_artifact(solver, self.model, {}, self.log, rounds=1)
+            end = ranks.now()
+        rows_per_rank = math.ceil(cfg.gptq_calibration_batches / ranks.world_size)
+        # Fitting the artifact to a limit that binds has taken up to four rounds.
+        rounds = 4 if 0 < cfg.artifact_limit_bytes < 1.2 * solver.finest else 1
+        seconds = rows_per_rank * (calibrated - start) + rounds * (end - calibrated)
+        return 1.0 + 1.25 * seconds
+
+    def warm_up_evaluation(self, plans: list[tuple[Visit, ...]]) -> None:
+        """Compiles the graphs of scoring and adaptation, on documents of random tokens.
+
+        Each document is longer than a window, so that windows of every length occur. plans: those
+        of the training, the last one being that of the evaluation.
+        """
+        cfg, ranks = self.cfg, self.ranks
+        length = cfg.ttt_eval_seq_len + cfg.ttt_chunk_size
+        starts = np.arange(0, max(2 * cfg.ttt_chunk_tokens, cfg.val_row_shape[0]), length)
+        rng = np.random.default_rng(0)
+        tokens = rng.integers(0, cfg.vocab_size, length * len(starts) + 1)
+        docs = Documents(tokens, starts, np.full(len(starts), length))
+
+        # What is scored here must not look like a score.
+        self.log.prefix = "warmup: "
+        *earlier_plans, last_plan = plans
+        if cfg.val_loss_every:
+            # A validation may come before the loops begin.
+            for plan in earlier_plans:
+                self.evaluate(plan=plan, docs=docs, ranks=ranks.alone())
+        start = ranks.now()
+        self.evaluate(plan=last_plan, docs=docs, ranks=ranks.alone())
+        if cfg.ttt_enabled:
+            self.adapt(Deadline(math.inf), docs, ranks.alone())
+        self.log.prefix = ""
+        self.log("warmup:done (random tokens, no validation data)")
+        self.eval_warm_up_s = ranks.now() - start
+
+    def capture_training(self, plans: list[tuple[Visit, ...]], row: Batch) -> None:
+        """Records the training of a row as a CUDA graph for each plan.
+
+        From then on the gradients stay in place, because a graph adds to fixed memory.
+        """
+        self.optimizers.keep_gradients = True
+        for p in self.model.parameters():
+            p.grad = torch.zeros_like(p)
+        pool = torch.cuda.graph_pool_handle()
+        for plan in plans:
+            self.graphs[plan] = capture_row(self.forward, plan, row, pool)
+        self.model.zero_grad(set_to_none=False)
+
+    def agree_on_reserve(self, measured: float) -> float:
+        """The seconds to keep for compression: GPTQ_RESERVE_SECONDS, or the most a rank measured.
+
+        Raises UsageError if a run that trains would keep more than half of its budget.
+        """
+        cfg, reserve = self.cfg, self.cfg.gptq_reserve_seconds
+        if reserve < 0:
+            reserve = max(self.ranks.gather(measured))
+        if self.start.stage == Stage.NOTHING and cfg.wallclock < 2 * reserve:
+            raise UsageError(
+                f"MAX_WALLCLOCK_SECONDS={cfg.wallclock:g}: compression needs {reserve:.1f} s"
+            )
+        effective_ms = 1000 * (cfg.wallclock - reserve)
+        self.log(f"gptq:reserving {reserve:.1f}s, effective={effective_ms:.0f}ms")
+        return reserve
+
+    def check_recompilations(self, count: float) -> None:
+        """Notes the compilations after warm-up. Raises RunStopped beyond RECOMPILE_LIMIT."""
+        self.final["recompilations"] = int(count)
+        limit = self.cfg.recompile_limit
+        if 0 <= limit < count:
+            raise RunStopped(f"RECOMPILE_LIMIT={limit}: {count:.0f} compilations after warm-up")
+
+    # --- Compression ---
     def calibrate(
         self, plan: tuple[Visit, ...], rows: list[Batch]
     ) -> tuple[dict | None, dict | None]:
-        model, ranks, allocated = self.model, self.ranks, self.cfg.quantizer == "allocated"
-        hessians = None if self.cfg.no_hessians else collect_hessians(model, plan, rows, ranks)
-        return hessians, collect_sensitivities(
-            self.forward, model, plan, rows, hessians, ranks
-        ) if allocated else None
+        """Hessians of the matrices and sensitivities of the loss, from rows of training text.
 
-    def compress(self, path: Path, meta: dict[str, Any]) -> None:
-        budget = "none" if self.saved else "train"
+        Each is None where QUANTIZER does without it. All ranks must call it.
+        """
+        cfg, model, ranks = self.cfg, self.model, self.ranks
+        hessians = None
+        sensitivities = None
+        if not cfg.no_hessians:
+            hessians = collect_hessians(model, plan, rows, ranks)
+        if cfg.quantizer == "allocated":
+            sensitivities = collect_sensitivities(self.forward, model, plan, rows, hessians, ranks)
+        return hessians, sensitivities
+
+    def compress(self, path: Path) -> None:
+        """Calibrates on the first training rows, quantises, and writes the artifact to `path`."""
+        cfg, model, ranks = self.cfg, self.model, self.ranks
+        # Only a run that trains is held to the budget of training.
+        budget = "none" if self.start.from_file else "train"
         with self.phase("calibrate", budget):
-            loader = PackedLoader(
-                self.streams["train"], self.tokenizer.bos_id, self.cfg, self.ranks
-            )
-            rows, _ = loader.rows(0 if self.cfg.no_hessians else self.cfg.gptq_calibration_batches)
+            loader = PackedLoader(self.streams["train"], self.tokenizer.bos_id, cfg, ranks)
+            rows, _ = loader.rows(0 if cfg.no_hessians else cfg.gptq_calibration_batches)
             calibration = self.calibrate(self.plan, rows)
+        hessians, _ = calibration
         self.log(
-            f"GPTQ:collected {len(calibration[0] or ())} Hessians for {len(quantised_matrices(self.cfg))} matrices"
+            f"GPTQ:collected {len(hessians or ())} Hessians "
+            f"for {len(quantised_matrices(cfg))} matrices"
         )
         with self.phase("quantise", budget):
-            if self.cfg.prune_frac:
-                prune(self.model)
-            solver = Quantizer(self.model, *calibration, self.ranks)
+            if cfg.prune_frac:
+                prune(model)
+            solver = Quantizer(model, *calibration, ranks)
         with self.phase("pack", budget):
-            data = fit_artifact(solver, self.model, meta, self.log)
-            if self.ranks.is_main:
+            meta = {"looped": self.looped, "tokenizer": self.tokenizer.sha256}
+            data = fit_artifact(solver, model, meta, self.log)
+            if ranks.is_main:
                 write_atomic(path, data)
+        self.save_checkpoint(Stage.PACKED, weights=model.state_dict(), looped=self.looped)
 
-    def reload(self, path: Path) -> None:
-        data = self.ranks.gather(path.read_bytes() if self.ranks.is_main else None)[
-            0
-        ]  # nodes may not share folders
+    def load_artifact_file(self, path: Path) -> None:
+        """Replaces the model's weights with those of an artifact, and logs its size.
+
+        Rank 0's file counts. All ranks must call it. Raises UsageError if the file is damaged.
+        """
+        # Nodes may not share folders.
+        data = self.ranks.gather(path.read_bytes() if self.ranks.is_main else None)[0]
         header, arrays = open_artifact(data, path)
         load_artifact(self.model, arrays)
+        entropy_bytes = int(code_entropy_bytes(arrays.codes.values()))
         total = len(data) + CODE_BYTES
-        bound = int(code_entropy_bytes(arrays.codes.values()))
-        self.final |= {
-            "model_bytes": len(data),
-            "artifact_bytes": total,
-            "codes_bytes": header["streams"][0][1],
-        }
-        self.final |= {
-            "codes_entropy_bytes": bound,
-            "artifact_sha256": hashlib.sha256(data).hexdigest(),
-        }
+        self.final["model_bytes"] = len(data)
+        self.final["artifact_bytes"] = total
+        self.final["codes_bytes"] = header["streams"][0][1]
+        self.final["codes_entropy_bytes"] = entropy_bytes
+        self.final["artifact_sha256"] = hashlib.sha256(data).hexdigest()
         self.log(
-            f"Code size (uncompressed): {CODE_BYTES} bytes; model {len(data)}, its codes' entropy {bound}"
+            f"Code size (uncompressed): {CODE_BYTES} bytes; model {len(data)}, "
+            f"its codes' entropy {entropy_bytes}"
         )
         over = f", {total - LIMIT_BYTES} OVER THE LIMIT" if total > LIMIT_BYTES else ""
         self.log(f"Total submission size quantized+{header['compressor']}: {total} bytes{over}")
 
+    # --- Evaluation ---
     def scorer(
         self, plan: tuple[Visit, ...], docs: Documents | None, ranks: Ranks | None
     ) -> Scorer:
+        """A scorer with an empty ledger. docs and ranks: those of the run if None."""
         ledger = Ledger(docs or self.docs, self.table, self.ranks.device)
         return Scorer(self.scoring, plan, ledger, self.cfg, ranks or self.ranks, self.log)
 
@@ -5550,9 +6083,12 @@ class Run:  # from its data to its report, the same on all ranks; `go` holds the
         docs: Documents | None = None,
         ranks: Ranks | None = None,
     ) -> Ledger:
-        self.model.requires_grad_(
-            False
-        )  # as in evaluate_ttt: or what the deadline leaves would compile once more
+        """Scores every target once, without learning, in windows `stride` tokens apart.
+
+        With stride 0 windows follow one another. plan, docs and ranks: those of the run if None.
+        """
+        # As in evaluate_ttt, so that scoring in there, after the deadline, needs no new graph.
+        self.model.requires_grad_(False)
         ledger = score_all(self.scorer(plan or self.plan, docs, ranks), stride)
         self.model.requires_grad_(True)
         return ledger
@@ -5560,74 +6096,123 @@ class Run:  # from its data to its report, the same on all ranks; `go` holds the
     def adapt(
         self, deadline: Deadline, docs: Documents | None = None, ranks: Ranks | None = None
     ) -> Ledger:
-        scorer, mode = self.scorer(self.plan, docs, ranks), self.cfg.ttt_mode
-        state = (
-            Adaptation(self.model, self.ttt_forward, self.plan, self.ranks.device)
-            if mode == "document"
-            else None
-        )
+        """Scores every target once and learns from what is scored (TTT_MODE), until the deadline.
+
+        docs and ranks: those of the run if None. Afterwards the weights are as before.
+        """
+        scorer = self.scorer(self.plan, docs, ranks)
+        state = None
+        if self.cfg.ttt_mode == "document":
+            state = Adaptation(self.model, self.ttt_forward, self.plan, self.ranks.device)
         return evaluate_ttt(scorer, state, self.model, self.ttt_forward, deadline)
 
-    def score(self, label: str, budget: str, evaluation: Callable[[], Ledger]) -> None:
-        """Times an evaluation, logs its result in the field's template, keeps it. InvalidScore if a rule was broken."""
+    def evaluate_artifact(self) -> None:
+        """Runs the evaluations of the artifact that the settings ask for, with one deadline."""
+        cfg = self.cfg
+        deadline_s = cfg.eval_deadline_seconds
+        if cfg.eval_budget_includes_compile:
+            deadline_s -= self.eval_warm_up_s
+        deadline = Deadline(deadline_s)
+        self.run_evaluation("diagnostic quantized", "eval", self.evaluate)
+        seconds = self.phases[-1].seconds
+        deadline.rate = seconds * self.ranks.world_size / self.docs.counts.sum()
+
+        if cfg.sliding_window_enabled:
+            sliding = partial(self.evaluate, cfg.eval_stride)
+            self.run_evaluation("diagnostic quantized_sliding_window", "eval", sliding)
+        if cfg.ttt_enabled:
+            self.run_evaluation("quantized_ttt_lora", "eval", partial(self.adapt, deadline))
+
+    def run_evaluation(self, label: str, budget: str, evaluation: Callable[[], Ledger]) -> None:
+        """Times an evaluation as a phase, checks what it scored, logs and saves the result.
+
+        label: in the field's template of log lines. Raises InvalidScore if a rule was broken.
+        """
         key = label.removeprefix("diagnostic ").split()[0].replace("-", "_")
         with self.phase(f"score {key}", budget):
             ledger = evaluation()
-        self.check_compiled(sum(self.ranks.gather(self.sentinel.poll())))
-        problems, held = (
-            ledger.problems(self.decoded),
-            (len(self.docs.starts), self.streams["val"].size, self.decoded),
-        )
-        known = (
-            CANONICAL.get(self.cfg.dataset_dir.name, held)
-            if self.cfg.val_doc_fraction == 1
-            else held
-        )
-        if problems or any(abs(n - m) > 1e-4 * m for n, m in zip(held, known, strict=True) if m):
-            reasons = problems or [
-                f"(documents, tokens, bytes) are {held}, in the field's data set {tuple(known)}"
-            ]
+        compilations = self.ranks.gather(self.sentinel.poll())
+        self.check_recompilations(sum(compilations))
+        if reasons := self.broken_rules(ledger):
             raise InvalidScore(f"{label} INVALID: {'; '.join(reasons)}")
-        (loss, bpb, tokens, num_bytes), seconds = ledger.result().values(), self.phases[-1][2]
-        self.log(f"{label} val_loss:{loss:.8f} val_bpb:{bpb:.8f} eval_time:{1000 * seconds:.0f}ms")
+        result = ledger.result()
+        loss, bpb = result["val_loss"], result["val_bpb"]
+        time_ms = 1000 * self.phases[-1].seconds
+        self.log(f"{label} val_loss:{loss:.8f} val_bpb:{bpb:.8f} eval_time:{time_ms:.0f}ms")
         self.log.scalars(self.final.get("steps", 0), {f"val_bpb/{key}": bpb})
-        if ledger.num_not_learnt_from:
-            self.log(
-                f"deadline: {ledger.num_not_learnt_from} of them scored without learning from them"
-            )
-        self.final |= {f"{key}_loss": loss, f"{key}_bpb": bpb, "val_loss": loss, "val_bpb": bpb}
-        self.final |= {"val_tokens": tokens, "val_bytes": num_bytes}
+        if count := ledger.num_not_learnt_from:
+            self.log(f"deadline: {count} of them scored without learning from them")
+        self.final[f"{key}_loss"] = loss
+        self.final[f"{key}_bpb"] = bpb
+        self.final["val_loss"] = loss
+        self.final["val_bpb"] = bpb
+        self.final["val_tokens"] = result["tokens"]
+        self.final["val_bytes"] = result["bytes"]
         if self.ranks.is_main:
-            write_atomic(self.folder / "scores.json", json.dumps(self.final, indent=1).encode())
-            np.savez(buffer := io.BytesIO(), **ledger.by_document())
-            write_atomic(self.folder / "documents.npz", buffer.getvalue())
+            self.save_scores(ledger)
 
-    def report(
-        self,
-    ) -> dict[
-        str, Any
-    ]:  # the table of phases and budgets, then the one line that starts with `final`
-        self.log(f"{'phase':<34}{'seconds':>9}  counts against")
-        for name, budget, seconds in self.phases:
-            self.log(f"{name:<34}{seconds:>9.1f}  {budget}")
-        for budget, limit in (("train", self.cfg.max_wallclock_seconds), ("eval", 600.0)):
-            spent = sum(seconds for _, b, seconds in self.phases if b == budget)
-            self.log(
-                f"{'all of ' + budget:<34}{spent:>9.1f}  of {limit:.0f}"
-                + ", OVER" * (0 < limit < spent)
-            )
-        if (val := self.tokenizer.manifest.get("splits", {}).get("val", {})).get("gzip_bytes"):
-            self.final["gzip_bpb"] = 8 * val["gzip_bytes"] / val["bytes"]
-            self.log(f"for scale, gzip -9 of each document: val_bpb:{self.final['gzip_bpb']:.4f}")
+    def broken_rules(self, ledger: Ledger) -> list[str]:
+        """Why an evaluation has no score; empty if it has one.
+
+        Either the ledger found a rule broken, or the documents are not those of the field's data
+        set.
+        """
+        problems = ledger.problems(self.decoded)
+        if problems:
+            return problems
+        held = len(self.docs.starts), self.streams["val"].size, self.decoded
+        known = held
+        if self.cfg.val_doc_fraction == 1:
+            known = CANONICAL.get(self.cfg.dataset_dir.name, held)
+        for number, wanted in zip(held, known, strict=True):
+            # 0 is a number that is not known; a ten-thousandth may differ.
+            if wanted and abs(number - wanted) > 1e-4 * wanted:
+                return [f"(documents, tokens, bytes) are {held}, in the field's data set {tuple(known)}"]
+        return []
+
+    def save_scores(self, ledger: Ledger) -> None:
+        """Saves all figures so far, and the newest evaluation's nats and bytes of each document."""
+        figures = json.dumps(self.final, indent=1)
+        write_atomic(self.folder / "scores.json", figures.encode())
+        buffer = io.BytesIO()
+        np.savez(buffer, **ledger.by_document())
+        write_atomic(self.folder / "documents.npz", buffer.getvalue())
+
+    # --- Report ---
+    def report(self) -> dict[str, Any]:
+        """Logs the table of phases, then the line that starts with `final`; returns its figures."""
+        self.log_phases()
+        self.log_gzip()
         if self.ranks.device.type == "cuda":
             self.final["peak_memory_mib"] = torch.cuda.max_memory_allocated() >> 20
             self.log(f"peak memory allocated: {self.final['peak_memory_mib']} MiB")
-        seconds = {
-            name: sum(s for n, _, s in self.phases if n == name) for name, *_ in self.phases
-        }  # some come often
-        self.final |= {**self.facts, "seconds": {name: round(s, 3) for name, s in seconds.items()}}
+
+        # A phase may have come often.
+        seconds = {}
+        for phase in self.phases:
+            seconds[phase.name] = seconds.get(phase.name, 0) + phase.seconds
+        self.final |= self.facts
+        self.final["seconds"] = {name: round(s, 3) for name, s in seconds.items()}
         self.log("final " + json.dumps(self.final, sort_keys=True))
         return self.final
+
+    def log_phases(self) -> None:
+        """Logs the seconds of each phase, and for each budget those spent and allowed."""
+        self.log(f"{'phase':<34}{'seconds':>9}  counts against")
+        for name, budget, seconds in self.phases:
+            self.log(f"{name:<34}{seconds:>9.1f}  {budget}")
+        limits = {"train": self.cfg.max_wallclock_seconds, "eval": 600.0}
+        for budget, limit in limits.items():
+            spent = sum(phase.seconds for phase in self.phases if phase.budget == budget)
+            over = ", OVER" if 0 < limit < spent else ""
+            self.log(f"{'all of ' + budget:<34}{spent:>9.1f}  of {limit:.0f}{over}")
+
+    def log_gzip(self) -> None:
+        """Logs how well gzip compresses the validation text, if the manifest knows."""
+        val = self.tokenizer.manifest.get("splits", {}).get("val", {})
+        if val.get("gzip_bytes"):
+            self.final["gzip_bpb"] = 8 * val["gzip_bytes"] / val["bytes"]
+            self.log(f"for scale, gzip -9 of each document: val_bpb:{self.final['gzip_bpb']:.4f}")
 
 
 # === 12. Kernels: MLP, cross-entropy, norm and RoPE, XSA, each beside a plain reference ===
@@ -6928,16 +7513,40 @@ def choose_attention(
     )
 
 
-# === 14. Command line ===
-def main(
-    argv: list[str],
-) -> int:  # exit status: 0 done, 1 the run failed, 2 wrong configuration or data, 3 stopped
-    together = False  # whether all ranks end alike
+# === 14. Command line =============================================================================
+def exit_status(error: BaseException) -> int:
+    """The exit status for an error that ends the program in one line."""
+    if isinstance(error, UsageError):
+        return 2
+    if isinstance(error, RunStopped):
+        return 3
+    if isinstance(error, KeyboardInterrupt):
+        return error.args[-1]
+    return 1
+
+
+def is_lost_peer(error: RuntimeError) -> bool:
+    """Whether a collective failed because another rank has gone."""
+    return dist.is_initialized() and "onnection" in str(error)
+
+
+def complain(message: str) -> None:
+    """Writes the program's one line of error."""
+    print(f"train_gpt.py: {message}", file=sys.stderr, flush=True)
+
+
+def main(argv: list[str]) -> int:
+    """Runs the program. Returns its exit status.
+
+    0: done. 1: the run failed. 2: wrong configuration or data. 3: stopped by a limit that the user
+    has set. 128 + n: stopped by signal n, as a shell has it.
+    """
+    # Whether all ranks end alike, here.
+    ends_together = False
     try:
         if argv == ["--knobs"]:
-            signal.signal(
-                getattr(signal, "SIGPIPE", signal.SIGTERM), signal.SIG_DFL
-            )  # of | head, to end in silence
+            # A pipe that closes early, as that to `head`, ends the program in silence.
+            signal.signal(getattr(signal, "SIGPIPE", signal.SIGTERM), signal.SIG_DFL)
             print_knobs()
             return 0
         if argv:
@@ -6945,25 +7554,24 @@ def main(
                 f"{argv[0]}: knobs are environment variables; the only argument is --knobs"
             )
         handle_signals(raise_stopped)
-        Run(*Config.from_env(os.environ, torch.cuda.is_available()), Ranks(os.environ)).go()
-        together = True
+        cfg, origin = Config.from_env(os.environ, torch.cuda.is_available())
+        Run(cfg, origin, Ranks(os.environ)).go()
+        ends_together = True
     except (UsageError, RunStopped, KeyboardInterrupt, FloatingPointError, InvalidScore) as error:
-        together = isinstance(error, (UsageError, RunStopped, InvalidScore))
+        ends_together = isinstance(error, (UsageError, RunStopped, InvalidScore))
+        # Rank 0 speaks for all, but for a matrix that only its owner has seen.
         if isinstance(error, BadMatrix) or os.environ.get("RANK", "0") == "0":
-            print(f"train_gpt.py: {error.args[0]}", file=sys.stderr, flush=True)
-        return {UsageError: 2, RunStopped: 3, KeyboardInterrupt: error.args[-1]}.get(type(error), 1)
+            complain(error.args[0])
+        return exit_status(error)
     except RuntimeError as error:
-        if not dist.is_initialized() or "onnection" not in str(error):
+        if not is_lost_peer(error):
             raise
-        reason = str(error).splitlines()[0]
-        print(
-            f"train_gpt.py: rank {dist.get_rank()} lost a peer: {reason}",
-            file=sys.stderr,
-            flush=True,
-        )
+        complain(f"rank {dist.get_rank()} lost a peer: {str(error).splitlines()[0]}")
         return 1
-    finally:  # NCCL's end waits for all ranks: one that fails by itself would hang, its traceback unseen
-        if dist.is_initialized() and (together or dist.get_backend() != "nccl"):
+    finally:
+        # NCCL waits for all ranks when it is ended. A rank that fails by itself would hang, its
+        # traceback unseen.
+        if dist.is_initialized() and (ends_together or dist.get_backend() != "nccl"):
             dist.destroy_process_group()
     return 0
 

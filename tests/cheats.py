@@ -184,13 +184,13 @@ def state_moved_by_scoring(tg):
 @caught_by("T8")
 def validation_learnt_before_the_evaluation(tg):
     """all weights learn from the validation shards, as they lie on disk, before the first score"""
-    original = tg.Run.reload
+    original = tg.Run.load_artifact_file
 
     def reload(self, path):
         original(self, path)
         learn_validation(tg, self)
 
-    tg.Run.reload = reload
+    tg.Run.load_artifact_file = reload
 
 
 @caught_by("T5", "T8")
@@ -406,14 +406,14 @@ def training_shard_read_by_a_fork(tg):
 @caught_by("T8")
 def state_beside_the_artifact(tg):
     """weights are corrected from a file that nobody counts"""
-    original = tg.Run.reload
+    original = tg.Run.load_artifact_file
 
     def reload(self, path):
         original(self, path)
         if (beside := path.with_name("beside.npy")).exists():
             self.model.tok_emb.data += torch.from_numpy(np.load(beside))
 
-    tg.Run.reload = reload
+    tg.Run.load_artifact_file = reload
 
 
 @caught_by("T17")

@@ -547,12 +547,12 @@ def test_a_ten_thousandth_may_differ_from_the_fields_counts(
     monkeypatch.setitem(tg.CANONICAL, TINY["DATASET"], totals)
     run.decoded = held
     if fine:
-        run.score("name", "none", lambda: ledger)
+        run.run_evaluation("name", "none", lambda: ledger)
         assert run.final["val_bpb"] == 2.0
     else:
         known = f"are .*, {held}\\), in the field's data set .*, 1000000\\)$"
         with pytest.raises(tg.InvalidScore, match=f"^name INVALID: .* {known}"):
-            run.score("name", "none", lambda: ledger)
+            run.run_evaluation("name", "none", lambda: ledger)
         assert "val_bpb" not in run.final
 
 
@@ -561,7 +561,8 @@ def test_the_report_sums_the_seconds_of_a_phase_that_came_more_than_once(
 ):
     monkeypatch.chdir(tmp_path)
     run = Session(tiny_data)
-    run.phases = [("validate", "none", 1.5), ("train", "train", 4.0), ("validate", "none", 2.25)]
+    phases = [("validate", "none", 1.5), ("train", "train", 4.0), ("validate", "none", 2.25)]
+    run.phases = [tg.Phase(*phase) for phase in phases]
     assert run.report()["seconds"] == {"validate": 3.75, "train": 4.0}
 
 

@@ -1,4 +1,4 @@
-"""Numbers read one step late, the speed gate, the prediction of steps, the sentinel of recompilations, CUDA graphs."""
+"""Numbers read one step late, the speed gate, predicted steps, recompilations, CUDA graphs."""
 
 from __future__ import annotations
 
@@ -24,21 +24,24 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-# --- One step late --------------------------------------------------------------------------------------------------
+# --- One step late --------------------------------------------------------------------------------
 class Watched(Session):
     """Notes the order of forwards, optimizer steps and reads of numbers on the host."""
 
     def __init__(self, *args: Any, **overrides: Any):
         super().__init__(*args, **overrides)
-        self.events, step, late = [], self.optimizers.step, self.ranks.start_read
+        self.events = []
+        step = self.optimizers.step
+        start_read = self.ranks.start_read
 
         def stepped(*args: float) -> Tensor:
             self.events.append("step")
             return step(*args)
 
         def noted(values: Tensor) -> Any:
-            read, number = late(values), self.events.count("step")
+            read = start_read(values)
             wait = read.wait
+            number = self.events.count("step")
 
             def waited() -> tuple[list[float], float]:
                 self.events.append(f"read {number}")
@@ -47,7 +50,8 @@ class Watched(Session):
             read.wait = waited
             return read
 
-        self.optimizers.step, self.ranks.start_read = stepped, noted
+        self.optimizers.step = stepped
+        self.ranks.start_read = noted
 
     def forward(self, row: tg.Batch, plan: tuple[tg.Visit, ...]) -> Tensor:
         self.events.append("forward")
@@ -56,22 +60,10 @@ class Watched(Session):
 
 def test_a_step_is_read_once_the_next_one_has_its_work(tiny_data):
     run = Watched(tiny_data, iterations=4, micro_batch_tokens=512).train()
-    late = [
-        "forward",
-        "read {}",
-        "step",
-    ]  # of the step before; the first is waited for, the last is read at the end
-    steps = [[x.format(n) for x in late] for n in (2, 3)]
-    assert run.events == [
-        "forward",
-        "step",
-        "read 1",
-        "forward",
-        "step",
-        *steps[0],
-        *steps[1],
-        "read 4",
-    ]
+    # The first step is waited for, the last is read at the end.
+    first, second = ["forward", "step", "read 1"], ["forward", "step"]
+    third, fourth = ["forward", "read 2", "step"], ["forward", "read 3", "step"]
+    assert run.events == [*first, *second, *third, *fourth, "read 4"]
 
 
 def test_numbers_are_read_before_a_validation_and_only_once(tiny_data):
@@ -85,7 +77,8 @@ def test_numbers_are_read_before_a_validation_and_only_once(tiny_data):
 
 
 def test_late_numbers_come_with_the_time_at_which_they_were_there():
-    ranks, clock = cpu_ranks(), iter((5.0, 9.0))
+    ranks = cpu_ranks()
+    clock = iter((5.0, 9.0))
     ranks.now = lambda: next(clock)
     first = ranks.start_read(torch.tensor([1.0, 2.0]))
     second = ranks.start_read(torch.tensor([3.0]))
@@ -93,7 +86,7 @@ def test_late_numbers_come_with_the_time_at_which_they_were_there():
 
 
 class Uneven(Slow):
-    """Steps of changing length, one of three times the others; the last word on whether the budget holds."""
+    """Steps of uneven length, one of which takes many times as long as the others."""
 
     def forward(self, row: tg.Batch, plan: tuple[tg.Visit, ...]) -> Tensor:
         number = len(self.plans) // 4
@@ -111,23 +104,23 @@ def test_a_budget_holds_for_steps_of_uneven_length(tiny_data):
 
 
 def test_the_share_of_the_budget_stays_below_one_after_a_slow_beginning():
-    """A mean that early steps made long says more than the longest of late ones, by which a step may still fit."""
-    progress = tg.Progress.__new__(tg.Progress)
-    vars(progress).update(
-        cfg=tiny_config(warmdown_frac=0, enable_looping_at=1),
+    """Slow early steps raise the mean visit; by the longest recent one, a step may still fit."""
+    state = tg.TrainState(
+        newest_share=0.0,
+        expected_steps=1000,
         step=500,
-        budget=18.0,
-        elapsed=17.95,
-        longest=0.004,
-        flying=4,
-        visits=1000,
+        elapsed_s=17.95,
+        longest_visit_s=0.004,
+        untimed_visits=4,
+        timed_visits=1000,
     )
-    assert progress.fits(4)
-    assert progress.frac() < 1
-    assert tg.lr_scale(progress.frac(), progress.cfg) == 1.0
+    pacer = tg.Pacer(state, cpu_ranks(), budget_s=18.0, iterations=1000)
+    assert pacer.fits(4)
+    assert pacer.frac() < 1
+    assert tg.lr_scale(pacer.frac(), tiny_config(warmdown_frac=0, enable_looping_at=1)) == 1.0
 
 
-# --- Speed ----------------------------------------------------------------------------------------------------------
+# --- Speed ----------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("share", "steps"), [(0.0, 40), (0.5, 45), (1.0, 50)])
 def test_the_log_predicts_the_steps_that_the_budget_allows(tiny_data, share, steps):
     """Of 200 s, a plain step of 4 visits takes 4, a looped one 5."""
@@ -150,9 +143,8 @@ def test_the_gate_stops_a_run_after_twenty_timed_steps(tiny_data, gate, refused)
     if refused:
         with pytest.raises(tg.RunStopped, match="^POD_SPEEDGATE_MS=3999: a step takes 4000.0 ms$"):
             run.train()
-        assert (
-            len(run.after) == 22
-        )  # the numbers of the 21st cover 20 after the first; read while the 23rd waits
+        # The clock of the 21st step comes with the numbers of the 22nd, before the 23rd is taken.
+        assert len(run.after) == 22
         assert run.saved == []
     else:
         assert run.train().final["steps"] == 30
@@ -173,7 +165,7 @@ def test_a_slow_machine_ends_with_one_line_and_status_3(tiny_data, tmp_path):
     assert not (tmp_path / "out" / "final_model.pt").exists()
 
 
-# --- Recompilations -------------------------------------------------------------------------------------------------
+# --- Recompilations -------------------------------------------------------------------------------
 class Reshaped(Session):
     """Compiled, and the rows of its third step allow longer segments."""
 
@@ -206,10 +198,10 @@ def test_a_new_shape_after_warm_up_is_refused_at_limit_0(tiny_data):
 
 def test_an_error_of_another_rank_counts_and_scoring_looks_too(tiny_data):
     run = Session(tiny_data, recompile_limit=1)
-    run.check_compiled(1)
+    run.check_recompilations(1)
     run.ranks.gather = lambda count: [count, 2]
     with pytest.raises(tg.RunStopped, match="RECOMPILE_LIMIT=1: 2 "):
-        run.score("name", "none", lambda: {"tokens": int(run.docs.counts.sum())})
+        run.run_evaluation("name", "none", lambda: {"tokens": int(run.docs.counts.sum())})
 
 
 @pytest.mark.skipif(tg.triton is None, reason="needs Triton")
@@ -232,18 +224,20 @@ def test_kernels_that_triton_compiles_are_counted():
     )
 
 
-# --- Polar Express --------------------------------------------------------------------------------------------------
+# --- Polar Express --------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("coeffs", "low", "high", "floor"),
     [("quintic", 0.68, 1.203, 2e-3), ("polar", 0.858, 1.142, 1e-3)],
 )
 def test_singular_values_of_any_size_land_near_one(coeffs, low, high, floor):
     u, v = (torch.linalg.qr(torch.randn(16, 16, dtype=torch.float64))[0] for _ in "uv")
-    for value in (
-        torch.logspace(0, 1, 60, dtype=torch.float64).sub(1).div(9).mul(0.7).add(floor)
-    ):  # small ones denser
+    # Small values lie denser.
+    values = torch.logspace(0, 1, 60, dtype=torch.float64).sub(1).div(9).mul(0.7).add(floor)
+    for value in values:
+        # A matrix of norm 1 with two singular values.
         s = torch.zeros(16, dtype=torch.float64)
-        s[0], s[1] = (1 - value**2).sqrt(), value  # norm 1
+        s[0] = (1 - value**2).sqrt()
+        s[1] = value
         out = torch.linalg.svdvals(tg.newton_schulz(((u * s) @ v.mT)[None], 5, coeffs)[0])[:2]
         assert low <= out.min(), (value, out)
         assert out.max() <= high, (value, out)
@@ -261,9 +255,9 @@ def test_polar_coefficients_reach_the_weights(tiny_data):
     assert not torch.equal(found["quintic"]["up_bank"], found["polar"]["up_bank"])
 
 
-# --- CUDA graph -----------------------------------------------------------------------------------------------------
+# --- CUDA graph -----------------------------------------------------------------------------------
 def test_gradients_that_stay_in_place_train_the_same_weights(tiny_data):
-    """What a CUDA graph needs of the optimizer, and a stand-in for its replay: fixed inputs and a fixed loss."""
+    """This is what a CUDA graph needs of the optimizer; a function stands in for its replay."""
     runs = []
     for fixed in (False, True):
         run = Session(tiny_data, iterations=4)
@@ -271,7 +265,8 @@ def test_gradients_that_stay_in_place_train_the_same_weights(tiny_data):
             run.optimizers.keep_gradients = True
             for p in run.model.parameters():
                 p.grad = torch.zeros_like(p)
-            places, loss = [p.grad.data_ptr() for p in run.model.parameters()], torch.zeros(())
+            places = [p.grad.data_ptr() for p in run.model.parameters()]
+            loss = torch.zeros(())
 
             def replay(
                 row: tg.Batch, count: Tensor, run: Session = run, loss: Tensor = loss
@@ -288,7 +283,7 @@ def test_gradients_that_stay_in_place_train_the_same_weights(tiny_data):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_losses_with_and_without_a_cuda_graph_are_equal(tiny_data, tmp_path: Path):
-    # else a GPU sums the gradients of the embedding and of queries in any order
+    # Otherwise a GPU sums the gradients of the embedding and of queries in any order.
     (tmp_path / "sitecustomize.py").write_text(
         "import torch; torch.use_deterministic_algorithms(True, warn_only=True)"
     )

@@ -1,6 +1,7 @@
-"""Checkpoints: a run that was stopped or killed at any moment ends as if it had never been; the live line; TensorBoard.
+"""Checkpoints: a run that was killed at any moment ends with the same bits; live line; TensorBoard.
 
-RESUME_KILLS=50 pytest tests/test_resume.py -k random: that many SIGKILLs, at moments of all phases."""
+RESUME_KILLS=50 pytest tests/test_resume.py -k random: that many SIGKILLs, in all phases.
+"""
 
 from __future__ import annotations
 
@@ -32,9 +33,8 @@ from torch import Tensor
 import train_gpt as tg
 
 KILLS = int(os.environ.get("RESUME_KILLS", 0))
-EVERY = dict(
-    run_id="kept", checkpoint_every=1e-6, enable_looping_at=0.5
-)  # every third step: times come that late
+# A checkpoint every third step, because times are known that late.
+EVERY = dict(run_id="kept", checkpoint_every=1e-6, enable_looping_at=0.5)
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +56,8 @@ class Mortal(Session):
 
     def __init__(self, *args: Any, last: int, act: Callable[[], None], **overrides: Any):
         super().__init__(*args, **overrides)
-        self.last, self.act = last, act
+        self.last = last
+        self.act = act
 
     def forward(self, row: tg.Batch, plan: tuple[tg.Visit, ...]) -> Tensor:
         if len(self.after) == self.last - 1:
@@ -80,16 +81,23 @@ def torch_load(path: Path) -> dict[str, Any]:
     return torch.load(path.parent / "inner", weights_only=True)
 
 
-# --- The same end -----------------------------------------------------------------------------------------------------
+def step_of(checkpoint: Path) -> int:
+    """The step after which it was saved, in the training."""
+    return torch_load(checkpoint)["start"]["training"]["state"]["step"]
+
+
+# --- The same end ---------------------------------------------------------------------------------
 def test_a_run_that_dies_twice_ends_with_the_same_bits(tiny_data):
-    """Before and after the loops start, with validations; from another state of the random numbers."""
+    """With validations, before and after the loops start, from other random states."""
     wanted = Session(tiny_data, iterations=10, enable_looping_at=0.5, val_loss_every=3).train()
-    for last in (6, 9 - 4):  # in steps 6 and, after the checkpoint of step 4, 9
+    # The first dies in step 6, the second goes on after step 4 and dies in step 9.
+    for last in (6, 9 - 4):
         with pytest.raises(Killed):
             Mortal(tiny_data, iterations=10, val_loss_every=3, last=last, act=die, **EVERY).train()
         torch.rand(last)
     found = Session(tiny_data, iterations=10, val_loss_every=3, **EVERY).train()
-    assert len(found.after) < 4  # the others' steps were not done again
+    # Steps before the last checkpoint were not done again.
+    assert len(found.after) < 4
     assert_same(weights_of(found.model), weights_of(wanted.model))
     assert_same(found.saved[-1][1], wanted.saved[-1][1])
     assert found.saved[-1][2:] == wanted.saved[-1][2:] == (10, True)
@@ -106,10 +114,10 @@ def test_a_run_that_dies_twice_ends_with_the_same_bits(tiny_data):
 def test_random_numbers_go_on(tiny_data):
     with pytest.raises(Killed):
         Mortal(tiny_data, iterations=4, last=3, act=die, **EVERY).train()
-    wanted = torch_load(checkpoints()[-1])["random"]
+    wanted = torch_load(checkpoints()[-1])["start"]["training"]["random"]
     torch.manual_seed(99)
     Session(tiny_data, iterations=4, **EVERY).train()
-    assert torch.equal(torch_load(checkpoints()[-1])["random"], wanted)
+    assert torch.equal(torch_load(checkpoints()[-1])["start"]["training"]["random"], wanted)
 
 
 def resume_on(ranks: tg.Ranks, data: Path, act: Any, dtype: str = "fp32") -> dict[str, Tensor]:
@@ -125,7 +133,7 @@ def through_on(ranks: tg.Ranks, data: Path, dtype: str = "fp32") -> dict[str, Te
 
 
 def test_ranks_go_on_with_the_same_bits_in_bf16(tiny_data, tmp_path):
-    """There a rank holds the others' matrices as they were sent, rounded, and scales them before they are cast."""
+    """In bf16 a rank holds the others' matrices rounded, as they were sent."""
     for through, resumed in on_ranks(
         2, through_then_resumed, tmp_path / "ranks", tiny_data, "bf16"
     ):
@@ -178,27 +186,28 @@ def test_the_budget_goes_on_where_it_was(tiny_data):
         first.train()
     rest = Slow(tiny_data, **settings).train()
     assert rest.final["steps"] == pytest.approx(wanted.final["steps"], abs=1)
-    assert len(rest.after) == rest.final["steps"] - 19 + 1  # the last checkpoint was after step 18
+    # The last checkpoint was after step 18.
+    assert len(rest.after) == rest.final["steps"] - 19 + 1
     assert rest.numbers(r"stopping: .* train_time:(\d+)ms")[0] <= 200_000
-    assert -rest.inner == pytest.approx(
-        first.numbers(r"train_time:(\d+)ms")[-1] / 1000, abs=6
-    )  # the phase's seconds
+    # The phase counts the seconds before the kill.
+    before_s = first.numbers(r"train_time:(\d+)ms")[-1] / 1000
+    assert -rest.excluded_seconds == pytest.approx(before_s, abs=6)
 
 
 def test_checkpoints_are_as_far_apart_as_was_asked_and_off_the_clock(tiny_data):
     run = Slow(tiny_data, iterations=20, enable_looping_at=1, run_id="kept", checkpoint_every=12)
-    keep, run.numbers_kept = run.keep, []
+    save = run.save_checkpoint
+    steps = []
 
-    def slow_keep(**state: Any) -> None:
+    def slow_save(stage: tg.Stage, training: dict[str, Any]) -> None:
         run.seconds += 1000
-        run.numbers_kept.append(state["progress"]["step"])
-        keep(**state)
+        steps.append(training["state"]["step"])
+        save(stage, training=training)
 
-    run.keep = slow_keep
+    run.save_checkpoint = slow_save
     run.train()
-    assert [b - a for a, b in itertools.pairwise(run.numbers_kept)] == [
-        4
-    ] * 3  # of 4 s, known two steps late
+    # A step takes 4 s, and the clock is known two steps late.
+    assert [b - a for a, b in itertools.pairwise(steps)] == [4] * 3
     assert run.numbers(r"stopping: .* train_time:(\d+)ms")[0] < 100_000
     assert len(checkpoints()) == 2
 
@@ -208,14 +217,14 @@ def test_without_the_knob_nothing_is_kept(tiny_data):
     assert checkpoints() == []
 
 
-# --- What is not trusted ----------------------------------------------------------------------------------------------
+# --- What is not trusted --------------------------------------------------------------------------
 @pytest.fixture
 def two(tiny_data) -> list[Path]:
     """Checkpoints after steps 1 and 4."""
     with pytest.raises(Killed):
         Mortal(tiny_data, iterations=6, last=5, act=die, **EVERY).train()
     found = checkpoints()
-    assert [torch_load(p)["progress"]["step"] for p in found] == [1, 4]
+    assert [step_of(p) for p in found] == [1, 4]
     return found
 
 
@@ -235,9 +244,9 @@ DAMAGE = {
         p.read_bytes()[:5000] + bytes([p.read_bytes()[5000] ^ 4]) + p.read_bytes()[5001:]
     ),
     "its checksum": lambda p: p.write_bytes(bytes(32) + p.read_bytes()[32:]),
-    "code": lambda p: rewritten(p, lambda s: s["made"].update(code_sha256="0" * 64)),
-    "data": lambda p: rewritten(p, lambda s: s["made"].update(val_sha256="0" * 64)),
-    "config": lambda p: rewritten(p, lambda s: s["made"].update(matrix_lr=0.5)),
+    "code": lambda p: rewritten(p, lambda s: s["made_with"].update(code_sha256="0" * 64)),
+    "data": lambda p: rewritten(p, lambda s: s["made_with"].update(val_sha256="0" * 64)),
+    "config": lambda p: rewritten(p, lambda s: s["made_with"].update(matrix_lr=0.5)),
 }
 
 
@@ -245,16 +254,14 @@ DAMAGE = {
 def test_what_is_torn_or_foreign_is_refused_and_the_one_before_is_used(tiny_data, two, what):
     DAMAGE[what](two[1])
     run = Session(tiny_data, iterations=6, **EVERY)
-    assert run.kept["progress"]["step"] == 1
+    assert run.start.training["state"]["step"] == 1
     text = Path("logs/kept.txt").read_text(encoding="utf-8")
     (line,) = re.findall(rf"^{two[1]}: refused: .*$", text, re.M)
     assert line.endswith("damaged") == (what in ("cut", "empty", "a bit", "its checksum"))
     wanted = Session(tiny_data, iterations=6, enable_looping_at=0.5).train()
     assert_same(weights_of(run.train().model), weights_of(wanted.model))
-    assert [torch_load(p)["number"] for p in checkpoints()] == [
-        1,
-        2,
-    ]  # the refused one was overwritten
+    # The refused one was overwritten.
+    assert [torch_load(p)["number"] for p in checkpoints()] == [1, 2]
 
 
 def test_with_nothing_to_trust_the_run_is_refused(tiny_data, two):
@@ -291,14 +298,16 @@ def test_what_does_not_change_the_result_may_differ(tiny_data, two):
         "train_log_every": 0,
         "artifact_dir": str(two[0].parent.absolute()),
     }
-    assert Session(tiny_data, iterations=6, **other).kept["progress"]["step"] == 4
+    run = Session(tiny_data, iterations=6, **other)
+    assert run.start.training["state"]["step"] == 4
 
 
 def test_a_log_with_a_result_is_not_added_to(tiny_data, two):
     log = Path("logs/kept.txt")
     log.write_text(log.read_text(encoding="utf-8") + 'final {"half": ', encoding="utf-8")
     Session(tiny_data, iterations=6, **EVERY)
-    assert '"half"' not in log.read_text(encoding="utf-8")  # a line that was cut is none
+    # Half a line is no result.
+    assert '"half"' not in log.read_text(encoding="utf-8")
     log.write_text(log.read_text(encoding="utf-8") + 'final {"whole": 1}\n', encoding="utf-8")
     with pytest.raises(tg.UsageError, match=r"^RUN_ID=kept: logs/kept.txt has its result already$"):
         Session(tiny_data, iterations=6, **EVERY)
@@ -307,10 +316,8 @@ def test_a_log_with_a_result_is_not_added_to(tiny_data, two):
 def test_without_checkpoints_a_result_is_kept_and_an_end_without_one_is_begun_anew(
     tiny_data, tmp_path
 ):
-    log, env = (
-        tmp_path / "logs/kept.txt",
-        {**environment(tiny_data, RUN_ID="kept"), "CHECKPOINT_EVERY": "0"},
-    )
+    log = tmp_path / "logs/kept.txt"
+    env = {**environment(tiny_data, RUN_ID="kept"), "CHECKPOINT_EVERY": "0"}
     log.parent.mkdir()
     log.write_text("another source\nstep:50/60\n", encoding="utf-8")
     assert run_script({**env, "ITERATIONS": "1", "TTT_ENABLED": "0"}, tmp_path).returncode == 0
@@ -325,7 +332,7 @@ def test_without_checkpoints_a_result_is_kept_and_an_end_without_one_is_begun_an
     assert log.read_text(encoding="utf-8") == text
 
 
-# --- Signals ----------------------------------------------------------------------------------------------------------
+# --- Signals --------------------------------------------------------------------------------------
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("every", [0, 1000])
 @pytest.mark.parametrize(("last", "step"), [(3, 4), (9, 9)], ids=["midway", "in the last step"])
@@ -337,14 +344,13 @@ def test_a_signal_ends_training_after_the_step_with_a_checkpoint_if_there_are_an
         Mortal(tiny_data, act=lambda: signal.raise_signal(number), **settings).train()
     line, status = caught.value.args
     assert status == 128 + number
-    assert line.startswith(
-        f"{number.name}: the run is stopped after step {step}"
-    )  # numbers are read a step late
+    # Ranks hear of a signal with the numbers of a step, which are read a step late.
+    assert line.startswith(f"{number.name}: the run is stopped after step {step}")
     assert ("same command goes on" in line) == (every > 0)
-    assert [torch_load(p)["progress"]["step"] for p in checkpoints()] == [step] * (every > 0)
+    assert [step_of(p) for p in checkpoints()] == [step] * (every > 0)
 
 
-# --- Whole runs -------------------------------------------------------------------------------------------------------
+# --- Whole runs -----------------------------------------------------------------------------------
 def environment(tiny_data: Path, **more: str) -> dict[str, str]:
     base = {
         **TINY,
@@ -425,9 +431,9 @@ def test_a_run_killed_in_training_quantisation_packing_and_scoring_ends_the_same
     done = run_script(env, tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     must_equal(result(tmp_path, "killed"), uninterrupted)
-    assert (
-        "step:" not in done.stdout and "GPTQ:" not in done.stdout
-    )  # the phases that were over were not repeated
+    # Phases that were over were not repeated.
+    assert "step:" not in done.stdout
+    assert "GPTQ:" not in done.stdout
     assert final_line(done.stdout)["seconds"].keys() >= {"train", "calibrate", "quantise", "pack"}
     again = run_script(env, tmp_path)
     assert again.returncode == 2
@@ -440,7 +446,9 @@ def fresh_part(folder: Path, old: set[Path]) -> bool:
 
 @pytest.mark.skipif(not KILLS, reason="takes minutes; RESUME_KILLS=50")
 def test_runs_killed_at_random_moments_end_the_same(tiny_data, tmp_path, uninterrupted):
-    rng, counts, finished = random.Random(os.environ.get("RESUME_SEED", "1")), {}, 0
+    rng = random.Random(os.environ.get("RESUME_SEED", "1"))
+    counts = {}
+    finished = 0
     moments = {
         "start": None,
         "training": "step:2/",
@@ -451,12 +459,14 @@ def test_runs_killed_at_random_moments_end_the_same(tiny_data, tmp_path, uninter
         "scoring": "diagnostic quantized ",
     }
     while sum(counts.values()) < KILLS or not (tmp_path / f"logs/r{finished}.txt").exists():
-        env, runs = environment(tiny_data, RUN_ID=f"r{finished}"), tmp_path / f"runs/r{finished}"
+        env = environment(tiny_data, RUN_ID=f"r{finished}")
+        runs = tmp_path / f"runs/r{finished}"
         over = sum(counts.values()) >= KILLS
         process = started(env, tmp_path)
         writing = partial(fresh_part, runs, {*runs.glob("*.part")})
         name = rng.choice([*moments, "writing", "writing", "a step", "a step"])
-        if name == "writing":  # one of the next files
+        if name == "writing":
+            # One of the next files.
             for _ in range(rng.randrange(1, 8)):
                 wait_for(process, writing)
                 wait_for(process, lambda: not writing())  # noqa: B023
@@ -497,7 +507,7 @@ def through_average(ranks: tg.Ranks, data: Path) -> dict[str, Tensor]:
     return Session(data, ranks, iterations=8, enable_looping_at=0.5).train().saved[-1][1]
 
 
-# --- What people see --------------------------------------------------------------------------------------------------
+# --- What people see ------------------------------------------------------------------------------
 def test_a_terminal_shows_one_line_in_place_and_the_file_every_step(tiny_data, tmp_path):
     env = {k: os.environ[k] for k in ("PATH", "HOME") if k in os.environ} | {"COLUMNS": "200"}
     env |= environment(
@@ -505,37 +515,30 @@ def test_a_terminal_shows_one_line_in_place_and_the_file_every_step(tiny_data, t
     )
     master, slave = pty.openpty()
     command = [sys.executable, str(ROOT / "train_gpt.py")]
-    process, text = (
-        subprocess.Popen(command, cwd=tmp_path, env=env, stdout=slave, stderr=slave),
-        b"",
-    )
+    process = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=slave, stderr=slave)
+    text = b""
     os.close(slave)
     while True:
         try:
             text += os.read(master, 65536)
-        except OSError:  # the other end is closed
+        except OSError:
+            # The other end is closed.
             break
     os.close(master)
     assert process.wait() == 0, text[-2000:]
     shown = re.findall(r"\r\x1b\[K(train: [^\r\n]*)", text.decode())
     assert len(shown) >= 3
-    words = r"train: step \d+ of about \d+, \d+ s left, loss \d+\.\d{4}, \d+ ms/step, \d+ tok/s, about \d+ bytes"
-    assert all(re.fullmatch(words, line) for line in shown), (
-        shown
-    )  # no MFU: the peak of this device is not known
+    # No MFU, because the peak of this device is not known.
+    words = r"train: step \d+ of about \d+, \d+ s left, loss \d+\.\d{4}, "
+    words += r"\d+ ms/step, \d+ tok/s, about \d+ bytes"
+    assert all(re.fullmatch(words, line) for line in shown), shown
     phases = re.findall(r"\r\x1b\[K([^\r\n]*) \.\.", text.decode())
     scored = [f"score {name}" for name in ("pre_quantization", "quantized")]
     assert phases == ["warm-up", "train", "calibrate", "quantise", "pack", *scored]
     assert "step:1/16" not in text.decode()
     log = (tmp_path / "logs/live.txt").read_text(encoding="utf-8")
-    assert (
-        len(
-            re.findall(
-                r"^step:\d+/16 train_loss:\S+ train_time:\d+ms .*tok/s:\d+ lr_scale:\S+$", log, re.M
-            )
-        )
-        == 16
-    )
+    step = r"^step:\d+/16 train_loss:\S+ train_time:\d+ms .*tok/s:\d+ lr_scale:\S+$"
+    assert len(re.findall(step, log, re.M)) == 16
     assert "\x1b" not in log.split("\nHyperparameters:")[1]
     final = final_line(log)
     assert int(re.search(r"about (\d+) bytes", shown[-1])[1]) == pytest.approx(
@@ -568,9 +571,9 @@ def test_the_expected_bytes_are_the_entropy_of_gaussian_weights(sd):
         if role.packing == "float":
             codes += 2 * torch.Size(role.shape).numel()
             continue
-        clip, bits = {"matrix": (cfg.matrix_clip_sigmas, 6), "embed": (cfg.embed_clip_sigmas, 7)}[
-            role.packing
-        ]
+        clip, bits = (cfg.matrix_clip_sigmas, 6)
+        if role.packing == "embed":
+            clip, bits = (cfg.embed_clip_sigmas, 7)
         w = (
             torch.randn(torch.Size(role.shape).numel(), generator=torch.Generator().manual_seed(1))
             * sd
@@ -590,8 +593,10 @@ def test_the_expected_bytes_of_a_fitted_artifact_are_the_limit_or_the_bits_a_wei
 
 def test_mfu_is_shown_where_the_peak_is_known(tiny_data):
     run = Session(tiny_data, iterations=2)
-    run.facts["device"], shown = "NVIDIA H100 80GB HBM3", []
-    run.log.live, run.log.show = True, lambda line, **_: shown.append(line)
+    run.facts["device"] = "NVIDIA H100 80GB HBM3"
+    run.log.live = True
+    shown = []
+    run.log.show = lambda line, **_: shown.append(line)
     run.train()
     assert re.search(r" tok/s, MFU 0 %, about ", shown[-1])
 

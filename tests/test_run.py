@@ -26,14 +26,17 @@ import train_gpt as tg
 
 SCORE_FILES = ("scores.json", "documents.npz")
 SCORES = ("pre_quantization", "quantized", "quantized_ttt_lora")
-OF_NETWORK = {name.upper() for name in tg.NETWORK_FIELDS}  # what a model file knows by itself
+# What a model file knows by itself.
+OF_NETWORK = {name.upper() for name in tg.NETWORK_FIELDS}
 SHARDS = f"data/datasets/tiny_sp{VOCAB}"
 EVAL = {k: v for k, v in TINY.items() if k not in OF_NETWORK}
 
 
 class Finished(NamedTuple):
+    """A run that ended well; `folder` holds its artifact, checkpoint and scores."""
+
     cwd: Path
-    folder: Path  # its artifact, checkpoint and scores
+    folder: Path
     output: str
     final: dict
 
@@ -77,7 +80,7 @@ def data_copy(tiny_data: Path, to: Path) -> Path:
     return to / SHARDS
 
 
-# --- A run that ends well ---------------------------------------------------------------------------------------------
+# --- A run that ends well -------------------------------------------------------------------------
 def test_last_line_and_only_it_holds_every_figure(first_run, tiny_data):
     """`final_line` refuses a second one; here: the last, complete and consistent."""
     final = first_run.final
@@ -117,7 +120,8 @@ def test_last_line_and_only_it_holds_every_figure(first_run, tiny_data):
 
 
 def test_figures_name_the_code_data_and_artifact_they_come_from(first_run, tiny_data):
-    final, artifact = first_run.final, (first_run.folder / "final_model.int6.ptz").read_bytes()
+    final = first_run.final
+    artifact = (first_run.folder / "final_model.int6.ptz").read_bytes()
     shard = tiny_data / "datasets" / f"tiny_sp{VOCAB}" / "tiny_val_000000.bin"
     for key, data in {
         "code_sha256": (first_run.cwd / "logs" / "first.txt").read_bytes()[: final["code_bytes"]],
@@ -177,7 +181,8 @@ def test_lines_keep_the_published_templates_and_a_table_of_phases_closes(first_r
         "quantized_sliding_window": f"{labels[1]}_sliding_window",
     }
     lines = [
-        rf"{label} val_loss:{final[f'{key}_loss']:.8f} val_bpb:{final[f'{key}_bpb']:.8f} eval_time:\d+ms"
+        rf"{label} val_loss:{final[f'{key}_loss']:.8f} val_bpb:{final[f'{key}_bpb']:.8f} "
+        r"eval_time:\d+ms"
         for key, label in scores.items()
     ]
     lines += [
@@ -201,7 +206,7 @@ def test_lines_keep_the_published_templates_and_a_table_of_phases_closes(first_r
     assert rows.keys() == {"all of train", "all of eval"}
 
 
-# --- Starting from a file ---------------------------------------------------------------------------------------------
+# --- Starting from a file -------------------------------------------------------------------------
 def test_artifact_alone_gives_the_same_scores_without_training_data(first_run, tiny_data, tmp_path):
     shards = data_copy(tiny_data, tmp_path)
     for path in shards.glob("*train*"):
@@ -264,7 +269,8 @@ def test_checkpoint_gives_the_same_artifact_to_the_byte(first_run, tiny_data, tm
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_ranks_score_one_artifact_alike(first_run, tiny_data, tmp_path, ranks):
     env = {**EVAL, "DATA_DIR": str(tiny_data), "RUN_ID": "ranks", "SEED": "7"}
-    env |= {"TRAIN_BATCH_TOKENS": "128"}  # a step of one row, but there is none
+    # A training step of one row would have none for the other ranks, but there is no training.
+    env |= {"TRAIN_BATCH_TOKENS": "128"}
     shared = finish(
         {**env, "EVAL_ONLY_PATH": str(first_run.folder / "final_model.int6.ptz")}, tmp_path, ranks
     )
@@ -286,7 +292,8 @@ def test_two_ranks_train_to_the_same_end(first_run, tiny_data, tmp_path):
         6,
         6 * 512,
     )
-    for score in SCORES:  # the same rows make a step, only sums are rounded otherwise
+    # The same rows make a step; only sums are rounded in another order.
+    for score in SCORES:
         assert two.final[f"{score}_loss"] == pytest.approx(
             first_run.final[f"{score}_loss"], abs=0.01
         )
@@ -295,7 +302,7 @@ def test_two_ranks_train_to_the_same_end(first_run, tiny_data, tmp_path):
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="lists threads as Linux does")
 def test_process_group_ends_with_the_run(first_run, tiny_data, tmp_path):
-    """A thread of gloo that lives on aborts the process at its exit now and then, after the scores are printed."""
+    """A thread of gloo that lives on may abort the process at exit, with the scores printed."""
     script = """if True:
         import glob, train_gpt
         assert train_gpt.main([]) == 0
@@ -352,13 +359,14 @@ def test_a_rank_that_fails_by_itself_does_not_wait_for_nccl(
     }.items():
         monkeypatch.setattr(tg.dist, name, value)
     for name, value in {
-        "on_signals": lambda act: None,
+        "handle_signals": lambda act: None,
         "Ranks": lambda env: None,
         "Run": lambda *_: SimpleNamespace(go=go),
     }.items():
         monkeypatch.setattr(tg, name, value)
     monkeypatch.setattr(tg.os, "environ", {**TINY, "RANK": "3"})
-    if isinstance(error, ZeroDivisionError):  # its traceback is shown once main has left
+    # An unknown error leaves main, so that its traceback is shown.
+    if isinstance(error, ZeroDivisionError):
         with pytest.raises(ZeroDivisionError):
             tg.main([])
     else:
@@ -401,8 +409,11 @@ def test_nothing_compiles_after_warm_up_in_early_validation_late_scoring_or_cali
     tiny_data, tmp_path
 ):
     (tmp_path / "sitecustomize.py").write_text(
-        "import torch\ncompile = torch.compile\n"
-        "torch.compile = lambda f=None, options=None, **rest: compile(f, **rest | {'backend': 'aot_eager'})\n"
+        "import torch\n"
+        "compile = torch.compile\n"
+        "def eager(f=None, options=None, **rest):\n"
+        "    return compile(f, **rest | {'backend': 'aot_eager'})\n"
+        "torch.compile = eager\n"
     )
     env = {
         **TINY,
@@ -436,9 +447,9 @@ def test_nothing_compiles_after_warm_up_in_early_validation_late_scoring_or_cali
     )
 
 
-# --- Bad input --------------------------------------------------------------------------------------------------------
+# --- Bad input ------------------------------------------------------------------------------------
 class Bad(NamedTuple):
-    """A case: what to damage in a copy of the data, or knobs that are wrong; words its one line must hold."""
+    """A case: words that its one line must hold; wrong knobs, or damage to a copy of the data."""
 
     expected: str
     env: dict[str, str] = {}
@@ -595,7 +606,7 @@ def two_processes(env: dict[str, str], cwd: Path) -> list[subprocess.CompletedPr
     [(77, {}, "holds id 320"), (None, {"TTT_CHUNK_SIZE": "65"}, "TTT_CHUNK_SIZE=65")],
 )
 def test_every_rank_leaves_when_one_finds_bad_input(tiny_data, tmp_path, place, env, expected):
-    """The bad id stands in the shard that rank 1 scans, so rank 0 must hear of it; only rank 0 speaks."""
+    """Rank 1 scans the shard with the bad id; rank 0 must hear of it, and only rank 0 speaks."""
     shards = data_copy(tiny_data, tmp_path)
     if place:
         edit_shard(TRAIN, lambda ids: ids.put(place, 320))(shards)
@@ -604,8 +615,8 @@ def test_every_rank_leaves_when_one_finds_bad_input(tiny_data, tmp_path, place, 
     assert (main.returncode, other.returncode) == (2, 2)
     assert expected in main.stderr
     assert main.stderr.count("\n") == 1
-    said = [
-        line for line in (main.stdout + other.stdout).splitlines() if not line.startswith("[Gloo]")
-    ]  # torch 2.9
+    # torch 2.9 prints lines of gloo.
+    said = (main.stdout + other.stdout).splitlines()
+    said = [line for line in said if not line.startswith("[Gloo]")]
     assert (said, other.stderr) == ([], "")
     assert listing(tmp_path) == before

@@ -595,7 +595,6 @@ class Watched(tg.Run):
     """The program in this process; keeps the weights with which adaptation begins and which it leaves."""
 
     def warm_up(self, last: tuple) -> float:
-        self.optimizers, self.eval_warm_up = tg.Optimizers(self.model, self.cfg, self.ranks), 0.0
         return 0.0
 
     def adapt(self, *args: Any) -> tg.Ledger:

@@ -1,4 +1,4 @@
-"""What the older systems train with: shuffled rows, their schedules and averages, late rounding, fixed features."""
+"""Training of the older systems: shuffled rows, schedules, averages, late rounding."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def folder(tmp_path_factory) -> Iterator[None]:
         yield
 
 
-# --- Shuffled rows ----------------------------------------------------------------------------------------------------
+# --- Shuffled rows --------------------------------------------------------------------------------
 def loader_of(
     stream: tg.TokenStream, world_size: int = 1, rank: int = 0, **overrides: Any
 ) -> tg.PackedLoader:
@@ -49,16 +49,15 @@ def loader_of(
     return tg.PackedLoader(stream, 1, cfg, rank_of(world_size, rank))
 
 
-@pytest.mark.parametrize("size", [2000, 513])  # 62 and 16 pieces of 32, in rows of four
+# 62 and 16 pieces of 32 tokens, in rows of four.
+@pytest.mark.parametrize("size", [2000, 513])
 def test_an_epoch_takes_every_piece_once_and_the_next_another_order(tmp_path, size):
-    loader, pieces = (
-        loader_of(stream_of(tmp_path, np.arange(size, dtype=np.uint16), [100])),
-        (size - 1) // 32,
-    )
-    rows = [row for _ in range(8) for row in loader.rows(4)[0]]  # 128 pieces
-    inputs, targets = (
-        torch.cat([getattr(row, name) for row in rows]) for name in ("inputs", "targets")
-    )
+    loader = loader_of(stream_of(tmp_path, np.arange(size, dtype=np.uint16), [100]))
+    pieces = (size - 1) // 32
+    # 128 pieces.
+    rows = [row for _ in range(8) for row in loader.rows(4)[0]]
+    inputs = torch.cat([row.inputs for row in rows])
+    targets = torch.cat([row.targets for row in rows])
     assert torch.equal(targets, (inputs + 1) % size)
     assert all(
         torch.equal(row.cu_seqlens.unique(), torch.arange(0, 129, 32, dtype=torch.int32))
@@ -66,34 +65,35 @@ def test_an_epoch_takes_every_piece_once_and_the_next_another_order(tmp_path, si
     )
     begins = inputs.view(-1, 32)[:, 0]
     assert torch.equal(inputs.view(-1, 32), (begins[:, None] + torch.arange(32)) % size)
-    epochs, firsts = begins.split(pieces)[:2], []
+    epochs = begins.split(pieces)[:2]
+    firsts = []
     for epoch in epochs:
         assert len(epoch.unique()) == pieces
-        places = (
-            epoch - epoch[:, None]
-        ) % size  # on the ring: all are a whole number of pieces from the first
-        firsts += [
-            int(x[0])
-            for x in [epoch[((places % 32 == 0) & (places < 32 * pieces)).all(1)]]
-            if len(x)
-        ]
-    assert (
-        len(firsts) == 2 and firsts[0] != firsts[1] and max(firsts) < 32
-    )  # a random phase for each epoch
+        # On the ring, every piece starts a multiple of 32 tokens after the epoch's first one.
+        distances = (epoch - epoch[:, None]) % size
+        is_first = ((distances % 32 == 0) & (distances < 32 * pieces)).all(1)
+        firsts += epoch[is_first][:1].tolist()
+    # Each epoch has a random phase.
+    assert len(firsts) == 2
+    assert firsts[0] != firsts[1]
+    assert max(firsts) < 32
     assert not torch.equal(epochs[0] - firsts[0], epochs[1] - firsts[1])
     assert (epochs[0].diff() == 32).float().mean() < 0.3
 
 
 def test_any_number_of_ranks_and_a_new_loader_at_a_cursor_serve_the_same_rows(tmp_path):
     stream = stream_of(tmp_path, np.arange(1000, dtype=np.uint16))
-    one, wanted = loader_of(stream), []
-    for _ in range(12):  # more than an epoch of 31 pieces, whose end lies within a row
+    one = loader_of(stream)
+    wanted = []
+    # More than an epoch of 31 pieces, whose end lies within a row.
+    for _ in range(12):
         wanted += one.rows(4)[0]
     for world_size in (2, 3, 4):
-        loaders, found = [loader_of(stream, world_size, rank) for rank in range(world_size)], []
+        loaders = [loader_of(stream, world_size, rank) for rank in range(world_size)]
+        found = []
         for _ in range(12):
-            served, row = [iter(x.rows(4)[0]) for x in loaders], [i % world_size for i in range(4)]
-            found += [next(served[rank]) for rank in row]
+            served = [iter(loader.rows(4)[0]) for loader in loaders]
+            found += [next(served[row % world_size]) for row in range(4)]
         assert equal(found, wanted)
     again = loader_of(stream)
     again.cursor = 5 * 4 * 128
@@ -110,7 +110,8 @@ def test_a_stream_of_hardly_a_piece_is_enough(tmp_path, size):
     loader = loader_of(stream_of(tmp_path, np.arange(size, dtype=np.uint16)), **settings)
     rows = [loader.rows(1)[0][0] for _ in range(5)]
     assert all(torch.equal(row.targets, (row.inputs + 1) % size) for row in rows)
-    assert len({int(row.inputs[0]) for row in rows}) > 1  # the epochs' phases
+    # Epochs differ in their phase.
+    assert len({int(row.inputs[0]) for row in rows}) > 1
 
 
 def test_calibration_reads_what_training_began_with(tiny_data):
@@ -126,25 +127,27 @@ def test_calibration_reads_what_training_began_with(tiny_data):
             raise Killed
 
     run = Watched(tiny_data, iterations=3, gptq_calibration_batches=8, **SHUFFLED).train()
-    run.plan = run.cfg.plans[0]
     with pytest.raises(Killed):
-        run.compress(Path("unused"), {})
+        run.compress(Path("unused"))
     assert equal(run.calibrated, seen[:8])
     assert len(seen) == 12
 
 
-# --- Validation of a part ---------------------------------------------------------------------------------------------
+# --- Validation of a part -------------------------------------------------------------------------
 @pytest.mark.parametrize("loader", ["rows", "shuffled"])
 @pytest.mark.parametrize("stride", [0, 16])
 def test_a_share_of_rows_is_the_sample_of_documents_end_to_end(tiny_data, loader, stride):
-    settings, found = dict(data_dir=tiny_data, data_loader=loader, train_seq_len=64), {}
+    settings = dict(data_dir=tiny_data, data_loader=loader, train_seq_len=64)
+    found = {}
     for share in (1.0, 0.4):
         cfg = tiny_config(**settings, val_doc_fraction=share)
-        tokenizer, stream = tg.Tokenizer.load(cfg), tg.TokenStream(cfg.dataset_dir, "val")
+        tokenizer = tg.Tokenizer.load(cfg)
+        stream = tg.TokenStream(cfg.dataset_dir, "val")
         docs = tg.Documents.load(stream, tokenizer.bos_id, cfg)
         table, decoded = tg.check_bytes(tokenizer, docs, cpu_ranks())
         ledger = tg.Ledger(docs, table, torch.device("cpu"))
-        model, log = random_model(cfg), tg.Log(Path("unused"), False)
+        model = random_model(cfg)
+        log = tg.Log(Path("unused"), False)
         tg.score_all(tg.Scorer(model, cfg.plans[0], ledger, cfg, cpu_ranks(), log), stride)
         assert ledger.problems(decoded) == []
         found[share] = docs, ledger
@@ -158,9 +161,8 @@ def test_a_share_of_rows_is_the_sample_of_documents_end_to_end(tiny_data, loader
         sample.tokens[a:b]
         for a, b in zip(sample.starts, sample.starts + sample.counts, strict=True)
     ]
-    after = sample.tokens[
-        sample.starts[-1] + sample.counts[-1]
-    ]  # the last target, for most the next one's BOS
+    # The last target, which is the BOS of the next document if there is one.
+    after = sample.tokens[sample.starts[-1] + sample.counts[-1]]
     assert np.array_equal(part.tokens, [*np.concatenate(texts), after])
     assert np.array_equal(part.joined_tokens(), sample.joined_tokens()) and np.array_equal(
         whole.joined_tokens(), whole.tokens
@@ -169,9 +171,9 @@ def test_a_share_of_rows_is_the_sample_of_documents_end_to_end(tiny_data, loader
     assert some.result()["tokens"] == count < every.result()["tokens"]
 
 
-# --- Warm-down by iterations ------------------------------------------------------------------------------------------
+# --- Warm-down by iterations ----------------------------------------------------------------------
 def published_scale(step: int, elapsed: float, budget: float, cfg: tg.Config) -> float:
-    """Spec of #473: the time left over WARMDOWN_ITERS mean steps; steps left, where there is no budget."""
+    """As PR #473 has it: the time left over WARMDOWN_ITERS mean steps; without a budget, steps."""
     if budget == math.inf:
         return min(1.0, (cfg.iterations - step) / cfg.warmdown_iters)
     window = cfg.warmdown_iters * elapsed / max(step, 1)
@@ -183,14 +185,14 @@ def test_rates_fall_over_the_last_iterations_by_clock_and_by_step():
     for step in range(100):
         wanted = published_scale(step, 0, math.inf, cfg)
         assert tg.lr_scale(step / 100, cfg, step) == pytest.approx(wanted)
-        elapsed = 0.8 * step + 0.002 * step**2  # steps that grow slower
+        # Each step takes longer than the one before.
+        elapsed = 0.8 * step + 0.002 * step**2
         if elapsed < 90:
             wanted = published_scale(step, elapsed, 90.0, cfg)
             assert tg.lr_scale(elapsed / 90, cfg, step) == pytest.approx(wanted, abs=1e-12)
     assert tg.lr_scale(0.99, tiny_config(warmdown_iters=30, min_lr=0.1), 99) == 0.1
-    assert tg.lr_scale(0.5, tiny_config(warmdown_frac=0.75), 7) == pytest.approx(
-        0.5 / 0.75
-    )  # steps do not matter
+    # Without WARMDOWN_ITERS, the step does not matter.
+    assert tg.lr_scale(0.5, tiny_config(warmdown_frac=0.75), 7) == pytest.approx(0.5 / 0.75)
 
 
 def test_training_falls_over_the_last_iterations(tiny_data):
@@ -198,7 +200,7 @@ def test_training_falls_over_the_last_iterations(tiny_data):
     assert run.numbers(r"lr_scale:(\S+)") == [1, 1, 1, 1, 1, 0.75, 0.5, 0.25]
 
 
-# --- The weights that are exported ------------------------------------------------------------------------------------
+# --- The weights that are exported ----------------------------------------------------------------
 EXPORTS = {
     "ema every third": dict(export_weights="ema", ema_decay=0.8, ema_every=3),
     "swa": dict(
@@ -261,7 +263,8 @@ def test_exported_weights_are_those_of_a_plain_reference(tiny_data, kind):
 @pytest.mark.parametrize("kind", ["swa", "ema every third", "raw"])
 def test_the_last_good_weights_are_the_export_of_the_steps_before(tiny_data, kind):
     run = Breaking(tiny_data, iterations=10, **EXPORTS[kind])
-    start, run.last_good = weights_of(run.model), 7
+    start = weights_of(run.model)
+    run.last_good = 7
     with pytest.raises(FloatingPointError, match="step 8"):
         run.train()
     ((name, weights, step, _),) = run.saved
@@ -282,7 +285,8 @@ def exports_on(ranks: tg.Ranks, data: Path, *kinds: str) -> list[dict[str, Tenso
             Mortal(data, ranks, last=9, act=die, **settings).train()
         run = Session(data, ranks, **settings).train()
         assert len(run.after) < 5
-        assert run.numbers(r"late_qat:enabled step:(\d+)") == []  # it goes on without saying so
+        # It goes on without saying so again.
+        assert run.numbers(r"late_qat:enabled step:(\d+)") == []
         found.append(weights_of(run.model))
     return found
 
@@ -296,13 +300,12 @@ def test_ranks_and_resumed_runs_export_the_same(tiny_data, tmp_path):
             assert_same(resumed, through)
     assert alone[0]["up_bank"].ne(alone[2]["up_bank"]).any()
     for plain, _, rounded, _ in together:
-        assert_same(
-            plain, alone[0], tolerance=1e-5
-        )  # where nothing is rounded: a weight may fall on another integer
+        # With rounding, a weight may fall on another integer.
+        assert_same(plain, alone[0], tolerance=1e-5)
         assert_same(rounded, together[0][2])
 
 
-# --- Late rounding ----------------------------------------------------------------------------------------------------
+# --- Late rounding --------------------------------------------------------------------------------
 ROUNDED = ("qo_bank", "kv_bank", "up_bank", "down_bank")
 
 
@@ -319,16 +322,19 @@ def test_late_rounding_changes_the_forward_and_passes_the_gradient(settings):
     """As in a network of weights rounded by hand, with the floor of the quantiser."""
     cfg = tiny_config(late_qat=True, **settings)
     model, plain, (row,) = random_model(cfg), random_model(cfg), random_rows(cfg, 1)
-    q, floor = 2 ** (cfg.matrix_bits - 1) - 1, 0 if cfg.quantizer == "gptq" else cfg.clip_floor
+    q = 2 ** (cfg.matrix_bits - 1) - 1
+    floor = 0 if cfg.quantizer == "gptq" else cfg.clip_floor
     with torch.no_grad():
         for name in ROUNDED:
             w = plain.get_parameter(name)
             step = torch.maximum(w.abs().amax(-1, keepdim=True), torch.tensor(float(floor))) / q
             assert (step == floor / q).any() == (floor > 0)
             w.copy_((w / step).round().clamp(-q, q) * step)
-    before, place = model(row, cfg.plans[1]), model.qat.data_ptr()
+    before = model(row, cfg.plans[1])
+    address = model.qat.data_ptr()
     model.rounded(True)
-    assert model.qat.data_ptr() == place  # where a CUDA graph reads it
+    # A CUDA graph reads the switch where it is.
+    assert model.qat.data_ptr() == address
     after, wanted = model(row, cfg.plans[1]), plain(row, cfg.plans[1])
     assert (before - after).abs().max() > 1e-3
     assert torch.allclose(after, wanted, atol=2e-5)
@@ -364,7 +370,8 @@ class Observed(Session):
 
     def __init__(self, *args: Any, **overrides: Any):
         super().__init__(*args, late_qat=True, **overrides)
-        self.seen, self.checked = [], []
+        self.seen = []
+        self.checked = []
 
     def forward(self, row: tg.Batch, plan: tuple[tg.Visit, ...]) -> Tensor:
         self.seen.append(bool(self.model.qat))
@@ -421,7 +428,7 @@ def test_rounding_sets_in_without_a_compilation_and_reaches_the_compiled_graph(t
     torch.compiler.reset()
 
 
-# --- Features that stay as they begin ---------------------------------------------------------------------------------
+# --- Features that stay as they begin -------------------------------------------------------------
 def test_features_that_are_not_trained_keep_their_bits(tiny_data):
     names = ("bigram_emb", "bigram_proj", "bigram_scale", "smear_gate")
     for trains in (False, True):

@@ -1,4 +1,4 @@
-"""Training: the same weights on any number of ranks, warm-up without a trace, the budget, the average, bad numbers."""
+"""Training: equal weights on any number of ranks, warm-up, budget, weight average, bad numbers."""
 
 from __future__ import annotations
 
@@ -19,9 +19,8 @@ from torch import Tensor
 
 import train_gpt as tg
 
-DEEPER = dict(
-    num_layers=5, loop_end=2, xsa_last_n=5
-)  # banks of 10 and 5 slices: no even shares for 2 or 4 ranks
+# Banks of 10 and 5 slices: no even shares for 2 or 4 ranks.
+DEEPER = dict(num_layers=5, loop_end=2, xsa_last_n=5)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -55,13 +54,21 @@ class Lines(list):
 
 
 class Session(tg.Run):
-    """The tiny network's run up to its training; keeps log lines, plans, checkpoints and the weights of each step."""
+    """The tiny network's run up to its training.
+
+    Notes log lines, plans, saved weights (`saved`) and the weights after each step (`after`).
+    """
 
     def __init__(self, data: Path, ranks: tg.Ranks | None = None, **overrides: Any):
         cfg = tiny_config(**{"data_dir": data, "train_log_every": 1, **overrides})
         super().__init__(cfg, dict.fromkeys(vars(cfg), "default"), ranks or cpu_ranks())
-        self.model, self.log, self.plans, self.saved, self.after = tg.GPT(cfg), Lines(), [], [], []
-        self.optimizers, self.scoring = tg.Optimizers(self.model, cfg, self.ranks), self.forward
+        self.model = tg.GPT(cfg)
+        self.log = Lines()
+        self.plans = []
+        self.saved = []
+        self.after = []
+        self.optimizers = tg.Optimizers(self.model, cfg, self.ranks)
+        self.scoring = self.forward
         step = self.optimizers.step
 
         def watched(*args: float) -> Tensor:
@@ -75,7 +82,7 @@ class Session(tg.Run):
         self.plans.append(plan)
         return self.model(row, plan)
 
-    def save(self, name: str, weights: dict[str, Tensor], step: int, looped: bool) -> None:
+    def save_weights(self, name: str, weights: dict[str, Tensor], step: int, looped: bool) -> None:
         self.saved.append(
             (name, {key: w.detach().clone() for key, w in weights.items()}, step, looped)
         )
@@ -90,7 +97,10 @@ class Session(tg.Run):
 
 
 def warmed_up(run: Session) -> Callable[..., Tensor]:
-    """The compiled forward of the run's model after a step of the plain plan; its sentinel counts from there on."""
+    """The compiled forward of the run's model after a step of the plain plan.
+
+    The run counts compilations from there on.
+    """
     torch.compiler.reset()
     compiled = torch.compile(run.model, backend="aot_eager", fullgraph=True, dynamic=False)
     row = tg.synthetic_row(run.cfg, run.cfg.row_shape, torch.device("cpu"))
@@ -130,9 +140,9 @@ def average(
     return ema
 
 
-# --- Ranks ----------------------------------------------------------------------------------------------------------
+# --- Ranks ----------------------------------------------------------------------------------------
 def train_on(ranks: tg.Ranks, data: Path, overrides: dict[str, Any]) -> dict[str, Any]:
-    """20 steps, looped from the eighth on; then a few more in which the last rank's forward breaks."""
+    """20 steps, looped from the eighth on; then a few whose last rank returns NaN."""
     done = Session(
         data, ranks, iterations=20, ema_decay=0, enable_looping_at=0.35, **overrides
     ).train()
@@ -175,11 +185,14 @@ def test_one_rank_with_a_bad_number_stops_them_all(together):
         assert_same(found["saved"][0][1], together[0]["saved"][0][1])
 
 
-# --- Repeatable, and warm-up leaves no trace ------------------------------------------------------------------------
+# --- Repeatable, and warm-up leaves no trace ------------------------------------------------------
 def test_the_same_seed_trains_the_same_weights_bit_for_bit(tiny_data):
-    first, second, other = (
-        weights_of(Session(tiny_data, iterations=8, seed=s).train().model) for s in (1, 1, 2)
-    )
+    def trained(seed: int) -> dict[str, Tensor]:
+        return weights_of(Session(tiny_data, iterations=8, seed=seed).train().model)
+
+    first = trained(1)
+    second = trained(1)
+    other = trained(2)
     assert_same(first, second)
     assert not torch.equal(first["tok_emb"], other["tok_emb"])
 
@@ -243,7 +256,8 @@ def test_restored_leaves_everything_as_it_was(tiny_data):
         inside = everything(session)
         tg.accumulate_gradients(model, cfg.plans[0], [row], cfg.micro_batch_tokens)
     after = everything(session)
-    assert inside["tensors"].keys() > before["tensors"].keys()  # AdamW has state by then
+    # AdamW has state by then.
+    assert inside["tensors"].keys() > before["tensors"].keys()
     assert not any(
         torch.equal(inside["tensors"][name], before["tensors"][name])
         for name in ("tok_emb", "qo_bank")
@@ -266,14 +280,14 @@ def test_more_ranks_than_rows_of_a_step_are_refused(tiny_data):
         Session(tiny_data, ranks)
 
 
-# --- Schedule, average, progress ------------------------------------------------------------------------------------
+# --- Schedule, average, progress ------------------------------------------------------------------
 @pytest.mark.parametrize(("share", "first_looped"), [(0.0, 0), (0.5, 5), (0.35, 4), (1.0, 10)])
 def test_loops_run_from_the_requested_share_of_the_steps_on(tiny_data, share, first_looped):
     session = Session(tiny_data, iterations=10, enable_looping_at=share).train()
     plain, looped = session.cfg.plans
-    assert session.plans == [plain] * 4 * first_looped + [looped] * 4 * (
-        10 - first_looped
-    )  # 4 rows per step
+    rows = session.cfg.rows_per_step
+    first = [plain] * rows * first_looped
+    assert session.plans == first + [looped] * rows * (10 - first_looped)
     assert session.looped == (share < 1)
     assert session.numbers(r"layer_loop:enabled step:(\d+) ") == [first_looped] * session.looped
 
@@ -302,7 +316,7 @@ def test_the_loss_goes_down(tiny_data):
     assert session.final["train_loss"] == pytest.approx(losses[-1], abs=1e-4)
 
 
-# --- The budget -----------------------------------------------------------------------------------------------------
+# --- The budget -----------------------------------------------------------------------------------
 class Slow(Session):
     """Time passes only in forwards, a second per step and visit of a layer, and in validation."""
 
@@ -310,7 +324,8 @@ class Slow(Session):
 
     def __init__(self, *args: Any, **overrides: Any):
         super().__init__(*args, **overrides)
-        self.ranks.now, self.checked = lambda: self.seconds, []
+        self.ranks.now = lambda: self.seconds
+        self.checked = []
 
     def forward(self, row: tg.Batch, plan: tuple[tg.Visit, ...]) -> Tensor:
         self.seconds += len(plan) / self.cfg.rows_per_step
@@ -324,7 +339,10 @@ class Slow(Session):
 
 @pytest.mark.parametrize("share", [0.0, 0.35, 0.95, 1.0])
 def test_no_step_ends_after_the_budget_less_the_reserve(tiny_data, share):
-    """And none that fits is left out: of 100 s a plain step takes 4, a looped one 5. Validation is off the clock."""
+    """Nor is one left out that fits: of 100 s, a plain step takes 4 and a looped one 5.
+
+    Validation is off the clock.
+    """
     run = Slow(
         tiny_data,
         max_wallclock_seconds=109,
@@ -350,10 +368,11 @@ def test_a_real_run_stops_within_its_budget_and_says_so(tiny_data):
     assert [run.final["steps"]] == run.numbers(r"^stopping: step:(\d+)/1000000") == [len(run.after)]
 
 
-# --- Bad numbers ----------------------------------------------------------------------------------------------------
+# --- Bad numbers ----------------------------------------------------------------------------------
 def test_a_loss_that_is_not_finite_stops_at_its_step_and_saves_the_average_before(tiny_data):
     run = Breaking(tiny_data, iterations=9, ema_decay=0.9)
-    start, run.last_good = weights_of(run.model), 3
+    start = weights_of(run.model)
+    run.last_good = 3
     with pytest.raises(FloatingPointError, match="step 4"):
         run.train()
     ((name, weights, step, _),) = run.saved

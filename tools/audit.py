@@ -169,7 +169,7 @@ def probe_of(tg: ModuleType) -> type:
             self.warm_up_kept = [a == b for a, b in zip(before, after, strict=True)]
             return seconds
 
-        def score(self, label: str, budget: str, evaluation: Callable) -> None:
+        def run_evaluation(self, label: str, budget: str, evaluation: Callable) -> None:
             with self.phase(label, budget):
                 self.evaluations = {
                     **getattr(self, "evaluations", {}),
@@ -519,7 +519,7 @@ class Audit:
                 )
         except self.tg.UsageError as error:
             return "; ".join(str(error).splitlines())
-        return None if "streams" in run.saved else f"{self.artifact}: a checkpoint, not an artifact"
+        return None if run.start.is_artifact else f"{self.artifact}: a checkpoint, not an artifact"
 
     subject = property(lambda self: self.ready[0])
     texts = property(lambda self: self.ready[1])
