@@ -1372,83 +1372,111 @@ def check_shards(
 
 # === 4. Model: banks, the order of layers, one forward for training, calibration, scoring and adaptation ==============
 # --- Plain maths ---
-MLP_SLOPE = 0.5  # a power of two: both branches, of the activation and of its derivative, are exact before one rounding
+# A power of two: both branches, of the activation and of its derivative, are exact before one rounding.
+MLP_SLOPE = 0.5
+
+# The same for every dtype.
+NORM_EPS = torch.finfo(torch.float32).eps
 
 
-def leaky_relu_sq(
-    pre: Tensor, slope: float = MLP_SLOPE
-) -> Tensor:  # pre^2 above zero, (slope * pre)^2 below
-    return F.leaky_relu(pre, slope).square()
-
-
-NORM_EPS = torch.finfo(torch.float32).eps  # for any dtype
-
-
-def rms_norm(
-    x: Tensor, scale: float = 1.0
-) -> Tensor:  # scale * x / sqrt(mean(x^2) + eps) over the last axis
+def rms_norm(x: Tensor, scale: float = 1.0) -> Tensor:
+    """scale * x / sqrt(mean(x^2) + eps), the mean over the last axis."""
     return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS) * scale
 
 
-def rotate(
-    x: Tensor, cos: Tensor, sin: Tensor
-) -> Tensor:  # RoPE on the first 2 * half dims of x (T, H, D)
-    half = cos.size(-1)  # dims j and j + half form a pair
-    x1, x2, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin, rest], dim=-1)
+def leaky_relu_sq(pre: Tensor, slope: float = MLP_SLOPE) -> Tensor:
+    """pre^2 where pre is positive, (slope * pre)^2 elsewhere (PR #549)."""
+    return F.leaky_relu(pre, slope).square()
 
 
-def remove_own_value(
-    y: Tensor, v: Tensor
-) -> Tensor:  # XSA: from y (T, H, D), its component along v (T, Hkv, D)
-    wide = y.to(torch.promote_types(y.dtype, torch.float32)).unflatten(
-        1, (v.size(1), -1)
-    )  # (T, Hkv, H / Hkv, D)
-    unit = F.normalize(v.to(wide.dtype), dim=-1).unsqueeze(2)  # (T, Hkv, 1, D)
-    return (
-        torch.addcmul(wide, (wide * unit).sum(-1, keepdim=True), unit, value=-1)
-        .flatten(1, 2)
-        .to(y.dtype)
-    )
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding of x (T, H, D) by the angles of cos and sin (T, 1, half).
+
+    Dimensions j and j + half form a pair, which turns as (a, b) -> (a cos + b sin, b cos - a sin).
+    Dimensions from 2 * half on stay as they are.
+    """
+    half = cos.size(-1)
+    x1 = x[..., :half]
+    x2 = x[..., half : 2 * half]
+    unrotated = x[..., 2 * half :]
+    return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin, unrotated], dim=-1)
+
+
+def remove_own_value(y: Tensor, v: Tensor) -> Tensor:
+    """XSA (PR #1530): y - (y . u) u with u = v / |v|, for each token and query head.
+
+    y: attention output (T, H, D). v: values of the same tokens (T, Hkv, D); each serves H / Hkv
+    query heads. Computed in fp32 or better and returned in the dtype of y.
+    """
+    y32 = y.to(torch.promote_types(y.dtype, torch.float32))
+    y32 = y32.unflatten(1, (v.size(1), -1))  # (T, Hkv, H / Hkv, D)
+    unit = F.normalize(v.to(y32.dtype), dim=-1).unsqueeze(2)  # (T, Hkv, 1, D)
+    along = (y32 * unit).sum(-1, keepdim=True)  # (T, Hkv, H / Hkv, 1)
+    return torch.addcmul(y32, along, unit, value=-1).flatten(1, 2).to(y.dtype)
 
 
 # --- Order of layers and table of parameters ---
-class Visit(
-    NamedTuple
-):  # one step of the unrolled depth: which layer runs, which skips it stores or takes
+class Visit(NamedTuple):
+    """One step of the unrolled depth: which layer runs, and which skips it stores or takes."""
+
     layer: int
     slot: int  # position in the plan; adapters are kept per slot
     push: bool  # store the output for a later skip
-    skip: tuple[
-        int, ...
-    ]  # rows of skip_weights whose mean scales the skip popped here; empty: none
-    parallel: bool  # two lanes
+    skip: tuple[int, ...]  # rows of skip_weights whose mean scales the skip; empty: no skip
+    parallel: bool  # attention and MLP run side by side on two lanes
+
+
+def split_depth(cfg: Config, loops: int) -> tuple[list[int], list[int]]:
+    """The order of layers with LOOP_START..LOOP_END repeated `loops` times more, in two halves.
+
+    The first half (encoder) stores skips, the second (decoder) takes them.
+    """
+    order = list(range(cfg.num_layers))
+    order[cfg.loop_start : cfg.loop_start] = order[cfg.loop_start : cfg.loop_end + 1] * loops
+    middle = len(order) // 2
+    return order[:middle], order[middle:]
+
+
+def skip_pairs(encoder: list[int], decoder: list[int]) -> list[tuple[int, int]]:
+    """(receiver, source) of every skip: the decoder takes what the encoder stored, last in, first out."""
+    return list(zip(decoder, reversed(encoder), strict=False))
 
 
 def layer_plan(cfg: Config, looped: bool) -> tuple[Visit, ...]:
-    """The order of layers; the only place that knows it. The first half stores its outputs as skips, the second takes
-    them last in, first out. Rows of skip_weights belong to pairs (receiver, source) of the looped plan; the plain plan
-    uses those of the same pair (their mean, if looping visits it twice), so a skip keeps its meaning (W4)."""
+    """The order of layers as data; the only place that knows it.
 
-    def halves(loops: int) -> tuple[list[int], list[int], list[tuple[int, int]]]:
-        order = [*range(cfg.num_layers)]
-        order[cfg.loop_start : cfg.loop_start] = order[cfg.loop_start : cfg.loop_end + 1] * loops
-        encoder, decoder = order[: len(order) // 2], order[len(order) // 2 :]
-        return encoder, decoder, list(zip(decoder, reversed(encoder), strict=False))
+    Training begins without loops and turns them on later, which changes the layers that skips
+    connect. A row of skip_weights therefore belongs to a pair of layers (receiver, source), not to
+    a position. Four layers, of which 1 and 2 are looped once:
 
-    full = halves(cfg.num_loops)[2]
-    encoder, decoder, pairs = halves(cfg.num_loops if looped else 0)
-    same = [tuple(row for row, other in enumerate(full) if other == pair) for pair in pairs]
-    skips = [(k,) if looped or not rows else rows for k, rows in enumerate(same)] + [()] * (
-        len(decoder) - len(pairs)
-    )
-    first = cfg.parallel_start_layer or cfg.num_layers
-    steps = [(i, True, ()) for i in encoder] + [
-        (i, False, skip) for i, skip in zip(decoder, skips, strict=True)
+        plain    encoder 0 1      decoder 2 3      pairs        (2, 1)  (3, 0)
+        looped   encoder 0 1 2    decoder 1 2 3    pairs (1, 2) (2, 1)  (3, 0)
+                                                   row      0      1       2
+
+    The plain plan uses rows 1 and 2, those of the same pairs. If it used rows 0 and 1 by position,
+    the weight that learnt to scale 2 <- 1 would scale 1 <- 2 from the first looped step on.
+    Where the looped plan visits a pair twice, the plain plan takes the mean of both rows. A pair
+    that the looped plan lacks uses the row of its position.
+    """
+    encoder, decoder = split_depth(cfg, cfg.num_loops if looped else 0)
+    pairs = skip_pairs(encoder, decoder)
+    pair_of_row = skip_pairs(*split_depth(cfg, cfg.num_loops))
+    first_parallel = cfg.parallel_start_layer or cfg.num_layers
+
+    plan = [
+        Visit(layer, slot, push=True, skip=(), parallel=layer >= first_parallel)
+        for slot, layer in enumerate(encoder)
     ]
-    return tuple(
-        Visit(i, slot, push, skip, i >= first) for slot, (i, push, skip) in enumerate(steps)
-    )
+    for position, layer in enumerate(decoder):
+        # A decoder of odd depth is one layer longer than the encoder: its last layer has no skip.
+        skip = ()
+        if position < len(pairs):
+            skip = (position,)
+            same_pair = [row for row, pair in enumerate(pair_of_row) if pair == pairs[position]]
+            if same_pair and not looped:
+                skip = tuple(same_pair)
+        plan.append(Visit(layer, len(plan), False, skip, layer >= first_parallel))
+    return tuple(plan)
 
 
 class Role(NamedTuple):
@@ -1459,7 +1487,7 @@ class Role(NamedTuple):
     """
 
     shape: tuple[int, ...]
-    init: float | str  # constant, "orthogonal", "normal", "small" or "first"; see GPT.__init__
+    init: float | str  # constant, "orthogonal", "normal", "small" or "first"; see GPT.initialise
     group: str = "scalar"  # optimiser group: "muon", "embed", "scalar" or "fixed"
     packing: str = "float"  # in the artifact: "matrix" or "embed" (integers), "float" (fp16)
     sites: tuple[str, ...] = ()  # input site of each of the equal parts of a bank, or of a table
@@ -1525,294 +1553,378 @@ def parameter_table(cfg: Config) -> dict[str, Role]:
     return table
 
 
-LAYER_TENSORS = "qkv o up down attn_scale mlp_scale resid_mix q_gain".split()
-LayerWeights = NamedTuple(
-    "LayerWeights", [(name, Tensor) for name in LAYER_TENSORS]
-)  # of one layer, compute dtype
-
-
-class PassInfo(NamedTuple):  # what every layer of one forward shares
-    batch: Batch
-    place: Tensor  # (T,) int64: index in the segment
-    rope: Tensor  # fp32 (T, 2, 1, rope_dims / 2): cos, sin at each token's position in its segment
-    tap: Callable[[str, int, Tensor], None]  # (site, layer, input of a product): calibration
-    lora: LoRA | None
-    down: dict[
-        tuple[str, int], tuple[Tensor, list[str]]
-    ] = {}  # (input, slot) -> A (B, sites * rank, C), sites
-    up: dict[tuple[str, int], Tensor] = {}  # (site, slot) -> B (B, out, rank)
-    values: Tensor | None = None  # (T, kv) that VE_LAYERS add to theirs
-
-    def lora_in(self, x: Tensor, source: str, slot: int) -> dict[str, Tensor]:
-        """x (T, C), T / B tokens per document -> x A^T (B, T / B, rank) of all adapters that read it, in a product."""
-        a, sites = self.down.get((source, slot), (x, ()))
-        h = (x.unflatten(0, (a.size(0), -1)) @ a.mT).chunk(len(sites), -1) if sites else ()
-        return dict(zip(sites, h, strict=True))
-
-    def lora_up(
-        self, h: dict[str, Tensor], site: str, slot: int
-    ) -> Tensor:  # (T, out): scale * h B^T
-        return (h[site] @ (self.up[site, slot] * self.lora.scale).mT).flatten(0, 1)
-
-    def lora_out(
-        self, y: Tensor, h: dict[str, Tensor], site: str, slot: int, scale: Tensor
-    ) -> Tensor:
-        """y (T, out) + h B^T, the columns of the product times `scale` (out,)."""
-        if site not in h:
-            return y
-        b = self.up[site, slot] * scale[:, None]
-        return torch.baddbmm(
-            y.unflatten(0, (b.size(0), -1)), h[site], b.mT, alpha=self.lora.scale
-        ).flatten(0, 1)
-
-    def biased(
-        self, x: Tensor, slot: int
-    ) -> Tensor:  # x (T, C) and what a document's adapter adds to it
-        if self.lora is None or self.lora.bias is None:
-            return x
-        return (
-            x.unflatten(0, (self.lora.bias.size(0), -1)) + self.lora.bias[:, slot, None]
-        ).flatten(0, 1)
-
-
 BOS_ID = 1  # of all tokenizers of the field; SmearGate needs it where rows cross documents
 
 
-def segment_positions(
-    cu_seqlens: Tensor, num_tokens: int
-) -> Tensor:  # (T,) int64: each token's index in its segment (W17)
+def segment_positions(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
+    """Each token's index in its own segment, (T,) int64.
+
+    RoPE turns by this index and not by the one in the row, which would depend on what else was packed.
+    """
     index = torch.arange(num_tokens, device=cu_seqlens.device)
     return index - cu_seqlens[torch.searchsorted(cu_seqlens, index, right=True) - 1]
 
 
-class GPT(
-    nn.Module
-):  # the network of PR #1530; parameters are fp32, products run in the compute dtype
+class LayerWeights(NamedTuple):
+    """Weights of one layer in the compute dtype. Matrices act as y = x W^T."""
+
+    qkv: Tensor  # (C + 2 kv, C) with kv = Hkv * D: queries, keys and values as one product
+    o: Tensor  # (C, C), its rows times attn_scale
+    up: Tensor  # (F, C) with F = mlp_dim
+    down: Tensor  # (C, F), its rows times mlp_scale
+    attn_scale: Tensor  # (C,)
+    mlp_scale: Tensor  # (C,)
+    resid_mix: Tensor  # (2, C): of the stream and of x0
+    q_gain: Tensor  # (H,)
+
+
+class PassInfo(NamedTuple):
+    """What every layer of one forward shares."""
+
+    batch: Batch
+    positions: Tensor  # (T,) int64: index of each token in its segment
+    rope: Tensor  # (T, 2, 1, half) fp32: cos and sin of each token
+    tap: Callable[[str, int, Tensor], None]  # is shown (site, layer, input) of every product
+    adapters: AdapterView
+    values: Tensor | None  # (T, Hkv * D), added to the values of the layers in VE_LAYERS
+
+
+class Heads(NamedTuple):
+    """What attention works on: n query tokens, and T tokens that they may see."""
+
+    q: Tensor  # (n, H, D), normed, rotated, times q_gain
+    k: Tensor  # (T, Hkv, D), normed, rotated
+    v: Tensor  # (T, Hkv, D)
+    own_v: Tensor | None  # (n, Hkv, D): v at the query tokens; None without XSA
+    cu_queries: Tensor | None  # int32 offsets of the query tokens; None if they are all tokens
+    projected: dict[str, Tensor]  # the adapters' x A^T at the query tokens
+
+
+def take_rows(x: Tensor, rows: Tensor | None) -> Tensor:
+    """The rows of x that are named, all if None.
+
+    All are a new view: the gradients of the two lanes, which begin as one tensor, are then summed
+    per lane before they meet. Without it the last bit of training would differ.
+    """
+    return x[:] if rows is None else x[rows]
+
+
+class GPT(nn.Module):
+    """The network of PR #1530. Parameters are fp32, products run in the compute dtype."""
+
     def __init__(self, cfg: Config, attention_backend: str = "sdpa"):
         super().__init__()
-        self.cfg, self.attention_backend, g = (
-            cfg,
-            attention_backend,
-            torch.Generator().manual_seed(cfg.seed),
-        )
+        self.cfg = cfg
+        self.attention_backend = attention_backend
         if cfg.late_qat:
-            self.register_buffer(
-                "qat", torch.zeros(()), persistent=False
-            )  # 1: the banks are rounded; see bank
-        for name, role in parameter_table(
-            cfg
-        ).items():  # drawn on the CPU: equal on every rank and device
-            weight = torch.full(role.shape, 0.0 if isinstance(role.init, str) else float(role.init))
+            # A tensor, so that turning rounding on neither compiles nor breaks a captured graph.
+            self.register_buffer("qat", torch.zeros(()), persistent=False)
+        self.initialise()
+
+    def initialise(self) -> None:
+        """Makes every parameter of the table as its role says.
+
+        Random values are drawn on the CPU with SEED, so they are equal on every rank and device.
+        """
+        generator = torch.Generator().manual_seed(self.cfg.seed)
+        normal_std = {"normal": self.cfg.tied_embed_init_std, "small": 0.01}
+        for name, role in parameter_table(self.cfg).items():
+            constant = 0.0 if isinstance(role.init, str) else float(role.init)
+            weight = torch.full(role.shape, constant)
             if role.init == "orthogonal":
                 for matrix in weight.view(-1, *role.shape[-2:]):
-                    nn.init.orthogonal_(matrix, generator=g)
-            elif role.init in ("normal", "small"):
-                std = cfg.tied_embed_init_std if role.init == "normal" else 0.01
-                nn.init.normal_(weight, std=std, generator=g)
+                    nn.init.orthogonal_(matrix, generator=generator)
             elif role.init == "first":
                 weight[:, 0] = 1.0
+            elif role.init in normal_std:
+                nn.init.normal_(weight, std=normal_std[role.init], generator=generator)
             self.register_parameter(name, nn.Parameter(weight))
-        self.qo_bank.data[cfg.num_layers :] = (
-            0.0  # like down_bank: every block starts as the identity
-        )
+        # Output projections are zero like down_bank: every block starts as the identity.
+        self.qo_bank.data[self.cfg.num_layers :] = 0.0
 
-    def rotations(
-        self, place: Tensor, length: int
-    ) -> Tensor:  # cos, sin (T, 2, 1, half) fp32, for segments so long
-        dims, short = self.cfg.rope_dims or self.cfg.head_dim, self.cfg.rope_train_seq_len
-        base = self.cfg.rope_base * (max(length / short, 1) ** (dims / (dims - 2)) if short else 1)
-        half = torch.arange(dims // 2, dtype=torch.float64, device=place.device)
-        angles = place[:, None, None] * base ** (-half / (dims // 2))
-        return torch.stack([angles.cos(), angles.sin()], 1).float()
+    # --- Weights as the forward uses them ---
 
-    def embed(
-        self, info: PassInfo
-    ) -> tuple[Tensor, PassInfo]:  # x0 (T, C), and what the tokens add to values
-        cfg, ids, dtype = self.cfg, info.batch.inputs, self.cfg.dtype
-        x = F.embedding(ids, self.tok_emb.to(dtype))
-        if N := cfg.bigram_vocab_size:
-            pair = torch.where(
-                info.place == 0, N - 1, (36313 * ids ^ 27191 * ids.roll(1)) % (N - 1)
-            )
-            proj = (self.bigram_scale * self.bigram_proj).to(dtype)
-            x = x + F.linear(F.embedding(pair, self.bigram_emb.to(dtype)), proj)
-        x = rms_norm(x)
-        if cfg.smear_enabled:
-            gate, begins = self.smear_gate.sigmoid().to(dtype), (info.place == 0) | (ids == BOS_ID)
-            x = (1 - gate) * x + gate * x.roll(1, 0) * ~begins[:, None]
-        if cfg.ve_enabled:
-            values = F.linear(
-                F.embedding(ids, self.ve_emb.to(dtype)), (self.ve_scale * self.ve_proj).to(dtype)
-            )
-            info = info._replace(values=values)
-        return x, info
-
-    def rounded(
-        self, on: bool
-    ) -> None:  # LATE_QAT in the next forwards: a value in the graph, so nothing compiles
+    def set_rounding(self, on: bool) -> None:
+        """Says whether the next forwards round the banks (LATE_QAT). Does nothing without the knob."""
         if self.cfg.late_qat:
             self.qat.fill_(on)
 
-    def bank(
-        self, name: str
-    ) -> Tensor:  # with LATE_QAT as if rounded, by qat; the gradient passes as it is
-        w, cfg = self.get_parameter(name), self.cfg
+    def bank(self, name: str) -> Tensor:
+        """A bank as the forward sees it, (matrices, out, in) fp32.
+
+        With LATE_QAT and rounding on, each row is rounded to MATRIX_BITS with the step that its
+        largest weight needs, so training learns weights that survive quantisation. The gradient
+        passes as if nothing were rounded (straight-through). `qat` is 0 or 1 within the graph.
+        """
+        weight = self.get_parameter(name)
+        cfg = self.cfg
         if not cfg.late_qat:
-            return w
-        q, seen = (
-            2 ** (cfg.matrix_bits - 1) - 1,
-            w.detach().to(cfg.dtype).float(),
-        )  # by all ranks: see Muon
-        step = (
-            seen.abs().amax(-1, keepdim=True).clamp_min(cfg.clip_floor * cfg.no_hessians + 1e-12)
-            / q
+            return weight
+        qmax = 2 ** (cfg.matrix_bits - 1) - 1
+        # Peers hold each other's slices in the compute dtype only (see Muon). Rounding what all
+        # ranks can see makes them round alike.
+        seen = weight.detach().to(cfg.dtype).float()
+        # Quantisers without Hessians have this floor, too.
+        floor = cfg.clip_floor * cfg.no_hessians + 1e-12
+        step = seen.abs().amax(-1, keepdim=True).clamp_min(floor) / qmax
+        rounded = (seen / step).round().clamp(-qmax, qmax) * step
+        return weight + self.qat * (rounded - weight.detach())
+
+    def layer_weights(self) -> list[LayerWeights]:
+        """The weights of every layer, cast to the compute dtype once per forward.
+
+        attn_scale and mlp_scale are folded into the product before them: scale * (y W^T) =
+        y (diag(scale) W)^T. Adapters beside these products still need the scales themselves.
+        """
+        q, o = self.bank("qo_bank").chunk(2)
+        k, v = self.bank("kv_bank").chunk(2)
+        attn_scale = self.attn_scale
+        mlp_scale = self.mlp_scale
+        if self.cfg.branch_scale:
+            layer = torch.arange(1, self.cfg.num_layers + 1, device=o.device)
+            depth_scale = layer.rsqrt().unsqueeze(1)  # (L, 1)
+            attn_scale = depth_scale * attn_scale
+            mlp_scale = depth_scale * mlp_scale
+        stacks = LayerWeights(
+            qkv=torch.cat([q, k, v], 1),
+            o=attn_scale.unsqueeze(2) * o,
+            up=self.bank("up_bank"),
+            down=mlp_scale.unsqueeze(2) * self.bank("down_bank"),
+            attn_scale=attn_scale,
+            mlp_scale=mlp_scale,
+            resid_mix=self.resid_mix,
+            q_gain=self.q_gain,
         )
-        return w + self.qat * ((seen / step).round().clamp(-q, q) * step - w.detach())
+        # unbind, because its gradient is one stack where an index per layer makes L padded copies.
+        by_name = [stack.to(self.cfg.dtype).unbind(0) for stack in stacks]
+        return [LayerWeights(*weights) for weights in zip(*by_name, strict=True)]
+
+    # --- Inputs of the first layer and of all ---
+
+    def rotations(self, positions: Tensor, max_seqlen: int) -> Tensor:
+        """cos and sin (T, 2, 1, half) fp32 of every token, in a row whose segments are at most so long.
+
+        Segments longer than ROPE_TRAIN_SEQ_LEN raise the base (NTK scaling, PR #414).
+        """
+        cfg = self.cfg
+        dims = cfg.rope_dims or cfg.head_dim
+        base = cfg.rope_base
+        if cfg.rope_train_seq_len:
+            stretch = max(max_seqlen / cfg.rope_train_seq_len, 1)
+            base = base * stretch ** (dims / (dims - 2))
+        pair = torch.arange(dims // 2, dtype=torch.float64, device=positions.device)
+        angles = positions[:, None, None] * base ** (-pair / (dims // 2))  # (T, 1, half) fp64
+        return torch.stack([angles.cos(), angles.sin()], 1).float()
+
+    def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """x0 (T, C): the normed embedding, with hashed pairs and SmearGate where they are on."""
+        cfg = self.cfg
+        x = F.embedding(ids, self.tok_emb.to(cfg.dtype))
+        if cfg.bigram_vocab_size:
+            # The last row stands for "no token before", the others for a hash of the pair
+            last_row = cfg.bigram_vocab_size - 1
+            hashed = (36313 * ids ^ 27191 * ids.roll(1)) % last_row
+            pair = torch.where(positions == 0, last_row, hashed)
+            proj = (self.bigram_scale * self.bigram_proj).to(cfg.dtype)
+            x = x + F.linear(F.embedding(pair, self.bigram_emb.to(cfg.dtype)), proj)
+        x = rms_norm(x)
+        if cfg.smear_enabled:
+            # Blends in the token before, but never across the start of a document.
+            gate = self.smear_gate.sigmoid().to(cfg.dtype)
+            starts = (positions == 0) | (ids == BOS_ID)
+            x = (1 - gate) * x + gate * x.roll(1, 0) * ~starts[:, None]
+        return x
+
+    def value_embedding(self, ids: Tensor) -> Tensor | None:
+        """What the token ids add to the values of VE_LAYERS, (T, Hkv * D); None if there is nothing."""
+        if not self.cfg.ve_enabled:
+            return None
+        dtype = self.cfg.dtype
+        proj = (self.ve_scale * self.ve_proj).to(dtype)
+        return F.linear(F.embedding(ids, self.ve_emb.to(dtype)), proj)
+
+    # --- One layer ---
+
+    def has_xsa(self, layer: int) -> bool:
+        """Whether this layer removes from each head's output its component along the own value."""
+        return layer >= self.cfg.num_layers - self.cfg.xsa_last_n
+
+    def project_heads(
+        self,
+        n: Tensor,
+        weight: Tensor,
+        sites: tuple[str, ...],
+        projected: dict[str, Tensor],
+        visit: Visit,
+        info: PassInfo,
+    ) -> Tensor:
+        """The product n W^T of the named sites, plus their adapters and the value embedding.
+
+        n: (T, C). weight: the rows of "q", "k" and "v" that `sites` names, stacked.
+        Returns (T, sum of their widths).
+        """
+        kv = self.cfg.num_kv_heads * self.cfg.head_dim
+        rows = F.linear(n, weight)
+        if any([site in projected for site in sites]):
+            # All sites are added as one tensor: its gradient is then that of the rows, uncopied.
+            added = []
+            for site in sites:
+                if site in projected:
+                    added.append(info.adapters.product(projected, site, visit.slot))
+                else:
+                    width = n.size(1) if site == "q" else kv
+                    added.append(rows.new_zeros(len(rows), width))
+            rows = rows + torch.cat(added, -1)
+        value_layers = self.cfg.value_embedding_layers
+        if info.values is not None and "v" in sites and visit.layer in value_layers:
+            scale = self.ve_layer_scales[value_layers.index(visit.layer)].to(n.dtype)
+            rows = rows + F.pad(scale * info.values, (rows.size(1) - kv, 0))
+        return rows
+
+    def heads_of_all(self, n: Tensor, w: LayerWeights, visit: Visit, info: PassInfo) -> Heads:
+        """Queries, keys and values of every token of n (T, C), from one product."""
+        cfg = self.cfg
+        has_xsa = self.has_xsa(visit.layer)
+        projected = info.adapters.project(n, "attn", visit.slot)
+        rows = self.project_heads(n, w.qkv, ("q", "k", "v"), projected, visit, info)
+        uses = 2 if has_xsa else 1
+        q, k, v, *own = norm_rope(rows, w.q_gain, info.rope, cfg.head_dim, cfg.fused_qk, uses)
+        return Heads(q, k, v, own[0] if has_xsa else None, None, projected)
+
+    def heads_of_selected(
+        self, n: Tensor, w: LayerWeights, visit: Visit, info: PassInfo, queries: Tensor
+    ) -> Heads:
+        """Queries of the tokens `queries` (n,) alone, keys and values of every token of n (T, C)."""
+        cfg = self.cfg
+        C = n.size(1)
+        has_xsa = self.has_xsa(visit.layer)
+        projected = info.adapters.project(n, "attn", visit.slot)
+
+        rows = self.project_heads(n, w.qkv[C:], ("k", "v"), projected, visit, info)
+        uses = 2 if has_xsa else 1
+        no_gain = w.q_gain[:0]
+        _, k, v, *own = norm_rope(rows, no_gain, info.rope, cfg.head_dim, cfg.fused_qk, uses)
+        own_v = own[0][queries] if has_xsa else None
+
+        selected = {}
+        for site, h in projected.items():  # h: (B, T / B, rank)
+            selected[site] = h.flatten(0, 1)[queries].unflatten(0, (h.size(0), -1))
+        rows = self.project_heads(n[queries], w.qkv[:C], ("q",), selected, visit, info)
+        q, *_ = norm_rope(rows, w.q_gain, info.rope[queries], cfg.head_dim, cfg.fused_qk)
+        cu_queries = torch.searchsorted(queries, info.batch.cu_seqlens.long(), out_int32=True)
+        return Heads(q, k, v, own_v, cu_queries, selected)
 
     def attend(
-        self, n: Tensor, w: LayerWeights, visit: Visit, info: PassInfo, keep: slice | Tensor
+        self, n: Tensor, w: LayerWeights, visit: Visit, info: PassInfo, queries: Tensor | None
     ) -> Tensor:
-        """Attention of normalised n (T, C); the output (n, C) at the positions `keep`: all, or the last of segments."""
-        C, kv, h = (
-            n.size(1),
-            self.cfg.num_kv_heads * self.cfg.head_dim,
-            info.lora_in(n, "attn", visit.slot),
-        )
-        has_xsa = visit.layer >= self.cfg.num_layers - self.cfg.xsa_last_n
+        """Causal attention within each segment.
 
-        def heads(
-            sites: str, n: Tensor, weight: Tensor, gain: Tensor, rope: Tensor, h: dict
-        ) -> tuple[Tensor, ...]:
-            x = F.linear(n, weight)
-            if set(h) & set(sites):  # added to the row as one: its gradient is then the row's
-                x = x + torch.cat(
-                    [
-                        info.lora_up(h, site, visit.slot)
-                        if site in h
-                        else x.new_zeros(len(x), C if site == "q" else kv)
-                        for site in sites
-                    ],
-                    -1,
-                )
-            if (
-                info.values is not None
-                and "v" in sites
-                and visit.layer in self.cfg.value_embedding_layers
-            ):
-                scale = self.ve_layer_scales[self.cfg.value_embedding_layers.index(visit.layer)].to(
-                    n.dtype
-                )
-                x = x + F.pad(scale * info.values, (x.size(1) - kv, 0))
-            return norm_rope(x, gain, rope, self.cfg.head_dim, self.cfg.fused_qk, 1 + has_xsa)
-
-        if isinstance(keep, slice):
-            (q, k, v, *own), cu_queries = heads("qkv", n, w.qkv, w.q_gain, info.rope, h), None
-        else:  # of queries, only these
-            _, k, v, *own = heads("kv", n, w.qkv[C:], w.q_gain[:0], info.rope, h)
-            h = {site: x.flatten(0, 1)[keep].unflatten(0, (x.size(0), -1)) for site, x in h.items()}
-            q, own = (
-                heads("q", n[keep], w.qkv[:C], w.q_gain, info.rope[keep], h)[0],
-                [x[keep] for x in own],
-            )
-            cu_queries = torch.searchsorted(keep, info.batch.cu_seqlens.long(), out_int32=True)
+        n: (T, C) in the compute dtype, normalised. queries: (n,) int64, rising, the last tokens of
+        segments whose output is wanted, or None for all. Returns (n, C) or (T, C).
+        """
+        if queries is None:
+            heads = self.heads_of_all(n, w, visit, info)
+        else:
+            heads = self.heads_of_selected(n, w, visit, info, queries)
         y = attention(
-            q,
-            k,
-            v,
+            heads.q,
+            heads.k,
+            heads.v,
             info.batch.cu_seqlens,
             info.batch.max_seqlen,
             self.attention_backend,
-            cu_queries,
-        )
-        if has_xsa:
-            y = (xsa if self.cfg.fused_xsa else remove_own_value)(y, *own)
-        y = y.flatten(1)  # (T, C)
+            heads.cu_queries,
+        )  # (n, H, D)
+        if heads.own_v is not None:
+            remove = xsa if self.cfg.fused_xsa else remove_own_value
+            y = remove(y, heads.own_v)
+        y = y.flatten(1)  # (n, C)
         info.tap("attn_in", visit.layer, n)
         info.tap("attn_out", visit.layer, y)
-        return info.lora_out(F.linear(y, w.o), h, "o", visit.slot, w.attn_scale)
+        out = F.linear(y, w.o)
+        return info.adapters.add_to(out, heads.projected, "o", visit.slot, w.attn_scale)
 
-    def feed(
-        self, n: Tensor, w: LayerWeights, visit: Visit, info: PassInfo
-    ) -> Tensor:  # the same for the MLP
-        out, post = (fused_mlp if self.cfg.fused_mlp else plain_mlp)(
-            n, w.up, w.down, self.cfg.leaky_slope
-        )
+    def feed(self, n: Tensor, w: LayerWeights, visit: Visit, info: PassInfo) -> Tensor:
+        """The MLP on normalised n (T, C); returns (T, C)."""
+        mlp = fused_mlp if self.cfg.fused_mlp else plain_mlp
+        out, post = mlp(n, w.up, w.down, self.cfg.leaky_slope)
         info.tap("mlp_in", visit.layer, n)
         info.tap("mlp_mid", visit.layer, post)
-        return info.lora_out(
-            out, info.lora_in(n, "mlp", visit.slot), "mlp", visit.slot, w.mlp_scale
-        )
+        projected = info.adapters.project(n, "mlp", visit.slot)
+        return info.adapters.add_to(out, projected, "mlp", visit.slot, w.mlp_scale)
 
-    def merge_skip(
-        self, x: Tensor, skip: Tensor, rows: tuple[int, ...]
-    ) -> Tensor:  # a gate of 1 keeps the stream x
-        def mean(
-            p: Tensor,
-        ) -> Tensor:  # uncompiled, a list as an index would be copied from the host each time
-            return torch.stack([p[row] for row in rows]).mean(0).to(x.dtype)
+    # --- All layers ---
+
+    def merge_skip(self, x: Tensor, skip: Tensor, rows: tuple[int, ...]) -> Tensor:
+        """The stream x (T, C) with a stored activation; `rows` as in Visit.skip. A gate of 1 keeps x."""
+
+        def mean(parameter: Tensor) -> Tensor:
+            # Uncompiled, a list as an index would be copied from the host each time.
+            return torch.stack([parameter[row] for row in rows]).mean(0).to(x.dtype)
 
         skip = mean(self.skip_weights) * skip
-        return (
-            torch.lerp(skip, x, mean(self.skip_gates).sigmoid())
-            if self.cfg.skip_gates_enabled
-            else x + skip
-        )
+        if self.cfg.skip_gates_enabled:
+            return torch.lerp(skip, x, mean(self.skip_gates).sigmoid())
+        return x + skip
 
-    def layers(self) -> list[LayerWeights]:
-        """Weights cast once: q, k, v as one product; scale * (y W^T) = y (diag(scale) W)^T as rows of o and down. The
-        adapters beside those need the scales. unbind, because its gradient is one stack and not L padded copies."""
-        (q, o), (k, v) = self.bank("qo_bank").chunk(2), self.bank("kv_bank").chunk(2)
-        scales = self.attn_scale, self.mlp_scale
-        if self.cfg.branch_scale:
-            depth = torch.arange(1, self.cfg.num_layers + 1, device=o.device).rsqrt().unsqueeze(1)
-            scales = tuple(depth * x for x in scales)
-        o, down = (
-            scale.unsqueeze(2) * w
-            for scale, w in zip(scales, (o, self.bank("down_bank")), strict=True)
-        )
-        others = scales + (self.resid_mix, self.q_gain)
-        stacks = torch.cat([q, k, v], 1), o, self.bank("up_bank"), down, *others
-        return [
-            LayerWeights(*w)
-            for w in zip(*(t.to(self.cfg.dtype).unbind(0) for t in stacks), strict=True)
-        ]
+    def write_lanes(
+        self, lanes: tuple[Tensor, Tensor], attn_out: Tensor, mlp_out: Tensor, layer: int
+    ) -> tuple[Tensor, Tensor]:
+        """Both lanes after a layer: each keeps a share of itself and takes a share of both outputs.
+
+        lanes: (attention lane, MLP lane). All are (T, C).
+        """
+        attn_lane, mlp_lane = lanes
+        keep = self.parallel_resid_lambdas[layer].to(attn_lane.dtype)  # (lane,)
+        post = self.parallel_post_lambdas[layer].to(attn_lane.dtype)  # (source, lane)
+        attn, mlp = 0, 1
+        new_attn = keep[attn] * attn_lane + post[attn, attn] * attn_out + post[mlp, attn] * mlp_out
+        new_mlp = keep[mlp] * mlp_lane + post[attn, mlp] * attn_out + post[mlp, mlp] * mlp_out
+        return new_attn, new_mlp
 
     def hidden(self, info: PassInfo, plan: tuple[Visit, ...], select: Tensor | None) -> Tensor:
-        """Final normalised hidden states (T, C); (n, C) with `select` (n,): the last visit skips what nobody reads."""
-        layers = self.layers()
-        x0, info = self.embed(info)
-        x, skips, lane = (
-            x0,
-            [],
-            None,
-        )  # `lane` is the MLP lane; x is the attention lane once there are two
+        """Final normalised hidden states (T, C); (n, C) with `select` (n,).
+
+        With `select` the last visit computes only the selected tokens: nobody reads the others.
+        """
+        layers = self.layer_weights()
+        x0 = self.embed(info.batch.inputs, info.positions)
+        x = x0  # the stream; from PARALLEL_START_LAYER on the attention lane
+        mlp_lane = None
+        skips = []
         for visit in plan:
-            w, scale = (
-                layers[visit.layer],
-                1 / math.sqrt(visit.layer + 1) if self.cfg.ln_scale else 1.0,
-            )
-            lane = x if visit.parallel and lane is None else lane
-            x = self.merge_skip(x, skips.pop(), visit.skip) if visit.skip else x
-            u = w.resid_mix[0] * x + w.resid_mix[1] * x0
-            at = slice(None) if select is None or visit.slot + 1 < len(plan) else select
-            a = self.attend(rms_norm(u, scale), w, visit, info, at)
-            u, x, lane = u[at], x[at], None if lane is None else lane[at]
-            if (
-                visit.parallel
-            ):  # attention reads one lane, the MLP the other; both are written to both
-                m = self.feed(rms_norm(lane, scale), w, visit, info)
-                lambdas = self.parallel_resid_lambdas, self.parallel_post_lambdas
-                keep, post = (p[visit.layer].to(x.dtype) for p in lambdas)
-                x, lane = (
-                    keep[j] * s + post[0, j] * a + post[1, j] * m for j, s in enumerate((x, lane))
-                )
+            w = layers[visit.layer]
+            norm_scale = 1 / math.sqrt(visit.layer + 1) if self.cfg.ln_scale else 1.0
+            is_last = visit.slot + 1 == len(plan)
+            queries = select if is_last else None
+
+            if visit.parallel and mlp_lane is None:
+                mlp_lane = x
+            if visit.skip:
+                x = self.merge_skip(x, skips.pop(), visit.skip)
+            mixed = w.resid_mix[0] * x + w.resid_mix[1] * x0
+            attn_out = self.attend(rms_norm(mixed, norm_scale), w, visit, info, queries)
+            mixed = take_rows(mixed, queries)
+            x = take_rows(x, queries)
+            if mlp_lane is not None:
+                mlp_lane = take_rows(mlp_lane, queries)
+
+            if visit.parallel:
+                # Attention reads one lane and the MLP the other; both write to both.
+                mlp_out = self.feed(rms_norm(mlp_lane, norm_scale), w, visit, info)
+                x, mlp_lane = self.write_lanes((x, mlp_lane), attn_out, mlp_out, visit.layer)
             else:
-                h = u + a
-                x = h + self.feed(rms_norm(h, scale), w, visit, info)
-            x = info.biased(x, visit.slot)
-            skips += [x] if visit.push else []
-        if lane is not None:
-            x = {"mean": (x + lane) / 2, "attn": x, "mlp": lane}[self.cfg.parallel_final_lane]
+                h = mixed + attn_out
+                x = h + self.feed(rms_norm(h, norm_scale), w, visit, info)
+            x = info.adapters.add_bias(x, visit.slot)
+            if visit.push:
+                skips.append(x)
+
+        if mlp_lane is not None:
+            if self.cfg.parallel_final_lane == "mean":
+                x = (x + mlp_lane) / 2
+            elif self.cfg.parallel_final_lane == "mlp":
+                x = mlp_lane
         return rms_norm(x)
 
     def forward(
@@ -1824,123 +1936,224 @@ class GPT(
         tap: Callable[..., None] = lambda *_: None,
         temperature: float = 1.0,
     ) -> Tensor:
-        """Nats per token (T,) fp32, 0 where the target is -1. `lora` adapts segments of equal length, one adapter each.
-        With `select` (n,) int64 only these get logits: (n,); beside `lora` they are the last of segments, rising."""
-        place, cfg = segment_positions(batch.cu_seqlens, batch.inputs.numel()), self.cfg
-        rope = self.rotations(place, batch.max_seqlen)
-        info = PassInfo(batch, place, rope, tap, lora, *(lora.views() if lora else ()))
-        x, targets = self.hidden(info, plan, select if lora else None), batch.targets
+        """Nats per token (T,) fp32, 0 where the target is -1.
+
+        lora: one adapter per segment; all segments are then equally long.
+        select: (n,) int64, the tokens that get logits; the result is then (n,). Beside `lora` they
+            are the last tokens of segments, rising.
+        tap: is called with (site, layer, input) of every product, for calibration.
+        temperature: divides the logits.
+        """
+        cfg = self.cfg
+        positions = segment_positions(batch.cu_seqlens, batch.inputs.numel())
+        info = PassInfo(
+            batch,
+            positions,
+            self.rotations(positions, batch.max_seqlen),
+            tap,
+            no_adapters() if lora is None else lora.view(),
+            self.value_embedding(batch.inputs),
+        )
+        targets = batch.targets
+        # Without adapters every token passes the last visit: one graph serves training and scoring.
+        x = self.hidden(info, plan, None if lora is None else select)
         tap("head_in", 0, x)
         if select is not None:
-            x, targets = x if lora else x[select], targets[select]
-        h = info.lora_in(x, "head", 0)
-        extra = info.lora_up(h, "head", 0) if h else None
-        if temperature != 1:  # cap / T * tanh(z / cap) is a cap of cap / T on z / T
-            x, extra = x / temperature, None if extra is None else extra / temperature
-        return head_loss(
-            x,
-            self.tok_emb.to(cfg.dtype),
-            extra,
-            targets,
-            cfg.logit_softcap / temperature,
-            cfg.fused_ce,
-        )
+            targets = targets[select]
+            if lora is None:
+                x = x[select]
+
+        projected = info.adapters.project(x, "head", 0)
+        extra = info.adapters.product(projected, "head", 0) if projected else None
+        if temperature != 1:
+            # cap / temperature * tanh(z / cap) is the softcap of z / temperature by cap / temperature.
+            x = x / temperature
+            if extra is not None:
+                extra = extra / temperature
+        head = self.tok_emb.to(cfg.dtype)
+        cap = cfg.logit_softcap / temperature
+        return head_loss(x, head, extra, targets, cap, cfg.fused_ce)
 
 
 # === 5. Adapters: a LoRA for every document of a batch, at every visit of a layer =====================================
-class LoRA(NamedTuple):
-    """Adapters of B documents in two leaf tensors: y += scale * (x A^T) B^T. q, k, v and o read the normalised input of
-    the attention, mlp that of the MLP, head the final state. Record: 8,355,840 values per document, 17 visits, head."""
+class AdapterSite(NamedTuple):
+    """Where one adapter sits in the network, and its size."""
 
-    sites: tuple[
-        tuple[str, int], ...
-    ]  # (site, slot) of every adapter; those that read one input are neighbours
-    widths: tuple[int, ...]  # its output width
-    ranks: tuple[int, ...]  # rows of A in use: zeros get no gradient, so what is one stays one
+    source: str  # the input that it reads: of the attention ("attn"), the "mlp" or the "head"
+    site: str  # the product it is added to: "q", "k", "v", "o", "mlp" or "head"
+    slot: int  # position in the plan; 0 for the head
+    width: int  # output width of that product: rows of B
+    rank: int  # rows of A in use; those beyond are zero and stay so, as zeros get no gradient
+
+
+class AdapterView(NamedTuple):
+    """The adapters of one forward, by where they read and where they add.
+
+    Each of the B documents holds T / B consecutive tokens of the row. All dictionaries are empty in
+    a forward without adapters; every method then returns its first argument or an empty dictionary.
+    """
+
+    down: dict[tuple[str, int], Tensor]  # (source, slot) -> A of all its sites, (B, ranks, C)
+    sites: dict[tuple[str, int], list[str]]  # (source, slot) -> the sites that share this A
+    up: dict[tuple[str, int], Tensor]  # (site, slot) -> B, (B, width, rank)
+    bias: Tensor | None  # (B, slots, C)
     scale: float
-    down: Tensor  # (B, len(sites), rank, C)
-    up: Tensor  # (B, sum(widths), rank)
+
+    def project(self, x: Tensor, source: str, slot: int) -> dict[str, Tensor]:
+        """x A^T of every adapter that reads x (T, C), in one product: site -> (B, T / B, rank)."""
+        if (source, slot) not in self.down:
+            return {}
+        a = self.down[source, slot]
+        sites = self.sites[source, slot]
+        h = x.unflatten(0, (a.size(0), -1)) @ a.mT  # (B, T / B, ranks)
+        return dict(zip(sites, h.chunk(len(sites), -1), strict=True))
+
+    def product(self, projected: dict[str, Tensor], site: str, slot: int) -> Tensor:
+        """scale * (x A^T) B^T of one adapter, (T, width)."""
+        b = self.up[site, slot] * self.scale
+        return (projected[site] @ b.mT).flatten(0, 1)
+
+    def add_to(
+        self, y: Tensor, projected: dict[str, Tensor], site: str, slot: int, row_scale: Tensor
+    ) -> Tensor:
+        """y (T, width) + scale * (x A^T) B^T, with the rows of B times row_scale (width,)."""
+        if site not in projected:
+            return y
+        b = self.up[site, slot] * row_scale[:, None]
+        y = y.unflatten(0, (b.size(0), -1))  # (B, T / B, width)
+        return torch.baddbmm(y, projected[site], b.mT, alpha=self.scale).flatten(0, 1)
+
+    def add_bias(self, x: Tensor, slot: int) -> Tensor:
+        """x (T, C) plus the vector that its document has for this visit (TTT_BIAS_TUNE)."""
+        if self.bias is None:
+            return x
+        x = x.unflatten(0, (self.bias.size(0), -1))  # (B, T / B, C)
+        return (x + self.bias[:, slot, None]).flatten(0, 1)
+
+
+def no_adapters() -> AdapterView:
+    """The view of a forward without adapters."""
+    return AdapterView(down={}, sites={}, up={}, bias=None, scale=1.0)
+
+
+def adapter_sites(cfg: Config, slots: int) -> tuple[AdapterSite, ...]:
+    """The adapters that the TTT_*_LORA knobs ask for. Those that read one input are neighbours."""
+    C = cfg.model_dim
+    kv = cfg.num_kv_heads * cfg.head_dim
+    rank = cfg.ttt_lora_rank
+    sites = []
+    for slot in range(slots):
+        if cfg.ttt_q_lora:
+            sites.append(AdapterSite("attn", "q", slot, C, rank))
+        if cfg.ttt_k_lora:
+            sites.append(AdapterSite("attn", "k", slot, kv, rank))
+        if cfg.ttt_v_lora:
+            sites.append(AdapterSite("attn", "v", slot, kv, rank))
+        if cfg.ttt_o_lora:
+            sites.append(AdapterSite("attn", "o", slot, C, rank))
+        if cfg.ttt_mlp_lora:
+            sites.append(AdapterSite("mlp", "mlp", slot, C, rank))
+    sites.append(AdapterSite("head", "head", 0, cfg.vocab_size, cfg.ttt_lm_rank or rank))
+    return tuple(sites)
+
+
+# Compared by identity: comparing tensors would be neither cheap nor a yes or no.
+@dataclasses.dataclass(eq=False)
+class LoRA:
+    """Adapters of B documents in two or three leaf tensors: y += scale * (x A^T) B^T.
+
+    q, k, v and o read the normalised input of the attention, mlp that of the MLP, head the final
+    state. A document of the record has 8,355,840 values, at 17 visits and the head.
+    """
+
+    sites: tuple[AdapterSite, ...]
+    scale: float
+    down: Tensor  # (B, len(sites), rank, C): every A, at the largest rank
+    up: Tensor  # (B, sum of widths, rank): every B, end to end
     bias: Tensor | None  # (B, slots, C): added after every visit
-    leaves = property(lambda lora: [x for x in lora[4:] if x is not None])
 
     @classmethod
     def zeros(cls, cfg: Config, batch: int, slots: int, device: torch.device) -> LoRA:
-        C, kv, ranks = (
-            cfg.model_dim,
-            cfg.num_kv_heads * cfg.head_dim,
-            {"head": cfg.ttt_lm_rank or cfg.ttt_lora_rank},
-        )
-        on = {
-            "q": C * cfg.ttt_q_lora,
-            "k": kv * cfg.ttt_k_lora,
-            "v": kv * cfg.ttt_v_lora,
-            "o": C * cfg.ttt_o_lora,
-            "mlp": C * cfg.ttt_mlp_lora,
-        }
-        widths = {
-            (site, slot): width for slot in range(slots) for site, width in on.items() if width
-        }
-        widths["head", 0] = cfg.vocab_size
-        ranks = tuple(ranks.get(site, cfg.ttt_lora_rank) for site, _ in widths)
-        shapes = [(len(widths), max(ranks), C), (sum(widths.values()), max(ranks)), (slots, C)]
-        leaves = [torch.zeros(batch, *shape, device=device, requires_grad=True) for shape in shapes]
-        return cls(
-            tuple(widths),
-            tuple(widths.values()),
-            ranks,
-            cfg.lora_scale,
-            *leaves[:2],
-            leaves[2] if cfg.ttt_bias_tune else None,
-        )
+        """Adapters of zeros in fp32 for `batch` documents, in a plan of so many slots."""
+        sites = adapter_sites(cfg, slots)
+        rank = max(site.rank for site in sites)
+        width = sum(site.width for site in sites)
 
-    def over(self, change: Callable[[Tensor], Tensor]) -> LoRA:  # the same of changed leaves
-        return LoRA(*self[:4], *(None if x is None else change(x) for x in self[4:]))
+        def leaf(*shape: int) -> Tensor:
+            return torch.zeros(batch, *shape, device=device, requires_grad=True)
 
-    def rows(
-        self, rows: slice
-    ) -> LoRA:  # the adapters of these documents, as leaves on the same memory
-        return self.over(lambda leaf: leaf[rows].detach().requires_grad_())
+        down = leaf(len(sites), rank, cfg.model_dim)
+        up = leaf(width, rank)
+        bias = leaf(slots, cfg.model_dim) if cfg.ttt_bias_tune else None
+        return cls(sites, cfg.lora_scale, down, up, bias)
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        """The tensors that learn: down, up and, with TTT_BIAS_TUNE, bias."""
+        if self.bias is None:
+            return [self.down, self.up]
+        return [self.down, self.up, self.bias]
+
+    def with_leaves(self, leaves: list[Tensor]) -> LoRA:
+        """The same adapters made of other tensors, in the order of `leaves`."""
+        bias = None if self.bias is None else leaves[2]
+        return dataclasses.replace(self, down=leaves[0], up=leaves[1], bias=bias)
+
+    def to(self, dtype: torch.dtype) -> LoRA:
+        """The adapters in that dtype; the same tensors where they have it already."""
+        return self.with_leaves([leaf.to(dtype) for leaf in self.leaves])
+
+    def rows(self, rows: slice) -> LoRA:
+        """The adapters of these documents, as leaves of their own on the same memory."""
+        return self.with_leaves([leaf[rows].detach().requires_grad_() for leaf in self.leaves])
 
     @torch.no_grad()
-    def reset(
-        self, seed: int, keys: Iterable[int]
-    ) -> None:  # B 0, A +-1/sqrt(C) by seed and document key alone (W48)
-        generator, bound = torch.Generator(self.down.device), self.down.size(-1) ** -0.5
+    def reset(self, seed: int, keys: Iterable[int]) -> None:
+        """Fresh adapters, in place: B and bias 0, A uniform in +-1 / sqrt(C).
+
+        A document's values depend on the seed and its key alone, so neither the batch nor the rank
+        that adapts a document changes its score. Documents beyond the last key stay as they are.
+        """
+        bound = self.down.size(-1) ** -0.5
+        generator = torch.Generator(self.down.device)
         for a, key in zip(self.down, keys, strict=False):
-            a.uniform_(
-                -bound, bound, generator=generator.manual_seed(seed * 1_000_000_007 + key)
-            )  # CPU: low 32 bits
-        for i in [i for i, rank in enumerate(self.ranks) if rank < self.down.size(2)]:
-            self.down[:, i, self.ranks[i] :] = 0
+            # A generator on the CPU takes the low 32 bits of this.
+            generator.manual_seed(seed * 1_000_000_007 + key)
+            a.uniform_(-bound, bound, generator=generator)
+        for i, site in enumerate(self.sites):
+            if site.rank < self.down.size(2):
+                self.down[:, i, site.rank :] = 0
         for leaf in self.leaves[1:]:
             leaf.zero_()
 
-    def factors(
-        self, of: Mapping[str, str]
-    ) -> list[Tensor]:  # of the rate, for each leaf: TTT_LR_FACTORS
-        if not of:
-            return [torch.ones((), dtype=torch.float64, device=self.down.device)] * 3
-        each = torch.tensor(
-            [float(of.get(site, 1)) for site, _ in self.sites], device=self.down.device
+    def rate_factors(self, factors: Mapping[str, float]) -> list[Tensor]:
+        """What the rate is multiplied by for each of down, up and bias (TTT_LR_FACTORS)."""
+        device = self.down.device
+        if not factors:
+            return [torch.ones((), dtype=torch.float64, device=device)] * 3
+        of_site = torch.tensor(
+            [float(factors.get(site.site, 1)) for site in self.sites], device=device
         )
-        widths = torch.tensor(self.widths, device=self.down.device)
-        return [
-            each[:, None, None],
-            each.repeat_interleave(widths)[:, None],
-            each.new_tensor(float(of.get("bias", 1))),
-        ]
+        widths = torch.tensor([site.width for site in self.sites], device=device)
+        of_bias = of_site.new_tensor(float(factors.get("bias", 1)))
+        return [of_site[:, None, None], of_site.repeat_interleave(widths)[:, None], of_bias]
 
-    def views(
-        self,
-    ) -> tuple[dict, dict]:  # PassInfo.down and .up, by split, so that a gradient is one copy
-        reads = {}  # Dynamo does not trace groupby with a key
-        for site, slot in self.sites:
-            reads.setdefault(("attn" if site in "qkvo" else site, slot), []).append(site)
-        a = self.down.flatten(1, 2).split(
-            [len(sites) * self.down.size(2) for sites in reads.values()], 1
+    def view(self) -> AdapterView:
+        """The adapters for one forward. Taken apart by split, so that a leaf's gradient is one copy."""
+        # A dictionary, because Dynamo does not trace groupby with a key.
+        sites_of = {}
+        for site in self.sites:
+            sites_of.setdefault((site.source, site.slot), []).append(site.site)
+        rank = self.down.size(2)
+        a = self.down.flatten(1, 2).split([len(sites) * rank for sites in sites_of.values()], 1)
+        b = self.up.split([site.width for site in self.sites], 1)
+        return AdapterView(
+            down=dict(zip(sites_of, a, strict=True)),
+            sites=sites_of,
+            up=dict(zip([(site.site, site.slot) for site in self.sites], b, strict=True)),
+            bias=self.bias,
+            scale=self.scale,
         )
-        up = dict(zip(self.sites, self.up.split(self.widths, 1), strict=True))
-        return dict(zip(reads, zip(a, reads.values(), strict=True), strict=True)), up
 
 
 # === 6. Optimisation: Muon on banks, AdamW on the rest, schedules =====================================================
@@ -2548,9 +2761,9 @@ def train(run: Run, reserve: float) -> bool:
         if cfg.late_qat and scale < cfg.late_qat_threshold and not progress.rounds:
             log(f"late_qat:enabled step:{step} lr_scale:{scale:.3f}")
             progress.rounds = True
-        run.model.rounded(progress.rounds)
+        run.model.set_rounding(progress.rounds)
         local = accumulate_gradients(run.forward, plan, rows, num_targets, run.graphs)
-        run.model.rounded(False)
+        run.model.set_rounding(False)
         progress.read()  # of the step before, which the device has done by now
         progress.looped |= switch
         norm = run.optimizers.step(scale, muon_momentum(step, cfg))
@@ -3597,10 +3810,10 @@ class Adaptation:
         ):  # by that place: rows go by length, later text's too
             self.master.down.copy_(self.warm[0][self.warm[1][rank]])
         self.warm = (self.master.down, np.argsort(rank)) if cfg.ttt_warm_start_a else None
-        self.lora = self.master.over(lambda x: x.to(cfg.dtype))  # the same tensors in fp32
+        self.lora = self.master.to(cfg.dtype)  # the same tensors in fp32
         kept, self.factors = (
             1 + (cfg.ttt_beta1 > 0) * (cfg.ttt_optimizer != "sgd"),
-            self.master.factors(cfg.adapter_rate_factors),
+            self.master.rate_factors(cfg.adapter_rate_factors),
         )
         self.moments = [[torch.zeros_like(x) for _ in range(kept)] for x in self.master.leaves]
 

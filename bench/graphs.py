@@ -294,7 +294,7 @@ def adapt(
 ) -> tuple[tg.LoRA, tg.LoRA, tuple[Tensor, ...]]:
     """The adapters of `rows` documents, what a forward over windows of n reads of them, and their gradient."""
     master = tg.LoRA.zeros(cfg, rows, len(cfg.plans[-1]), DEVICE)
-    lora = master.over(lambda x: x.to(cfg.dtype)).rows(slice(None))
+    lora = master.to(cfg.dtype).rows(slice(None))
     ids, ends = (
         torch.zeros(rows * n, dtype=torch.int64, device=DEVICE),
         torch.zeros(2 * rows + 1, device=DEVICE),

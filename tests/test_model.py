@@ -187,11 +187,13 @@ def agree(cfg: tg.Config, looped: bool, lengths: tuple[int, ...], adapted: bool 
     exact = [p.detach().double().requires_grad_() for p in leaves]
     weights, per_document = dict(zip(names, exact, strict=True)), [{}] * len(lengths)
     if lora:
-        up = dict(zip(lora.sites, weights["up"].split(lora.widths, 1), strict=True))
+        places = [(site.site, site.slot) for site in lora.sites]
+        b_of_all = weights["up"].split([site.width for site in lora.sites], 1)
+        up = dict(zip(places, b_of_all, strict=True))
         per_document = [
             {
                 site: (down, cfg.lora_scale * up[site][d])
-                for site, down in zip(lora.sites, weights["down"][d], strict=True)
+                for site, down in zip(places, weights["down"][d], strict=True)
             }
             for d in range(len(lengths))
         ]

@@ -147,6 +147,11 @@ def logits(
     )
 
 
+def b_of_sites(lora: tg.LoRA, up: Tensor) -> tuple[Tensor, ...]:
+    """B of every site, from all of them end to end along the last axis but one."""
+    return up.split([site.width for site in lora.sites], -2)
+
+
 def draw_adapters(cfg: tg.Config, count: int) -> tg.LoRA:
     """Adapters of `count` documents that all act."""
     lora, g = tg.LoRA.zeros(cfg, count, cfg.num_layers, CPU), torch.Generator().manual_seed(3)
@@ -154,18 +159,26 @@ def draw_adapters(cfg: tg.Config, count: int) -> tg.LoRA:
     with torch.no_grad():
         for leaf in lora.leaves[1:]:
             leaf.normal_(std=0.3, generator=g)
-        for rank, b in zip(lora.ranks, lora.up.split(lora.widths, 1), strict=True):
-            b[..., rank:] = 0  # as updates leave it
+        for site, b in zip(lora.sites, b_of_sites(lora, lora.up), strict=True):
+            b[..., site.rank :] = 0  # as updates leave it
     return lora
+
+
+def repeated(lora: tg.LoRA, count: int) -> tg.LoRA:
+    """The adapters of one document for `count` documents."""
+    return lora.with_leaves([leaf.repeat_interleave(count, 0) for leaf in lora.leaves])
 
 
 def plain_adapters(lora: tg.LoRA, leaves: list[Tensor], document: int) -> dict:
     """(site, layer) -> A and B of the site's own rank; nothing beyond it."""
-    down, up, ranks = leaves[0][document], leaves[1][document].split(lora.widths), lora.ranks
-    found = {site: (down[i, : ranks[i]], up[i][:, : ranks[i]]) for i, site in enumerate(lora.sites)}
-    return found | {
-        ("bias", i): x for i, x in enumerate(leaves[2][document] if len(leaves) > 2 else [])
-    }
+    down, up, *bias = (leaf[document] for leaf in leaves)
+    found = {}
+    for site, a, b in zip(lora.sites, down, b_of_sites(lora, up), strict=True):
+        found[site.site, site.slot] = a[: site.rank], b[:, : site.rank]
+    for vectors in bias:
+        for layer, vector in enumerate(vectors):
+            found["bias", layer] = vector
+    return found
 
 
 def row_with_bos(lengths: tuple[int, ...]) -> tg.Batch:
@@ -243,9 +256,7 @@ def test_adapters_of_pr605_hold_the_published_values_but_the_unused_second_bias(
     cfg = tg.Config(**tg.PRESETS["pr605"])
     lora = tg.LoRA.zeros(cfg, 1, 11, torch.device("meta"))
     used = 11 * (2 * 512 * 8 + (512 + 256) * 8) + 16 * (512 + 1024) + 11 * 512
-    assert sum(
-        math.prod((rank, 512 + width)) for rank, width in zip(lora.ranks, lora.widths, strict=True)
-    ) == (used - 11 * 512)
+    assert sum(site.rank * (512 + site.width) for site in lora.sites) == used - 11 * 512
     assert lora.bias.numel() == 11 * 512
 
 
@@ -288,11 +299,9 @@ def test_optimisers_leave_input_features_alone_where_told_to():
 
 
 # --- What enters the stream -----------------------------------------------------------------------------------------
-def embedded(model: tg.GPT, row: tg.Batch) -> tuple[Tensor, tg.PassInfo]:
-    place = tg.segment_positions(row.cu_seqlens, row.inputs.numel())
-    return model.embed(
-        tg.PassInfo(row, place, place, lambda *_: None, None)
-    )  # no attention: no RoPE
+def embedded(model: tg.GPT, row: tg.Batch) -> Tensor:
+    """x0 of every token of a row."""
+    return model.embed(row.inputs, tg.segment_positions(row.cu_seqlens, row.inputs.numel()))
 
 
 def test_pairs_go_to_the_published_buckets_also_with_the_largest_ids(monkeypatch):
@@ -328,8 +337,8 @@ def test_smallest_table_has_a_row_for_pairs_and_one_for_starts():
 def test_pairs_add_nothing_at_first_but_reach_their_table():
     cfg = tiny_config(**PLAIN, bigram_vocab_size=64, bigram_dim=16)
     model, row = tg.GPT(cfg), draw_row((9, 6))
-    assert torch.equal(embedded(model, row)[0], tg.rms_norm(F.embedding(row.inputs, model.tok_emb)))
-    x, _ = embedded(model, row)
+    assert torch.equal(embedded(model, row), tg.rms_norm(F.embedding(row.inputs, model.tok_emb)))
+    x = embedded(model, row)
     (x * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))).sum().backward()
     used = {
         bucket(row.inputs[s].tolist(), t, 64)
@@ -347,13 +356,13 @@ def test_smear_is_at_first_the_mean_with_the_predecessor_and_crosses_no_document
     cfg, lengths = tiny_config(**PLAIN, smear_enabled=True), (6, 1, 9)
     model, row = tg.GPT(cfg), draw_row(lengths)
     row.inputs[[2, 10, 11]] = BOS
-    x, _ = embedded(model, row)
+    x = embedded(model, row)
     token, begins = tg.rms_norm(F.embedding(row.inputs, model.tok_emb)), {0, 6, 7, 2, 10, 11}
     for t in range(16):
         assert torch.equal(x[t], token[t] / 2 if t in begins else (token[t] + token[t - 1]) / 2), t
     with torch.no_grad():
         model.smear_gate.fill_(50.0)  # all of the predecessor, if there is one
-    x, _ = embedded(model, row)
+    x = embedded(model, row)
     for t in range(16):
         assert torch.equal(x[t], token[t] * 0 if t in begins else token[t - 1]), t
 
@@ -506,11 +515,7 @@ def test_probabilities_of_all_tokens_add_up_to_one_at_any_temperature(fused, ada
         torch.arange(0, 4 * VOCAB + 1, 4, dtype=torch.int32),
         64,
     )
-    lora = (
-        draw_adapters(cfg, 1).over(lambda x: x.repeat(VOCAB, *[1] * (x.dim() - 1)))
-        if adapted
-        else None
-    )
+    lora = repeated(draw_adapters(cfg, 1), VOCAB) if adapted else None
     with torch.set_grad_enabled(gradient):
         hot, cold, given = (
             model(row, cfg.plans[0], lora=lora, temperature=t)[3::4].detach().double().neg().exp()
@@ -578,10 +583,11 @@ def test_what_lies_beyond_a_sites_rank_is_and_stays_zero(ranks, settings):
     )
     scores(state, documents(100, 70))
     assert state.updates == 7
-    down, up = state.master.down.detach(), state.master.up.detach().split(state.master.widths, 1)
-    for i, ((site, _), b) in enumerate(zip(state.master.sites, up, strict=True)):
-        rank = ranks[site == "head"]
-        assert state.master.ranks[i] == rank
+    master = state.master
+    down, up = master.down.detach(), b_of_sites(master, master.up.detach())
+    for i, (site, b) in enumerate(zip(master.sites, up, strict=True)):
+        rank = ranks[1] if site.site == "head" else ranks[0]
+        assert site.rank == rank
         assert down[:, i, :rank].all() and b[..., :rank].any(1).all()  # all in use have moved
         assert not down[:, i, rank:].any() and not b[..., rank:].any()
 
@@ -601,67 +607,62 @@ def test_equal_ranks_draw_what_they_always_drew():
     )
 
 
+def first_update(settings: dict) -> tuple[tg.LoRA, list[Tensor]]:
+    """The adapters of two documents, and what one update of random gradients added to each leaf."""
+    state = adaptation(model_with(**settings, ttt_weight_decay=0.0))
+    state.begin(documents(40, 30), np.array([0, 1]))
+    master = state.master
+    before = [leaf.detach().clone() for leaf in master.leaves]
+    g = torch.Generator().manual_seed(4)
+    grads = tuple(torch.randn(leaf.shape, generator=g) for leaf in master.leaves)
+    state.learn(grads, slice(0, 2), 1)
+    return master, [leaf.detach() - x for leaf, x in zip(master.leaves, before, strict=True)]
+
+
 @pytest.mark.parametrize("settings", OPTIMISERS, ids=["adam", "adam with momentum", "sgd"])
 def test_factors_scale_the_first_update_of_their_adapters_and_of_no_other(settings):
-    factors, moved = {"q": 0.5, "v": 1.5, "head": 2.0, "bias": 4.0}, []
-    for text in ("", ",".join(f"{site}:{f:g}" for site, f in factors.items())):
-        changes = {**settings, "ttt_lr_factors": text, "ttt_weight_decay": 0.0}
-        state = adaptation(model_with(**changes))
-        state.begin(documents(40, 30), np.array([0, 1]))
-        before, g = (
-            [x.detach().clone() for x in state.master.leaves],
-            torch.Generator().manual_seed(4),
-        )
-        grads = tuple(torch.randn(x.shape, generator=g) for x in state.master.leaves)
-        state.learn(grads, slice(0, 2), 1)
-        moved.append([x.detach() - y for x, y in zip(state.master.leaves, before, strict=True)])
-        sites, widths = state.master.sites, state.master.widths
-    (a, b, bias), (scaled_a, scaled_b, scaled_bias) = moved
-    assert torch.equal(scaled_bias, 4 * bias) and bias.all()
-    for i, ((site, _), x, y) in enumerate(
-        zip(sites, b.split(widths, 1), scaled_b.split(widths, 1), strict=True)
-    ):
-        f = factors.get(site, 1.0)
-        assert (
-            torch.equal(y, f * x) if f != 1.5 else error(y, f * x.double()) < 1e-6
-        )  # B and bias start from 0
-        assert (scaled_a[:, i] - f * a[:, i]).abs().max() < 1e-6 * max(1.0, float(a.abs().max()))
+    factors = {"q": 0.5, "v": 1.5, "head": 2.0, "bias": 4.0}
+    text = ",".join(f"{site}:{factor:g}" for site, factor in factors.items())
+    lora, (a, b, bias) = first_update({**settings, "ttt_lr_factors": ""})
+    _, (scaled_a, scaled_b, scaled_bias) = first_update({**settings, "ttt_lr_factors": text})
+    assert bias.all()
+    assert torch.equal(scaled_bias, 4 * bias)
+    pairs = zip(b_of_sites(lora, b), b_of_sites(lora, scaled_b), strict=True)
+    for i, (plain, scaled) in enumerate(pairs):
+        factor = factors.get(lora.sites[i].site, 1.0)
+        # B starts from 0, so a power of two scales it exactly.
+        if factor == 1.5:
+            assert error(scaled, factor * plain.double()) < 1e-6
+        else:
+            assert torch.equal(scaled, factor * plain)
+        limit = 1e-6 * max(1.0, float(a.abs().max()))
+        assert (scaled_a[:, i] - factor * a[:, i]).abs().max() < limit
 
 
 @pytest.mark.parametrize("steps", [1, 2])
 def test_rate_falls_on_a_cosine_to_a_tenth_over_as_many_chunks_as_told(steps):
-    state, rates = (
-        adaptation(
-            model_with(
-                ttt_min_doc_len=0, ttt_max_doc_len=0, ttt_lr_factors="bias:1", ttt_grad_steps=steps
-            )
-        ),
-        [],
-    )
-    update = state.update
-    state.update = lambda leaf, mine, grad, about, t, rate, cfg: (
-        rates.append(float(rate.max())),
-        update(leaf, mine, grad, about, t, rate, cfg),
-    )
+    settings = dict(ttt_min_doc_len=0, ttt_max_doc_len=0, ttt_lr_factors="bias:1")
+    state = adaptation(model_with(**settings, ttt_grad_steps=steps))
+    update, rates = state.update, []
+
+    def noting(leaf, master, grad, moments, t, rate, cfg):
+        rates.append(float(rate.max()))
+        update(leaf, master, grad, moments, t, rate, cfg)
+
+    state.update = noting
     scores(state, documents(8 * C))
-    wanted = [
-        1.0,
-        0.5 + 0.5**1.5,
-        0.5,
-        0.5 - 0.5**1.5,
-        0.1,
-        0.1,
-        0.1,
-    ]  # seven chunks are learnt from
-    assert rates[:: 3 * steps] == pytest.approx([0.01 * x for x in wanted])
-    assert rates == [x for x in rates[:: 3 * steps] for _ in range(3 * steps)]
+    # Seven chunks are learnt from, each by three leaves.
+    wanted = [1.0, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5, 0.1, 0.1, 0.1]
+    of_chunk = rates[:: 3 * steps]
+    assert of_chunk == pytest.approx([0.01 * x for x in wanted])
+    assert rates == [rate for rate in of_chunk for _ in range(3 * steps)]
 
 
 def test_zero_bias_changes_no_bit_and_each_vector_serves_its_document_and_layer():
     cfg = tiny_config(**MIXED, **EXTRAS)
     model, row, lora = draw(cfg), draw_row((12, 12, 12)), draw_adapters(cfg, 3)
     with torch.no_grad():
-        without = model(row, cfg.plans[0], lora=lora._replace(bias=None))
+        without = model(row, cfg.plans[0], lora=dataclasses.replace(lora, bias=None))
         lora.bias.zero_()
         assert torch.equal(model(row, cfg.plans[0], lora=lora), without)
         lora.bias[1, 2] = 0.1
@@ -688,31 +689,27 @@ def test_selected_positions_give_the_same_nats_and_gradients_with_biases(lanes):
 
 # --- From the first to the last place to learn from -------------------------------------------------------------------
 def test_nothing_is_learnt_outside_the_range_of_places():
-    docs, model = (
-        documents(200, 20),
-        model_with(ttt_min_doc_len=48, ttt_max_doc_len=96, ttt_grad_steps=2),
-    )
-    state, learnt = adaptation(model), []
-    original, at = state.learn, []
-    state.learn = lambda grads, rows, number: (
-        learnt.append((at[-1], number)),
-        original(grads, rows, number),
-    )
-    score = state.score
-    state.score = lambda ledger, start, end, rows: (
-        at.append(end),
-        score(ledger, start, end, rows),
-    )[1]
+    docs = documents(200, 20)
+    state = adaptation(model_with(ttt_min_doc_len=48, ttt_max_doc_len=96, ttt_grad_steps=2))
+    forward_chunk, apply_gradients = state.score, state.learn
+    ends, learnt = [], []
+
+    def forward(ledger, start, end, rows):
+        ends.append(end)
+        return forward_chunk(ledger, start, end, rows)
+
+    def learn(grads, rows, number):
+        learnt.append((ends[-1], number))
+        apply_gradients(grads, rows, number)
+
+    state.score, state.learn = forward, learn
     found = scores(state, docs)[0]
-    assert learnt == [
-        (48 + 16 * (i // 2), i + 1) for i in range(8)
-    ]  # chunks that end at 48, 64, 80 and 96, twice each
-    frozen = adaptation(model_with(ttt_lora_lr=0.0))
-    base = scores(frozen, docs)
-    assert_equal(found[:48], base[0][:48])
-    assert (
-        found[48:] != base[0][48:]
-    ).mean() > 0.9  # also after the last update: what is learnt stays
+    # Chunks that end at 48, 64, 80 and 96, twice each.
+    assert learnt == [(48 + 16 * (i // 2), i + 1) for i in range(8)]
+    base = scores(adaptation(model_with(ttt_lora_lr=0.0)), docs)[0]
+    assert_equal(found[:48], base[:48])
+    # Also after the last update: what is learnt stays.
+    assert (found[48:] != base[48:]).mean() > 0.9
 
 
 @pytest.mark.parametrize("count", [1, 20, 31, 32, 33, 48, 90, 128, 129, 160])
