@@ -276,14 +276,8 @@ class Config:  # defaults are the `record` preset's; `PRESETS` overrides them an
     ttt_mode: str = knob(
         "document", "a LoRA per document, or SGD chunk by chunk", choices=("document", "chunk")
     )
-    ttt_fast: bool = knob(
-        True, "0: the published way, to compare: whole windows, all logits, fixed batches"
-    )
     ttt_buckets: int = knob(
         10, "window lengths that are compiled, others padded to them; 0: every length", 0, 64
-    )
-    ttt_cuda_graph: bool = knob(
-        False, "a CUDA graph per shape of a window; most are captured within the clock"
     )
     ttt_lora_rank: int = knob(96, "rank of every adapter", 1)
     ttt_lora_alpha: float = knob(
@@ -1370,9 +1364,10 @@ def check_shards(
             )
 
 
-# === 4. Model: banks, the order of layers, one forward for training, calibration, scoring and adaptation ==============
+# === 4. Model: plain maths, the order of layers, and one forward for every use ====================
 # --- Plain maths ---
-# A power of two: both branches, of the activation and of its derivative, are exact before one rounding.
+# A power of two: both branches of the activation and of its derivative are exact up to one
+# rounding.
 MLP_SLOPE = 0.5
 
 # The same for every dtype.
@@ -1438,7 +1433,7 @@ def split_depth(cfg: Config, loops: int) -> tuple[list[int], list[int]]:
 
 
 def skip_pairs(encoder: list[int], decoder: list[int]) -> list[tuple[int, int]]:
-    """(receiver, source) of every skip: the decoder takes what the encoder stored, last in, first out."""
+    """(receiver, source) of every skip: the decoder takes the last one stored first."""
     return list(zip(decoder, reversed(encoder), strict=False))
 
 
@@ -1559,7 +1554,7 @@ BOS_ID = 1  # of all tokenizers of the field; SmearGate needs it where rows cros
 def segment_positions(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
     """Each token's index in its own segment, (T,) int64.
 
-    RoPE turns by this index and not by the one in the row, which would depend on what else was packed.
+    RoPE turns by this index. The one in the row would depend on what else was packed into it.
     """
     index = torch.arange(num_tokens, device=cu_seqlens.device)
     return index - cu_seqlens[torch.searchsorted(cu_seqlens, index, right=True) - 1]
@@ -1645,7 +1640,7 @@ class GPT(nn.Module):
     # --- Weights as the forward uses them ---
 
     def set_rounding(self, on: bool) -> None:
-        """Says whether the next forwards round the banks (LATE_QAT). Does nothing without the knob."""
+        """Turns rounding of the banks on or off for the next forwards; nothing without LATE_QAT."""
         if self.cfg.late_qat:
             self.qat.fill_(on)
 
@@ -1702,9 +1697,9 @@ class GPT(nn.Module):
     # --- Inputs of the first layer and of all ---
 
     def rotations(self, positions: Tensor, max_seqlen: int) -> Tensor:
-        """cos and sin (T, 2, 1, half) fp32 of every token, in a row whose segments are at most so long.
+        """cos and sin (T, 2, 1, half) fp32 of every token, at its position in its segment.
 
-        Segments longer than ROPE_TRAIN_SEQ_LEN raise the base (NTK scaling, PR #414).
+        A max_seqlen above ROPE_TRAIN_SEQ_LEN raises the base (NTK scaling, PR #414).
         """
         cfg = self.cfg
         dims = cfg.rope_dims or cfg.head_dim
@@ -1736,7 +1731,7 @@ class GPT(nn.Module):
         return x
 
     def value_embedding(self, ids: Tensor) -> Tensor | None:
-        """What the token ids add to the values of VE_LAYERS, (T, Hkv * D); None if there is nothing."""
+        """What the token ids add to the values of VE_LAYERS (PR #414), (T, Hkv * D), or None."""
         if not self.cfg.ve_enabled:
             return None
         dtype = self.cfg.dtype
@@ -1765,11 +1760,12 @@ class GPT(nn.Module):
         """
         kv = self.cfg.num_kv_heads * self.cfg.head_dim
         rows = F.linear(n, weight)
-        if any([site in projected for site in sites]):
+        adapted = [site for site in sites if site in projected]
+        if adapted:
             # All sites are added as one tensor: its gradient is then that of the rows, uncopied.
             added = []
             for site in sites:
-                if site in projected:
+                if site in adapted:
                     added.append(info.adapters.product(projected, site, visit.slot))
                 else:
                     width = n.size(1) if site == "q" else kv
@@ -1794,7 +1790,7 @@ class GPT(nn.Module):
     def heads_of_selected(
         self, n: Tensor, w: LayerWeights, visit: Visit, info: PassInfo, queries: Tensor
     ) -> Heads:
-        """Queries of the tokens `queries` (n,) alone, keys and values of every token of n (T, C)."""
+        """Queries of the tokens `queries` (n,) alone, keys and values of all tokens of n (T, C)."""
         cfg = self.cfg
         C = n.size(1)
         has_xsa = self.has_xsa(visit.layer)
@@ -1856,7 +1852,10 @@ class GPT(nn.Module):
     # --- All layers ---
 
     def merge_skip(self, x: Tensor, skip: Tensor, rows: tuple[int, ...]) -> Tensor:
-        """The stream x (T, C) with a stored activation; `rows` as in Visit.skip. A gate of 1 keeps x."""
+        """The stream x (T, C) and a stored activation, merged; a gate of 1 keeps x alone.
+
+        rows: as in Visit.skip; weight and gate are the means of these rows.
+        """
 
         def mean(parameter: Tensor) -> Tensor:
             # Uncompiled, a list as an index would be copied from the host each time.
@@ -1966,7 +1965,7 @@ class GPT(nn.Module):
         projected = info.adapters.project(x, "head", 0)
         extra = info.adapters.product(projected, "head", 0) if projected else None
         if temperature != 1:
-            # cap / temperature * tanh(z / cap) is the softcap of z / temperature by cap / temperature.
+            # cap / t * tanh(z / cap) is the softcap of z / t with a cap of cap / t.
             x = x / temperature
             if extra is not None:
                 extra = extra / temperature
@@ -1975,7 +1974,7 @@ class GPT(nn.Module):
         return head_loss(x, head, extra, targets, cap, cfg.fused_ce)
 
 
-# === 5. Adapters: a LoRA for every document of a batch, at every visit of a layer =====================================
+# === 5. Adapters: a LoRA for every document of a batch, at every visit of a layer =================
 class AdapterSite(NamedTuple):
     """Where one adapter sits in the network, and its size."""
 
@@ -2139,7 +2138,7 @@ class LoRA:
         return [of_site[:, None, None], of_site.repeat_interleave(widths)[:, None], of_bias]
 
     def view(self) -> AdapterView:
-        """The adapters for one forward. Taken apart by split, so that a leaf's gradient is one copy."""
+        """The adapters for one forward, taken apart by split: a leaf's gradient is one copy."""
         # A dictionary, because Dynamo does not trace groupby with a key.
         sites_of = {}
         for site in self.sites:
@@ -3698,29 +3697,55 @@ def load_artifact(
         model.get_parameter(name)[-shape[0] :] = torch.from_numpy(value)
 
 
-# === 10. Test-time training: score a chunk, then learn from it, before a deadline =====================================
-class Deadline:  # of all evaluation: late, for good, once a step and plain scoring of the targets left may not fit in
-    def __init__(self, seconds: float):
-        self.end, self.step, self.last, self.rate, self.late = (
-            time.monotonic() + seconds,
-            0.0,
-            math.inf,
-            0.0,
-            False,
-        )
+# === 10. Test-time training: score a chunk, then learn from it, before a deadline =================
+# The rules, in one place:
+#
+# * Score first, then learn. A chunk's scores are final in the ledger before anything learns from
+#   it, and the ledger counts every target that an update reads before its score: one is enough
+#   for the result to be refused.
+# * What a target's score may depend on, with TTT_MODE=document: the artifact, the tokens before
+#   the target in its window, and the adapter of its document, which starts from SEED and learns
+#   from earlier chunks of that document. So neither the batch, nor its order, nor the number of
+#   ranks matters. Two options add text that comes earlier in the stream: TTT_WARM_START_A hands on
+#   the adapters' A from earlier batches, PHASED_TTT_NUM_PHASES lets all weights learn from earlier
+#   documents. With TTT_MODE=chunk all weights learn from earlier chunks of the stream.
+# * Windows, sizes of chunks and the range that is learnt from go by the index in a document, never
+#   by where the document ends: that is information about the future. A document's last window ends
+#   on the grid of chunks like every other, and its end is padding.
+# * Memory. When a forward runs out of memory, half as many documents are run at once from then on;
+#   a chunk is scored in parts, and no score changes.
+# * The deadline decides only whether there is another update: see Deadline. What is left is scored
+#   plainly, by windows that learn nothing, so every target has a score in time.
+class Deadline:
+    """When learning must stop, so that all targets are scored before the evaluation's time is over.
 
-    def near(
-        self, targets: float, ranks: Ranks | None = None
-    ) -> bool:  # asked before each step, by one rank or by all
+    It must once now + 2 * step + 2 * (time to score the targets left plainly) reaches the end. The
+    step is the longest time between two questions, where each question takes a tenth off. Once
+    `late` is true it stays true.
+    """
+
+    def __init__(self, seconds: float):
+        self.end = time.monotonic() + seconds
+        self.step = 0.0  # seconds
+        self.asked_at = math.inf
+        self.seconds_per_target = 0.0  # of plain scoring on one rank; set once it is measured
+        self.late = False
+
+    def near(self, targets: float, ranks: Ranks | None = None) -> bool:
+        """Whether to stop, with so many targets left for this rank; asked before each step.
+
+        With `ranks` all of them must call it, and all stop if one must.
+        """
         now = time.monotonic()
-        self.step, self.last = max(0.9 * self.step, now - self.last), now
-        late = (
-            self.late or now + 2 * self.step + 2 * self.rate * targets >= self.end
-        )  # rate: seconds per plain target
+        self.step = max(0.9 * self.step, now - self.asked_at)
+        self.asked_at = now
+        needed = 2 * self.step + 2 * self.seconds_per_target * targets
+        late = self.late or now + needed >= self.end
         self.late = any(ranks.gather(late)) if ranks else late
         return self.late
 
 
+# --- Adapters of documents ---
 def adapter_update(
     leaf: Tensor,
     master: Tensor,
@@ -3730,379 +3755,599 @@ def adapter_update(
     rate: Tensor,
     cfg: Config,
 ) -> None:
-    """Update number `t` of adapters, in place: AdamW (`moments`: second, with TTT_BETA1 > 0 also first) or SGD with
-    momentum TTT_BETA1. `master` is fp32; `leaf`, what the forward reads, is the same or its rounding."""
-    grad, decay = grad.float(), cfg.ttt_weight_decay
+    """Update number `t` of adapters, in place, with AdamW or SGD (TTT_OPTIMIZER).
+
+    leaf: what the forward reads; it is `master`, or master's rounding to the compute dtype.
+    master: fp32. moments: one of SGD (momentum TTT_BETA1); of AdamW the second and, with
+    TTT_BETA1 > 0, the first. t and rate are tensors, so that new values compile nothing.
+    """
+    grad = grad.float()
+    decay = cfg.ttt_weight_decay
     if cfg.ttt_optimizer == "sgd":
         grad = moments[0].mul_(cfg.ttt_beta1).add_(grad.add(master, alpha=decay))
         master.sub_(rate * grad)
     else:
         second, *first = moments
         second.mul_(cfg.ttt_beta2).addcmul_(grad, grad, value=1 - cfg.ttt_beta2)
-        grad = first[0].lerp_(grad, 1 - cfg.ttt_beta1) / (1 - cfg.ttt_beta1**t) if first else grad
-        master.mul_(1 - rate * decay).sub_(
-            rate * grad / (second / (1 - cfg.ttt_beta2**t)).sqrt_().add_(1e-10)
-        )
+        if first:
+            grad = first[0].lerp_(grad, 1 - cfg.ttt_beta1) / (1 - cfg.ttt_beta1**t)
+        denominator = (second / (1 - cfg.ttt_beta2**t)).sqrt_().add_(1e-10)
+        master.mul_(1 - rate * decay).sub_(rate * grad / denominator)
     if leaf is not master:
         leaf.copy_(master)
 
 
 def chunk_grid(cfg: Config, longest: int) -> list[tuple[int, int]]:
-    """(start, end) of the chunks of every document. The size depends on the place in the document, not on the length of
-    the document as in PR #2014: that would tell the model where a document ends (W51)."""
-    grid, end = [], 0
-    while end < longest:
-        size = next((size for upto, size in cfg.short_chunks if end < upto), cfg.ttt_chunk_size)
-        grid.append((end, end := end + size))
+    """(start, end) of the chunks of a document, up to `longest` targets.
+
+    TTT_SHORT_CHUNKS shortens chunks by their index in the document. PR #2014 goes by the length of
+    the document, which would tell the model where it ends.
+    """
+    grid = []
+    start = 0
+    while start < longest:
+        size = cfg.ttt_chunk_size
+        for limit, short_size in cfg.short_chunks:
+            if start < limit:
+                size = short_size
+                break
+        grid.append((start, start + size))
+        start += size
     return grid
 
 
+def window_buckets(cfg: Config) -> list[int]:
+    """The TTT_BUCKETS window lengths that are compiled, rising on a geometric scale.
+
+    The longest comes first in the making, so that a single bucket holds every window.
+    """
+    longest = cfg.ttt_eval_seq_len
+    shortest = min(2 * cfg.ttt_chunk_size, longest)
+    lengths = np.geomspace(longest, shortest, cfg.ttt_buckets)[::-1]
+    return [min(-(-int(length) // 16) * 16, longest) for length in lengths]
+
+
+@dataclasses.dataclass(eq=False)
+class DocumentBatch:
+    """Documents that adapt side by side, longest first, each with an adapter of its own.
+
+    Everything has R rows. Rows beyond the documents, if any, have no targets.
+    """
+
+    lengths: np.ndarray  # (R,) targets of each document
+    counts: Tensor  # (R, 1) int64: the same on the device
+    starts: Tensor  # (R, 1) int64: stream index of each document's first token
+    master: LoRA  # fp32
+    lora: LoRA  # what the forward reads: the master itself, or rounded to the compute dtype
+    moments: list[list[Tensor]]  # the optimiser's, for each leaf of the master
+    rate_factors: list[Tensor]  # what the rate is multiplied by, for each leaf
+    updates: int = 0  # that the documents have taken so far
+
+    @classmethod
+    @torch.no_grad()
+    def start(cls, cfg: Config, docs: Documents, batch: np.ndarray, master: LoRA) -> DocumentBatch:
+        """The documents `batch` (n,) with new adapters `master` for at least as many rows."""
+        device = master.down.device
+        empty_rows = len(master.down) - len(batch)
+        lengths = np.pad(docs.counts[batch], (0, empty_rows))
+        starts = np.pad(docs.starts[batch], (0, empty_rows))
+        num_moments = 2 if cfg.ttt_optimizer == "adam" and cfg.ttt_beta1 > 0 else 1
+        moments = []
+        for leaf in master.leaves:
+            moments.append([torch.zeros_like(leaf) for _ in range(num_moments)])
+        return cls(
+            lengths=lengths,
+            counts=torch.from_numpy(lengths[:, None]).to(device),
+            starts=torch.from_numpy(starts[:, None]).to(device),
+            master=master,
+            lora=master.to(cfg.dtype),
+            moments=moments,
+            rate_factors=master.rate_factors(cfg.adapter_rate_factors),
+        )
+
+    def num_longer(self, index: int) -> int:
+        """How many documents have more than `index` targets; they are the first rows."""
+        return int((self.lengths > index).sum())
+
+
+class WarmStart(NamedTuple):
+    """A of the latest batch, which the next batch begins with (TTT_WARM_START_A, PR #1767).
+
+    Rows go by length, which depends on text to come. A is therefore handed on by rank in the order
+    of the stream: the r-th document of the next batch takes over from the r-th of this one.
+    """
+
+    down: Tensor  # (R, sites, rank, C): the batch's own tensor, which goes on learning
+    row_of_rank: np.ndarray  # (R,) row of the r-th document in the order of the stream
+
+
+class ChunkWindows(NamedTuple):
+    """The windows that end with one chunk of several documents, as a row for the forward."""
+
+    batch: Batch
+    index: Tensor  # (n,) stream index of each scored target, the padding index where there is none
+    select: Tensor  # (n,) position in the row of each scored target
+
+
+class ChunkScores(NamedTuple):
+    """The outcome of a forward over one chunk of several documents."""
+
+    index: Tensor  # (n,) as in ChunkWindows
+    nats: Tensor  # (n,) fp32, detached
+    grads: tuple[Tensor, ...]  # for each leaf of the adapters; empty if none of them learns
+
+
 class Adaptation:
-    """On one rank (PR #1530): an adapter for each document of a batch, learning chunk by chunk; the model stays as it
-    is. A document's scores depend on that document alone, whatever the batch, its order, or the ranks."""
+    """Scores documents chunk by chunk and teaches their adapters (PR #1530), on one rank.
+
+    The network stays as it is. `begin` a batch of documents, then `run_chunk` for every chunk.
+    """
 
     def __init__(
         self, model: GPT, forward: Callable, plan: tuple[Visit, ...], device: torch.device
     ):
-        self.cfg, self.forward, self.plan, self.device, cfg = (
-            model.cfg,
-            forward,
-            plan,
-            device,
-            model.cfg,
-        )
-        self.granule = 8 if cfg.compile else 1  # documents at once are a multiple of it: few shapes
-        self.split = (
-            cfg.ttt_fast and not cfg.compile
-        )  # one graph serves documents that learn and those that end
+        cfg = model.cfg
+        self.cfg = cfg
+        self.forward = forward
+        self.plan = plan
+        self.device = device
+        # Documents at once are a multiple of it, so that few shapes are compiled.
+        self.granule = 8 if cfg.compile else 1
+        # Documents that end with a chunk need no gradient. Compiled, one graph serves all of them.
+        self.separates_learners = not cfg.compile
         self.update = torch.compile(adapter_update, dynamic=True) if cfg.compile else adapter_update
-        longest, buckets = (
-            cfg.ttt_eval_seq_len,
-            cfg.ttt_buckets * cfg.ttt_fast,
-        )  # longest first: one bucket holds all
-        lengths = np.geomspace(longest, min(2 * cfg.ttt_chunk_size, longest), buckets)[::-1]
-        self.buckets = [min(-(-int(n) // 16) * 16, longest) for n in lengths]
-        self.room, self.warm = (
-            1 << 60,
-            None,
-        )  # tokens that memory holds at once; kept A, its rows in stream order
+        self.buckets = window_buckets(cfg)
+        self.max_tokens = 1 << 60  # that memory holds at once, as far as is known
+        self.documents: DocumentBatch | None = None
+        self.warm: WarmStart | None = None
+
+    def whole_granules(self, count: int) -> int:
+        """The multiple of the granule that holds `count` documents."""
+        return -(-count // self.granule) * self.granule
 
     @torch.no_grad()
-    def begin(
-        self, docs: Documents, batch: np.ndarray
-    ) -> None:  # new adapters for the documents (n,), longest first
-        cfg, rows = self.cfg, -(-len(batch) // self.granule) * self.granule
-        self.lengths, starts = (
-            np.pad(x[batch], (0, rows - len(batch))) for x in (docs.counts, docs.starts)
-        )
-        self.counts, self.starts = (
-            torch.from_numpy(x[:, None]).to(self.device) for x in (self.lengths, starts)
-        )
-        self.master, self.updates = LoRA.zeros(cfg, rows, len(self.plan), self.device), 0
-        rank = np.append(
-            np.argsort(np.argsort(batch)), np.arange(len(batch), rows)
-        )  # a row's place in the stream
-        self.master.reset(
-            cfg.seed, (rank if cfg.ttt_warm_start_a else starts[: len(batch)]).tolist()
-        )
-        if (
-            self.warm is not None and len(self.warm[0]) >= rows
-        ):  # by that place: rows go by length, later text's too
-            self.master.down.copy_(self.warm[0][self.warm[1][rank]])
-        self.warm = (self.master.down, np.argsort(rank)) if cfg.ttt_warm_start_a else None
-        self.lora = self.master.to(cfg.dtype)  # the same tensors in fp32
-        kept, self.factors = (
-            1 + (cfg.ttt_beta1 > 0) * (cfg.ttt_optimizer != "sgd"),
-            self.master.rate_factors(cfg.adapter_rate_factors),
-        )
-        self.moments = [[torch.zeros_like(x) for _ in range(kept)] for x in self.master.leaves]
+    def begin(self, docs: Documents, batch: np.ndarray) -> None:
+        """Makes new adapters for the documents `batch` (n,), longest first."""
+        cfg = self.cfg
+        rows = self.whole_granules(len(batch))
+        master = LoRA.zeros(cfg, rows, len(self.plan), self.device)
+        if cfg.ttt_warm_start_a:
+            row_of_rank = np.append(np.argsort(batch), np.arange(len(batch), rows))
+            rank_of_row = np.argsort(row_of_rank)
+            master.reset(cfg.seed, rank_of_row.tolist())
+            if self.warm is not None and len(self.warm.down) >= rows:
+                master.down.copy_(self.warm.down[self.warm.row_of_rank[rank_of_row]])
+            self.warm = WarmStart(master.down, row_of_rank)
+        else:
+            master.reset(cfg.seed, docs.starts[batch].tolist())
+        self.documents = DocumentBatch.start(cfg, docs, batch, master)
 
-    def learning(
-        self, end: int
-    ) -> bool:  # from a chunk that ends there; never by where the document does (W51)
+    def learns_from(self, end: int) -> bool:
+        """Whether documents learn from a chunk that ends there, wherever they end themselves."""
         return self.cfg.ttt_min_doc_len <= end <= (self.cfg.ttt_max_doc_len or math.inf)
 
-    def step(self, ledger: Ledger, start: int, end: int) -> None:
-        """Scores the targets start..end-1 of a batch's documents, only then learns; with little memory, few at once."""
-        live = int((self.lengths > start).sum()) if self.cfg.ttt_fast else len(self.lengths)
-        first, live, tokens = (
-            0,
-            -(-live // self.granule) * self.granule,
-            min(end, self.cfg.ttt_eval_seq_len),
-        )
-        learners = int((self.lengths > end).sum()) * (
-            self.split and self.learning(end)
-        )  # others need no gradient
+    def num_live(self, start: int) -> int:
+        """How many documents, from the first row on, a chunk that starts there is run for."""
+        return self.documents.num_longer(start)
+
+    def run_chunk(self, ledger: Ledger, start: int, end: int) -> None:
+        """Scores the targets start..end-1 of all documents and only then learns from them.
+
+        As many documents as memory holds are run at once.
+        """
+        documents = self.documents
+        live = self.whole_granules(self.num_live(start))
+        tokens = min(end, self.cfg.ttt_eval_seq_len)  # per document
+        learners = 0
+        if self.separates_learners and self.learns_from(end):
+            learners = documents.num_longer(end)
+
+        first = 0
         while first < live:
             stop = learners if first < learners else live
-            most = max(self.room // tokens // self.granule * self.granule, self.granule)
-            rows = slice(first, first + int(min(stop - first, most)))
+            fitting = self.max_tokens // tokens // self.granule * self.granule
+            count = min(stop - first, max(fitting, self.granule))
+            rows = slice(first, first + count)
             try:
-                place, nats, grads = self.score(ledger, start, end, rows)
+                scores = self.forward_chunk(ledger, start, end, rows)
             except torch.OutOfMemoryError:
-                if rows.stop - first <= self.granule:
+                if count <= self.granule:
                     raise
-                self.room = tokens * (rows.stop - first) // 2
+                self.max_tokens = tokens * count // 2
                 continue
-            ledger.add(place, nats)  # final from here on
-            for again in range(self.cfg.ttt_grad_steps * (len(grads) > 0)):
-                ledger.require(place)
-                self.learn(
-                    self.score(ledger, start, end, rows)[2] if again else grads,
-                    rows,
-                    self.updates + again + 1,
-                )
+            # Final from here on.
+            ledger.add(scores.index, scores.nats)
+            if scores.grads:
+                self.learn_chunk(ledger, start, end, rows, scores)
             first = rows.stop
-        self.updates += self.cfg.ttt_grad_steps * self.learning(end)
+        if self.learns_from(end):
+            documents.updates += self.cfg.ttt_grad_steps
 
-    def score(
-        self, ledger: Ledger, start: int, end: int, rows: slice
-    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        """Places and nats (n,) of the targets start..end-1 of these documents, each in a window that ends on the chunk
-        grid, with its adapter; and the gradient of the adapters, unless all these documents end here."""
-        lora, starts, counts = self.lora.rows(rows), self.starts[rows], self.counts[rows]
-        n, c = min(end, self.cfg.ttt_eval_seq_len), end - start
-        m = next((bucket for bucket in self.buckets if bucket >= n), n)
-        offset = torch.arange(end - n, end - n + m, device=self.device)
-        place = torch.where(
-            (offset < counts) & (offset < end), starts + offset, ledger.padding_index
-        )  # (r, m)
-        inside = place != ledger.padding_index
-        inputs = torch.where(inside, ledger.tokens[place], 0)
-        targets = torch.where(
-            inside & (offset >= start),
-            ledger.tokens[(place + 1).clamp_max(ledger.padding_index)],
-            -1,
-        )
-        base = torch.arange(0, place.numel(), m, device=self.device)[:, None]
-        ends = F.pad(
-            torch.cat([base, base + n], 1).flatten(), (0, 1), value=place.numel()
-        )  # padding: own segments
+    def chunk_windows(self, ledger: Ledger, start: int, end: int, rows: slice) -> ChunkWindows:
+        """The windows in which the targets start..end-1 of these documents are scored.
+
+        Each holds the TTT_EVAL_SEQ_LEN inputs before `end`, or as many as there are, and is padded
+        to a bucket. Padding is a segment of its own.
+        """
+        starts = self.documents.starts[rows]
+        counts = self.documents.counts[rows]
+        length = min(end, self.cfg.ttt_eval_seq_len)
+        padded = next((bucket for bucket in self.buckets if bucket >= length), length)
+
+        offset = torch.arange(end - length, end - length + padded, device=self.device)
+        inside = (offset < counts) & (offset < end)  # (rows, padded)
+        index = torch.where(inside, starts + offset, ledger.padding_index)
+        next_index = (index + 1).clamp_max(ledger.padding_index)
+        inputs = torch.where(inside, ledger.tokens[index], 0)
+        targets = torch.where(inside & (offset >= start), ledger.tokens[next_index], -1)
+
+        # First position of each window in the row, and of its padding.
+        begin = torch.arange(0, index.numel(), padded, device=self.device)[:, None]
+        cu_seqlens = torch.cat([begin, begin + length], 1).flatten()
+        cu_seqlens = F.pad(cu_seqlens, (0, 1), value=index.numel()).int()
         batch = Batch(
-            inputs.flatten().long(), targets.flatten().long(), ends.int(), self.cfg.ttt_eval_seq_len
+            inputs.flatten().long(),
+            targets.flatten().long(),
+            cu_seqlens,
+            self.cfg.ttt_eval_seq_len,
         )
-        select = (base + torch.arange(n - c, n, device=self.device)).flatten()
-        learns = self.learning(end) and bool(
-            (self.lengths[rows] > end).any()
-        )  # no document from its last chunk
-        with torch.set_grad_enabled(learns or not self.split):
-            nats = self.forward(
-                batch, self.plan, lora=lora, select=select if self.cfg.ttt_fast else None
-            )
-        nats, grads = nats if self.cfg.ttt_fast else nats[select], ()
+        scored = slice(length - (end - start), length)
+        position = torch.arange(scored.start, scored.stop, device=self.device)
+        return ChunkWindows(batch, index[:, scored].flatten(), (begin + position).flatten())
+
+    def forward_chunk(self, ledger: Ledger, start: int, end: int, rows: slice) -> ChunkScores:
+        """Nats of the targets start..end-1 of these documents, each with its own adapter.
+
+        Also the gradient of the adapters, unless none of these documents goes on after `end`: a
+        document does not learn from its last chunk, as there is nothing left to score.
+        """
+        lora = self.documents.lora.rows(rows)
+        windows = self.chunk_windows(ledger, start, end, rows)
+        goes_on = bool((self.documents.lengths[rows] > end).any())
+        learns = self.learns_from(end) and goes_on
+        with torch.set_grad_enabled(learns or not self.separates_learners):
+            nats = self.forward(windows.batch, self.plan, lora=lora, select=windows.select)
+        grads = ()
         if learns:
-            loss = (nats.view(-1, c).mean(1) * (counts[:, 0] > end)).sum()
+            of_document = nats.view(-1, end - start).mean(1)
+            loss = (of_document * (self.documents.counts[rows, 0] > end)).sum()
             grads = torch.autograd.grad(loss, lora.leaves)
-        return place[:, n - c : n].flatten(), nats.detach(), grads
+        return ChunkScores(windows.index, nats.detach(), grads)
+
+    def learn_chunk(
+        self, ledger: Ledger, start: int, end: int, rows: slice, scores: ChunkScores
+    ) -> None:
+        """TTT_GRAD_STEPS updates from a scored chunk; the first has its gradient already."""
+        grads = scores.grads
+        for repeat in range(self.cfg.ttt_grad_steps):
+            ledger.require(scores.index)
+            if repeat:
+                grads = self.forward_chunk(ledger, start, end, rows).grads
+            self.apply_gradients(grads, rows, self.documents.updates + repeat + 1)
 
     @torch.no_grad()
-    def learn(self, grads: tuple[Tensor, ...], rows: slice, number: int) -> None:
-        t, cfg = torch.full((), float(number), device=self.device), self.cfg
-        share = min((number - 1) // cfg.ttt_grad_steps / (cfg.ttt_cosine_chunks or math.inf), 1)
-        lr = cfg.ttt_lora_lr * max(0.1, 0.5 + 0.5 * math.cos(math.pi * share))
-        leaves = zip(
-            self.lora.leaves, self.master.leaves, grads, self.moments, self.factors, strict=False
-        )
-        for leaf, master, grad, moments, factor in leaves:
-            mine, about = master[rows], [x[rows] for x in moments]
-            self.update(
-                mine if leaf is master else leaf[rows], mine, grad, about, t, lr * factor, cfg
-            )
+    def apply_gradients(self, grads: tuple[Tensor, ...], rows: slice, number: int) -> None:
+        """Update number `number`, from 1 on, of the adapters of these documents.
+
+        With TTT_COSINE_CHUNKS the rate falls on a cosine over so many chunks to a tenth.
+        """
+        cfg = self.cfg
+        documents = self.documents
+        chunk = (number - 1) // cfg.ttt_grad_steps
+        share = min(chunk / (cfg.ttt_cosine_chunks or math.inf), 1)
+        rate = cfg.ttt_lora_lr * max(0.1, 0.5 + 0.5 * math.cos(math.pi * share))
+        t = torch.full((), float(number), device=self.device)
+        for i, grad in enumerate(grads):
+            master = documents.master.leaves[i][rows]
+            leaf = master
+            if documents.lora.leaves[i] is not documents.master.leaves[i]:
+                leaf = documents.lora.leaves[i][rows]
+            moments = [moment[rows] for moment in documents.moments[i]]
+            self.update(leaf, master, grad, moments, t, rate * documents.rate_factors[i], cfg)
+
+
+def batch_size_factor(length: int, cfg: Config, world_size: int) -> float:
+    """How many times TTT_BATCH_SIZE documents of about this length run at once.
+
+    Four times as many short ones, which fill the device badly, and a quarter of long ones where
+    another rank can take the others.
+    """
+    windows = length / cfg.ttt_eval_seq_len
+    if cfg.ttt_warm_start_a or 1 / 8 < windows <= 2:
+        return 1
+    if windows < 1:
+        return 4
+    return 0.25 if world_size > 1 else 1
 
 
 def plan_batches(
     docs: Documents, chosen: np.ndarray, cfg: Config, world_size: int = 1
 ) -> list[np.ndarray]:
-    """Documents of like length together, longest first so that no rank waits at the end; many short ones at once, few
-    long ones where another rank can take the others. TTT_WARM_START_A: in stream order, as each learns for later."""
-    chosen, batches = chosen[docs.counts[chosen] > 0], []
+    """Batches of the documents `chosen` (n,) that have targets, each batch longest first.
+
+    Documents of like length go together, and the longest first so that no rank waits at the end.
+    With TTT_WARM_START_A batches go in the order of the stream, as each learns for later ones.
+    """
+    chosen = chosen[docs.counts[chosen] > 0]
     if not cfg.ttt_warm_start_a:
         chosen = chosen[np.argsort(-docs.counts[chosen], kind="stable")]
+    batches = []
     while len(chosen):
-        relative, even = (
-            docs.counts[chosen[0]] / cfg.ttt_eval_seq_len,
-            cfg.ttt_warm_start_a or not cfg.ttt_fast,
-        )
-        factor = (
-            1
-            if even or 1 / 8 < relative <= 2
-            else 4
-            if relative < 1
-            else 0.25
-            if world_size > 1
-            else 1
-        )
+        factor = batch_size_factor(docs.counts[chosen[0]], cfg, world_size)
         batch, chosen = np.split(chosen, [max(1, int(cfg.ttt_batch_size * factor))])
         batches.append(batch[np.argsort(-docs.counts[batch], kind="stable")])
     return batches
 
 
-def score_then_learn(state: Adaptation, batch: np.ndarray, ledger: Ledger) -> Iterator[int]:
-    """Chunk by chunk: scores, only then learns. Yields before each how many targets of a document are scored."""
-    state.begin(ledger.docs, batch)
-    for start, end in chunk_grid(state.cfg, int(ledger.docs.counts[batch].max())):
+def score_then_learn(adaptation: Adaptation, batch: np.ndarray, ledger: Ledger) -> Iterator[int]:
+    """Runs the documents `batch` (n,) chunk by chunk: scores, and only then learns.
+
+    Yields before each chunk how many targets of each document are scored by then.
+    """
+    adaptation.begin(ledger.docs, batch)
+    longest = int(ledger.docs.counts[batch].max())
+    for start, end in chunk_grid(adaptation.cfg, longest):
         yield start
-        state.step(ledger, start, end)
+        adaptation.run_chunk(ledger, start, end)
+
+
+def score_rest(scorer: Scorer, batch: np.ndarray, num_scored: int) -> None:
+    """Scores without learning what is left of the documents `batch` after their first targets."""
+    _, starts, counts = scorer.ledger.docs
+    length = scorer.cfg.eval_seq_len
+    spans = []
+    for d in batch:
+        if counts[d] > num_scored:
+            scorer.ledger.plain += 1
+        for start, score, end in scoring_windows(counts[d], length, length):
+            if end > num_scored:
+                score = max(score, num_scored)
+                spans.append((starts[d] + start, starts[d] + score, starts[d] + end))
+    scorer.score(spans, shared=False)
 
 
 def adapt_documents(
-    state: Adaptation, scorer: Scorer, first: int, stop: int, deadline: Deadline
+    adaptation: Adaptation, scorer: Scorer, first: int, stop: int, deadline: Deadline
 ) -> None:
-    """Scores the documents first..stop-1 once; the ranks take batches from a shared counter. When the deadline is near,
-    a rank scores the rest of its batch, and the batches it takes from there on, without learning."""
-    (ledger, cfg, ranks, log), (_, starts, counts) = scorer[2:], scorer.ledger.docs
+    """Scores the documents first..stop-1 once, learning on the way.
+
+    Ranks take batches from a shared counter; with TTT_WARM_START_A each has a fixed share. When the
+    deadline is near, a rank scores the rest of its batch, and all batches that it takes from there
+    on, without learning.
+    """
+    ledger = scorer.ledger
+    cfg = scorer.cfg
+    ranks = scorer.ranks
+    counts = ledger.docs.counts
     batches = plan_batches(ledger.docs, np.arange(first, stop), cfg, ranks.world_size)
-    left = np.cumsum([counts[stop:].sum(), *(counts[b].sum() for b in batches[::-1])])[
-        ::-1
-    ]  # targets from a batch on
-    numbers = (
-        range(ranks.rank, len(batches), ranks.world_size)
-        if cfg.ttt_warm_start_a
-        else ranks.tickets()
-    )
-    for number in takewhile(lambda n: n < len(batches), numbers):
-        batch, done = batches[number], 0
-        for done in score_then_learn(state, batch, ledger) if not deadline.late else ():
-            if deadline.near(
-                (counts[batch] - done).clip(0).sum() + left[number + 1] / ranks.world_size
-            ):
-                break
-            if log.due():
-                running = "running_loss:{val_loss:.4f} running_bpb:{val_bpb:.4f}".format(
-                    **ledger.result()
-                )
-                log(f"ttt_progress: batch {number + 1}/{len(batches)} {running}")
-        rest = [d for d in batch if deadline.late and counts[d] > done]
-        spans = (
-            (d, span)
-            for d in rest
-            for span in scoring_windows(counts[d], cfg.eval_seq_len, cfg.eval_seq_len)
-        )
-        scorer.score(
-            (
-                (starts[d] + start, starts[d] + max(score, done), starts[d] + end)
-                for d, (start, score, end) in spans
-                if end > done
-            ),
-            shared=False,
-        )
-        ledger.plain += len(rest)
+    # Targets of everything after each batch, those of later phases included.
+    in_batches = np.array([counts[batch].sum() for batch in batches], dtype=np.int64)
+    left_after = counts[stop:].sum() + in_batches.sum() - in_batches.cumsum()
+    if cfg.ttt_warm_start_a:
+        numbers = range(ranks.rank, len(batches), ranks.world_size)
+    else:
+        numbers = takewhile(lambda n: n < len(batches), ranks.tickets())
+    for number in numbers:
+        batch = batches[number]
+        done = 0
+        if not deadline.late:
+            for done in score_then_learn(adaptation, batch, ledger):
+                in_batch = (counts[batch] - done).clip(0).sum()
+                if deadline.near(in_batch + left_after[number] / ranks.world_size):
+                    break
+                if scorer.log.due():
+                    running = "running_loss:{val_loss:.4f} running_bpb:{val_bpb:.4f}"
+                    running = running.format(**ledger.result())
+                    scorer.log(f"ttt_progress: batch {number + 1}/{len(batches)} {running}")
+        if deadline.late:
+            score_rest(scorer, batch, done)
+
+
+# --- All weights ---
+class LearningChunk(NamedTuple):
+    """Scored targets that all weights learn from at once."""
+
+    index: np.ndarray  # (n,) their indices in the stream
+    share: float  # of the rate's cosine schedule that is over, in [0, 1]
+
+
+class LearningTask(NamedTuple):
+    """What all weights learn from between two parts of an evaluation."""
+
+    targets_left: int  # to score after it
+    chunks: list[LearningChunk]
 
 
 def score_documents(
-    state: Adaptation, scorer: Scorer, deadline: Deadline
-) -> Iterator[tuple[int, list]]:
-    """Each document with its own adapter. With PHASED_TTT_NUM_PHASES all weights learn (PR #1626) from the documents up
-    to a place in the stream before any document after it is scored: all conditionals belong to the order of the stream,
-    where the published queue, longest document first, has another. Yields as score_chunks."""
-    cfg, docs, size = scorer.cfg, scorer.ledger.docs, scorer.cfg.ttt_chunk_tokens
+    adaptation: Adaptation, scorer: Scorer, deadline: Deadline
+) -> Iterator[LearningTask]:
+    """Scores each document with its own adapter, and yields what all weights may learn from.
+
+    With PHASED_TTT_NUM_PHASES all weights learn (PR #1626) from the documents up to a point in the
+    stream, before any document after it is scored. All scores then condition on the past of the
+    stream. The published queue, longest document first, conditions on another order.
+    """
+    cfg = scorer.cfg
+    docs = scorer.ledger.docs
+    num_docs = len(docs.counts)
+    settings = f"rank:{cfg.ttt_lora_rank} lr:{cfg.ttt_lora_lr} chunk:{cfg.ttt_chunk_size}"
+    scorer.log(f"ttt_lora:docs:{num_docs} {settings}")
     phases = cfg.phased_ttt_num_phases
-    bounds = [
-        min(cfg.phased_ttt_prefix_docs, len(docs.counts)) * p // phases
-        for p in range(1, phases + 1)
-    ]
-    about = f"rank:{cfg.ttt_lora_rank} lr:{cfg.ttt_lora_lr} chunk:{cfg.ttt_chunk_size}"
-    scorer.log(f"ttt_lora:docs:{len(docs.starts)} {about}")
-    for first, stop in zip([0, *bounds], [*bounds, len(docs.counts)], strict=True):
-        adapt_documents(state, scorer, first, stop, deadline)
-        state.warm, places = (
-            None,
-            docs.target_index(stop if stop < len(docs.counts) else 0),
-        )  # nothing for no one
-        starts = range(0, len(places) - size + 1, size)
-        yield (
-            int(docs.counts[stop:].sum()),
-            [(places[i : i + size], i / len(places)) for i in starts],
-        )
+    prefix = min(cfg.phased_ttt_prefix_docs, num_docs)
+    stops = [prefix * phase // phases for phase in range(1, phases + 1)]
+    first = 0
+    for stop in [*stops, num_docs]:
+        adapt_documents(adaptation, scorer, first, stop, deadline)
+        first = stop
+        # A phase begins with fresh adapters.
+        adaptation.warm = None
+        # After the last document nothing is left that learning could help.
+        index = docs.target_index(stop if stop < num_docs else 0)
+        size = cfg.ttt_chunk_tokens
+        chunks = []
+        for start in range(0, len(index) - size + 1, size):
+            chunks.append(LearningChunk(index[start : start + size], start / len(index)))
+        yield LearningTask(int(docs.counts[stop:].sum()), chunks)
 
 
-def score_chunks(scorer: Scorer, deadline: Deadline) -> Iterator[tuple[int, list]]:
-    """TTT_MODE=chunk (PR #461, #1413): scores every window of a chunk of the stream; windows that straddle chunks in
-    parts, EVAL_STRIDE apart with SLIDING_WINDOW_ENABLED; what is late at once, in plain ones. Yields the targets left,
-    and what all weights learn from before the next chunk, after the last nothing: (places, share of the schedule)."""
-    size, places, spans = scorer.cfg.ttt_chunk_tokens, scorer.ledger.docs.target_index(), {}
-    for start, score, end in scorer.windows(
-        scorer.cfg.eval_stride * scorer.cfg.sliding_window_enabled
-    ):
-        at = int(np.searchsorted(places, score))
-        for k in range(at // size, (at + end - score - 1) // size + 1):
-            part = max(score, score + k * size - at), min(end, score + (k + 1) * size - at)
-            spans.setdefault(k, []).append((start, *part))
-    last = len(spans) - 1
-    for k in range(len(spans)):
-        scorer.score(spans[k], shared=True)
-        chunk, left = places[k * size : (k + 1) * size], places[(k + 1) * size :]
-        yield len(left), [(chunk, k / last)] if k < last else []
-        if deadline.late and k < last:
-            rest = (
-                (start, max(score, left[0]), end)
-                for start, score, end in scorer.windows(0)
-                if end > left[0]
-            )
-            scorer.score(rest, shared=True)
-            scorer.ledger.plain += scorer.ranks.is_main * (last - k - 1)
+def windows_by_chunk(scorer: Scorer, index: np.ndarray) -> list[list[tuple[int, int, int]]]:
+    """Scoring windows of the stream for each chunk of TTT_CHUNK_TOKENS of the targets `index` (N,).
+
+    A window that straddles chunks appears in each with the part of its targets that lies there.
+    """
+    cfg = scorer.cfg
+    size = cfg.ttt_chunk_tokens
+    stride = cfg.eval_stride if cfg.sliding_window_enabled else 0
+    by_chunk = [[] for _ in range(0, len(index), size)]
+    for start, score, end in scorer.windows(stride):
+        # Numbers of the scored targets among all targets: those from `first` to `last`.
+        first = int(np.searchsorted(index, score))
+        last = first + end - score - 1
+        for k in range(first // size, last // size + 1):
+            part_start = max(score, score + k * size - first)
+            part_end = min(end, score + (k + 1) * size - first)
+            by_chunk[k].append((start, part_start, part_end))
+    return by_chunk
+
+
+def score_chunks(scorer: Scorer, deadline: Deadline) -> Iterator[LearningTask]:
+    """Scores the stream chunk by chunk, and yields each for all weights to learn from it.
+
+    TTT_MODE=chunk (PR #461, #1413). Nothing is learnt from the last chunk. With
+    SLIDING_WINDOW_ENABLED windows lie EVAL_STRIDE apart. Once the deadline is near, everything left
+    is scored at once in plain windows.
+    """
+    ledger = scorer.ledger
+    size = scorer.cfg.ttt_chunk_tokens
+    index = ledger.docs.target_index()
+    by_chunk = windows_by_chunk(scorer, index)
+    last = len(by_chunk) - 1
+    for k, windows in enumerate(by_chunk):
+        scorer.score(windows, shared=True)
+        left = index[(k + 1) * size :]
+        if k == last:
+            yield LearningTask(0, [])
+            break
+        yield LearningTask(len(left), [LearningChunk(index[k * size : (k + 1) * size], k / last)])
+        if deadline.late:
+            plain = []
+            for start, score, end in scorer.windows(0):
+                if end > left[0]:
+                    plain.append((start, max(score, left[0]), end))
+            scorer.score(plain, shared=True)
+            if scorer.ranks.is_main:
+                ledger.plain += last - k - 1
             break
 
 
 def evaluate_ttt(
-    scorer: Scorer, state: Adaptation | None, model: GPT, forward: Callable, deadline: Deadline
+    scorer: Scorer,
+    adaptation: Adaptation | None,
+    model: GPT,
+    forward: Callable,
+    deadline: Deadline,
 ) -> Ledger:
-    """Scores every target once, with adapters `state` or without; in between, SGD on all weights over targets that are
-    scored, the rate on a cosine, the same on all ranks. All call it. Afterwards the weights are as before."""
-    ranks, cfg, weights = scorer.ranks, scorer.cfg, list(model.parameters())
-    kept = [p.detach().clone() for p in weights]
-    sgd = torch.optim.SGD(weights, momentum=cfg.ttt_momentum)
+    """Scores every target once while learning, with adapters (`adaptation`) or in chunk mode.
+
+    In between all weights learn from scored targets, the same on all ranks, at a rate that falls on
+    a cosine. Afterwards they are as before. All ranks must call it; returns the joined ledger.
+    """
+    cfg = scorer.cfg
+    ranks = scorer.ranks
+    weights = list(model.parameters())
+    saved = [p.detach().clone() for p in weights]
     if cfg.ttt_chunk_optimizer == "adam":
-        sgd = torch.optim.AdamW(weights, betas=(cfg.beta1, cfg.beta2), weight_decay=0)
-    model.requires_grad_(False)  # or a compiled backward would compute the gradients of all weights
-    for left, learns in (
-        score_documents(state, scorer, deadline) if state else score_chunks(scorer, deadline)
-    ):
-        for place, share in learns:
-            if deadline.near(left / ranks.world_size, ranks):
-                scorer.ledger.plain += ranks.is_main
+        betas = (cfg.beta1, cfg.beta2)
+        optimizer = torch.optim.AdamW(weights, betas=betas, weight_decay=0)
+    else:
+        optimizer = torch.optim.SGD(weights, momentum=cfg.ttt_momentum)
+
+    # Or a compiled backward would compute the gradients of all weights for the adapters' sake.
+    model.requires_grad_(False)
+    if adaptation:
+        tasks = score_documents(adaptation, scorer, deadline)
+    else:
+        tasks = score_chunks(scorer, deadline)
+    for task in tasks:
+        for chunk in task.chunks:
+            if deadline.near(task.targets_left / ranks.world_size, ranks):
+                if ranks.is_main:
+                    scorer.ledger.plain += 1
             else:
-                sgd.param_groups[0]["lr"] = 0.5 * cfg.ttt_lr * (1 + math.cos(math.pi * share))
-                learn_weights(model, forward, sgd, scorer, place)
-        if state:  # each phase starts anew
-            sgd.state.clear()
+                rate = 0.5 * cfg.ttt_lr * (1 + math.cos(math.pi * chunk.share))
+                optimizer.param_groups[0]["lr"] = rate
+                learn_weights(model, forward, optimizer, scorer, chunk.index)
+        if adaptation:
+            # Each phase starts with fresh momenta.
+            optimizer.state.clear()
+
     model.requires_grad_(True)
-    torch._foreach_copy_([p.detach() for p in weights], kept)
+    torch._foreach_copy_([p.detach() for p in weights], saved)
     return scorer.ledger.join(ranks)
 
 
+def learning_row(scorer: Scorer, index: np.ndarray) -> Batch:
+    """A row that predicts the targets `index` (n,), in segments of EVAL_SEQ_LEN.
+
+    Segments also begin with documents, unless the data loader lets windows cross them.
+    """
+    docs = scorer.ledger.docs
+    length = scorer.cfg.eval_seq_len
+    starts = np.arange(0, len(index), length)
+    if scorer.cfg.data_loader == "documents":
+        starts = np.union1d(starts, np.flatnonzero(np.isin(index, docs.starts)))
+    capacity = max(64, 1 << len(starts).bit_length())
+    shape = (len(index), capacity, length)
+    tokens = docs.tokens
+    return pack_row(tokens[index], tokens[index + 1], starts, shape, scorer.ranks.device)
+
+
+def reduce_gradients(model: GPT, ranks: Ranks) -> None:
+    """Sums the gradients of all ranks, in place; those of the first TTT_FREEZE_BLOCKS layers are 0.
+
+    All ranks must call it. One that had no row adds zeros.
+    """
+    cfg = model.cfg
+    table = parameter_table(cfg)
+    for name, p in model.named_parameters():
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+        role = table[name]
+        if role.per_layer:
+            by_layer = p.grad.unflatten(0, (role.halves, cfg.num_layers))
+            by_layer[:, : cfg.ttt_freeze_blocks] = 0
+        ranks.sum(p.grad)
+
+
 def learn_weights(
-    model: GPT, forward: Callable, sgd: torch.optim.Optimizer, scorer: Scorer, place: np.ndarray
+    model: GPT,
+    forward: Callable,
+    optimizer: torch.optim.Optimizer,
+    scorer: Scorer,
+    index: np.ndarray,
 ) -> None:
-    """TTT_EPOCHS passes over the targets `place` (n,) in rows of EVAL_SEQ_LEN, less a rest. Ranks share the rows, one
-    without any adds a zero gradient. Layers below TTT_FREEZE_BLOCKS stay as they are."""
-    (ledger, cfg, ranks, _), length, tokens = (
-        scorer[2:],
-        scorer.cfg.eval_seq_len,
-        scorer.ledger.docs.tokens,
-    )
-    ledger.require(torch.from_numpy(place).to(ranks.device), ranks)
-    rows, size = (
-        place[: len(place) // length * length].reshape(-1, length),
-        cfg.ttt_batch_seqs * ranks.world_size,
-    )
+    """TTT_EPOCHS passes over the scored targets `index` (n,), in place on all weights.
+
+    A step takes TTT_BATCH_SEQS rows of EVAL_SEQ_LEN targets from each rank; a remainder that fills
+    no row is left out. All ranks must call it.
+    """
+    cfg = scorer.cfg
+    ranks = scorer.ranks
+    length = cfg.eval_seq_len
+    scorer.ledger.require(torch.from_numpy(index).to(ranks.device), ranks)
+    rows = index[: len(index) // length * length].reshape(-1, length)
+    step_rows = cfg.ttt_batch_seqs * ranks.world_size
+    steps = [rows[first : first + step_rows] for first in range(0, len(rows), step_rows)]
+
     model.requires_grad_(True)
-    for group in [rows[i : i + size] for i in range(0, len(rows), size)] * cfg.ttt_epochs:
-        if len(mine := group[ranks.rank :: ranks.world_size].ravel()):
-            begins = np.isin(mine, ledger.docs.starts) & (cfg.data_loader == "documents")
-            starts = np.union1d(np.arange(0, len(mine), length), np.flatnonzero(begins))
-            shape = len(mine), max(64, 1 << len(starts).bit_length()), length
-            row = pack_row(tokens[mine], tokens[mine + 1], starts, shape, ranks.device)
-            (forward(row, scorer.plan).sum() / group.size).backward()
-        for name, p in model.named_parameters():
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            if not name.startswith(
-                ("tok_", "skip_", "bigram_", "smear_", "ve_")
-            ):  # others: by layer, some twice over
-                p.grad.unflatten(0, (-1, cfg.num_layers))[:, : cfg.ttt_freeze_blocks] = 0
-            ranks.sum(p.grad)
+    for step in steps * cfg.ttt_epochs:
+        mine = step[ranks.rank :: ranks.world_size].ravel()
+        if len(mine):
+            nats = forward(learning_row(scorer, mine), scorer.plan)
+            (nats.sum() / step.size).backward()
+        reduce_gradients(model, ranks)
         torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.ttt_grad_clip or math.inf)
-        sgd.step()
+        optimizer.step()
         model.zero_grad(set_to_none=True)
     model.requires_grad_(False)
 
@@ -4168,13 +4413,8 @@ def configure_torch(
     )
 
 
-def compile_any_size(
-    model: nn.Module, cuda_graph: bool
-) -> Callable:  # one graph for all sizes of adaptation
-    options = {
-        "triton.cudagraphs": cuda_graph,
-        "triton.mix_order_reduction": False,
-    }  # or two: for few tokens
+def compile_any_size(model: nn.Module) -> Callable:  # one graph for all sizes of adaptation
+    options = {"triton.mix_order_reduction": False}  # or two: for few tokens
     known = {name: options[name] for name in options if name in torch._inductor.list_options()}
     return torch.compile(model, fullgraph=True, dynamic=True, options=known)
 
@@ -4349,8 +4589,7 @@ class Run:  # from its data to its report, the same on all ranks; `go` holds the
         self.forward = (
             torch.compile(self.model, fullgraph=True, dynamic=False) if cfg.compile else self.model
         )
-        graphs = cfg.ttt_cuda_graph and self.backend != "sdpa"  # which asks the host
-        both = self.forward, compile_any_size(self.model, graphs) if cfg.compile else self.model
+        both = self.forward, compile_any_size(self.model) if cfg.compile else self.model
         self.scoring, self.ttt_forward = (
             partial(f, temperature=cfg.logit_temperature) for f in both
         )
@@ -4377,7 +4616,9 @@ class Run:  # from its data to its report, the same on all ranks; `go` holds the
             cfg.eval_deadline_seconds - cfg.eval_budget_includes_compile * self.eval_warm_up
         )
         self.score("diagnostic quantized", "eval", self.evaluate)
-        deadline.rate = self.phases[-1][2] * self.ranks.world_size / self.docs.counts.sum()
+        deadline.seconds_per_target = (
+            self.phases[-1][2] * self.ranks.world_size / self.docs.counts.sum()
+        )
         if cfg.sliding_window_enabled:
             self.score(
                 "diagnostic quantized_sliding_window",

@@ -271,7 +271,7 @@ def trace_ours(cfg: tg.Config, row: tg.Batch) -> list[Graph]:
 
 
 def trace_adaptation(tracer: Tracer, cfg: tg.Config, model: tg.GPT) -> None:
-    """A step of a full batch in the longest window, as Adaptation.score and .learn call it, of fixed sizes."""
+    """A step of a full batch in the longest window, as Adaptation.forward_chunk and .apply_gradients call it, of fixed sizes."""
     forward = tracer.compiled(model.requires_grad_(False), fullgraph=True, dynamic=False)
     master, lora, grads = adapt(
         cfg, tracer.named(forward, "adaptation"), cfg.ttt_batch_size, cfg.ttt_eval_seq_len
@@ -309,7 +309,7 @@ def trace_sizes(cfg: tg.Config) -> dict[str, dict[str, int]]:
     GPU Inductor may split a graph by size, as it does not on a CPU."""
     tracer, found, longest = AnySize(0), {}, cfg.eval_seq_len
     model = tracer.move(tg.GPT(cfg, "torch"))
-    forward = tg.compile_any_size(model, cuda_graph=False)
+    forward = tg.compile_any_size(model)
 
     def count(graph: str, size: str, call: Callable[[], Any]) -> None:
         before = len(tracer.graphs)

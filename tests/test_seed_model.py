@@ -582,8 +582,8 @@ def test_what_lies_beyond_a_sites_rank_is_and_stays_zero(ranks, settings):
         model_with(ttt_lora_rank=ranks[0], ttt_lm_rank=ranks[1], ttt_min_doc_len=0, **settings)
     )
     scores(state, documents(100, 70))
-    assert state.updates == 7
-    master = state.master
+    assert state.documents.updates == 7
+    master = state.documents.master
     down, up = master.down.detach(), b_of_sites(master, master.up.detach())
     for i, (site, b) in enumerate(zip(master.sites, up, strict=True)):
         rank = ranks[1] if site.site == "head" else ranks[0]
@@ -611,11 +611,11 @@ def first_update(settings: dict) -> tuple[tg.LoRA, list[Tensor]]:
     """The adapters of two documents, and what one update of random gradients added to each leaf."""
     state = adaptation(model_with(**settings, ttt_weight_decay=0.0))
     state.begin(documents(40, 30), np.array([0, 1]))
-    master = state.master
+    master = state.documents.master
     before = [leaf.detach().clone() for leaf in master.leaves]
     g = torch.Generator().manual_seed(4)
     grads = tuple(torch.randn(leaf.shape, generator=g) for leaf in master.leaves)
-    state.learn(grads, slice(0, 2), 1)
+    state.apply_gradients(grads, slice(0, 2), 1)
     return master, [leaf.detach() - x for leaf, x in zip(master.leaves, before, strict=True)]
 
 
@@ -691,7 +691,7 @@ def test_selected_positions_give_the_same_nats_and_gradients_with_biases(lanes):
 def test_nothing_is_learnt_outside_the_range_of_places():
     docs = documents(200, 20)
     state = adaptation(model_with(ttt_min_doc_len=48, ttt_max_doc_len=96, ttt_grad_steps=2))
-    forward_chunk, apply_gradients = state.score, state.learn
+    forward_chunk, apply_gradients = state.forward_chunk, state.apply_gradients
     ends, learnt = [], []
 
     def forward(ledger, start, end, rows):
@@ -702,7 +702,7 @@ def test_nothing_is_learnt_outside_the_range_of_places():
         learnt.append((ends[-1], number))
         apply_gradients(grads, rows, number)
 
-    state.score, state.learn = forward, learn
+    state.forward_chunk, state.apply_gradients = forward, learn
     found = scores(state, docs)[0]
     # Chunks that end at 48, 64, 80 and 96, twice each.
     assert learnt == [(48 + 16 * (i // 2), i + 1) for i in range(8)]

@@ -126,14 +126,18 @@ def test_nothing_compiles_after_equal_documents_whatever_the_others(rank):
 
 
 def test_after_memory_ran_out_documents_still_go_in_whole_granules(monkeypatch):
-    model, rows = model_for(64), []
-    state, docs = adaptation(model), documents(*64 * [S])
-    state.granule, state.room, real = 8, 20 * C, state.score
-    monkeypatch.setattr(
-        state, "score", lambda *args: (rows.append(args[3].stop - args[3].start), real(*args))[1]
-    )
-    scores(state, docs)
-    assert rows and all(n % 8 == 0 for n in rows)
+    state, counts = adaptation(model_for(64)), []
+    state.granule, state.max_tokens = 8, 20 * C
+    forward_chunk = state.forward_chunk
+
+    def noting(ledger, start, end, rows):
+        counts.append(rows.stop - rows.start)
+        return forward_chunk(ledger, start, end, rows)
+
+    monkeypatch.setattr(state, "forward_chunk", noting)
+    scores(state, documents(*64 * [S]))
+    assert counts
+    assert all(count % 8 == 0 for count in counts)
 
 
 # --- What is scored ---------------------------------------------------------------------------------------------------
@@ -148,7 +152,7 @@ def test_longest_validation_document_takes_as_many_chunks_as_published(chunk, st
         return torch.zeros(len(select)) + lora.up.sum() + lora.down.sum()
 
     state, ledger = adaptation(model, forward), tg.Ledger(docs, TABLE, CPU)
-    state.learn = lambda grads, rows, number: updates.append(number)
+    state.apply_gradients = lambda grads, rows, number: updates.append(number)
     assert sum(1 for _ in tg.score_then_learn(state, np.array([0]), ledger)) == steps
     assert lengths == [min((i + 1) * chunk, 2048) for i in range(steps)]
     assert updates == list(range(1, steps))
@@ -194,7 +198,7 @@ def test_chunk_is_scored_with_the_adapters_of_the_chunks_before_it(settings):
     docs, model = documents(75), model_for(1, **settings)
     state = adaptation(model)
     state.begin(docs, np.array([0]))
-    lora = state.lora.rows(slice(0, 1))
+    lora = state.documents.lora.rows(slice(0, 1))
     leaves, found = [lora.down, lora.up], []
     optimizer = torch.optim.AdamW(leaves, lr=0.01, betas=(0.0, 0.999), eps=1e-10, weight_decay=0.5)
     if settings:
@@ -229,7 +233,7 @@ def test_without_learning_the_score_is_the_base_model_on_windows_of_the_chunk_gr
 
 @pytest.mark.parametrize("count", [1, 16, 39, 64, 70, 80, 129])
 def test_longer_document_leaves_the_scores_of_its_beginning_alone(count):
-    """Windows start on the chunk grid, so the end of a document is not felt before it (W51)."""
+    """Windows start on the chunk grid, so the end of a document is not felt before it."""
     whole = documents(170)
     state = adaptation(model_for(1))
     short = scores(state, whole._replace(counts=np.array([count])))[0]
@@ -280,9 +284,8 @@ def test_short_documents_share_a_step_by_the_dozen_and_long_ones_are_left_to_oth
     for world_size, size in ((1, alone), (2, count)):
         sizes = [len(batch) for batch in tg.plan_batches(docs, np.arange(100), cfg, world_size)]
         assert sizes == [size] * (100 // size) + [100 % size] * (100 % size > 0)
-    for settings in (dict(ttt_fast=False), dict(ttt_warm_start_a=True)):
-        even = tg.plan_batches(docs, np.arange(100), dataclasses.replace(cfg, **settings), 2)
-        assert [len(batch) for batch in even] == [8] * 12 + [4]
+    even = tg.plan_batches(docs, np.arange(100), dataclasses.replace(cfg, ttt_warm_start_a=True), 2)
+    assert [len(batch) for batch in even] == [8] * 12 + [4]
 
 
 def test_left_out_documents_do_not_change_the_score_of_the_others():
@@ -383,7 +386,7 @@ def test_switches_remove_their_adapters(settings, per_visit):
     docs, model = documents(60), model_for(1)
     state = adaptation(with_settings(model, **settings))
     found, default = scores(state, docs)[0], scores(adaptation(model), docs)[0]
-    assert len(state.lora.sites) == per_visit * len(state.plan) + 1
+    assert len(state.documents.lora.sites) == per_visit * len(state.plan) + 1
     assert_equal(found[:C], default[:C])
     assert np.array_equal(found, default) == (not settings)
     assert np.isfinite(found).all()
@@ -401,7 +404,7 @@ def test_updates_per_chunk_and_optimiser_can_be_chosen(settings):
 
 def test_every_chunk_but_the_last_is_learnt_from_as_often_as_asked():
     state, updates = adaptation(model_for(2, ttt_grad_steps=2)), []
-    state.learn = lambda grads, rows, number: updates.append((number, rows.stop))
+    state.apply_gradients = lambda grads, rows, number: updates.append((number, rows.stop))
     scores(state, documents(100, 20))
     assert updates == [
         (n, 2 if n <= 2 else 1) for n in range(1, 13)
