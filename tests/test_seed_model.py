@@ -1,6 +1,7 @@
-"""The parts of PR #473, #1413 and #605 in the network and its adapters, against the same written plainly in fp64.
+"""Parts of PR #473, #1413 and #605 in the network and its adapters, against a plain form in fp64.
 
-Run as a script, this file is its own child process, which needs TRITON_INTERPRET=1 from the first import of triton.
+Run as a script, this file is its own child process, which needs TRITON_INTERPRET=1 before the first
+import of triton.
 """
 
 from __future__ import annotations
@@ -58,30 +59,35 @@ EXTRAS = dict(
 )
 
 
-# --- The specification: one segment at a time, fp64 -----------------------------------------------------------------
+# --- The specification: one segment at a time, fp64 -----------------------------------------------
 def bucket(ids: list[int], t: int, rows: int) -> int:
     return rows - 1 if t == 0 else ((36313 * ids[t]) ^ (27191 * ids[t - 1])) % (rows - 1)
 
 
 def rope(x: Tensor, cfg: tg.Config, bound: int) -> Tensor:
-    r, base, out = cfg.rope_dims or cfg.head_dim, cfg.rope_base, x.clone()
+    r = cfg.rope_dims or cfg.head_dim
+    base = cfg.rope_base
+    out = x.clone()
     if cfg.rope_train_seq_len and bound > cfg.rope_train_seq_len:
         base *= (bound / cfg.rope_train_seq_len) ** (r / (r - 2))
     for i in range(r // 2):
         angle = torch.arange(len(x)).double() * base ** (-2 * i / r)
         x1, x2 = x[:, i], x[:, i + r // 2]
-        out[:, i], out[:, i + r // 2] = (
-            x1 * angle.cos() + x2 * angle.sin(),
-            -x1 * angle.sin() + x2 * angle.cos(),
-        )
+        out[:, i] = x1 * angle.cos() + x2 * angle.sin()
+        out[:, i + r // 2] = -x1 * angle.sin() + x2 * angle.cos()
     return out
 
 
 def logits(
     cfg: tg.Config, w: dict[str, Tensor], ids: Tensor, lora: dict, bound: int = 64
 ) -> Tensor:
-    """Of a network without loops and lanes; `lora`: (site, layer) -> A, B, and ("bias", layer) -> vector."""
-    L, D, tokens = cfg.num_layers, cfg.head_dim, ids.tolist()
+    """Logits of a network without loops and lanes.
+
+    lora: (site, layer) -> (A, B), and ("bias", layer) -> vector.
+    """
+    L = cfg.num_layers
+    D = cfg.head_dim
+    tokens = ids.tolist()
 
     def product(site: str, layer: int, n: Tensor, y: Tensor) -> Tensor:
         a, b = lora.get((site, layer), (None, None))
@@ -93,11 +99,14 @@ def logits(
         x = x + w["bigram_scale"] * (hashed @ w["bigram_proj"].T)
     x = rms(x)
     if cfg.smear_enabled:
-        g, before = w["smear_gate"].sigmoid(), [torch.zeros_like(x[0]), *x[:-1]]
+        g = w["smear_gate"].sigmoid()
+        before = [torch.zeros_like(x[0]), *x[:-1]]
         x = torch.stack(
             [(1 - g) * x[t] + g * before[t] * (tokens[t] != BOS) for t in range(len(ids))]
         )
-    x0, skips, future = x, [], torch.ones(len(ids), len(ids), dtype=torch.bool).triu(1)
+    x0 = x
+    skips = []
+    future = torch.ones(len(ids), len(ids), dtype=torch.bool).triu(1)
     for i in range(L):
         depth, scale = 1 / math.sqrt(i + 1), w["resid_mix"][i]
         norm, branch = depth if cfg.ln_scale else 1.0, depth if cfg.branch_scale else 1.0
@@ -116,11 +125,9 @@ def logits(
             )
         for h in range(cfg.num_heads):
             group = h // (cfg.num_heads // cfg.num_kv_heads)
-            qh, kh, vh = (
-                q[:, h * D : (h + 1) * D],
-                k[:, group * D : (group + 1) * D],
-                v[:, group * D : (group + 1) * D],
-            )
+            qh = q[:, h * D : (h + 1) * D]
+            kh = k[:, group * D : (group + 1) * D]
+            vh = v[:, group * D : (group + 1) * D]
             scores = (
                 w["q_gain"][i, h]
                 * rope(rms(qh), cfg, bound)
@@ -154,7 +161,8 @@ def b_of_sites(lora: tg.LoRA, up: Tensor) -> tuple[Tensor, ...]:
 
 def draw_adapters(cfg: tg.Config, count: int) -> tg.LoRA:
     """Adapters of `count` documents that all act."""
-    lora, g = tg.LoRA.zeros(cfg, count, cfg.num_layers, CPU), torch.Generator().manual_seed(3)
+    lora = tg.LoRA.zeros(cfg, count, cfg.num_layers, CPU)
+    g = torch.Generator().manual_seed(3)
     lora.reset(cfg.seed, list(range(count)))
     with torch.no_grad():
         for leaf in lora.leaves[1:]:
@@ -197,19 +205,16 @@ def test_nats_and_all_gradients_are_those_of_the_specification(
     changes, fused, adapted, temperature
 ):
     switches = dict.fromkeys(("fused_mlp", "fused_qk", "fused_xsa", "fused_ce"), fused)
-    cfg, lengths = (
-        tiny_config(**{**changes, **EXTRAS, **switches}),
-        (12, 12) if adapted else (1, 7, 30),
-    )
-    model, row, lora = (
-        draw(cfg),
-        row_with_bos(lengths),
-        draw_adapters(cfg, len(lengths)) if adapted else None,
-    )
+    cfg = tiny_config(**{**changes, **EXTRAS, **switches})
+    lengths = (12, 12) if adapted else (1, 7, 30)
+    model = draw(cfg)
+    row = row_with_bos(lengths)
+    lora = draw_adapters(cfg, len(lengths)) if adapted else None
     names, leaves = zip(*model.named_parameters(), strict=True)
     leaves = [*leaves, *(lora.leaves if lora else [])]
     exact = [p.detach().double().requires_grad_() for p in leaves]
-    weights, wanted = dict(zip(names, exact, strict=False)), []
+    weights = dict(zip(names, exact, strict=False))
+    wanted = []
     for d, s in enumerate(spans(lengths)):
         z = logits(
             cfg,
@@ -218,10 +223,8 @@ def test_nats_and_all_gradients_are_those_of_the_specification(
             plain_adapters(lora, exact[len(names) :], d) if lora else {},
         )
         wanted.append(F.cross_entropy(z / temperature, row.targets[s], reduction="none"))
-    wanted, mixture = (
-        torch.cat(wanted),
-        torch.randn(sum(lengths), generator=torch.Generator().manual_seed(2)),
-    )
+    wanted = torch.cat(wanted)
+    mixture = torch.randn(sum(lengths), generator=torch.Generator().manual_seed(2))
     found = model(row, cfg.plans[0], lora=lora, temperature=temperature)
     assert error(found, wanted) < 1e-5
     with torch.no_grad():  # the loss has another way without gradients
@@ -236,7 +239,7 @@ def test_nats_and_all_gradients_are_those_of_the_specification(
         assert (g - ref).norm() < 1e-4 * max(float(ref.norm()), 1.0), name
 
 
-# --- Sizes, and what is off -----------------------------------------------------------------------------------------
+# --- Sizes, and what is off -----------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("preset", "changes", "count"),
     [
@@ -286,10 +289,8 @@ def test_optimisers_leave_input_features_alone_where_told_to():
     for trains in (True, False):
         cfg = tiny_config(**PR473, train_input_features=trains, adam_wd=0.5, embed_wd=0.5)
         model = draw(cfg)
-        optimizers, before = (
-            tg.Optimizers(model, cfg, cpu_ranks()),
-            {n: p.clone() for n, p in model.named_parameters()},
-        )
+        optimizers = tg.Optimizers(model, cfg, cpu_ranks())
+        before = {n: p.clone() for n, p in model.named_parameters()}
         for _ in range(2):
             model(draw_row((16, 16)), cfg.plans[0]).mean().backward()
             optimizers.step(1.0, 0.9)
@@ -298,7 +299,7 @@ def test_optimisers_leave_input_features_alone_where_told_to():
         assert moved == set(before) - (set() if trains else features)
 
 
-# --- What enters the stream -----------------------------------------------------------------------------------------
+# --- What enters the stream -----------------------------------------------------------------------
 def embedded(model: tg.GPT, row: tg.Batch) -> Tensor:
     """x0 of every token of a row."""
     return model.embed(row.inputs, tg.segment_positions(row.cu_seqlens, row.inputs.numel()))
@@ -306,7 +307,9 @@ def embedded(model: tg.GPT, row: tg.Batch) -> Tensor:
 
 def test_pairs_go_to_the_published_buckets_also_with_the_largest_ids(monkeypatch):
     cfg = tiny_config(**PLAIN, bigram_vocab_size=3072, bigram_dim=2, vocab_size=65536)
-    ids, seen, original = torch.tensor([5, 7, 7, 0, 65535, 65535, 9, 1, 300]), [], F.embedding
+    ids = torch.tensor([5, 7, 7, 0, 65535, 65535, 9, 1, 300])
+    seen = []
+    original = F.embedding
     row = tg.Batch(ids, ids, torch.tensor([0, 6, 9, 9], dtype=torch.int32), 64)
     monkeypatch.setattr(
         F, "embedding", lambda i, table: (seen.append((i, table)), original(i, table))[1]
@@ -336,7 +339,8 @@ def test_smallest_table_has_a_row_for_pairs_and_one_for_starts():
 
 def test_pairs_add_nothing_at_first_but_reach_their_table():
     cfg = tiny_config(**PLAIN, bigram_vocab_size=64, bigram_dim=16)
-    model, row = tg.GPT(cfg), draw_row((9, 6))
+    model = tg.GPT(cfg)
+    row = draw_row((9, 6))
     assert torch.equal(embedded(model, row), tg.rms_norm(F.embedding(row.inputs, model.tok_emb)))
     x = embedded(model, row)
     (x * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))).sum().backward()
@@ -353,11 +357,14 @@ def test_pairs_add_nothing_at_first_but_reach_their_table():
 
 
 def test_smear_is_at_first_the_mean_with_the_predecessor_and_crosses_no_document():
-    cfg, lengths = tiny_config(**PLAIN, smear_enabled=True), (6, 1, 9)
-    model, row = tg.GPT(cfg), draw_row(lengths)
+    cfg = tiny_config(**PLAIN, smear_enabled=True)
+    lengths = (6, 1, 9)
+    model = tg.GPT(cfg)
+    row = draw_row(lengths)
     row.inputs[[2, 10, 11]] = BOS
     x = embedded(model, row)
-    token, begins = tg.rms_norm(F.embedding(row.inputs, model.tok_emb)), {0, 6, 7, 2, 10, 11}
+    token = tg.rms_norm(F.embedding(row.inputs, model.tok_emb))
+    begins = {0, 6, 7, 2, 10, 11}
     for t in range(16):
         assert torch.equal(x[t], token[t] / 2 if t in begins else (token[t] + token[t - 1]) / 2), t
     with torch.no_grad():
@@ -369,7 +376,10 @@ def test_smear_is_at_first_the_mean_with_the_predecessor_and_crosses_no_document
 
 def test_second_embedding_is_added_to_the_values_of_its_layers_alone(monkeypatch):
     cfg = tiny_config(**PLAIN, **VALUES)
-    model, row, seen, original = tg.GPT(cfg), draw_row((9, 6)), [], tg.attention
+    model = tg.GPT(cfg)
+    row = draw_row((9, 6))
+    seen = []
+    original = tg.attention
     monkeypatch.setattr(
         tg,
         "attention",
@@ -391,7 +401,8 @@ def test_second_embedding_is_added_to_the_values_of_its_layers_alone(monkeypatch
 @pytest.mark.parametrize("changes", [PR473, PR605, MIXED], ids=["pr473", "pr605", "mixed"])
 def test_no_token_sees_its_future_or_another_document(changes):
     cfg = tiny_config(**changes)
-    model, row = draw(cfg), draw_row((16, 16, 16))
+    model = draw(cfg)
+    row = draw_row((16, 16, 16))
     with torch.no_grad():
         before = model(row, cfg.plans[0])
         for changed in (0, 15, 16, 20, 31, 47):
@@ -426,14 +437,15 @@ def test_longer_segments_raise_the_base_of_rope(dims, base, length, wanted):
 
 def test_the_bound_of_a_row_and_not_its_segments_decides_on_the_base():
     cfg = tiny_config(**PLAIN, rope_train_seq_len=32)
-    model, row = draw(cfg), draw_row((9, 30))
+    model = draw(cfg)
+    row = draw_row((9, 30))
     with torch.no_grad():
         plain = draw(dataclasses.replace(cfg, rope_train_seq_len=0))(row, cfg.plans[0])
         assert torch.equal(model(row._replace(max_seqlen=32), cfg.plans[0]), plain)
         assert not torch.equal(model(row, cfg.plans[0]), plain)  # its bound is 64
 
 
-# --- The slope of the MLP -------------------------------------------------------------------------------------------
+# --- The slope of the MLP -------------------------------------------------------------------------
 def plain_activation(pre: Tensor, slope: float) -> Tensor:
     return (pre.clamp_min(0) + slope * pre.clamp_max(0)).square()
 
@@ -467,7 +479,8 @@ def test_fused_mlp_of_any_slope_equals_autograd(slope):
 
 def interpreted() -> list:
     """[slope, what, error] of the Triton kernel run by its interpreter."""
-    results, g = [], torch.Generator().manual_seed(0)
+    results = []
+    g = torch.Generator().manual_seed(0)
     for slope in (0.0, 0.3):
         x, dy, up, down = (
             torch.randn(*s, generator=g, dtype=torch.float64) * s[-1] ** -0.5
@@ -500,13 +513,14 @@ def test_interpreted_kernel_of_any_slope_equals_float64():
     assert all(found < 1e-6 for *_, found in results), results  # false for NaN, too
 
 
-# --- Temperature ----------------------------------------------------------------------------------------------------
+# --- Temperature ----------------------------------------------------------------------------------
 @pytest.mark.parametrize("gradient", [True, False])
 @pytest.mark.parametrize("adapted", [False, True], ids=["plain", "adapted"])
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "separate"])
 def test_probabilities_of_all_tokens_add_up_to_one_at_any_temperature(fused, adapted, gradient):
     cfg = tiny_config(**PLAIN, **EXTRAS, fused_ce=fused)
-    model, one = draw(cfg), torch.tensor([1, 44, 90, 17])
+    model = draw(cfg)
+    one = torch.tensor([1, 44, 90, 17])
     targets = torch.stack([one, one, one, one]).repeat(VOCAB // 4, 1)
     targets[:, -1] = torch.arange(VOCAB)  # every candidate, after the same context
     row = tg.Batch(
@@ -563,7 +577,7 @@ def test_temperature_applies_wherever_something_is_scored_and_nowhere_else(
     assert 0 < result["val_bpb"] < 20
 
 
-# --- Adapters -------------------------------------------------------------------------------------------------------
+# --- Adapters -------------------------------------------------------------------------------------
 def model_with(**overrides: object) -> tg.GPT:
     return draw(tiny_config(**{**ADAPTS, **PR473, **EXTRAS, "ttt_batch_size": 8, **overrides}))
 
@@ -584,7 +598,8 @@ def test_what_lies_beyond_a_sites_rank_is_and_stays_zero(ranks, settings):
     scores(state, documents(100, 70))
     assert state.documents.updates == 7
     master = state.documents.master
-    down, up = master.down.detach(), b_of_sites(master, master.up.detach())
+    down = master.down.detach()
+    up = b_of_sites(master, master.up.detach())
     for i, (site, b) in enumerate(zip(master.sites, up, strict=True)):
         rank = ranks[1] if site.site == "head" else ranks[0]
         assert site.rank == rank
@@ -660,7 +675,9 @@ def test_rate_falls_on_a_cosine_to_a_tenth_over_as_many_chunks_as_told(steps):
 
 def test_zero_bias_changes_no_bit_and_each_vector_serves_its_document_and_layer():
     cfg = tiny_config(**MIXED, **EXTRAS)
-    model, row, lora = draw(cfg), draw_row((12, 12, 12)), draw_adapters(cfg, 3)
+    model = draw(cfg)
+    row = draw_row((12, 12, 12))
+    lora = draw_adapters(cfg, 3)
     with torch.no_grad():
         without = model(row, cfg.plans[0], lora=dataclasses.replace(lora, bias=None))
         lora.bias.zero_()
@@ -676,7 +693,9 @@ def test_zero_bias_changes_no_bit_and_each_vector_serves_its_document_and_layer(
 @pytest.mark.parametrize("lanes", [0, 3])
 def test_selected_positions_give_the_same_nats_and_gradients_with_biases(lanes):
     cfg = tiny_config(**{**MIXED, **EXTRAS, "parallel_start_layer": lanes})
-    model, row, found = draw(cfg), draw_row((12, 12)), []
+    model = draw(cfg)
+    row = draw_row((12, 12))
+    found = []
     select = torch.tensor([9, 10, 11, 21, 22, 23])
     for picked in (None, select):
         lora = draw_adapters(cfg, 2)
@@ -687,7 +706,7 @@ def test_selected_positions_give_the_same_nats_and_gradients_with_biases(lanes):
         assert error(part, whole.double()) < 1e-6
 
 
-# --- From the first to the last place to learn from -------------------------------------------------------------------
+# --- From the first to the last place to learn from -----------------------------------------------
 def test_nothing_is_learnt_outside_the_range_of_places():
     docs = documents(200, 20)
     state = adaptation(model_with(ttt_min_doc_len=48, ttt_max_doc_len=96, ttt_grad_steps=2))
@@ -726,7 +745,8 @@ def test_cut_or_continued_document_keeps_the_scores_of_its_beginning(count):
 def test_edited_token_changes_no_score_before_it_and_no_other_document(place):
     docs = documents(150, 120, 33)
     state = adaptation(model_with(ttt_grad_steps=2))
-    before, at = scores(state, docs), docs.starts[0] + place
+    before = scores(state, docs)
+    at = docs.starts[0] + place
     docs.tokens[at] = 4 + (docs.tokens[at] - 3) % (VOCAB - 4)
     after = scores(state, docs)
     assert_equal(after[0][: place - 1], before[0][: place - 1])
@@ -737,7 +757,8 @@ def test_edited_token_changes_no_score_before_it_and_no_other_document(place):
 
 @pytest.mark.parametrize("settings", OPTIMISERS[1:], ids=["adam", "sgd"])
 def test_batch_mates_and_order_do_not_change_a_score_with_everything_on(settings):
-    docs, model = documents(*LENGTHS), model_with(**settings)
+    docs = documents(*LENGTHS)
+    model = model_with(**settings)
     state = adaptation(model)
     alone = {d: scores(state, docs, [d])[d] for d in range(len(LENGTHS))}
     for batch in ([0, 1, 2, 3, 4, 5, 6], [6, 2, 4, 0], [5, 3, 1]):
@@ -750,11 +771,12 @@ def test_batch_mates_and_order_do_not_change_a_score_with_everything_on(settings
         assert difference(nats, alone[d]) < 1e-6
 
 
-# --- Compilation ----------------------------------------------------------------------------------------------------
+# --- Compilation ----------------------------------------------------------------------------------
 def test_adapted_forward_with_everything_on_is_one_graph():
     torch.compiler.reset()
     cfg = tiny_config(**{**PR473, **EXTRAS, "num_layers": 2, "xsa_last_n": 1, "ve_layers": "1"})
-    model, counter = draw(cfg), CompileCounter()
+    model = draw(cfg)
+    counter = CompileCounter()
     with torch._dynamo.config.patch(specialize_int=True, specialize_float=True):
         compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
         for count, n in (
@@ -762,7 +784,8 @@ def test_adapted_forward_with_everything_on_is_one_graph():
             (7, 20),
             (9, 10),
         ):  # first sizes that no other has: torch takes equal ones for one
-            (inputs, targets, *_), lora = draw_row((n,) * count), draw_adapters(cfg, count)
+            (inputs, targets, *_) = draw_row((n,) * count)
+            lora = draw_adapters(cfg, count)
             ends = torch.arange(2 * count + 1, dtype=torch.int32).mul(n).clamp_max(n * count)
             row = tg.Batch(inputs.clone(), targets.clone(), ends, 64)
             select = torch.arange(n * count).view(count, n)[:, -3:].flatten()
