@@ -1463,7 +1463,7 @@ def layer_plan(cfg: Config, looped: bool) -> tuple[Visit, ...]:
         for slot, layer in enumerate(encoder)
     ]
     for position, layer in enumerate(decoder):
-        # A decoder of odd depth is one layer longer than the encoder: its last layer has no skip.
+        # With an odd number of visits the decoder is one longer, and its last layer has no skip.
         skip = ()
         if position < len(pairs):
             skip = (position,)
@@ -1578,7 +1578,7 @@ class PassInfo(NamedTuple):
 
     batch: Batch
     positions: Tensor  # (T,) int64: index of each token in its segment
-    rope: Tensor  # (T, 2, 1, half) fp32: cos and sin of each token
+    rope: Tensor  # (T, 2, 1, rope_dims / 2) fp32: cos and sin at each token's position
     tap: Callable[[str, int, Tensor], None]  # is shown (site, layer, input) of every product
     adapters: AdapterView
     values: Tensor | None  # (T, Hkv * D), added to the values of the layers in VE_LAYERS
@@ -1716,7 +1716,7 @@ class GPT(nn.Module):
         cfg = self.cfg
         x = F.embedding(ids, self.tok_emb.to(cfg.dtype))
         if cfg.bigram_vocab_size:
-            # The last row stands for "no token before", the others for a hash of the pair
+            # The last row is for a first token, the others are for a hash of the pair (PR #162).
             last_row = cfg.bigram_vocab_size - 1
             hashed = (36313 * ids ^ 27191 * ids.roll(1)) % last_row
             pair = torch.where(positions == 0, last_row, hashed)
