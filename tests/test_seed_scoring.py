@@ -469,8 +469,10 @@ def test_chunks_hold_the_published_windows_whole():
     targets = 40_540_160
     cfg = tg.Config(preset="pr1413", ttt_mode="chunk", sliding_window_enabled=True)
     cfg = dataclasses.replace(cfg, data_loader="rows")
-    docs = SimpleNamespace(places=lambda: np.arange(targets))
-    scorer = Stub(None, (), SimpleNamespace(docs=docs, nowhere=targets), cfg, ONE, found := [])
+    docs = SimpleNamespace(target_index=lambda: np.arange(targets))
+    scorer = Stub(
+        None, (), SimpleNamespace(docs=docs, padding_index=targets), cfg, ONE, found := []
+    )
     learns = [(len(learnt), left) for left, learnt in tg.score_chunks(scorer, tg.Deadline(1e9))]
     assert len(found) == 1238
     assert sum(windows for windows, *_ in found) == 633_409  # none is cut
