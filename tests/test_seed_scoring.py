@@ -445,7 +445,7 @@ def test_fields_that_no_run_writes_are_refused_in_one_line(tmp_path, forged):
 def test_scorer_makes_the_published_windows_of_a_stream_of_rows(targets, count):
     cfg = SimpleNamespace(eval_seq_len=2048, data_loader="rows")
     docs = SimpleNamespace(__getitem__=None)
-    scorer = tg.Scorer(None, (), SimpleNamespace(docs=docs, nowhere=targets), cfg, ONE, None)
+    scorer = tg.Scorer(None, (), SimpleNamespace(docs=docs, padding_index=targets), cfg, ONE, None)
     scored = 0
     windows = 0
     last = 0
