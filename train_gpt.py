@@ -668,14 +668,8 @@ class AdaptationKnobs:
         "what learns: a LoRA per document, or all weights by SGD chunk by chunk",
         choices=("document", "chunk"),
     )
-    ttt_fast: bool = knob(
-        True, "0: the published way, to compare: whole windows, all logits, fixed batches"
-    )
     ttt_buckets: int = knob(
         10, "window lengths to compile, others are padded to them; 0: every length", 0, 64
-    )
-    ttt_cuda_graph: bool = knob(
-        False, "replay windows as CUDA graphs, most of them captured within the clock"
     )
     ttt_lora_rank: int = knob(96, "rank of every adapter", 1)
     ttt_lora_alpha: float = knob(
@@ -711,7 +705,7 @@ class AdaptationKnobs:
         2048, "tokens of the longest window of adaptation", 2, shrinks=True
     )
     ttt_batch_size: int = knob(
-        64, "documents at once on a rank; TTT_FAST: up to four times the short, a quarter long", 1
+        64, "documents at once on a rank; four times as many short, a quarter as many long ones", 1
     )
     ttt_grad_steps: int = knob(1, "updates per scored chunk of a document", 1)
     ttt_weight_decay: float = knob(0.5, "weight decay of the adapters, decoupled in AdamW")
@@ -1944,85 +1938,114 @@ def check_split(cfg: Config, bos_id: int, name: str, stream: TokenStream) -> Non
         )
 
 
-# === 4. Model: banks, the order of layers, one forward for training, calibration, scoring and adaptation ==============
+# === 4. Model: plain maths, the order of layers, and one forward for every use ====================
 # --- Plain maths ---
-MLP_SLOPE = 0.5  # a power of two: both branches, of the activation and of its derivative, are exact before one rounding
+# A power of two: both branches of the activation and of its derivative are exact up to one
+# rounding.
+MLP_SLOPE = 0.5
+
+# The same for every dtype.
+NORM_EPS = torch.finfo(torch.float32).eps
 
 
-def leaky_relu_sq(
-    pre: Tensor, slope: float = MLP_SLOPE
-) -> Tensor:  # pre^2 above zero, (slope * pre)^2 below
-    return F.leaky_relu(pre, slope).square()
-
-
-NORM_EPS = torch.finfo(torch.float32).eps  # for any dtype
-
-
-def rms_norm(
-    x: Tensor, scale: float = 1.0
-) -> Tensor:  # scale * x / sqrt(mean(x^2) + eps) over the last axis
+def rms_norm(x: Tensor, scale: float = 1.0) -> Tensor:
+    """scale * x / sqrt(mean(x^2) + eps), the mean over the last axis."""
     return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS) * scale
 
 
-def rotate(
-    x: Tensor, cos: Tensor, sin: Tensor
-) -> Tensor:  # RoPE on the first 2 * half dims of x (T, H, D)
-    half = cos.size(-1)  # dims j and j + half form a pair
-    x1, x2, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin, rest], dim=-1)
+def leaky_relu_sq(pre: Tensor, slope: float = MLP_SLOPE) -> Tensor:
+    """pre^2 where pre is positive, (slope * pre)^2 elsewhere (PR #549)."""
+    return F.leaky_relu(pre, slope).square()
 
 
-def remove_own_value(
-    y: Tensor, v: Tensor
-) -> Tensor:  # XSA: from y (T, H, D), its component along v (T, Hkv, D)
-    wide = y.to(torch.promote_types(y.dtype, torch.float32)).unflatten(
-        1, (v.size(1), -1)
-    )  # (T, Hkv, H / Hkv, D)
-    unit = F.normalize(v.to(wide.dtype), dim=-1).unsqueeze(2)  # (T, Hkv, 1, D)
-    return (
-        torch.addcmul(wide, (wide * unit).sum(-1, keepdim=True), unit, value=-1)
-        .flatten(1, 2)
-        .to(y.dtype)
-    )
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding of x (T, H, D) by the angles of cos and sin (T, 1, half).
+
+    Dimensions j and j + half form a pair, which turns as (a, b) -> (a cos + b sin, b cos - a sin).
+    Dimensions from 2 * half on stay as they are.
+    """
+    half = cos.size(-1)
+    x1 = x[..., :half]
+    x2 = x[..., half : 2 * half]
+    unrotated = x[..., 2 * half :]
+    return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin, unrotated], dim=-1)
+
+
+def remove_own_value(y: Tensor, v: Tensor) -> Tensor:
+    """XSA (PR #1530): y - (y . u) u with u = v / |v|, for each token and query head.
+
+    y: attention output (T, H, D). v: values of the same tokens (T, Hkv, D); each serves H / Hkv
+    query heads. Computed in fp32 or better and returned in the dtype of y.
+    """
+    y32 = y.to(torch.promote_types(y.dtype, torch.float32))
+    y32 = y32.unflatten(1, (v.size(1), -1))  # (T, Hkv, H / Hkv, D)
+    unit = F.normalize(v.to(y32.dtype), dim=-1).unsqueeze(2)  # (T, Hkv, 1, D)
+    along = (y32 * unit).sum(-1, keepdim=True)  # (T, Hkv, H / Hkv, 1)
+    return torch.addcmul(y32, along, unit, value=-1).flatten(1, 2).to(y.dtype)
 
 
 # --- Order of layers and table of parameters ---
-class Visit(
-    NamedTuple
-):  # one step of the unrolled depth: which layer runs, which skips it stores or takes
+class Visit(NamedTuple):
+    """One step of the unrolled depth: which layer runs, and which skips it stores or takes."""
+
     layer: int
     slot: int  # position in the plan; adapters are kept per slot
     push: bool  # store the output for a later skip
-    skip: tuple[
-        int, ...
-    ]  # rows of skip_weights whose mean scales the skip popped here; empty: none
-    parallel: bool  # two lanes
+    skip: tuple[int, ...]  # rows of skip_weights whose mean scales the skip; empty: no skip
+    parallel: bool  # attention and MLP run side by side on two lanes
+
+
+def split_depth(cfg: Config, loops: int) -> tuple[list[int], list[int]]:
+    """The order of layers with LOOP_START..LOOP_END repeated `loops` times more, in two halves.
+
+    The first half (encoder) stores skips, the second (decoder) takes them.
+    """
+    order = list(range(cfg.num_layers))
+    order[cfg.loop_start : cfg.loop_start] = order[cfg.loop_start : cfg.loop_end + 1] * loops
+    middle = len(order) // 2
+    return order[:middle], order[middle:]
+
+
+def skip_pairs(encoder: list[int], decoder: list[int]) -> list[tuple[int, int]]:
+    """(receiver, source) of every skip: the decoder takes the last one stored first."""
+    return list(zip(decoder, reversed(encoder), strict=False))
 
 
 def layer_plan(cfg: Config, looped: bool) -> tuple[Visit, ...]:
-    """The order of layers; the only place that knows it. The first half stores its outputs as skips, the second takes
-    them last in, first out. Rows of skip_weights belong to pairs (receiver, source) of the looped plan; the plain plan
-    uses those of the same pair (their mean, if looping visits it twice), so a skip keeps its meaning (W4)."""
+    """The order of layers as data; the only place that knows it.
 
-    def halves(loops: int) -> tuple[list[int], list[int], list[tuple[int, int]]]:
-        order = [*range(cfg.num_layers)]
-        order[cfg.loop_start : cfg.loop_start] = order[cfg.loop_start : cfg.loop_end + 1] * loops
-        encoder, decoder = order[: len(order) // 2], order[len(order) // 2 :]
-        return encoder, decoder, list(zip(decoder, reversed(encoder), strict=False))
+    Training begins without loops and turns them on later, which changes the layers that skips
+    connect. A row of skip_weights therefore belongs to a pair of layers (receiver, source), not to
+    a position. Four layers, of which 1 and 2 are looped once:
 
-    full = halves(cfg.num_loops)[2]
-    encoder, decoder, pairs = halves(cfg.num_loops if looped else 0)
-    same = [tuple(row for row, other in enumerate(full) if other == pair) for pair in pairs]
-    skips = [(k,) if looped or not rows else rows for k, rows in enumerate(same)] + [()] * (
-        len(decoder) - len(pairs)
-    )
-    first = cfg.parallel_start_layer or cfg.num_layers
-    steps = [(i, True, ()) for i in encoder] + [
-        (i, False, skip) for i, skip in zip(decoder, skips, strict=True)
+        plain    encoder 0 1      decoder 2 3      pairs        (2, 1)  (3, 0)
+        looped   encoder 0 1 2    decoder 1 2 3    pairs (1, 2) (2, 1)  (3, 0)
+                                                   row      0      1       2
+
+    The plain plan uses rows 1 and 2, those of the same pairs. If it used rows 0 and 1 by position,
+    the weight that learnt to scale 2 <- 1 would scale 1 <- 2 from the first looped step on.
+    Where the looped plan visits a pair twice, the plain plan takes the mean of both rows. A pair
+    that the looped plan lacks uses the row of its position.
+    """
+    encoder, decoder = split_depth(cfg, cfg.num_loops if looped else 0)
+    pairs = skip_pairs(encoder, decoder)
+    pair_of_row = skip_pairs(*split_depth(cfg, cfg.num_loops))
+    first_parallel = cfg.parallel_start_layer or cfg.num_layers
+
+    plan = [
+        Visit(layer, slot, push=True, skip=(), parallel=layer >= first_parallel)
+        for slot, layer in enumerate(encoder)
     ]
-    return tuple(
-        Visit(i, slot, push, skip, i >= first) for slot, (i, push, skip) in enumerate(steps)
-    )
+    for position, layer in enumerate(decoder):
+        # With an odd number of visits the decoder is one longer, and its last layer has no skip.
+        skip = ()
+        if position < len(pairs):
+            skip = (position,)
+            same_pair = [row for row, pair in enumerate(pair_of_row) if pair == pairs[position]]
+            if same_pair and not looped:
+                skip = tuple(same_pair)
+        plan.append(Visit(layer, len(plan), False, skip, layer >= first_parallel))
+    return tuple(plan)
 
 
 class Role(NamedTuple):
@@ -2033,7 +2056,7 @@ class Role(NamedTuple):
     """
 
     shape: tuple[int, ...]
-    init: float | str  # constant, "orthogonal", "normal", "small" or "first"; see GPT.__init__
+    init: float | str  # constant, "orthogonal", "normal", "small" or "first"; see GPT.initialise
     group: str = "scalar"  # optimiser group: "muon", "embed", "scalar" or "fixed"
     packing: str = "float"  # in the artifact: "matrix" or "embed" (integers), "float" (fp16)
     sites: tuple[str, ...] = ()  # input site of each of the equal parts of a bank, or of a table
@@ -2099,294 +2122,382 @@ def parameter_table(cfg: Config) -> dict[str, Role]:
     return table
 
 
-LAYER_TENSORS = "qkv o up down attn_scale mlp_scale resid_mix q_gain".split()
-LayerWeights = NamedTuple(
-    "LayerWeights", [(name, Tensor) for name in LAYER_TENSORS]
-)  # of one layer, compute dtype
-
-
-class PassInfo(NamedTuple):  # what every layer of one forward shares
-    batch: Batch
-    place: Tensor  # (T,) int64: index in the segment
-    rope: Tensor  # fp32 (T, 2, 1, rope_dims / 2): cos, sin at each token's position in its segment
-    tap: Callable[[str, int, Tensor], None]  # (site, layer, input of a product): calibration
-    lora: LoRA | None
-    down: dict[
-        tuple[str, int], tuple[Tensor, list[str]]
-    ] = {}  # (input, slot) -> A (B, sites * rank, C), sites
-    up: dict[tuple[str, int], Tensor] = {}  # (site, slot) -> B (B, out, rank)
-    values: Tensor | None = None  # (T, kv) that VE_LAYERS add to theirs
-
-    def lora_in(self, x: Tensor, source: str, slot: int) -> dict[str, Tensor]:
-        """x (T, C), T / B tokens per document -> x A^T (B, T / B, rank) of all adapters that read it, in a product."""
-        a, sites = self.down.get((source, slot), (x, ()))
-        h = (x.unflatten(0, (a.size(0), -1)) @ a.mT).chunk(len(sites), -1) if sites else ()
-        return dict(zip(sites, h, strict=True))
-
-    def lora_up(
-        self, h: dict[str, Tensor], site: str, slot: int
-    ) -> Tensor:  # (T, out): scale * h B^T
-        return (h[site] @ (self.up[site, slot] * self.lora.scale).mT).flatten(0, 1)
-
-    def lora_out(
-        self, y: Tensor, h: dict[str, Tensor], site: str, slot: int, scale: Tensor
-    ) -> Tensor:
-        """y (T, out) + h B^T, the columns of the product times `scale` (out,)."""
-        if site not in h:
-            return y
-        b = self.up[site, slot] * scale[:, None]
-        return torch.baddbmm(
-            y.unflatten(0, (b.size(0), -1)), h[site], b.mT, alpha=self.lora.scale
-        ).flatten(0, 1)
-
-    def biased(
-        self, x: Tensor, slot: int
-    ) -> Tensor:  # x (T, C) and what a document's adapter adds to it
-        if self.lora is None or self.lora.bias is None:
-            return x
-        return (
-            x.unflatten(0, (self.lora.bias.size(0), -1)) + self.lora.bias[:, slot, None]
-        ).flatten(0, 1)
-
-
 BOS_ID = 1  # of all tokenizers of the field; SmearGate needs it where rows cross documents
 
 
-def segment_positions(
-    cu_seqlens: Tensor, num_tokens: int
-) -> Tensor:  # (T,) int64: each token's index in its segment (W17)
+def segment_positions(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
+    """Each token's index in its own segment, (T,) int64.
+
+    RoPE turns by this index. The one in the row would depend on what else was packed into it.
+    """
     index = torch.arange(num_tokens, device=cu_seqlens.device)
     return index - cu_seqlens[torch.searchsorted(cu_seqlens, index, right=True) - 1]
 
 
-class GPT(
-    nn.Module
-):  # the network of PR #1530; parameters are fp32, products run in the compute dtype
+class LayerWeights(NamedTuple):
+    """Weights of one layer in the compute dtype. Matrices act as y = x W^T."""
+
+    qkv: Tensor  # (C + 2 kv, C) with kv = Hkv * D: queries, keys and values as one product
+    o: Tensor  # (C, C), its rows times attn_scale
+    up: Tensor  # (F, C) with F = mlp_dim
+    down: Tensor  # (C, F), its rows times mlp_scale
+    attn_scale: Tensor  # (C,)
+    mlp_scale: Tensor  # (C,)
+    resid_mix: Tensor  # (2, C): of the stream and of x0
+    q_gain: Tensor  # (H,)
+
+
+class PassInfo(NamedTuple):
+    """What every layer of one forward shares."""
+
+    batch: Batch
+    positions: Tensor  # (T,) int64: index of each token in its segment
+    rope: Tensor  # (T, 2, 1, rope_dims / 2) fp32: cos and sin at each token's position
+    tap: Callable[[str, int, Tensor], None]  # is shown (site, layer, input) of every product
+    adapters: AdapterView
+    values: Tensor | None  # (T, Hkv * D), added to the values of the layers in VE_LAYERS
+
+
+class Heads(NamedTuple):
+    """What attention works on: n query tokens, and T tokens that they may see."""
+
+    q: Tensor  # (n, H, D), normed, rotated, times q_gain
+    k: Tensor  # (T, Hkv, D), normed, rotated
+    v: Tensor  # (T, Hkv, D)
+    own_v: Tensor | None  # (n, Hkv, D): v at the query tokens; None without XSA
+    cu_queries: Tensor | None  # int32 offsets of the query tokens; None if they are all tokens
+    projected: dict[str, Tensor]  # the adapters' x A^T at the query tokens
+
+
+def take_rows(x: Tensor, rows: Tensor | None) -> Tensor:
+    """The rows of x that are named, all if None.
+
+    All are a new view: the gradients of the two lanes, which begin as one tensor, are then summed
+    per lane before they meet. Without it the last bit of training would differ.
+    """
+    return x[:] if rows is None else x[rows]
+
+
+class GPT(nn.Module):
+    """The network of PR #1530. Parameters are fp32, products run in the compute dtype."""
+
     def __init__(self, cfg: Config, attention_backend: str = "sdpa"):
         super().__init__()
-        self.cfg, self.attention_backend, g = (
-            cfg,
-            attention_backend,
-            torch.Generator().manual_seed(cfg.seed),
-        )
+        self.cfg = cfg
+        self.attention_backend = attention_backend
         if cfg.late_qat:
-            self.register_buffer(
-                "qat", torch.zeros(()), persistent=False
-            )  # 1: the banks are rounded; see bank
-        for name, role in parameter_table(
-            cfg
-        ).items():  # drawn on the CPU: equal on every rank and device
-            weight = torch.full(role.shape, 0.0 if isinstance(role.init, str) else float(role.init))
+            # A tensor, so that turning rounding on neither compiles nor breaks a captured graph.
+            self.register_buffer("qat", torch.zeros(()), persistent=False)
+        self.initialise()
+
+    def initialise(self) -> None:
+        """Makes every parameter of the table as its role says.
+
+        Random values are drawn on the CPU with SEED, so they are equal on every rank and device.
+        """
+        generator = torch.Generator().manual_seed(self.cfg.seed)
+        normal_std = {"normal": self.cfg.tied_embed_init_std, "small": 0.01}
+        for name, role in parameter_table(self.cfg).items():
+            constant = 0.0 if isinstance(role.init, str) else float(role.init)
+            weight = torch.full(role.shape, constant)
             if role.init == "orthogonal":
                 for matrix in weight.view(-1, *role.shape[-2:]):
-                    nn.init.orthogonal_(matrix, generator=g)
-            elif role.init in ("normal", "small"):
-                std = cfg.tied_embed_init_std if role.init == "normal" else 0.01
-                nn.init.normal_(weight, std=std, generator=g)
+                    nn.init.orthogonal_(matrix, generator=generator)
             elif role.init == "first":
                 weight[:, 0] = 1.0
+            elif role.init in normal_std:
+                nn.init.normal_(weight, std=normal_std[role.init], generator=generator)
             self.register_parameter(name, nn.Parameter(weight))
-        self.qo_bank.data[cfg.num_layers :] = (
-            0.0  # like down_bank: every block starts as the identity
-        )
+        # Output projections are zero like down_bank: every block starts as the identity.
+        self.qo_bank.data[self.cfg.num_layers :] = 0.0
 
-    def rotations(
-        self, place: Tensor, length: int
-    ) -> Tensor:  # cos, sin (T, 2, 1, half) fp32, for segments so long
-        dims, short = self.cfg.rope_dims or self.cfg.head_dim, self.cfg.rope_train_seq_len
-        base = self.cfg.rope_base * (max(length / short, 1) ** (dims / (dims - 2)) if short else 1)
-        half = torch.arange(dims // 2, dtype=torch.float64, device=place.device)
-        angles = place[:, None, None] * base ** (-half / (dims // 2))
-        return torch.stack([angles.cos(), angles.sin()], 1).float()
+    # --- Weights as the forward uses them ---
 
-    def embed(
-        self, info: PassInfo
-    ) -> tuple[Tensor, PassInfo]:  # x0 (T, C), and what the tokens add to values
-        cfg, ids, dtype = self.cfg, info.batch.inputs, self.cfg.dtype
-        x = F.embedding(ids, self.tok_emb.to(dtype))
-        if N := cfg.bigram_vocab_size:
-            pair = torch.where(
-                info.place == 0, N - 1, (36313 * ids ^ 27191 * ids.roll(1)) % (N - 1)
-            )
-            proj = (self.bigram_scale * self.bigram_proj).to(dtype)
-            x = x + F.linear(F.embedding(pair, self.bigram_emb.to(dtype)), proj)
-        x = rms_norm(x)
-        if cfg.smear_enabled:
-            gate, begins = self.smear_gate.sigmoid().to(dtype), (info.place == 0) | (ids == BOS_ID)
-            x = (1 - gate) * x + gate * x.roll(1, 0) * ~begins[:, None]
-        if cfg.ve_enabled:
-            values = F.linear(
-                F.embedding(ids, self.ve_emb.to(dtype)), (self.ve_scale * self.ve_proj).to(dtype)
-            )
-            info = info._replace(values=values)
-        return x, info
-
-    def rounded(
-        self, on: bool
-    ) -> None:  # LATE_QAT in the next forwards: a value in the graph, so nothing compiles
+    def set_rounding(self, on: bool) -> None:
+        """Turns rounding of the banks on or off for the next forwards; nothing without LATE_QAT."""
         if self.cfg.late_qat:
             self.qat.fill_(on)
 
-    def bank(
-        self, name: str
-    ) -> Tensor:  # with LATE_QAT as if rounded, by qat; the gradient passes as it is
-        w, cfg = self.get_parameter(name), self.cfg
+    def bank(self, name: str) -> Tensor:
+        """A bank as the forward sees it, (matrices, out, in) fp32.
+
+        With LATE_QAT and rounding on, each row is rounded to MATRIX_BITS with the step that its
+        largest weight needs, so training learns weights that survive quantisation. The gradient
+        passes as if nothing were rounded (straight-through). `qat` is 0 or 1 within the graph.
+        """
+        weight = self.get_parameter(name)
+        cfg = self.cfg
         if not cfg.late_qat:
-            return w
-        q, seen = (
-            2 ** (cfg.matrix_bits - 1) - 1,
-            w.detach().to(cfg.dtype).float(),
-        )  # by all ranks: see Muon
-        step = (
-            seen.abs().amax(-1, keepdim=True).clamp_min(cfg.clip_floor * cfg.no_hessians + 1e-12)
-            / q
+            return weight
+        qmax = 2 ** (cfg.matrix_bits - 1) - 1
+        # Peers hold each other's slices in the compute dtype only (see Muon). Rounding what all
+        # ranks can see makes them round alike.
+        seen = weight.detach().to(cfg.dtype).float()
+        # Quantisers without Hessians have this floor, too.
+        floor = cfg.clip_floor * cfg.no_hessians + 1e-12
+        step = seen.abs().amax(-1, keepdim=True).clamp_min(floor) / qmax
+        rounded = (seen / step).round().clamp(-qmax, qmax) * step
+        return weight + self.qat * (rounded - weight.detach())
+
+    def layer_weights(self) -> list[LayerWeights]:
+        """The weights of every layer, cast to the compute dtype once per forward.
+
+        attn_scale and mlp_scale are folded into the product before them: scale * (y W^T) =
+        y (diag(scale) W)^T. Adapters beside these products still need the scales themselves.
+        """
+        q, o = self.bank("qo_bank").chunk(2)
+        k, v = self.bank("kv_bank").chunk(2)
+        attn_scale = self.attn_scale
+        mlp_scale = self.mlp_scale
+        if self.cfg.branch_scale:
+            layer = torch.arange(1, self.cfg.num_layers + 1, device=o.device)
+            depth_scale = layer.rsqrt().unsqueeze(1)  # (L, 1)
+            attn_scale = depth_scale * attn_scale
+            mlp_scale = depth_scale * mlp_scale
+        stacks = LayerWeights(
+            qkv=torch.cat([q, k, v], 1),
+            o=attn_scale.unsqueeze(2) * o,
+            up=self.bank("up_bank"),
+            down=mlp_scale.unsqueeze(2) * self.bank("down_bank"),
+            attn_scale=attn_scale,
+            mlp_scale=mlp_scale,
+            resid_mix=self.resid_mix,
+            q_gain=self.q_gain,
         )
-        return w + self.qat * ((seen / step).round().clamp(-q, q) * step - w.detach())
+        # unbind, because its gradient is one stack where an index per layer makes L padded copies.
+        by_name = [stack.to(self.cfg.dtype).unbind(0) for stack in stacks]
+        return [LayerWeights(*weights) for weights in zip(*by_name, strict=True)]
+
+    # --- Inputs of the first layer and of all ---
+
+    def rotations(self, positions: Tensor, max_seqlen: int) -> Tensor:
+        """cos and sin (T, 2, 1, half) fp32 of every token, at its position in its segment.
+
+        A max_seqlen above ROPE_TRAIN_SEQ_LEN raises the base (NTK scaling, PR #414).
+        """
+        cfg = self.cfg
+        dims = cfg.rope_dims or cfg.head_dim
+        base = cfg.rope_base
+        if cfg.rope_train_seq_len:
+            stretch = max(max_seqlen / cfg.rope_train_seq_len, 1)
+            base = base * stretch ** (dims / (dims - 2))
+        pair = torch.arange(dims // 2, dtype=torch.float64, device=positions.device)
+        angles = positions[:, None, None] * base ** (-pair / (dims // 2))  # (T, 1, half) fp64
+        return torch.stack([angles.cos(), angles.sin()], 1).float()
+
+    def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """x0 (T, C): the normed embedding, with hashed pairs and SmearGate where they are on."""
+        cfg = self.cfg
+        x = F.embedding(ids, self.tok_emb.to(cfg.dtype))
+        if cfg.bigram_vocab_size:
+            # The last row is for a first token, the others are for a hash of the pair (PR #162).
+            last_row = cfg.bigram_vocab_size - 1
+            hashed = (36313 * ids ^ 27191 * ids.roll(1)) % last_row
+            pair = torch.where(positions == 0, last_row, hashed)
+            proj = (self.bigram_scale * self.bigram_proj).to(cfg.dtype)
+            x = x + F.linear(F.embedding(pair, self.bigram_emb.to(cfg.dtype)), proj)
+        x = rms_norm(x)
+        if cfg.smear_enabled:
+            # Blends in the token before, but never across the start of a document.
+            gate = self.smear_gate.sigmoid().to(cfg.dtype)
+            starts = (positions == 0) | (ids == BOS_ID)
+            x = (1 - gate) * x + gate * x.roll(1, 0) * ~starts[:, None]
+        return x
+
+    def value_embedding(self, ids: Tensor) -> Tensor | None:
+        """What the token ids add to the values of VE_LAYERS (PR #414), (T, Hkv * D), or None."""
+        if not self.cfg.ve_enabled:
+            return None
+        dtype = self.cfg.dtype
+        proj = (self.ve_scale * self.ve_proj).to(dtype)
+        return F.linear(F.embedding(ids, self.ve_emb.to(dtype)), proj)
+
+    # --- One layer ---
+
+    def has_xsa(self, layer: int) -> bool:
+        """Whether this layer removes from each head's output its component along the own value."""
+        return layer >= self.cfg.num_layers - self.cfg.xsa_last_n
+
+    def project_heads(
+        self,
+        n: Tensor,
+        weight: Tensor,
+        sites: tuple[str, ...],
+        projected: dict[str, Tensor],
+        visit: Visit,
+        info: PassInfo,
+    ) -> Tensor:
+        """The product n W^T of the named sites, plus their adapters and the value embedding.
+
+        n: (T, C). weight: the rows of "q", "k" and "v" that `sites` names, stacked.
+        Returns (T, sum of their widths).
+        """
+        kv = self.cfg.num_kv_heads * self.cfg.head_dim
+        rows = F.linear(n, weight)
+        adapted = [site for site in sites if site in projected]
+        if adapted:
+            # All sites are added as one tensor: its gradient is then that of the rows, uncopied.
+            added = []
+            for site in sites:
+                if site in adapted:
+                    added.append(info.adapters.product(projected, site, visit.slot))
+                else:
+                    width = n.size(1) if site == "q" else kv
+                    added.append(rows.new_zeros(len(rows), width))
+            rows = rows + torch.cat(added, -1)
+        value_layers = self.cfg.value_embedding_layers
+        if info.values is not None and "v" in sites and visit.layer in value_layers:
+            scale = self.ve_layer_scales[value_layers.index(visit.layer)].to(n.dtype)
+            rows = rows + F.pad(scale * info.values, (rows.size(1) - kv, 0))
+        return rows
+
+    def heads_of_all(self, n: Tensor, w: LayerWeights, visit: Visit, info: PassInfo) -> Heads:
+        """Queries, keys and values of every token of n (T, C), from one product."""
+        cfg = self.cfg
+        has_xsa = self.has_xsa(visit.layer)
+        projected = info.adapters.project(n, "attn", visit.slot)
+        rows = self.project_heads(n, w.qkv, ("q", "k", "v"), projected, visit, info)
+        uses = 2 if has_xsa else 1
+        q, k, v, *own = norm_rope(rows, w.q_gain, info.rope, cfg.head_dim, cfg.fused_qk, uses)
+        return Heads(q, k, v, own[0] if has_xsa else None, None, projected)
+
+    def heads_of_selected(
+        self, n: Tensor, w: LayerWeights, visit: Visit, info: PassInfo, queries: Tensor
+    ) -> Heads:
+        """Queries of the tokens `queries` (n,) alone, keys and values of all tokens of n (T, C)."""
+        cfg = self.cfg
+        C = n.size(1)
+        has_xsa = self.has_xsa(visit.layer)
+        projected = info.adapters.project(n, "attn", visit.slot)
+
+        rows = self.project_heads(n, w.qkv[C:], ("k", "v"), projected, visit, info)
+        uses = 2 if has_xsa else 1
+        no_gain = w.q_gain[:0]
+        _, k, v, *own = norm_rope(rows, no_gain, info.rope, cfg.head_dim, cfg.fused_qk, uses)
+        own_v = own[0][queries] if has_xsa else None
+
+        selected = {}
+        for site, h in projected.items():  # h: (B, T / B, rank)
+            selected[site] = h.flatten(0, 1)[queries].unflatten(0, (h.size(0), -1))
+        rows = self.project_heads(n[queries], w.qkv[:C], ("q",), selected, visit, info)
+        q, *_ = norm_rope(rows, w.q_gain, info.rope[queries], cfg.head_dim, cfg.fused_qk)
+        cu_queries = torch.searchsorted(queries, info.batch.cu_seqlens.long(), out_int32=True)
+        return Heads(q, k, v, own_v, cu_queries, selected)
 
     def attend(
-        self, n: Tensor, w: LayerWeights, visit: Visit, info: PassInfo, keep: slice | Tensor
+        self, n: Tensor, w: LayerWeights, visit: Visit, info: PassInfo, queries: Tensor | None
     ) -> Tensor:
-        """Attention of normalised n (T, C); the output (n, C) at the positions `keep`: all, or the last of segments."""
-        C, kv, h = (
-            n.size(1),
-            self.cfg.num_kv_heads * self.cfg.head_dim,
-            info.lora_in(n, "attn", visit.slot),
-        )
-        has_xsa = visit.layer >= self.cfg.num_layers - self.cfg.xsa_last_n
+        """Causal attention within each segment.
 
-        def heads(
-            sites: str, n: Tensor, weight: Tensor, gain: Tensor, rope: Tensor, h: dict
-        ) -> tuple[Tensor, ...]:
-            x = F.linear(n, weight)
-            if set(h) & set(sites):  # added to the row as one: its gradient is then the row's
-                x = x + torch.cat(
-                    [
-                        info.lora_up(h, site, visit.slot)
-                        if site in h
-                        else x.new_zeros(len(x), C if site == "q" else kv)
-                        for site in sites
-                    ],
-                    -1,
-                )
-            if (
-                info.values is not None
-                and "v" in sites
-                and visit.layer in self.cfg.value_embedding_layers
-            ):
-                scale = self.ve_layer_scales[self.cfg.value_embedding_layers.index(visit.layer)].to(
-                    n.dtype
-                )
-                x = x + F.pad(scale * info.values, (x.size(1) - kv, 0))
-            return norm_rope(x, gain, rope, self.cfg.head_dim, self.cfg.fused_qk, 1 + has_xsa)
-
-        if isinstance(keep, slice):
-            (q, k, v, *own), cu_queries = heads("qkv", n, w.qkv, w.q_gain, info.rope, h), None
-        else:  # of queries, only these
-            _, k, v, *own = heads("kv", n, w.qkv[C:], w.q_gain[:0], info.rope, h)
-            h = {site: x.flatten(0, 1)[keep].unflatten(0, (x.size(0), -1)) for site, x in h.items()}
-            q, own = (
-                heads("q", n[keep], w.qkv[:C], w.q_gain, info.rope[keep], h)[0],
-                [x[keep] for x in own],
-            )
-            cu_queries = torch.searchsorted(keep, info.batch.cu_seqlens.long(), out_int32=True)
+        n: (T, C) in the compute dtype, normalised. queries: (n,) int64, rising, the last tokens of
+        segments whose output is wanted, or None for all. Returns (n, C) or (T, C).
+        """
+        if queries is None:
+            heads = self.heads_of_all(n, w, visit, info)
+        else:
+            heads = self.heads_of_selected(n, w, visit, info, queries)
         y = attention(
-            q,
-            k,
-            v,
+            heads.q,
+            heads.k,
+            heads.v,
             info.batch.cu_seqlens,
             info.batch.max_seqlen,
             self.attention_backend,
-            cu_queries,
-        )
-        if has_xsa:
-            y = (xsa if self.cfg.fused_xsa else remove_own_value)(y, *own)
-        y = y.flatten(1)  # (T, C)
+            heads.cu_queries,
+        )  # (n, H, D)
+        if heads.own_v is not None:
+            remove = xsa if self.cfg.fused_xsa else remove_own_value
+            y = remove(y, heads.own_v)
+        y = y.flatten(1)  # (n, C)
         info.tap("attn_in", visit.layer, n)
         info.tap("attn_out", visit.layer, y)
-        return info.lora_out(F.linear(y, w.o), h, "o", visit.slot, w.attn_scale)
+        out = F.linear(y, w.o)
+        return info.adapters.add_to(out, heads.projected, "o", visit.slot, w.attn_scale)
 
-    def feed(
-        self, n: Tensor, w: LayerWeights, visit: Visit, info: PassInfo
-    ) -> Tensor:  # the same for the MLP
-        out, post = (fused_mlp if self.cfg.fused_mlp else plain_mlp)(
-            n, w.up, w.down, self.cfg.leaky_slope
-        )
+    def feed(self, n: Tensor, w: LayerWeights, visit: Visit, info: PassInfo) -> Tensor:
+        """The MLP on normalised n (T, C); returns (T, C)."""
+        mlp = fused_mlp if self.cfg.fused_mlp else plain_mlp
+        out, post = mlp(n, w.up, w.down, self.cfg.leaky_slope)
         info.tap("mlp_in", visit.layer, n)
         info.tap("mlp_mid", visit.layer, post)
-        return info.lora_out(
-            out, info.lora_in(n, "mlp", visit.slot), "mlp", visit.slot, w.mlp_scale
-        )
+        projected = info.adapters.project(n, "mlp", visit.slot)
+        return info.adapters.add_to(out, projected, "mlp", visit.slot, w.mlp_scale)
 
-    def merge_skip(
-        self, x: Tensor, skip: Tensor, rows: tuple[int, ...]
-    ) -> Tensor:  # a gate of 1 keeps the stream x
-        def mean(
-            p: Tensor,
-        ) -> Tensor:  # uncompiled, a list as an index would be copied from the host each time
-            return torch.stack([p[row] for row in rows]).mean(0).to(x.dtype)
+    # --- All layers ---
+
+    def merge_skip(self, x: Tensor, skip: Tensor, rows: tuple[int, ...]) -> Tensor:
+        """The stream x (T, C) and a stored activation, merged; a gate of 1 keeps x alone.
+
+        rows: as in Visit.skip; weight and gate are the means of these rows.
+        """
+
+        def mean(parameter: Tensor) -> Tensor:
+            # Uncompiled, a list as an index would be copied from the host each time.
+            return torch.stack([parameter[row] for row in rows]).mean(0).to(x.dtype)
 
         skip = mean(self.skip_weights) * skip
-        return (
-            torch.lerp(skip, x, mean(self.skip_gates).sigmoid())
-            if self.cfg.skip_gates_enabled
-            else x + skip
-        )
+        if self.cfg.skip_gates_enabled:
+            return torch.lerp(skip, x, mean(self.skip_gates).sigmoid())
+        return x + skip
 
-    def layers(self) -> list[LayerWeights]:
-        """Weights cast once: q, k, v as one product; scale * (y W^T) = y (diag(scale) W)^T as rows of o and down. The
-        adapters beside those need the scales. unbind, because its gradient is one stack and not L padded copies."""
-        (q, o), (k, v) = self.bank("qo_bank").chunk(2), self.bank("kv_bank").chunk(2)
-        scales = self.attn_scale, self.mlp_scale
-        if self.cfg.branch_scale:
-            depth = torch.arange(1, self.cfg.num_layers + 1, device=o.device).rsqrt().unsqueeze(1)
-            scales = tuple(depth * x for x in scales)
-        o, down = (
-            scale.unsqueeze(2) * w
-            for scale, w in zip(scales, (o, self.bank("down_bank")), strict=True)
-        )
-        others = scales + (self.resid_mix, self.q_gain)
-        stacks = torch.cat([q, k, v], 1), o, self.bank("up_bank"), down, *others
-        return [
-            LayerWeights(*w)
-            for w in zip(*(t.to(self.cfg.dtype).unbind(0) for t in stacks), strict=True)
-        ]
+    def write_lanes(
+        self, lanes: tuple[Tensor, Tensor], attn_out: Tensor, mlp_out: Tensor, layer: int
+    ) -> tuple[Tensor, Tensor]:
+        """Both lanes after a layer: each keeps a share of itself and takes a share of both outputs.
+
+        lanes: (attention lane, MLP lane). All are (T, C).
+        """
+        attn_lane, mlp_lane = lanes
+        keep = self.parallel_resid_lambdas[layer].to(attn_lane.dtype)  # (lane,)
+        post = self.parallel_post_lambdas[layer].to(attn_lane.dtype)  # (source, lane)
+        attn, mlp = 0, 1
+        new_attn = keep[attn] * attn_lane + post[attn, attn] * attn_out + post[mlp, attn] * mlp_out
+        new_mlp = keep[mlp] * mlp_lane + post[attn, mlp] * attn_out + post[mlp, mlp] * mlp_out
+        return new_attn, new_mlp
 
     def hidden(self, info: PassInfo, plan: tuple[Visit, ...], select: Tensor | None) -> Tensor:
-        """Final normalised hidden states (T, C); (n, C) with `select` (n,): the last visit skips what nobody reads."""
-        layers = self.layers()
-        x0, info = self.embed(info)
-        x, skips, lane = (
-            x0,
-            [],
-            None,
-        )  # `lane` is the MLP lane; x is the attention lane once there are two
+        """Final normalised hidden states (T, C); (n, C) with `select` (n,).
+
+        With `select` the last visit computes only the selected tokens: nobody reads the others.
+        """
+        layers = self.layer_weights()
+        x0 = self.embed(info.batch.inputs, info.positions)
+        x = x0  # the stream; from PARALLEL_START_LAYER on the attention lane
+        mlp_lane = None
+        skips = []
         for visit in plan:
-            w, scale = (
-                layers[visit.layer],
-                1 / math.sqrt(visit.layer + 1) if self.cfg.ln_scale else 1.0,
-            )
-            lane = x if visit.parallel and lane is None else lane
-            x = self.merge_skip(x, skips.pop(), visit.skip) if visit.skip else x
-            u = w.resid_mix[0] * x + w.resid_mix[1] * x0
-            at = slice(None) if select is None or visit.slot + 1 < len(plan) else select
-            a = self.attend(rms_norm(u, scale), w, visit, info, at)
-            u, x, lane = u[at], x[at], None if lane is None else lane[at]
-            if (
-                visit.parallel
-            ):  # attention reads one lane, the MLP the other; both are written to both
-                m = self.feed(rms_norm(lane, scale), w, visit, info)
-                lambdas = self.parallel_resid_lambdas, self.parallel_post_lambdas
-                keep, post = (p[visit.layer].to(x.dtype) for p in lambdas)
-                x, lane = (
-                    keep[j] * s + post[0, j] * a + post[1, j] * m for j, s in enumerate((x, lane))
-                )
+            w = layers[visit.layer]
+            norm_scale = 1 / math.sqrt(visit.layer + 1) if self.cfg.ln_scale else 1.0
+            is_last = visit.slot + 1 == len(plan)
+            queries = select if is_last else None
+
+            if visit.parallel and mlp_lane is None:
+                mlp_lane = x
+            if visit.skip:
+                x = self.merge_skip(x, skips.pop(), visit.skip)
+            mixed = w.resid_mix[0] * x + w.resid_mix[1] * x0
+            attn_out = self.attend(rms_norm(mixed, norm_scale), w, visit, info, queries)
+            mixed = take_rows(mixed, queries)
+            x = take_rows(x, queries)
+            if mlp_lane is not None:
+                mlp_lane = take_rows(mlp_lane, queries)
+
+            if visit.parallel:
+                # Attention reads one lane and the MLP the other; both write to both.
+                mlp_out = self.feed(rms_norm(mlp_lane, norm_scale), w, visit, info)
+                x, mlp_lane = self.write_lanes((x, mlp_lane), attn_out, mlp_out, visit.layer)
             else:
-                h = u + a
-                x = h + self.feed(rms_norm(h, scale), w, visit, info)
-            x = info.biased(x, visit.slot)
-            skips += [x] if visit.push else []
-        if lane is not None:
-            x = {"mean": (x + lane) / 2, "attn": x, "mlp": lane}[self.cfg.parallel_final_lane]
+                h = mixed + attn_out
+                x = h + self.feed(rms_norm(h, norm_scale), w, visit, info)
+            x = info.adapters.add_bias(x, visit.slot)
+            if visit.push:
+                skips.append(x)
+
+        if mlp_lane is not None:
+            if self.cfg.parallel_final_lane == "mean":
+                x = (x + mlp_lane) / 2
+            elif self.cfg.parallel_final_lane == "mlp":
+                x = mlp_lane
         return rms_norm(x)
 
     def forward(
@@ -2398,123 +2509,224 @@ class GPT(
         tap: Callable[..., None] = lambda *_: None,
         temperature: float = 1.0,
     ) -> Tensor:
-        """Nats per token (T,) fp32, 0 where the target is -1. `lora` adapts segments of equal length, one adapter each.
-        With `select` (n,) int64 only these get logits: (n,); beside `lora` they are the last of segments, rising."""
-        place, cfg = segment_positions(batch.cu_seqlens, batch.inputs.numel()), self.cfg
-        rope = self.rotations(place, batch.max_seqlen)
-        info = PassInfo(batch, place, rope, tap, lora, *(lora.views() if lora else ()))
-        x, targets = self.hidden(info, plan, select if lora else None), batch.targets
+        """Nats per token (T,) fp32, 0 where the target is -1.
+
+        lora: one adapter per segment; all segments are then equally long.
+        select: (n,) int64, the tokens that get logits; the result is then (n,). Beside `lora` they
+            are the last tokens of segments, rising.
+        tap: is called with (site, layer, input) of every product, for calibration.
+        temperature: divides the logits.
+        """
+        cfg = self.cfg
+        positions = segment_positions(batch.cu_seqlens, batch.inputs.numel())
+        info = PassInfo(
+            batch,
+            positions,
+            self.rotations(positions, batch.max_seqlen),
+            tap,
+            no_adapters() if lora is None else lora.view(),
+            self.value_embedding(batch.inputs),
+        )
+        targets = batch.targets
+        # Without adapters every token passes the last visit: one graph serves training and scoring.
+        x = self.hidden(info, plan, None if lora is None else select)
         tap("head_in", 0, x)
         if select is not None:
-            x, targets = x if lora else x[select], targets[select]
-        h = info.lora_in(x, "head", 0)
-        extra = info.lora_up(h, "head", 0) if h else None
-        if temperature != 1:  # cap / T * tanh(z / cap) is a cap of cap / T on z / T
-            x, extra = x / temperature, None if extra is None else extra / temperature
-        return head_loss(
-            x,
-            self.tok_emb.to(cfg.dtype),
-            extra,
-            targets,
-            cfg.logit_softcap / temperature,
-            cfg.fused_ce,
-        )
+            targets = targets[select]
+            if lora is None:
+                x = x[select]
+
+        projected = info.adapters.project(x, "head", 0)
+        extra = info.adapters.product(projected, "head", 0) if projected else None
+        if temperature != 1:
+            # cap / t * tanh(z / cap) is the softcap of z / t with a cap of cap / t.
+            x = x / temperature
+            if extra is not None:
+                extra = extra / temperature
+        head = self.tok_emb.to(cfg.dtype)
+        cap = cfg.logit_softcap / temperature
+        return head_loss(x, head, extra, targets, cap, cfg.fused_ce)
 
 
-# === 5. Adapters: a LoRA for every document of a batch, at every visit of a layer =====================================
-class LoRA(NamedTuple):
-    """Adapters of B documents in two leaf tensors: y += scale * (x A^T) B^T. q, k, v and o read the normalised input of
-    the attention, mlp that of the MLP, head the final state. Record: 8,355,840 values per document, 17 visits, head."""
+# === 5. Adapters: a LoRA for every document of a batch, at every visit of a layer =================
+class AdapterSite(NamedTuple):
+    """Where one adapter sits in the network, and its size."""
 
-    sites: tuple[
-        tuple[str, int], ...
-    ]  # (site, slot) of every adapter; those that read one input are neighbours
-    widths: tuple[int, ...]  # its output width
-    ranks: tuple[int, ...]  # rows of A in use: zeros get no gradient, so what is one stays one
+    source: str  # the input that it reads: of the attention ("attn"), the "mlp" or the "head"
+    site: str  # the product it is added to: "q", "k", "v", "o", "mlp" or "head"
+    slot: int  # position in the plan; 0 for the head
+    width: int  # output width of that product: rows of B
+    rank: int  # rows of A in use; those beyond are zero and stay so, as zeros get no gradient
+
+
+class AdapterView(NamedTuple):
+    """The adapters of one forward, by where they read and where they add.
+
+    Each of the B documents holds T / B consecutive tokens of the row. All dictionaries are empty in
+    a forward without adapters; every method then returns its first argument or an empty dictionary.
+    """
+
+    down: dict[tuple[str, int], Tensor]  # (source, slot) -> A of all its sites, (B, ranks, C)
+    sites: dict[tuple[str, int], list[str]]  # (source, slot) -> the sites that share this A
+    up: dict[tuple[str, int], Tensor]  # (site, slot) -> B, (B, width, rank)
+    bias: Tensor | None  # (B, slots, C)
     scale: float
-    down: Tensor  # (B, len(sites), rank, C)
-    up: Tensor  # (B, sum(widths), rank)
+
+    def project(self, x: Tensor, source: str, slot: int) -> dict[str, Tensor]:
+        """x A^T of every adapter that reads x (T, C), in one product: site -> (B, T / B, rank)."""
+        if (source, slot) not in self.down:
+            return {}
+        a = self.down[source, slot]
+        sites = self.sites[source, slot]
+        h = x.unflatten(0, (a.size(0), -1)) @ a.mT  # (B, T / B, ranks)
+        return dict(zip(sites, h.chunk(len(sites), -1), strict=True))
+
+    def product(self, projected: dict[str, Tensor], site: str, slot: int) -> Tensor:
+        """scale * (x A^T) B^T of one adapter, (T, width)."""
+        b = self.up[site, slot] * self.scale
+        return (projected[site] @ b.mT).flatten(0, 1)
+
+    def add_to(
+        self, y: Tensor, projected: dict[str, Tensor], site: str, slot: int, row_scale: Tensor
+    ) -> Tensor:
+        """y (T, width) + scale * (x A^T) B^T, with the rows of B times row_scale (width,)."""
+        if site not in projected:
+            return y
+        b = self.up[site, slot] * row_scale[:, None]
+        y = y.unflatten(0, (b.size(0), -1))  # (B, T / B, width)
+        return torch.baddbmm(y, projected[site], b.mT, alpha=self.scale).flatten(0, 1)
+
+    def add_bias(self, x: Tensor, slot: int) -> Tensor:
+        """x (T, C) plus the vector that its document has for this visit (TTT_BIAS_TUNE)."""
+        if self.bias is None:
+            return x
+        x = x.unflatten(0, (self.bias.size(0), -1))  # (B, T / B, C)
+        return (x + self.bias[:, slot, None]).flatten(0, 1)
+
+
+def no_adapters() -> AdapterView:
+    """The view of a forward without adapters."""
+    return AdapterView(down={}, sites={}, up={}, bias=None, scale=1.0)
+
+
+def adapter_sites(cfg: Config, slots: int) -> tuple[AdapterSite, ...]:
+    """The adapters that the TTT_*_LORA knobs ask for. Those that read one input are neighbours."""
+    C = cfg.model_dim
+    kv = cfg.num_kv_heads * cfg.head_dim
+    rank = cfg.ttt_lora_rank
+    sites = []
+    for slot in range(slots):
+        if cfg.ttt_q_lora:
+            sites.append(AdapterSite("attn", "q", slot, C, rank))
+        if cfg.ttt_k_lora:
+            sites.append(AdapterSite("attn", "k", slot, kv, rank))
+        if cfg.ttt_v_lora:
+            sites.append(AdapterSite("attn", "v", slot, kv, rank))
+        if cfg.ttt_o_lora:
+            sites.append(AdapterSite("attn", "o", slot, C, rank))
+        if cfg.ttt_mlp_lora:
+            sites.append(AdapterSite("mlp", "mlp", slot, C, rank))
+    sites.append(AdapterSite("head", "head", 0, cfg.vocab_size, cfg.ttt_lm_rank or rank))
+    return tuple(sites)
+
+
+# Compared by identity: comparing tensors would be neither cheap nor a yes or no.
+@dataclasses.dataclass(eq=False)
+class LoRA:
+    """Adapters of B documents in two or three leaf tensors: y += scale * (x A^T) B^T.
+
+    q, k, v and o read the normalised input of the attention, mlp that of the MLP, head the final
+    state. A document of the record has 8,355,840 values, at 17 visits and the head.
+    """
+
+    sites: tuple[AdapterSite, ...]
+    scale: float
+    down: Tensor  # (B, len(sites), rank, C): every A, at the largest rank
+    up: Tensor  # (B, sum of widths, rank): every B, end to end
     bias: Tensor | None  # (B, slots, C): added after every visit
-    leaves = property(lambda lora: [x for x in lora[4:] if x is not None])
 
     @classmethod
     def zeros(cls, cfg: Config, batch: int, slots: int, device: torch.device) -> LoRA:
-        C, kv, ranks = (
-            cfg.model_dim,
-            cfg.num_kv_heads * cfg.head_dim,
-            {"head": cfg.ttt_lm_rank or cfg.ttt_lora_rank},
-        )
-        on = {
-            "q": C * cfg.ttt_q_lora,
-            "k": kv * cfg.ttt_k_lora,
-            "v": kv * cfg.ttt_v_lora,
-            "o": C * cfg.ttt_o_lora,
-            "mlp": C * cfg.ttt_mlp_lora,
-        }
-        widths = {
-            (site, slot): width for slot in range(slots) for site, width in on.items() if width
-        }
-        widths["head", 0] = cfg.vocab_size
-        ranks = tuple(ranks.get(site, cfg.ttt_lora_rank) for site, _ in widths)
-        shapes = [(len(widths), max(ranks), C), (sum(widths.values()), max(ranks)), (slots, C)]
-        leaves = [torch.zeros(batch, *shape, device=device, requires_grad=True) for shape in shapes]
-        return cls(
-            tuple(widths),
-            tuple(widths.values()),
-            ranks,
-            cfg.lora_scale,
-            *leaves[:2],
-            leaves[2] if cfg.ttt_bias_tune else None,
-        )
+        """Adapters of zeros in fp32 for `batch` documents, in a plan of so many slots."""
+        sites = adapter_sites(cfg, slots)
+        rank = max(site.rank for site in sites)
+        width = sum(site.width for site in sites)
 
-    def over(self, change: Callable[[Tensor], Tensor]) -> LoRA:  # the same of changed leaves
-        return LoRA(*self[:4], *(None if x is None else change(x) for x in self[4:]))
+        def leaf(*shape: int) -> Tensor:
+            return torch.zeros(batch, *shape, device=device, requires_grad=True)
 
-    def rows(
-        self, rows: slice
-    ) -> LoRA:  # the adapters of these documents, as leaves on the same memory
-        return self.over(lambda leaf: leaf[rows].detach().requires_grad_())
+        down = leaf(len(sites), rank, cfg.model_dim)
+        up = leaf(width, rank)
+        bias = leaf(slots, cfg.model_dim) if cfg.ttt_bias_tune else None
+        return cls(sites, cfg.lora_scale, down, up, bias)
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        """The tensors that learn: down, up and, with TTT_BIAS_TUNE, bias."""
+        if self.bias is None:
+            return [self.down, self.up]
+        return [self.down, self.up, self.bias]
+
+    def with_leaves(self, leaves: list[Tensor]) -> LoRA:
+        """The same adapters made of other tensors, in the order of `leaves`."""
+        bias = None if self.bias is None else leaves[2]
+        return dataclasses.replace(self, down=leaves[0], up=leaves[1], bias=bias)
+
+    def to(self, dtype: torch.dtype) -> LoRA:
+        """The adapters in that dtype; the same tensors where they have it already."""
+        return self.with_leaves([leaf.to(dtype) for leaf in self.leaves])
+
+    def rows(self, rows: slice) -> LoRA:
+        """The adapters of these documents, as leaves of their own on the same memory."""
+        return self.with_leaves([leaf[rows].detach().requires_grad_() for leaf in self.leaves])
 
     @torch.no_grad()
-    def reset(
-        self, seed: int, keys: Iterable[int]
-    ) -> None:  # B 0, A +-1/sqrt(C) by seed and document key alone (W48)
-        generator, bound = torch.Generator(self.down.device), self.down.size(-1) ** -0.5
+    def reset(self, seed: int, keys: Iterable[int]) -> None:
+        """Fresh adapters, in place: B and bias 0, A uniform in +-1 / sqrt(C).
+
+        A document's values depend on the seed and its key alone, so neither the batch nor the rank
+        that adapts a document changes its score. Documents beyond the last key stay as they are.
+        """
+        bound = self.down.size(-1) ** -0.5
+        generator = torch.Generator(self.down.device)
         for a, key in zip(self.down, keys, strict=False):
-            a.uniform_(
-                -bound, bound, generator=generator.manual_seed(seed * 1_000_000_007 + key)
-            )  # CPU: low 32 bits
-        for i in [i for i, rank in enumerate(self.ranks) if rank < self.down.size(2)]:
-            self.down[:, i, self.ranks[i] :] = 0
+            # A generator on the CPU takes the low 32 bits of this.
+            generator.manual_seed(seed * 1_000_000_007 + key)
+            a.uniform_(-bound, bound, generator=generator)
+        for i, site in enumerate(self.sites):
+            if site.rank < self.down.size(2):
+                self.down[:, i, site.rank :] = 0
         for leaf in self.leaves[1:]:
             leaf.zero_()
 
-    def factors(
-        self, of: Mapping[str, str]
-    ) -> list[Tensor]:  # of the rate, for each leaf: TTT_LR_FACTORS
-        if not of:
-            return [torch.ones((), dtype=torch.float64, device=self.down.device)] * 3
-        each = torch.tensor(
-            [float(of.get(site, 1)) for site, _ in self.sites], device=self.down.device
+    def rate_factors(self, factors: Mapping[str, float]) -> list[Tensor]:
+        """What the rate is multiplied by for each of down, up and bias (TTT_LR_FACTORS)."""
+        device = self.down.device
+        if not factors:
+            return [torch.ones((), dtype=torch.float64, device=device)] * 3
+        of_site = torch.tensor(
+            [float(factors.get(site.site, 1)) for site in self.sites], device=device
         )
-        widths = torch.tensor(self.widths, device=self.down.device)
-        return [
-            each[:, None, None],
-            each.repeat_interleave(widths)[:, None],
-            each.new_tensor(float(of.get("bias", 1))),
-        ]
+        widths = torch.tensor([site.width for site in self.sites], device=device)
+        of_bias = of_site.new_tensor(float(factors.get("bias", 1)))
+        return [of_site[:, None, None], of_site.repeat_interleave(widths)[:, None], of_bias]
 
-    def views(
-        self,
-    ) -> tuple[dict, dict]:  # PassInfo.down and .up, by split, so that a gradient is one copy
-        reads = {}  # Dynamo does not trace groupby with a key
-        for site, slot in self.sites:
-            reads.setdefault(("attn" if site in "qkvo" else site, slot), []).append(site)
-        a = self.down.flatten(1, 2).split(
-            [len(sites) * self.down.size(2) for sites in reads.values()], 1
+    def view(self) -> AdapterView:
+        """The adapters for one forward, taken apart by split: a leaf's gradient is one copy."""
+        # A dictionary, because Dynamo does not trace groupby with a key.
+        sites_of = {}
+        for site in self.sites:
+            sites_of.setdefault((site.source, site.slot), []).append(site.site)
+        rank = self.down.size(2)
+        a = self.down.flatten(1, 2).split([len(sites) * rank for sites in sites_of.values()], 1)
+        b = self.up.split([site.width for site in self.sites], 1)
+        return AdapterView(
+            down=dict(zip(sites_of, a, strict=True)),
+            sites=sites_of,
+            up=dict(zip([(site.site, site.slot) for site in self.sites], b, strict=True)),
+            bias=self.bias,
+            scale=self.scale,
         )
-        up = dict(zip(self.sites, self.up.split(self.widths, 1), strict=True))
-        return dict(zip(reads, zip(a, reads.values(), strict=True), strict=True)), up
 
 
 # === 6. Optimisation: Muon on banks, AdamW on the rest, schedules ===
@@ -3508,9 +3720,9 @@ def train(run: Run, reserve: float) -> bool:
             run.log(f"late_qat:enabled step:{step} lr_scale:{scale:.3f}")
             state.rounded = True
 
-        model.rounded(state.rounded)
+        model.set_rounding(state.rounded)
         loss = accumulate_gradients(run.forward, plan, rows, num_targets, run.graphs)
-        model.rounded(False)
+        model.set_rounding(False)
 
         # The device is busy with this step, so reading the step before costs no time.
         trainer.read_step()
@@ -4966,29 +5178,55 @@ def load_artifact(model: GPT, arrays: ArtifactArrays) -> None:
         parameter[-len(values) :] = torch.from_numpy(values.astype(np.float32))
 
 
-# === 10. Test-time training: score a chunk, then learn from it, before a deadline =====================================
-class Deadline:  # of all evaluation: late, for good, once a step and plain scoring of the targets left may not fit in
-    def __init__(self, seconds: float):
-        self.end, self.step, self.last, self.rate, self.late = (
-            time.monotonic() + seconds,
-            0.0,
-            math.inf,
-            0.0,
-            False,
-        )
+# === 10. Test-time training: score a chunk, then learn from it, before a deadline =================
+# The rules, in one place:
+#
+# * Score first, then learn. A chunk's scores are final in the ledger before anything learns from
+#   it, and the ledger counts every target that an update reads before its score: one is enough
+#   for the result to be refused.
+# * What a target's score may depend on, with TTT_MODE=document: the artifact, the tokens before
+#   the target in its window, and the adapter of its document, which starts from SEED and learns
+#   from earlier chunks of that document. So neither the batch, nor its order, nor the number of
+#   ranks matters. Two options add text that comes earlier in the stream: TTT_WARM_START_A hands on
+#   the adapters' A from earlier batches, PHASED_TTT_NUM_PHASES lets all weights learn from earlier
+#   documents. With TTT_MODE=chunk all weights learn from earlier chunks of the stream.
+# * Windows, sizes of chunks and the range that is learnt from go by the index in a document, never
+#   by where the document ends: that is information about the future. A document's last window ends
+#   on the grid of chunks like every other, and its end is padding.
+# * Memory. When a forward runs out of memory, half as many documents are run at once from then on;
+#   a chunk is scored in parts, and no score changes.
+# * The deadline decides only whether there is another update: see Deadline. What is left is scored
+#   plainly, by windows that learn nothing, so every target has a score in time.
+class Deadline:
+    """When learning must stop, so that all targets are scored before the evaluation's time is over.
 
-    def near(
-        self, targets: float, ranks: Ranks | None = None
-    ) -> bool:  # asked before each step, by one rank or by all
+    It must once now + 2 * step + 2 * (time to score the targets left plainly) reaches the end. The
+    step is the longest time between two questions, where each question takes a tenth off. Once
+    `late` is true it stays true.
+    """
+
+    def __init__(self, seconds: float):
+        self.end = time.monotonic() + seconds
+        self.step = 0.0  # seconds
+        self.asked_at = math.inf
+        self.seconds_per_target = 0.0  # of plain scoring on one rank; set once it is measured
+        self.late = False
+
+    def near(self, targets: float, ranks: Ranks | None = None) -> bool:
+        """Whether to stop, with so many targets left for this rank; asked before each step.
+
+        With `ranks` all of them must call it, and all stop if one must.
+        """
         now = time.monotonic()
-        self.step, self.last = max(0.9 * self.step, now - self.last), now
-        late = (
-            self.late or now + 2 * self.step + 2 * self.rate * targets >= self.end
-        )  # rate: seconds per plain target
+        self.step = max(0.9 * self.step, now - self.asked_at)
+        self.asked_at = now
+        needed = 2 * self.step + 2 * self.seconds_per_target * targets
+        late = self.late or now + needed >= self.end
         self.late = any(ranks.gather(late)) if ranks else late
         return self.late
 
 
+# --- Adapters of documents ---
 def adapter_update(
     leaf: Tensor,
     master: Tensor,
@@ -4998,369 +5236,592 @@ def adapter_update(
     rate: Tensor,
     cfg: Config,
 ) -> None:
-    """Update number `t` of adapters, in place: AdamW (`moments`: second, with TTT_BETA1 > 0 also first) or SGD with
-    momentum TTT_BETA1. `master` is fp32; `leaf`, what the forward reads, is the same or its rounding."""
-    grad, decay = grad.float(), cfg.ttt_weight_decay
+    """Update number `t` of adapters, in place, with AdamW or SGD (TTT_OPTIMIZER).
+
+    leaf: what the forward reads; it is `master`, or master's rounding to the compute dtype.
+    master: fp32. moments: one of SGD (momentum TTT_BETA1); of AdamW the second and, with
+    TTT_BETA1 > 0, the first. t and rate are tensors, so that new values compile nothing.
+    """
+    grad = grad.float()
+    decay = cfg.ttt_weight_decay
     if cfg.ttt_optimizer == "sgd":
         grad = moments[0].mul_(cfg.ttt_beta1).add_(grad.add(master, alpha=decay))
         master.sub_(rate * grad)
     else:
         second, *first = moments
         second.mul_(cfg.ttt_beta2).addcmul_(grad, grad, value=1 - cfg.ttt_beta2)
-        grad = first[0].lerp_(grad, 1 - cfg.ttt_beta1) / (1 - cfg.ttt_beta1**t) if first else grad
-        master.mul_(1 - rate * decay).sub_(
-            rate * grad / (second / (1 - cfg.ttt_beta2**t)).sqrt_().add_(1e-10)
-        )
+        if first:
+            grad = first[0].lerp_(grad, 1 - cfg.ttt_beta1) / (1 - cfg.ttt_beta1**t)
+        denominator = (second / (1 - cfg.ttt_beta2**t)).sqrt_().add_(1e-10)
+        master.mul_(1 - rate * decay).sub_(rate * grad / denominator)
     if leaf is not master:
         leaf.copy_(master)
 
 
 def chunk_grid(cfg: Config, longest: int) -> list[tuple[int, int]]:
-    """(start, end) of the chunks of every document. The size depends on the place in the document, not on the length of
-    the document as in PR #2014: that would tell the model where a document ends (W51)."""
-    grid, end = [], 0
-    while end < longest:
-        size = next((size for upto, size in cfg.short_chunks if end < upto), cfg.ttt_chunk_size)
-        grid.append((end, end := end + size))
+    """(start, end) of the chunks of a document, up to `longest` targets.
+
+    TTT_SHORT_CHUNKS shortens chunks by their index in the document. PR #2014 goes by the length of
+    the document, which would tell the model where it ends.
+    """
+    grid = []
+    start = 0
+    while start < longest:
+        size = cfg.ttt_chunk_size
+        for limit, short_size in cfg.short_chunks:
+            if start < limit:
+                size = short_size
+                break
+        grid.append((start, start + size))
+        start += size
     return grid
 
 
+def window_buckets(cfg: Config) -> list[int]:
+    """The TTT_BUCKETS window lengths that are compiled, rising on a geometric scale.
+
+    The longest comes first in the making, so that a single bucket holds every window.
+    """
+    longest = cfg.ttt_eval_seq_len
+    shortest = min(2 * cfg.ttt_chunk_size, longest)
+    lengths = np.geomspace(longest, shortest, cfg.ttt_buckets)[::-1]
+    return [min(-(-int(length) // 16) * 16, longest) for length in lengths]
+
+
+@dataclasses.dataclass(eq=False)
+class DocumentBatch:
+    """Documents that adapt side by side, longest first, each with an adapter of its own.
+
+    Everything has R rows. Rows beyond the documents, if any, have no targets.
+    """
+
+    lengths: np.ndarray  # (R,) targets of each document
+    counts: Tensor  # (R, 1) int64: the same on the device
+    starts: Tensor  # (R, 1) int64: stream index of each document's first token
+    master: LoRA  # fp32
+    lora: LoRA  # what the forward reads: the master itself, or rounded to the compute dtype
+    moments: list[list[Tensor]]  # the optimiser's, for each leaf of the master
+    rate_factors: list[Tensor]  # what the rate is multiplied by, for each leaf
+    updates: int = 0  # that the documents have taken so far
+
+    @classmethod
+    @torch.no_grad()
+    def start(cls, cfg: Config, docs: Documents, batch: np.ndarray, master: LoRA) -> DocumentBatch:
+        """The documents `batch` (n,) with new adapters `master` for at least as many rows."""
+        device = master.down.device
+        empty_rows = len(master.down) - len(batch)
+        lengths = np.pad(docs.counts[batch], (0, empty_rows))
+        starts = np.pad(docs.starts[batch], (0, empty_rows))
+        num_moments = 2 if cfg.ttt_optimizer == "adam" and cfg.ttt_beta1 > 0 else 1
+        moments = []
+        for leaf in master.leaves:
+            moments.append([torch.zeros_like(leaf) for _ in range(num_moments)])
+        return cls(
+            lengths=lengths,
+            counts=torch.from_numpy(lengths[:, None]).to(device),
+            starts=torch.from_numpy(starts[:, None]).to(device),
+            master=master,
+            lora=master.to(cfg.dtype),
+            moments=moments,
+            rate_factors=master.rate_factors(cfg.adapter_rate_factors),
+        )
+
+    def num_longer(self, index: int) -> int:
+        """How many documents have more than `index` targets; they are the first rows."""
+        return int((self.lengths > index).sum())
+
+
+class WarmStart(NamedTuple):
+    """A of the latest batch, which the next batch begins with (TTT_WARM_START_A, PR #1767).
+
+    Rows go by length, which depends on text to come. A is therefore handed on by rank in the order
+    of the stream: the r-th document of the next batch takes over from the r-th of this one.
+    """
+
+    down: Tensor  # (R, sites, rank, C): the batch's own tensor, which goes on learning
+    row_of_rank: np.ndarray  # (R,) row of the r-th document in the order of the stream
+
+
+class ChunkWindows(NamedTuple):
+    """The windows that end with one chunk of several documents, as a row for the forward."""
+
+    batch: Batch
+    index: Tensor  # (n,) stream index of each scored target, the padding index where there is none
+    select: Tensor  # (n,) position in the row of each scored target
+
+
+class ChunkScores(NamedTuple):
+    """The outcome of a forward over one chunk of several documents."""
+
+    index: Tensor  # (n,) as in ChunkWindows
+    nats: Tensor  # (n,) fp32, detached
+    grads: tuple[Tensor, ...]  # for each leaf of the adapters; empty if none of them learns
+
+
 class Adaptation:
-    """On one rank (PR #1530): an adapter for each document of a batch, learning chunk by chunk; the model stays as it
-    is. A document's scores depend on that document alone, whatever the batch, its order, or the ranks."""
+    """Scores documents chunk by chunk and teaches their adapters (PR #1530), on one rank.
+
+    The network stays as it is. `begin` a batch of documents, then `run_chunk` for every chunk.
+    """
 
     def __init__(
         self, model: GPT, forward: Callable, plan: tuple[Visit, ...], device: torch.device
     ):
-        self.cfg, self.forward, self.plan, self.device, cfg = (
-            model.cfg,
-            forward,
-            plan,
-            device,
-            model.cfg,
-        )
-        self.granule = 8 if cfg.compile else 1  # documents at once are a multiple of it: few shapes
-        self.split = (
-            cfg.ttt_fast and not cfg.compile
-        )  # one graph serves documents that learn and those that end
+        cfg = model.cfg
+        self.cfg = cfg
+        self.forward = forward
+        self.plan = plan
+        self.device = device
+        # Documents at once are a multiple of it, so that few shapes are compiled.
+        self.granule = 8 if cfg.compile else 1
+        # Documents that end with a chunk need no gradient. Compiled, one graph serves all of them.
+        self.separates_learners = not cfg.compile
         self.update = torch.compile(adapter_update, dynamic=True) if cfg.compile else adapter_update
-        longest, buckets = (
-            cfg.ttt_eval_seq_len,
-            cfg.ttt_buckets * cfg.ttt_fast,
-        )  # longest first: one bucket holds all
-        lengths = np.geomspace(longest, min(2 * cfg.ttt_chunk_size, longest), buckets)[::-1]
-        self.buckets = [min(-(-int(n) // 16) * 16, longest) for n in lengths]
-        self.room, self.warm = (
-            1 << 60,
-            None,
-        )  # tokens that memory holds at once; kept A, its rows in stream order
+        self.buckets = window_buckets(cfg)
+        self.max_tokens = 1 << 60  # that memory holds at once, as far as is known
+        self.documents: DocumentBatch | None = None
+        self.warm: WarmStart | None = None
+
+    def whole_granules(self, count: int) -> int:
+        """The multiple of the granule that holds `count` documents."""
+        return -(-count // self.granule) * self.granule
 
     @torch.no_grad()
-    def begin(
-        self, docs: Documents, batch: np.ndarray
-    ) -> None:  # new adapters for the documents (n,), longest first
-        cfg, rows = self.cfg, -(-len(batch) // self.granule) * self.granule
-        self.lengths, starts = (
-            np.pad(x[batch], (0, rows - len(batch))) for x in (docs.counts, docs.starts)
-        )
-        self.counts, self.starts = (
-            torch.from_numpy(x[:, None]).to(self.device) for x in (self.lengths, starts)
-        )
-        self.master, self.updates = LoRA.zeros(cfg, rows, len(self.plan), self.device), 0
-        rank = np.append(
-            np.argsort(np.argsort(batch)), np.arange(len(batch), rows)
-        )  # a row's place in the stream
-        self.master.reset(
-            cfg.seed, (rank if cfg.ttt_warm_start_a else starts[: len(batch)]).tolist()
-        )
-        if (
-            self.warm is not None and len(self.warm[0]) >= rows
-        ):  # by that place: rows go by length, later text's too
-            self.master.down.copy_(self.warm[0][self.warm[1][rank]])
-        self.warm = (self.master.down, np.argsort(rank)) if cfg.ttt_warm_start_a else None
-        self.lora = self.master.over(lambda x: x.to(cfg.dtype))  # the same tensors in fp32
-        kept, self.factors = (
-            1 + (cfg.ttt_beta1 > 0) * (cfg.ttt_optimizer != "sgd"),
-            self.master.factors(cfg.adapter_rate_factors),
-        )
-        self.moments = [[torch.zeros_like(x) for _ in range(kept)] for x in self.master.leaves]
+    def begin(self, docs: Documents, batch: np.ndarray) -> None:
+        """Makes new adapters for the documents `batch` (n,), longest first."""
+        cfg = self.cfg
+        rows = self.whole_granules(len(batch))
+        master = LoRA.zeros(cfg, rows, len(self.plan), self.device)
+        if cfg.ttt_warm_start_a:
+            row_of_rank = np.append(np.argsort(batch), np.arange(len(batch), rows))
+            rank_of_row = np.argsort(row_of_rank)
+            master.reset(cfg.seed, rank_of_row.tolist())
+            if self.warm is not None and len(self.warm.down) >= rows:
+                master.down.copy_(self.warm.down[self.warm.row_of_rank[rank_of_row]])
+            self.warm = WarmStart(master.down, row_of_rank)
+        else:
+            master.reset(cfg.seed, docs.starts[batch].tolist())
+        self.documents = DocumentBatch.start(cfg, docs, batch, master)
 
-    def learning(
-        self, end: int
-    ) -> bool:  # from a chunk that ends there; never by where the document does (W51)
+    def learns_from(self, end: int) -> bool:
+        """Whether documents learn from a chunk that ends there, wherever they end themselves."""
         return self.cfg.ttt_min_doc_len <= end <= (self.cfg.ttt_max_doc_len or math.inf)
 
-    def step(self, ledger: Ledger, start: int, end: int) -> None:
-        """Scores the targets start..end-1 of a batch's documents, only then learns; with little memory, few at once."""
-        live = int((self.lengths > start).sum()) if self.cfg.ttt_fast else len(self.lengths)
-        first, live, tokens = (
-            0,
-            -(-live // self.granule) * self.granule,
-            min(end, self.cfg.ttt_eval_seq_len),
-        )
-        learners = int((self.lengths > end).sum()) * (
-            self.split and self.learning(end)
-        )  # others need no gradient
+    def num_live(self, start: int) -> int:
+        """How many documents, from the first row on, a chunk that starts there is run for."""
+        return self.documents.num_longer(start)
+
+    def run_chunk(self, ledger: Ledger, start: int, end: int) -> None:
+        """Scores the targets start..end-1 of all documents and only then learns from them.
+
+        As many documents as memory holds are run at once.
+        """
+        documents = self.documents
+        live = self.whole_granules(self.num_live(start))
+        tokens = min(end, self.cfg.ttt_eval_seq_len)  # per document
+        learners = 0
+        if self.separates_learners and self.learns_from(end):
+            learners = documents.num_longer(end)
+
+        first = 0
         while first < live:
             stop = learners if first < learners else live
-            most = max(self.room // tokens // self.granule * self.granule, self.granule)
-            rows = slice(first, first + int(min(stop - first, most)))
+            fitting = self.max_tokens // tokens // self.granule * self.granule
+            count = min(stop - first, max(fitting, self.granule))
+            rows = slice(first, first + count)
             try:
-                place, nats, grads = self.score(ledger, start, end, rows)
+                scores = self.forward_chunk(ledger, start, end, rows)
             except torch.OutOfMemoryError:
-                if rows.stop - first <= self.granule:
+                if count <= self.granule:
                     raise
-                self.room = tokens * (rows.stop - first) // 2
+                self.max_tokens = tokens * count // 2
                 continue
-            ledger.record(place, nats)  # final from here on
-            for again in range(self.cfg.ttt_grad_steps * (len(grads) > 0)):
-                ledger.require_scored(place)
-                self.learn(
-                    self.score(ledger, start, end, rows)[2] if again else grads,
-                    rows,
-                    self.updates + again + 1,
-                )
+            # Final from here on.
+            ledger.record(scores.index, scores.nats)
+            if scores.grads:
+                self.learn_chunk(ledger, start, end, rows, scores)
             first = rows.stop
-        self.updates += self.cfg.ttt_grad_steps * self.learning(end)
+        if self.learns_from(end):
+            documents.updates += self.cfg.ttt_grad_steps
 
-    def score(
-        self, ledger: Ledger, start: int, end: int, rows: slice
-    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        """Places and nats (n,) of the targets start..end-1 of these documents, each in a window that ends on the chunk
-        grid, with its adapter; and the gradient of the adapters, unless all these documents end here."""
-        lora, starts, counts = self.lora.rows(rows), self.starts[rows], self.counts[rows]
-        n, c = min(end, self.cfg.ttt_eval_seq_len), end - start
-        m = next((bucket for bucket in self.buckets if bucket >= n), n)
-        offset = torch.arange(end - n, end - n + m, device=self.device)
-        place = torch.where(
-            (offset < counts) & (offset < end), starts + offset, ledger.padding_index
-        )  # (r, m)
-        inside = place != ledger.padding_index
-        inputs = torch.where(inside, ledger.tokens[place], 0)
-        targets = torch.where(
-            inside & (offset >= start),
-            ledger.tokens[(place + 1).clamp_max(ledger.padding_index)],
-            -1,
-        )
-        base = torch.arange(0, place.numel(), m, device=self.device)[:, None]
-        ends = F.pad(
-            torch.cat([base, base + n], 1).flatten(), (0, 1), value=place.numel()
-        )  # padding: own segments
+    def chunk_windows(self, ledger: Ledger, start: int, end: int, rows: slice) -> ChunkWindows:
+        """The windows in which the targets start..end-1 of these documents are scored.
+
+        Each holds the TTT_EVAL_SEQ_LEN inputs before `end`, or as many as there are, and is padded
+        to a bucket. Padding is a segment of its own.
+        """
+        starts = self.documents.starts[rows]
+        counts = self.documents.counts[rows]
+        length = min(end, self.cfg.ttt_eval_seq_len)
+        padded = next((bucket for bucket in self.buckets if bucket >= length), length)
+
+        offset = torch.arange(end - length, end - length + padded, device=self.device)
+        inside = (offset < counts) & (offset < end)  # (rows, padded)
+        index = torch.where(inside, starts + offset, ledger.padding_index)
+        next_index = (index + 1).clamp_max(ledger.padding_index)
+        inputs = torch.where(inside, ledger.tokens[index], 0)
+        targets = torch.where(inside & (offset >= start), ledger.tokens[next_index], -1)
+
+        # First position of each window in the row, and of its padding.
+        begin = torch.arange(0, index.numel(), padded, device=self.device)[:, None]
+        cu_seqlens = torch.cat([begin, begin + length], 1).flatten()
+        cu_seqlens = F.pad(cu_seqlens, (0, 1), value=index.numel()).int()
         batch = Batch(
-            inputs.flatten().long(), targets.flatten().long(), ends.int(), self.cfg.ttt_eval_seq_len
+            inputs.flatten().long(),
+            targets.flatten().long(),
+            cu_seqlens,
+            self.cfg.ttt_eval_seq_len,
         )
-        select = (base + torch.arange(n - c, n, device=self.device)).flatten()
-        learns = self.learning(end) and bool(
-            (self.lengths[rows] > end).any()
-        )  # no document from its last chunk
-        with torch.set_grad_enabled(learns or not self.split):
-            nats = self.forward(
-                batch, self.plan, lora=lora, select=select if self.cfg.ttt_fast else None
-            )
-        nats, grads = nats if self.cfg.ttt_fast else nats[select], ()
+        scored = slice(length - (end - start), length)
+        position = torch.arange(scored.start, scored.stop, device=self.device)
+        return ChunkWindows(batch, index[:, scored].flatten(), (begin + position).flatten())
+
+    def forward_chunk(self, ledger: Ledger, start: int, end: int, rows: slice) -> ChunkScores:
+        """Nats of the targets start..end-1 of these documents, each with its own adapter.
+
+        Also the gradient of the adapters, unless none of these documents goes on after `end`: a
+        document does not learn from its last chunk, as there is nothing left to score.
+        """
+        lora = self.documents.lora.rows(rows)
+        windows = self.chunk_windows(ledger, start, end, rows)
+        goes_on = bool((self.documents.lengths[rows] > end).any())
+        learns = self.learns_from(end) and goes_on
+        with torch.set_grad_enabled(learns or not self.separates_learners):
+            nats = self.forward(windows.batch, self.plan, lora=lora, select=windows.select)
+        grads = ()
         if learns:
-            loss = (nats.view(-1, c).mean(1) * (counts[:, 0] > end)).sum()
+            of_document = nats.view(-1, end - start).mean(1)
+            loss = (of_document * (self.documents.counts[rows, 0] > end)).sum()
             grads = torch.autograd.grad(loss, lora.leaves)
-        return place[:, n - c : n].flatten(), nats.detach(), grads
+        return ChunkScores(windows.index, nats.detach(), grads)
+
+    def learn_chunk(
+        self, ledger: Ledger, start: int, end: int, rows: slice, scores: ChunkScores
+    ) -> None:
+        """TTT_GRAD_STEPS updates from a scored chunk; the first has its gradient already."""
+        grads = scores.grads
+        for repeat in range(self.cfg.ttt_grad_steps):
+            ledger.require_scored(scores.index)
+            if repeat:
+                grads = self.forward_chunk(ledger, start, end, rows).grads
+            self.apply_gradients(grads, rows, self.documents.updates + repeat + 1)
 
     @torch.no_grad()
-    def learn(self, grads: tuple[Tensor, ...], rows: slice, number: int) -> None:
-        t, cfg = torch.full((), float(number), device=self.device), self.cfg
-        share = min((number - 1) // cfg.ttt_grad_steps / (cfg.ttt_cosine_chunks or math.inf), 1)
-        lr = cfg.ttt_lora_lr * max(0.1, 0.5 + 0.5 * math.cos(math.pi * share))
-        leaves = zip(
-            self.lora.leaves, self.master.leaves, grads, self.moments, self.factors, strict=False
-        )
-        for leaf, master, grad, moments, factor in leaves:
-            mine, about = master[rows], [x[rows] for x in moments]
-            self.update(
-                mine if leaf is master else leaf[rows], mine, grad, about, t, lr * factor, cfg
-            )
+    def apply_gradients(self, grads: tuple[Tensor, ...], rows: slice, number: int) -> None:
+        """Update number `number`, from 1 on, of the adapters of these documents.
+
+        With TTT_COSINE_CHUNKS the rate falls on a cosine over so many chunks to a tenth.
+        """
+        cfg = self.cfg
+        documents = self.documents
+        chunk = (number - 1) // cfg.ttt_grad_steps
+        share = min(chunk / (cfg.ttt_cosine_chunks or math.inf), 1)
+        rate = cfg.ttt_lora_lr * max(0.1, 0.5 + 0.5 * math.cos(math.pi * share))
+        t = torch.full((), float(number), device=self.device)
+        for i, grad in enumerate(grads):
+            master = documents.master.leaves[i][rows]
+            leaf = master
+            if documents.lora.leaves[i] is not documents.master.leaves[i]:
+                leaf = documents.lora.leaves[i][rows]
+            moments = [moment[rows] for moment in documents.moments[i]]
+            self.update(leaf, master, grad, moments, t, rate * documents.rate_factors[i], cfg)
+
+
+def batch_size_factor(length: int, cfg: Config, world_size: int) -> float:
+    """How many times TTT_BATCH_SIZE documents of about this length run at once.
+
+    Four times as many short ones, which fill the device badly, and a quarter of long ones where
+    another rank can take the others.
+    """
+    windows = length / cfg.ttt_eval_seq_len
+    if cfg.ttt_warm_start_a or 1 / 8 < windows <= 2:
+        return 1
+    if windows < 1:
+        return 4
+    return 0.25 if world_size > 1 else 1
 
 
 def plan_batches(
     docs: Documents, chosen: np.ndarray, cfg: Config, world_size: int = 1
 ) -> list[np.ndarray]:
-    """Documents of like length together, longest first so that no rank waits at the end; many short ones at once, few
-    long ones where another rank can take the others. TTT_WARM_START_A: in stream order, as each learns for later."""
-    chosen, batches = chosen[docs.counts[chosen] > 0], []
+    """Batches of the documents `chosen` (n,) that have targets, each batch longest first.
+
+    Documents of like length go together, and the longest first so that no rank waits at the end.
+    With TTT_WARM_START_A batches go in the order of the stream, as each learns for later ones.
+    """
+    chosen = chosen[docs.counts[chosen] > 0]
     if not cfg.ttt_warm_start_a:
         chosen = chosen[np.argsort(-docs.counts[chosen], kind="stable")]
+    batches = []
     while len(chosen):
-        relative, even = (
-            docs.counts[chosen[0]] / cfg.ttt_eval_seq_len,
-            cfg.ttt_warm_start_a or not cfg.ttt_fast,
-        )
-        factor = (
-            1
-            if even or 1 / 8 < relative <= 2
-            else 4
-            if relative < 1
-            else 0.25
-            if world_size > 1
-            else 1
-        )
+        factor = batch_size_factor(docs.counts[chosen[0]], cfg, world_size)
         batch, chosen = np.split(chosen, [max(1, int(cfg.ttt_batch_size * factor))])
         batches.append(batch[np.argsort(-docs.counts[batch], kind="stable")])
     return batches
 
 
-def score_then_learn(state: Adaptation, batch: np.ndarray, ledger: Ledger) -> Iterator[int]:
-    """Chunk by chunk: scores, only then learns. Yields before each how many targets of a document are scored."""
-    state.begin(ledger.docs, batch)
-    for start, end in chunk_grid(state.cfg, int(ledger.docs.counts[batch].max())):
+def score_then_learn(adaptation: Adaptation, batch: np.ndarray, ledger: Ledger) -> Iterator[int]:
+    """Runs the documents `batch` (n,) chunk by chunk: scores, and only then learns.
+
+    Yields before each chunk how many targets of each document are scored by then.
+    """
+    adaptation.begin(ledger.docs, batch)
+    longest = int(ledger.docs.counts[batch].max())
+    for start, end in chunk_grid(adaptation.cfg, longest):
         yield start
-        state.step(ledger, start, end)
+        adaptation.run_chunk(ledger, start, end)
+
+
+def score_rest(scorer: Scorer, batch: np.ndarray, num_scored: int) -> None:
+    """Scores without learning what is left of the documents `batch` after their first targets."""
+    docs = scorer.ledger.docs
+    windows = []
+    for document in batch:
+        start, count = docs.starts[document], docs.counts[document]
+        if count > num_scored:
+            scorer.ledger.num_not_learnt_from += 1
+        windows += scorer.text_windows(start, count, stride=0, first=start + num_scored)
+    scorer.score_windows(windows, shared=False)
 
 
 def adapt_documents(
-    state: Adaptation, scorer: Scorer, first: int, stop: int, deadline: Deadline
+    adaptation: Adaptation, scorer: Scorer, first: int, stop: int, deadline: Deadline
 ) -> None:
-    """Scores the documents first..stop-1 once; the ranks take batches from a shared counter. When the deadline is near,
-    a rank scores the rest of its batch, and the batches it takes from there on, without learning."""
-    (ledger, cfg, ranks, log), (_, starts, counts) = scorer[2:], scorer.ledger.docs
+    """Scores the documents first..stop-1 once, learning on the way.
+
+    Ranks take batches from a shared counter; with TTT_WARM_START_A each has a fixed share. When the
+    deadline is near, a rank scores the rest of its batch, and all batches that it takes from there
+    on, without learning.
+    """
+    ledger = scorer.ledger
+    cfg = scorer.cfg
+    ranks = scorer.ranks
+    counts = ledger.docs.counts
     batches = plan_batches(ledger.docs, np.arange(first, stop), cfg, ranks.world_size)
-    left = np.cumsum([counts[stop:].sum(), *(counts[b].sum() for b in batches[::-1])])[
-        ::-1
-    ]  # targets from a batch on
-    numbers = (
-        range(ranks.rank, len(batches), ranks.world_size)
-        if cfg.ttt_warm_start_a
-        else ranks.tickets()
-    )
-    for number in takewhile(lambda n: n < len(batches), numbers):
-        batch, done = batches[number], 0
-        for done in score_then_learn(state, batch, ledger) if not deadline.late else ():
-            if deadline.near(
-                (counts[batch] - done).clip(0).sum() + left[number + 1] / ranks.world_size
-            ):
-                break
-            if log.due():
-                running = "running_loss:{val_loss:.4f} running_bpb:{val_bpb:.4f}".format(
-                    **ledger.result()
-                )
-                log(f"ttt_progress: batch {number + 1}/{len(batches)} {running}")
-        rest = [d for d in batch if deadline.late and counts[d] > done]
-        windows = (
-            window
-            for d in rest
-            for window in scorer.text_windows(
-                starts[d], counts[d], stride=0, first=starts[d] + done
-            )
-        )
-        scorer.score_windows(windows, shared=False)
-        ledger.num_not_learnt_from += len(rest)
+    # Targets of everything after each batch, those of later phases included.
+    in_batches = np.array([counts[batch].sum() for batch in batches], dtype=np.int64)
+    left_after = counts[stop:].sum() + in_batches.sum() - in_batches.cumsum()
+    if cfg.ttt_warm_start_a:
+        numbers = range(ranks.rank, len(batches), ranks.world_size)
+    else:
+        numbers = takewhile(lambda n: n < len(batches), ranks.tickets())
+    for number in numbers:
+        batch = batches[number]
+        done = 0
+        if not deadline.late:
+            for done in score_then_learn(adaptation, batch, ledger):
+                in_batch = (counts[batch] - done).clip(0).sum()
+                if deadline.near(in_batch + left_after[number] / ranks.world_size):
+                    break
+                if scorer.log.due():
+                    running = "running_loss:{val_loss:.4f} running_bpb:{val_bpb:.4f}"
+                    running = running.format(**ledger.result())
+                    scorer.log(f"ttt_progress: batch {number + 1}/{len(batches)} {running}")
+        if deadline.late:
+            score_rest(scorer, batch, done)
+
+
+# --- All weights ---
+class LearningChunk(NamedTuple):
+    """Scored targets that all weights learn from at once."""
+
+    index: np.ndarray  # (n,) their indices in the stream
+    share: float  # of the rate's cosine schedule that is over, in [0, 1]
+
+
+class LearningTask(NamedTuple):
+    """What all weights learn from between two parts of an evaluation."""
+
+    targets_left: int  # to score after it
+    chunks: list[LearningChunk]
 
 
 def score_documents(
-    state: Adaptation, scorer: Scorer, deadline: Deadline
-) -> Iterator[tuple[int, list]]:
-    """Each document with its own adapter. With PHASED_TTT_NUM_PHASES all weights learn (PR #1626) from the documents up
-    to a place in the stream before any document after it is scored: all conditionals belong to the order of the stream,
-    where the published queue, longest document first, has another. Yields as score_chunks."""
-    cfg, docs, size = scorer.cfg, scorer.ledger.docs, scorer.cfg.ttt_chunk_tokens
+    adaptation: Adaptation, scorer: Scorer, deadline: Deadline
+) -> Iterator[LearningTask]:
+    """Scores each document with its own adapter, and yields what all weights may learn from.
+
+    With PHASED_TTT_NUM_PHASES all weights learn (PR #1626) from the documents up to a point in the
+    stream, before any document after it is scored. All scores then condition on the past of the
+    stream. The published queue, longest document first, conditions on another order.
+    """
+    cfg = scorer.cfg
+    docs = scorer.ledger.docs
+    num_docs = len(docs.counts)
+    settings = f"rank:{cfg.ttt_lora_rank} lr:{cfg.ttt_lora_lr} chunk:{cfg.ttt_chunk_size}"
+    scorer.log(f"ttt_lora:docs:{num_docs} {settings}")
     phases = cfg.phased_ttt_num_phases
-    bounds = [
-        min(cfg.phased_ttt_prefix_docs, len(docs.counts)) * p // phases
-        for p in range(1, phases + 1)
-    ]
-    about = f"rank:{cfg.ttt_lora_rank} lr:{cfg.ttt_lora_lr} chunk:{cfg.ttt_chunk_size}"
-    scorer.log(f"ttt_lora:docs:{len(docs.starts)} {about}")
-    for first, stop in zip([0, *bounds], [*bounds, len(docs.counts)], strict=True):
-        adapt_documents(state, scorer, first, stop, deadline)
-        state.warm, places = (
-            None,
-            docs.target_indices(stop if stop < len(docs.counts) else 0),
-        )  # nothing for no one
-        starts = range(0, len(places) - size + 1, size)
-        yield (
-            int(docs.counts[stop:].sum()),
-            [(places[i : i + size], i / len(places)) for i in starts],
-        )
+    prefix = min(cfg.phased_ttt_prefix_docs, num_docs)
+    stops = [prefix * phase // phases for phase in range(1, phases + 1)]
+    first = 0
+    for stop in [*stops, num_docs]:
+        adapt_documents(adaptation, scorer, first, stop, deadline)
+        first = stop
+        # A phase begins with fresh adapters.
+        adaptation.warm = None
+        # After the last document nothing is left that learning could help.
+        index = docs.target_indices(stop if stop < num_docs else 0)
+        size = cfg.ttt_chunk_tokens
+        chunks = []
+        for start in range(0, len(index) - size + 1, size):
+            chunks.append(LearningChunk(index[start : start + size], start / len(index)))
+        yield LearningTask(int(docs.counts[stop:].sum()), chunks)
 
 
-def score_chunks(scorer: Scorer, deadline: Deadline) -> Iterator[tuple[int, list]]:
-    """TTT_MODE=chunk (PR #461, #1413): scores every window of a chunk of the stream; windows that straddle chunks in
-    parts, EVAL_STRIDE apart with SLIDING_WINDOW_ENABLED; what is late at once, in plain ones. Yields the targets left,
-    and what all weights learn from before the next chunk, after the last nothing: (places, share of the schedule)."""
-    size, places, spans = scorer.cfg.ttt_chunk_tokens, scorer.ledger.docs.target_indices(), {}
-    for start, score, end in scorer.stream_windows(
-        scorer.cfg.eval_stride * scorer.cfg.sliding_window_enabled
-    ):
-        at = int(np.searchsorted(places, score))
-        for k in range(at // size, (at + end - score - 1) // size + 1):
-            part = max(score, score + k * size - at), min(end, score + (k + 1) * size - at)
-            spans.setdefault(k, []).append((start, *part))
-    last = len(spans) - 1
-    for k in range(len(spans)):
-        scorer.score_windows(spans[k], shared=True)
-        chunk, left = places[k * size : (k + 1) * size], places[(k + 1) * size :]
-        yield len(left), [(chunk, k / last)] if k < last else []
-        if deadline.late and k < last:
+def windows_by_chunk(scorer: Scorer, index: np.ndarray) -> list[list[tuple[int, int, int]]]:
+    """Scoring windows of the stream for each chunk of TTT_CHUNK_TOKENS of the targets `index` (N,).
+
+    A window that straddles chunks appears in each with the part of its targets that lies there.
+    """
+    cfg = scorer.cfg
+    size = cfg.ttt_chunk_tokens
+    stride = cfg.eval_stride if cfg.sliding_window_enabled else 0
+    by_chunk = [[] for _ in range(0, len(index), size)]
+    for start, score, end in scorer.stream_windows(stride):
+        # Numbers of the scored targets among all targets: those from `first` to `last`.
+        first = int(np.searchsorted(index, score))
+        last = first + end - score - 1
+        for k in range(first // size, last // size + 1):
+            part_start = max(score, score + k * size - first)
+            part_end = min(end, score + (k + 1) * size - first)
+            by_chunk[k].append((start, part_start, part_end))
+    return by_chunk
+
+
+def score_chunks(scorer: Scorer, deadline: Deadline) -> Iterator[LearningTask]:
+    """Scores the stream chunk by chunk, and yields each for all weights to learn from it.
+
+    TTT_MODE=chunk (PR #461, #1413). Nothing is learnt from the last chunk. With
+    SLIDING_WINDOW_ENABLED windows lie EVAL_STRIDE apart. Once the deadline is near, everything left
+    is scored at once in plain windows.
+    """
+    ledger = scorer.ledger
+    size = scorer.cfg.ttt_chunk_tokens
+    index = ledger.docs.target_indices()
+    by_chunk = windows_by_chunk(scorer, index)
+    last = len(by_chunk) - 1
+    for k, windows in enumerate(by_chunk):
+        scorer.score_windows(windows, shared=True)
+        left = index[(k + 1) * size :]
+        if k == last:
+            yield LearningTask(0, [])
+            break
+        yield LearningTask(len(left), [LearningChunk(index[k * size : (k + 1) * size], k / last)])
+        if deadline.late:
             scorer.score_windows(scorer.stream_windows(stride=0, first=left[0]), shared=True)
-            scorer.ledger.num_not_learnt_from += scorer.ranks.is_main * (last - k - 1)
+            if scorer.ranks.is_main:
+                ledger.num_not_learnt_from += last - k - 1
             break
 
 
 def evaluate_ttt(
-    scorer: Scorer, state: Adaptation | None, model: GPT, forward: Callable, deadline: Deadline
+    scorer: Scorer,
+    adaptation: Adaptation | None,
+    model: GPT,
+    forward: Callable,
+    deadline: Deadline,
 ) -> Ledger:
-    """Scores every target once, with adapters `state` or without; in between, SGD on all weights over targets that are
-    scored, the rate on a cosine, the same on all ranks. All call it. Afterwards the weights are as before."""
-    ranks, cfg, weights = scorer.ranks, scorer.cfg, list(model.parameters())
-    kept = [p.detach().clone() for p in weights]
-    sgd = torch.optim.SGD(weights, momentum=cfg.ttt_momentum)
+    """Scores every target once while learning, with adapters (`adaptation`) or in chunk mode.
+
+    In between all weights learn from scored targets, the same on all ranks, at a rate that falls on
+    a cosine. Afterwards they are as before. All ranks must call it; returns the joined ledger.
+    """
+    cfg = scorer.cfg
+    ranks = scorer.ranks
+    weights = list(model.parameters())
+    saved = [p.detach().clone() for p in weights]
     if cfg.ttt_chunk_optimizer == "adam":
-        sgd = torch.optim.AdamW(weights, betas=(cfg.beta1, cfg.beta2), weight_decay=0)
-    model.requires_grad_(False)  # or a compiled backward would compute the gradients of all weights
-    for left, learns in (
-        score_documents(state, scorer, deadline) if state else score_chunks(scorer, deadline)
-    ):
-        for place, share in learns:
-            if deadline.near(left / ranks.world_size, ranks):
-                scorer.ledger.num_not_learnt_from += ranks.is_main
+        betas = (cfg.beta1, cfg.beta2)
+        optimizer = torch.optim.AdamW(weights, betas=betas, weight_decay=0)
+    else:
+        optimizer = torch.optim.SGD(weights, momentum=cfg.ttt_momentum)
+
+    # Or a compiled backward would compute the gradients of all weights for the adapters' sake.
+    model.requires_grad_(False)
+    if adaptation:
+        tasks = score_documents(adaptation, scorer, deadline)
+    else:
+        tasks = score_chunks(scorer, deadline)
+    for task in tasks:
+        for chunk in task.chunks:
+            if deadline.near(task.targets_left / ranks.world_size, ranks):
+                if ranks.is_main:
+                    scorer.ledger.num_not_learnt_from += 1
             else:
-                sgd.param_groups[0]["lr"] = 0.5 * cfg.ttt_lr * (1 + math.cos(math.pi * share))
-                learn_weights(model, forward, sgd, scorer, place)
-        if state:  # each phase starts anew
-            sgd.state.clear()
+                rate = 0.5 * cfg.ttt_lr * (1 + math.cos(math.pi * chunk.share))
+                optimizer.param_groups[0]["lr"] = rate
+                learn_weights(model, forward, optimizer, scorer, chunk.index)
+        if adaptation:
+            # Each phase starts with fresh momenta.
+            optimizer.state.clear()
+
     model.requires_grad_(True)
-    torch._foreach_copy_([p.detach() for p in weights], kept)
+    torch._foreach_copy_([p.detach() for p in weights], saved)
     return scorer.ledger.join(ranks)
 
 
+def learning_row(scorer: Scorer, index: np.ndarray) -> Batch:
+    """A row that predicts the targets `index` (n,), in segments of EVAL_SEQ_LEN.
+
+    Segments also begin with documents, unless the data loader lets windows cross them.
+    """
+    docs = scorer.ledger.docs
+    length = scorer.cfg.eval_seq_len
+    starts = np.arange(0, len(index), length)
+    if scorer.cfg.data_loader == "documents":
+        starts = np.union1d(starts, np.flatnonzero(np.isin(index, docs.starts)))
+    capacity = max(64, 1 << len(starts).bit_length())
+    shape = (len(index), capacity, length)
+    tokens = docs.tokens
+    return pack_row(tokens[index], tokens[index + 1], starts, shape, scorer.ranks.device)
+
+
+def reduce_gradients(model: GPT, ranks: Ranks) -> None:
+    """Sums the gradients of all ranks, in place; those of the first TTT_FREEZE_BLOCKS layers are 0.
+
+    All ranks must call it. One that had no row adds zeros.
+    """
+    cfg = model.cfg
+    table = parameter_table(cfg)
+    for name, p in model.named_parameters():
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+        role = table[name]
+        if role.per_layer:
+            by_layer = p.grad.unflatten(0, (role.halves, cfg.num_layers))
+            by_layer[:, : cfg.ttt_freeze_blocks] = 0
+        ranks.sum(p.grad)
+
+
 def learn_weights(
-    model: GPT, forward: Callable, sgd: torch.optim.Optimizer, scorer: Scorer, place: np.ndarray
+    model: GPT,
+    forward: Callable,
+    optimizer: torch.optim.Optimizer,
+    scorer: Scorer,
+    index: np.ndarray,
 ) -> None:
-    """TTT_EPOCHS passes over the targets `place` (n,) in rows of EVAL_SEQ_LEN, less a rest. Ranks share the rows, one
-    without any adds a zero gradient. Layers below TTT_FREEZE_BLOCKS stay as they are."""
-    (ledger, cfg, ranks, _), length, tokens = (
-        scorer[2:],
-        scorer.cfg.eval_seq_len,
-        scorer.ledger.docs.tokens,
-    )
-    ledger.require_scored(torch.from_numpy(place).to(ranks.device), ranks)
-    rows, size = (
-        place[: len(place) // length * length].reshape(-1, length),
-        cfg.ttt_batch_seqs * ranks.world_size,
-    )
+    """TTT_EPOCHS passes over the scored targets `index` (n,), in place on all weights.
+
+    A step takes TTT_BATCH_SEQS rows of EVAL_SEQ_LEN targets from each rank; a remainder that fills
+    no row is left out. All ranks must call it.
+    """
+    cfg = scorer.cfg
+    ranks = scorer.ranks
+    length = cfg.eval_seq_len
+    scorer.ledger.require_scored(torch.from_numpy(index).to(ranks.device), ranks)
+    rows = index[: len(index) // length * length].reshape(-1, length)
+    step_rows = cfg.ttt_batch_seqs * ranks.world_size
+    steps = [rows[first : first + step_rows] for first in range(0, len(rows), step_rows)]
+
     model.requires_grad_(True)
-    for group in [rows[i : i + size] for i in range(0, len(rows), size)] * cfg.ttt_epochs:
-        if len(mine := group[ranks.rank :: ranks.world_size].ravel()):
-            begins = np.isin(mine, ledger.docs.starts) & (cfg.data_loader == "documents")
-            starts = np.union1d(np.arange(0, len(mine), length), np.flatnonzero(begins))
-            shape = len(mine), max(64, 1 << len(starts).bit_length()), length
-            row = pack_row(tokens[mine], tokens[mine + 1], starts, shape, ranks.device)
-            (forward(row, scorer.plan).sum() / group.size).backward()
-        for name, p in model.named_parameters():
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            if not name.startswith(
-                ("tok_", "skip_", "bigram_", "smear_", "ve_")
-            ):  # others: by layer, some twice over
-                p.grad.unflatten(0, (-1, cfg.num_layers))[:, : cfg.ttt_freeze_blocks] = 0
-            ranks.sum(p.grad)
+    for step in steps * cfg.ttt_epochs:
+        mine = step[ranks.rank :: ranks.world_size].ravel()
+        if len(mine):
+            nats = forward(learning_row(scorer, mine), scorer.plan)
+            (nats.sum() / step.size).backward()
+        reduce_gradients(model, ranks)
         torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.ttt_grad_clip or math.inf)
-        sgd.step()
+        optimizer.step()
         model.zero_grad(set_to_none=True)
     model.requires_grad_(False)
 
@@ -5453,16 +5914,10 @@ def configure_torch(cfg: Config) -> None:
     torch.fx.experimental._config.use_duck_shape = False
 
 
-def compile_any_size(model: nn.Module, cuda_graph: bool) -> Callable:
-    """The compiled forward of adaptation: one graph for all sizes.
-
-    cuda_graph: whether to record a CUDA graph for each size.
-    """
-    options = {
-        "triton.cudagraphs": cuda_graph,
-        # With it there would be a second graph, for few tokens.
-        "triton.mix_order_reduction": False,
-    }
+def compile_any_size(model: nn.Module) -> Callable:
+    """The compiled forward of adaptation: one graph for all sizes."""
+    # With this reduction there would be a second graph, for few tokens.
+    options = {"triton.mix_order_reduction": False}
     known = torch._inductor.list_options()
     options = {name: value for name, value in options.items() if name in known}
     return torch.compile(model, fullgraph=True, dynamic=True, options=options)
@@ -5860,8 +6315,7 @@ class Run:
         any_size = self.model
         if cfg.compile:
             self.forward = torch.compile(self.model, fullgraph=True, dynamic=False)
-            # sdpa asks the host for the documents' lengths, which a CUDA graph cannot.
-            any_size = compile_any_size(self.model, cfg.ttt_cuda_graph and self.backend != "sdpa")
+            any_size = compile_any_size(self.model)
         self.scoring = partial(self.forward, temperature=cfg.logit_temperature)
         self.ttt_forward = partial(any_size, temperature=cfg.logit_temperature)
         self.optimizers = Optimizers(self.model, cfg, self.ranks)
@@ -6115,7 +6569,7 @@ class Run:
         deadline = Deadline(deadline_s)
         self.run_evaluation("diagnostic quantized", "eval", self.evaluate)
         seconds = self.phases[-1].seconds
-        deadline.rate = seconds * self.ranks.world_size / self.docs.counts.sum()
+        deadline.seconds_per_target = seconds * self.ranks.world_size / self.docs.counts.sum()
 
         if cfg.sliding_window_enabled:
             sliding = partial(self.evaluate, cfg.eval_stride)
@@ -6167,7 +6621,9 @@ class Run:
         for number, wanted in zip(held, known, strict=True):
             # 0 is a number that is not known; a ten-thousandth may differ.
             if wanted and abs(number - wanted) > 1e-4 * wanted:
-                return [f"(documents, tokens, bytes) are {held}, in the field's data set {tuple(known)}"]
+                return [
+                    f"(documents, tokens, bytes) are {held}, in the field's data set {tuple(known)}"
+                ]
         return []
 
     def save_scores(self, ledger: Ledger) -> None:

@@ -1,6 +1,6 @@
 """Speed of the evaluation with test-time training: ours, the published way of ours, and a public script's own function.
 
-    python bench/evaluation.py                     # TTT_FAST=1 against TTT_FAST=0: whole windows, all logits
+    python bench/evaluation.py                     # ours against the published way: whole windows, all logits
     python bench/evaluation.py --reference FILE    # also a script of the family of PR #1530 (see bench/reference.py)
 
 Knobs are environment variables, as for train_gpt.py; EVAL_ONLY_PATH names a checkpoint or artifact to measure with,
@@ -25,7 +25,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -118,7 +118,7 @@ def describe(text: Text) -> str:
 def representative(lengths: np.ndarray, cfg: tg.Config, batches: int) -> np.ndarray:
     """Documents of the batches in the middle of `batches` equal shares of the positions the published way processes."""
     docs = tg.Documents(np.arange(0), np.arange(len(lengths)), lengths)
-    found = tg.plan_batches(docs, np.arange(len(lengths)), dataclasses.replace(cfg, ttt_fast=False))
+    found = fixed_batches(docs, np.arange(len(lengths)), cfg)
     work = np.cumsum([positions(docs, batch, cfg) for batch in found])
     middle = (np.arange(batches) + 0.5) / batches * work[-1]
     return np.concatenate([found[i] for i in sorted(set(np.searchsorted(work, middle)))])
@@ -174,6 +174,16 @@ def load_text(cfg: tg.Config, count: int, batches: int, longest: int) -> tuple[T
 
 
 # --- What is timed ---
+def fixed_batches(
+    docs: tg.Documents, chosen: np.ndarray, cfg: tg.Config, world_size: int = 1
+) -> list[np.ndarray]:
+    """As tg.plan_batches in the published way: TTT_BATCH_SIZE documents each, longest first."""
+    chosen = chosen[docs.counts[chosen] > 0]
+    chosen = chosen[np.argsort(-docs.counts[chosen], kind="stable")]
+    starts = range(0, len(chosen), cfg.ttt_batch_size)
+    return [chosen[start : start + cfg.ttt_batch_size] for start in starts]
+
+
 class Timed(tg.Adaptation):
     """Marks the clock around every step and keeps what the step processed, as long as `watch` is set."""
 
@@ -185,11 +195,25 @@ class Timed(tg.Adaptation):
         self.steps[-1] += [len(lora.down), batch.inputs.numel(), 0]
         return self.inner(batch, plan, lora=lora, select=select)
 
-    def step(self, ledger: tg.Ledger, start: int, end: int) -> None:
-        self.steps.append(np.array([0, 0, (self.lengths > end).any()]))
+    def run_chunk(self, ledger: tg.Ledger, start: int, end: int) -> None:
+        self.steps.append(np.array([0, 0, self.documents.num_longer(end) > 0]))
         self.watch.mark()
-        super().step(ledger, start, end)
+        super().run_chunk(ledger, start, end)
         self.watch.mark()
+
+
+class Published(Timed):
+    """The published way: whole windows, all logits, and fixed batches that no document leaves before the longest."""
+
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        self.buckets, self.separates_learners = [], False
+
+    def num_live(self, start: int) -> int:
+        return len(self.documents.lengths)
+
+    def noting(self, batch: tg.Batch, plan: tuple, lora: tg.LoRA, select: Tensor) -> Tensor:
+        return super().noting(batch, plan, lora, None)[select]
 
 
 class Ours:  # the evaluation as train_gpt.Run.adapt calls it
@@ -200,14 +224,13 @@ class Ours:  # the evaluation as train_gpt.Run.adapt calls it
         looped: bool,
         backend: str,
         device: torch.device,
+        way: type[Timed] = Timed,
     ):
         self.cfg, self.device, self.plan = cfg, device, cfg.plans[looped]
         self.model = tg.GPT(cfg, backend).to(device)
         self.model.load_state_dict(weights)
-        self.run = (
-            tg.compile_any_size(self.model, cfg.ttt_cuda_graph) if cfg.compile else self.model
-        )
-        self.state, self.measured = Timed(self.model, self.run, self.plan, device), []
+        self.run = tg.compile_any_size(self.model) if cfg.compile else self.model
+        self.state, self.measured = way(self.model, self.run, self.plan, device), []
 
     def evaluate(self, text: Text) -> tg.Ledger:
         ranks, log = tg.Ranks({}), tg.Log(Path(os.devnull), False)
@@ -215,7 +238,11 @@ class Ours:  # the evaluation as train_gpt.Run.adapt calls it
             self.run, self.plan, tg.Ledger(text.docs, text.table, self.device), self.cfg, ranks, log
         )
         self.state.watch, self.state.steps = Stopwatch(self.device), []
-        ledger = tg.evaluate_ttt(scorer, self.state, self.model, self.run, tg.Deadline(math.inf))
+        plan = fixed_batches if isinstance(self.state, Published) else tg.plan_batches
+        with mock.patch.object(tg, "plan_batches", plan):
+            ledger = tg.evaluate_ttt(
+                scorer, self.state, self.model, self.run, tg.Deadline(math.inf)
+            )
         self.measured.append((np.array(self.state.steps), self.state.watch))
         return ledger
 
@@ -295,11 +322,8 @@ def check_maths(
     exact = dataclasses.replace(
         cfg, compute_dtype="fp32", compile=False
     )  # which only SDPA's attention takes
-    ways = {
-        fast: Ours(dataclasses.replace(exact, ttt_fast=fast), weights, looped, "sdpa", device)
-        for fast in (True, False)
-    }
-    found, wanted = (ways[fast].evaluate(text) for fast in (True, False))
+    ways = {way: Ours(exact, weights, looped, "sdpa", device, way) for way in (Timed, Published)}
+    found, wanted = (ways[way].evaluate(text) for way in (Timed, Published))
     before, after = largest_differences(text, cfg, found.nats, wanted.nats)
     bpb = abs(found.result()["val_bpb"] - wanted.result()["val_bpb"])
     print(
@@ -312,7 +336,7 @@ def check_maths(
         few = cut(text, np.minimum(text.docs.counts, cfg.ttt_eval_seq_len))
         with equal_starts(reference):
             loss, _ = Theirs(reference, weights, looped).evaluate(few)
-            mine = ways[True].evaluate(few).result()["val_loss"]
+            mine = ways[Timed].evaluate(few).result()["val_loss"]
         print(
             f"fp32, {describe(few)}, equal adapters: loss {mine:.7f}, the public script's {loss:.7f}"
         )
@@ -347,10 +371,14 @@ def predicted_batches(
 ) -> np.ndarray:
     """Seconds of each batch that the evaluation of documents with these lengths makes on so many ranks, in order."""
     docs, seconds = tg.Documents(np.arange(0), np.arange(len(lengths)), lengths), []
-    for batch in tg.plan_batches(docs, np.arange(len(lengths)), cfg, ranks):
+    published = isinstance(state, Published)
+    plan = fixed_batches if published else tg.plan_batches
+    for batch in plan(docs, np.arange(len(lengths)), cfg, ranks):
         starts, ends = np.array(tg.chunk_grid(cfg, int(lengths[batch].max()))).T
         live = len(batch) - np.searchsorted(np.sort(lengths[batch]), starts, side="right")
-        rows = -(-np.where(cfg.ttt_fast, live, len(batch)) // state.granule) * state.granule
+        if published:
+            live = np.full_like(live, len(batch))
+        rows = -(-live // state.granule) * state.granule
         windows, buckets = np.minimum(ends, cfg.ttt_eval_seq_len), np.array(sorted(state.buckets))
         if len(buckets):
             windows = buckets[np.searchsorted(buckets, windows)]
@@ -487,9 +515,7 @@ def main(argv: list[str]) -> int:
     worst = check_maths(cfg, weights, looped, device, short, args.reference)
     ways: dict[str, Ours | Theirs] = {
         "ours": Ours(cfg, weights, looped, backend, device),
-        "published way": Ours(
-            dataclasses.replace(cfg, ttt_fast=False), weights, looped, backend, device
-        ),
+        "published way": Ours(cfg, weights, looped, backend, device, Published),
     }
     if reference:
         ways["reference"] = Theirs(reference, weights, looped)

@@ -271,7 +271,7 @@ def trace_ours(cfg: tg.Config, row: tg.Batch) -> list[Graph]:
 
 
 def trace_adaptation(tracer: Tracer, cfg: tg.Config, model: tg.GPT) -> None:
-    """A step of a full batch in the longest window, as Adaptation.score and .learn call it, of fixed sizes."""
+    """A step of a full batch in the longest window, as Adaptation.forward_chunk and .apply_gradients call it, of fixed sizes."""
     forward = tracer.compiled(model.requires_grad_(False), fullgraph=True, dynamic=False)
     master, lora, grads = adapt(
         cfg, tracer.named(forward, "adaptation"), cfg.ttt_batch_size, cfg.ttt_eval_seq_len
@@ -294,7 +294,7 @@ def adapt(
 ) -> tuple[tg.LoRA, tg.LoRA, tuple[Tensor, ...]]:
     """The adapters of `rows` documents, what a forward over windows of n reads of them, and their gradient."""
     master = tg.LoRA.zeros(cfg, rows, len(cfg.plans[-1]), DEVICE)
-    lora = master.over(lambda x: x.to(cfg.dtype)).rows(slice(None))
+    lora = master.to(cfg.dtype).rows(slice(None))
     ids, ends = (
         torch.zeros(rows * n, dtype=torch.int64, device=DEVICE),
         torch.zeros(2 * rows + 1, device=DEVICE),
@@ -309,7 +309,7 @@ def trace_sizes(cfg: tg.Config) -> dict[str, dict[str, int]]:
     GPU Inductor may split a graph by size, as it does not on a CPU."""
     tracer, found, longest = AnySize(0), {}, cfg.eval_seq_len
     model = tracer.move(tg.GPT(cfg, "torch"))
-    forward = tg.compile_any_size(model, cuda_graph=False)
+    forward = tg.compile_any_size(model)
 
     def count(graph: str, size: str, call: Callable[[], Any]) -> None:
         before = len(tracer.graphs)

@@ -116,16 +116,16 @@ def better_of_two_passes(tg):
 def update_before_score(tg):
     """a chunk is learnt from, then scored"""
 
-    def step(self, ledger, start, end):
-        rows = slice(0, int((self.lengths > start).sum()))
-        grads = self.score(ledger, start, end, rows)[2]
+    def run_chunk(self, ledger, start, end):
+        rows = slice(0, self.num_live(start))
+        grads = self.forward_chunk(ledger, start, end, rows).grads
         if grads:
-            self.learn(grads, rows, self.updates + 1)
-        place, nats, _ = self.score(ledger, start, end, rows)
-        ledger.record(place, nats)
-        self.updates += 1
+            self.apply_gradients(grads, rows, self.documents.updates + 1)
+        scores = self.forward_chunk(ledger, start, end, rows)
+        ledger.add(scores.index, scores.nats)
+        self.documents.updates += 1
 
-    tg.Adaptation.step = step
+    tg.Adaptation.run_chunk = run_chunk
 
 
 @caught_by("T1", "T4", "T9")
@@ -140,10 +140,10 @@ def last_of_two_epochs(tg):
         )
         state.begin(ledger.docs, batch)
         for start, end in grid:
-            state.step(scratch, start, end)
+            state.run_chunk(scratch, start, end)
         for start, end in grid:
             yield start
-            state.step(ledger, start, end)
+            state.run_chunk(ledger, start, end)
 
     tg.score_then_learn = score_then_adapt
 
@@ -161,7 +161,8 @@ def chunk_before_its_score(tg):
         )
         scorer.ledger.require_scored = lambda *_: None
         for start in range(0, len(places), size):
-            yield len(places) - start, [(places[start : start + size], start / len(places))]
+            chunk = tg.LearningChunk(places[start : start + size], start / len(places))
+            yield tg.LearningTask(len(places) - start, [chunk])
             next(scores)
 
     tg.score_chunks = score_chunks
@@ -240,13 +241,14 @@ def adapters_kept(tg):
     original = tg.Adaptation.begin
 
     def begin(self, docs, batch):
-        before = getattr(self, "master", None)
+        before = self.documents
         original(self, docs, batch)
         if before is not None:
-            n = min(len(before.up), len(self.master.up))
+            new, old = self.documents, before.master
+            n = min(len(old.up), len(new.master.up))
             with torch.no_grad():
                 for mine, theirs, leaf in zip(
-                    self.master.leaves, before.leaves, self.lora.leaves, strict=True
+                    new.master.leaves, old.leaves, new.lora.leaves, strict=True
                 ):
                     mine[:n] = theirs[:n]
                     leaf.copy_(mine)

@@ -30,9 +30,9 @@ def text_of(*counts: int) -> bench.Text:
     return bench.Text(documents(*counts), TABLE, 1)
 
 
-def way(**changes: object) -> bench.Ours:
+def way(kind: type[bench.Timed] = bench.Timed, **changes: object) -> bench.Ours:
     model = random_model(tiny_config(**{**FAST, **changes}))
-    return bench.Ours(model.cfg, model.state_dict(), True, "sdpa", CPU)
+    return bench.Ours(model.cfg, model.state_dict(), True, "sdpa", CPU, kind)
 
 
 # --- Documents ---
@@ -46,9 +46,9 @@ def test_lengths_are_those_of_the_field():
 def test_published_way_processes_as_many_positions_on_them_as_counted_from_the_logs(
     chunk, published
 ):
-    cfg, lengths = tg.Config(ttt_chunk_size=chunk, ttt_fast=False), bench.fineweb_lengths(50_000)
+    cfg, lengths = tg.Config(ttt_chunk_size=chunk), bench.fineweb_lengths(50_000)
     docs = tg.Documents(np.arange(0), np.arange(len(lengths)), lengths)
-    batches = tg.plan_batches(docs, np.arange(len(lengths)), cfg)
+    batches = bench.fixed_batches(docs, np.arange(len(lengths)), cfg)
     assert sum(bench.positions(docs, batch, cfg) for batch in batches) == pytest.approx(
         published, rel=0.03
     )
@@ -78,12 +78,12 @@ def test_documents_are_cut_from_their_beginning_and_begin_with_bos():
 # --- Counts and predictions ---
 @pytest.mark.parametrize(
     "changes",
-    [dict(ttt_fast=False), {}, dict(ttt_buckets=3), dict(ttt_short_chunks="20:8")],
+    [dict(kind=bench.Published), {}, dict(ttt_buckets=3), dict(ttt_short_chunks="20:8")],
     ids=str,
 )
 def test_predicted_work_is_the_work_done(changes):
     ours, lengths = way(**changes), np.array([150, 3, 64, 65, 33, 16, 1, 100, 7, 7, 7, 7])
-    ours.score_all(text_of(*lengths))
+    ours.evaluate(text_of(*lengths))
     sizes, seconds = ours.steps(1)
     counts = text_of(*lengths).docs.counts
     for column, cost in ((0, [0, 1, 0, 0]), (1, [0, 0, 1, 0])):
@@ -144,7 +144,7 @@ def test_seconds_are_predicted_only_from_the_gpus_they_are_for(name, scale, monk
 def test_256_documents_score_as_the_published_way_does(changes, published):
     text, wanted = published
     ours = way(**{"ttt_batch_size": 64, **changes})
-    found = ours.score_all(text)
+    found = ours.evaluate(text)
     before, after = bench.largest_differences(text, ours.cfg, found.nats, wanted.nats)
     assert before < 1e-6 and after < 2e-5  # AdamW enlarges rounding
     assert abs(found.result()["val_bpb"] - wanted.result()["val_bpb"]) < 1e-7
@@ -161,7 +161,7 @@ def published() -> tuple[bench.Text, tg.Ledger]:
         5,
         6,
     }  # numbers of chunks, beyond the window of four
-    return text, way(ttt_fast=False, ttt_batch_size=64).evaluate(text)
+    return text, way(bench.Published, ttt_batch_size=64).evaluate(text)
 
 
 def test_differences_are_told_apart_by_the_first_update():
@@ -179,7 +179,8 @@ def test_check_stops_where_the_two_ways_differ(monkeypatch):
 
     def other(state: tg.Adaptation, *batch: object) -> None:
         begin(state, *batch)
-        state.master.down.data.mul_(1.0 if state.cfg.ttt_fast else 1.01)
+        if isinstance(state, bench.Published):
+            state.documents.master.down.data.mul_(1.01)
 
     monkeypatch.setattr(tg.Adaptation, "begin", other)
     with pytest.raises(AssertionError, match="the two ways do not compute the same"):

@@ -284,7 +284,7 @@ def nats_and_gradients(adapted: bool, **knobs: object) -> list[Tensor]:
         with torch.no_grad():
             lora.up.normal_(std=0.1, generator=g)
         leaves = [x.detach().to(cfg.dtype).requires_grad_() for x in (lora.down, lora.up)]
-        lora = lora._replace(down=leaves[0], up=leaves[1])
+        lora = lora.with_leaves(leaves)
     nats = model(row, cfg.plans[1], lora=lora)
     return [
         nats.detach(),

@@ -1,4 +1,4 @@
-"""The network: plans, parameters, adapters, and its forward against a second one written from the specification."""
+"""The network: plans, parameters, adapters, and its forward against a second, plain one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ RECORD = tg.Config.from_env({"PRESET": "record", "COMPUTE_DTYPE": "fp32"}, has_c
 
 def draw(cfg: tg.Config, seed: int = 0) -> tg.GPT:
     """A network none of whose parameters is zero or equal to another, as after training."""
-    model, g = tg.GPT(cfg), torch.Generator().manual_seed(seed)
+    model = tg.GPT(cfg)
+    g = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
         noise = torch.randn(p.shape, generator=g)
         spread = p.size(-1) ** -0.5 if name.endswith("bank") else 0.5 if name == "tok_emb" else 0.2
@@ -34,8 +35,10 @@ def draw_row(
     lengths: tuple[int, ...], seed: int = 0, vocab: int = VOCAB, padding: int = 0
 ) -> tg.Batch:
     """Random documents of these lengths in one row."""
-    n, rng = sum(lengths), np.random.default_rng(seed)
-    ids, starts = rng.integers(0, vocab, n + 1), np.cumsum([0, *lengths[:-1]])
+    n = sum(lengths)
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(0, vocab, n + 1)
+    starts = np.cumsum([0, *lengths[:-1]])
     return tg.pack_row(ids[:-1], ids[1:], starts, (n + padding, 2 * len(lengths) + 2, 64), CPU)
 
 
@@ -58,7 +61,7 @@ def error(out: Tensor, ref: Tensor) -> float:
     return float(((out.double() - ref).norm() / ref.norm()).detach())
 
 
-# --- The specification once more: fp64, one document, one head at a time -------------------------------------------
+# --- The specification once more: fp64, one document, one head at a time --------------------------
 def rms(x: Tensor) -> Tensor:
     return x / (x.square().mean(-1, keepdim=True) + 2.0**-23).sqrt()
 
@@ -80,7 +83,9 @@ class Reference:
         weights: dict[str, Tensor],
         lora: dict[tuple[str, int], tuple[Tensor, Tensor]],
     ):
-        self.cfg, self.w, self.lora = cfg, weights, lora
+        self.cfg = cfg
+        self.w = weights
+        self.lora = lora
 
     def adapted(self, y: Tensor, n: Tensor, site: str, slot: int) -> Tensor:
         a, b = self.lora.get((site, slot), (n.new_zeros(1, n.size(1)), n.new_zeros(y.size(1), 1)))
@@ -97,7 +102,10 @@ class Reference:
         return out
 
     def attn(self, i: int, slot: int, n: Tensor) -> Tensor:
-        cfg, w, L, D = self.cfg, self.w, self.cfg.num_layers, self.cfg.head_dim
+        cfg = self.cfg
+        w = self.w
+        L = self.cfg.num_layers
+        D = self.cfg.head_dim
         q = self.adapted(n @ w["qo_bank"][i].T, n, "q", slot)
         k = self.adapted(n @ w["kv_bank"][i].T, n, "k", slot)
         v = self.adapted(n @ w["kv_bank"][L + i].T, n, "v", slot)
@@ -105,11 +113,9 @@ class Reference:
         heads = []
         for h in range(cfg.num_heads):
             g = h // (cfg.num_heads // cfg.num_kv_heads)
-            qh, kh, vh = (
-                q[:, h * D : (h + 1) * D],
-                k[:, g * D : (g + 1) * D],
-                v[:, g * D : (g + 1) * D],
-            )
+            qh = q[:, h * D : (h + 1) * D]
+            kh = k[:, g * D : (g + 1) * D]
+            vh = v[:, g * D : (g + 1) * D]
             scores = w["q_gain"][i, h] * self.rope(rms(qh)) @ self.rope(rms(kh)).T / math.sqrt(D)
             y = scores.masked_fill(future, -torch.inf).softmax(-1) @ vh
             if i >= L - cfg.xsa_last_n:
@@ -134,11 +140,9 @@ class Reference:
         x = x0 = rms(w["tok_emb"][ids])
         skips, lanes = [], None
         for slot, i in enumerate(encoder + decoder):
-            c, m, k = (
-                1 / math.sqrt(i + 1) if cfg.ln_scale else 1.0,
-                w["resid_mix"][i],
-                slot - len(encoder),
-            )
+            c = 1 / math.sqrt(i + 1) if cfg.ln_scale else 1.0
+            m = w["resid_mix"][i]
+            k = slot - len(encoder)
             if lanes is None and cfg.parallel_start_layer and i >= cfg.parallel_start_layer:
                 lanes = x, x
             if k >= 0 and skips:
@@ -176,22 +180,28 @@ class Reference:
 
 
 def agree(cfg: tg.Config, looped: bool, lengths: tuple[int, ...], adapted: bool = False) -> None:
-    """Nats, and the gradient of a random mixture of them by every parameter and adapter, against the reference."""
-    model, row, plan = draw(cfg), draw_row(lengths), cfg.plans[looped]
+    """Nats, and the gradient of a random mixture of them, are those of the reference."""
+    model = draw(cfg)
+    row = draw_row(lengths)
+    plan = cfg.plans[looped]
     lora = draw_lora(cfg, len(lengths), len(plan)) if adapted else None
     mixture = torch.randn(sum(lengths), generator=torch.Generator().manual_seed(2))
-    names, leaves = [name for name, _ in model.named_parameters()], list(model.parameters())
+    names = [name for name, _ in model.named_parameters()]
+    leaves = list(model.parameters())
     names, leaves = (
         (names + ["down", "up"], leaves + [lora.down, lora.up]) if lora else (names, leaves)
     )
     exact = [p.detach().double().requires_grad_() for p in leaves]
-    weights, per_document = dict(zip(names, exact, strict=True)), [{}] * len(lengths)
+    weights = dict(zip(names, exact, strict=True))
+    per_document = [{}] * len(lengths)
     if lora:
-        up = dict(zip(lora.sites, weights["up"].split(lora.widths, 1), strict=True))
+        places = [(site.site, site.slot) for site in lora.sites]
+        b_of_all = weights["up"].split([site.width for site in lora.sites], 1)
+        up = dict(zip(places, b_of_all, strict=True))
         per_document = [
             {
                 site: (down, cfg.lora_scale * up[site][d])
-                for site, down in zip(lora.sites, weights["down"][d], strict=True)
+                for site, down in zip(places, weights["down"][d], strict=True)
             }
             for d in range(len(lengths))
         ]
@@ -249,9 +259,12 @@ def test_adapters_and_their_gradients_are_those_of_the_specification(looped, cha
 def scored_windows(
     model: tg.GPT, plan: tuple, n: int, padding: int, scored: int, forward=None
 ) -> list[Tensor]:
-    """Nats and adapter gradients of the last `scored` of the `n` positions of three windows, by `forward`; without one,
-    by a pass over all positions."""
-    row, width = draw_row((n, padding) * 3 if padding else (n,) * 3), n + padding
+    """Nats and adapter gradients of the last `scored` of the `n` positions of three windows.
+
+    By `forward` with these positions selected; without it, by a pass over all positions.
+    """
+    row = draw_row((n, padding) * 3 if padding else (n,) * 3)
+    width = n + padding
     select = (torch.arange(3)[:, None] * width + torch.arange(n - scored, n)).flatten()
     lora = draw_lora(model.cfg, 3, len(plan))
     nats = (
@@ -297,7 +310,9 @@ def test_selected_positions_of_any_network_and_adapters_give_the_same(changes):
 def test_last_visit_alone_asks_for_the_selected_positions_and_for_nothing_without_adapters(
     monkeypatch,
 ):
-    model, queries, real = draw(cfg := tiny_config(**DEEPER)), [], tg.attention
+    model = draw(cfg := tiny_config(**DEEPER))
+    queries = []
+    real = tg.attention
     monkeypatch.setattr(tg, "attention", lambda q, *rest: queries.append(len(q)) or real(q, *rest))
     scored_windows(model, cfg.plans[1], 7, 5, 3, model)
     assert queries == [36] * (len(cfg.plans[1]) - 1) + [9]
@@ -309,11 +324,9 @@ def test_last_visit_alone_asks_for_the_selected_positions_and_for_nothing_withou
 def test_adaptation_compiles_whole_and_not_again_for_another_window():
     torch.compiler.reset()
     cfg = tiny_config(num_layers=2, num_loops=0, parallel_start_layer=0, xsa_last_n=2)
-    model, counter, counts = (
-        draw(cfg).requires_grad_(False),
-        CompileCounterWithBackend("aot_eager"),
-        [],
-    )
+    model = draw(cfg).requires_grad_(False)
+    counter = CompileCounterWithBackend("aot_eager")
+    counts = []
     compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
     for n, padding, scored in (
         (10, 7, 6),
@@ -328,7 +341,7 @@ def test_adaptation_compiles_whole_and_not_again_for_another_window():
     torch.compiler.reset()
 
 
-# --- Conformance numbers --------------------------------------------------------------------------------------------
+# --- Conformance numbers --------------------------------------------------------------------------
 def test_record_has_the_published_number_of_parameters_and_adapter_values():
     assert sum(math.prod(role.shape) for role in tg.parameter_table(RECORD).values()) == 35_944_602
     lora = tg.LoRA.zeros(RECORD, 1, len(RECORD.plans[1]), torch.device("meta"))
@@ -347,8 +360,10 @@ def test_record_starts_at_the_loss_of_a_uniform_guess(record_at_init):
 
 
 def test_every_block_of_the_record_adds_exactly_nothing_at_first(record_at_init):
-    """So only embeddings, skips and the lanes' factor 1.1 are left, which the random skip weights make visible."""
-    model, row, seen = record_at_init, draw_row((1, 30, 17), vocab=8192), {}
+    """Only embeddings, skips and the lanes' factor 1.1 are left; random skip weights show them."""
+    model = record_at_init
+    row = draw_row((1, 30, 17), vocab=8192)
+    seen = {}
     with torch.no_grad():
         model.skip_weights.normal_(generator=torch.Generator().manual_seed(0))
         before = model(row, RECORD.plans[1], tap=lambda site, layer, x: seen.update({site: x}))
@@ -364,7 +379,7 @@ def test_every_block_of_the_record_adds_exactly_nothing_at_first(record_at_init)
     assert error(seen["head_in"], rms((attn + mlp) / 2)) < 1e-6
 
 
-# --- Plans ----------------------------------------------------------------------------------------------------------
+# --- Plans ----------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("layers", "loops", "segment", "looped", "encoder", "decoder", "skips"),
     [
@@ -422,11 +437,13 @@ def test_plans_written_out_by_hand(layers, loops, segment, looped, encoder, deco
 
 
 def test_a_skip_keeps_its_meaning_when_looping_starts():
-    """Each pair of layers mixes alike in both plans, and before looping every row of a shared pair is trained."""
+    """A pair of layers mixes alike in both plans; the plain plan trains every row of a pair."""
     cfg = tiny_config(
         num_layers=11, xsa_last_n=11, num_loops=2, loop_start=3, loop_end=5, parallel_start_layer=8
     )
-    model, (x, skip), used = draw(cfg), torch.randn(2, 9, cfg.model_dim), []
+    model = draw(cfg)
+    (x, skip) = torch.randn(2, 9, cfg.model_dim)
+    used = []
     for plan in cfg.plans:
         sources = [v.layer for v in plan if v.push]
         used.append([(v.layer, sources.pop(), v.skip) for v in plan if v.skip])
@@ -446,11 +463,13 @@ def test_a_skip_keeps_its_meaning_when_looping_starts():
         assert torch.equal(p.grad[0], p.grad[3])
 
 
-# --- Rows, documents, time ------------------------------------------------------------------------------------------
+# --- Rows, documents, time ------------------------------------------------------------------------
 @pytest.mark.parametrize("looped", [False, True])
 def test_a_row_equals_its_documents_one_by_one_wherever_they_stand(looped):
     cfg = tiny_config(**DEEPER)
-    model, row, plan = draw(cfg), draw_row(LENGTHS * 3, padding=20), cfg.plans[looped]
+    model = draw(cfg)
+    row = draw_row(LENGTHS * 3, padding=20)
+    plan = cfg.plans[looped]
     with torch.no_grad():
         nats = model(row, plan)
         for s in spans(
@@ -472,8 +491,11 @@ def test_positions_count_from_the_start_of_each_segment():
 @pytest.mark.parametrize("adapted", [False, True])
 @pytest.mark.parametrize("looped", [False, True])
 def test_no_token_sees_its_future_or_another_document(looped, adapted):
-    cfg, lengths = tiny_config(**DEEPER), (16, 16, 16)
-    model, row, plan = draw(cfg), draw_row(lengths), cfg.plans[looped]
+    cfg = tiny_config(**DEEPER)
+    lengths = (16, 16, 16)
+    model = draw(cfg)
+    row = draw_row(lengths)
+    plan = cfg.plans[looped]
     lora = draw_lora(cfg, 3, len(plan)) if adapted else None
     with torch.no_grad():
         before = model(row, plan, lora=lora)
@@ -489,7 +511,9 @@ def test_no_token_sees_its_future_or_another_document(looped, adapted):
 
 def test_no_target_no_loss_and_select_returns_the_nats_it_names():
     cfg = tiny_config(**DEEPER)
-    model, row, plan = draw(cfg), draw_row(LENGTHS), cfg.plans[1]
+    model = draw(cfg)
+    row = draw_row(LENGTHS)
+    plan = cfg.plans[1]
     nats = model(row, plan)
     some = torch.arange(len(nats)) % 3 == 0
     masked = model(row._replace(targets=row.targets.masked_fill(some, -1)), plan)
@@ -502,7 +526,10 @@ def test_no_target_no_loss_and_select_returns_the_nats_it_names():
 def test_taps_see_every_product_and_change_nothing():
     """And training, calibration and scoring are one forward: not a bit depends on the mode."""
     cfg = tiny_config(**DEEPER)
-    model, row, plan, seen = draw(cfg), draw_row(LENGTHS), cfg.plans[1], []
+    model = draw(cfg)
+    row = draw_row(LENGTHS)
+    plan = cfg.plans[1]
+    seen = []
     trained = model.train()(row, plan)
     with torch.no_grad():
         tapped = model.eval()(
@@ -520,10 +547,12 @@ def test_taps_see_every_product_and_change_nothing():
     assert seen == [*sites, ("head_in", 0, cfg.model_dim)]
 
 
-# --- Adapters -------------------------------------------------------------------------------------------------------
+# --- Adapters -------------------------------------------------------------------------------------
 def test_fresh_adapters_change_not_a_bit():
     cfg = tiny_config(**DEEPER)
-    model, row, plan = draw(cfg), draw_row((16, 16, 16)), cfg.plans[1]
+    model = draw(cfg)
+    row = draw_row((16, 16, 16))
+    plan = cfg.plans[1]
     lora = tg.LoRA.zeros(cfg, 3, len(plan), CPU)
     lora.reset(cfg.seed, [5, 0, 7])
     assert lora.down.abs().min() > 0
@@ -532,7 +561,9 @@ def test_fresh_adapters_change_not_a_bit():
 
 def test_an_adapter_serves_its_document_alone():
     cfg = tiny_config(**DEEPER)
-    model, row, plan = draw(cfg), draw_row((16, 16, 16)), cfg.plans[1]
+    model = draw(cfg)
+    row = draw_row((16, 16, 16))
+    plan = cfg.plans[1]
     lora = draw_lora(cfg, 3, len(plan))
     before = model(row, plan, lora=lora)
     before[16:32].sum().backward()
@@ -547,7 +578,7 @@ def test_an_adapter_serves_its_document_alone():
             assert not differs[32:].any()
 
 
-# --- Precision and compilation --------------------------------------------------------------------------------------
+# --- Precision and compilation --------------------------------------------------------------------
 def test_bf16_stays_near_fp32():
     nats = []
     for dtype in ("fp32", "bf16"):
@@ -558,14 +589,13 @@ def test_bf16_stays_near_fp32():
 
 
 def test_training_compiles_once_per_plan_whatever_the_documents(tiny_data):
-    """Captured whole, forward and backward traced by AOT autograd; code generation is left out for its time."""
+    """AOT autograd traces forward and backward; generating code would take too long."""
     torch.compiler.reset()
-    cfg, counter, rng = (
-        tiny_config(),
-        CompileCounterWithBackend("aot_eager"),
-        np.random.default_rng(0),
-    )
-    model, shape = draw(cfg), cfg.row_shape
+    cfg = tiny_config()
+    counter = CompileCounterWithBackend("aot_eager")
+    rng = np.random.default_rng(0)
+    model = draw(cfg)
+    shape = cfg.row_shape
     compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=False)
     loader = tg.PackedLoader(
         tg.TokenStream(tiny_data / "datasets" / cfg.dataset, "train"), 1, cfg, cpu_ranks()

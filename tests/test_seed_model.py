@@ -1,6 +1,7 @@
-"""The parts of PR #473, #1413 and #605 in the network and its adapters, against the same written plainly in fp64.
+"""Parts of PR #473, #1413 and #605 in the network and its adapters, against a plain form in fp64.
 
-Run as a script, this file is its own child process, which needs TRITON_INTERPRET=1 from the first import of triton.
+Run as a script, this file is its own child process, which needs TRITON_INTERPRET=1 before the first
+import of triton.
 """
 
 from __future__ import annotations
@@ -58,30 +59,35 @@ EXTRAS = dict(
 )
 
 
-# --- The specification: one segment at a time, fp64 -----------------------------------------------------------------
+# --- The specification: one segment at a time, fp64 -----------------------------------------------
 def bucket(ids: list[int], t: int, rows: int) -> int:
     return rows - 1 if t == 0 else ((36313 * ids[t]) ^ (27191 * ids[t - 1])) % (rows - 1)
 
 
 def rope(x: Tensor, cfg: tg.Config, bound: int) -> Tensor:
-    r, base, out = cfg.rope_dims or cfg.head_dim, cfg.rope_base, x.clone()
+    r = cfg.rope_dims or cfg.head_dim
+    base = cfg.rope_base
+    out = x.clone()
     if cfg.rope_train_seq_len and bound > cfg.rope_train_seq_len:
         base *= (bound / cfg.rope_train_seq_len) ** (r / (r - 2))
     for i in range(r // 2):
         angle = torch.arange(len(x)).double() * base ** (-2 * i / r)
         x1, x2 = x[:, i], x[:, i + r // 2]
-        out[:, i], out[:, i + r // 2] = (
-            x1 * angle.cos() + x2 * angle.sin(),
-            -x1 * angle.sin() + x2 * angle.cos(),
-        )
+        out[:, i] = x1 * angle.cos() + x2 * angle.sin()
+        out[:, i + r // 2] = -x1 * angle.sin() + x2 * angle.cos()
     return out
 
 
 def logits(
     cfg: tg.Config, w: dict[str, Tensor], ids: Tensor, lora: dict, bound: int = 64
 ) -> Tensor:
-    """Of a network without loops and lanes; `lora`: (site, layer) -> A, B, and ("bias", layer) -> vector."""
-    L, D, tokens = cfg.num_layers, cfg.head_dim, ids.tolist()
+    """Logits of a network without loops and lanes.
+
+    lora: (site, layer) -> (A, B), and ("bias", layer) -> vector.
+    """
+    L = cfg.num_layers
+    D = cfg.head_dim
+    tokens = ids.tolist()
 
     def product(site: str, layer: int, n: Tensor, y: Tensor) -> Tensor:
         a, b = lora.get((site, layer), (None, None))
@@ -93,11 +99,14 @@ def logits(
         x = x + w["bigram_scale"] * (hashed @ w["bigram_proj"].T)
     x = rms(x)
     if cfg.smear_enabled:
-        g, before = w["smear_gate"].sigmoid(), [torch.zeros_like(x[0]), *x[:-1]]
+        g = w["smear_gate"].sigmoid()
+        before = [torch.zeros_like(x[0]), *x[:-1]]
         x = torch.stack(
             [(1 - g) * x[t] + g * before[t] * (tokens[t] != BOS) for t in range(len(ids))]
         )
-    x0, skips, future = x, [], torch.ones(len(ids), len(ids), dtype=torch.bool).triu(1)
+    x0 = x
+    skips = []
+    future = torch.ones(len(ids), len(ids), dtype=torch.bool).triu(1)
     for i in range(L):
         depth, scale = 1 / math.sqrt(i + 1), w["resid_mix"][i]
         norm, branch = depth if cfg.ln_scale else 1.0, depth if cfg.branch_scale else 1.0
@@ -116,11 +125,9 @@ def logits(
             )
         for h in range(cfg.num_heads):
             group = h // (cfg.num_heads // cfg.num_kv_heads)
-            qh, kh, vh = (
-                q[:, h * D : (h + 1) * D],
-                k[:, group * D : (group + 1) * D],
-                v[:, group * D : (group + 1) * D],
-            )
+            qh = q[:, h * D : (h + 1) * D]
+            kh = k[:, group * D : (group + 1) * D]
+            vh = v[:, group * D : (group + 1) * D]
             scores = (
                 w["q_gain"][i, h]
                 * rope(rms(qh), cfg, bound)
@@ -147,25 +154,39 @@ def logits(
     )
 
 
+def b_of_sites(lora: tg.LoRA, up: Tensor) -> tuple[Tensor, ...]:
+    """B of every site, from all of them end to end along the last axis but one."""
+    return up.split([site.width for site in lora.sites], -2)
+
+
 def draw_adapters(cfg: tg.Config, count: int) -> tg.LoRA:
     """Adapters of `count` documents that all act."""
-    lora, g = tg.LoRA.zeros(cfg, count, cfg.num_layers, CPU), torch.Generator().manual_seed(3)
+    lora = tg.LoRA.zeros(cfg, count, cfg.num_layers, CPU)
+    g = torch.Generator().manual_seed(3)
     lora.reset(cfg.seed, list(range(count)))
     with torch.no_grad():
         for leaf in lora.leaves[1:]:
             leaf.normal_(std=0.3, generator=g)
-        for rank, b in zip(lora.ranks, lora.up.split(lora.widths, 1), strict=True):
-            b[..., rank:] = 0  # as updates leave it
+        for site, b in zip(lora.sites, b_of_sites(lora, lora.up), strict=True):
+            b[..., site.rank :] = 0  # as updates leave it
     return lora
+
+
+def repeated(lora: tg.LoRA, count: int) -> tg.LoRA:
+    """The adapters of one document for `count` documents."""
+    return lora.with_leaves([leaf.repeat_interleave(count, 0) for leaf in lora.leaves])
 
 
 def plain_adapters(lora: tg.LoRA, leaves: list[Tensor], document: int) -> dict:
     """(site, layer) -> A and B of the site's own rank; nothing beyond it."""
-    down, up, ranks = leaves[0][document], leaves[1][document].split(lora.widths), lora.ranks
-    found = {site: (down[i, : ranks[i]], up[i][:, : ranks[i]]) for i, site in enumerate(lora.sites)}
-    return found | {
-        ("bias", i): x for i, x in enumerate(leaves[2][document] if len(leaves) > 2 else [])
-    }
+    down, up, *bias = (leaf[document] for leaf in leaves)
+    found = {}
+    for site, a, b in zip(lora.sites, down, b_of_sites(lora, up), strict=True):
+        found[site.site, site.slot] = a[: site.rank], b[:, : site.rank]
+    for vectors in bias:
+        for layer, vector in enumerate(vectors):
+            found["bias", layer] = vector
+    return found
 
 
 def row_with_bos(lengths: tuple[int, ...]) -> tg.Batch:
@@ -184,19 +205,16 @@ def test_nats_and_all_gradients_are_those_of_the_specification(
     changes, fused, adapted, temperature
 ):
     switches = dict.fromkeys(("fused_mlp", "fused_qk", "fused_xsa", "fused_ce"), fused)
-    cfg, lengths = (
-        tiny_config(**{**changes, **EXTRAS, **switches}),
-        (12, 12) if adapted else (1, 7, 30),
-    )
-    model, row, lora = (
-        draw(cfg),
-        row_with_bos(lengths),
-        draw_adapters(cfg, len(lengths)) if adapted else None,
-    )
+    cfg = tiny_config(**{**changes, **EXTRAS, **switches})
+    lengths = (12, 12) if adapted else (1, 7, 30)
+    model = draw(cfg)
+    row = row_with_bos(lengths)
+    lora = draw_adapters(cfg, len(lengths)) if adapted else None
     names, leaves = zip(*model.named_parameters(), strict=True)
     leaves = [*leaves, *(lora.leaves if lora else [])]
     exact = [p.detach().double().requires_grad_() for p in leaves]
-    weights, wanted = dict(zip(names, exact, strict=False)), []
+    weights = dict(zip(names, exact, strict=False))
+    wanted = []
     for d, s in enumerate(spans(lengths)):
         z = logits(
             cfg,
@@ -205,10 +223,8 @@ def test_nats_and_all_gradients_are_those_of_the_specification(
             plain_adapters(lora, exact[len(names) :], d) if lora else {},
         )
         wanted.append(F.cross_entropy(z / temperature, row.targets[s], reduction="none"))
-    wanted, mixture = (
-        torch.cat(wanted),
-        torch.randn(sum(lengths), generator=torch.Generator().manual_seed(2)),
-    )
+    wanted = torch.cat(wanted)
+    mixture = torch.randn(sum(lengths), generator=torch.Generator().manual_seed(2))
     found = model(row, cfg.plans[0], lora=lora, temperature=temperature)
     assert error(found, wanted) < 1e-5
     with torch.no_grad():  # the loss has another way without gradients
@@ -223,7 +239,7 @@ def test_nats_and_all_gradients_are_those_of_the_specification(
         assert (g - ref).norm() < 1e-4 * max(float(ref.norm()), 1.0), name
 
 
-# --- Sizes, and what is off -----------------------------------------------------------------------------------------
+# --- Sizes, and what is off -----------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("preset", "changes", "count"),
     [
@@ -243,9 +259,7 @@ def test_adapters_of_pr605_hold_the_published_values_but_the_unused_second_bias(
     cfg = tg.Config(**tg.PRESETS["pr605"])
     lora = tg.LoRA.zeros(cfg, 1, 11, torch.device("meta"))
     used = 11 * (2 * 512 * 8 + (512 + 256) * 8) + 16 * (512 + 1024) + 11 * 512
-    assert sum(
-        math.prod((rank, 512 + width)) for rank, width in zip(lora.ranks, lora.widths, strict=True)
-    ) == (used - 11 * 512)
+    assert sum(site.rank * (512 + site.width) for site in lora.sites) == used - 11 * 512
     assert lora.bias.numel() == 11 * 512
 
 
@@ -275,10 +289,8 @@ def test_optimisers_leave_input_features_alone_where_told_to():
     for trains in (True, False):
         cfg = tiny_config(**PR473, train_input_features=trains, adam_wd=0.5, embed_wd=0.5)
         model = draw(cfg)
-        optimizers, before = (
-            tg.Optimizers(model, cfg, cpu_ranks()),
-            {n: p.clone() for n, p in model.named_parameters()},
-        )
+        optimizers = tg.Optimizers(model, cfg, cpu_ranks())
+        before = {n: p.clone() for n, p in model.named_parameters()}
         for _ in range(2):
             model(draw_row((16, 16)), cfg.plans[0]).mean().backward()
             optimizers.step(1.0, 0.9)
@@ -287,17 +299,17 @@ def test_optimisers_leave_input_features_alone_where_told_to():
         assert moved == set(before) - (set() if trains else features)
 
 
-# --- What enters the stream -----------------------------------------------------------------------------------------
-def embedded(model: tg.GPT, row: tg.Batch) -> tuple[Tensor, tg.PassInfo]:
-    place = tg.segment_positions(row.cu_seqlens, row.inputs.numel())
-    return model.embed(
-        tg.PassInfo(row, place, place, lambda *_: None, None)
-    )  # no attention: no RoPE
+# --- What enters the stream -----------------------------------------------------------------------
+def embedded(model: tg.GPT, row: tg.Batch) -> Tensor:
+    """x0 of every token of a row."""
+    return model.embed(row.inputs, tg.segment_positions(row.cu_seqlens, row.inputs.numel()))
 
 
 def test_pairs_go_to_the_published_buckets_also_with_the_largest_ids(monkeypatch):
     cfg = tiny_config(**PLAIN, bigram_vocab_size=3072, bigram_dim=2, vocab_size=65536)
-    ids, seen, original = torch.tensor([5, 7, 7, 0, 65535, 65535, 9, 1, 300]), [], F.embedding
+    ids = torch.tensor([5, 7, 7, 0, 65535, 65535, 9, 1, 300])
+    seen = []
+    original = F.embedding
     row = tg.Batch(ids, ids, torch.tensor([0, 6, 9, 9], dtype=torch.int32), 64)
     monkeypatch.setattr(
         F, "embedding", lambda i, table: (seen.append((i, table)), original(i, table))[1]
@@ -327,9 +339,10 @@ def test_smallest_table_has_a_row_for_pairs_and_one_for_starts():
 
 def test_pairs_add_nothing_at_first_but_reach_their_table():
     cfg = tiny_config(**PLAIN, bigram_vocab_size=64, bigram_dim=16)
-    model, row = tg.GPT(cfg), draw_row((9, 6))
-    assert torch.equal(embedded(model, row)[0], tg.rms_norm(F.embedding(row.inputs, model.tok_emb)))
-    x, _ = embedded(model, row)
+    model = tg.GPT(cfg)
+    row = draw_row((9, 6))
+    assert torch.equal(embedded(model, row), tg.rms_norm(F.embedding(row.inputs, model.tok_emb)))
+    x = embedded(model, row)
     (x * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))).sum().backward()
     used = {
         bucket(row.inputs[s].tolist(), t, 64)
@@ -344,23 +357,29 @@ def test_pairs_add_nothing_at_first_but_reach_their_table():
 
 
 def test_smear_is_at_first_the_mean_with_the_predecessor_and_crosses_no_document():
-    cfg, lengths = tiny_config(**PLAIN, smear_enabled=True), (6, 1, 9)
-    model, row = tg.GPT(cfg), draw_row(lengths)
+    cfg = tiny_config(**PLAIN, smear_enabled=True)
+    lengths = (6, 1, 9)
+    model = tg.GPT(cfg)
+    row = draw_row(lengths)
     row.inputs[[2, 10, 11]] = BOS
-    x, _ = embedded(model, row)
-    token, begins = tg.rms_norm(F.embedding(row.inputs, model.tok_emb)), {0, 6, 7, 2, 10, 11}
+    x = embedded(model, row)
+    token = tg.rms_norm(F.embedding(row.inputs, model.tok_emb))
+    begins = {0, 6, 7, 2, 10, 11}
     for t in range(16):
         assert torch.equal(x[t], token[t] / 2 if t in begins else (token[t] + token[t - 1]) / 2), t
     with torch.no_grad():
         model.smear_gate.fill_(50.0)  # all of the predecessor, if there is one
-    x, _ = embedded(model, row)
+    x = embedded(model, row)
     for t in range(16):
         assert torch.equal(x[t], token[t] * 0 if t in begins else token[t - 1]), t
 
 
 def test_second_embedding_is_added_to_the_values_of_its_layers_alone(monkeypatch):
     cfg = tiny_config(**PLAIN, **VALUES)
-    model, row, seen, original = tg.GPT(cfg), draw_row((9, 6)), [], tg.attention
+    model = tg.GPT(cfg)
+    row = draw_row((9, 6))
+    seen = []
+    original = tg.attention
     monkeypatch.setattr(
         tg,
         "attention",
@@ -382,7 +401,8 @@ def test_second_embedding_is_added_to_the_values_of_its_layers_alone(monkeypatch
 @pytest.mark.parametrize("changes", [PR473, PR605, MIXED], ids=["pr473", "pr605", "mixed"])
 def test_no_token_sees_its_future_or_another_document(changes):
     cfg = tiny_config(**changes)
-    model, row = draw(cfg), draw_row((16, 16, 16))
+    model = draw(cfg)
+    row = draw_row((16, 16, 16))
     with torch.no_grad():
         before = model(row, cfg.plans[0])
         for changed in (0, 15, 16, 20, 31, 47):
@@ -417,14 +437,15 @@ def test_longer_segments_raise_the_base_of_rope(dims, base, length, wanted):
 
 def test_the_bound_of_a_row_and_not_its_segments_decides_on_the_base():
     cfg = tiny_config(**PLAIN, rope_train_seq_len=32)
-    model, row = draw(cfg), draw_row((9, 30))
+    model = draw(cfg)
+    row = draw_row((9, 30))
     with torch.no_grad():
         plain = draw(dataclasses.replace(cfg, rope_train_seq_len=0))(row, cfg.plans[0])
         assert torch.equal(model(row._replace(max_seqlen=32), cfg.plans[0]), plain)
         assert not torch.equal(model(row, cfg.plans[0]), plain)  # its bound is 64
 
 
-# --- The slope of the MLP -------------------------------------------------------------------------------------------
+# --- The slope of the MLP -------------------------------------------------------------------------
 def plain_activation(pre: Tensor, slope: float) -> Tensor:
     return (pre.clamp_min(0) + slope * pre.clamp_max(0)).square()
 
@@ -458,7 +479,8 @@ def test_fused_mlp_of_any_slope_equals_autograd(slope):
 
 def interpreted() -> list:
     """[slope, what, error] of the Triton kernel run by its interpreter."""
-    results, g = [], torch.Generator().manual_seed(0)
+    results = []
+    g = torch.Generator().manual_seed(0)
     for slope in (0.0, 0.3):
         x, dy, up, down = (
             torch.randn(*s, generator=g, dtype=torch.float64) * s[-1] ** -0.5
@@ -491,13 +513,14 @@ def test_interpreted_kernel_of_any_slope_equals_float64():
     assert all(found < 1e-6 for *_, found in results), results  # false for NaN, too
 
 
-# --- Temperature ----------------------------------------------------------------------------------------------------
+# --- Temperature ----------------------------------------------------------------------------------
 @pytest.mark.parametrize("gradient", [True, False])
 @pytest.mark.parametrize("adapted", [False, True], ids=["plain", "adapted"])
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "separate"])
 def test_probabilities_of_all_tokens_add_up_to_one_at_any_temperature(fused, adapted, gradient):
     cfg = tiny_config(**PLAIN, **EXTRAS, fused_ce=fused)
-    model, one = draw(cfg), torch.tensor([1, 44, 90, 17])
+    model = draw(cfg)
+    one = torch.tensor([1, 44, 90, 17])
     targets = torch.stack([one, one, one, one]).repeat(VOCAB // 4, 1)
     targets[:, -1] = torch.arange(VOCAB)  # every candidate, after the same context
     row = tg.Batch(
@@ -506,11 +529,7 @@ def test_probabilities_of_all_tokens_add_up_to_one_at_any_temperature(fused, ada
         torch.arange(0, 4 * VOCAB + 1, 4, dtype=torch.int32),
         64,
     )
-    lora = (
-        draw_adapters(cfg, 1).over(lambda x: x.repeat(VOCAB, *[1] * (x.dim() - 1)))
-        if adapted
-        else None
-    )
+    lora = repeated(draw_adapters(cfg, 1), VOCAB) if adapted else None
     with torch.set_grad_enabled(gradient):
         hot, cold, given = (
             model(row, cfg.plans[0], lora=lora, temperature=t)[3::4].detach().double().neg().exp()
@@ -558,7 +577,7 @@ def test_temperature_applies_wherever_something_is_scored_and_nowhere_else(
     assert 0 < result["val_bpb"] < 20
 
 
-# --- Adapters -------------------------------------------------------------------------------------------------------
+# --- Adapters -------------------------------------------------------------------------------------
 def model_with(**overrides: object) -> tg.GPT:
     return draw(tiny_config(**{**ADAPTS, **PR473, **EXTRAS, "ttt_batch_size": 8, **overrides}))
 
@@ -577,11 +596,13 @@ def test_what_lies_beyond_a_sites_rank_is_and_stays_zero(ranks, settings):
         model_with(ttt_lora_rank=ranks[0], ttt_lm_rank=ranks[1], ttt_min_doc_len=0, **settings)
     )
     scores(state, documents(100, 70))
-    assert state.updates == 7
-    down, up = state.master.down.detach(), state.master.up.detach().split(state.master.widths, 1)
-    for i, ((site, _), b) in enumerate(zip(state.master.sites, up, strict=True)):
-        rank = ranks[site == "head"]
-        assert state.master.ranks[i] == rank
+    assert state.documents.updates == 7
+    master = state.documents.master
+    down = master.down.detach()
+    up = b_of_sites(master, master.up.detach())
+    for i, (site, b) in enumerate(zip(master.sites, up, strict=True)):
+        rank = ranks[1] if site.site == "head" else ranks[0]
+        assert site.rank == rank
         assert down[:, i, :rank].all() and b[..., :rank].any(1).all()  # all in use have moved
         assert not down[:, i, rank:].any() and not b[..., rank:].any()
 
@@ -601,67 +622,64 @@ def test_equal_ranks_draw_what_they_always_drew():
     )
 
 
+def first_update(settings: dict) -> tuple[tg.LoRA, list[Tensor]]:
+    """The adapters of two documents, and what one update of random gradients added to each leaf."""
+    state = adaptation(model_with(**settings, ttt_weight_decay=0.0))
+    state.begin(documents(40, 30), np.array([0, 1]))
+    master = state.documents.master
+    before = [leaf.detach().clone() for leaf in master.leaves]
+    g = torch.Generator().manual_seed(4)
+    grads = tuple(torch.randn(leaf.shape, generator=g) for leaf in master.leaves)
+    state.apply_gradients(grads, slice(0, 2), 1)
+    return master, [leaf.detach() - x for leaf, x in zip(master.leaves, before, strict=True)]
+
+
 @pytest.mark.parametrize("settings", OPTIMISERS, ids=["adam", "adam with momentum", "sgd"])
 def test_factors_scale_the_first_update_of_their_adapters_and_of_no_other(settings):
-    factors, moved = {"q": 0.5, "v": 1.5, "head": 2.0, "bias": 4.0}, []
-    for text in ("", ",".join(f"{site}:{f:g}" for site, f in factors.items())):
-        changes = {**settings, "ttt_lr_factors": text, "ttt_weight_decay": 0.0}
-        state = adaptation(model_with(**changes))
-        state.begin(documents(40, 30), np.array([0, 1]))
-        before, g = (
-            [x.detach().clone() for x in state.master.leaves],
-            torch.Generator().manual_seed(4),
-        )
-        grads = tuple(torch.randn(x.shape, generator=g) for x in state.master.leaves)
-        state.learn(grads, slice(0, 2), 1)
-        moved.append([x.detach() - y for x, y in zip(state.master.leaves, before, strict=True)])
-        sites, widths = state.master.sites, state.master.widths
-    (a, b, bias), (scaled_a, scaled_b, scaled_bias) = moved
-    assert torch.equal(scaled_bias, 4 * bias) and bias.all()
-    for i, ((site, _), x, y) in enumerate(
-        zip(sites, b.split(widths, 1), scaled_b.split(widths, 1), strict=True)
-    ):
-        f = factors.get(site, 1.0)
-        assert (
-            torch.equal(y, f * x) if f != 1.5 else error(y, f * x.double()) < 1e-6
-        )  # B and bias start from 0
-        assert (scaled_a[:, i] - f * a[:, i]).abs().max() < 1e-6 * max(1.0, float(a.abs().max()))
+    factors = {"q": 0.5, "v": 1.5, "head": 2.0, "bias": 4.0}
+    text = ",".join(f"{site}:{factor:g}" for site, factor in factors.items())
+    lora, (a, b, bias) = first_update({**settings, "ttt_lr_factors": ""})
+    _, (scaled_a, scaled_b, scaled_bias) = first_update({**settings, "ttt_lr_factors": text})
+    assert bias.all()
+    assert torch.equal(scaled_bias, 4 * bias)
+    pairs = zip(b_of_sites(lora, b), b_of_sites(lora, scaled_b), strict=True)
+    for i, (plain, scaled) in enumerate(pairs):
+        factor = factors.get(lora.sites[i].site, 1.0)
+        # B starts from 0, so a power of two scales it exactly.
+        if factor == 1.5:
+            assert error(scaled, factor * plain.double()) < 1e-6
+        else:
+            assert torch.equal(scaled, factor * plain)
+        limit = 1e-6 * max(1.0, float(a.abs().max()))
+        assert (scaled_a[:, i] - factor * a[:, i]).abs().max() < limit
 
 
 @pytest.mark.parametrize("steps", [1, 2])
 def test_rate_falls_on_a_cosine_to_a_tenth_over_as_many_chunks_as_told(steps):
-    state, rates = (
-        adaptation(
-            model_with(
-                ttt_min_doc_len=0, ttt_max_doc_len=0, ttt_lr_factors="bias:1", ttt_grad_steps=steps
-            )
-        ),
-        [],
-    )
-    update = state.update
-    state.update = lambda leaf, mine, grad, about, t, rate, cfg: (
-        rates.append(float(rate.max())),
-        update(leaf, mine, grad, about, t, rate, cfg),
-    )
+    settings = dict(ttt_min_doc_len=0, ttt_max_doc_len=0, ttt_lr_factors="bias:1")
+    state = adaptation(model_with(**settings, ttt_grad_steps=steps))
+    update, rates = state.update, []
+
+    def noting(leaf, master, grad, moments, t, rate, cfg):
+        rates.append(float(rate.max()))
+        update(leaf, master, grad, moments, t, rate, cfg)
+
+    state.update = noting
     scores(state, documents(8 * C))
-    wanted = [
-        1.0,
-        0.5 + 0.5**1.5,
-        0.5,
-        0.5 - 0.5**1.5,
-        0.1,
-        0.1,
-        0.1,
-    ]  # seven chunks are learnt from
-    assert rates[:: 3 * steps] == pytest.approx([0.01 * x for x in wanted])
-    assert rates == [x for x in rates[:: 3 * steps] for _ in range(3 * steps)]
+    # Seven chunks are learnt from, each by three leaves.
+    wanted = [1.0, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5, 0.1, 0.1, 0.1]
+    of_chunk = rates[:: 3 * steps]
+    assert of_chunk == pytest.approx([0.01 * x for x in wanted])
+    assert rates == [rate for rate in of_chunk for _ in range(3 * steps)]
 
 
 def test_zero_bias_changes_no_bit_and_each_vector_serves_its_document_and_layer():
     cfg = tiny_config(**MIXED, **EXTRAS)
-    model, row, lora = draw(cfg), draw_row((12, 12, 12)), draw_adapters(cfg, 3)
+    model = draw(cfg)
+    row = draw_row((12, 12, 12))
+    lora = draw_adapters(cfg, 3)
     with torch.no_grad():
-        without = model(row, cfg.plans[0], lora=lora._replace(bias=None))
+        without = model(row, cfg.plans[0], lora=dataclasses.replace(lora, bias=None))
         lora.bias.zero_()
         assert torch.equal(model(row, cfg.plans[0], lora=lora), without)
         lora.bias[1, 2] = 0.1
@@ -675,7 +693,9 @@ def test_zero_bias_changes_no_bit_and_each_vector_serves_its_document_and_layer(
 @pytest.mark.parametrize("lanes", [0, 3])
 def test_selected_positions_give_the_same_nats_and_gradients_with_biases(lanes):
     cfg = tiny_config(**{**MIXED, **EXTRAS, "parallel_start_layer": lanes})
-    model, row, found = draw(cfg), draw_row((12, 12)), []
+    model = draw(cfg)
+    row = draw_row((12, 12))
+    found = []
     select = torch.tensor([9, 10, 11, 21, 22, 23])
     for picked in (None, select):
         lora = draw_adapters(cfg, 2)
@@ -686,33 +706,29 @@ def test_selected_positions_give_the_same_nats_and_gradients_with_biases(lanes):
         assert error(part, whole.double()) < 1e-6
 
 
-# --- From the first to the last place to learn from -------------------------------------------------------------------
+# --- From the first to the last place to learn from -----------------------------------------------
 def test_nothing_is_learnt_outside_the_range_of_places():
-    docs, model = (
-        documents(200, 20),
-        model_with(ttt_min_doc_len=48, ttt_max_doc_len=96, ttt_grad_steps=2),
-    )
-    state, learnt = adaptation(model), []
-    original, at = state.learn, []
-    state.learn = lambda grads, rows, number: (
-        learnt.append((at[-1], number)),
-        original(grads, rows, number),
-    )
-    score = state.score
-    state.score = lambda ledger, start, end, rows: (
-        at.append(end),
-        score(ledger, start, end, rows),
-    )[1]
+    docs = documents(200, 20)
+    state = adaptation(model_with(ttt_min_doc_len=48, ttt_max_doc_len=96, ttt_grad_steps=2))
+    forward_chunk, apply_gradients = state.forward_chunk, state.apply_gradients
+    ends, learnt = [], []
+
+    def forward(ledger, start, end, rows):
+        ends.append(end)
+        return forward_chunk(ledger, start, end, rows)
+
+    def learn(grads, rows, number):
+        learnt.append((ends[-1], number))
+        apply_gradients(grads, rows, number)
+
+    state.forward_chunk, state.apply_gradients = forward, learn
     found = scores(state, docs)[0]
-    assert learnt == [
-        (48 + 16 * (i // 2), i + 1) for i in range(8)
-    ]  # chunks that end at 48, 64, 80 and 96, twice each
-    frozen = adaptation(model_with(ttt_lora_lr=0.0))
-    base = scores(frozen, docs)
-    assert_equal(found[:48], base[0][:48])
-    assert (
-        found[48:] != base[0][48:]
-    ).mean() > 0.9  # also after the last update: what is learnt stays
+    # Chunks that end at 48, 64, 80 and 96, twice each.
+    assert learnt == [(48 + 16 * (i // 2), i + 1) for i in range(8)]
+    base = scores(adaptation(model_with(ttt_lora_lr=0.0)), docs)[0]
+    assert_equal(found[:48], base[:48])
+    # Also after the last update: what is learnt stays.
+    assert (found[48:] != base[48:]).mean() > 0.9
 
 
 @pytest.mark.parametrize("count", [1, 20, 31, 32, 33, 48, 90, 128, 129, 160])
@@ -729,7 +745,8 @@ def test_cut_or_continued_document_keeps_the_scores_of_its_beginning(count):
 def test_edited_token_changes_no_score_before_it_and_no_other_document(place):
     docs = documents(150, 120, 33)
     state = adaptation(model_with(ttt_grad_steps=2))
-    before, at = scores(state, docs), docs.starts[0] + place
+    before = scores(state, docs)
+    at = docs.starts[0] + place
     docs.tokens[at] = 4 + (docs.tokens[at] - 3) % (VOCAB - 4)
     after = scores(state, docs)
     assert_equal(after[0][: place - 1], before[0][: place - 1])
@@ -740,7 +757,8 @@ def test_edited_token_changes_no_score_before_it_and_no_other_document(place):
 
 @pytest.mark.parametrize("settings", OPTIMISERS[1:], ids=["adam", "sgd"])
 def test_batch_mates_and_order_do_not_change_a_score_with_everything_on(settings):
-    docs, model = documents(*LENGTHS), model_with(**settings)
+    docs = documents(*LENGTHS)
+    model = model_with(**settings)
     state = adaptation(model)
     alone = {d: scores(state, docs, [d])[d] for d in range(len(LENGTHS))}
     for batch in ([0, 1, 2, 3, 4, 5, 6], [6, 2, 4, 0], [5, 3, 1]):
@@ -753,11 +771,12 @@ def test_batch_mates_and_order_do_not_change_a_score_with_everything_on(settings
         assert difference(nats, alone[d]) < 1e-6
 
 
-# --- Compilation ----------------------------------------------------------------------------------------------------
+# --- Compilation ----------------------------------------------------------------------------------
 def test_adapted_forward_with_everything_on_is_one_graph():
     torch.compiler.reset()
     cfg = tiny_config(**{**PR473, **EXTRAS, "num_layers": 2, "xsa_last_n": 1, "ve_layers": "1"})
-    model, counter = draw(cfg), CompileCounter()
+    model = draw(cfg)
+    counter = CompileCounter()
     with torch._dynamo.config.patch(specialize_int=True, specialize_float=True):
         compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
         for count, n in (
@@ -765,7 +784,8 @@ def test_adapted_forward_with_everything_on_is_one_graph():
             (7, 20),
             (9, 10),
         ):  # first sizes that no other has: torch takes equal ones for one
-            (inputs, targets, *_), lora = draw_row((n,) * count), draw_adapters(cfg, count)
+            (inputs, targets, *_) = draw_row((n,) * count)
+            lora = draw_adapters(cfg, count)
             ends = torch.arange(2 * count + 1, dtype=torch.int32).mul(n).clamp_max(n * count)
             row = tg.Batch(inputs.clone(), targets.clone(), ends, 64)
             select = torch.arange(n * count).view(count, n)[:, -3:].flatten()

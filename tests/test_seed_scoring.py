@@ -1,4 +1,4 @@
-"""Compression and scoring of the older systems: quantisers without Hessians, tables, headers, chunks of all parts."""
+"""Compression and scoring of the older systems: quantisers, tables, headers, chunks."""
 
 from __future__ import annotations
 
@@ -87,7 +87,8 @@ def packed_by(
     cfg: tg.Config, ranks: tg.Ranks = ONE, model: tg.GPT | None = None
 ) -> tuple[tg.GPT, bytes]:
     """A network of random weights and its artifact, as `Run.compress` makes it."""
-    model, rows = model or random_model(cfg), random_rows(cfg, 4)
+    model = model or random_model(cfg)
+    rows = random_rows(cfg, 4)
     run = SimpleNamespace(cfg=cfg, model=model, ranks=ranks, forward=model)
     calibration = tg.Run.calibrate(run, cfg.plans[1], rows[ranks.rank :: ranks.world_size])
     return model, tg.fit_artifact(
@@ -108,7 +109,7 @@ def relative(found: tg.GPT, wanted: tg.GPT, name: str) -> float:
     return float((a - b).norm() / b.norm())
 
 
-# --- Quantisers without Hessians --------------------------------------------------------------------------------------
+# --- Quantisers without Hessians ------------------------------------------------------------------
 PERCENTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)
 
 
@@ -127,7 +128,8 @@ def reference_steps(
 
 @pytest.mark.parametrize("floor", [1.0, 0.3, 1e-3])
 def test_each_matrix_has_the_percentile_of_least_error_but_no_step_below_the_floor(floor):
-    rng, qmax = np.random.default_rng(0), 31
+    rng = np.random.default_rng(0)
+    qmax = 31
     weights = rng.normal(0, 0.1, (4, 6, 3000))
     weights[1, :, 0] = 30  # far outliers: to clip them costs more than fine steps gain
     weights[2] = rng.laplace(0, 0.1, (6, 3000))
@@ -181,10 +183,8 @@ def test_codes_are_the_nearest_and_come_back_through_every_compressor(quantizer,
     assert {"tok_emb", "bigram_emb", "ve_emb"} < codes.keys()
     for name, q in codes.items():
         table = name.endswith("_emb")
-        qmax, shares = (
-            (127 if table else 31),
-            PERCENTILES if quantizer == "gptq_lite" and not table else (0.9999984,),
-        )
+        qmax = 127 if table else 31
+        shares = PERCENTILES if quantizer == "gptq_lite" and not table else (0.9999984,)
         w = model.get_parameter(name).detach().view(q.shape).double().numpy()
         for i, matrix in enumerate(w):
             step = reference_steps(matrix, qmax, 1.0, shares)[0].astype(np.float64)[:, None]
@@ -216,7 +216,8 @@ def digest(ranks: tg.Ranks) -> list[str]:
         cfg = tiny_config(
             **FEATURES, quantizer=quantizer, compressor="zstd", artifact_limit_bytes=limit
         )
-        model, rows = random_model(cfg), random_rows(cfg, 4)
+        model = random_model(cfg)
+        rows = random_rows(cfg, 4)
         run = SimpleNamespace(cfg=cfg, model=model, ranks=ONE, forward=model)
         calibration = tg.Run.calibrate(run, cfg.plans[1], rows)  # equal to the last bit on all
         data = tg.fit_artifact(
@@ -231,7 +232,8 @@ def test_a_fit_without_hessians_lands_under_the_limit_and_more_room_never_costs_
     shape = dict(
         model_dim=64, num_heads=4, mlp_mult=4, quantizer=quantizer, compressor="ans", **FEATURES
     )
-    free, errors = tiny_config(**shape, artifact_limit_bytes=0), []
+    free = tiny_config(**shape, artifact_limit_bytes=0)
+    errors = []
     for limit in (50_000, 70_000, 90_000, 10**7):
         cfg = dataclasses.replace(free, artifact_limit_bytes=limit + tg.CODE_BYTES)
         model, data = packed_by(cfg)
@@ -270,10 +272,11 @@ def test_tables_survive_every_quantizer(quantizer, fp16):
     assert abs(nats[0] - nats[1]) < 0.02 * nats[0]
 
 
-# --- Pruning ----------------------------------------------------------------------------------------------------------
+# --- Pruning --------------------------------------------------------------------------------------
 def test_the_smallest_share_of_banks_and_tables_becomes_zero_and_nothing_else_changes():
     cfg = tiny_config(**FEATURES, prune_frac=0.1)
-    model, before = random_model(cfg), random_model(cfg)
+    model = random_model(cfg)
+    before = random_model(cfg)
     tg.prune(model)
     pruned = [n for n, role in tg.parameter_table(cfg).items() if role.packing != "float"]
     assert {"tok_emb", "bigram_emb", "ve_emb", "down_bank"} < set(pruned)
@@ -281,7 +284,8 @@ def test_the_smallest_share_of_banks_and_tables_becomes_zero_and_nothing_else_ch
     def flat(network: tg.GPT) -> np.ndarray:
         return np.concatenate([network.get_parameter(n).detach().flatten().numpy() for n in pruned])
 
-    was, now = flat(before), flat(model)
+    was = flat(before)
+    now = flat(model)
     least = np.quantile(np.abs(was), 0.1, method="lower")
     assert np.array_equal(now, np.where(np.abs(was) < least, 0, was))
     assert abs((now == 0).mean() - 0.1) < 1e-4
@@ -298,9 +302,10 @@ def test_the_smallest_share_of_banks_and_tables_becomes_zero_and_nothing_else_ch
     assert all(torch.equal(fp16.get_parameter(n), model.get_parameter(n)) for n in pruned)
 
 
-# --- Files ------------------------------------------------------------------------------------------------------------
+# --- Files ----------------------------------------------------------------------------------------
 def test_a_file_names_the_added_parts_only_where_they_are_there():
-    plain_cfg, cfg = tiny_config(), tiny_config(**FEATURES, tables_fp16=True)
+    plain_cfg = tiny_config()
+    cfg = tiny_config(**FEATURES, tables_fp16=True)
     assert not set(tg.OPTIONAL_NETWORK_FIELDS) & tg.network_config(plain_cfg).keys()
     assert tg.read_network_config(tg.network_config(plain_cfg)) == {
         f: getattr(plain_cfg, f) for f in tg.NETWORK_FIELDS
@@ -433,21 +438,25 @@ def test_fields_that_no_run_writes_are_refused_in_one_line(tmp_path, forged):
             tg.load_model_file(asking, dict.fromkeys(vars(asking), "default"))
 
 
-# --- Windows and chunks -----------------------------------------------------------------------------------------------
+# --- Windows and chunks ---------------------------------------------------------------------------
 @pytest.mark.parametrize(("targets", "count"), [(62_021_632, 969_057), (40_540_160, 633_409)])
 def test_scorer_makes_the_published_windows_of_a_stream_of_rows(targets, count):
     cfg = SimpleNamespace(eval_seq_len=2048, data_loader="rows")
     docs = SimpleNamespace(__getitem__=None)
     scorer = tg.Scorer(None, (), SimpleNamespace(docs=docs, padding_index=targets), cfg, ONE, None)
-    scored, windows, last = 0, 0, 0
+    scored = 0
+    windows = 0
+    last = 0
     for start, score, end in scorer.stream_windows(64):
         assert score == last and start <= score < end <= start + 2048 and start % 64 == 0
-        scored, windows, last = scored + end - score, windows + 1, end
+        scored = scored + end - score
+        windows = windows + 1
+        last = end
     assert (windows, scored, last) == (count, targets, targets)
 
 
 def test_chunks_hold_the_published_windows_whole():
-    """SP8192: 1238 chunks; each window inside one, each target once, all but the last chunk learnt from."""
+    """SP8192: 1238 chunks, each target once, all chunks but the last learnt from."""
 
     class Stub(tg.Scorer):
         def score_windows(self, spans, shared):
@@ -455,15 +464,13 @@ def test_chunks_hold_the_published_windows_whole():
                 (len(spans), spans[0][1], spans[-1][2], sum(end - score for _, score, end in spans))
             )
 
-    targets, cfg = (
-        40_540_160,
-        tg.Config(preset="pr1413", ttt_mode="chunk", sliding_window_enabled=True),
+    targets = 40_540_160
+    cfg = tg.Config(preset="pr1413", ttt_mode="chunk", sliding_window_enabled=True)
+    cfg = dataclasses.replace(cfg, data_loader="rows")
+    docs = SimpleNamespace(target_indices=lambda: np.arange(targets))
+    scorer = Stub(
+        None, (), SimpleNamespace(docs=docs, padding_index=targets), cfg, ONE, found := []
     )
-    cfg, docs = (
-        dataclasses.replace(cfg, data_loader="rows"),
-        SimpleNamespace(target_indices=lambda: np.arange(targets)),
-    )
-    scorer = Stub(None, (), SimpleNamespace(docs=docs, padding_index=targets), cfg, ONE, found := [])
     learns = [(len(learnt), left) for left, learnt in tg.score_chunks(scorer, tg.Deadline(1e9))]
     assert len(found) == 1238
     assert sum(windows for windows, *_ in found) == 633_409  # none is cut
@@ -498,7 +505,8 @@ def steps(monkeypatch):
 def test_tokens_after_a_chunk_do_not_change_it_with_all_parts_on(steps, settings, loader):
     """Token (k + 1) C is the last target of chunk k; those after it may be anything."""
     cfg = tiny_config(**{**FEATURES, **CHUNKS, **settings, "data_loader": loader})
-    docs, model = documents(*MANY), random_model(cfg)
+    docs = documents(*MANY)
+    model = random_model(cfg)
     before = nats_of(evaluated(model, docs))
     chunks = -(-len(before) // 128)
     assert [len(place) for _, place, _ in steps] == [128] * (chunks - 1)
@@ -527,13 +535,13 @@ def test_adam_by_chunks_takes_the_steps_of_torchs_adamw(steps):
             "ttt_grad_clip": 0.0,
         }
     )
-    docs, model = documents(128, 100), random_model(cfg)
+    docs = documents(128, 100)
+    model = random_model(cfg)
     evaluated(model, docs)
-    start, ((lr, place, after),) = (
-        {n: p.detach().clone() for n, p in model.named_parameters()},
-        steps,
-    )
-    tokens, cu = torch.from_numpy(docs.tokens), torch.tensor([0, 64, 128], dtype=torch.int32)
+    start = {n: p.detach().clone() for n, p in model.named_parameters()}
+    ((lr, place, after),) = steps
+    tokens = torch.from_numpy(docs.tokens)
+    cu = torch.tensor([0, 64, 128], dtype=torch.int32)
     model.zero_grad()
     model(tg.Batch(tokens[place], tokens[place + 1], cu, S), cfg.plans[1]).mean().backward()
     for name, p in model.named_parameters():  # Adam's first step is lr * g / (|g| + eps)
@@ -562,15 +570,15 @@ def test_frozen_layers_keep_their_bits_with_all_parts_on(steps, optimizer):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_deadline_of_zero_is_base_scoring_in_every_preset(name):
-    docs, model = documents(*MANY), random_model(preset_config(name))
+    docs = documents(*MANY)
+    model = random_model(preset_config(name))
     assert model.cfg.ttt_mode == ("document" if name == "pr605" else "chunk")
     stride = model.cfg.eval_stride * model.cfg.sliding_window_enabled
-    ledger, loader = (
-        evaluated(model, docs, seconds=0.0),
-        "documents" if name == "pr605" else model.cfg.data_loader,
-    )
+    ledger = evaluated(model, docs, seconds=0.0)
+    loader = "documents" if name == "pr605" else model.cfg.data_loader
     other = with_settings(model, data_loader=loader)  # in document mode no window leaves its text
-    base, first = nats_of(plain(other, docs)), docs.target_indices()[: model.cfg.ttt_chunk_tokens]
+    base = nats_of(plain(other, docs))
+    first = docs.target_indices()[: model.cfg.ttt_chunk_tokens]
     base[first] = nats_of(plain(other, docs, stride))[
         first
     ]  # once the time is over, no window overlaps another
@@ -583,7 +591,8 @@ def test_deadline_of_zero_is_base_scoring_in_every_preset(name):
 @pytest.mark.parametrize("stride", [16, 64])
 @pytest.mark.parametrize("name", ["pr473", "pr1413"])
 def test_a_rate_of_zero_is_sliding_scoring_at_the_stride_that_was_asked_for(name, stride):
-    docs, model = documents(*MANY), random_model(preset_config(name, ttt_lr=0, eval_stride=stride))
+    docs = documents(*MANY)
+    model = random_model(preset_config(name, ttt_lr=0, eval_stride=stride))
     kept = {n: p.detach().clone() for n, p in model.named_parameters()}
     found = nats_of(evaluated(model, docs))
     assert np.abs(found - nats_of(plain(model, docs, stride))).max() < 1e-6
@@ -592,7 +601,7 @@ def test_a_rate_of_zero_is_sliding_scoring_at_the_stride_that_was_asked_for(name
 
 
 class Watched(tg.Run):
-    """The program in this process; keeps the weights with which adaptation begins and which it leaves."""
+    """A run in this process that keeps the weights before and after adaptation."""
 
     def warm_up(self, last: tuple) -> float:
         return 0.0

@@ -330,11 +330,9 @@ def test_late_rounding_changes_the_forward_and_passes_the_gradient(settings):
             step = torch.maximum(w.abs().amax(-1, keepdim=True), torch.tensor(float(floor))) / q
             assert (step == floor / q).any() == (floor > 0)
             w.copy_((w / step).round().clamp(-q, q) * step)
-    before = model(row, cfg.plans[1])
-    address = model.qat.data_ptr()
-    model.rounded(True)
-    # A CUDA graph reads the switch where it is.
-    assert model.qat.data_ptr() == address
+    before, place = model(row, cfg.plans[1]), model.qat.data_ptr()
+    model.set_rounding(True)
+    assert model.qat.data_ptr() == place  # where a CUDA graph reads it
     after, wanted = model(row, cfg.plans[1]), plain(row, cfg.plans[1])
     assert (before - after).abs().max() > 1e-3
     assert torch.allclose(after, wanted, atol=2e-5)
@@ -343,7 +341,7 @@ def test_late_rounding_changes_the_forward_and_passes_the_gradient(settings):
     for name, p in model.named_parameters():
         theirs = plain.get_parameter(name).grad
         assert (p.grad - theirs).norm() <= 1e-4 * theirs.norm(), name
-    model.rounded(False)
+    model.set_rounding(False)
     assert torch.equal(model(row, cfg.plans[1]), before)
 
 
@@ -352,7 +350,7 @@ def test_ranks_that_see_a_slice_in_the_compute_dtype_round_it_alike():
     owner, other = random_model(cfg), random_model(cfg)
     other.up_bank.data = other.up_bank.data.bfloat16().float()
     for model in (owner, other):
-        model.rounded(True)
+        model.set_rounding(True)
     found, wanted = (m.bank("up_bank").detach().bfloat16() for m in (owner, other))
     assert torch.equal(found, wanted)
     assert not torch.equal(owner.up_bank, other.up_bank)
@@ -360,7 +358,7 @@ def test_ranks_that_see_a_slice_in_the_compute_dtype_round_it_alike():
 
 def test_without_the_knob_a_bank_is_its_parameter():
     model = tg.GPT(tiny_config())
-    model.rounded(True)
+    model.set_rounding(True)
     assert model.bank("up_bank") is model.up_bank
     assert "qat" not in dict(model.named_buffers())
 

@@ -1,4 +1,4 @@
-"""Test-time training: every target once, scored before it is learnt from, each document by itself."""
+"""Test-time training: every target scored once, before it is learnt from, by document."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from test_compression import random_model
 
 import train_gpt as tg
 
-BOS, C, S, CPU = 1, 16, 64, torch.device("cpu")
+BOS = 1
+C = 16
+S = 64
+CPU = torch.device("cpu")
 ADAPTS = dict(
     ttt_lora_lr=0.01, ttt_chunk_size=C, ttt_eval_seq_len=S
 )  # a rate at which every update shows
@@ -42,7 +45,8 @@ def adaptation(model: tg.GPT, forward=None) -> tg.Adaptation:
 def scorer_for(
     model: tg.GPT, docs: tg.Documents, ranks: tg.Ranks | None = None, forward=None
 ) -> tg.Scorer:
-    ledger, log = tg.Ledger(docs, TABLE, CPU), tg.Log(Path("unused"), False)
+    ledger = tg.Ledger(docs, TABLE, CPU)
+    log = tg.Log(Path("unused"), False)
     return tg.Scorer(
         forward or model, model.cfg.plans[1], ledger, model.cfg, ranks or tg.Ranks({}), log
     )
@@ -60,12 +64,10 @@ def of_documents(ledger: tg.Ledger) -> dict[int, np.ndarray]:
 def scores(
     state: tg.Adaptation, docs: tg.Documents, batch: list[int] | None = None
 ) -> dict[int, np.ndarray]:
-    """document -> nats of its targets, the documents of `batch` (default: all) adapted side by side."""
+    """document -> nats of its targets; the documents of `batch` (all) adapt side by side."""
     batch = np.array(range(len(docs.starts)) if batch is None else batch)
-    batch, ledger = (
-        batch[np.argsort(-docs.counts[batch], kind="stable")],
-        tg.Ledger(docs, TABLE, CPU),
-    )
+    batch = batch[np.argsort(-docs.counts[batch], kind="stable")]
+    ledger = tg.Ledger(docs, TABLE, CPU)
     for _ in tg.score_then_learn(state, batch, ledger):
         pass
     return {d: nats for d, nats in of_documents(ledger).items() if d in batch}
@@ -104,7 +106,7 @@ def assert_equal(a: np.ndarray, b: np.ndarray) -> None:
 # --- Compiled ---
 @pytest.mark.parametrize("rank", [16, 12], ids=["as many as documents", "another number"])
 def test_nothing_compiles_after_equal_documents_whatever_the_others(rank):
-    """Warm-up's documents are of one length; real ones drop out one by one, so views shrink below their bases."""
+    """Warm-up's documents are equally long; real ones drop out, and views get smaller than bases."""
     settings = torch.fx.experimental._config.use_duck_shape
     cfg = tiny_config(**ADAPTS, ttt_batch_size=16, ttt_lora_rank=rank, ttt_buckets=3, compile=True)
     counters = [torch._dynamo.testing.CompileCounterWithBackend("eager") for _ in range(2)]
@@ -116,7 +118,8 @@ def test_nothing_compiles_after_equal_documents_whatever_the_others(rank):
         state = tg.Adaptation(model, whole, cfg.plans[0], CPU)
         state.update = torch.compile(tg.adapter_update, backend=counters[1], dynamic=True)
         scores(state, documents(*16 * [S + C]))
-        before, rng = [counter.frame_count for counter in counters], np.random.default_rng(0)
+        before = [counter.frame_count for counter in counters]
+        rng = np.random.default_rng(0)
         for count, shortest, longest in ((16, 5, 150), (40, 2, 12), (13, 50, 200)):
             scores(state, documents(*rng.integers(shortest, longest, count).tolist()))
     finally:
@@ -126,29 +129,37 @@ def test_nothing_compiles_after_equal_documents_whatever_the_others(rank):
 
 
 def test_after_memory_ran_out_documents_still_go_in_whole_granules(monkeypatch):
-    model, rows = model_for(64), []
-    state, docs = adaptation(model), documents(*64 * [S])
-    state.granule, state.room, real = 8, 20 * C, state.score
-    monkeypatch.setattr(
-        state, "score", lambda *args: (rows.append(args[3].stop - args[3].start), real(*args))[1]
-    )
-    scores(state, docs)
-    assert rows and all(n % 8 == 0 for n in rows)
+    state = adaptation(model_for(64))
+    counts = []
+    state.granule, state.max_tokens = 8, 20 * C
+    forward_chunk = state.forward_chunk
+
+    def noting(ledger, start, end, rows):
+        counts.append(rows.stop - rows.start)
+        return forward_chunk(ledger, start, end, rows)
+
+    monkeypatch.setattr(state, "forward_chunk", noting)
+    scores(state, documents(*64 * [S]))
+    assert counts
+    assert all(count % 8 == 0 for count in counts)
 
 
-# --- What is scored ---------------------------------------------------------------------------------------------------
+# --- What is scored -------------------------------------------------------------------------------
 @pytest.mark.parametrize(("chunk", "steps"), [(32, 813), (48, 542)])
 def test_longest_validation_document_takes_as_many_chunks_as_published(chunk, steps):
-    """A 25,988-token entry: one forward per chunk, windows that grow on the grid, an update after all but the last."""
-    lengths, updates, docs = [], [], documents(25987)
+    """One forward per chunk of 25,988 tokens, and an update after all chunks but the last."""
+    lengths = []
+    updates = []
+    docs = documents(25987)
     model = model_for(1, ttt_chunk_size=chunk, ttt_eval_seq_len=2048, ttt_lora_rank=1)
 
     def forward(batch, plan, lora, select):
         lengths.append(len(batch.inputs))
         return torch.zeros(len(select)) + lora.up.sum() + lora.down.sum()
 
-    state, ledger = adaptation(model, forward), tg.Ledger(docs, TABLE, CPU)
-    state.learn = lambda grads, rows, number: updates.append(number)
+    state = adaptation(model, forward)
+    ledger = tg.Ledger(docs, TABLE, CPU)
+    state.apply_gradients = lambda grads, rows, number: updates.append(number)
     assert sum(1 for _ in tg.score_then_learn(state, np.array([0]), ledger)) == steps
     assert lengths == [min((i + 1) * chunk, 2048) for i in range(steps)]
     assert updates == list(range(1, steps))
@@ -170,14 +181,15 @@ def test_result_counts_every_target_and_byte():
     assert result["val_loss"] == pytest.approx(loss, rel=1e-6)
 
 
-# --- Score first ------------------------------------------------------------------------------------------------------
+# --- Score first ----------------------------------------------------------------------------------
 @pytest.mark.parametrize("grad_steps", [1, 2])
 @pytest.mark.parametrize("place", [5, 15, 16, 17, 40, 63, 64, 65, 96, 130])
 def test_edited_token_changes_no_score_before_it_and_no_other_document(place, grad_steps):
-    """Adaptation is on: neither the forward nor what is learnt lets a token act before its own score."""
+    """Neither the forward nor what is learnt lets a token act before its own score."""
     docs = documents(150, 120, 33)
     state = adaptation(model_for(3, ttt_grad_steps=grad_steps))
-    before, at = scores(state, docs), docs.starts[0] + place
+    before = scores(state, docs)
+    at = docs.starts[0] + place
     docs.tokens[at] = 4 + (docs.tokens[at] - 3) % (VOCAB - 4)
     after = scores(state, docs)
     assert_equal(after[0][: place - 1], before[0][: place - 1])
@@ -191,16 +203,18 @@ def test_edited_token_changes_no_score_before_it_and_no_other_document(place, gr
 @pytest.mark.parametrize("settings", [{}, SGD])
 def test_chunk_is_scored_with_the_adapters_of_the_chunks_before_it(settings):
     """The loop written plainly for one document: score with what there is, learn, go on."""
-    docs, model = documents(75), model_for(1, **settings)
+    docs = documents(75)
+    model = model_for(1, **settings)
     state = adaptation(model)
     state.begin(docs, np.array([0]))
-    lora = state.lora.rows(slice(0, 1))
+    lora = state.documents.lora.rows(slice(0, 1))
     leaves, found = [lora.down, lora.up], []
     optimizer = torch.optim.AdamW(leaves, lr=0.01, betas=(0.0, 0.999), eps=1e-10, weight_decay=0.5)
     if settings:
         optimizer = torch.optim.SGD(leaves, lr=1.0, momentum=0.9, weight_decay=0.5)
     for end in range(C, 75 + C, C):
-        first, last = max(0, end - S), min(end, 75)
+        first = max(0, end - S)
+        last = min(end, 75)
         ids = torch.from_numpy(docs.tokens[first : last + 1])
         cu = torch.tensor([0, last - first], dtype=torch.int32)
         nats = model(tg.Batch(ids[:-1], ids[1:], cu, S), state.plan, lora=lora)[end - C - first :]
@@ -213,12 +227,14 @@ def test_chunk_is_scored_with_the_adapters_of_the_chunks_before_it(settings):
 
 
 def test_without_learning_the_score_is_the_base_model_on_windows_of_the_chunk_grid():
-    docs, model = documents(*LENGTHS), model_for(len(LENGTHS), ttt_lora_lr=0.0)
+    docs = documents(*LENGTHS)
+    model = model_for(len(LENGTHS), ttt_lora_lr=0.0)
     found = scores(adaptation(model), docs)
     for d, (start, count) in enumerate(zip(docs.starts, docs.counts, strict=True)):
         expected = []
         for end in range(C, count + C, C):
-            first, last = max(0, end - S), min(end, count)
+            first = max(0, end - S)
+            last = min(end, count)
             ids = torch.from_numpy(docs.tokens[start + first : start + last + 1])
             cu = torch.tensor([0, last - first], dtype=torch.int32)
             with torch.no_grad():
@@ -229,7 +245,7 @@ def test_without_learning_the_score_is_the_base_model_on_windows_of_the_chunk_gr
 
 @pytest.mark.parametrize("count", [1, 16, 39, 64, 70, 80, 129])
 def test_longer_document_leaves_the_scores_of_its_beginning_alone(count):
-    """Windows start on the chunk grid, so the end of a document is not felt before it (W51)."""
+    """Windows start on the chunk grid, so the end of a document is not felt before it."""
     whole = documents(170)
     state = adaptation(model_for(1))
     short = scores(state, whole._replace(counts=np.array([count])))[0]
@@ -250,7 +266,7 @@ def test_adapting_lowers_the_loss_of_repetitive_text():
     assert adapted[-96:].mean() < 0.8 * base[-96:].mean()
 
 
-# --- Each document by itself ------------------------------------------------------------------------------------------
+# --- Each document by itself ----------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("batches", "settings"),
     [
@@ -261,8 +277,10 @@ def test_adapting_lowers_the_loss_of_repetitive_text():
     ],
 )
 def test_batch_size_mates_and_order_do_not_change_a_score(batches, settings):
-    docs, model = documents(*LENGTHS), model_for(4, **settings)
-    together, alone = adaptation(model), adaptation(with_settings(model, ttt_batch_size=1))
+    docs = documents(*LENGTHS)
+    model = model_for(4, **settings)
+    together = adaptation(model)
+    alone = adaptation(with_settings(model, ttt_batch_size=1))
     for batch in batches:
         for d, nats in scores(together, docs, batch).items():
             assert difference(nats, scores(alone, docs, [d])[d]) < 1e-6
@@ -276,19 +294,21 @@ def test_short_documents_share_a_step_by_the_dozen_and_long_ones_are_left_to_oth
     length, count, alone
 ):
     """As many as memory holds: a step of long windows takes no more of them than TTT_BATCH_SIZE."""
-    docs, cfg = documents(*[length] * 100), tiny_config(ttt_batch_size=8, ttt_eval_seq_len=64)
+    docs = documents(*[length] * 100)
+    cfg = tiny_config(ttt_batch_size=8, ttt_eval_seq_len=64)
     for world_size, size in ((1, alone), (2, count)):
         sizes = [len(batch) for batch in tg.plan_batches(docs, np.arange(100), cfg, world_size)]
         assert sizes == [size] * (100 // size) + [100 % size] * (100 % size > 0)
-    for settings in (dict(ttt_fast=False), dict(ttt_warm_start_a=True)):
-        even = tg.plan_batches(docs, np.arange(100), dataclasses.replace(cfg, **settings), 2)
-        assert [len(batch) for batch in even] == [8] * 12 + [4]
+    even = tg.plan_batches(docs, np.arange(100), dataclasses.replace(cfg, ttt_warm_start_a=True), 2)
+    assert [len(batch) for batch in even] == [8] * 12 + [4]
 
 
 def test_left_out_documents_do_not_change_the_score_of_the_others():
-    docs, state = documents(*LENGTHS), adaptation(model_for(4))
+    docs = documents(*LENGTHS)
+    state = adaptation(model_for(4))
     some = docs._replace(starts=docs.starts[[3, 0]], counts=docs.counts[[3, 0]])
-    part, whole = scores(state, some), scores(state, docs, [3, 0, 1, 2])
+    part = scores(state, some)
+    whole = scores(state, docs, [3, 0, 1, 2])
     assert_equal(part[0], whole[3])
     assert_equal(part[1], whole[0])
 
@@ -304,7 +324,8 @@ MODES = {
 
 @pytest.mark.parametrize("count", [31, 32, 33])
 def test_a_phase_learns_every_whole_chunk_of_the_documents_before_it(monkeypatch, count):
-    docs, adapted = documents(*[count] * 6), []
+    docs = documents(*[count] * 6)
+    adapted = []
     monkeypatch.setattr(
         tg, "adapt_documents", lambda state, scorer, *bounds: adapted.append(bounds[:2])
     )
@@ -331,7 +352,7 @@ def test_two_and_four_ranks_score_as_one_does(tmp_path, mode):
             assert np.abs(found - one).max() < (1e-6 if mode == "document" else 1e-4)
 
 
-# --- Adapters and what they leave behind ------------------------------------------------------------------------------
+# --- Adapters and what they leave behind ----------------------------------------------------------
 def test_adapter_init_depends_on_seed_and_document_only():
     cfg = tiny_config()
 
@@ -361,8 +382,9 @@ def test_record_adapters_hold_as_many_values_as_published():
 
 @pytest.mark.parametrize("settings", [{}, SGD, dict(ttt_beta1=0.9)])
 def test_batch_leaves_nothing_to_the_next(settings):
-    """Adapters and optimiser state begin anew: the same batch scores the same, whatever came between."""
-    docs, state = documents(100, 70), adaptation(model_for(2, **settings))
+    """Adapters and moments begin anew: a batch scores the same, whatever came between."""
+    docs = documents(100, 70)
+    state = adaptation(model_for(2, **settings))
     first = scores(state, docs)
     scores(state, documents(90, 80, seed=1))
     again = scores(state, docs)
@@ -380,10 +402,11 @@ def test_batch_leaves_nothing_to_the_next(settings):
     ],
 )
 def test_switches_remove_their_adapters(settings, per_visit):
-    docs, model = documents(60), model_for(1)
+    docs = documents(60)
+    model = model_for(1)
     state = adaptation(with_settings(model, **settings))
     found, default = scores(state, docs)[0], scores(adaptation(model), docs)[0]
-    assert len(state.lora.sites) == per_visit * len(state.plan) + 1
+    assert len(state.documents.lora.sites) == per_visit * len(state.plan) + 1
     assert_equal(found[:C], default[:C])
     assert np.array_equal(found, default) == (not settings)
     assert np.isfinite(found).all()
@@ -391,7 +414,8 @@ def test_switches_remove_their_adapters(settings, per_visit):
 
 @pytest.mark.parametrize("settings", [dict(ttt_grad_steps=3), SGD])
 def test_updates_per_chunk_and_optimiser_can_be_chosen(settings):
-    docs, model = documents(60), model_for(1)
+    docs = documents(60)
+    model = model_for(1)
     state = adaptation(with_settings(model, **settings))
     found, default = scores(state, docs)[0], scores(adaptation(model), docs)[0]
     assert_equal(found[:C], default[:C])  # the score stays that from before the first update
@@ -400,8 +424,9 @@ def test_updates_per_chunk_and_optimiser_can_be_chosen(settings):
 
 
 def test_every_chunk_but_the_last_is_learnt_from_as_often_as_asked():
-    state, updates = adaptation(model_for(2, ttt_grad_steps=2)), []
-    state.learn = lambda grads, rows, number: updates.append((number, rows.stop))
+    state = adaptation(model_for(2, ttt_grad_steps=2))
+    updates = []
+    state.apply_gradients = lambda grads, rows, number: updates.append((number, rows.stop))
     scores(state, documents(100, 20))
     assert updates == [
         (n, 2 if n <= 2 else 1) for n in range(1, 13)

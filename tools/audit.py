@@ -207,9 +207,9 @@ class Watch:
         model, adapters = self.subject.run.model, []
         for state in self.states[-1:]:
             adapters += [
-                *state.master.leaves,
-                *state.lora.leaves,
-                *(m for ms in state.moments for m in ms),
+                *state.documents.master.leaves,
+                *state.documents.lora.leaves,
+                *(m for ms in state.documents.moments for m in ms),
             ]
         momenta = [
             v
@@ -690,7 +690,7 @@ class Audit:
             watch = Watch(exact, wanted=wanted)
             nats = exact.nats(name, docs, watch)
             if not watch.outside:
-                raise NotRun("no place of a selected logit (TTT_FAST=0)")
+                raise NotRun("no selected logit was seen")
             outside = {p: -float(row[docs.tokens[p + 1]]) for p, row in watch.outside.items()}
             worst = max(abs(nats[p] - value) for p, value in outside.items())
             return (
