@@ -122,7 +122,7 @@ def update_before_score(tg):
         if grads:
             self.apply_gradients(grads, rows, self.documents.updates + 1)
         scores = self.forward_chunk(ledger, start, end, rows)
-        ledger.add(scores.index, scores.nats)
+        ledger.record(scores.index, scores.nats)
         self.documents.updates += 1
 
     tg.Adaptation.run_chunk = run_chunk
