@@ -487,8 +487,8 @@ def test_tpe_searches_the_mean_over_seeds_and_proposes_nothing_refused(
     space = tool.Space(
         tool.load_script(ROOT / "train_gpt.py"),
         [tool.Knob.parse("MATRIX_LR=log:0.005:0.1")],
-        {},
-        [],
+        base={},
+        has_cuda=False,
     )
     seen: list = []
     for i in range(40):
@@ -496,7 +496,8 @@ def test_tpe_searches_the_mean_over_seeds_and_proposes_nothing_refused(
         seen.append((setting, math.log(float(setting["MATRIX_LR"]) / 0.02) ** 2))
     late = [value for _, value in seen[25:]]
     assert statistics.median(late) < 0.5 * statistics.median(value for _, value in seen[:10])
-    uneven = tool.Space(space.script, [tool.Knob.parse("ROPE_DIMS=lin:2:64")], {}, [])
+    knob = tool.Knob.parse("ROPE_DIMS=lin:2:64")
+    uneven = tool.Space(space.script, [knob], base={}, has_cuda=False)
     assert {int(uneven.propose([], i, 10)["ROPE_DIMS"]) % 2 for i in range(12)} == {0}
 
 

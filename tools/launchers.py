@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -51,6 +52,21 @@ def keeper_command(folder: Path) -> list[str]:
     return [sys.executable, str(Path(keeper.__file__).resolve()), str(folder)]
 
 
+def has_exited(process: subprocess.Popen) -> bool:
+    """Whether a keeper on this machine has exited."""
+    return process.poll() is not None
+
+
+def is_released(folder: Path) -> bool:
+    """Whether the keeper of a folder has let go of its lock."""
+    return not keeper.is_locked(folder / "lock")
+
+
+def is_job_over(job: Any, folder: Path) -> bool:
+    """Whether the keeper in a job has left its note, or the job has ended without one."""
+    return (folder / "exit.json").exists() or (job.done() and is_released(folder))
+
+
 class Local:
     """Runs on this machine, each with GPUs of its own."""
 
@@ -77,11 +93,11 @@ class Local:
         process = subprocess.Popen(
             keeper_command(folder), stdin=subprocess.DEVNULL, start_new_session=True
         )
-        return Started("", lambda: process.poll() is not None)
+        return Started("", partial(has_exited, process))
 
     def find(self, job: str, folder: Path) -> Started:
         """A run is over when its keeper has let go of the lock."""
-        return Started("", lambda: not keeper.is_locked(folder / "lock"))
+        return Started("", partial(is_released, folder))
 
     def stop(self, folder: Path) -> None:
         """Does nothing: the keeper sees FOLDER/stop."""
@@ -132,15 +148,9 @@ class Slurm:
         return self.watch(self.job_class(self.executor.folder, job), folder)
 
     def watch(self, job: Any, folder: Path) -> Started:
-        """A job is over when its keeper has left its note, or when it ended without one."""
+        """Remembers a job, so that it can be stopped."""
         self.jobs[folder] = job
-
-        def is_over() -> bool:
-            if (folder / "exit.json").exists():
-                return True
-            return job.done() and not keeper.is_locked(folder / "lock")
-
-        return Started(job.job_id, is_over)
+        return Started(job.job_id, partial(is_job_over, job, folder))
 
     def stop(self, folder: Path) -> None:
         """Cancels a job that still waits for its turn; one that runs ends by itself."""

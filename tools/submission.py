@@ -74,7 +74,7 @@ def build_submission(
         "val_bpb": bpb.mean,
         "val_loss_std": loss.sd,
         "val_bpb_std": bpb.sd,
-        "counted_files": counted.names if counted else [],
+        "counted_files": counted.names if counted else None,
         "bytes_total": largest(sizes, "artifact_bytes"),
         "bytes_limit": LIMIT_BYTES,
         "bytes_code": sizes[0].get("code_bytes"),
