@@ -15,7 +15,9 @@ import sentencepiece
 from conftest import ROOT, TINY, VOCAB, opened, run_script, tiny_config, tiny_text, write_dataset
 
 sys.path.insert(0, str(ROOT / "tools"))
+import canonical
 import doctor
+import overlap
 import prepare_data
 
 import train_gpt as tg
@@ -489,13 +491,13 @@ def test_one_validation_document_in_ten_thousand_is_found_at_its_place(form):
     at = sum(map(len, train[:number]))
     cut = sum(map(len, train[: number + (form != "across a shard border")]))
     parts = [part for part in np.split(np.concatenate(train), [cut]) if len(part)]
-    found = doctor.overlap(parts, np.concatenate(val), BOS)
+    found = overlap.overlap(parts, np.concatenate(val), BOS)
     assert [(one.document, one.whole) for one in found] == [(42, form == "whole")]
     assert found[0].val_at == sum(map(len, val[:42]))
     if form == "whole":
         assert found[0].train_at == at
     else:  # the first indexed shingle of the common run
-        assert 0 <= found[0].train_at - (at + 51) < doctor.STRIDE
+        assert 0 <= found[0].train_at - (at + 51) < overlap.STRIDE
 
 
 def test_the_first_of_several_places_in_training_is_named():
@@ -504,7 +506,7 @@ def test_the_first_of_several_places_in_training_is_named():
     part = np.concatenate(
         [fill[0], val[1][:-9], fill[1]]
     )  # all but the end of a document, the second one of part
-    found = doctor.overlap(
+    found = overlap.overlap(
         [np.concatenate([fill[2], fill[3]]), part, part], np.concatenate(val), BOS
     )
     assert [(one.document, one.whole) for one in found] == [(1, False)]
@@ -515,12 +517,12 @@ def test_neighbours_in_validation_are_told_apart():
     rng = np.random.default_rng(9)
     val, fill = random_documents(rng, 3, 300), random_documents(rng, 2, 300)
     train = [np.concatenate([fill[0], val[1][1:]]), np.concatenate([fill[1], val[2][1:]])]
-    found = doctor.overlap(train, np.concatenate(val), BOS)
+    found = overlap.overlap(train, np.concatenate(val), BOS)
     assert [(one.document, one.train_at) for one in found] == [
         (1, len(fill[0])),
         (2, len(train[0]) + len(fill[1])),
     ]
-    assert all(0 <= len(val[one.document]) - 1 - one.run < doctor.STRIDE for one in found)
+    assert all(0 <= len(val[one.document]) - 1 - one.run < overlap.STRIDE for one in found)
 
 
 def test_phrases_and_documents_alike_in_part_are_no_overlap():
@@ -531,8 +533,8 @@ def test_phrases_and_documents_alike_in_part_are_no_overlap():
         for i in range(0, len(docs), 2):
             docs[i] = np.concatenate([docs[i], phrase])
     val.append(np.append(BOS, phrase).astype(np.uint16))
-    assert doctor.overlap([np.concatenate(train)], np.concatenate(val), BOS) == []
-    assert doctor.overlap([], np.concatenate(val), BOS) == []
+    assert overlap.overlap([np.concatenate(train)], np.concatenate(val), BOS) == []
+    assert overlap.overlap([], np.concatenate(val), BOS) == []
 
 
 def test_an_index_finds_exactly_the_shingles_that_occur_at_their_first_position():
@@ -541,14 +543,14 @@ def test_an_index_finds_exactly_the_shingles_that_occur_at_their_first_position(
         [np.append(BOS, rng.integers(4, 7, n)) for n in (0, 31, 32, 39, 40, 300)]
     ).astype(np.uint16)
     train = np.concatenate([rng.integers(4, 7, 20_000).astype(np.uint16), val[-200:], val[-150:]])
-    index = doctor.ShingleIndex(val, BOS)
+    index = overlap.ShingleIndex(val, BOS)
     places = {}
     for i in range(len(train) - 31):
         places.setdefault(train[i : i + 32].tobytes(), i)
     expected, owner = set(), []
     starts = [*np.flatnonzero(val == BOS), len(val)]
     for document, (a, b) in enumerate(zip(starts, starts[1:], strict=False)):
-        for i in range(a + 1, b - 31, doctor.STRIDE):
+        for i in range(a + 1, b - 31, overlap.STRIDE):
             owner.append(document)
             if (place := places.get(val[i : i + 32].tobytes())) is not None:
                 expected.add(place)
@@ -573,15 +575,14 @@ def test_decoded_bytes_are_those_of_each_text(tiny_data):
     )
     texts = tiny_text(600, seed=9)
     tokens = np.concatenate([np.array([BOS, *sp.encode(text)], dtype=np.uint16) for text in texts])
-    starts = doctor.document_starts(tokens, BOS)
-    assert doctor.decoded_bytes(tokens, starts, sp).tolist() == [
-        len(text.encode()) for text in texts
-    ]
-    assert doctor.round_trip(tokens, starts, range(600), sp) == []
+    starts = overlap.document_starts(tokens, BOS)
+    documents = doctor.Documents(tokens, starts)
+    assert doctor.decoded_bytes(documents, sp).tolist() == [len(text.encode()) for text in texts]
+    assert doctor.round_trip(documents, range(600), sp) == []
     tokens[starts[7] + 1 : starts[8]] = sp.piece_to_id(
         "<0x61>"
     )  # an "a" is never written as a byte
-    assert doctor.round_trip(tokens, starts, [6, 7, 8], sp) == [7]
+    assert doctor.round_trip(documents, [6, 7, 8], sp) == [7]
 
 
 def test_hashes_tell_documents_apart_and_know_the_same_one_wherever_it_stands():
@@ -590,7 +591,7 @@ def test_hashes_tell_documents_apart_and_know_the_same_one_wherever_it_stands():
     docs += [docs[3], docs[7][:-1]]
     random.Random(1).shuffle(docs)
     tokens = np.concatenate(docs)
-    hashes = doctor.document_hashes(tokens, doctor.document_starts(tokens, BOS)).tolist()
+    hashes = overlap.document_hashes(tokens, overlap.document_starts(tokens, BOS)).tolist()
     assert [hashes.index(h) for h in hashes] == [
         next(j for j, other in enumerate(docs) if np.array_equal(doc, other)) for doc in docs
     ]
@@ -610,11 +611,11 @@ def test_fineweb_is_compared_with_its_published_totals(
         root, docs[20:], docs[: 19 if tokens == "fewer" else 20], model, "fineweb10B_sp1024"
     )
     size, count = sum(len(sp.decode(d).encode()) for d in docs[:20]), sum(map(len, docs[:20]))
-    monkeypatch.setattr(doctor, "CANONICAL_DOCUMENTS", 20)
-    monkeypatch.setattr(doctor, "CANONICAL_BYTES", size)
-    monkeypatch.setattr(doctor, "CANONICAL_TOKENS", {"sp1024": (count, count)})
+    monkeypatch.setattr(canonical, "DOCUMENTS", 20)
+    monkeypatch.setattr(canonical, "TEXT_BYTES", size)
+    monkeypatch.setattr(canonical, "TOKEN_RANGES", {"sp1024": (count, count)})
     if tokens == "withdrawn":
-        monkeypatch.setattr(doctor, "WITHDRAWN_TOKENS", range(count, count + 1))
+        monkeypatch.setattr(canonical, "WITHDRAWN_TOKENS", range(count, count + 1))
     status = prepare_data.main(["doctor", str(root / "datasets" / "fineweb10B_sp1024"), "--json"])
     verdict = json.loads(capsys.readouterr().out)
     found = [fault["text"] for fault in verdict["faults"] if fault["check"] == "canonical"]
