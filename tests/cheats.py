@@ -122,7 +122,7 @@ def update_before_score(tg):
         if grads:
             self.learn(grads, rows, self.updates + 1)
         place, nats, _ = self.score(ledger, start, end, rows)
-        ledger.add(place, nats)
+        ledger.record(place, nats)
         self.updates += 1
 
     tg.Adaptation.step = step
@@ -135,8 +135,8 @@ def last_of_two_epochs(tg):
     def score_then_adapt(state, batch, ledger):
         grid = tg.chunk_grid(state.cfg, int(ledger.docs.counts[batch].max()))
         scratch = copy.copy(ledger)
-        scratch.nats, scratch.times, scratch.early = (
-            x.clone() for x in (ledger.nats, ledger.times, ledger.early)
+        scratch.nats, scratch.times_scored, scratch.num_read_early = (
+            x.clone() for x in (ledger.nats, ledger.times_scored, ledger.num_read_early)
         )
         state.begin(ledger.docs, batch)
         for start, end in grid:
@@ -156,10 +156,10 @@ def chunk_before_its_score(tg):
     def score_chunks(scorer, deadline):
         size, places, scores = (
             scorer.cfg.ttt_chunk_tokens,
-            scorer.ledger.docs.target_index(),
+            scorer.ledger.docs.target_indices(),
             original(scorer, deadline),
         )
-        scorer.ledger.require = lambda *_: None
+        scorer.ledger.require_scored = lambda *_: None
         for start in range(0, len(places), size):
             yield len(places) - start, [(places[start : start + size], start / len(places))]
             next(scores)
@@ -268,7 +268,7 @@ def smear_over_bos(tg):
 @caught_by("T10", "T11")
 def memory_of_the_stream(tg):
     """hidden states take in those of the text before, beyond the window"""
-    original = tg.Scorer.score
+    original = tg.Scorer.score_windows
 
     def score(self, spans, shared):
         embed, past = tg.F.embedding, [0.0]
@@ -282,7 +282,7 @@ def memory_of_the_stream(tg):
         original(self, spans, shared)
         tg.F = types.SimpleNamespace(**{**vars(tg.F), "embedding": embed})
 
-    tg.Scorer.score = score
+    tg.Scorer.score_windows = score
 
 
 # === Bytes and coverage ===============================================================================================
@@ -298,7 +298,7 @@ def three_bytes_per_fallback(tg):
         )
 
     def check_bytes(tokenizer, docs, ranks):
-        table, places = tg.ByteTable.from_sentencepiece(tokenizer.model), docs.target_index()
+        table, places = tg.ByteTable.from_sentencepiece(tokenizer.model), docs.target_indices()
         return table, int(table.bytes_of(docs.tokens[places], docs.tokens[places + 1]).sum())
 
     tg.ByteTable.from_sentencepiece, tg.check_bytes = classmethod(from_sentencepiece), check_bytes
@@ -310,7 +310,7 @@ def leading_space_twice(tg):
     original = tg.ByteTable.bytes_of
 
     def check_bytes(tokenizer, docs, ranks):
-        table, places = tg.ByteTable.from_sentencepiece(tokenizer.model), docs.target_index()
+        table, places = tg.ByteTable.from_sentencepiece(tokenizer.model), docs.target_indices()
         return table, int(table.bytes_of(docs.tokens[places], docs.tokens[places + 1]).sum())
 
     tg.ByteTable.bytes_of = lambda self, before, targets: (

@@ -293,13 +293,13 @@ class Watch:
         tg, run, watch = self.subject.tg, self.subject.run, self
 
         class Ledger(tg.Ledger):
-            def add(self, place: Tensor, nats: Tensor) -> None:
+            def record(self, place: Tensor, nats: Tensor) -> None:
                 watch.add(place, self)
-                super().add(place, nats)
+                super().record(place, nats)
 
-            def require(self, place: Tensor, *args: Any) -> None:
+            def require_scored(self, place: Tensor, *args: Any) -> None:
                 watch.require(place, self)
-                super().require(place, *args)
+                super().require_scored(place, *args)
 
         class Adaptation(tg.Adaptation):
             def begin(self, *args: Any) -> None:
@@ -755,13 +755,13 @@ class Audit:
 
     def T4(self) -> Finding:
         docs = self.docs
-        wanted = np.bincount(docs.target_index(), minlength=len(docs.tokens) - 1)
+        wanted = np.bincount(docs.target_indices(), minlength=len(docs.tokens) - 1)
         total = sum(self.decoded(docs))
 
         def test(name: str) -> tuple[float, float, str]:
             watch, ledger = self.watched(name)
             times = np.bincount(np.concatenate([np.arange(0), *watch.order]), minlength=len(wanted))
-            kept, wrong = ledger.times[:-1].cpu().numpy(), int((times != wanted).sum())
+            kept, wrong = ledger.times_scored[:-1].cpu().numpy(), int((times != wanted).sum())
             wrong += int((kept != wanted).sum())
             result, nats = ledger.result(), float(ledger.nats[:-1].double().sum())
             off = abs(result["val_bpb"] * total * math.log(2) / nats - 1)
@@ -865,7 +865,7 @@ class Audit:
             other = (
                 held != subject.bos
             )  # what this process could learn from documents that are not scored here must
-            other[few.target_index() + 1] = (
+            other[few.target_indices() + 1] = (
                 False  # be of no use, so the fresh one finds random tokens there
             )
             held[other] = np.random.default_rng(8).choice(subject.words, int(other.sum()))
@@ -926,7 +926,7 @@ class Audit:
         docs, log_p = self.drawn(2 * self.count, length)
         uniform = np.random.default_rng(9).choice(subject.words, (len(docs.counts), length))
         rest = subject.stream(list(uniform))
-        inner = np.setdiff1d(docs.target_index(), docs.starts + docs.counts - 1)
+        inner = np.setdiff1d(docs.target_indices(), docs.starts + docs.counts - 1)
 
         def test(name: str) -> tuple[float, float, str]:
             worst, found = -math.inf, []
@@ -1108,7 +1108,9 @@ class Audit:
         if known and share == 1:
             pairs = zip((len(starts), len(held)), known, strict=False)
             ok = ok and all(abs(a - b) <= BYTES_TOLERANCE * b for a, b in pairs if b)
-            text += f"; the field's set has {known[0]} documents, {known[1] or '?'} tokens"
+            text += (
+                f"; the field's set has {known.documents} documents, {known.tokens or '?'} tokens"
+            )
         digest = hashlib.sha256(held.tobytes()).hexdigest()
         return Finding(ok, text, {"val_sha256": digest})
 
