@@ -48,7 +48,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-import common  # noqa: E402
+import scripts  # noqa: E402
 
 SCRIPT = Path(__file__).resolve().parents[1] / "train_gpt.py"
 OWN = ("RUN_ID", "ARTIFACT_DIR")  # what tells runs apart is the sweep's to set
@@ -1154,7 +1154,7 @@ class View:  # a live table on a terminal, plain lines and a table at the end el
 def load_script(path: Path) -> ModuleType:  # train_gpt.py as a module: its Config checks the knobs
     if path.suffix != ".py" or not path.is_file():
         raise Refused(f"--script {path}: is not a Python file")
-    return common.load_script(path)
+    return scripts.load_script(path)
 
 
 def gpu_names(script: ModuleType) -> list[str]:  # those the script may use
