@@ -24,6 +24,8 @@ import train_gpt as tg
 
 sys.path.insert(0, str(ROOT / "tools"))
 import pack
+import packed_code
+import runlog
 
 READABLE_SOURCE = (ROOT / "train_gpt.py").read_bytes()
 SMALL_SOURCE = b'''"""What it is."""
@@ -99,8 +101,8 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 # --- The code ---------------------------------------------------------------------------------------------------------
 def test_packed_code_is_smaller_than_the_text_and_the_same_program():
-    packed = pack.pack_code(READABLE_SOURCE)
-    text, digest = pack.unpack_code(packed)
+    packed = packed_code.pack_code(READABLE_SOURCE)
+    text, digest = packed_code.unpack_code(packed)
     assert digest == sha256(READABLE_SOURCE)
     assert len(packed) == pack.packed_size(READABLE_SOURCE) < 0.3 * len(READABLE_SOURCE)
     trees = ast.parse(text), ast.parse(READABLE_SOURCE)
@@ -169,7 +171,7 @@ def test_packed_code_is_smaller_than_the_text_and_the_same_program():
     ],
 )
 def test_what_travels_is_what_the_program_needs(source, expected):
-    assert pack.unpack_code(pack.pack_code(source.encode()))[0] == expected
+    assert packed_code.unpack_code(packed_code.pack_code(source.encode()))[0] == expected
 
 
 def test_packed_file_of_any_bytes_runs_as_its_source(tmp_path):
@@ -177,13 +179,13 @@ def test_packed_file_of_any_bytes_runs_as_its_source(tmp_path):
     seen = set()
     for seed in range(8):
         text = random.Random(seed).randbytes(seed * 250).hex()
-        packed = pack.pack_code(f"x = '{text}'\nname = __name__\n".encode())
+        packed = packed_code.pack_code(f"x = '{text}'\nname = __name__\n".encode())
         path = tmp_path / "p.py"
         path.write_bytes(packed)
         space = {"__file__": str(path), "__name__": "p"}
         exec(compile(path.read_bytes(), str(path), "exec"), space)
         assert (space["x"], space["name"]) == (text, "p")
-        assert pack.unpack_code(packed)[0] == f"x='{text}'\nname=__name__\n"
+        assert packed_code.unpack_code(packed)[0] == f"x='{text}'\nname=__name__\n"
         seen |= set(packed)
     assert seen >= set(range(256)) - set(b"\0\r")
 
@@ -196,7 +198,9 @@ def test_every_byte_survives_in_a_latin1_file(data):
     space = {}
     exec(
         compile(
-            b"# coding: latin-1\nx='''" + pack.escape(data).encode("latin-1") + b"'''", "p", "exec"
+            b"# coding: latin-1\nx='''" + packed_code.escape(data).encode("latin-1") + b"'''",
+            "p",
+            "exec",
         ),
         space,
     )
@@ -206,19 +210,21 @@ def test_every_byte_survives_in_a_latin1_file(data):
 @pytest.mark.parametrize("more", [b"", b"hidden"])
 def test_packed_file_holds_nothing_beside_its_text(more):
     """Not even bytes that no one would read."""
-    payload = pack.escape(pack.CODECS["bz2"][0](b"x=1\n") + more)
-    packed = (pack.HEAD.format("bz2") + payload + pack.TAIL.format("0" * 64)).encode("latin-1")
+    payload = packed_code.escape(packed_code.CODECS["bz2"].compress(b"x=1\n") + more)
+    packed = (packed_code.HEAD.format("bz2") + payload + packed_code.TAIL.format("0" * 64)).encode(
+        "latin-1"
+    )
     if not more:
-        assert pack.unpack_code(packed) == ("x=1\n", "0" * 64)
+        assert packed_code.unpack_code(packed) == ("x=1\n", "0" * 64)
         return
     with pytest.raises(tg.UsageError, match="not a file"):
-        pack.unpack_code(packed)
+        packed_code.unpack_code(packed)
 
 
 @pytest.mark.skipif(tg.triton is None, reason="no Triton")
 def test_kernels_and_operators_of_the_packed_file_work(tmp_path):
     """Triton reads a kernel's source and torch an operator's annotations; an import must find both."""
-    (tmp_path / "train_gpt.py").write_bytes(pack.pack_code(READABLE_SOURCE))
+    (tmp_path / "train_gpt.py").write_bytes(packed_code.pack_code(READABLE_SOURCE))
     script = """if True:
         import inspect, torch, train_gpt as tg
         assert inspect.getsource(tg.mlp_kernel.fn).splitlines()[1].strip().startswith("def mlp_kernel(a,w,")
@@ -263,7 +269,10 @@ def trained(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_run_of_the_packed_file_counts_it_and_names_both_codes(trained):
     log = (trained / "logs" / "mine.txt").read_bytes()
-    final, packed = pack.read_final(log), (trained / "code" / "train_gpt.py").read_bytes()
+    final, packed = (
+        runlog.read_final(log.decode()),
+        (trained / "code" / "train_gpt.py").read_bytes(),
+    )
     assert final["code_sha256"] == sha256(READABLE_SOURCE)
     assert final["file_sha256"] == sha256(packed)
     assert final["code_bytes"] == len(packed)
@@ -271,7 +280,7 @@ def test_run_of_the_packed_file_counts_it_and_names_both_codes(trained):
         final["artifact_bytes"]
         == len(packed) + (trained / "runs" / "mine" / ARTIFACT).stat().st_size
     )
-    assert log.decode().startswith(pack.unpack_code(packed)[0] + "\nHyperparameters:\n")
+    assert log.decode().startswith(packed_code.unpack_code(packed)[0] + "\nHyperparameters:\n")
 
 
 def test_folder_holds_the_files_that_ran_and_counts_them(trained):
@@ -344,8 +353,8 @@ def test_folder_alone_gives_the_runs_score(trained, evaluated):
     """In a fresh process, an empty directory and an environment without anything but knobs."""
     assert (evaluated.status, evaluated.around) == (0, [])
     ran, again = (
-        pack.read_final((trained / "logs" / "mine.txt").read_bytes()),
-        pack.read_final(evaluated.done.stdout),
+        runlog.read_final((trained / "logs" / "mine.txt").read_text()),
+        runlog.read_final(evaluated.done.stdout.decode()),
     )
     for key in ("val_bpb", "quantized_bpb"):
         assert again[key] == pytest.approx(ran[key], abs=1e-9)
@@ -387,7 +396,7 @@ def test_evaluation_that_is_not_the_logs_is_refused(evaluated, monkeypatch, key,
     files, _ = pack.load(evaluated.folder)
     assert pack.evaluate(evaluated.folder, files, {}, 1)
     log = files["train_seed5.log"]
-    final = pack.read_final(log)
+    final = runlog.read_final(log.decode())
     final[key] = change(final[key])
     files["train_seed5.log"] = (
         log[: log.rindex(b"final {")] + b"final " + json.dumps(final).encode() + b"\n"
@@ -411,7 +420,7 @@ def test_claim_is_of_all_seeds_and_its_size_of_the_largest(tmp_path):
     claim, scores = json.loads(files["submission.json"]), [1.5 + seed / 7 for seed in (1, 2, 3)]
     assert claim["seeds"] == [1, 2, 3]
     assert claim["val_bpb"] == pytest.approx(statistics.mean(scores))
-    assert claim["val_bpb_sd"] == pytest.approx(statistics.stdev(scores))
+    assert claim["val_bpb_std"] == pytest.approx(statistics.stdev(scores))
     assert claim["bytes_total"] == len(files["train_gpt.py"]) + 950
     assert claim["name"] == "a name"
     assert {"train_seed1.log", "train_seed2.log", "train_seed3.log"} < files.keys()
@@ -456,7 +465,7 @@ def without(name: str) -> Callable[[dict], dict]:
 def other_program(files: dict[str, bytes]) -> dict[str, bytes]:
     """Readable and packed code changed together, so that only the log knows better."""
     source = SMALL_SOURCE.replace(b"LIMIT = 3", b"LIMIT = 4")
-    return {**files, "train_gpt_readable.py": source, "train_gpt.py": pack.pack_code(source)}
+    return {**files, "train_gpt_readable.py": source, "train_gpt.py": packed_code.pack_code(source)}
 
 
 def sub(old: bytes, new: bytes) -> Callable[[bytes], bytes]:
@@ -551,7 +560,7 @@ FORGED = {  # (change, after which SHA256SUMS is renewed; what the problems must
                 sub(b'"val_sha256": "v"', b'"val_sha256": "w"')(files[LOG])
             ),
         },
-        ["val_sha256: differs between the logs: v, w", *["submission.json: "] * 3],
+        ["val_sha256: differs between the logs: v, w", *["submission.json: "] * 4],
     ),
     "two artifacts": (
         lambda files: {**files, "b.ptz": b""},
@@ -709,9 +718,9 @@ def test_seeds_of_another_claim_or_twice_are_refused(tmp_path, capsys):
 
 
 def test_program_that_shortening_would_change_is_refused(monkeypatch):
-    monkeypatch.setattr(pack, "squeeze", lambda text: text.replace("3", "4"))
+    monkeypatch.setattr(packed_code, "squeeze", lambda text: text.replace("3", "4"))
     with pytest.raises(tg.UsageError, match="cannot shorten"):
-        pack.pack_code(SMALL_SOURCE)
+        packed_code.pack_code(SMALL_SOURCE)
 
 
 @pytest.mark.parametrize(

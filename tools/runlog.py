@@ -348,7 +348,11 @@ class Run:
 
 def read_run(path: Path) -> Run:
     """The run of a log file. Raises LogError if it is not the log of one finished run."""
-    text = path.read_text(encoding="utf-8", errors="replace")
+    return run_of_text(path, path.read_text(encoding="utf-8", errors="replace"))
+
+
+def run_of_text(path: Path, text: str) -> Run:
+    """The run of a log's text; `path` is where it came from. Raises LogError as `read_run` does."""
     lines = without_timestamps(text)
     text = "\n".join(lines)
 
