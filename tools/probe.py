@@ -54,6 +54,9 @@ SCRIPT_NAMES = (
 )
 # The attributes of a Run, once it has gone through its phases, that run the model.
 FORWARDS = ("forward", "scoring", "ttt_forward")
+# The attributes of an Adaptation that hold what a batch of documents learns into: the adapters in
+# fp32, those that the forward reads, and the optimiser's moments.
+ADAPTER_STATE = ("master", "lora", "moments")
 
 
 # === Small things =================================================================================
@@ -360,8 +363,8 @@ class StateWatch(Watch):
                 moments += [value for value in of_parameter.values() if isinstance(value, Tensor)]
         adapters = []
         if self._adaptation is not None:
-            for value in vars(self._adaptation).values():
-                adapters += float_tensors(value)
+            for name in ADAPTER_STATE:
+                adapters += float_tensors(getattr(self._adaptation, name))
         weights = hash_tensors([*model.parameters(), *model.buffers(), *moments])
         return StateHash(weights, hash_tensors(adapters))
 
