@@ -18,7 +18,14 @@ scipy = pytest.importorskip("scipy")
 from scipy import special, stats
 
 sys.path.insert(0, str(ROOT / "tools"))
+import canonical
+import claims
 import report
+import train_gpt as tg
+from charts import training_curves
+from run_documents import loss_by_length, loss_by_position, read_documents
+from run_statistics import runs_needed
+from runlog import read_run
 
 # --- Published lines: the figures of three public pull requests and one that became no record -------------------------
 # seed: steps, train ms, code bytes, total bytes, then (loss, bpb, ms) before, quantised, [sliding,] adapted
@@ -396,23 +403,23 @@ def test_a_published_row_has_steps_phases_and_gain_over_the_best_plain_score(
 
 
 def test_seconds_come_from_mean_speed_where_a_log_rounds_minutes(tmp_path) -> None:
-    run = report.read_run(Path(published(tmp_path, "PR1530")[0]))
-    assert run.lines()["train_loss"]["seconds"][0] == pytest.approx(500 * 786432 / 8241348)
+    run = read_run(Path(published(tmp_path, "PR1530")[0]))
+    assert training_curves(run)["train_loss"].seconds[0] == pytest.approx(500 * 786432 / 8241348)
     speed = 500 * 786432 / (1000 * 786432 / 8211974 - 500 * 786432 / 8241348)
-    assert run.lines()["speed"]["y"][0] == pytest.approx(speed)
+    assert training_curves(run)["speed"].y[0] == pytest.approx(speed)
 
 
 def test_a_run_started_anew_in_its_log_leaves_no_points_of_the_one_before(tmp_path) -> None:
     path = Path(ours(tmp_path, {})[0])
     before = "\n".join(step_line(s) for s in (1, 2, 3, 20, 50)) + "\n"
     path.write_text(path.read_text().replace("step:1/70", before + "step:1/70", 1))
-    assert report.read_run(path).lines()["train_loss"]["step"] == [1, 20, 40, 60]
+    assert training_curves(read_run(path))["train_loss"].step == [1, 20, 40, 60]
     path.write_text(
         path.read_text().replace(
             "step:60/70", step_line(50) + "\n" + step_line(65) + "\nstep:60/70", 1
         )
     )
-    points = {p["step"]: p for p in report.read_run(path).points}
+    points = {p["step"]: p for p in read_run(path).points}
     assert list(points) == [1, 20, 40, 50, 60] and points[40]["val_bpb"] == 2.3083
 
 
@@ -541,12 +548,12 @@ def test_a_difference_below_the_bar_is_no_record_and_the_runs_it_takes_are_told(
 
 
 def test_the_runs_needed_have_the_power_they_promise() -> None:
-    assert report.runs_needed(0.0005, 0.00065, 0.00065) in (
+    assert runs_needed(0.0005, 0.00065, 0.00065) in (
         34,
         35,
         36,
     )  # about 34 by the normal approximation
-    n, rng = report.runs_needed(1.5, 1.0, 1.0), np.random.default_rng(0)
+    n, rng = runs_needed(1.5, 1.0, 1.0), np.random.default_rng(0)
 
     def power(n: int) -> float:
         new, old = rng.normal(0, 1, (20000, n)), rng.normal(1.5, 1, (20000, n))
@@ -555,7 +562,7 @@ def test_the_runs_needed_have_the_power_they_promise() -> None:
         ).mean()
 
     assert power(n - 1) - 0.02 < 0.8 < power(n) + 0.02
-    assert report.runs_needed(-0.1, 1.0, 1.0) is None
+    assert runs_needed(-0.1, 1.0, 1.0) is None
 
 
 def test_three_runs_resolve_what_the_t_table_says(tmp_path, capsys) -> None:
@@ -656,7 +663,7 @@ def test_documents_that_do_not_add_up_to_the_score_are_left_out_with_a_word(
 ) -> None:
     a = save_documents(tmp_path, "new0", 1, 0.0)
     logs = ours(tmp_path / "logs", {"val_bpb": bpb_of(*a) + 0.001}, name="new")
-    assert report.read_run(Path(logs[0])).documents == {}
+    assert read_documents(read_run(Path(logs[0]))).arrays == {}
     assert any("documents.npz" in line for line in figures_of(capsys, *logs)["warnings"])
 
 
@@ -799,11 +806,20 @@ def test_a_part_of_the_validation_set_is_told_from_the_whole(tmp_path, capsys) -
 def test_without_token_counts_the_nearest_canonical_set_is_named(tmp_path) -> None:
     path = tmp_path / "lines.log"
     path.write_text("quantized val_loss:2.84312340 val_bpb:1.10066167 eval_time:7815ms\n")
-    run = report.read_run(path)
-    assert report.implied_bytes(run, run.score)[2] == "canonical sp8192"
+    run = read_run(path)
+    assert claims.denominator(run, run.score).source == "canonical sp8192"
     path.write_text("quantized val_loss:2.84312340 val_bpb:1.20066167 eval_time:7815ms\n")
-    run = report.read_run(path)
-    assert math.isnan(report.implied_bytes(run, run.score)[1])
+    run = read_run(path)
+    assert math.isnan(claims.denominator(run, run.score).expected)
+
+
+def test_the_tools_and_the_script_hold_the_same_totals() -> None:
+    assert tg.CANONICAL["fineweb10B_sp8192"] == (
+        canonical.DOCUMENTS,
+        canonical.SP8192_TOKENS,
+        canonical.TEXT_BYTES,
+    )
+    assert {held[2] for held in tg.CANONICAL.values()} == {canonical.TEXT_BYTES}
 
 
 # --- Outputs ----------------------------------------------------------------------------------------------------------
@@ -963,17 +979,15 @@ def test_pictures_are_drawn_of_all_that_the_logs_hold(tmp_path) -> None:
 
 
 def test_losses_by_length_and_position_add_up_to_the_documents(tmp_path) -> None:
-    run = report.read_run(Path(with_documents(tmp_path)[0]))
-    found, docs = report.by_length(run), run.documents
-    assert sum(found["n"]) == 400
+    docs = read_documents(read_run(Path(with_documents(tmp_path)[0]))).arrays
+    found = loss_by_length(docs)
+    assert sum(found.n) == 400
     lengths = docs["doc_tokens"]
-    first = (lengths >= 2 ** int(math.log2(lengths.min()))) & (
-        lengths < 2 ** (int(math.log2(lengths.min())) + 1)
-    )
-    assert found["y"][0] == pytest.approx(
-        docs["doc_nats"][first].sum() / math.log(2) / docs["doc_bytes"][first].sum()
-    )
-    assert report.by_position(run)["y"][:2] == pytest.approx([6.0, 5.7])
+    shortest = 2 ** int(math.log2(lengths.min()))
+    first = (lengths >= shortest) & (lengths < 2 * shortest)
+    bits = docs["doc_nats"][first].sum() / math.log(2)
+    assert found.y[0] == pytest.approx(bits / docs["doc_bytes"][first].sum())
+    assert loss_by_position(docs).y[:2] == pytest.approx([6.0, 5.7])
 
 
 # --- The page in a real browser ---------------------------------------------------------------------------------------

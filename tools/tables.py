@@ -34,11 +34,12 @@ def replace_block(page: str, block: str) -> str:
     Raises MarksError unless each of the two lines is in the page once, in this order.
     """
     lines = block.splitlines()
-    begin, end = lines[0], lines[-1]
+    begin = lines[0]
+    end = lines[-1]
     if page.count(begin) != 1 or page.count(end) != 1 or page.index(begin) > page.index(end):
         raise MarksError(
             f"needs one line {begin} and after it one {end} around what is to be replaced"
         )
-    before, _, after_begin = page.partition(begin)
-    _, _, after = after_begin.partition(end)
+    before = page[: page.index(begin)]
+    after = page[page.index(end) + len(end) :]
     return before + block + after
