@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from digests import sha256
 
 SHINGLE = 32  # ids in a row; a power of two
 STRIDE = 8  # every 8th shingle of a validation document is looked for at every position of training
@@ -123,7 +124,7 @@ class ShingleIndex:
     @property
     def key(self) -> str:
         """The SHA-256 of the indexed hashes: equal for equal validation text."""
-        return hashlib.sha256(self.hashes.tobytes()).hexdigest()
+        return sha256(self.hashes.tobytes())
 
     def _second_key(self, hashed: np.ndarray) -> np.ndarray:
         return (hashed * SPAN_FACTOR[0]) >> self.shift
