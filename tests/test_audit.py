@@ -369,7 +369,8 @@ def command(*arguments: str, env: dict[str, str] | None = None) -> subprocess.Co
 def test_command_writes_what_the_report_reads_and_says_so_by_its_status(
     run, knobs, tmp_path, monkeypatch, capsys
 ):
-    artifact, out = str(artifact_of(run)), tmp_path / "audit.json"
+    artifact = str(artifact_of(run))
+    out = tmp_path / "audit.json"
     done = command(
         artifact, "--tests", "T4,T14", "--json", str(out), "--markdown", "--docs", "4", env=knobs
     )

@@ -1,4 +1,6 @@
-"""The folder of a submission: its packed code is the readable program, counted as it runs; what does not fit shows."""
+"""The folder of a submission: its packed code is the readable program, counted as it runs; what
+does not fit shows.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,9 @@ def sha256(data: bytes) -> str:
 def write_run(
     root: Path, seed: int = 1, source: bytes = SMALL_SOURCE, size: int = 900, **figures: object
 ) -> Path:
-    """A run's folder and log as train_gpt.py leaves them, without the training; figures that are None are left out."""
+    """A run's folder and log as train_gpt.py leaves them, without the training; figures that are
+    None are left out.
+    """
     model = random.Random(seed).randbytes(size)
     final = {
         "code_sha256": sha256(source),
@@ -74,10 +78,12 @@ def write_run(
         "quantized_bpb": 1.7,
         "seconds": {"train": 5.0},
     } | figures
-    knobs = "  compile: False (env)\n  data_dir: /x y (env)\n  num_layers: 4 (preset)\n  preset: cpu (preset)"
-    lines = f"  run_id: s (env)\n  seed: {seed} (env)\n{knobs}\nstep:1"
+    settings = ["run_id: s (env)", f"seed: {seed} (env)", "compile: False (env)"]
+    settings += ["data_dir: /x y (env)", "num_layers: 4 (preset)", "preset: cpu (preset)"]
+    lines = "\n".join([*(f"  {setting}" for setting in settings), "step:1"])
     final = json.dumps({key: value for key, value in final.items() if value is not None})
-    folder, log = root / "runs" / f"s{seed}", root / "logs" / f"s{seed}.txt"
+    folder = root / "runs" / f"s{seed}"
+    log = root / "logs" / f"s{seed}.txt"
     folder.mkdir(parents=True)
     log.parent.mkdir(exist_ok=True)
     (folder / ARTIFACT).write_bytes(model)
@@ -99,7 +105,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return make(write_run(root), root / "out")
 
 
-# --- The code ---------------------------------------------------------------------------------------------------------
+# --- The code -------------------------------------------------------------------------------------
 def test_packed_code_is_smaller_than_the_text_and_the_same_program():
     packed = packed_code.pack_code(READABLE_SOURCE)
     text, digest = packed_code.unpack_code(packed)
@@ -114,9 +120,8 @@ def test_packed_code_is_smaller_than_the_text_and_the_same_program():
             isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
         )
 
-    def bare(
-        tree: ast.Module,
-    ) -> str:  # less than the tool leaves: no annotation, no statement that does nothing
+    def bare(tree: ast.Module) -> str:
+        """Less than the tool leaves: no annotation, no statement that does nothing."""
         tree.body = [n for n in tree.body if getattr(n, "name", "") in kept]
         for node in ast.walk(tree):
             for name in {"annotation", "returns"} & node.__dict__.keys():
@@ -175,7 +180,9 @@ def test_what_travels_is_what_the_program_needs(source, expected):
 
 
 def test_packed_file_of_any_bytes_runs_as_its_source(tmp_path):
-    """Random text compresses to every byte there is, quotes, zeros before digits and line ends among them."""
+    """Random text compresses to every byte there is, quotes, zeros before digits and line ends
+    among them.
+    """
     seen = set()
     for seed in range(8):
         text = random.Random(seed).randbytes(seed * 250).hex()
@@ -223,11 +230,12 @@ def test_packed_file_holds_nothing_beside_its_text(more):
 
 @pytest.mark.skipif(tg.triton is None, reason="no Triton")
 def test_kernels_and_operators_of_the_packed_file_work(tmp_path):
-    """Triton reads a kernel's source and torch an operator's annotations; an import must find both."""
+    """Triton reads a kernel's source and torch an operator's annotations; both must be found."""
     (tmp_path / "train_gpt.py").write_bytes(packed_code.pack_code(READABLE_SOURCE))
     script = """if True:
         import inspect, torch, train_gpt as tg
-        assert inspect.getsource(tg.mlp_kernel.fn).splitlines()[1].strip().startswith("def mlp_kernel(a,w,")
+        kernel = inspect.getsource(tg.mlp_kernel.fn).splitlines()[1]
+        assert kernel.strip().startswith("def mlp_kernel(a,w,")
         schema = "golf::mlp_up(Tensor x, Tensor w_up, float slope=0.5) -> (Tensor, Tensor)"
         assert str(tg.mlp_up._opoverload._schema) == schema
         torch.manual_seed(0)
@@ -246,7 +254,7 @@ def test_kernels_and_operators_of_the_packed_file_work(tmp_path):
     assert done.stdout.strip() == sha256(READABLE_SOURCE)
 
 
-# --- A run from the packed file, its folder, an evaluation from that alone --------------------------------------------
+# --- A run from the packed file, its folder, an evaluation from that alone ------------------------
 @pytest.fixture(scope="module")
 def trained(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The working directory of a run of the packed file; `out` in it is its submission."""
@@ -269,10 +277,8 @@ def trained(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_run_of_the_packed_file_counts_it_and_names_both_codes(trained):
     log = (trained / "logs" / "mine.txt").read_bytes()
-    final, packed = (
-        runlog.read_final(log.decode()),
-        (trained / "code" / "train_gpt.py").read_bytes(),
-    )
+    final = runlog.read_final(log.decode())
+    packed = (trained / "code" / "train_gpt.py").read_bytes()
     assert final["code_sha256"] == sha256(READABLE_SOURCE)
     assert final["file_sha256"] == sha256(packed)
     assert final["code_bytes"] == len(packed)
@@ -330,11 +336,9 @@ class Evaluated(NamedTuple):
 def evaluated(
     trained: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Evaluated:
-    folder, seen, run = (
-        shutil.copytree(trained / "out", tmp_path_factory.mktemp("far") / "away"),
-        [],
-        subprocess.run,
-    )
+    folder = shutil.copytree(trained / "out", tmp_path_factory.mktemp("far") / "away")
+    seen = []
+    run = subprocess.run
 
     def spy(command: list[str], **options: Any) -> subprocess.CompletedProcess:
         around = list(Path(options["cwd"]).iterdir())
@@ -352,10 +356,8 @@ def evaluated(
 def test_folder_alone_gives_the_runs_score(trained, evaluated):
     """In a fresh process, an empty directory and an environment without anything but knobs."""
     assert (evaluated.status, evaluated.around) == (0, [])
-    ran, again = (
-        runlog.read_final((trained / "logs" / "mine.txt").read_text()),
-        runlog.read_final(evaluated.done.stdout.decode()),
-    )
+    ran = runlog.read_final((trained / "logs" / "mine.txt").read_text())
+    again = runlog.read_final(evaluated.done.stdout.decode())
     for key in ("val_bpb", "quantized_bpb"):
         assert again[key] == pytest.approx(ran[key], abs=1e-9)
     assert again["code_bytes"] == (evaluated.folder / "train_gpt.py").stat().st_size
@@ -412,12 +414,13 @@ def test_evaluation_that_fails_says_why(evaluated, monkeypatch, capsys):
     assert "ended with status 2: train_gpt.py: no data here" in capsys.readouterr().err
 
 
-# --- Several seeds ----------------------------------------------------------------------------------------------------
+# --- Several seeds --------------------------------------------------------------------------------
 def test_claim_is_of_all_seeds_and_its_size_of_the_largest(tmp_path):
     runs = [write_run(tmp_path, seed, size=size) for seed, size in ((1, 900), (2, 950), (3, 800))]
     logs = [tmp_path / "logs" / f"s{seed}.txt" for seed in (2, 3)]
     files = make(runs[0], tmp_path / "out", "--log", *logs)
-    claim, scores = json.loads(files["submission.json"]), [1.5 + seed / 7 for seed in (1, 2, 3)]
+    claim = json.loads(files["submission.json"])
+    scores = [1.5 + seed / 7 for seed in (1, 2, 3)]
     assert claim["seeds"] == [1, 2, 3]
     assert claim["val_bpb"] == pytest.approx(statistics.mean(scores))
     assert claim["val_bpb_std"] == pytest.approx(statistics.stdev(scores))
@@ -428,7 +431,8 @@ def test_claim_is_of_all_seeds_and_its_size_of_the_largest(tmp_path):
 
 
 def test_log_of_a_sweeps_run_is_found(tmp_path):
-    run, swept = write_run(tmp_path), tmp_path / "runs/sweeps/rec3/0000"
+    run = write_run(tmp_path)
+    swept = tmp_path / "runs/sweeps/rec3/0000"
     swept.parent.mkdir(parents=True)
     run.rename(swept)
     (tmp_path / "logs/s1.txt").rename(tmp_path / "logs/rec3-0000.txt")
@@ -449,7 +453,7 @@ def test_knobs_of_the_evaluation_are_the_runs_but_for_paths_and_names(small):
     assert "/x y" not in readme
 
 
-# --- What --check finds -----------------------------------------------------------------------------------------------
+# --- What --check finds ---------------------------------------------------------------------------
 def resealed(files: dict[str, bytes]) -> dict[str, bytes]:
     return {**files, "SHA256SUMS": pack.make_sums(files)}
 
@@ -663,7 +667,7 @@ def test_edited_readme_needs_a_new_seal(small, tmp_path, capsys):
     assert pack.main(["--check", str(tmp_path)]) == 0
 
 
-# --- What cannot be packed --------------------------------------------------------------------------------------------
+# --- What cannot be packed ------------------------------------------------------------------------
 def test_size_counts_the_packed_code_to_the_byte(tmp_path, capsys):
     room = tg.LIMIT_BYTES - pack.packed_size(SMALL_SOURCE)
     files = make(write_run(tmp_path, 1, size=room), tmp_path / "full")
@@ -709,7 +713,8 @@ def test_incomplete_run_ends_in_one_line_and_writes_nothing(tmp_path, capsys, da
 
 
 def test_seeds_of_another_claim_or_twice_are_refused(tmp_path, capsys):
-    run, _ = write_run(tmp_path, 1), write_run(tmp_path, 2, preset="pr1530")
+    run = write_run(tmp_path, 1)
+    _ = write_run(tmp_path, 2, preset="pr1530")
     assert pack.main([str(run), str(tmp_path / "out"), "--log", str(tmp_path / "logs/s2.txt")]) == 2
     assert "preset: differs between the logs: cpu, pr1530" in capsys.readouterr().err
     again = shutil.copy(tmp_path / "logs/s1.txt", tmp_path / "again.txt")
