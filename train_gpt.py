@@ -32,7 +32,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
-from itertools import groupby, takewhile
+from itertools import chain, groupby, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -1255,9 +1255,9 @@ class Documents(
         docs = cls(tokens, starts[sample], np.diff(starts, append=len(tokens) - 1)[sample])
         if cfg.data_loader == "documents":
             return docs
-        return cls(docs.text(), np.cumsum(np.append(0, docs.counts[:-1])), docs.counts)
+        return cls(docs.joined_tokens(), np.cumsum(np.append(0, docs.counts[:-1])), docs.counts)
 
-    def text(
+    def joined_tokens(
         self,
     ) -> np.ndarray:  # of these documents alone, end to end, with the target after the last
         spans = [
@@ -1267,7 +1267,7 @@ class Documents(
             [*(self.tokens[a:b] for a, b in spans), self.tokens[spans[-1][1] :][:1]]
         )
 
-    def target_index(
+    def target_indices(
         self, stop: int | None = None
     ) -> np.ndarray:  # of all targets of the documents before `stop`, rising
         pairs = zip(self.starts[:stop], self.counts[:stop], strict=True)
@@ -2102,7 +2102,7 @@ class Optimizers:
     def __init__(self, model: GPT, cfg: Config, ranks: Ranks):
         self.model, self.cfg, self.ranks, table = model, cfg, ranks, parameter_table(cfg)
         self.keep_gradients = False  # zeroed in place: a CUDA graph adds to them
-        self.share, group = 1 - cfg.ema_decay, {"muon": {}, "embed": {}, "scalar": {}, "fixed": {}}
+        group = {"muon": {}, "embed": {}, "scalar": {}, "fixed": {}}
         for name, p in model.named_parameters():
             group[table[name].group][name] = p
         rest = [
@@ -2144,19 +2144,20 @@ class Optimizers:
 
     @torch.no_grad()
     def step(
-        self, lr_scale: float, momentum: float
+        self, lr_scale: float, momentum: float, average_share: float | None = None
     ) -> Tensor:  # clears the gradients; returns the reduced one's norm
+        share = 1 - self.cfg.ema_decay if average_share is None else average_share
         squares = self.muon.reduce()
         flat = self.ranks.sum(torch.cat([p.grad.flatten() for p in self.small.values()]))
         norm = (squares + flat.square().sum()).sqrt()
         clip = ((self.cfg.grad_clip_norm or math.inf) / (norm + 1e-6)).clamp_max(1.0)
-        self.average.lerp_(self.flat, self.share)  # of the step before, as in muon_step
+        self.average.lerp_(self.flat, share)  # of the step before, as in muon_step
         for leaf, g in zip(self.leaves, flat.mul_(clip).split(self.sizes), strict=False):
             leaf.grad = g
         for g in self.adam.param_groups:  # anew each time: load_state_dict replaces them
             g["lr"] = g["base_lr"] * lr_scale
         self.adam.step()
-        rates = momentum, self.cfg.matrix_lr * lr_scale, self.share
+        rates = momentum, self.cfg.matrix_lr * lr_scale, share
         rates = [norm.new_full((), x) for x in rates]  # a copy would be waited for
         self.muon.step(torch.stack([clip, *rates]))
         self.model.zero_grad(set_to_none=not self.keep_gradients)
@@ -2164,11 +2165,11 @@ class Optimizers:
 
     @torch.no_grad()
     def averages(
-        self, newest: bool
+        self, newest_share: float | None = None
     ) -> dict[str, Tensor]:  # whole, with the newest step's weights or as before it
         weights = self.state["weights"]
         found = {
-            n: old.lerp(weights[n], self.share) if newest else old
+            n: old if newest_share is None else old.lerp(weights[n], newest_share)
             for n, old in self.state["average"].items()
         }
         return self.muon.whole(found)
@@ -2336,7 +2337,7 @@ class Progress:
         )  # on all
         self.looped, self.expected, self.kept = False, run.cfg.iterations, 0.0
         self.share, self.taken, self.rounds = (
-            run.optimizers.share,
+            1 - run.cfg.ema_decay,
             0,
             False,
         )  # of the average; LATE_QAT
@@ -2344,7 +2345,6 @@ class Progress:
             vars(self).update(run.kept["progress"])
             run.optimizers.load_state_dict(run.kept["optimizers"])
             torch.set_rng_state(run.kept["random"])
-            run.optimizers.share = self.share
         self.run, self.cfg, self.budget, self.unread, self.signal, self.stop = (
             run,
             run.cfg,
@@ -2418,7 +2418,7 @@ class Progress:
         (self.loss, norm, clock, compiled, self.stop), now = late.wait()
         self.ended = now - self.start
         if not math.isfinite(self.loss + norm):
-            run.save("last_good.pt", run.optimizers.averages(newest=False), step - 1, self.looped)
+            run.save("last_good.pt", run.optimizers.averages(), step - 1, self.looped)
             raise FloatingPointError(
                 f"loss {self.loss}, gradient norm {norm} in step {step}; last_good.pt is before"
             )
@@ -2553,8 +2553,8 @@ def train(run: Run, reserve: float) -> bool:
         run.model.rounded(False)
         progress.read()  # of the step before, which the device has done by now
         progress.looped |= switch
-        norm = run.optimizers.step(scale, muon_momentum(step, cfg))
-        run.optimizers.share = progress.average(scale)
+        norm = run.optimizers.step(scale, muon_momentum(step, cfg), progress.share)
+        progress.average(scale)
         progress.send(local, norm, len(plan), num_targets, scale)
         if cfg.val_loss_every and progress.step % cfg.val_loss_every == 0:
             progress.read()
@@ -2573,7 +2573,7 @@ def train(run: Run, reserve: float) -> bool:
     if any(ranks.gather(progress.signal)):  # in the last step
         progress.stop = 1.0
         progress.pause()
-    step, ema = progress.step, run.optimizers.averages(newest=True)
+    step, ema = progress.step, run.optimizers.averages(newest_share=progress.share)
     log(
         f"stopping: step:{step}/{cfg.iterations} train_time:{1000 * progress.ended:.0f}ms; "
         f"{cfg.export_weights}:applying {cfg.export_weights.upper()} weights"
@@ -2646,11 +2646,19 @@ def check_bytes(tokenizer: Tokenizer, docs: Documents, ranks: Ranks) -> tuple[By
     return table, decoded
 
 
-# What the field's validation sets hold (documents, tokens, bytes); other numbers mean other data or a lost tail.
+class DatasetTotals(NamedTuple):
+    """What a validation set holds; 0 where a number is not known."""
+
+    documents: int
+    tokens: int
+    bytes: int
+
+
+# What the field's validation sets hold; other numbers mean other data or a lost tail.
 CANONICAL = {
-    "fineweb10B_sp8192": (50_000, 40_540_803, 151_080_891),
-    "fineweb10B_sp4096": (50_000, 0, 151_080_891),
-    "fineweb10B_sp1024": (50_000, 0, 151_080_891),
+    "fineweb10B_sp8192": DatasetTotals(50_000, 40_540_803, 151_080_891),
+    "fineweb10B_sp4096": DatasetTotals(50_000, 0, 151_080_891),
+    "fineweb10B_sp1024": DatasetTotals(50_000, 0, 151_080_891),
 }
 
 
@@ -2666,33 +2674,31 @@ class Ledger:
         self.docs, self.padding_index = docs, len(docs.tokens) - 1  # where scores of padding go
         self.tokens = torch.from_numpy(docs.tokens.astype(np.int32)).to(device)  # (N,)
         self.bytes = table.to(device).bytes_of(self.tokens[:-1], self.tokens[1:])  # (N - 1,) int64
-        self.nats, self.times = (
-            torch.zeros(len(self.tokens), device=device),
-            torch.zeros_like(self.tokens),
-        )
-        self.early = torch.zeros(
+        self.nats = torch.zeros(len(self.tokens), device=device)
+        self.times_scored = torch.zeros_like(self.tokens)
+        self.num_read_early = torch.zeros(
             (), dtype=torch.int64, device=device
         )  # targets that an update read too soon
-        self.plain = (
+        self.num_not_learnt_from = (
             0  # documents, or chunks of the stream, that the deadline kept from being learnt from
         )
 
-    def add(
+    def record(
         self, place: Tensor, nats: Tensor
     ) -> None:  # (n,) int64 and fp32, final: a second score changes nothing
-        self.nats[place] = torch.where(self.times[place] == 0, nats, self.nats[place])
-        self.times.index_add_(0, place, torch.ones_like(place, dtype=torch.int32))
+        self.nats[place] = torch.where(self.times_scored[place] == 0, nats, self.nats[place])
+        self.times_scored.index_add_(0, place, torch.ones_like(place, dtype=torch.int32))
 
-    def require(
+    def require_scored(
         self, place: Tensor, ranks: Ranks | None = None
     ) -> None:  # an update reads these targets (n,) int64
-        times = self.times[place]
-        self.early += (
+        times = self.times_scored[place]
+        self.num_read_early += (
             ((ranks.sum(times) if ranks else times) == 0) & (place != self.padding_index)
         ).sum()
 
     def result(self) -> dict[str, float]:  # so far
-        scored = self.times[:-1] > 0
+        scored = self.times_scored[:-1] > 0
         nats, tokens = self.nats[:-1].double().sum().item(), int(scored.sum())
         num_bytes, loss = int((self.bytes * scored).sum()), nats / max(tokens, 1)
         bpb = loss / math.log(2) * tokens / max(num_bytes, 1)
@@ -2701,8 +2707,9 @@ class Ledger:
     def join(
         self, ranks: Ranks
     ) -> Ledger:  # the ledgers of all ranks into each; a target of two ranks counts twice
-        self.nats[-1], self.plain = 0.0, sum(ranks.gather(self.plain))
-        for t in (self.nats, self.times, self.early):
+        self.nats[-1] = 0.0
+        self.num_not_learnt_from = sum(ranks.gather(self.num_not_learnt_from))
+        for t in (self.nats, self.times_scored, self.num_read_early):
             ranks.sum(t)
         return self
 
@@ -2721,13 +2728,13 @@ class Ledger:
         self, decoded_bytes: int
     ) -> list[str]:  # of the joined ledger; none: every rule was kept
         wanted, times = (
-            np.bincount(self.docs.target_index(), minlength=self.padding_index),
-            self.times[:-1].cpu().numpy(),
+            np.bincount(self.docs.target_indices(), minlength=self.padding_index),
+            self.times_scored[:-1].cpu().numpy(),
         )
         counts = {
             "targets were never scored": (times < wanted).sum(),
             "targets were scored too often": (times > wanted).sum(),
-            "targets were read by an update before their score": self.early.item(),
+            "targets were read by an update before their score": self.num_read_early.item(),
             "scores are not finite": (~self.nats[:-1].isfinite()).sum().item(),
         }
         counted = self.result()["bytes"]
@@ -2737,7 +2744,11 @@ class Ledger:
         return [f"{n} {what}" for what, n in counts.items() if n] + lost
 
 
-def scoring_windows(num_targets: int, length: int, stride: int) -> list[tuple[int, int, int]]:
+# Inputs start .. end - 1 are read, and the targets of the inputs first_scored .. end - 1 are scored.
+Window = tuple[int, int, int]  # (start, first_scored, end)
+
+
+def scoring_windows(num_targets: int, length: int, stride: int) -> list[Window]:
     """(start, score, end): read inputs start..end-1 of a document, score its targets score..end-1; target j follows j.
     Each window starts on the grid of `stride`, wherever the document ends (W51); stride = length is plain scoring."""
     starts = range(0, max(num_targets - length, 0) + stride, stride)
@@ -2756,27 +2767,36 @@ class Scorer(NamedTuple):  # scores without learning; what every evaluation need
     ranks: Ranks
     log: Log
 
-    def windows(
-        self, stride: int
-    ) -> Iterator[tuple[int, int, int]]:  # (start, score, end) by place in the stream
-        docs, length = self.ledger.docs, self.cfg.eval_seq_len
-        texts = (
-            zip(*docs[1:], strict=True)
-            if self.cfg.data_loader == "documents"
-            else [(0, self.ledger.padding_index)]
-        )
-        return (
-            tuple(first + x for x in window)
-            for first, count in texts
-            for window in scoring_windows(count, length, min(stride or length, length))
-        )
+    def stream_windows(self, stride: int, first: int = 0) -> Iterator[Window]:
+        """Windows over all texts, `stride` targets apart, that score the targets from `first` on.
+
+        A text is a document with DATA_LOADER=documents, otherwise the stream. Windows and `first`
+        are indices into the stream. A stride of 0 is the length of a window, EVAL_SEQ_LEN.
+        """
+        docs = self.ledger.docs
+        if self.cfg.data_loader == "documents":
+            texts = zip(docs.starts, docs.counts, strict=True)
+        else:
+            texts = [(0, self.ledger.padding_index)]
+        for start, num_targets in texts:
+            yield from self.text_windows(start, num_targets, stride, first)
+
+    def text_windows(
+        self, text_start: int, num_targets: int, stride: int, first: int = 0
+    ) -> Iterator[Window]:
+        """Windows as in stream_windows over the text that starts at index `text_start`."""
+        length = self.cfg.eval_seq_len
+        stride = min(stride or length, length)
+        for start, first_scored, end in scoring_windows(num_targets, length, stride):
+            if text_start + end > first:
+                yield text_start + start, max(text_start + first_scored, first), text_start + end
 
     @torch.no_grad()
-    def score(self, spans: Iterable[tuple[int, int, int]], shared: bool) -> None:
+    def score_windows(self, windows: Iterable[Window], shared: bool) -> None:
         """Windows (start, score, end), packed into rows as they come; no score depends on its row. With `shared` the
         ranks, which all call it, divide the rows between them."""
         ledger, (size, capacity, _), rows, used = self.ledger, self.cfg.val_row_shape, [], math.inf
-        for start, score, end in spans:
+        for start, score, end in windows:
             if used + end - start > size or len(rows[-1]) == capacity // 2:
                 rows.append([])
                 used = 0
@@ -2794,7 +2814,7 @@ class Scorer(NamedTuple):  # scores without learning; what every evaluation need
             place = torch.from_numpy(np.where(scored, index, ledger.padding_index)).to(
                 ledger.nats.device
             )  # waits, so first
-            ledger.add(place, self.forward(batch, self.plan)[: len(index)])
+            ledger.record(place, self.forward(batch, self.plan)[: len(index)])
             if self.log.due():
                 self.log(
                     "eval_progress: {tokens} targets running_bpb:{val_bpb:.4f}".format(
@@ -2806,7 +2826,7 @@ class Scorer(NamedTuple):  # scores without learning; what every evaluation need
 def score_all(
     scorer: Scorer, stride: int
 ) -> Ledger:  # every target once, in windows `stride` (0: a window) apart
-    scorer.score(scorer.windows(stride), shared=True)
+    scorer.score_windows(scorer.stream_windows(stride), shared=True)
     return scorer.ledger.join(scorer.ranks)
 
 
@@ -3631,9 +3651,9 @@ class Adaptation:
                     raise
                 self.room = tokens * (rows.stop - first) // 2
                 continue
-            ledger.add(place, nats)  # final from here on
+            ledger.record(place, nats)  # final from here on
             for again in range(self.cfg.ttt_grad_steps * (len(grads) > 0)):
-                ledger.require(place)
+                ledger.require_scored(place)
                 self.learn(
                     self.score(ledger, start, end, rows)[2] if again else grads,
                     rows,
@@ -3760,20 +3780,12 @@ def adapt_documents(
                 )
                 log(f"ttt_progress: batch {number + 1}/{len(batches)} {running}")
         rest = [d for d in batch if deadline.late and counts[d] > done]
-        spans = (
-            (d, span)
+        for_each = (
+            scorer.text_windows(starts[d], counts[d], stride=0, first=starts[d] + done)
             for d in rest
-            for span in scoring_windows(counts[d], cfg.eval_seq_len, cfg.eval_seq_len)
         )
-        scorer.score(
-            (
-                (starts[d] + start, starts[d] + max(score, done), starts[d] + end)
-                for d, (start, score, end) in spans
-                if end > done
-            ),
-            shared=False,
-        )
-        ledger.plain += len(rest)
+        scorer.score_windows(chain.from_iterable(for_each), shared=False)
+        ledger.num_not_learnt_from += len(rest)
 
 
 def score_documents(
@@ -3794,7 +3806,7 @@ def score_documents(
         adapt_documents(state, scorer, first, stop, deadline)
         state.warm, places = (
             None,
-            docs.target_index(stop if stop < len(docs.counts) else 0),
+            docs.target_indices(stop if stop < len(docs.counts) else 0),
         )  # nothing for no one
         starts = range(0, len(places) - size + 1, size)
         yield (
@@ -3807,8 +3819,8 @@ def score_chunks(scorer: Scorer, deadline: Deadline) -> Iterator[tuple[int, list
     """TTT_MODE=chunk (PR #461, #1413): scores every window of a chunk of the stream; windows that straddle chunks in
     parts, EVAL_STRIDE apart with SLIDING_WINDOW_ENABLED; what is late at once, in plain ones. Yields the targets left,
     and what all weights learn from before the next chunk, after the last nothing: (places, share of the schedule)."""
-    size, places, spans = scorer.cfg.ttt_chunk_tokens, scorer.ledger.docs.target_index(), {}
-    for start, score, end in scorer.windows(
+    size, places, spans = scorer.cfg.ttt_chunk_tokens, scorer.ledger.docs.target_indices(), {}
+    for start, score, end in scorer.stream_windows(
         scorer.cfg.eval_stride * scorer.cfg.sliding_window_enabled
     ):
         at = int(np.searchsorted(places, score))
@@ -3817,17 +3829,12 @@ def score_chunks(scorer: Scorer, deadline: Deadline) -> Iterator[tuple[int, list
             spans.setdefault(k, []).append((start, *part))
     last = len(spans) - 1
     for k in range(len(spans)):
-        scorer.score(spans[k], shared=True)
+        scorer.score_windows(spans[k], shared=True)
         chunk, left = places[k * size : (k + 1) * size], places[(k + 1) * size :]
         yield len(left), [(chunk, k / last)] if k < last else []
         if deadline.late and k < last:
-            rest = (
-                (start, max(score, left[0]), end)
-                for start, score, end in scorer.windows(0)
-                if end > left[0]
-            )
-            scorer.score(rest, shared=True)
-            scorer.ledger.plain += scorer.ranks.is_main * (last - k - 1)
+            scorer.score_windows(scorer.stream_windows(stride=0, first=left[0]), shared=True)
+            scorer.ledger.num_not_learnt_from += scorer.ranks.is_main * (last - k - 1)
             break
 
 
@@ -3847,7 +3854,7 @@ def evaluate_ttt(
     ):
         for place, share in learns:
             if deadline.near(left / ranks.world_size, ranks):
-                scorer.ledger.plain += ranks.is_main
+                scorer.ledger.num_not_learnt_from += ranks.is_main
             else:
                 sgd.param_groups[0]["lr"] = 0.5 * cfg.ttt_lr * (1 + math.cos(math.pi * share))
                 learn_weights(model, forward, sgd, scorer, place)
@@ -3868,7 +3875,7 @@ def learn_weights(
         scorer.cfg.eval_seq_len,
         scorer.ledger.docs.tokens,
     )
-    ledger.require(torch.from_numpy(place).to(ranks.device), ranks)
+    ledger.require_scored(torch.from_numpy(place).to(ranks.device), ranks)
     rows, size = (
         place[: len(place) // length * length].reshape(-1, length),
         cfg.ttt_batch_seqs * ranks.world_size,
@@ -4011,7 +4018,9 @@ class Run:  # from its data to its report, the same on all ranks; `go` holds the
             "attention": self.backend,
             "val_docs": len(self.docs.counts),
             "tokenizer_sha256": self.tokenizer.sha256,
-            "val_sha256": hashlib.sha256(self.docs.text().astype("<u2").tobytes()).hexdigest(),
+            "val_sha256": hashlib.sha256(
+                self.docs.joined_tokens().astype("<u2").tobytes()
+            ).hexdigest(),
         }
         lines += self.resume(log := Path(f"logs/{run_id}.txt"))
         self.log = Log(
@@ -4370,14 +4379,16 @@ class Run:  # from its data to its report, the same on all ranks; `go` holds the
         )
         if problems or any(abs(n - m) > 1e-4 * m for n, m in zip(held, known, strict=True) if m):
             reasons = problems or [
-                f"(documents, tokens, bytes) are {held}, in the field's data set {known}"
+                f"(documents, tokens, bytes) are {held}, in the field's data set {tuple(known)}"
             ]
             raise InvalidScore(f"{label} INVALID: {'; '.join(reasons)}")
         (loss, bpb, tokens, num_bytes), seconds = ledger.result().values(), self.phases[-1][2]
         self.log(f"{label} val_loss:{loss:.8f} val_bpb:{bpb:.8f} eval_time:{1000 * seconds:.0f}ms")
         self.log.scalars(self.final.get("steps", 0), {f"val_bpb/{key}": bpb})
-        if ledger.plain:
-            self.log(f"deadline: {ledger.plain} of them scored without learning from them")
+        if ledger.num_not_learnt_from:
+            self.log(
+                f"deadline: {ledger.num_not_learnt_from} of them scored without learning from them"
+            )
         self.final |= {f"{key}_loss": loss, f"{key}_bpb": bpb, "val_loss": loss, "val_bpb": bpb}
         self.final |= {"val_tokens": tokens, "val_bytes": num_bytes}
         if self.ranks.is_main:

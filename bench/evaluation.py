@@ -238,7 +238,7 @@ def largest_differences(
     text: Text, cfg: tg.Config, found: Tensor, wanted: Tensor
 ) -> tuple[float, float]:
     """Of nats by place: in the first chunk of each document, and after an update."""
-    differences, place = (found - wanted).abs()[:-1], text.docs.target_index()
+    differences, place = (found - wanted).abs()[:-1], text.docs.target_indices()
     offset = place - np.repeat(text.docs.starts, text.docs.counts)
     first = offset < tg.chunk_grid(cfg, 1)[0][1]
     return tuple(

@@ -246,9 +246,9 @@ def test_deadline_of_a_third_of_the_time_ends_inside_it_with_every_target_scored
     learnt, learn = [], tg.learn_weights
     monkeypatch.setattr(tg, "learn_weights", lambda *args: learnt.append(learn(*args)))
     part, spent = clock.evaluated(docs, needed / 3)
-    assert part.plain > whole.plain == 0
+    assert part.num_not_learnt_from > whole.num_not_learnt_from == 0
     if model.cfg.ttt_mode == "chunk":  # each is counted or learnt from, but the last
-        assert learnt and len(learnt) + part.plain == -(-docs.counts.sum() // 128) - 1
+        assert learnt and len(learnt) + part.num_not_learnt_from == -(-docs.counts.sum() // 128) - 1
     assert needed / 6 < spent <= needed / 3  # inside, and not much before
     same = nats_of(part) == nats_of(whole)
     stride = model.cfg.eval_stride * model.cfg.sliding_window_enabled
@@ -270,7 +270,9 @@ def test_deadline_of_zero_is_plain_scoring_and_says_what_was_not_learnt_from(mod
     before = (
         docs.counts[:5].sum() // 64 + docs.counts[:10].sum() // 64
     )  # whole chunks of each phase
-    assert ledger.plain == {"chunk": chunks, "phases": len(MANY) + before}.get(mode, len(MANY))
+    assert ledger.num_not_learnt_from == {"chunk": chunks, "phases": len(MANY) + before}.get(
+        mode, len(MANY)
+    )
 
 
 def late_on_the_second(
@@ -279,7 +281,7 @@ def late_on_the_second(
     docs, found = documents(*MANY), {}
     for mode, more in settings.items():
         ledger = evaluated(model_for(4, **more), docs, ranks, seconds=0.0 if ranks.rank else 1e9)
-        found[mode] = nats_of(ledger), ledger.plain
+        found[mode] = nats_of(ledger), ledger.num_not_learnt_from
     return found
 
 
@@ -342,12 +344,14 @@ def test_chunk_is_scored_by_weights_that_learnt_from_the_chunks_before_it(learnt
     ] * 7  # of 955 targets; the last chunk is not learnt from
     rates = [0.5 * 0.05 * (1 + math.cos(math.pi * k / 7)) for k in range(7)]
     assert [lr for _, lr, _ in learnt] == pytest.approx(rates)
-    assert_equal(np.concatenate([place for place, _, _ in learnt]), docs.target_index()[: 7 * 128])
+    assert_equal(
+        np.concatenate([place for place, _, _ in learnt]), docs.target_indices()[: 7 * 128]
+    )
     expected, weights = np.zeros_like(found), [model.state_dict(), *(w for _, _, w in learnt)]
     for k, state in enumerate(weights):
         other = tg.GPT(model.cfg)
         other.load_state_dict(state)
-        chunk = docs.target_index()[k * 128 : (k + 1) * 128]
+        chunk = docs.target_indices()[k * 128 : (k + 1) * 128]
         expected[chunk] = nats_of(plain(other, docs, stride))[chunk]
     assert np.abs(found - expected).max() < 1e-5
     assert np.abs(found - nats_of(plain(model, docs, stride)))[128:].mean() > 1e-3
@@ -360,7 +364,7 @@ def test_first_sgd_step_is_that_of_the_mean_loss_of_the_chunk(learnt):
         model_for(4, **{**CHUNKS, "ttt_epochs": 1, "ttt_grad_clip": 0.5}),
     )
     evaluated(model, docs)
-    tokens, place = torch.from_numpy(docs.tokens), docs.target_index()[:128]
+    tokens, place = torch.from_numpy(docs.tokens), docs.target_indices()[:128]
     starts = sorted({0, S, *(int(s) for s in docs.starts if s < 128)})
     cu = torch.tensor([*starts, 128], dtype=torch.int32)
     model.zero_grad()
@@ -415,7 +419,7 @@ def test_phases_learn_from_scored_documents_before_the_next_is_scored(learnt):
     assert [len(place) for place, _, _ in learnt] == [64] * (first // 64 + second // 64)
     assert_equal(
         np.concatenate([p for p, _, _ in learnt[: first // 64]]),
-        docs.target_index(5)[: first // 64 * 64],
+        docs.target_indices(5)[: first // 64 * 64],
     )
     assert_equal(found[:first], without[:first])
     assert (found[first:] != without[first:]).mean() > 0.9
@@ -441,7 +445,7 @@ def test_phases_keep_to_the_order_of_the_stream():
 def test_phases_beyond_the_documents_score_them_all(learnt):
     docs, model = documents(*LENGTHS), model_for(4, **{**PHASES, "phased_ttt_prefix_docs": 1000})
     nats_of(evaluated(model, docs))
-    half = set(docs.target_index(len(LENGTHS) // 2).tolist())
+    half = set(docs.target_indices(len(LENGTHS) // 2).tolist())
     assert learnt and all(
         half.issuperset(place.tolist()) for place, *_ in learnt
     )  # after the last, nothing is scored
@@ -517,10 +521,10 @@ def test_a_ten_thousandth_may_differ_from_the_fields_counts(
     run = Session(tiny_data, val_doc_fraction=share)
     figures = {"val_loss": 1.0, "val_bpb": 2.0, "tokens": 3, "bytes": 4}
     ledger = SimpleNamespace(
-        problems=lambda decoded: [], result=lambda: figures, plain=0, by_document=dict
+        problems=lambda decoded: [], result=lambda: figures, num_not_learnt_from=0, by_document=dict
     )
     monkeypatch.setitem(
-        tg.CANONICAL, TINY["DATASET"], (len(run.docs.starts), 0, 1_000_000)
+        tg.CANONICAL, TINY["DATASET"], tg.DatasetTotals(len(run.docs.starts), 0, 1_000_000)
     )  # 0: not known
     run.decoded = held
     if fine:

@@ -169,7 +169,7 @@ def test_result_equals_a_hand_sum_in_float64():
     ledger, nats, num_bytes = tg.Ledger(docs, table, torch.device("cpu")), [], 0
     for place in np.array_split(rng.permutation(len(docs.tokens) - 1)[:15000], 7):
         scores = torch.rand(len(place)) * 1e4  # a sum of these in fp32 is off in the fifth digit
-        ledger.add(torch.from_numpy(place), scores)
+        ledger.record(torch.from_numpy(place), scores)
         nats += scores.tolist()
         for p, t in zip(docs.tokens[place], docs.tokens[place + 1], strict=True):
             num_bytes += int(table.base[t]) + int(table.space[t] and not table.boundary[p])
@@ -194,9 +194,9 @@ def full_ledger(docs):
     )
     ledger, places = (
         tg.Ledger(docs, table, torch.device("cpu")),
-        torch.from_numpy(docs.target_index()),
+        torch.from_numpy(docs.target_indices()),
     )
-    ledger.add(places, torch.rand(len(places)))
+    ledger.record(places, torch.rand(len(places)))
     return ledger, len(places)
 
 
@@ -207,28 +207,28 @@ def test_ledger_of_one_pass_has_no_problem(sampled):
         docs._replace(starts=docs.starts[[0, 3]], counts=docs.counts[[0, 3]]) if sampled else docs
     )
     ledger, num_bytes = full_ledger(docs)
-    ledger.require(torch.from_numpy(docs.target_index()))
-    ledger.require(torch.full((3,), ledger.padding_index))  # padding is no target
+    ledger.require_scored(torch.from_numpy(docs.target_indices()))
+    ledger.require_scored(torch.full((3,), ledger.padding_index))  # padding is no target
     assert ledger.problems(num_bytes) == []
 
 
 def spoil(ledger, how, docs):
     first = torch.tensor([0])
     if how == "never":
-        ledger.times[3] = 0
+        ledger.times_scored[3] = 0
     elif how == "often":
-        ledger.add(first, torch.ones(1))
+        ledger.record(first, torch.ones(1))
     elif how == "twice at once":
-        ledger.times[0] = 0
-        ledger.add(torch.tensor([0, 0]), torch.ones(2))
+        ledger.times_scored[0] = 0
+        ledger.record(torch.tensor([0, 0]), torch.ones(2))
     elif how == "before":
-        ledger.times[0] = 0
-        ledger.require(first)
-        ledger.add(first, torch.ones(1))
+        ledger.times_scored[0] = 0
+        ledger.require_scored(first)
+        ledger.record(first, torch.ones(1))
     elif how == "finite":
         ledger.nats[2] = float("nan")
     elif how == "outside":
-        ledger.add(torch.tensor([int(docs.starts[1])]), torch.ones(1))
+        ledger.record(torch.tensor([int(docs.starts[1])]), torch.ones(1))
 
 
 @pytest.mark.parametrize(
@@ -256,7 +256,7 @@ def test_ledger_names_the_broken_rule(how, reason):
 def test_first_score_stays():
     ledger, _ = full_ledger(documents([9, 4]))
     before = ledger.nats.clone()
-    ledger.add(torch.tensor([1, 2]), torch.zeros(2))
+    ledger.record(torch.tensor([1, 2]), torch.zeros(2))
     assert torch.equal(ledger.nats, before)
 
 
@@ -267,10 +267,10 @@ def ledger_of_rank(ranks, both):
     )
     ledger, places = (
         tg.Ledger(docs, table, torch.device("cpu")),
-        torch.from_numpy(docs.target_index()),
+        torch.from_numpy(docs.target_indices()),
     )
     places = places[ranks.rank :: 2] if not both else places[min(ranks.rank, 1) * 7 :]
-    ledger.add(places, places.float())
+    ledger.record(places, places.float())
     return ledger.join(ranks).problems(18), ledger.result()
 
 

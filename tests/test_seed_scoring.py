@@ -439,9 +439,9 @@ def test_fields_that_no_run_writes_are_refused_in_one_line(tmp_path, forged):
 def test_scorer_makes_the_published_windows_of_a_stream_of_rows(targets, count):
     cfg = SimpleNamespace(eval_seq_len=2048, data_loader="rows")
     docs = SimpleNamespace(__getitem__=None)
-    scorer = tg.Scorer(None, (), SimpleNamespace(docs=docs, nowhere=targets), cfg, ONE, None)
+    scorer = tg.Scorer(None, (), SimpleNamespace(docs=docs, padding_index=targets), cfg, ONE, None)
     scored, windows, last = 0, 0, 0
-    for start, score, end in scorer.windows(64):
+    for start, score, end in scorer.stream_windows(64):
         assert score == last and start <= score < end <= start + 2048 and start % 64 == 0
         scored, windows, last = scored + end - score, windows + 1, end
     assert (windows, scored, last) == (count, targets, targets)
@@ -451,7 +451,7 @@ def test_chunks_hold_the_published_windows_whole():
     """SP8192: 1238 chunks; each window inside one, each target once, all but the last chunk learnt from."""
 
     class Stub(tg.Scorer):
-        def score(self, spans, shared):
+        def score_windows(self, spans, shared):
             self.log.append(
                 (len(spans), spans[0][1], spans[-1][2], sum(end - score for _, score, end in spans))
             )
@@ -462,9 +462,9 @@ def test_chunks_hold_the_published_windows_whole():
     )
     cfg, docs = (
         dataclasses.replace(cfg, data_loader="rows"),
-        SimpleNamespace(places=lambda: np.arange(targets)),
+        SimpleNamespace(target_indices=lambda: np.arange(targets)),
     )
-    scorer = Stub(None, (), SimpleNamespace(docs=docs, nowhere=targets), cfg, ONE, found := [])
+    scorer = Stub(None, (), SimpleNamespace(docs=docs, padding_index=targets), cfg, ONE, found := [])
     learns = [(len(learnt), left) for left, learnt in tg.score_chunks(scorer, tg.Deadline(1e9))]
     assert len(found) == 1238
     assert sum(windows for windows, *_ in found) == 633_409  # none is cut
@@ -571,14 +571,14 @@ def test_deadline_of_zero_is_base_scoring_in_every_preset(name):
         "documents" if name == "pr605" else model.cfg.data_loader,
     )
     other = with_settings(model, data_loader=loader)  # in document mode no window leaves its text
-    base, first = nats_of(plain(other, docs)), docs.target_index()[: model.cfg.ttt_chunk_tokens]
+    base, first = nats_of(plain(other, docs)), docs.target_indices()[: model.cfg.ttt_chunk_tokens]
     base[first] = nats_of(plain(other, docs, stride))[
         first
     ]  # once the time is over, no window overlaps another
     assert np.abs(nats_of(ledger) - base).max() < 1e-5
-    assert ledger.plain > 0
+    assert ledger.num_not_learnt_from > 0
     learnt = evaluated(model, docs)
-    assert learnt.plain == 0 and (nats_of(learnt) != nats_of(ledger)).any()
+    assert learnt.num_not_learnt_from == 0 and (nats_of(learnt) != nats_of(ledger)).any()
 
 
 @pytest.mark.parametrize("stride", [16, 64])

@@ -162,7 +162,9 @@ def test_a_share_of_rows_is_the_sample_of_documents_end_to_end(tiny_data, loader
         sample.starts[-1] + sample.counts[-1]
     ]  # the last target, for most the next one's BOS
     assert np.array_equal(part.tokens, [*np.concatenate(texts), after])
-    assert np.array_equal(part.text(), sample.text()) and np.array_equal(whole.text(), whole.tokens)
+    assert np.array_equal(part.joined_tokens(), sample.joined_tokens()) and np.array_equal(
+        whole.joined_tokens(), whole.tokens
+    )
     assert np.array_equal(part.tokens[part.starts], np.full(len(texts), tokenizer.bos_id))
     assert some.result()["tokens"] == count < every.result()["tokens"]
 

@@ -79,8 +79,8 @@ def stepped(
     return deepcopy(
         {
             "state": optimizers.state_dict(),
-            "average": optimizers.averages(newest=True),
-            "before": optimizers.averages(newest=False),
+            "average": optimizers.averages(newest_share=1 - cfg.ema_decay),
+            "before": optimizers.averages(),
             "model": weights_of(model),
             "visible": visible,
         }
@@ -196,9 +196,9 @@ def test_the_average_lags_a_step_so_that_a_bad_one_never_enters_it():
     model = tg.GPT(cfg)
     optimizers = on_one(lambda ranks: tg.Optimizers(model, cfg, ranks))
     for step in range(4):
-        wanted = deepcopy(optimizers.averages(newest=True))
+        wanted = deepcopy(optimizers.averages(newest_share=0.5))
         set_gradients(model, draw_gradients(model, step, scale=math.nan if step == 3 else 1.0))
         optimizers.step(1.0, 0.9)
-        assert_equal(optimizers.averages(newest=False), wanted)
+        assert_equal(optimizers.averages(), wanted)
     assert not any(p.isfinite().any() for p in model.parameters())
     assert all(w.isfinite().all() for w in wanted.values())

@@ -52,7 +52,7 @@ def of_documents(ledger: tg.Ledger) -> dict[int, np.ndarray]:
     """document -> nats of its targets that are scored."""
     found = {}
     for d, (start, count) in enumerate(zip(ledger.docs.starts, ledger.docs.counts, strict=True)):
-        nats, times = (x[start : start + count].numpy() for x in (ledger.nats, ledger.times))
+        nats, times = (x[start : start + count].numpy() for x in (ledger.nats, ledger.times_scored))
         found[d] = nats[times > 0]
     return found
 

@@ -233,6 +233,17 @@ def validation_targets(text: str) -> int | None:
     return int(match[1]) if match else None
 
 
+def evaluation_scores(text: str) -> list[float]:
+    """Bits per byte of every line in which our run reports a finished evaluation, in order."""
+    found = re.findall(r"^\S.*? val_loss:\S+ val_bpb:(\S+) eval_time", text, re.MULTILINE)
+    return [float(bpb) for bpb in found]
+
+
+def has_invalid_score(text: str) -> bool:
+    """Whether a line of our run calls a score invalid."""
+    return re.search(r"^\S.* INVALID: ", text, re.MULTILINE) is not None
+
+
 def submission_sizes(text: str) -> list[int]:
     """Bytes of every line `Total submission size ..: N bytes`, in order."""
     found = re.findall(r"^Total submission size [^:]*: (\d+) bytes", text, re.MULTILINE)
@@ -242,6 +253,18 @@ def submission_sizes(text: str) -> list[int]:
 def without_timestamps(text: str) -> list[str]:
     """The lines of a log, without the seconds since 1970 that some public scripts put first."""
     return [re.sub(r"^\d{10}\.\d+ ", "", line) for line in text.splitlines()]
+
+
+def log_of_run(folder: Path) -> Path:
+    """Where a run that leaves its files in `folder` writes its log; neither need exist.
+
+    That is logs/ID.txt beside runs/ID, and of a run of a sweep, runs/sweeps/NAME/0000, it is
+    logs/NAME-0000.txt beside runs/.
+    """
+    folder = folder.absolute()
+    if folder.match("runs/sweeps/*/*"):
+        return folder.parents[3] / "logs" / f"{folder.parent.name}-{folder.name}.txt"
+    return folder.parent.parent / "logs" / f"{folder.name}.txt"
 
 
 # === A whole run ==================================================================================
@@ -325,7 +348,11 @@ class Run:
 
 def read_run(path: Path) -> Run:
     """The run of a log file. Raises LogError if it is not the log of one finished run."""
-    text = path.read_text(encoding="utf-8", errors="replace")
+    return run_of_text(path, path.read_text(encoding="utf-8", errors="replace"))
+
+
+def run_of_text(path: Path, text: str) -> Run:
+    """The run of a log's text; `path` is where it came from. Raises LogError as `read_run` does."""
     lines = without_timestamps(text)
     text = "\n".join(lines)
 

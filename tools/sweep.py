@@ -54,7 +54,7 @@ from types import ModuleType
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-import common  # noqa: E402
+import scripts  # noqa: E402
 from keeper import Job, read_exit, write_json  # noqa: E402
 from launchers import Launcher, Local, Slurm  # noqa: E402
 from run_statistics import mean_and_sd  # noqa: E402
@@ -779,7 +779,7 @@ def load_script(path: Path) -> ModuleType:
     """The script as a module, whose configuration checks the knobs. May raise Refused."""
     if path.suffix != ".py" or not path.is_file():
         raise Refused(f"--script {path}: is not a Python file")
-    return common.load_script(path)
+    return scripts.load_script(path)
 
 
 def gpu_names(script: ModuleType) -> list[str]:
