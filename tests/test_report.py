@@ -462,11 +462,23 @@ def test_the_last_score_counts_even_where_an_earlier_one_is_lower(tmp_path, caps
     assert any("legal_ttt" in line and "1.08210" in line for line in found["warnings"])
 
 
+def committed_logs() -> list[str]:
+    """The logs of the seeds that README reports."""
+    command = ["git", "ls-files", "logs/*.txt"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return sorted(str(ROOT / name) for name in listed.stdout.split() if "/compare/" not in name)
+
+
+def test_the_committed_claim_is_that_of_the_committed_logs(tmp_path) -> None:
+    claim = json.loads((ROOT / "submission.json").read_text())
+    options = ["--name", claim["name"], "--date", claim["date"]]
+    path = tmp_path / "claim.json"
+    assert report.main([*committed_logs(), "--submission", str(path), *options]) == 0
+    assert json.loads(path.read_text()) == claim
+
+
 def test_the_committed_logs_are_read_whole(capsys) -> None:
-    listed = subprocess.run(
-        ["git", "ls-files", "logs/*.txt"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    logs = sorted(str(ROOT / name) for name in listed.stdout.split() if "/compare/" not in name)
+    logs = committed_logs()
     found = figures_of(capsys, *logs)
     finals = [read_final(Path(path).read_text()) for path in logs]
     assert found["summary"]["bpb"]["mean"] == pytest.approx(
