@@ -77,12 +77,12 @@ def differences(runs: list[Run]) -> dict[str, list[str]]:
     names: dict[str, None] = {}
     for run in runs:
         names |= dict.fromkeys(run.facts) | dict.fromkeys(run.config)
-    found = {}
+    differing = {}
     for name in names:
         values = [comparable_value(run, name) for run in runs]
         if name not in NOT_OF_THE_CLAIM and len(set(values)) > 1:
-            found[name] = values
-    return found
+            differing[name] = values
+    return differing
 
 
 def comparable_value(run: Run, name: str) -> str:
@@ -102,9 +102,11 @@ def check_claim(runs: list[Run], mixed: bool) -> dict[str, list[str]]:
     group by the values that differ. Returns the differences.
     """
     refuse_equal_logs(runs)
-    found = differences(runs)
-    if found and not mixed:
-        shown = (f"{name}: {', '.join(dict.fromkeys(values))}" for name, values in found.items())
+    differing = differences(runs)
+    if differing and not mixed:
+        shown = (
+            f"{name}: {', '.join(dict.fromkeys(values))}" for name, values in differing.items()
+        )
         raise UsageError(
             f"not seeds of one claim, {runs[0].path} and others: {'; '.join(shown)}; "
             "--mixed takes them all the same"
@@ -113,11 +115,11 @@ def check_claim(runs: list[Run], mixed: bool) -> dict[str, list[str]]:
         refuse_repeated_seeds(runs)
     for i, run in enumerate(runs):
         words = []
-        for name, values in found.items():
+        for name, values in differing.items():
             shown_name = name.upper() if name in run.config else name
             words.append(f"{shown_name}={values[i]}")
         run.group = " ".join(words)
-    return found
+    return differing
 
 
 def refuse_equal_logs(runs: list[Run]) -> None:

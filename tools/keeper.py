@@ -68,14 +68,14 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_job(folder: Path) -> Job | None:
     """The job of a run's folder, None where there is none."""
-    found = read_json(folder / "job.json")
-    return Job(**found) if found else None
+    job = read_json(folder / "job.json")
+    return Job(**job) if job else None
 
 
 def read_exit(folder: Path) -> Exit | None:
     """How the run of a folder ended, None while it has not."""
-    found = read_json(folder / "exit.json")
-    return Exit(**found) if found else None
+    note = read_json(folder / "exit.json")
+    return Exit(**note) if note else None
 
 
 def is_locked(path: Path) -> bool:
@@ -113,13 +113,13 @@ def descendants() -> list[int]:
             state, parent = path.read_text().rpartition(")")[2].split()[:2]
             if state != "Z":
                 children.setdefault(int(parent), []).append(int(path.parent.name))
-    found = []
+    pids = []
     waiting = [os.getpid()]
     while waiting:
         offspring = children.get(waiting.pop(), [])
-        found += offspring
+        pids += offspring
         waiting += offspring
-    return found
+    return pids
 
 
 def end_process(run: subprocess.Popen) -> None:

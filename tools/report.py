@@ -116,13 +116,13 @@ class Report:
 
     def statements(self) -> list[str]:
         """What the runs say, one sentence a line."""
-        found = [mean_sentence("mean", self.summary)]
+        sentences = [mean_sentence("mean", self.summary)]
         for name, summary in self.groups().items():
-            found.append(mean_sentence(f"mean of {name}", summary))
+            sentences.append(mean_sentence(f"mean of {name}", summary))
         if self.comparison:
-            found.append(mean_sentence("mean of the baseline", self.base_summary))
-            found += verdict(self.comparison, len(self.runs), len(self.baseline))
-        return found
+            sentences.append(mean_sentence("mean of the baseline", self.base_summary))
+            sentences += verdict(self.comparison, len(self.runs), len(self.baseline))
+        return sentences
 
 
 def name_runs(runs: list[Run]) -> None:
@@ -230,8 +230,8 @@ def print_report(report: Report) -> None:
             print_runs(console, title, runs)
     if any(run.phases for run in report.everything):
         print_phases(console, report.everything)
-    for word, found in (("mixed", report.mixed), ("changed", report.changed)):
-        for name, values in found.items():
+    for word, differing in (("mixed", report.mixed), ("changed", report.changed)):
+        for name, values in differing.items():
             console.print(f"{word} {name}: {' | '.join(values)}", markup=False, highlight=False)
     for line in report.statements() + report.warnings:
         console.print(line, markup=False, highlight=False)
@@ -385,9 +385,11 @@ def page_table(
     return {"title": title, "head": head, "rows": rows, "bad": bad}
 
 
-def difference_table(title: str, head: list[str], found: dict[str, list[str]]) -> dict[str, Any]:
+def difference_table(
+    title: str, head: list[str], differing: dict[str, list[str]]
+) -> dict[str, Any]:
     """A table of the knobs and facts that are not the same everywhere."""
-    rows = [[name, *values] for name, values in found.items()]
+    rows = [[name, *values] for name, values in differing.items()]
     return page_table(title, ["knob or fact", *head], rows, [False] * len(rows))
 
 

@@ -60,15 +60,15 @@ class LogError(ValueError):
 
 def final_lines(text: str) -> list[dict[str, Any]]:
     """The figures of every line `final {json}`, in order; lines that are no JSON are left out."""
-    found = []
+    figures = []
     for line in text.splitlines():
         if not line.startswith("final {"):
             continue
         try:
-            found.append(json.loads(line.removeprefix("final ")))
+            figures.append(json.loads(line.removeprefix("final ")))
         except ValueError:
             continue
-    return found
+    return figures
 
 
 def read_final(text: str) -> dict[str, Any]:
@@ -128,14 +128,14 @@ def read_settings(text: str) -> dict[str, Setting]:
 def settings_of_block(lines: list[str]) -> dict[str, Setting]:
     """The settings below the last mark: a resumed run has printed its own there."""
     start = len(lines) - lines[::-1].index(SETTINGS_MARK)
-    found = {}
+    settings = {}
     for line in lines[start:]:
         match = SETTING.match(line)
         if not match:
             break
         name, value, origin = match.groups(default="")
-        found[name] = Setting(value, origin)
-    return found
+        settings[name] = Setting(value, origin)
+    return settings
 
 
 def evaluation_variables(text: str) -> dict[str, str]:
@@ -216,12 +216,12 @@ def rounding_of_implied_bytes(score: PrintedScore | Score) -> float:
 def printed_scores(text: str) -> list[PrintedScore]:
     """Every pair of a positive val_loss and val_bpb with decimals, wherever it stands in a line."""
     pattern = r"val_loss[:=] ?(\d+\.(\d+))\s+val_bpb[:=] ?(\d+\.(\d+))"
-    found = []
+    scores = []
     for loss, loss_digits, bpb, bpb_digits in re.findall(pattern, text):
         if float(loss) > 0 and float(bpb) > 0:
             decimals = min(len(loss_digits), len(bpb_digits))
-            found.append(PrintedScore(float(loss), float(bpb), decimals))
-    return found
+            scores.append(PrintedScore(float(loss), float(bpb), decimals))
+    return scores
 
 
 def validation_targets(text: str) -> int | None:
@@ -235,8 +235,8 @@ def validation_targets(text: str) -> int | None:
 
 def evaluation_scores(text: str) -> list[float]:
     """Bits per byte of every line in which our run reports a finished evaluation, in order."""
-    found = re.findall(r"^\S.*? val_loss:\S+ val_bpb:(\S+) eval_time", text, re.MULTILINE)
-    return [float(bpb) for bpb in found]
+    values = re.findall(r"^\S.*? val_loss:\S+ val_bpb:(\S+) eval_time", text, re.MULTILINE)
+    return [float(bpb) for bpb in values]
 
 
 def has_invalid_score(text: str) -> bool:
@@ -246,8 +246,8 @@ def has_invalid_score(text: str) -> bool:
 
 def submission_sizes(text: str) -> list[int]:
     """Bytes of every line `Total submission size ..: N bytes`, in order."""
-    found = re.findall(r"^Total submission size [^:]*: (\d+) bytes", text, re.MULTILINE)
-    return [int(size) for size in found]
+    sizes = re.findall(r"^Total submission size [^:]*: (\d+) bytes", text, re.MULTILINE)
+    return [int(size) for size in sizes]
 
 
 def without_timestamps(text: str) -> list[str]:
@@ -528,13 +528,13 @@ def read_facts(
 
 def read_sizes(lines: list[str], final: dict[str, Any]) -> dict[str, int]:
     """The sizes that are known: by the final line, else by the first line that tells one."""
-    found = {name: final[name] for name in (*SIZES, "val_bytes", "val_docs") if name in final}
+    sizes = {name: final[name] for name in (*SIZES, "val_bytes", "val_docs") if name in final}
     for line in lines:
         for name, pattern in SIZES.items():
             match = pattern.match(line)
-            if match and name not in found:
-                found[name] = int(match[1])
-    return found
+            if match and name not in sizes:
+                sizes[name] = int(match[1])
+    return sizes
 
 
 def read_phases(

@@ -439,13 +439,13 @@ class Sweep:
 def kept_figures(outcome: Outcome) -> dict[str, Any]:
     """The figures of a run that its trial keeps; of phases those that took time."""
     figures = outcome.figures
-    kept = {name: figures[name] for name in KEPT_FIGURES if name in figures}
+    trial_figures = {name: figures[name] for name in KEPT_FIGURES if name in figures}
     if math.isfinite(figures.get("val_bpb", math.nan)):
-        kept["val_bpb"] = figures["val_bpb"]
+        trial_figures["val_bpb"] = figures["val_bpb"]
     for phase, seconds in figures.get("seconds", {}).items():
         if seconds >= 0.1:
-            kept[f"{phase} s"] = round(seconds, 1)
-    return kept
+            trial_figures[f"{phase} s"] = round(seconds, 1)
+    return trial_figures
 
 
 # === What the user sees ===========================================================================

@@ -171,12 +171,12 @@ def condition(run: Run, name: str) -> str:
 def knobs_not_set_alike(runs: list[Run]) -> list[str]:
     """The knobs that the environment of one run had set, but not the same for all."""
     names = set().union(*(run.given for run in runs)) - NOT_OF_THE_CLAIM - {"preset"}
-    found = []
+    differing = []
     for name in sorted(names):
         values = {run.config.get(name) if name in run.given else None for run in runs}
         if len(values) > 1:
-            found.append(name)
-    return found
+            differing.append(name)
+    return differing
 
 
 def system_row(name: str, runs: list[Run], kinds: list[str]) -> list[str]:
