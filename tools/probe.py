@@ -16,6 +16,7 @@ import os
 import random
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from operator import attrgetter
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -49,6 +50,7 @@ SCRIPT_NAMES = (
     "Run.warm_up",
     "UsageError",
     "head_loss",
+    "open_artifact",
     "pack_row",
     "write_shard",
 )
@@ -364,7 +366,7 @@ class StateWatch(Watch):
         adapters = []
         if self._adaptation is not None:
             for name in ADAPTER_STATE:
-                adapters += float_tensors(getattr(self._adaptation, name))
+                adapters += float_tensors(attrgetter(name)(self._adaptation))
         weights = hash_tensors([*model.parameters(), *model.buffers(), *moments])
         return StateHash(weights, hash_tensors(adapters))
 
