@@ -1,10 +1,16 @@
-"""Evaluations with one defect each, planted in a copy of train_gpt.py, and which test of tools/audit.py catches which.
+"""Evaluations with one defect each, planted in a copy of train_gpt.py, and the tests that catch
+them.
 
-    python tests/cheats.py ARTIFACT            # the table, in Markdown; knobs of the run's log, and the environment's
+    python tests/cheats.py ARTIFACT            # the table, in Markdown
     python tests/cheats.py ARTIFACT expected   # only the tests that must catch a cheat, and T4
 
-A cheat is a function of the script's module; its text goes into the copy and runs when that is imported, so that a
-fresh process has it too. The last column says whether the checks of every run stop it without the audit.
+Knobs are those of the run's log and of the environment.
+
+A cheat is a function of the script's module. Its text goes into the copy and runs when that is
+imported, so that a fresh process has it too. It changes names of the script with `replace`, which
+fails if the script has no such name: a cheat that does nothing would otherwise look like an honest
+evaluation. SCRIPT_NAMES lists these names. The last column of the table says whether the checks of
+every run stop a cheat without the audit.
 """
 
 from __future__ import annotations
@@ -12,166 +18,200 @@ from __future__ import annotations
 import copy
 import inspect
 import os
+import re
 import sys
 import tempfile
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-CHEATS: dict[
-    str, tuple[Callable, tuple[str, ...], dict[str, str]]
-] = {}  # name -> function, tests, knobs
+SCRIPT = ROOT / "train_gpt.py"
+ENTRY = 'if __name__ == "__main__":'
 CHUNK = {"TTT_MODE": "chunk", "TTT_CHUNK_TOKENS": "128", "TTT_LR": "0.05"}
+SAMPLE_DOCUMENTS = 6
+
+
+class Cheat(NamedTuple):
+    """A defect and the tests that must catch it."""
+
+    plant: Callable[[Any], None]  # changes the script's module
+    tests: tuple[str, ...]
+    knobs: dict[str, str]  # with which it shows
+
+    @property
+    def summary(self) -> str:
+        """What the defect does."""
+        return " ".join(self.plant.__doc__.split())
+
+
+CHEATS: dict[str, Cheat] = {}
 
 
 def caught_by(*tests: str, **knobs: str) -> Callable:
-    def register(cheat: Callable) -> Callable:
-        CHEATS[cheat.__name__] = cheat, tests, knobs
-        return cheat
+    """Registers a function of the script's module as a cheat that these tests must catch."""
+
+    def register(plant: Callable[[Any], None]) -> Callable[[Any], None]:
+        CHEATS[plant.__name__] = Cheat(plant, tests, knobs)
+        return plant
 
     return register
 
 
-def learn_validation(tg, run):  # planted beside every cheat, for those that call it
+# === Planted beside every cheat, for those that call it ===========================================
+def replace(owner: Any, name: str, value: Any) -> Any:
+    """Gives a name of the script another value and returns the one before."""
+    original = getattr(owner, name, None)
+    assert original is not None, f"{owner} has no {name} that a cheat could replace"
+    setattr(owner, name, value)
+    return original
+
+
+def learn_validation(tg: Any, run: Any) -> None:
+    """Trains all weights on the validation shards."""
     ids = torch.from_numpy(run.streams["val"].read(0, run.streams["val"].size))
-    sgd = torch.optim.SGD(run.model.requires_grad_().parameters(), lr=0.05)
+    optimiser = torch.optim.SGD(run.model.requires_grad_().parameters(), lr=0.05)
     for part in 5 * list(ids.unfold(0, 65, 64)):
-        row = tg.Batch(part[:-1], part[1:], torch.tensor([0, 64], dtype=torch.int32), 64)
-        run.model(row, run.plan).mean().backward()
-        sgd.step(), sgd.zero_grad()
+        ends = torch.tensor([0, 64], dtype=torch.int32)
+        run.model(tg.Batch(part[:-1], part[1:], ends, 64), run.plan).mean().backward()
+        optimiser.step()
+        optimiser.zero_grad()
 
 
-# === Looking ahead ====================================================================================================
+def scratch_copy(ledger: Any) -> Any:
+    """A ledger whose scores count for nothing."""
+    scratch = copy.copy(ledger)
+    for name, value in vars(ledger).items():
+        if isinstance(value, torch.Tensor):
+            setattr(scratch, name, value.clone())
+    return scratch
+
+
+def replace_embedding(tg: Any, embedding: Callable) -> Callable:
+    """Gives the script another function in place of F.embedding; returns the one before."""
+    original = tg.F.embedding
+    tg.F = types.SimpleNamespace(**{**vars(tg.F), "embedding": embedding})
+    return original
+
+
+PLANTED_HELPERS = (replace, learn_validation, scratch_copy, replace_embedding)
+
+
+# === Looking ahead ================================================================================
 @caught_by("T1", "T2")
-def peek_in_attention(tg):
+def peek_in_attention(tg: Any) -> None:
     """attention sees the value of the next token"""
-    original = tg.attention
 
     def attention(q, k, v, *rest):
         return original(q, k, v + 0.3 * torch.roll(v, -1, 0), *rest)
 
-    tg.attention = attention
+    original = replace(tg, "attention", attention)
 
 
 @caught_by("T2", "T3", "T9")
-def bias_from_target(tg):
+def bias_from_target(tg: Any) -> None:
     """the target's own logit is raised"""
 
-    original = tg.head_loss
-
     def head_loss(x, w, extra, targets, *rest):
-        bonus = torch.nn.functional.one_hot(targets.clamp_min(0), len(w)) * (targets >= 0)[:, None]
-        return original(
-            x, w, 0.1 * bonus.to(x.dtype) + (0 if extra is None else extra), targets, *rest
-        )
+        is_target = torch.nn.functional.one_hot(targets.clamp_min(0), len(w))
+        bonus = 0.1 * (is_target * (targets >= 0)[:, None]).to(x.dtype)
+        return original(x, w, bonus if extra is None else bonus + extra, targets, *rest)
 
-    tg.head_loss = head_loss
+    original = replace(tg, "head_loss", head_loss)
 
 
 @caught_by("T1")
-def window_from_the_end(tg):
+def window_from_the_end(tg: Any) -> None:
     """the last window of a document is moved to end with it"""
-    original = tg.scoring_windows
 
     def windows(count, length, stride):
         *first, (start, score, end) = original(count, length, stride) or [(0, 0, 0)]
-        return [*first, (max(0, end - length) if first else start, score, end)]
+        if first:
+            start = max(0, end - length)
+        return [*first, (start, score, end)]
 
-    tg.scoring_windows = windows
+    original = replace(tg, "scoring_windows", windows)
 
 
-# === Not a distribution ===============================================================================================
+# === Not a distribution ===========================================================================
 @caught_by("T2", "T3")
-def unnormalised_mixing(tg):
+def unnormalised_mixing(tg: Any) -> None:
     """a second expert's mass is added without taking any away"""
-    original = tg.GPT.forward
 
     def forward(self, batch, plan, lora=None, select=None, **options):
         nats = original(self, batch, plan, lora=lora, select=select, **options)
-        real = (batch.targets if select is None else batch.targets[select]) >= 0
-        return torch.where(real, -torch.log(torch.exp(-nats) + 1e-3), nats)
+        targets = batch.targets if select is None else batch.targets[select]
+        return torch.where(targets >= 0, -torch.log(torch.exp(-nats) + 1e-3), nats)
 
-    tg.GPT.forward = forward
+    original = replace(tg.GPT, "forward", forward)
 
 
 @caught_by("T2", "T3")
-def better_of_two_passes(tg):
+def better_of_two_passes(tg: Any) -> None:
     """each token counts as the better of the adapted and the plain pass"""
-    original = tg.Run.adapt
 
     def adapt(self, deadline, docs=None, ranks=None):
-        ledger, plain = original(self, deadline, docs, ranks), self.evaluate(docs=docs, ranks=ranks)
+        ledger = original(self, deadline, docs, ranks)
+        plain = self.evaluate(docs=docs, ranks=ranks)
         ledger.nats = torch.minimum(ledger.nats, plain.nats)
         return ledger
 
-    tg.Run.adapt = adapt
+    original = replace(tg.Run, "adapt", adapt)
 
 
-# === Learning before scoring ==========================================================================================
+# === Learning before scoring ======================================================================
 @caught_by("T1", "T5")
-def update_before_score(tg):
+def update_before_score(tg: Any) -> None:
     """a chunk is learnt from, then scored"""
 
-    def run_chunk(self, ledger, start, end):
-        rows = slice(0, self.num_live(start))
-        grads = self.forward_chunk(ledger, start, end, rows).grads
-        if grads:
-            self.apply_gradients(grads, rows, self.documents.updates + 1)
-        scores = self.forward_chunk(ledger, start, end, rows)
-        ledger.record(scores.index, scores.nats)
-        self.documents.updates += 1
+    def run_chunk(self, ledger, *chunk):
+        scratch = scratch_copy(ledger)
+        replace(scratch, "record", lambda *_: None)
+        replace(scratch, "require_scored", lambda *_: None)
+        original(self, scratch, *chunk)
+        original(self, ledger, *chunk)
 
-    tg.Adaptation.run_chunk = run_chunk
+    original = replace(tg.Adaptation, "run_chunk", run_chunk)
 
 
 @caught_by("T1", "T4", "T9")
-def last_of_two_epochs(tg):
+def last_of_two_epochs(tg: Any) -> None:
     """a document is gone through twice, the second time is reported"""
 
-    def score_then_adapt(state, batch, ledger):
-        grid = tg.chunk_grid(state.cfg, int(ledger.docs.counts[batch].max()))
-        scratch = copy.copy(ledger)
-        scratch.nats, scratch.times_scored, scratch.num_read_early = (
-            x.clone() for x in (ledger.nats, ledger.times_scored, ledger.num_read_early)
-        )
-        state.begin(ledger.docs, batch)
-        for start, end in grid:
-            state.run_chunk(scratch, start, end)
-        for start, end in grid:
-            yield start
-            state.run_chunk(ledger, start, end)
+    def score_twice(state, batch, ledger):
+        for _ in original(state, batch, scratch_copy(ledger)):
+            pass
+        replace(state, "begin", lambda *_: None)  # the adapters stay
+        yield from original(state, batch, ledger)
+        del state.begin
 
-    tg.score_then_learn = score_then_adapt
+    original = replace(tg, "score_then_learn", score_twice)
 
 
 @caught_by("T1", "T5", **CHUNK)
-def chunk_before_its_score(tg):
+def chunk_before_its_score(tg: Any) -> None:
     """a chunk of the stream is learnt from, then scored, and the read is not declared"""
-    original = tg.score_chunks
 
     def score_chunks(scorer, deadline):
-        size, places, scores = (
-            scorer.cfg.ttt_chunk_tokens,
-            scorer.ledger.docs.target_indices(),
-            original(scorer, deadline),
-        )
-        scorer.ledger.require_scored = lambda *_: None
-        for start in range(0, len(places), size):
-            chunk = tg.LearningChunk(places[start : start + size], start / len(places))
-            yield tg.LearningTask(len(places) - start, [chunk])
+        score_windows = replace(tg.Scorer, "score_windows", lambda *_, **__: None)
+        lessons = list(original(scorer, deadline))  # nothing is scored
+        tg.Scorer.score_windows = score_windows
+        replace(scorer.ledger, "require_scored", lambda *_: None)
+        scores = original(scorer, deadline)
+        for lesson in lessons:
+            yield lesson
             next(scores)
 
-    tg.score_chunks = score_chunks
+    original = replace(tg, "score_chunks", score_chunks)
 
 
 @caught_by("T6")
-def state_moved_by_scoring(tg):
+def state_moved_by_scoring(tg: Any) -> None:
     """scoring leaves a trace in the weights"""
-    original = tg.GPT.forward
 
     def forward(self, batch, *args, **options):
         nats = original(self, batch, *args, **options)
@@ -179,25 +219,23 @@ def state_moved_by_scoring(tg):
             self.q_gain.data += 1e-4 * nats.mean()
         return nats
 
-    tg.GPT.forward = forward
+    original = replace(tg.GPT, "forward", forward)
 
 
 @caught_by("T8")
-def validation_learnt_before_the_evaluation(tg):
+def validation_learnt_before_the_evaluation(tg: Any) -> None:
     """all weights learn from the validation shards, as they lie on disk, before the first score"""
-    original = tg.Run.load_artifact_file
 
-    def reload(self, path):
-        original(self, path)
+    def load_artifact_file(self, *args):
+        original(self, *args)
         learn_validation(tg, self)
 
-    tg.Run.load_artifact_file = reload
+    original = replace(tg.Run, "load_artifact_file", load_artifact_file)
 
 
 @caught_by("T5", "T8")
-def validation_learnt_at_its_start(tg):
+def validation_learnt_at_its_start(tg: Any) -> None:
     """the same at the start of an evaluation, undone at its end"""
-    original = tg.Run.adapt
 
     def adapt(self, *args, **options):
         before = copy.deepcopy(self.model.state_dict())
@@ -206,289 +244,370 @@ def validation_learnt_at_its_start(tg):
         self.model.load_state_dict(before)
         return ledger
 
-    tg.Run.adapt = adapt
+    original = replace(tg.Run, "adapt", adapt)
 
 
 @caught_by("T8")
-def bigrams_of_validation(tg):
-    """logits get counts of the token pairs of the validation split, which are taken while the data is checked"""
-    check, forward, loss, table, ids = tg.Run.check, tg.GPT.forward, tg.head_loss, [], []
+def bigrams_of_validation(tg: Any) -> None:
+    """logits get counts of the token pairs of the validation split, which are taken while the data
+    is checked
+    """
+    noted = types.SimpleNamespace(counts=None, inputs=None)
 
-    def count(self, origin):
-        lines, tokens = check(self, origin), self.streams["val"].read(0, self.streams["val"].size)
-        table[:] = [torch.zeros(self.cfg.vocab_size, self.cfg.vocab_size)]
-        table[0].index_put_(
-            (torch.from_numpy(tokens[:-1]), torch.from_numpy(tokens[1:])), torch.tensor(5.0), True
-        )
-        return lines
+    def check(self, *args):
+        result = original_check(self, *args)
+        tokens = torch.from_numpy(self.streams["val"].read(0, self.streams["val"].size))
+        noted.counts = torch.zeros(self.cfg.vocab_size, self.cfg.vocab_size)
+        noted.counts.index_put_((tokens[:-1], tokens[1:]), torch.tensor(5.0), True)
+        return result
 
-    def noted(self, batch, plan, lora=None, select=None, **options):
-        ids[:] = [batch.inputs if select is None else batch.inputs[select]]
-        return forward(self, batch, plan, lora=lora, select=select, **options)
+    def forward(self, batch, plan, lora=None, select=None, **options):
+        noted.inputs = batch.inputs if select is None else batch.inputs[select]
+        return original_forward(self, batch, plan, lora=lora, select=select, **options)
 
     def head_loss(x, w, extra, *rest):
-        return loss(
-            x, w, table[0][ids[0]].log1p().to(x.dtype) + (0 if extra is None else extra), *rest
-        )
+        bonus = noted.counts[noted.inputs].log1p().to(x.dtype)
+        return original_loss(x, w, bonus if extra is None else bonus + extra, *rest)
 
-    tg.Run.check, tg.GPT.forward, tg.head_loss = count, noted, head_loss
+    original_check = replace(tg.Run, "check", check)
+    original_forward = replace(tg.GPT, "forward", forward)
+    original_loss = replace(tg, "head_loss", head_loss)
 
 
-# === From one document to another =====================================================================================
+# === From one document to another =================================================================
 @caught_by("T10", "T11")
-def adapters_kept(tg):
+def adapters_kept(tg: Any) -> None:
     """adapters of one batch of documents are those that the next begins with"""
-    original = tg.Adaptation.begin
 
-    def begin(self, docs, batch):
-        before = self.documents
-        original(self, docs, batch)
-        if before is not None:
-            new, old = self.documents, before.master
-            n = min(len(old.up), len(new.master.up))
-            with torch.no_grad():
-                for mine, theirs, leaf in zip(
-                    new.master.leaves, old.leaves, new.lora.leaves, strict=True
-                ):
-                    mine[:n] = theirs[:n]
-                    leaf.copy_(mine)
+    def begin(self, *args):
+        before = getattr(self, "documents", None)
+        result = original(self, *args)
+        if before is None:
+            return result
+        master, lora = self.documents.master, self.documents.lora
+        with torch.no_grad():
+            leaves = zip(master.leaves, before.master.leaves, lora.leaves, strict=True)
+            for new, old, leaf in leaves:
+                count = min(len(new), len(old))
+                new[:count] = old[:count]
+                leaf.copy_(new)
+        return result
 
-    tg.Adaptation.begin = begin
+    original = replace(tg.Adaptation, "begin", begin)
 
 
 @caught_by("T10", "T11")
-def smear_over_bos(tg):
-    """the embedding of a token takes in that of the token before, over the beginning of a document"""
+def smear_over_bos(tg: Any) -> None:
+    """the embedding of a token takes in that of the token before, over the beginning of a
+    document
+    """
 
     def embedding(ids, table):
         x = torch.nn.functional.embedding(ids, table)
         return x + 0.3 * torch.roll(x, 1, 0)
 
-    tg.F = types.SimpleNamespace(**{**vars(tg.F), "embedding": embedding})
+    replace_embedding(tg, embedding)
 
 
 @caught_by("T10", "T11")
-def memory_of_the_stream(tg):
+def memory_of_the_stream(tg: Any) -> None:
     """hidden states take in those of the text before, beyond the window"""
-    original = tg.Scorer.score_windows
 
-    def score(self, spans, shared):
-        embed, past = tg.F.embedding, [0.0]
+    def score_windows(self, *args, **options):
+        past = 0.0
 
-        def embedding(ids, table):
-            x = embed(ids, table)
-            x, past[0] = x + 0.1 * past[0], 0.9 * past[0] + x.mean(0)
-            return x
+        def remembering_embedding(ids, table):
+            nonlocal past
+            x = embedding(ids, table)
+            remembered = x + 0.1 * past
+            past = 0.9 * past + remembered.mean(0)
+            return remembered
 
-        tg.F = types.SimpleNamespace(**{**vars(tg.F), "embedding": embedding})
-        original(self, spans, shared)
-        tg.F = types.SimpleNamespace(**{**vars(tg.F), "embedding": embed})
+        embedding = replace_embedding(tg, remembering_embedding)
+        original(self, *args, **options)
+        replace_embedding(tg, embedding)
 
-    tg.Scorer.score_windows = score
+    original = replace(tg.Scorer, "score_windows", score_windows)
 
 
-# === Bytes and coverage ===============================================================================================
+# === Bytes and coverage ===========================================================================
+def trusting_check_bytes(tg: Any) -> Callable:
+    """A check of bytes that believes the table; planted beside every cheat."""
+
+    def check_bytes(tokenizer, docs, ranks):
+        table = tg.ByteTable.from_sentencepiece(tokenizer.model)
+        targets = docs.target_indices()
+        counted = table.bytes_of(docs.tokens[targets], docs.tokens[targets + 1])
+        return table, int(counted.sum())
+
+    return check_bytes
+
+
+PLANTED_HELPERS += (trusting_check_bytes,)
+
+
 @caught_by("T4", "T12")
-def three_bytes_per_fallback(tg):
+def three_bytes_per_fallback(tg: Any) -> None:
     """a byte piece counts as the three bytes of U+FFFD; the run's own comparison is gone"""
-    original = tg.ByteTable.from_sentencepiece.__func__
 
     def from_sentencepiece(cls, model):
         table = original(cls, model)
-        return table._replace(
-            base=np.where([model.is_byte(i) for i in range(model.vocab_size())], 3, table.base)
-        )
+        is_byte = [model.is_byte(i) for i in range(model.vocab_size())]
+        return table._replace(base=np.where(is_byte, 3, table.base))
 
-    def check_bytes(tokenizer, docs, ranks):
-        table, places = tg.ByteTable.from_sentencepiece(tokenizer.model), docs.target_indices()
-        return table, int(table.bytes_of(docs.tokens[places], docs.tokens[places + 1]).sum())
-
-    tg.ByteTable.from_sentencepiece, tg.check_bytes = classmethod(from_sentencepiece), check_bytes
+    original = tg.ByteTable.from_sentencepiece.__func__
+    replace(tg.ByteTable, "from_sentencepiece", classmethod(from_sentencepiece))
+    replace(tg, "check_bytes", trusting_check_bytes(tg))
 
 
 @caught_by("T4", "T12")
-def leading_space_twice(tg):
-    """the space before a word counts with the piece and once more; the run's own comparison is gone"""
-    original = tg.ByteTable.bytes_of
+def leading_space_twice(tg: Any) -> None:
+    """the space before a word counts with the piece and once more; the run's own comparison is
+    gone
+    """
 
-    def check_bytes(tokenizer, docs, ranks):
-        table, places = tg.ByteTable.from_sentencepiece(tokenizer.model), docs.target_indices()
-        return table, int(table.bytes_of(docs.tokens[places], docs.tokens[places + 1]).sum())
+    def bytes_of(self, before, targets):
+        return original(self, before, targets) + self.space[targets]
 
-    tg.ByteTable.bytes_of = lambda self, before, targets: (
-        original(self, before, targets) + self.space[targets]
-    )
-    tg.check_bytes = check_bytes
+    original = replace(tg.ByteTable, "bytes_of", bytes_of)
+    replace(tg, "check_bytes", trusting_check_bytes(tg))
 
 
 @caught_by("T14")
-def tail_dropped(tg):
+def tail_dropped(tg: Any) -> None:
     """what does not fill a window at the end of the stream is not scored"""
-    original = tg.Documents.load.__func__
 
     def load(cls, stream, bos_id, cfg):
         docs = original(cls, stream, bos_id, cfg)
-        docs.counts[-1] -= min(docs.counts[-1] - 1, docs.counts.sum() % cfg.eval_seq_len or 1)
+        tail = docs.counts.sum() % cfg.eval_seq_len or 1
+        docs.counts[-1] -= min(docs.counts[-1] - 1, tail)
         return docs
 
-    tg.Documents.load = classmethod(load)
+    original = tg.Documents.load.__func__
+    replace(tg.Documents, "load", classmethod(load))
 
 
 @caught_by("T4")
-def last_windows_dropped(tg):
+def last_windows_dropped(tg: Any) -> None:
     """a last window of a document that is not full is not scored"""
-    original = tg.scoring_windows
 
     def windows(count, length, stride):
         spans = original(count, length, stride)
-        return [
-            (start, score, end)
-            for start, score, end in spans
-            if end - start == length or len(spans) == 1
-        ]
+        if len(spans) == 1:
+            return spans
+        return [span for span in spans if span[-1] - span[0] == length]
 
-    tg.scoring_windows = windows
+    original = replace(tg, "scoring_windows", windows)
 
 
 @caught_by("T14")
-def hard_documents_left_out(tg):
+def hard_documents_left_out(tg: Any) -> None:
     """one document in a hundred is not scored"""
-    original = tg.Documents.load.__func__
 
     def load(cls, stream, bos_id, cfg):
         docs = original(cls, stream, bos_id, cfg)
-        keep = np.arange(len(docs.counts)) >= -(-len(docs.counts) // 100)
-        return docs._replace(starts=docs.starts[keep], counts=docs.counts[keep])
+        left_out = -(-len(docs.counts) // 100)
+        return docs._replace(starts=docs.starts[left_out:], counts=docs.counts[left_out:])
 
-    tg.Documents.load = classmethod(load)
+    original = tg.Documents.load.__func__
+    replace(tg.Documents, "load", classmethod(load))
 
 
 @caught_by("T14")
-def text_in_lower_case(tg):
+def text_in_lower_case(tg: Any) -> None:
     """the validation text is normalised before it is scored"""
-    original = tg.Documents.load.__func__
 
     def load(cls, stream, bos_id, cfg):
         docs = original(cls, stream, bos_id, cfg)
         docs.tokens[docs.tokens == docs.tokens[-2]] = docs.tokens[-3]
         return docs
 
-    tg.Documents.load = classmethod(load)
+    original = tg.Documents.load.__func__
+    replace(tg.Documents, "load", classmethod(load))
 
 
-# === Outside the artifact =============================================================================================
+# === Outside the artifact =========================================================================
 @caught_by("T7")
-def training_shard_read(tg):
+def training_shard_read(tg: Any) -> None:
     """adaptation looks into a training shard"""
-    original = tg.Run.adapt
 
     def adapt(self, *args, **options):
         tg.TokenStream(self.cfg.dataset_dir, "train").read(0, 64)
         return original(self, *args, **options)
 
-    tg.Run.adapt = adapt
+    original = replace(tg.Run, "adapt", adapt)
 
 
 @caught_by("T7")
-def training_shard_read_by_a_fork(tg):
+def training_shard_read_by_a_fork(tg: Any) -> None:
     """the same in a forked process, which sends what it read through a pipe"""
-    original = tg.Run.adapt
 
     def adapt(self, *args, **options):
-        out, into = os.pipe()
-        if not (child := os.fork()):
-            os.write(into, tg.TokenStream(self.cfg.dataset_dir, "train").read(0, 64).tobytes())
+        receiver, sender = os.pipe()
+        child = os.fork()
+        if not child:
+            os.write(sender, tg.TokenStream(self.cfg.dataset_dir, "train").read(0, 64).tobytes())
             os._exit(0)
-        assert len(os.read(out, 512)) == 512 and os.waitpid(child, 0)
+        assert len(os.read(receiver, 512)) == 512
+        os.waitpid(child, 0)
         return original(self, *args, **options)
 
-    tg.Run.adapt = adapt
+    original = replace(tg.Run, "adapt", adapt)
 
 
 @caught_by("T8")
-def state_beside_the_artifact(tg):
+def state_beside_the_artifact(tg: Any) -> None:
     """weights are corrected from a file that nobody counts"""
-    original = tg.Run.load_artifact_file
 
-    def reload(self, path):
-        original(self, path)
-        if (beside := path.with_name("beside.npy")).exists():
+    def load_artifact_file(self, path, *args):
+        original(self, path, *args)
+        beside = path.with_name("beside.npy")
+        if beside.exists():
             self.model.tok_emb.data += torch.from_numpy(np.load(beside))
 
-    tg.Run.load_artifact_file = reload
+    original = replace(tg.Run, "load_artifact_file", load_artifact_file)
 
 
 @caught_by("T17")
-def warm_up_on_validation(tg):
+def warm_up_on_validation(tg: Any) -> None:
     """graphs are warmed up with validation documents"""
-    original = tg.Run.warm_up
 
-    def warm_up(self, last):
-        seconds = original(self, last)
-        self.evaluate(plan=last)
+    def warm_up(self, last_plan):
+        seconds = original(self, last_plan)
+        self.evaluate(plan=last_plan)
         return seconds
 
-    tg.Run.warm_up = warm_up
+    original = replace(tg.Run, "warm_up", warm_up)
 
 
 @caught_by("T18")
-def line_of_choice(tg):
+def line_of_choice(tg: Any) -> None:
     """the better of two evaluations is called final"""
-    original = tg.Run.report
 
     def report(self):
-        best = min(v for k, v in self.final.items() if k.endswith("_bpb"))
-        self.final["val_bpb"] = best - 0.01
+        scores = [value for name, value in self.final.items() if name.endswith("_bpb")]
+        self.final["val_bpb"] = min(scores) - 0.01
         return original(self)
 
-    tg.Run.report = report
+    original = replace(tg.Run, "report", report)
+
+
+# === Planting =====================================================================================
+# The names of train_gpt.py that the cheats rely on, beside those of tools/probe.py.
+SCRIPT_NAMES = (
+    "Adaptation.begin",
+    "Adaptation.run_chunk",
+    "Batch",
+    "ByteTable.bytes_of",
+    "ByteTable.from_sentencepiece",
+    "Documents.load",
+    "Documents.target_indices",
+    "F.embedding",
+    "GPT.forward",
+    "Ledger.record",
+    "Ledger.require_scored",
+    "Run.adapt",
+    "Run.check",
+    "Run.evaluate",
+    "Run.load_artifact_file",
+    "Run.report",
+    "Run.warm_up",
+    "Scorer.score_windows",
+    "TokenStream.read",
+    "attention",
+    "check_bytes",
+    "head_loss",
+    "score_chunks",
+    "score_then_learn",
+    "scoring_windows",
+)
+
+
+def text_of(function: Callable) -> str:
+    """The source of a function without its decorators."""
+    text = inspect.getsource(function)
+    return text[re.search(r"^def ", text, re.MULTILINE).start() :]
+
+
+def plant_text(text: str, name: str) -> Path:
+    """The text of a script with that cheat in it, which runs before the script does."""
+    planted = ["import copy", "import types"]
+    planted += [text_of(helper) for helper in PLANTED_HELPERS]
+    planted += [text_of(CHEATS[name].plant), f"{name}(sys.modules[__name__])"]
+    before, entry, after = text.partition(ENTRY)
+    assert entry and ENTRY not in after, f"the script has not one line {ENTRY}"
+    return before + "\n\n".join([*planted, entry]) + after
 
 
 def plant(name: str, folder: Path) -> Path:
     """A copy of the script with that cheat in it."""
-    text, mark = (ROOT / "train_gpt.py").read_text(encoding="utf-8"), 'if __name__ == "__main__":'
-    body = inspect.getsource(CHEATS[name][0]).split("\n", 1)[1]  # without the decorator
-    planted = f"import types\n\n{inspect.getsource(learn_validation)}\n{body}\n{name}(sys.modules[__name__])\n\n{mark}"
-    assert text.count(mark) == 1
     path = folder / f"{name}.py"
-    path.write_text(text.replace(mark, planted), encoding="utf-8")
+    path.write_text(plant_text(SCRIPT.read_text(encoding="utf-8"), name), encoding="utf-8")
     return path
 
 
-def main(argv: list[str]) -> int:
-    sys.path.insert(0, str(ROOT / "tools"))
+# === The table ====================================================================================
+def catching_tests(
+    name: str, artifact: Path, environ: dict[str, str], tests: list[str], folder: Path
+) -> dict[str, Any]:
+    """The audit of a planted cheat, as audit.json holds it."""
     import audit
 
-    if not argv or not (artifact := Path(argv[0])).is_file():
-        print(f"cheats.py: {argv[0] if argv else 'ARTIFACT'}: no such file", file=sys.stderr)
-        return 2
-    log = audit.log_of_run(artifact.resolve().parent)
-    given = {**os.environ, **(audit.of_log(log, dict(os.environ)) if log.is_file() else {})}
-    if why := audit.refused(ROOT / "train_gpt.py", artifact, given):
-        print(f"cheats.py: {why}", file=sys.stderr)
-        return 2
     beside = artifact.with_name("beside.npy")
-    print(
-        "| cheat | what it does | caught by | stopped by the run itself |\n|---|---|---|---|",
-        flush=True,
-    )
-    missed = 0
+    if name == "state_beside_the_artifact":
+        np.save(beside, np.float32(0.01))
+    try:
+        script = plant(name, folder)
+        knobs = {**environ, **CHEATS[name].knobs}
+        return audit.audit(script, artifact, knobs, tests, SAMPLE_DOCUMENTS)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def table_rows(artifact: Path, environ: dict[str, str], asked: list[str]) -> Iterator[bool]:
+    """Prints a row per cheat; yields whether one of the expected tests caught it."""
+    from legality import TESTS
+
     with tempfile.TemporaryDirectory() as folder:
-        for name, (cheat, expected, knobs) in CHEATS.items():
-            script, environ = plant(name, Path(folder)), {**given, **knobs}
-            if name == "state_beside_the_artifact":
-                np.save(beside, np.float32(0.01))
-            tests = [*expected, "T4"] if argv[1:] == ["expected"] else argv[1:] or audit.TESTS
-            result = audit.audit(script, artifact, environ, list(dict.fromkeys(tests)), 6)
-            beside.unlink(missing_ok=True)
-            tests = [
-                test for test in audit.TESTS if result["tests"].get(test, {}).get("passed") is False
-            ]
-            missed += not set(expected) & set(tests)
-            mark = "" if set(expected) <= set(tests) else f" (expected {', '.join(expected)})"
-            own = "yes" if result["always_on"] else "no"
-            print(f"| {name} | {cheat.__doc__} | {', '.join(tests)}{mark} | {own} |", flush=True)
-    return int(missed > 0)
+        for name, cheat in CHEATS.items():
+            tests = list(TESTS)
+            if asked == ["expected"]:
+                tests = list(dict.fromkeys([*cheat.tests, "T4"]))
+            elif asked:
+                tests = asked
+            result = catching_tests(name, artifact, environ, tests, Path(folder))
+            caught = []
+            for test in TESTS:
+                if result["tests"].get(test, {}).get("passed") is False:
+                    caught.append(test)
+            shown = ", ".join(caught)
+            if not set(cheat.tests) <= set(caught):
+                shown += f" (expected {', '.join(cheat.tests)})"
+            stopped = "yes" if result["always_on"] else "no"
+            print(f"| {name} | {cheat.summary} | {shown} | {stopped} |", flush=True)
+            yield not set(cheat.tests).isdisjoint(caught)
+
+
+def main(argv: list[str]) -> int:
+    """Prints the table; returns 0 if every cheat was caught, 1 if not, 2 for wrong usage."""
+    sys.path.insert(0, str(ROOT / "tools"))
+    import audit
+    from runlog import log_of_run
+
+    artifact = Path(argv[0]) if argv else Path("ARTIFACT")
+    if not artifact.is_file():
+        print(f"cheats.py: {artifact}: no such file", file=sys.stderr)
+        return 2
+    environ = dict(os.environ)
+    log = log_of_run(artifact.resolve().parent)
+    if log.is_file():
+        environ |= audit.knobs_of_log(log, environ)
+    if reason := audit.refusal(SCRIPT, artifact, environ):
+        print(f"cheats.py: {reason}", file=sys.stderr)
+        return 2
+    print("| cheat | what it does | caught by | stopped by the run itself |\n|---|---|---|---|")
+    caught = list(table_rows(artifact, environ, argv[1:]))
+    return int(not all(caught))
 
 
 if __name__ == "__main__":

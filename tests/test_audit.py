@@ -1,4 +1,6 @@
-"""The audit: passes the honest evaluation in every mode, catches each planted cheat, reads logs of whoever."""
+"""The audit: passes the honest evaluation in every mode, catches each planted cheat, reads logs of
+whoever.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import cheats
 import numpy as np
@@ -18,6 +21,13 @@ from conftest import TINY, run_script
 
 sys.path.insert(0, str(ROOT / "tools"))
 import audit
+import canonical
+import case
+import fresh_process
+import legality
+import probe
+from runlog import log_of_run
+from scripts import load_script
 
 RATES = {"TTT_LORA_LR": "0.01"}  # at which every update shows
 PHASES = {
@@ -56,11 +66,13 @@ def failed(result: dict) -> list[str]:
     return [name for name, test in result["tests"].items() if test["passed"] is False]
 
 
-# === Honest ===========================================================================================================
+# === Honest =======================================================================================
 @pytest.mark.parametrize("mode", ["document", "chunk", "phases"])
 def test_honest_run_passes_every_test(run, knobs, mode):
     changes = {"document": {"WARMUP_STEPS": "1"}, "chunk": CHUNK, "phases": PHASES}[mode]
-    tests, log = (audit.TESTS, run / "logs" / "a.txt") if mode == "document" else (IN_PROCESS, None)
+    tests, log = (
+        (list(legality.TESTS), run / "logs" / "a.txt") if mode == "document" else (IN_PROCESS, None)
+    )
     result = audit.audit(SCRIPT, artifact_of(run), {**knobs, **changes}, tests, 6, log)
     assert failed(result) == [], {
         name: result["tests"][name]["evidence"] for name in failed(result)
@@ -68,7 +80,7 @@ def test_honest_run_passes_every_test(run, knobs, mode):
     assert result["always_on"] == []
     ran = {name for name, test in result["tests"].items() if test["passed"]}
     assert ran >= set(IN_PROCESS)
-    assert mode != "document" or ran == set(audit.TESTS)
+    assert mode != "document" or ran == set(legality.TESTS)
     held = {name: row["passed"] for name, row in result["properties"].items()}
     assert held["document_independent"] is (True if mode == "document" else None)
     assert all(
@@ -125,16 +137,17 @@ def test_honest_run_on_rows_passes_and_claims_no_more_than_it_has(run_of_rows, k
     assert "2 documents in an empty folder" in evidence["T8"]  # the first ones, not the whole set
 
 
-# === Planted cheats ===================================================================================================
+# === Planted cheats ===============================================================================
 @pytest.mark.parametrize("name", CHEATS)
 def test_cheat_is_caught(run, knobs, tmp_path, name):
-    _, expected, changes = CHEATS[name]
+    cheat = CHEATS[name]
+    expected = cheat.tests
     beside = artifact_of(run).with_name("beside.npy")
     if name == "state_beside_the_artifact":
         np.save(beside, np.float32(0.01))
     try:
         result = audit.audit(
-            plant(name, tmp_path), artifact_of(run), {**knobs, **changes}, list(expected), 6
+            plant(name, tmp_path), artifact_of(run), {**knobs, **cheat.knobs}, list(expected), 6
         )
     finally:
         beside.unlink(missing_ok=True)
@@ -163,7 +176,7 @@ def test_cheat_on_rows_is_caught(run_of_rows, knobs, tmp_path, name, expected):
         **CHUNK,
         "DATA_LOADER": "rows",
         "SLIDING_WINDOW_ENABLED": "1",
-        **CHEATS[name][2],
+        **CHEATS[name].knobs,
     }
     result = audit.audit(
         plant(name, tmp_path), artifact_of(run_of_rows), environ, sorted(expected), 6
@@ -192,9 +205,9 @@ def test_a_subject_that_cannot_start_is_tried_once(run, knobs, monkeypatch):
 
     def refused(*_):
         tries.append(1)
-        raise audit.load_script(SCRIPT).UsageError("no")
+        raise load_script(SCRIPT).UsageError("no")
 
-    monkeypatch.setattr(audit, "Subject", refused)
+    monkeypatch.setattr(case, "Subject", refused)
     result = audit.audit(SCRIPT, artifact_of(run), knobs, IN_PROCESS, 4)
     assert len(tries) == 1
     assert {result["tests"][name]["evidence"] for name in IN_PROCESS} == {"the run refuses: no"}
@@ -202,7 +215,7 @@ def test_a_subject_that_cannot_start_is_tried_once(run, knobs, monkeypatch):
 
 def test_sixteen_kinds_of_cheat_and_more_are_planted():
     assert len(CHEATS) >= 16
-    assert {test for _, tests, _ in CHEATS.values() for test in tests} >= {
+    assert {test for cheat in CHEATS.values() for test in cheat.tests} >= {
         "T1",
         "T2",
         "T3",
@@ -221,7 +234,7 @@ def test_sixteen_kinds_of_cheat_and_more_are_planted():
     }
 
 
-# === Logs =============================================================================================================
+# === Logs =========================================================================================
 def log_of(tmp_path: Path, loss: float, bpb: float, tokens: int, digits: int = 8) -> Path:
     path = tmp_path / "train.log"
     path.write_text(
@@ -245,24 +258,25 @@ def log_of(tmp_path: Path, loss: float, bpb: float, tokens: int, digits: int = 8
     ],
 )
 def test_implied_bytes_of_published_logs(tmp_path, tokens, factor, passed):
-    known = audit.CANONICAL.get(tokens, ("", 32_756_252))[1]
+    sets = {known.targets: known.text_bytes for known in canonical.PUBLISHED_SETS}
+    known = sets.get(tokens, 32_756_252)
     path = log_of(
         tmp_path, 2.77383724, 2.77383724 / math.log(2) * tokens / (known * factor), tokens
     )
-    assert audit.implied_bytes(path).passed is passed
+    assert legality.implied_bytes(path).passed is passed
 
 
 def test_implied_bytes_allow_for_the_digits_printed(tmp_path):
     bpb = 2.77383724 / math.log(2) * 40_540_160 / 151_078_222
-    assert audit.implied_bytes(log_of(tmp_path, 2.77383724, bpb, 40_540_160, digits=4)).passed
+    assert legality.implied_bytes(log_of(tmp_path, 2.77383724, bpb, 40_540_160, digits=4)).passed
     empty = tmp_path / "empty.log"
     empty.write_text("step:1 train_loss:3.0\n")
-    assert audit.implied_bytes(empty).passed is None
+    assert legality.implied_bytes(empty).passed is None
 
 
 def test_logs_of_this_repository_imply_their_own_bytes():
     for path in sorted((ROOT / "logs").glob("*.txt")):
-        finding = audit.implied_bytes(path)
+        finding = legality.implied_bytes(path)
         assert finding.passed, (path, finding)
         assert abs(finding.figures["ratio"] - 1) < 1e-6
 
@@ -288,17 +302,19 @@ def edited(run: Path, tmp_path: Path, pattern: str, replacement: str) -> Path:
     ],
 )
 def test_log_that_does_not_fit_is_found(run, knobs, tmp_path, test, pattern, replacement, word):
-    visit = audit.Audit(
-        SCRIPT, artifact_of(run), knobs, 4, edited(run, tmp_path, pattern, replacement)
-    )
-    finding = visit.run([test])[test]
+    log = edited(run, tmp_path, pattern, replacement)
+    trial = case.Case(SCRIPT, artifact_of(run), knobs, 4, log)
+    finding = legality.run_tests(trial, [test])[test]
     assert finding.passed is False and word in finding.evidence, finding
-    visit.log_path = run / "logs" / "a.txt"
-    assert visit.run([test])[test].passed, visit.findings
+    trial.log_path = run / "logs" / "a.txt"
+    finding = legality.run_tests(trial, [test])[test]
+    assert finding.passed, finding
 
 
 def test_log_of_an_evaluation_with_other_knobs_is_found(run, knobs):
-    """What a log says of an evaluation that is not the audited one: other documents, temperature, phases, adapters."""
+    """What a log says of an evaluation that is not the audited one: other documents, temperature,
+    phases, adapters.
+    """
     changed = {
         "VAL_DOC_FRACTION": "0.5",
         "LOGIT_TEMPERATURE": "0.9",
@@ -312,28 +328,34 @@ def test_log_of_an_evaluation_with_other_knobs_is_found(run, knobs):
     done = run_script(only, run)
     assert done.returncode == 0, done.stderr
     log = run / "logs" / "other.txt"
-    finding = audit.Audit(SCRIPT, artifact_of(run), knobs, 4, log).run(["T19"])["T19"]
+    trial = case.Case(SCRIPT, artifact_of(run), knobs, 4, log)
+    finding = legality.run_tests(trial, ["T19"])["T19"]
     different = finding.evidence.split("different: ")[1].split(", ")
     assert not finding.passed and set(different) == {"val_sha256", *map(str.lower, changed)} - {
         "val_doc_fraction"
     }
     changed["DATA_DIR"] = knobs["DATA_DIR"]
-    same = audit.Audit(
-        SCRIPT, artifact_of(run), {**changed, **audit.of_log(log, changed)}, 4, log
-    ).run(["T19"])["T19"]
-    assert same.passed, same
+    environ = {**changed, **audit.knobs_of_log(log, changed)}
+    trial = case.Case(SCRIPT, artifact_of(run), environ, 4, log)
+    finding = legality.run_tests(trial, ["T19"])["T19"]
+    assert finding.passed, finding
 
 
 def test_what_the_run_refuses_by_itself_is_a_finding(run, knobs, tmp_path):
-    """Without the part of the cheat that takes the run's own comparison of bytes away, no score comes about."""
+    """Without the part of the cheat that takes the run's own comparison of bytes away, no score
+    comes about.
+    """
     path = plant("leading_space_twice", tmp_path)
-    path.write_text(path.read_text().replace("    tg.check_bytes = check_bytes\n", ""))
+    text = path.read_text()
+    tolerance = '    replace(tg, "check_bytes", trusting_check_bytes(tg))\n'
+    assert text.count(tolerance) == 1
+    path.write_text(text.replace(tolerance, ""))
     result = audit.audit(path, artifact_of(run), knobs, ["T12"], 4)
     assert "T12" in failed(result) and "the run refuses" in result["tests"]["T12"]["evidence"]
     assert result["always_on"]
 
 
-# === Command ==========================================================================================================
+# === Command ======================================================================================
 def command(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
     base = {k: os.environ[k] for k in ("PATH", "HOME", "LANG") if k in os.environ} | {
         "OMP_NUM_THREADS": "1"
@@ -347,7 +369,8 @@ def command(*arguments: str, env: dict[str, str] | None = None) -> subprocess.Co
 def test_command_writes_what_the_report_reads_and_says_so_by_its_status(
     run, knobs, tmp_path, monkeypatch, capsys
 ):
-    artifact, out = str(artifact_of(run)), tmp_path / "audit.json"
+    artifact = str(artifact_of(run))
+    out = tmp_path / "audit.json"
     done = command(
         artifact, "--tests", "T4,T14", "--json", str(out), "--markdown", "--docs", "4", env=knobs
     )
@@ -384,7 +407,7 @@ def test_knobs_come_from_the_log_and_some_tests_leave_the_record_of_all_alone(
             "TTT_CHUNK_SIZE": "8",
             "GLOBAL_TTT_LR": "0.1",
         }  # which come first
-        taken = audit.of_log(run / "logs" / "a.txt", environ)
+        taken = audit.knobs_of_log(run / "logs" / "a.txt", environ)
         assert taken["TTT_LORA_LR"] == "0.01" and not taken.keys() & {
             "TTT_CHUNK_SIZE",
             "TTT_LR",
@@ -425,8 +448,6 @@ def test_what_cannot_be_judged_is_wrong_usage_and_leaves_nothing(
 
 
 def test_log_of_a_run_and_of_a_sweep(tmp_path):
-    from common import log_of_run
-
     for folder, log in (("runs/a", "a.txt"), ("runs/sweeps/lr/0003", "lr-0003.txt")):
         assert log_of_run(tmp_path / folder) == tmp_path / "logs" / log
 
@@ -482,10 +503,35 @@ def test_table_of_cheats_says_in_a_line_what_it_lacks(capsys):
     ids=str,
 )
 def test_what_a_fresh_process_may_open(tmp_path, event, violation):
-    cfg = type("Config", (), dict(dataset_dir=Path("d"), compile=False))
     data = tmp_path / "data" / "datasets" / "d"
     data.mkdir(parents=True)
     (data / "x_val_0.bin").touch()
-    kind, path, writes, name = event
-    found = audit.judge([(kind, path.format(f=tmp_path, d=data), writes, name)], tmp_path, cfg)
-    assert bool(found["violations"]) is violation
+    kind, path, writes, target = event
+    events = [fresh_process.Event(kind, path.format(f=tmp_path, d=data), writes, target)]
+    judgement = fresh_process.judge(events, tmp_path, "d", compiles=False)
+    assert bool(judgement.violations) is violation
+
+
+def test_every_test_has_number_title_summary_and_a_known_property():
+    assert list(legality.TESTS) == [f"T{number}" for number in range(21)]
+    assert {name for test in legality.TESTS.values() for name in test.properties} == set(
+        legality.PROPERTIES
+    )
+    told = audit.build_parser().format_help()
+    for test in legality.TESTS.values():
+        assert test.title in told and test.summary.split()[0] in told
+
+
+def test_the_names_that_audit_and_cheats_rely_on_are_in_the_script():
+    script = load_script(SCRIPT)
+    assert probe.missing_names(script, probe.SCRIPT_NAMES) == []
+    assert probe.missing_names(script, cheats.SCRIPT_NAMES) == []
+    assert probe.missing_names(script, ["Run.nowhere", "Ledger.record"]) == ["Run.nowhere"]
+
+
+def test_a_cheat_fails_loudly_where_the_script_lacks_what_it_changes():
+    for name, cheat in CHEATS.items():
+        with pytest.raises((AssertionError, AttributeError)):
+            cheat.plant(SimpleNamespace())
+        text = cheats.plant_text(f"import sys\n{cheats.ENTRY}\n    pass\n", name)
+        assert text.count(f"{name}(sys.modules[__name__])") == 1

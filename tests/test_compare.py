@@ -1,4 +1,4 @@
-"""`report.py --compare`: one row per system over its seeds; presets may differ, code, data, machine and budget not."""
+"""`report.py --compare`: a row per system over its seeds; only presets and knobs may differ."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from test_report import nats, ours, refusal, report
+from test_report import Printed, nats, ours, refusal, report, score_line
 
 BUDGET = {"max_wallclock_seconds": "40.0", "shrink": "True", "val_doc_fraction": "1.0"}
 
 
 def logs(folder: Path, *runs: dict, name: str = "run") -> list[str]:
     """As `ours`; `preset` of each, and `env`: knobs that the environment had set."""
-    made = [
-        {**run, "config": {**BUDGET, **run.get("config", {}), **run.get("env", {})}} for run in runs
-    ]
-    made = [
-        {**run, "preset": f"{run['preset']} shrunk"} for run in made
-    ]  # as a run with SHRINK=1 says
-    paths = ours(folder, *({k: v for k, v in run.items() if k != "env"} for run in made), name=name)
+    made = []
+    for run in runs:
+        figures = {key: value for key, value in run.items() if key != "env"}
+        config = {**BUDGET, **run.get("config", {}), **run.get("env", {})}
+        # A run with SHRINK=1 says so behind its preset.
+        made.append({**figures, "config": config, "preset": f"{run['preset']} shrunk"})
+    paths = ours(folder, *made, name=name)
     for path, run in zip(map(Path, paths), runs, strict=True):
         text = path.read_text()
         for knob in run.get("env", {}):
@@ -40,10 +40,12 @@ def compared(
     assert report.main(["--compare", *paths]) == status
     begin, head, _, *lines, end = capsys.readouterr().out.splitlines()
     assert (begin, end) == ("<!-- compare:begin -->", "<!-- compare:end -->")
-    cells = [line[2:-2].split(" | ") for line in (head, *lines) if line.startswith("|")]
-    return [dict(zip(cells[0], row, strict=True)) for row in cells[1:]], [
-        x[2:] for x in lines if x.startswith("- ")
-    ]
+    names = head[2:-2].split(" | ")
+    rows = []
+    for line in lines:
+        if line.startswith("|"):
+            rows.append(dict(zip(names, line[2:-2].split(" | "), strict=True)))
+    return rows, [line.removeprefix("- ") for line in lines if line.startswith("- ")]
 
 
 def test_each_system_has_a_row_with_what_it_is_what_was_published_and_what_was_measured(
@@ -75,10 +77,12 @@ def test_each_system_has_a_row_with_what_it_is_what_was_published_and_what_was_m
     }
     assert all(measured.items() <= row.items() for row in rows)
     assert "sliding window" not in rows[0]  # none ran it
+    # No day is given, and that of a file is the clone's.
     assert re.search(
-        r"tiny, 1,000 validation targets; 40 s of training each, SHRINK=1.*; 1 x CPU, torch 2; code c0$",
+        r"tiny, 1,000 validation targets; 40 s of training each, SHRINK=1.*; "
+        r"1 x CPU, torch 2; code c0$",
         notes[0],
-    )  # no day is given, and a file's is the clone's
+    )
     assert "0.7227" in notes[1]
 
 
@@ -99,10 +103,9 @@ def test_seeds_are_one_row_with_mean_and_deviation(tmp_path, capsys) -> None:
 def test_a_sliding_score_has_a_column_where_one_of_the_systems_has_it(tmp_path, capsys) -> None:
     paths = logs(tmp_path, {"preset": "pr473"}, {"preset": "pr605"})
     text = Path(paths[0]).read_text()
-    line = f"diagnostic quantized_sliding_window val_loss:{nats(2.05):.8f} val_bpb:2.05000000 eval_time:9ms\n"
-    Path(paths[0]).write_text(
-        text.replace("quantized_ttt_lora val_loss", line + "quantized_ttt_lora val_loss", 1)
-    )
+    sliding = score_line("diagnostic quantized_sliding_window", Printed(nats(2.05), 2.05, 9))
+    adapted = "quantized_ttt_lora val_loss"
+    Path(paths[0]).write_text(text.replace(adapted, f"{sliding}\n{adapted}", 1))
     rows, _ = compared(capsys, paths)
     assert [row["sliding window"] for row in rows] == ["2.05000", "–"]
 
@@ -142,7 +145,9 @@ def test_knobs_set_for_one_system_alone_make_a_row_of_their_own(tmp_path, capsys
 )
 def test_other_code_data_machine_or_budget_is_refused(tmp_path, capsys, change: dict) -> None:
     paths = logs(tmp_path, {"preset": "pr1530"}, {"preset": "pr473", **change})
-    name = {"max_wallclock_seconds": "budget"}.get(*[next(iter(change.get("config", change)))] * 2)
+    name = next(iter(change.get("config", change)))
+    if name == "max_wallclock_seconds":
+        name = "budget"
     assert f"{name}: " in refusal(capsys, "--compare", *paths)
 
 
@@ -190,7 +195,8 @@ def test_broken_limits_and_denominators_are_said(tmp_path, capsys) -> None:
 
 
 def test_the_table_goes_between_its_own_marks(tmp_path, capsys) -> None:
-    page, paths = tmp_path / "README.md", logs(tmp_path, {"preset": "pr1530"})
+    page = tmp_path / "README.md"
+    paths = logs(tmp_path, {"preset": "pr1530"})
     before = f"# Title\n{report.BEGIN}\nkept\n{report.END}\n"
     page.write_text(f"{before}<!-- compare:begin -->\nold\n<!-- compare:end -->\nrest\n")
     assert report.main(["--compare", *paths, "--markdown", str(page), "--date", "2031-01-02"]) == 0
@@ -206,10 +212,8 @@ def test_the_table_goes_between_its_own_marks(tmp_path, capsys) -> None:
 @pytest.mark.skipif(not shutil.which("make"), reason="no make")
 def test_make_compare_prepares_its_data_sweeps_the_systems_and_prints_the_table() -> None:
     def lines(*knobs: str) -> str:
-        command, plain = (
-            ["make", "-n", "-o", "dev", "compare", *knobs],
-            {"PATH": os.environ["PATH"]},
-        )
+        command = ["make", "-n", "-o", "dev", "compare", *knobs]
+        plain = {"PATH": os.environ["PATH"]}
         return subprocess.run(
             command, cwd=ROOT, env=plain, capture_output=True, text=True, check=True
         ).stdout

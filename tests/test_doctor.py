@@ -1,4 +1,6 @@
-"""tools/prepare_data.py doctor: planted faults are found and named, clean data pass, a stale verdict never counts."""
+"""tools/prepare_data.py doctor: planted faults are found and named, clean data pass, a stale
+verdict never counts.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,9 @@ import os
 import random
 import shutil
 import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -15,13 +20,18 @@ import sentencepiece
 from conftest import ROOT, TINY, VOCAB, opened, run_script, tiny_config, tiny_text, write_dataset
 
 sys.path.insert(0, str(ROOT / "tools"))
+import canonical
 import doctor
+import overlap
 import prepare_data
 
 import train_gpt as tg
 
-BOS, NAME = 1, f"tiny_sp{VOCAB}"
-VAL, FIRST, SECOND = "tiny_val_000000.bin", "tiny_train_000000.bin", "tiny_train_000001.bin"
+BOS = 1
+NAME = f"tiny_sp{VOCAB}"
+VAL = "tiny_val_000000.bin"
+FIRST = "tiny_train_000000.bin"
+SECOND = "tiny_train_000001.bin"
 
 
 @pytest.fixture
@@ -60,7 +70,9 @@ def alter_bytes(name, change):
 
 
 def alter_tokens(name, change):
-    """Another shard in its place, and a manifest that agrees with it, so that only the content is wrong."""
+    """Another shard in its place, and a manifest that agrees with it, so that only the content is
+    wrong.
+    """
 
     def plant(root):
         path = folder_of(root) / name
@@ -150,7 +162,9 @@ def first_documents(root, name, number):
 
 
 def plant_val(share):
-    """A validation document, or a share of it inside another one, into the training shard between two documents."""
+    """A validation document, or a share of it inside another one, into the training shard between
+    two documents.
+    """
 
     def plant(root):
         val = max(first_documents(root, VAL, 11), key=len)
@@ -203,187 +217,117 @@ def change_entry(split, **changes):
     return lambda root: alter_manifest(root, lambda m: m["splits"][split].update(changes))
 
 
-FAULTS = {  # name: (plant, level, check, file, token or None, a word of the text)
-    "magic": (header(0, 20240521), "error", "magic", SECOND, None, "20240521"),
-    "version": (header(4, 2), "error", "version", SECOND, None, "2"),
-    "cut": (alter_bytes(VAL, lambda d: d[:-3]), "error", "cut", VAL, None, "3 bytes"),
-    "cut in the header": (alter_bytes(VAL, lambda d: d[:700]), "error", "cut", VAL, None, "700"),
-    "excess": (alter_bytes(VAL, lambda d: d + b"\0\0"), "error", "excess", VAL, None, "2 bytes"),
-    "no tokens": (
-        alter_bytes(VAL, lambda d: d[:8] + bytes(4) + d[12:1024]),
-        "error",
-        "header",
-        VAL,
-        None,
-        "0 tokens",
+class Planted(NamedTuple):
+    """A fault and what the doctor must say about it."""
+
+    plant: Callable[[Path], None]  # changes a DATA_DIR
+    check: str
+    file: str
+    word: str  # of the text
+    at: int | str | None = None  # token in the file, or the name of a place in validation
+    level: str = "error"
+
+
+FAULTS = {
+    "magic": Planted(header(0, 20240521), "magic", SECOND, "20240521"),
+    "version": Planted(header(4, 2), "version", SECOND, "2"),
+    "cut": Planted(alter_bytes(VAL, lambda d: d[:-3]), "cut", VAL, "3 bytes"),
+    "cut in the header": Planted(alter_bytes(VAL, lambda d: d[:700]), "cut", VAL, "700"),
+    "excess": Planted(alter_bytes(VAL, lambda d: d + b"\0\0"), "excess", VAL, "2 bytes"),
+    "no tokens": Planted(
+        alter_bytes(VAL, lambda d: d[:8] + bytes(4) + d[12:1024]), "header", VAL, "0 tokens"
     ),
-    "header in the other byte order": (
+    "header in the other byte order": Planted(
         alter_bytes(VAL, lambda d: np.frombuffer(d[:1024], "<i4").byteswap().tobytes() + d[1024:]),
-        "error",
         "byte order",
         VAL,
-        None,
         "swapped",
     ),
-    "ids in the other byte order": (
-        alter_bytes(FIRST, swap),
-        "error",
-        "byte order",
-        FIRST,
-        1,
-        "swapped",
+    "ids in the other byte order": Planted(
+        alter_bytes(FIRST, swap), "byte order", FIRST, "swapped", at=1
     ),
-    "id out of range": (put(40, VOCAB), "error", "id range", FIRST, 40, str(VOCAB)),
-    "no BOS at the start": (put(0, 50), "error", "no BOS", FIRST, 0, "begin"),
-    "empty document": (
-        alter_tokens(FIRST, lambda t: np.insert(t, 0, BOS)),
-        "error",
-        "empty document",
-        FIRST,
-        0,
-        "1 in",
+    "id out of range": Planted(put(40, VOCAB), "id range", FIRST, str(VOCAB), at=40),
+    "no BOS at the start": Planted(put(0, 50), "no BOS", FIRST, "begin", at=0),
+    "empty document": Planted(
+        alter_tokens(FIRST, lambda t: np.insert(t, 0, BOS)), "empty document", FIRST, "1 in", at=0
     ),
-    "control piece in a text": (put(9, 2), "error", "control id", FIRST, 9, "control"),
-    "another tokenizer": (swap_tokenizer, "error", "round trip", VAL, 0, "tokenizer"),
-    "tokenizer not the manifest's": (
+    "control piece in a text": Planted(put(9, 2), "control id", FIRST, "control", at=9),
+    "another tokenizer": Planted(swap_tokenizer, "round trip", VAL, "tokenizer", at=0),
+    "tokenizer not the manifest's": Planted(
         lambda root: alter_manifest(root, lambda m: m["tokenizer"].update(sha256="0" * 64)),
-        "error",
         "tokenizer",
         f"{NAME}.model",
-        None,
         "SHA-256",
     ),
-    "no tokenizer": (
+    "no tokenizer": Planted(
         lambda root: (root / "tokenizers" / f"{NAME}.model").unlink(),
-        "error",
         "tokenizer",
         f"{NAME}.model",
-        None,
         "no SentencePiece model",
     ),
-    "document twice": (
+    "document twice": Planted(
         alter_tokens(VAL, lambda t: np.concatenate([t, documents(t)[3]])),
-        "warning",
         "duplicate document",
         VAL,
-        "end",
         "1 copies in 13 val",
+        at="end",
+        level="warning",
     ),
-    "validation document in training": (
-        plant_val(1),
-        "error",
-        "overlap",
-        VAL,
-        "longest",
-        "1 of 12",
+    "validation document in training": Planted(
+        plant_val(1), "overlap", VAL, "1 of 12", at="longest"
     ),
-    "part of one in training": (
-        plant_val(0.7),
-        "error",
-        "overlap in part",
-        VAL,
-        "longest",
-        "ids in a row",
+    "part of one in training": Planted(
+        plant_val(0.7), "overlap in part", VAL, "ids in a row", at="longest"
     ),
-    "shard missing from the sequence": (
-        drop_shard,
-        "error",
-        "missing shard",
-        FIRST,
-        None,
-        "number 1",
+    "shard missing from the sequence": Planted(drop_shard, "missing shard", FIRST, "number 1"),
+    "shard the manifest names is gone": Planted(
+        lambda root: (folder_of(root) / SECOND).unlink(), "missing shard", SECOND, "manifest"
     ),
-    "shard the manifest names is gone": (
-        lambda root: (folder_of(root) / SECOND).unlink(),
-        "error",
-        "missing shard",
-        SECOND,
-        None,
-        "manifest",
-    ),
-    "number taken twice": (
+    "number taken twice": Planted(
         lambda root: copy_shard(root, "tiny_train_1.bin"),
-        "error",
         "name",
         "tiny_train_1.bin",
-        None,
         f"number of {SECOND}",
     ),
-    "shard of another data set": (
-        lambda root: copy_shard(root, "z_train_000002.bin"),
-        "error",
-        "name",
-        "z_train_000002.bin",
-        None,
-        "prefix",
+    "shard of another data set": Planted(
+        lambda root: copy_shard(root, "z_train_000002.bin"), "name", "z_train_000002.bin", "prefix"
     ),
-    "split gone": (
-        lambda root: (folder_of(root) / VAL).unlink(),
-        "error",
-        "missing split",
-        NAME,
-        None,
-        "_val_",
+    "split gone": Planted(
+        lambda root: (folder_of(root) / VAL).unlink(), "missing split", NAME, "_val_"
     ),
-    "shard twice": (copy_shard, "error", "shard twice", "tiny_train_000002.bin", None, FIRST),
-    "shard the manifest does not know": (
-        copy_shard,
-        "error",
-        "foreign shard",
-        "tiny_train_000002.bin",
-        None,
-        "name",
+    "shard twice": Planted(copy_shard, "shard twice", "tiny_train_000002.bin", FIRST),
+    "shard the manifest does not know": Planted(
+        copy_shard, "foreign shard", "tiny_train_000002.bin", "name"
     ),
-    "manifest with another hash": (
+    "manifest with another hash": Planted(
         lambda root: alter_manifest(
             root, lambda m: m["splits"]["train"]["files"][1].update(sha256="0" * 64)
         ),
-        "error",
         "manifest sha256",
         SECOND,
-        None,
         "manifest",
     ),
-    "manifest with other tokens": (
+    "manifest with other tokens": Planted(
         lambda root: alter_manifest(
             root, lambda m: m["splits"]["train"]["files"][1].update(tokens=5)
         ),
-        "error",
         "manifest tokens",
         SECOND,
-        None,
         "5",
     ),
-    "manifest with another sum": (
-        change_entry("train", tokens=6),
-        "error",
-        "manifest tokens",
-        "manifest.json",
-        None,
-        "6",
+    "manifest with another sum": Planted(
+        change_entry("train", tokens=6), "manifest tokens", "manifest.json", "6"
     ),
-    "manifest with other bytes": (
-        change_entry("val", bytes=7),
-        "error",
-        "manifest bytes",
-        "manifest.json",
-        None,
-        "7",
+    "manifest with other bytes": Planted(
+        change_entry("val", bytes=7), "manifest bytes", "manifest.json", "7"
     ),
-    "manifest with other documents": (
-        change_entry("train", documents=8),
-        "error",
-        "manifest documents",
-        "manifest.json",
-        None,
-        "8",
+    "manifest with other documents": Planted(
+        change_entry("train", documents=8), "manifest documents", "manifest.json", "8"
     ),
-    "manifest of another tool": (
+    "manifest of another tool": Planted(
         lambda root: (folder_of(root) / "manifest.json").write_text('{"splits": 3}'),
-        "error",
         "manifest",
         "manifest.json",
-        None,
         "prepare_data",
     ),
 }
@@ -391,19 +335,18 @@ FAULTS = {  # name: (plant, level, check, file, token or None, a word of the tex
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_planted_fault_is_found_and_named_with_file_and_position(root, capsys, name):
-    plant, level, check, file, at, word = FAULTS[name]
+    planted = FAULTS[name]
     clean = tg.read_shard(folder_of(root) / VAL).copy()
-    plant(root)
+    planted.plant(root)
     docs = np.split(clean, np.flatnonzero(clean == BOS)[1:])
     longest = max(range(11), key=lambda i: len(docs[i]))
-    at = {"end": len(clean), "longest": sum(map(len, docs[:longest]))}.get(at, at)
-    verdict = examine(root, capsys, status=1 if level == "error" else 0)
-    found = [
-        f
-        for f in verdict["faults"]
-        if (f["level"], f["check"], f["file"], f["at"]) == (level, check, file, at)
-    ]
-    assert len(found) == 1 and word in found[0]["text"], verdict["faults"]
+    places = {"end": len(clean), "longest": sum(map(len, docs[:longest]))}
+    at = places.get(planted.at, planted.at)
+    verdict = examine(root, capsys, status=1 if planted.level == "error" else 0)
+    wanted = (planted.level, planted.check, planted.file, at)
+    keys = ("level", "check", "file", "at")
+    found = [fault for fault in verdict["faults"] if tuple(fault[key] for key in keys) == wanted]
+    assert len(found) == 1 and planted.word in found[0]["text"], verdict["faults"]
 
 
 def test_clean_data_pass_without_a_word(root, capsys):
@@ -462,7 +405,7 @@ def test_what_the_tool_prepares_is_clean(tmp_path, capsys):
     assert verdict["errors"] == [] and verdict["splits"]["train"]["files"] > 3
 
 
-# --- Overlap ---
+# --- Overlap --------------------------------------------------------------------------------------
 
 
 def random_documents(rng, number, length):
@@ -475,9 +418,11 @@ def random_documents(rng, number, length):
 @pytest.mark.parametrize("form", ["whole", "embedded", "cut", "across a shard border"])
 def test_one_validation_document_in_ten_thousand_is_found_at_its_place(form):
     rng = np.random.default_rng(3)
-    train, val = random_documents(rng, 10_000, 300), random_documents(rng, 100, 300)
+    train = random_documents(rng, 10_000, 300)
+    val = random_documents(rng, 100, 300)
     number = int(rng.integers(9_000))
-    planted, inner = val[42], random_documents(rng, 1, 300)[0]
+    planted = val[42]
+    inner = random_documents(rng, 1, 300)[0]
     if form != "whole":
         body = (
             planted[1:]
@@ -489,22 +434,23 @@ def test_one_validation_document_in_ten_thousand_is_found_at_its_place(form):
     at = sum(map(len, train[:number]))
     cut = sum(map(len, train[: number + (form != "across a shard border")]))
     parts = [part for part in np.split(np.concatenate(train), [cut]) if len(part)]
-    found = doctor.overlap(parts, np.concatenate(val), BOS)
+    found = overlap.overlap(parts, np.concatenate(val), BOS)
     assert [(one.document, one.whole) for one in found] == [(42, form == "whole")]
     assert found[0].val_at == sum(map(len, val[:42]))
     if form == "whole":
         assert found[0].train_at == at
     else:  # the first indexed shingle of the common run
-        assert 0 <= found[0].train_at - (at + 51) < doctor.STRIDE
+        assert 0 <= found[0].train_at - (at + 51) < overlap.STRIDE
 
 
 def test_the_first_of_several_places_in_training_is_named():
     rng = np.random.default_rng(8)
-    fill, val = random_documents(rng, 5, 300), random_documents(rng, 2, 300)
+    fill = random_documents(rng, 5, 300)
+    val = random_documents(rng, 2, 300)
     part = np.concatenate(
         [fill[0], val[1][:-9], fill[1]]
     )  # all but the end of a document, the second one of part
-    found = doctor.overlap(
+    found = overlap.overlap(
         [np.concatenate([fill[2], fill[3]]), part, part], np.concatenate(val), BOS
     )
     assert [(one.document, one.whole) for one in found] == [(1, False)]
@@ -513,26 +459,28 @@ def test_the_first_of_several_places_in_training_is_named():
 
 def test_neighbours_in_validation_are_told_apart():
     rng = np.random.default_rng(9)
-    val, fill = random_documents(rng, 3, 300), random_documents(rng, 2, 300)
+    val = random_documents(rng, 3, 300)
+    fill = random_documents(rng, 2, 300)
     train = [np.concatenate([fill[0], val[1][1:]]), np.concatenate([fill[1], val[2][1:]])]
-    found = doctor.overlap(train, np.concatenate(val), BOS)
+    found = overlap.overlap(train, np.concatenate(val), BOS)
     assert [(one.document, one.train_at) for one in found] == [
         (1, len(fill[0])),
         (2, len(train[0]) + len(fill[1])),
     ]
-    assert all(0 <= len(val[one.document]) - 1 - one.run < doctor.STRIDE for one in found)
+    assert all(0 <= len(val[one.document]) - 1 - one.run < overlap.STRIDE for one in found)
 
 
 def test_phrases_and_documents_alike_in_part_are_no_overlap():
     rng = np.random.default_rng(4)
-    train, val = random_documents(rng, 300, 400), random_documents(rng, 30, 400)
+    train = random_documents(rng, 300, 400)
+    val = random_documents(rng, 30, 400)
     phrase = rng.integers(4, 60000, 50).astype(np.uint16)
     for docs in (train, val):
         for i in range(0, len(docs), 2):
             docs[i] = np.concatenate([docs[i], phrase])
     val.append(np.append(BOS, phrase).astype(np.uint16))
-    assert doctor.overlap([np.concatenate(train)], np.concatenate(val), BOS) == []
-    assert doctor.overlap([], np.concatenate(val), BOS) == []
+    assert overlap.overlap([np.concatenate(train)], np.concatenate(val), BOS) == []
+    assert overlap.overlap([], np.concatenate(val), BOS) == []
 
 
 def test_an_index_finds_exactly_the_shingles_that_occur_at_their_first_position():
@@ -541,14 +489,15 @@ def test_an_index_finds_exactly_the_shingles_that_occur_at_their_first_position(
         [np.append(BOS, rng.integers(4, 7, n)) for n in (0, 31, 32, 39, 40, 300)]
     ).astype(np.uint16)
     train = np.concatenate([rng.integers(4, 7, 20_000).astype(np.uint16), val[-200:], val[-150:]])
-    index = doctor.ShingleIndex(val, BOS)
+    index = overlap.ShingleIndex(val, BOS)
     places = {}
     for i in range(len(train) - 31):
         places.setdefault(train[i : i + 32].tobytes(), i)
-    expected, owner = set(), []
+    expected = set()
+    owner = []
     starts = [*np.flatnonzero(val == BOS), len(val)]
     for document, (a, b) in enumerate(zip(starts, starts[1:], strict=False)):
-        for i in range(a + 1, b - 31, doctor.STRIDE):
+        for i in range(a + 1, b - 31, overlap.STRIDE):
             owner.append(document)
             if (place := places.get(val[i : i + 32].tobytes())) is not None:
                 expected.add(place)
@@ -564,7 +513,7 @@ def test_overlap_may_be_allowed_and_warnings_may_count(root, capsys):
     assert examine(root, capsys, "--allow-overlap", "1", "--strict", status=1)["warnings"] == []
 
 
-# --- Scans ---
+# --- Scans ----------------------------------------------------------------------------------------
 
 
 def test_decoded_bytes_are_those_of_each_text(tiny_data):
@@ -573,15 +522,14 @@ def test_decoded_bytes_are_those_of_each_text(tiny_data):
     )
     texts = tiny_text(600, seed=9)
     tokens = np.concatenate([np.array([BOS, *sp.encode(text)], dtype=np.uint16) for text in texts])
-    starts = doctor.document_starts(tokens, BOS)
-    assert doctor.decoded_bytes(tokens, starts, sp).tolist() == [
-        len(text.encode()) for text in texts
-    ]
-    assert doctor.round_trip(tokens, starts, range(600), sp) == []
+    starts = overlap.document_starts(tokens, BOS)
+    documents = doctor.Documents(tokens, starts)
+    assert doctor.decoded_bytes(documents, sp).tolist() == [len(text.encode()) for text in texts]
+    assert doctor.round_trip(documents, range(600), sp) == []
     tokens[starts[7] + 1 : starts[8]] = sp.piece_to_id(
         "<0x61>"
     )  # an "a" is never written as a byte
-    assert doctor.round_trip(tokens, starts, [6, 7, 8], sp) == [7]
+    assert doctor.round_trip(documents, [6, 7, 8], sp) == [7]
 
 
 def test_hashes_tell_documents_apart_and_know_the_same_one_wherever_it_stands():
@@ -590,7 +538,7 @@ def test_hashes_tell_documents_apart_and_know_the_same_one_wherever_it_stands():
     docs += [docs[3], docs[7][:-1]]
     random.Random(1).shuffle(docs)
     tokens = np.concatenate(docs)
-    hashes = doctor.document_hashes(tokens, doctor.document_starts(tokens, BOS)).tolist()
+    hashes = overlap.document_hashes(tokens, overlap.document_starts(tokens, BOS)).tolist()
     assert [hashes.index(h) for h in hashes] == [
         next(j for j, other in enumerate(docs) if np.array_equal(doc, other)) for doc in docs
     ]
@@ -600,7 +548,9 @@ def test_hashes_tell_documents_apart_and_know_the_same_one_wherever_it_stands():
 def test_fineweb_is_compared_with_its_published_totals(
     tmp_path, monkeypatch, tiny_data, capsys, tokens
 ):
-    """The totals are set to those of a tiny validation set: what is compared is tokens, documents and bytes."""
+    """The totals are set to those of a tiny validation set: what is compared is tokens, documents
+    and bytes.
+    """
     model = tiny_data / "tokenizers" / f"{NAME}.model"
     sp = sentencepiece.SentencePieceProcessor(model_file=str(model))
     docs = [[BOS, *sp.encode(text)] for text in tiny_text(60, seed=11)]
@@ -609,12 +559,13 @@ def test_fineweb_is_compared_with_its_published_totals(
     write_dataset(
         root, docs[20:], docs[: 19 if tokens == "fewer" else 20], model, "fineweb10B_sp1024"
     )
-    size, count = sum(len(sp.decode(d).encode()) for d in docs[:20]), sum(map(len, docs[:20]))
-    monkeypatch.setattr(doctor, "CANONICAL_DOCUMENTS", 20)
-    monkeypatch.setattr(doctor, "CANONICAL_BYTES", size)
-    monkeypatch.setattr(doctor, "CANONICAL_TOKENS", {"sp1024": (count, count)})
+    size = sum(len(sp.decode(d).encode()) for d in docs[:20])
+    count = sum(map(len, docs[:20]))
+    monkeypatch.setattr(canonical, "DOCUMENTS", 20)
+    monkeypatch.setattr(canonical, "TEXT_BYTES", size)
+    monkeypatch.setattr(canonical, "TOKEN_RANGES", {"sp1024": (count, count)})
     if tokens == "withdrawn":
-        monkeypatch.setattr(doctor, "WITHDRAWN_TOKENS", range(count, count + 1))
+        monkeypatch.setattr(canonical, "WITHDRAWN_TOKENS", range(count, count + 1))
     status = prepare_data.main(["doctor", str(root / "datasets" / "fineweb10B_sp1024"), "--json"])
     verdict = json.loads(capsys.readouterr().out)
     found = [fault["text"] for fault in verdict["faults"] if fault["check"] == "canonical"]
@@ -624,7 +575,7 @@ def test_fineweb_is_compared_with_its_published_totals(
     )
 
 
-# --- Cache and verdict ---
+# --- Cache and verdict ----------------------------------------------------------------------------
 
 
 def test_a_second_visit_scans_only_what_changed(root, capsys):

@@ -1,4 +1,6 @@
-"""The folder of a submission: its packed code is the readable program, counted as it runs; what does not fit shows."""
+"""The folder of a submission: its packed code is the readable program, counted as it runs; what
+does not fit shows.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +26,8 @@ import train_gpt as tg
 
 sys.path.insert(0, str(ROOT / "tools"))
 import pack
+import packed_code
+import runlog
 
 READABLE_SOURCE = (ROOT / "train_gpt.py").read_bytes()
 SMALL_SOURCE = b'''"""What it is."""
@@ -49,7 +53,9 @@ def sha256(data: bytes) -> str:
 def write_run(
     root: Path, seed: int = 1, source: bytes = SMALL_SOURCE, size: int = 900, **figures: object
 ) -> Path:
-    """A run's folder and log as train_gpt.py leaves them, without the training; figures that are None are left out."""
+    """A run's folder and log as train_gpt.py leaves them, without the training; figures that are
+    None are left out.
+    """
     model = random.Random(seed).randbytes(size)
     final = {
         "code_sha256": sha256(source),
@@ -72,10 +78,12 @@ def write_run(
         "quantized_bpb": 1.7,
         "seconds": {"train": 5.0},
     } | figures
-    knobs = "  compile: False (env)\n  data_dir: /x y (env)\n  num_layers: 4 (preset)\n  preset: cpu (preset)"
-    lines = f"  run_id: s (env)\n  seed: {seed} (env)\n{knobs}\nstep:1"
+    settings = ["run_id: s (env)", f"seed: {seed} (env)", "compile: False (env)"]
+    settings += ["data_dir: /x y (env)", "num_layers: 4 (preset)", "preset: cpu (preset)"]
+    lines = "\n".join([*(f"  {setting}" for setting in settings), "step:1"])
     final = json.dumps({key: value for key, value in final.items() if value is not None})
-    folder, log = root / "runs" / f"s{seed}", root / "logs" / f"s{seed}.txt"
+    folder = root / "runs" / f"s{seed}"
+    log = root / "logs" / f"s{seed}.txt"
     folder.mkdir(parents=True)
     log.parent.mkdir(exist_ok=True)
     (folder / ARTIFACT).write_bytes(model)
@@ -97,10 +105,10 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return make(write_run(root), root / "out")
 
 
-# --- The code ---------------------------------------------------------------------------------------------------------
+# --- The code -------------------------------------------------------------------------------------
 def test_packed_code_is_smaller_than_the_text_and_the_same_program():
-    packed = pack.pack_code(READABLE_SOURCE)
-    text, digest = pack.unpack_code(packed)
+    packed = packed_code.pack_code(READABLE_SOURCE)
+    text, digest = packed_code.unpack_code(packed)
     assert digest == sha256(READABLE_SOURCE)
     assert len(packed) == pack.packed_size(READABLE_SOURCE) < 0.3 * len(READABLE_SOURCE)
     trees = ast.parse(text), ast.parse(READABLE_SOURCE)
@@ -112,9 +120,8 @@ def test_packed_code_is_smaller_than_the_text_and_the_same_program():
             isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
         )
 
-    def bare(
-        tree: ast.Module,
-    ) -> str:  # less than the tool leaves: no annotation, no statement that does nothing
+    def bare(tree: ast.Module) -> str:
+        """Less than the tool leaves: no annotation, no statement that does nothing."""
         tree.body = [n for n in tree.body if getattr(n, "name", "") in kept]
         for node in ast.walk(tree):
             for name in {"annotation", "returns"} & node.__dict__.keys():
@@ -169,21 +176,23 @@ def test_packed_code_is_smaller_than_the_text_and_the_same_program():
     ],
 )
 def test_what_travels_is_what_the_program_needs(source, expected):
-    assert pack.unpack_code(pack.pack_code(source.encode()))[0] == expected
+    assert packed_code.unpack_code(packed_code.pack_code(source.encode()))[0] == expected
 
 
 def test_packed_file_of_any_bytes_runs_as_its_source(tmp_path):
-    """Random text compresses to every byte there is, quotes, zeros before digits and line ends among them."""
+    """Random text compresses to every byte there is, quotes, zeros before digits and line ends
+    among them.
+    """
     seen = set()
     for seed in range(8):
         text = random.Random(seed).randbytes(seed * 250).hex()
-        packed = pack.pack_code(f"x = '{text}'\nname = __name__\n".encode())
+        packed = packed_code.pack_code(f"x = '{text}'\nname = __name__\n".encode())
         path = tmp_path / "p.py"
         path.write_bytes(packed)
         space = {"__file__": str(path), "__name__": "p"}
         exec(compile(path.read_bytes(), str(path), "exec"), space)
         assert (space["x"], space["name"]) == (text, "p")
-        assert pack.unpack_code(packed)[0] == f"x='{text}'\nname=__name__\n"
+        assert packed_code.unpack_code(packed)[0] == f"x='{text}'\nname=__name__\n"
         seen |= set(packed)
     assert seen >= set(range(256)) - set(b"\0\r")
 
@@ -196,7 +205,9 @@ def test_every_byte_survives_in_a_latin1_file(data):
     space = {}
     exec(
         compile(
-            b"# coding: latin-1\nx='''" + pack.escape(data).encode("latin-1") + b"'''", "p", "exec"
+            b"# coding: latin-1\nx='''" + packed_code.escape(data).encode("latin-1") + b"'''",
+            "p",
+            "exec",
         ),
         space,
     )
@@ -206,22 +217,25 @@ def test_every_byte_survives_in_a_latin1_file(data):
 @pytest.mark.parametrize("more", [b"", b"hidden"])
 def test_packed_file_holds_nothing_beside_its_text(more):
     """Not even bytes that no one would read."""
-    payload = pack.escape(pack.CODECS["bz2"][0](b"x=1\n") + more)
-    packed = (pack.HEAD.format("bz2") + payload + pack.TAIL.format("0" * 64)).encode("latin-1")
+    payload = packed_code.escape(packed_code.CODECS["bz2"].compress(b"x=1\n") + more)
+    packed = (packed_code.HEAD.format("bz2") + payload + packed_code.TAIL.format("0" * 64)).encode(
+        "latin-1"
+    )
     if not more:
-        assert pack.unpack_code(packed) == ("x=1\n", "0" * 64)
+        assert packed_code.unpack_code(packed) == ("x=1\n", "0" * 64)
         return
     with pytest.raises(tg.UsageError, match="not a file"):
-        pack.unpack_code(packed)
+        packed_code.unpack_code(packed)
 
 
 @pytest.mark.skipif(tg.triton is None, reason="no Triton")
 def test_kernels_and_operators_of_the_packed_file_work(tmp_path):
-    """Triton reads a kernel's source and torch an operator's annotations; an import must find both."""
-    (tmp_path / "train_gpt.py").write_bytes(pack.pack_code(READABLE_SOURCE))
+    """Triton reads a kernel's source and torch an operator's annotations; both must be found."""
+    (tmp_path / "train_gpt.py").write_bytes(packed_code.pack_code(READABLE_SOURCE))
     script = """if True:
         import inspect, torch, train_gpt as tg
-        assert inspect.getsource(tg.mlp_kernel.fn).splitlines()[1].strip().startswith("def mlp_kernel(a,w,")
+        kernel = inspect.getsource(tg.mlp_kernel.fn).splitlines()[1]
+        assert kernel.strip().startswith("def mlp_kernel(a,w,")
         schema = "golf::mlp_up(Tensor x, Tensor w_up, float slope=0.5) -> (Tensor, Tensor)"
         assert str(tg.mlp_up._opoverload._schema) == schema
         torch.manual_seed(0)
@@ -240,7 +254,7 @@ def test_kernels_and_operators_of_the_packed_file_work(tmp_path):
     assert done.stdout.strip() == sha256(READABLE_SOURCE)
 
 
-# --- A run from the packed file, its folder, an evaluation from that alone --------------------------------------------
+# --- A run from the packed file, its folder, an evaluation from that alone ------------------------
 @pytest.fixture(scope="module")
 def trained(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The working directory of a run of the packed file; `out` in it is its submission."""
@@ -263,7 +277,8 @@ def trained(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_run_of_the_packed_file_counts_it_and_names_both_codes(trained):
     log = (trained / "logs" / "mine.txt").read_bytes()
-    final, packed = pack.read_final(log), (trained / "code" / "train_gpt.py").read_bytes()
+    final = runlog.read_final(log.decode())
+    packed = (trained / "code" / "train_gpt.py").read_bytes()
     assert final["code_sha256"] == sha256(READABLE_SOURCE)
     assert final["file_sha256"] == sha256(packed)
     assert final["code_bytes"] == len(packed)
@@ -271,7 +286,7 @@ def test_run_of_the_packed_file_counts_it_and_names_both_codes(trained):
         final["artifact_bytes"]
         == len(packed) + (trained / "runs" / "mine" / ARTIFACT).stat().st_size
     )
-    assert log.decode().startswith(pack.unpack_code(packed)[0] + "\nHyperparameters:\n")
+    assert log.decode().startswith(packed_code.unpack_code(packed)[0] + "\nHyperparameters:\n")
 
 
 def test_folder_holds_the_files_that_ran_and_counts_them(trained):
@@ -321,11 +336,9 @@ class Evaluated(NamedTuple):
 def evaluated(
     trained: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Evaluated:
-    folder, seen, run = (
-        shutil.copytree(trained / "out", tmp_path_factory.mktemp("far") / "away"),
-        [],
-        subprocess.run,
-    )
+    folder = shutil.copytree(trained / "out", tmp_path_factory.mktemp("far") / "away")
+    seen = []
+    run = subprocess.run
 
     def spy(command: list[str], **options: Any) -> subprocess.CompletedProcess:
         around = list(Path(options["cwd"]).iterdir())
@@ -343,10 +356,8 @@ def evaluated(
 def test_folder_alone_gives_the_runs_score(trained, evaluated):
     """In a fresh process, an empty directory and an environment without anything but knobs."""
     assert (evaluated.status, evaluated.around) == (0, [])
-    ran, again = (
-        pack.read_final((trained / "logs" / "mine.txt").read_bytes()),
-        pack.read_final(evaluated.done.stdout),
-    )
+    ran = runlog.read_final((trained / "logs" / "mine.txt").read_text())
+    again = runlog.read_final(evaluated.done.stdout.decode())
     for key in ("val_bpb", "quantized_bpb"):
         assert again[key] == pytest.approx(ran[key], abs=1e-9)
     assert again["code_bytes"] == (evaluated.folder / "train_gpt.py").stat().st_size
@@ -387,7 +398,7 @@ def test_evaluation_that_is_not_the_logs_is_refused(evaluated, monkeypatch, key,
     files, _ = pack.load(evaluated.folder)
     assert pack.evaluate(evaluated.folder, files, {}, 1)
     log = files["train_seed5.log"]
-    final = pack.read_final(log)
+    final = runlog.read_final(log.decode())
     final[key] = change(final[key])
     files["train_seed5.log"] = (
         log[: log.rindex(b"final {")] + b"final " + json.dumps(final).encode() + b"\n"
@@ -403,15 +414,16 @@ def test_evaluation_that_fails_says_why(evaluated, monkeypatch, capsys):
     assert "ended with status 2: train_gpt.py: no data here" in capsys.readouterr().err
 
 
-# --- Several seeds ----------------------------------------------------------------------------------------------------
+# --- Several seeds --------------------------------------------------------------------------------
 def test_claim_is_of_all_seeds_and_its_size_of_the_largest(tmp_path):
     runs = [write_run(tmp_path, seed, size=size) for seed, size in ((1, 900), (2, 950), (3, 800))]
     logs = [tmp_path / "logs" / f"s{seed}.txt" for seed in (2, 3)]
     files = make(runs[0], tmp_path / "out", "--log", *logs)
-    claim, scores = json.loads(files["submission.json"]), [1.5 + seed / 7 for seed in (1, 2, 3)]
+    claim = json.loads(files["submission.json"])
+    scores = [1.5 + seed / 7 for seed in (1, 2, 3)]
     assert claim["seeds"] == [1, 2, 3]
     assert claim["val_bpb"] == pytest.approx(statistics.mean(scores))
-    assert claim["val_bpb_sd"] == pytest.approx(statistics.stdev(scores))
+    assert claim["val_bpb_std"] == pytest.approx(statistics.stdev(scores))
     assert claim["bytes_total"] == len(files["train_gpt.py"]) + 950
     assert claim["name"] == "a name"
     assert {"train_seed1.log", "train_seed2.log", "train_seed3.log"} < files.keys()
@@ -419,7 +431,8 @@ def test_claim_is_of_all_seeds_and_its_size_of_the_largest(tmp_path):
 
 
 def test_log_of_a_sweeps_run_is_found(tmp_path):
-    run, swept = write_run(tmp_path), tmp_path / "runs/sweeps/rec3/0000"
+    run = write_run(tmp_path)
+    swept = tmp_path / "runs/sweeps/rec3/0000"
     swept.parent.mkdir(parents=True)
     run.rename(swept)
     (tmp_path / "logs/s1.txt").rename(tmp_path / "logs/rec3-0000.txt")
@@ -440,7 +453,7 @@ def test_knobs_of_the_evaluation_are_the_runs_but_for_paths_and_names(small):
     assert "/x y" not in readme
 
 
-# --- What --check finds -----------------------------------------------------------------------------------------------
+# --- What --check finds ---------------------------------------------------------------------------
 def resealed(files: dict[str, bytes]) -> dict[str, bytes]:
     return {**files, "SHA256SUMS": pack.make_sums(files)}
 
@@ -456,7 +469,7 @@ def without(name: str) -> Callable[[dict], dict]:
 def other_program(files: dict[str, bytes]) -> dict[str, bytes]:
     """Readable and packed code changed together, so that only the log knows better."""
     source = SMALL_SOURCE.replace(b"LIMIT = 3", b"LIMIT = 4")
-    return {**files, "train_gpt_readable.py": source, "train_gpt.py": pack.pack_code(source)}
+    return {**files, "train_gpt_readable.py": source, "train_gpt.py": packed_code.pack_code(source)}
 
 
 def sub(old: bytes, new: bytes) -> Callable[[bytes], bytes]:
@@ -551,7 +564,7 @@ FORGED = {  # (change, after which SHA256SUMS is renewed; what the problems must
                 sub(b'"val_sha256": "v"', b'"val_sha256": "w"')(files[LOG])
             ),
         },
-        ["val_sha256: differs between the logs: v, w", *["submission.json: "] * 3],
+        ["val_sha256: differs between the logs: v, w", *["submission.json: "] * 4],
     ),
     "two artifacts": (
         lambda files: {**files, "b.ptz": b""},
@@ -654,7 +667,7 @@ def test_edited_readme_needs_a_new_seal(small, tmp_path, capsys):
     assert pack.main(["--check", str(tmp_path)]) == 0
 
 
-# --- What cannot be packed --------------------------------------------------------------------------------------------
+# --- What cannot be packed ------------------------------------------------------------------------
 def test_size_counts_the_packed_code_to_the_byte(tmp_path, capsys):
     room = tg.LIMIT_BYTES - pack.packed_size(SMALL_SOURCE)
     files = make(write_run(tmp_path, 1, size=room), tmp_path / "full")
@@ -700,7 +713,8 @@ def test_incomplete_run_ends_in_one_line_and_writes_nothing(tmp_path, capsys, da
 
 
 def test_seeds_of_another_claim_or_twice_are_refused(tmp_path, capsys):
-    run, _ = write_run(tmp_path, 1), write_run(tmp_path, 2, preset="pr1530")
+    run = write_run(tmp_path, 1)
+    _ = write_run(tmp_path, 2, preset="pr1530")
     assert pack.main([str(run), str(tmp_path / "out"), "--log", str(tmp_path / "logs/s2.txt")]) == 2
     assert "preset: differs between the logs: cpu, pr1530" in capsys.readouterr().err
     again = shutil.copy(tmp_path / "logs/s1.txt", tmp_path / "again.txt")
@@ -709,9 +723,9 @@ def test_seeds_of_another_claim_or_twice_are_refused(tmp_path, capsys):
 
 
 def test_program_that_shortening_would_change_is_refused(monkeypatch):
-    monkeypatch.setattr(pack, "squeeze", lambda text: text.replace("3", "4"))
+    monkeypatch.setattr(packed_code, "squeeze", lambda text: text.replace("3", "4"))
     with pytest.raises(tg.UsageError, match="cannot shorten"):
-        pack.pack_code(SMALL_SOURCE)
+        packed_code.pack_code(SMALL_SOURCE)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
-"""tools/prepare_data.py: lossless tokenizers, honest byte counts, no leak between splits, nothing half written."""
+"""tools/prepare_data.py: lossless tokenizers, honest byte counts, no leak between splits, nothing
+half written.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +63,7 @@ def load(data: Path, dataset: str) -> tuple[dict[str, Any], spm.SentencePiecePro
 
 
 def read_split(data: Path, dataset: str, split: str) -> list[list[int]]:
-    """Documents of a split as token ids without BOS, read from the shards that the manifest lists."""
+    """Documents of a split as token ids without BOS, from the shards that the manifest lists."""
     manifest, sp = load(data, dataset)
     shards = [
         read_shard(data / "datasets" / dataset / f["name"])
@@ -117,7 +119,8 @@ def pydocs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return folders
 
 
-# ---- Tokenizer and bytes --------------------------------------------------------------------------------------------
+# ---- Tokenizer and bytes
+# --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("text", TRICKY, ids=range(len(TRICKY)))
@@ -155,17 +158,13 @@ def test_training_a_tokenizer_twice_gives_equal_bytes(model: bytes, sentences: l
 def test_manifest_totals_equal_what_the_shards_decode_to(
     tmp_path: Path, sentences: list[str]
 ) -> None:
-    train, val = (
-        write_lines(tmp_path / "a.jsonl", sentences + TRICKY),
-        write_lines(tmp_path / "b.jsonl", ["x y", "\n z"]),
-    )
+    train = write_lines(tmp_path / "a.jsonl", sentences + TRICKY)
+    val = write_lines(tmp_path / "b.jsonl", ["x y", "\n z"])
     assert run("text", train, "--val", val, "--vocab-size", 400, "--data-dir", tmp_path / "d") == 0
     manifest, sp = load(tmp_path / "d", "corpus_sp400")
     for split, texts in (("train", sentences + TRICKY), ("val", ["x y", "\n z"])):
-        entry, documents = (
-            manifest["splits"][split],
-            read_split(tmp_path / "d", "corpus_sp400", split),
-        )
+        entry = manifest["splits"][split]
+        documents = read_split(tmp_path / "d", "corpus_sp400", split)
         assert [sp.decode(ids) for ids in documents] == texts
         assert entry["documents"] == len(texts)
         assert entry["bytes"] == sum(len(text.encode()) for text in texts)
@@ -207,10 +206,8 @@ def test_a_given_tokenizer_is_copied_and_decoded_bytes_are_counted(
             pad_id=0,
             minloglevel=2,
         )
-    train, val = (
-        write_lines(tmp_path / "a.jsonl", sentences),
-        write_lines(tmp_path / "b.jsonl", ["a  ﬁne   one"]),
-    )
+    train = write_lines(tmp_path / "a.jsonl", sentences)
+    val = write_lines(tmp_path / "b.jsonl", ["a  ﬁne   one"])
     assert (
         run(
             "text",
@@ -235,16 +232,15 @@ def test_a_given_tokenizer_is_copied_and_decoded_bytes_are_counted(
     ]
 
 
-# ---- Splits and shards ----------------------------------------------------------------------------------------------
+# ---- Splits and shards
+# ----------------------------------------------------------------------------------------------
 
 
 def test_documents_that_straddle_shards_read_back_whole(
     tmp_path: Path, sentences: list[str]
 ) -> None:
-    train, val = (
-        write_lines(tmp_path / "a.jsonl", sentences),
-        write_lines(tmp_path / "b.jsonl", ["x"]),
-    )
+    train = write_lines(tmp_path / "a.jsonl", sentences)
+    val = write_lines(tmp_path / "b.jsonl", ["x"])
     options = [
         "--val",
         val,
@@ -355,7 +351,8 @@ def test_malformed_input_ends_in_one_line_with_status_2_and_leaves_no_file(
     tmp_path: Path, name: str, capsys: pytest.CaptureFixture
 ) -> None:
     content, expected = MALFORMED[name]
-    path, good = tmp_path / name, write_lines(tmp_path / "good.jsonl", ["fine"])
+    path = tmp_path / name
+    good = write_lines(tmp_path / "good.jsonl", ["fine"])
     path.write_bytes(content)
     assert run("text", path, "--val", good, "--data-dir", tmp_path / "d") == 2
     error = capsys.readouterr().err
@@ -408,7 +405,8 @@ def test_a_prepared_dataset_is_kept_repaired_if_damaged_and_replaced_only_by_for
     assert run(*command, "--val-fraction", 0.2, "--force") == 0 and shard.read_bytes() != first
 
 
-# ---- Documentation of the installed packages ------------------------------------------------------------------------
+# ---- Documentation of the installed packages
+# ------------------------------------------------------------------------
 
 
 def test_docstrings_are_found_in_order_with_names_and_attached_ones_included() -> None:
@@ -476,9 +474,12 @@ def test_pydocs_run_twice_gives_identical_shards_and_tokenizer(pydocs: list[Path
     assert all(first[name] == second[name] for name in first if not name.endswith("manifest.json"))
 
 
-# ---- Published shards, from a local hub -----------------------------------------------------------------------------
+# ---- Published shards, from a local hub
+# -----------------------------------------------------------------------------
 
-REPO, DATASET, COMMIT = "someone/golf", "fineweb10B_sp512", "c0ffee" * 6 + "beef"
+REPO = "someone/golf"
+DATASET = "fineweb10B_sp512"
+COMMIT = "c0ffee" * 6 + "beef"
 
 
 class LocalHub(ThreadingHTTPServer):
@@ -545,7 +546,8 @@ class HubHandler(BaseHTTPRequestHandler):
         if path not in self.server.files:
             return self.answer(404, X_Error_Code="RepoNotFound")
         self.server.requests.append((self.command, path, self.headers["Range"]))
-        body, etag = self.server.sent[path], hashlib.sha256(self.server.files[path]).hexdigest()
+        body = self.server.sent[path]
+        etag = hashlib.sha256(self.server.files[path]).hexdigest()
         headers = {
             "ETag": f'"{etag}"',
             "X_Linked_Etag": f'"{etag}"',
@@ -566,7 +568,9 @@ class HubHandler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(tmp_path: Path, model: bytes, sentences: list[str]) -> Iterator[LocalHub]:
-    """Two training shards that share a document, and a validation shard larger than the client's 10 MB chunks."""
+    """Two training shards that share a document, and a validation shard larger than the client's 10
+    MB chunks.
+    """
     pytest.importorskip("huggingface_hub")
     sp = spm.SentencePieceProcessor(model_proto=model)
     stream = np.concatenate([[sp.bos_id(), *sp.encode(text)] for text in sentences]).astype(

@@ -1,13 +1,15 @@
-"""tools/report.py: published numbers from published lines, textbook statistics, nothing mixed, a page that works."""
+"""tools/report.py: published numbers out of published lines, nothing mixed, a page that works."""
 
 from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -18,146 +20,180 @@ scipy = pytest.importorskip("scipy")
 from scipy import special, stats
 
 sys.path.insert(0, str(ROOT / "tools"))
+import canonical
+import claims
 import report
+from charts import training_curves
+from run_documents import loss_by_length, loss_by_position, read_documents
+from run_statistics import runs_needed
+from runlog import read_final, read_run
 
-# --- Published lines: the figures of three public pull requests and one that became no record -------------------------
-# seed: steps, train ms, code bytes, total bytes, then (loss, bpb, ms) before, quantised, [sliding,] adapted
+import train_gpt as tg
+
+# === Published lines ==============================================================================
+# The figures of three public pull requests and of one that became no record.
+
+
+class Printed(NamedTuple):
+    """A score as a log prints it."""
+
+    loss: float
+    bpb: float
+    ms: int
+
+
+class Excerpt(NamedTuple):
+    """The figures of one published log."""
+
+    steps: int
+    train_ms: int
+    code_bytes: int
+    total_bytes: int
+    before: Printed
+    quantised: Printed
+    sliding: Printed | None
+    adapted: Printed
+
+
 PR1530 = {
-    0: (
+    0: Excerpt(
         4867,
         587193,
-        "121884",
+        121884,
         15996664,
-        (2.76877360, 1.07184400, 5993),
-        (2.79823422, 1.08324876, 45933),
-        (2.77059090, 1.07258208, 338190),
+        Printed(2.76877360, 1.07184400, 5993),
+        Printed(2.79823422, 1.08324876, 45933),
+        None,
+        Printed(2.77059090, 1.07258208, 338190),
     ),
-    1: (
+    1: Excerpt(
         4845,
         587061,
-        "116636",
+        116636,
         15993874,
-        (2.77007744, 1.07234874, 5948),
-        (2.80052355, 1.08413500, 9328),
-        (2.77230836, 1.07324696, 343324),
+        Printed(2.77007744, 1.07234874, 5948),
+        Printed(2.80052355, 1.08413500, 9328),
+        None,
+        Printed(2.77230836, 1.07324696, 343324),
     ),
-    2: (
+    2: Excerpt(
         4847,
         587072,
-        "116694",
+        116694,
         15984798,
-        (2.77237193, 1.07323698, 5942),
-        (2.80266675, 1.08496467, 9308),
-        (2.77493185, 1.07426259, 312976),
+        Printed(2.77237193, 1.07323698, 5942),
+        Printed(2.80266675, 1.08496467, 9308),
+        None,
+        Printed(2.77493185, 1.07426259, 312976),
     ),
 }
 PR1413 = {
-    0: (
+    0: Excerpt(
         5082,
         588035,
-        "16719",
+        16719,
         15991018,
-        (2.81173824, 1.08851149, 5580),
-        (2.84312340, 1.10066167, 7815),
-        (2.80001078, 1.08397143, 83620),
-        (2.79517119, 1.08209788, 293430),
+        Printed(2.81173824, 1.08851149, 5580),
+        Printed(2.84312340, 1.10066167, 7815),
+        Printed(2.80001078, 1.08397143, 83620),
+        Printed(2.79517119, 1.08209788, 293430),
     ),
-    42: (
+    42: Excerpt(
         5082,
         588015,
-        "16719",
+        16719,
         15992546,
-        (2.81434292, 1.08951985, 5547),
-        (2.84465307, 1.10125385, 7770),
-        (2.80189582, 1.08470119, 83569),
-        (2.79788378, 1.08314800, 289945),
+        Printed(2.81434292, 1.08951985, 5547),
+        Printed(2.84465307, 1.10125385, 7770),
+        Printed(2.80189582, 1.08470119, 83569),
+        Printed(2.79788378, 1.08314800, 289945),
     ),
-    1234: (
+    1234: Excerpt(
         5083,
         588071,
-        "16719",
+        16719,
         15989058,
-        (2.81437859, 1.08953366, 5625),
-        (2.84853108, 1.10275515, 7798),
-        (2.80498685, 1.08589782, 83540),
-        (2.79785185, 1.08313564, 295337),
+        Printed(2.81437859, 1.08953366, 5625),
+        Printed(2.84853108, 1.10275515, 7798),
+        Printed(2.80498685, 1.08589782, 83540),
+        Printed(2.79785185, 1.08313564, 295337),
     ),
 }
 PR549 = {
-    1337: (
+    1337: Excerpt(
         7179,
         600128,
-        "89458",
+        89458,
         15977386,
-        (1.9196, 1.1369, 1971),
-        (1.93358885, 1.14518023, 6562),
-        (1.89385556, 1.12165091, 74066),
-        (1.88976776, 1.11922988, 410268),
+        Printed(1.9196, 1.1369, 1971),
+        Printed(1.93358885, 1.14518023, 6562),
+        Printed(1.89385556, 1.12165091, 74066),
+        Printed(1.88976776, 1.11922988, 410268),
     ),
-    42: (
+    42: Excerpt(
         7182,
         600128,
-        "89458",
+        89458,
         15876510,
-        (1.9208, 1.1376, 1977),
-        (1.93502821, 1.14603270, 20430),
-        (1.89556781, 1.12266500, 97749),
-        (1.89110239, 1.12002032, 408049),
+        Printed(1.9208, 1.1376, 1977),
+        Printed(1.93502821, 1.14603270, 20430),
+        Printed(1.89556781, 1.12266500, 97749),
+        Printed(1.89110239, 1.12002032, 408049),
     ),
-    2025: (
+    2025: Excerpt(
         7193,
         600110,
-        "89458",
+        89458,
         15990006,
-        (1.9187, 1.1363, 1978),
-        (1.93273877, 1.14467677, 6601),
-        (1.89307789, 1.12119033, 73676),
-        (1.88919190, 1.11888882, 407984),
+        Printed(1.9187, 1.1363, 1978),
+        Printed(1.93273877, 1.14467677, 6601),
+        Printed(1.89307789, 1.12119033, 73676),
+        Printed(1.88919190, 1.11888882, 407984),
     ),
 }
 PR473 = {
-    1337: (
+    1337: Excerpt(
         7273,
         600100,
-        "89436",
+        89436,
         15979188,
-        (1.9213, 1.1379, 1957),
-        (1.93485051, 1.14592745, 6545),
-        (1.89503755, 1.12235095, 73639),
-        (1.89181098, 1.12043999, 413276),
+        Printed(1.9213, 1.1379, 1957),
+        Printed(1.93485051, 1.14592745, 6545),
+        Printed(1.89503755, 1.12235095, 73639),
+        Printed(1.89181098, 1.12043999, 413276),
     ),
-    42: (
+    42: Excerpt(
         7278,
         600121,
-        "89436",
+        89436,
         15987108,
-        (1.9228, 1.1388, 1957),
-        (1.93669213, 1.14701817, 6582),
-        (1.89724128, 1.12365613, 73565),
-        (1.89385339, 1.12164962, 406564),
+        Printed(1.9228, 1.1388, 1957),
+        Printed(1.93669213, 1.14701817, 6582),
+        Printed(1.89724128, 1.12365613, 73565),
+        Printed(1.89385339, 1.12164962, 406564),
     ),
-    2025: (
+    2025: Excerpt(
         7270,
         600058,
-        "89436",
+        89436,
         15988312,
-        (1.9240, 1.1395, 1956),
-        (1.93741970, 1.14744908, 6572),
-        (1.89783990, 1.12401066, 73453),
-        (1.89458859, 1.12208505, 405225),
+        Printed(1.9240, 1.1395, 1956),
+        Printed(1.93741970, 1.14744908, 6572),
+        Printed(1.89783990, 1.12401066, 73453),
+        Printed(1.89458859, 1.12208505, 405225),
     ),
 }
 
 
-def later_log(seed: int, figures: tuple) -> str:  # as PR #1530 and PR #1413 print it
-    steps, ms, code, total, before, plain, *sliding, adapted = figures
+def score_line(label: str, score: Printed, decimals: int = 8) -> str:
+    """A score as all public scripts print it."""
+    figures = f"val_loss:{score.loss:.{decimals}f} val_bpb:{score.bpb:.{decimals}f}"
+    return f"{label} {figures} eval_time:{score.ms}ms"
 
-    def score(label: str, figures: tuple) -> str:
-        return (
-            f"{label} val_loss:{figures[0]:.8f} val_bpb:{figures[1]:.8f} eval_time:{figures[2]}ms"
-        )
 
-    prefix = "" if sliding else "diagnostic "
+def later_log(seed: int, log: Excerpt) -> str:
+    """The lines that PR #1530 and PR #1413 print."""
+    diagnostic = "" if log.sliding else "diagnostic "
     lines = [
         "Hyperparameters:",
         "  datasets_dir: ./data/datasets/fineweb10B_sp8192",
@@ -170,28 +206,29 @@ def later_log(seed: int, figures: tuple) -> str:  # as PR #1530 and PR #1413 pri
         "0/20000 val_loss: 9.0086 val_bpb: 3.4874",
         "500/20000 train_loss: 3.2527 train_time: 0.8m tok/s: 8241348",
         "1000/20000 train_loss: 3.0057 train_time: 1.6m tok/s: 8211974",
-        f"{steps}/20000 val_loss: 2.7700 val_bpb: 1.0723",
-        f"stopping_early: wallclock_cap train_time: {ms}ms step: {steps}/20000",
-        score(f"{prefix}pre-quantization post-ema", before),
-        f"Code size (uncompressed): {code} bytes",
+        f"{log.steps}/20000 val_loss: 2.7700 val_bpb: 1.0723",
+        f"stopping_early: wallclock_cap train_time: {log.train_ms}ms step: {log.steps}/20000",
+        score_line(f"{diagnostic}pre-quantization post-ema", log.before),
+        f"Code size (uncompressed): {log.code_bytes} bytes",
         "GPTQ:collected 67 Hessians in 12.6s",
-        f"Total submission size quantized+brotli: {total} bytes",
-        score(f"{prefix}quantized", plain),
+        f"Total submission size quantized+brotli: {log.total_bytes} bytes",
+        score_line(f"{diagnostic}quantized", log.quantised),
     ]
-    lines += [score("quantized_sliding_window", s) for s in sliding]
+    adapted = "quantized_ttt_lora"
+    if log.sliding:
+        adapted = "legal_ttt_exact"
+        lines.append(score_line("quantized_sliding_window", log.sliding))
     lines += [
-        "ttt_progress: batch 778/782 batch_loss:2.7837 batch_bpb:1.1136 running_loss:2.7 running_bpb:1.1"
+        "ttt_progress: batch 778/782 batch_loss:2.7837 batch_bpb:1.1136 "
+        "running_loss:2.7 running_bpb:1.1",
+        score_line(adapted, log.adapted),
     ]
-    return (
-        "\n".join([*lines, score("legal_ttt_exact" if sliding else "quantized_ttt_lora", adapted)])
-        + "\n"
-    )
+    return "\n".join(lines) + "\n"
 
 
-def earlier_log(
-    seed: int, figures: tuple
-) -> str:  # as PR #549 and PR #473 print it: no block, rounded lines, echoes
-    steps, ms, code, total, before, plain, sliding, adapted = figures
+def earlier_log(seed: int, log: Excerpt) -> str:
+    """The lines that PR #549 and PR #473 print: no block of settings, rounded scores, echoes."""
+    steps = f"{log.steps}/9000"
     lines = [
         "train_loader:dataset:fineweb10B_sp1024 train_shards:80",
         "val_loader:shards pattern=/data/fineweb_val_*.bin tokens:62021632",
@@ -201,46 +238,44 @@ def earlier_log(
         "step:0/9000 val_loss:6.9293 val_bpb:4.1039 train_time:0ms step_avg:0.01ms",
         "step:500/9000 train_loss:2.3966 train_time:41425ms step_avg:82.85ms",
         "step:1000/9000 train_loss:2.2607 train_time:82976ms step_avg:82.98ms",
-        f"step:{steps}/9000 val_loss:1.9225 val_bpb:1.1386 train_time:{ms}ms step_avg:83.56ms",
-        f"stopping_early: wallclock_cap train_time:{ms}ms step:{steps}/9000",
-        f"DIAGNOSTIC post_ema val_loss:{before[0]} val_bpb:{before[1]} eval_time:{before[2]}ms",
-        f"Code size: {code} bytes",
-        f"Total submission size int6+lzma: {total} bytes",
-    ]
-    for label, (loss, bpb, spent) in (
-        ("final_int6_roundtrip", plain),
-        ("final_int6_sliding_window", sliding),
-    ):
-        lines += [
-            f"{label} val_loss:{loss:.4f} val_bpb:{bpb:.4f} eval_time:{spent}ms",
-            f"{label}_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f}",
-        ]
-    lines += [
-        f"final_int8_zlib_roundtrip_exact val_loss:{sliding[0]:.8f} val_bpb:{sliding[1]:.8f}",
+        f"step:{steps} val_loss:1.9225 val_bpb:1.1386 train_time:{log.train_ms}ms step_avg:83.56ms",
+        f"stopping_early: wallclock_cap train_time:{log.train_ms}ms step:{steps}",
+        score_line("DIAGNOSTIC post_ema", log.before, decimals=4),
+        f"Code size: {log.code_bytes} bytes",
+        f"Total submission size int6+lzma: {log.total_bytes} bytes",
+        *rounded_and_exact("final_int6_roundtrip", log.quantised),
+        *rounded_and_exact("final_int6_sliding_window", log.sliding),
+        exact_line("final_int8_zlib_roundtrip", log.sliding),
         "  ttt_chunk [1/1893] bpb=1.120040 time=3.8s",
         "ttt_sliding:done val_loss=1.8 val_bpb=1.1 elapsed=407.5s",
-        f"legal_ttt val_loss:{adapted[0]:.4f} val_bpb:{adapted[1]:.4f} eval_time:{adapted[2]}ms",
-        f"legal_ttt_exact val_loss:{adapted[0]:.8f} val_bpb:{adapted[1]:.8f}",
+        *rounded_and_exact("legal_ttt", log.adapted),
     ]
     return "\n".join(lines) + "\n"
 
 
+def exact_line(label: str, score: Printed) -> str:
+    """A score with all its digits, without its time."""
+    return f"{label}_exact val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f}"
+
+
+def rounded_and_exact(label: str, score: Printed) -> list[str]:
+    """The two lines of a score in the earlier logs."""
+    return [score_line(label, score, decimals=4), exact_line(label, score)]
+
+
 def published(folder: Path, name: str) -> list[str]:
     """Paths of the excerpts of a pull request's logs, written under `folder`."""
-    table, write = {
-        "PR1530": (PR1530, later_log),
-        "PR1413": (PR1413, later_log),
-        "PR549": (PR549, earlier_log),
-        "PR473": (PR473, earlier_log),
-    }[name]
+    excerpts = {"PR1530": PR1530, "PR1413": PR1413, "PR549": PR549, "PR473": PR473}[name]
+    write = later_log if name in ("PR1530", "PR1413") else earlier_log
     paths = []
-    for seed, figures in table.items():
-        paths.append(folder / f"{name}_{seed}.log")
-        paths[-1].write_text(write(seed, figures), encoding="utf-8")
-    return [str(path) for path in paths]
+    for seed, excerpt in excerpts.items():
+        path = folder / f"{name}_{seed}.log"
+        path.write_text(write(seed, excerpt), encoding="utf-8")
+        paths.append(str(path))
+    return paths
 
 
-# --- Our own logs -----------------------------------------------------------------------------------------------------
+# === Our own logs =================================================================================
 FIGURES = {
     "code_sha256": "c0",
     "dataset": "tiny",
@@ -273,14 +308,14 @@ all of eval                             5.0  of 600"""
 
 
 def nats(bpb: float, tokens: int = 1000, size: int = 2500) -> float:
+    """The loss in nats per token that makes so many bits per byte."""
     return bpb * math.log(2) * size / tokens
 
 
-def step_line(s: int) -> str:
-    return (
-        f"step:{s}/70 train_loss:{9 - s / 20:.4f} train_time:{700 * s}ms step_avg:700.00ms tok/s:9 "
-        f"lr_scale:{1 - s / 100:.3f}"
-    )
+def step_line(step: int) -> str:
+    """What our script prints at a step."""
+    figures = f"train_loss:{9 - step / 20:.4f} train_time:{700 * step}ms"
+    return f"step:{step}/70 {figures} step_avg:700.00ms tok/s:9 lr_scale:{1 - step / 100:.3f}"
 
 
 def ours(folder: Path, *runs: dict, name: str = "run") -> list[str]:
@@ -307,7 +342,8 @@ def ours(folder: Path, *runs: dict, name: str = "run") -> list[str]:
         figures["val_loss"] = figures["quantized_ttt_lora_loss"]
 
         def line(label: str, key: str, figures: dict = figures) -> str:
-            return f"{label} val_loss:{figures[f'{key}_loss']:.8f} val_bpb:{figures[f'{key}_bpb']:.8f} eval_time:2000ms"
+            score = Printed(figures[f"{key}_loss"], figures[f"{key}_bpb"], 2000)
+            return score_line(label, score)
 
         text = [
             "import math  # the source stands here",
@@ -344,7 +380,7 @@ def refusal(capsys: pytest.CaptureFixture, *argv: str) -> str:
     return error
 
 
-# --- Published results ------------------------------------------------------------------------------------------------
+# === Published results ============================================================================
 @pytest.mark.parametrize(
     ("name", "mean", "sd", "nats_mean"),
     [
@@ -396,23 +432,23 @@ def test_a_published_row_has_steps_phases_and_gain_over_the_best_plain_score(
 
 
 def test_seconds_come_from_mean_speed_where_a_log_rounds_minutes(tmp_path) -> None:
-    run = report.read_run(Path(published(tmp_path, "PR1530")[0]))
-    assert run.lines()["train_loss"]["seconds"][0] == pytest.approx(500 * 786432 / 8241348)
+    run = read_run(Path(published(tmp_path, "PR1530")[0]))
+    assert training_curves(run)["train_loss"].seconds[0] == pytest.approx(500 * 786432 / 8241348)
     speed = 500 * 786432 / (1000 * 786432 / 8211974 - 500 * 786432 / 8241348)
-    assert run.lines()["speed"]["y"][0] == pytest.approx(speed)
+    assert training_curves(run)["speed"].y[0] == pytest.approx(speed)
 
 
 def test_a_run_started_anew_in_its_log_leaves_no_points_of_the_one_before(tmp_path) -> None:
     path = Path(ours(tmp_path, {})[0])
     before = "\n".join(step_line(s) for s in (1, 2, 3, 20, 50)) + "\n"
     path.write_text(path.read_text().replace("step:1/70", before + "step:1/70", 1))
-    assert report.read_run(path).lines()["train_loss"]["step"] == [1, 20, 40, 60]
+    assert training_curves(read_run(path))["train_loss"].step == [1, 20, 40, 60]
     path.write_text(
         path.read_text().replace(
             "step:60/70", step_line(50) + "\n" + step_line(65) + "\nstep:60/70", 1
         )
     )
-    points = {p["step"]: p for p in report.read_run(path).points}
+    points = {p["step"]: p for p in read_run(path).points}
     assert list(points) == [1, 20, 40, 50, 60] and points[40]["val_bpb"] == 2.3083
 
 
@@ -426,13 +462,25 @@ def test_the_last_score_counts_even_where_an_earlier_one_is_lower(tmp_path, caps
     assert any("legal_ttt" in line and "1.08210" in line for line in found["warnings"])
 
 
+def committed_logs() -> list[str]:
+    """The logs of the seeds that README reports."""
+    command = ["git", "ls-files", "logs/*.txt"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return sorted(str(ROOT / name) for name in listed.stdout.split() if "/compare/" not in name)
+
+
+def test_the_committed_claim_is_that_of_the_committed_logs(tmp_path) -> None:
+    claim = json.loads((ROOT / "submission.json").read_text())
+    options = ["--name", claim["name"], "--date", claim["date"]]
+    path = tmp_path / "claim.json"
+    assert report.main([*committed_logs(), "--submission", str(path), *options]) == 0
+    assert json.loads(path.read_text()) == claim
+
+
 def test_the_committed_logs_are_read_whole(capsys) -> None:
-    listed = subprocess.run(
-        ["git", "ls-files", "logs/*.txt"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    logs = sorted(str(ROOT / name) for name in listed.stdout.split() if "/compare/" not in name)
+    logs = committed_logs()
     found = figures_of(capsys, *logs)
-    finals = [json.loads(Path(p).read_text().splitlines()[-1].removeprefix("final ")) for p in logs]
+    finals = [read_final(Path(path).read_text()) for path in logs]
     assert found["summary"]["bpb"]["mean"] == pytest.approx(
         np.mean([f["val_bpb"] for f in finals]), abs=1e-12
     )
@@ -442,7 +490,7 @@ def test_the_committed_logs_are_read_whole(capsys) -> None:
         assert [s["kind"] for s in row["stages"]] == ["before", "after", "adapted"]
 
 
-# --- Statistics -------------------------------------------------------------------------------------------------------
+# === Statistics ===================================================================================
 def test_p_values_are_those_of_scipy_and_of_the_textbook(tmp_path, capsys) -> None:
     found = figures_of(
         capsys,
@@ -451,24 +499,27 @@ def test_p_values_are_those_of_scipy_and_of_the_textbook(tmp_path, capsys) -> No
         "--baseline",
         *published(tmp_path, "PR1413"),
     )
-    for unit, column, bar in (("nats", 0, 0.005), ("bpb", 1, None)):
-        new, old = ([figures[-1][column] for figures in pr.values()] for pr in (PR1530, PR1413))
-        w, theirs = found["comparison"][unit]["welch"], stats.ttest_ind(new, old, equal_var=False)
-        assert (w["t"], w["p_two_sided"]) == pytest.approx(
-            (theirs.statistic, theirs.pvalue), rel=1e-12
-        )
-        var = np.var(new, ddof=1) / 3, np.var(old, ddof=1) / 3
-        df = sum(var) ** 2 / (var[0] ** 2 / 2 + var[1] ** 2 / 2)
+    new_scores = [log.adapted for log in PR1530.values()]
+    old_scores = [log.adapted for log in PR1413.values()]
+    bpb_per_nat = np.mean([score.bpb / score.loss for score in new_scores])
+    for unit, name, bar in (("nats", "loss", 0.005), ("bpb", "bpb", 0.005 * bpb_per_nat)):
+        new = [getattr(score, name) for score in new_scores]
+        old = [getattr(score, name) for score in old_scores]
+        measured = found["comparison"][unit]["welch"]
+        theirs = stats.ttest_ind(new, old, equal_var=False)
+        assert measured["t"] == pytest.approx(theirs.statistic, rel=1e-12)
+        assert measured["p_two_sided"] == pytest.approx(theirs.pvalue, rel=1e-12)
+
+        new_part = np.var(new, ddof=1) / 3
+        old_part = np.var(old, ddof=1) / 3
+        error = (new_part + old_part) ** 0.5
+        df = error**4 / (new_part**2 / 2 + old_part**2 / 2)
         gain = np.mean(old) - np.mean(new)
-        bar = bar or 0.005 * np.mean(
-            [figures[-1][1] / figures[-1][0] for figures in PR1530.values()]
-        )
-        assert w["df"] == pytest.approx(df)
-        assert w["p_better"] == pytest.approx(special.stdtr(df, -gain / sum(var) ** 0.5))
-        assert w["p_record"] == pytest.approx(special.stdtr(df, -(gain - bar) / sum(var) ** 0.5))
-        assert w["ci95"] == pytest.approx(
-            [gain + s * special.stdtrit(df, 0.975) * sum(var) ** 0.5 for s in (-1, 1)]
-        )
+        half_width = special.stdtrit(df, 0.975) * error
+        assert measured["df"] == pytest.approx(df)
+        assert measured["p_better"] == pytest.approx(special.stdtr(df, -gain / error))
+        assert measured["p_record"] == pytest.approx(special.stdtr(df, -(gain - bar) / error))
+        assert measured["ci95"] == pytest.approx([gain - half_width, gain + half_width])
         assert found["comparison"][unit]["difference"] == pytest.approx(gain)
     assert any(line.startswith("record bar") and "passed" in line for line in found["statements"])
 
@@ -508,14 +559,16 @@ def test_scores_of_different_texts_pass_no_bar(tmp_path, capsys) -> None:
         and "mine of 2,500 bytes" in error
         and "other of 2,600" in error
     )
-    again = side(
-        "again", 900, 2501, 1.9, val_sha256="w", tokenizer_sha256="u"
-    )  # another tokenizer, the same text
+    # Another tokenizer, the same text.
+    again = side("again", 900, 2501, 1.9, val_sha256="w", tokenizer_sha256="u")
     assert figures_of(capsys, *mine, "--baseline", *again)["comparison"]["nats"] is None
-    small, large = (
-        side(f"fineweb10B_sp{v}", t, 151_080_891, 1.1, val_sha256=str(v), tokenizer_sha256=str(v))
-        for v, t in ((1024, 62_021_846), (8192, 40_540_803))
-    )
+
+    def fineweb(name: str, tokens: int) -> list[str]:
+        facts = {"val_sha256": name, "tokenizer_sha256": name}
+        return side(f"fineweb10B_{name}", tokens, canonical.TEXT_BYTES, 1.1, **facts)
+
+    small = fineweb("sp1024", 62_021_846)
+    large = fineweb("sp8192", canonical.SP8192_TOKENS)
     assert figures_of(capsys, *large, "--baseline", *small)["comparison"]["bpb"]["welch"]
     assert "different validation texts" in refusal(
         capsys, *mine, "--baseline", *published(tmp_path, "PR549")
@@ -541,21 +594,19 @@ def test_a_difference_below_the_bar_is_no_record_and_the_runs_it_takes_are_told(
 
 
 def test_the_runs_needed_have_the_power_they_promise() -> None:
-    assert report.runs_needed(0.0005, 0.00065, 0.00065) in (
-        34,
-        35,
-        36,
-    )  # about 34 by the normal approximation
-    n, rng = report.runs_needed(1.5, 1.0, 1.0), np.random.default_rng(0)
+    # About 34 by the normal approximation.
+    assert 34 <= runs_needed(0.0005, 0.00065, 0.00065) <= 36
+    n = runs_needed(1.5, 1.0, 1.0)
+    rng = np.random.default_rng(0)
 
     def power(n: int) -> float:
-        new, old = rng.normal(0, 1, (20000, n)), rng.normal(1.5, 1, (20000, n))
-        return (
-            stats.ttest_ind(new, old, axis=1, equal_var=False, alternative="less").pvalue < 0.01
-        ).mean()
+        new = rng.normal(0, 1, (20000, n))
+        old = rng.normal(1.5, 1, (20000, n))
+        test = stats.ttest_ind(new, old, axis=1, equal_var=False, alternative="less")
+        return (test.pvalue < 0.01).mean()
 
     assert power(n - 1) - 0.02 < 0.8 < power(n) + 0.02
-    assert report.runs_needed(-0.1, 1.0, 1.0) is None
+    assert runs_needed(-0.1, 1.0, 1.0) is None
 
 
 def test_three_runs_resolve_what_the_t_table_says(tmp_path, capsys) -> None:
@@ -595,7 +646,7 @@ def test_seeds_pair_where_artifacts_do_not(tmp_path, capsys) -> None:
 def save_documents(
     root: Path, run: str, seed: int, shift: float, count: int = 400
 ) -> tuple[np.ndarray, np.ndarray]:
-    """documents.npz in the run's folder; its losses lie `shift` nats a token higher. Nats and bytes of each."""
+    """Writes documents.npz, whose losses lie `shift` nats a token higher. Nats and bytes."""
     rng = np.random.default_rng(0)
     tokens = np.exp(rng.normal(5, 1, count)).astype(int) + 8
     spread = np.random.default_rng(seed).normal(0, 0.02, count)
@@ -620,10 +671,8 @@ def bpb_of(nats: np.ndarray, size: np.ndarray) -> float:
 
 
 def test_documents_of_a_pair_are_compared_one_by_one(tmp_path, capsys) -> None:
-    (a, size), (b, _) = (
-        save_documents(tmp_path, "new0", 1, 0.0),
-        save_documents(tmp_path, "old0", 2, 0.004),
-    )
+    a, size = save_documents(tmp_path, "new0", 1, 0.0)
+    b, _ = save_documents(tmp_path, "old0", 2, 0.004)
     new = ours(tmp_path / "logs", {"artifact_sha256": "s", "val_bpb": bpb_of(a, size)}, name="new")
     old = ours(tmp_path / "logs", {"artifact_sha256": "s", "val_bpb": bpb_of(b, size)}, name="old")
     found = figures_of(capsys, *new, "--baseline", *old)["comparison"]
@@ -634,10 +683,8 @@ def test_documents_of_a_pair_are_compared_one_by_one(tmp_path, capsys) -> None:
 
 
 def test_documents_of_other_texts_are_not_compared(tmp_path, capsys) -> None:
-    a, b = (
-        save_documents(tmp_path, "new0", 1, 0.0),
-        save_documents(tmp_path, "old0", 2, 0.0, count=399),
-    )
+    a = save_documents(tmp_path, "new0", 1, 0.0)
+    b = save_documents(tmp_path, "old0", 2, 0.0, count=399)
     new = ours(tmp_path / "logs", {"artifact_sha256": "s", "val_bpb": bpb_of(*a)}, name="new")
     old = ours(tmp_path / "logs", {"artifact_sha256": "s", "val_bpb": bpb_of(*b)}, name="old")
     assert figures_of(capsys, *new, "--baseline", *old)["comparison"]["documents"] is None
@@ -656,11 +703,11 @@ def test_documents_that_do_not_add_up_to_the_score_are_left_out_with_a_word(
 ) -> None:
     a = save_documents(tmp_path, "new0", 1, 0.0)
     logs = ours(tmp_path / "logs", {"val_bpb": bpb_of(*a) + 0.001}, name="new")
-    assert report.read_run(Path(logs[0])).documents == {}
+    assert read_documents(read_run(Path(logs[0]))).arrays == {}
     assert any("documents.npz" in line for line in figures_of(capsys, *logs)["warnings"])
 
 
-# --- What is refused --------------------------------------------------------------------------------------------------
+# === What is refused ==============================================================================
 @pytest.mark.parametrize(
     "change",
     [
@@ -717,7 +764,8 @@ def test_the_log_of_no_finished_run_is_refused(
 
 
 def test_unfinished_logs_are_left_out_by_name_but_of_no_submission(tmp_path, capsys) -> None:
-    logs, page = ours(tmp_path, {}, {"val_bpb": 1.8}, {}), tmp_path / "out.html"
+    logs = ours(tmp_path, {}, {"val_bpb": 1.8}, {})
+    page = tmp_path / "out.html"
     Path(logs[2]).write_text(Path(logs[2]).read_text().replace("\nfinal {", "\nfnal {"))
     assert report.main([*logs, "--mixed", "--html", str(page)]) == 0
     assert page.is_file() and f"left out: {logs[2]}: has 0 final lines" in capsys.readouterr().out
@@ -749,7 +797,7 @@ def test_mixed_configurations_are_summed_up_one_by_one(tmp_path, capsys) -> None
     }
 
 
-# --- The denominator --------------------------------------------------------------------------------------------------
+# === The denominator ==============================================================================
 def test_inflated_bytes_are_found_from_the_line_alone(tmp_path, capsys) -> None:
     path = Path(published(tmp_path, "PR1413")[0])
     text = path.read_text().replace("val_bpb:1.08209788", f"val_bpb:{1.08209788 / 1.0895:.8f}")
@@ -799,14 +847,23 @@ def test_a_part_of_the_validation_set_is_told_from_the_whole(tmp_path, capsys) -
 def test_without_token_counts_the_nearest_canonical_set_is_named(tmp_path) -> None:
     path = tmp_path / "lines.log"
     path.write_text("quantized val_loss:2.84312340 val_bpb:1.10066167 eval_time:7815ms\n")
-    run = report.read_run(path)
-    assert report.implied_bytes(run, run.score)[2] == "canonical sp8192"
+    run = read_run(path)
+    assert claims.denominator(run, run.score).source == "canonical sp8192"
     path.write_text("quantized val_loss:2.84312340 val_bpb:1.20066167 eval_time:7815ms\n")
-    run = report.read_run(path)
-    assert math.isnan(report.implied_bytes(run, run.score)[1])
+    run = read_run(path)
+    assert math.isnan(claims.denominator(run, run.score).expected)
 
 
-# --- Outputs ----------------------------------------------------------------------------------------------------------
+def test_the_tools_and_the_script_hold_the_same_totals() -> None:
+    assert tg.CANONICAL["fineweb10B_sp8192"] == (
+        canonical.DOCUMENTS,
+        canonical.SP8192_TOKENS,
+        canonical.TEXT_BYTES,
+    )
+    assert {held[2] for held in tg.CANONICAL.values()} == {canonical.TEXT_BYTES}
+
+
+# === Outputs ======================================================================================
 def test_the_terminal_shows_every_run_and_what_it_spent(tmp_path, capsys) -> None:
     assert report.main(ours(tmp_path, {"val_bpb": 1.8}, {"seconds": {"train": 70.0}})) == 0
     out = capsys.readouterr().out
@@ -823,7 +880,8 @@ def test_the_terminal_shows_every_run_and_what_it_spent(tmp_path, capsys) -> Non
 
 
 def test_markdown_is_rewritten_between_its_markers_only(tmp_path, capsys) -> None:
-    page, logs = tmp_path / "README.md", ours(tmp_path, {"val_bpb": 1.8}, {"val_bpb": 1.9})
+    page = tmp_path / "README.md"
+    logs = ours(tmp_path, {"val_bpb": 1.8}, {"val_bpb": 1.9})
     page.write_text(f"# Title\n{report.BEGIN}\nold\n{report.END}\nrest\n")
     for _ in range(2):
         assert report.main([*logs, "--markdown", str(page)]) == 0
@@ -963,30 +1021,24 @@ def test_pictures_are_drawn_of_all_that_the_logs_hold(tmp_path) -> None:
 
 
 def test_losses_by_length_and_position_add_up_to_the_documents(tmp_path) -> None:
-    run = report.read_run(Path(with_documents(tmp_path)[0]))
-    found, docs = report.by_length(run), run.documents
-    assert sum(found["n"]) == 400
+    docs = read_documents(read_run(Path(with_documents(tmp_path)[0]))).arrays
+    found = loss_by_length(docs)
+    assert sum(found.n) == 400
     lengths = docs["doc_tokens"]
-    first = (lengths >= 2 ** int(math.log2(lengths.min()))) & (
-        lengths < 2 ** (int(math.log2(lengths.min())) + 1)
-    )
-    assert found["y"][0] == pytest.approx(
-        docs["doc_nats"][first].sum() / math.log(2) / docs["doc_bytes"][first].sum()
-    )
-    assert report.by_position(run)["y"][:2] == pytest.approx([6.0, 5.7])
+    shortest = 2 ** int(math.log2(lengths.min()))
+    first = (lengths >= shortest) & (lengths < 2 * shortest)
+    bits = docs["doc_nats"][first].sum() / math.log(2)
+    assert found.y[0] == pytest.approx(bits / docs["doc_bytes"][first].sum())
+    assert loss_by_position(docs).y[:2] == pytest.approx([6.0, 5.7])
 
 
-# --- The page in a real browser ---------------------------------------------------------------------------------------
+# === The page in a real browser ===================================================================
 @pytest.fixture(scope="module")
 def browser():
     pytest.importorskip("plotly")
     webdriver = pytest.importorskip("selenium.webdriver")
-    binary = next(
-        filter(
-            None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))
-        ),
-        None,
-    )
+    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
+    binary = next(filter(None, map(shutil.which, names)), None)
     driver = shutil.which("chromedriver")
     if not binary or not driver:
         pytest.skip(f"needs Chromium and chromedriver on PATH, found {binary} and {driver}")
@@ -1014,11 +1066,11 @@ def browser():
 @pytest.fixture(scope="module")
 def page(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("page")
-    logs, old = with_documents(root), published(root, "PR1413")
+    logs = with_documents(root)
+    old = published(root, "PR1413")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            report, "check_texts", lambda *_: None
-        )  # charts of logs as different as can be
+        # Charts of logs that are as different as can be.
+        patch.setattr(report, "check_texts", lambda *_: None)
         assert report.main([*logs, "--baseline", *old, "--html", str(root / "out.html")]) == 0
     return root / "out.html"
 
@@ -1040,12 +1092,14 @@ def show(browser, page: Path, width: int = 1280, scheme: str = "light") -> None:
 
 
 def wait(browser, script: str) -> None:
+    """Waits until a script gives true."""
     from selenium.webdriver.support.ui import WebDriverWait
 
     WebDriverWait(browser, 20, 0.05).until(lambda b: b.execute_script(script))
 
 
-def traces(browser, chart: str) -> list[str]:  # names of what the chart really shows
+def traces(browser, chart: str) -> list[str]:
+    """Names of what the chart really shows."""
     shown = f"document.getElementById('{chart}').data.filter((t) => t.visible !== 'legendonly')"
     return browser.execute_script(f"return {shown}.map((t) => t.name)")
 
@@ -1058,8 +1112,10 @@ CHARTS = set(
 
 def test_the_page_draws_every_chart(browser, page: Path) -> None:
     show(browser, page)
-    drawn = browser.execute_script("""return Object.fromEntries(charts.map(({ node }) =>
-        [node.id, node.querySelectorAll('.scatterlayer path.point, .barlayer .point path').length]))""")
+    drawn = browser.execute_script("""
+        const marks = '.scatterlayer path.point, .barlayer .point path';
+        return Object.fromEntries(charts.map(({ node }) =>
+          [node.id, node.querySelectorAll(marks).length]))""")
     assert set(drawn) == CHARTS
     assert all(count >= 3 for count in drawn.values()), drawn
     assert len(traces(browser, "train_loss")) == 6  # three runs over three of the baseline
@@ -1083,7 +1139,8 @@ def test_hovering_tells_the_value(browser, page: Path) -> None:
 def test_a_click_on_a_run_takes_it_out_of_every_chart_and_back(browser, page: Path) -> None:
     show(browser, page)
     chip = browser.find_elements("css selector", "#chips button")[0]
-    name, before = chip.text, {chart: traces(browser, chart) for chart in CHARTS}
+    name = chip.text
+    before = {chart: traces(browser, chart) for chart in CHARTS}
     assert name in before["train_loss"]
     chip.click()
     assert chip.get_attribute("aria-pressed") == "false"
@@ -1104,10 +1161,8 @@ def test_a_click_in_a_legend_takes_a_phase_out(browser, page: Path) -> None:
     from selenium.webdriver.common.action_chains import ActionChains
 
     ActionChains(browser).move_to_element(toggle).click().perform()
-    wait(
-        browser,
-        "return document.getElementById('budget_eval').data.some((t) => t.visible === 'legendonly')",
-    )
+    chart = "document.getElementById('budget_eval')"
+    wait(browser, f"return {chart}.data.some((t) => t.visible === 'legendonly')")
     assert len(traces(browser, "budget_eval")) == len(before) - 1
 
 
@@ -1133,22 +1188,27 @@ def test_the_page_fits_a_phone_and_follows_its_colours(browser, page: Path, sche
     assert all(250 < width <= 390 for width in widths), widths
     ground, card, text, ticks, *lines = browser.execute_script("""
         const of = (node, what) => getComputedStyle(node)[what];
-        return [of(document.body, 'backgroundColor'), of(document.querySelector('.card'), 'backgroundColor'),
-                of(document.body, 'color'), of(document.querySelector('#scores .xtick text'), 'fill'),
-                ...[...document.querySelectorAll('#scores path.js-line')].map((line) => of(line, 'stroke'))]""")
+        const one = (selector) => document.querySelector(selector);
+        const lines = [...document.querySelectorAll('#scores path.js-line')];
+        return [of(document.body, 'backgroundColor'), of(one('.card'), 'backgroundColor'),
+                of(document.body, 'color'), of(one('#scores .xtick text'), 'fill'),
+                ...lines.map((line) => of(line, 'stroke'))]""")
     assert len(lines) == 6
     assert (luminance(ground) < 0.1) == (scheme == "dark")
     assert min(contrast(text, ground), contrast(ticks, card)) > 7  # WCAG AAA for text
     assert min(contrast(line, card) for line in lines) > 4
 
 
-def luminance(colour: str) -> float:  # WCAG 2: 0 black .. 1 white, of a computed style
-    parts = [int(part) / 255 for part in colour[colour.index("(") + 1 : -1].split(",")[:3]]
+def luminance(colour: str) -> float:
+    """By WCAG 2 from 0, black, to 1, white, of a computed style "rgb(1, 2, 3)"."""
+    numbers = re.findall(r"\d+", colour)[:3]
+    parts = [int(number) / 255 for number in numbers]
     linear = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in parts]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
 def contrast(a: str, b: str) -> float:
+    """The contrast of two colours by WCAG 2, from 1 to 21."""
     low, high = sorted((luminance(a), luminance(b)))
     return (high + 0.05) / (low + 0.05)
 

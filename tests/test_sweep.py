@@ -1,4 +1,4 @@
-"""A sweep: every run once whatever is killed, failures kept with their reason, seeds as replication, shared work."""
+"""A sweep: every run once whatever is killed, failures with their reason, work that is shared."""
 
 from __future__ import annotations
 
@@ -26,81 +26,20 @@ for package in ("optuna", "rich"):
 import optuna
 
 SWEEP = ROOT / "tools" / "sweep.py"
-# Stands in for train_gpt.py: a few knobs, its lines, no torch. FAKE: what befalls a seed. ran.txt: who starts and ends.
-FAKE = """
-import dataclasses, json, os, subprocess, sys, time, types
-if __name__ != "__main__":
-    class UsageError(ValueError):
-        pass
-    @dataclasses.dataclass
-    class Config:
-        seed: int = dataclasses.field(default=0, metadata=dict(choices=()))
-        matrix_lr: float = dataclasses.field(default=0.02, metadata=dict(choices=()))
-        min_lr: float = dataclasses.field(default=0.1, metadata=dict(choices=()))
-        num_heads: int = dataclasses.field(default=3, metadata=dict(choices=()))
-        val_loss_every: int = dataclasses.field(default=0, metadata=dict(choices=()))
-        eval_only_path: str = dataclasses.field(default="", metadata=dict(choices=()))
-        checkpoint_every: float = dataclasses.field(default=0.0, metadata=dict(choices=()))
-        @classmethod
-        def from_env(cls, env, has_cuda):
-            fields = cls.__dataclass_fields__.values()
-            return cls(**{f.name: type(f.default)(env[f.name.upper()]) for f in fields if f.name.upper() in env}), {}
-    torch, LIMIT_BYTES = types.SimpleNamespace(cuda=types.SimpleNamespace(device_count=lambda: 0)), 16_000_000
-else:
-    env = os.environ
-    lr, seed = float(env.get("MATRIX_LR", 0.02)), env.get("SEED", "0")
-    fate, bpb, size = json.loads(env.get("FAKE", "{}")).get(seed, ""), 1 + 10 * abs(lr - 0.02) + 0.001 * int(seed), 1000
-    def note(word):
-        with open(env.get("RAN", "ran.txt"), "a") as file:
-            file.write(f"{word} {seed} {lr:g} {os.getpid()}\\n")
-    note("start")
-    with open("ids.txt", "a") as file:
-        file.write(f"{env['RUN_ID']} {env['ARTIFACT_DIR']}\\n")
-    if env.get("GRANDCHILD"):
-        sleeper = subprocess.Popen(["sleep", "30"], start_new_session=True)
-        open("sleepers.txt", "a").write(f"{sleeper.pid}\\n")
-    if fate == "crash":
-        raise RuntimeError("out of memory")
-    if fate == "killed":
-        os.kill(os.getpid(), 9)
-    if fate == "refused":
-        print("train_gpt.py: NUM_HEADS=3: must be even", file=sys.stderr)
-        sys.exit(2)
-    if fate == "diverged":
-        print("train_gpt.py: loss nan in step 3", file=sys.stderr)
-        sys.exit(1)
-    for step in range(1, 6):
-        time.sleep(float(env.get("FAKE_SECONDS", "0")) / 5)
-        print(f"{step * 10}/50 val_loss: {bpb:.4f} val_bpb: {bpb + 1 / step:.4f}", flush=True)
-    if fate == "hang":
-        time.sleep(30)
-    while fate == "wait" and not os.path.exists("go"):
-        time.sleep(0.05)
-    if fate == "invalid":
-        print("score INVALID: 3 targets scored twice")
-    if fate == "silent":
-        sys.exit(0)
-    bpb, size = float("nan") if fate == "nan" else bpb, 16_000_001 if fate == "big" else size
-    figures = {"val_bpb": bpb, "artifact_bytes": size, "steps": 50,
-               "seconds": {"train": 1.5}, "eval_only": env.get("EVAL_ONLY_PATH", "")}
-    print("final " + json.dumps(figures))
-    note("end")
-"""
+FAKE_SCRIPT = Path(__file__).with_name("fake_script.py")
 
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
-    (tmp_path / "fake.py").write_text(FAKE)
+    """An empty folder but for a script that stands in for train_gpt.py."""
+    shutil.copy(FAKE_SCRIPT, tmp_path / "fake.py")
     return tmp_path
 
 
 def command(*args: str, fake: bool = True) -> list[str]:
-    return [
-        sys.executable,
-        str(SWEEP),
-        *args,
-        *(["--script", "fake.py", "--nproc", "0"] if fake else []),
-    ]
+    """A sweep of the fake script, or of the real one."""
+    script = ["--script", "fake.py", "--nproc", "0"] if fake else []
+    return [sys.executable, str(SWEEP), *args, *script]
 
 
 def environment(**env: str) -> dict[str, str]:
@@ -137,10 +76,17 @@ def trials(place: Path, name: str, storage: str = "") -> list[optuna.trial.Froze
     ).trials
 
 
-def ran(place: Path, word: str) -> Counter:  # (seed, rate) -> how often
+def ran(place: Path, word: str) -> Counter:
+    """(seed, rate) -> how many runs have noted a word: start or end."""
     path = place / "ran.txt"
     lines = [line.split() for line in path.read_text().splitlines()] if path.exists() else []
     return Counter((line[1], line[2]) for line in lines if line[0] == word)
+
+
+def processes(place: Path) -> list[int]:
+    """All runs that have started, and the processes that they have started."""
+    runs = [int(line.split()[3]) for line in (place / "ran.txt").read_text().splitlines()]
+    return runs + [int(pid) for pid in (place / "sleepers.txt").read_text().split()]
 
 
 def until(condition: Callable[[], object], seconds: float = 60) -> None:
@@ -280,16 +226,12 @@ def test_a_failed_run_is_kept_with_its_reason_and_stops_nothing(place: Path) -> 
 
 
 def test_kill_9_leaves_no_process_and_no_run_is_repeated_or_lost(place: Path) -> None:
-    args, env = (
-        ("kill", "SEED=0,1,2", "MATRIX_LR=0.01,0.02"),
-        {"FAKE_SECONDS": "0.5", "GRANDCHILD": "1"},
-    )
-    sleepers = place / "sleepers.txt"
+    args = ("kill", "SEED=0,1,2", "MATRIX_LR=0.01,0.02")
+    env = {"FAKE_SECONDS": "0.5", "GRANDCHILD": "1"}
     process = begin(place, *args, **env)
     until(lambda: sum(ran(place, "end").values()) >= 2 and sum(ran(place, "start").values()) >= 3)
     process.kill()
-    started = [int(line.split()[3]) for line in (place / "ran.txt").read_text().splitlines()]
-    until(lambda: not any(map(alive, started + [int(p) for p in sleepers.read_text().split()])), 20)
+    until(lambda: not any(map(alive, processes(place))), 20)
     ended = sum(ran(place, "end").values())
     assert ended < 6
     done = sweep(place, *args, **env)
@@ -303,7 +245,7 @@ def test_kill_9_leaves_no_process_and_no_run_is_repeated_or_lost(place: Path) ->
     assert [t.user_attrs.get("outcome") for t in found if t.state.name != "COMPLETE"] == [
         None
     ]  # the one it died in
-    assert not any(map(alive, [int(p) for p in sleepers.read_text().split()]))
+    assert not any(map(alive, processes(place)))
 
 
 def test_a_run_that_ended_while_nobody_looked_is_not_repeated(place: Path) -> None:
@@ -333,10 +275,7 @@ def test_ctrl_c_ends_the_runs_and_the_same_command_goes_on(place: Path) -> None:
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130, output
     assert output.rstrip().endswith("interrupted; the same command goes on")
-    pids = [int(line.split()[3]) for line in (place / "ran.txt").read_text().splitlines()]
-    assert not any(
-        map(alive, pids + [int(p) for p in (place / "sleepers.txt").read_text().split()])
-    )
+    assert not any(map(alive, processes(place)))
     assert {t.user_attrs["outcome"] for t in trials(place, "stop")} == {"interrupted"}
     assert sweep(place, *args).returncode == 0
     assert ran(place, "end") == {("0", "0.02"): 1, ("1", "0.02"): 1}
@@ -346,7 +285,8 @@ def test_ctrl_c_ends_the_runs_and_the_same_command_goes_on(place: Path) -> None:
 def test_a_stopped_run_with_checkpoints_goes_on_under_its_name(
     place: Path, every: str, same: bool
 ) -> None:
-    args, env = ("on", "SEED=3"), {"CHECKPOINT_EVERY": every}
+    args = ("on", "SEED=3")
+    env = {"CHECKPOINT_EVERY": every}
     process = begin(place, *args, FAKE_SECONDS="20", **env)
     until(lambda: (place / "ids.txt").exists() and (place / "ids.txt").read_text().endswith("\n"))
     (place / "logs").mkdir()
@@ -373,16 +313,16 @@ def test_two_workers_on_one_file_share_the_runs(place: Path) -> None:
 
 @pytest.fixture(scope="module")
 def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """URL of a PostgreSQL server of this test's own on a Unix socket and a loopback port; skips without one."""
+    """URL of a PostgreSQL server of this test's own, on a loopback port; skips without one."""
     pytest.importorskip("psycopg", reason="psycopg is not installed")
-    folders = [
-        *(shutil.which("initdb") and [""] or []),
-        *map(str, Path("/usr/lib/postgresql").glob("*/bin")),
-    ]
+    folders = [str(folder) for folder in Path("/usr/lib/postgresql").glob("*/bin")]
+    if shutil.which("initdb"):
+        folders.insert(0, "")
     if not folders:
         pytest.skip("PostgreSQL's initdb is not installed")
     as_user = {"user": "postgres"} if os.getuid() == 0 else {}  # it refuses to run as root
-    root, port = tmp_path_factory.mktemp("pg"), 20000 + os.getpid() % 20000
+    root = tmp_path_factory.mktemp("pg")
+    port = 20000 + os.getpid() % 20000
     if as_user:
         for folder in (root, *root.parents[:-2]):
             folder.chmod(0o755)
@@ -430,7 +370,7 @@ def test_two_machines_share_a_postgresql_study_and_one_takes_up_what_a_dead_one_
     machines = [place / "a", place / "b"]  # no folder in common: only the database connects them
     for machine in machines:
         machine.mkdir()
-        (machine / "fake.py").write_text(FAKE)
+        shutil.copy(FAKE_SCRIPT, machine / "fake.py")
     args = ("pg", "SEED=0,1,2,3,4,5", "--storage", postgres, "--heartbeat", "1")
     env = {"FAKE_SECONDS": "1.2", "RAN": str(place / "ran.txt")}
     workers = [begin(machine, *args, **env) for machine in machines]
@@ -438,18 +378,15 @@ def test_two_machines_share_a_postgresql_study_and_one_takes_up_what_a_dead_one_
     def both_have_finished_one_and_the_first_is_at_another() -> bool:
         if not (place / "ran.txt").exists():
             return False
-        found, first = trials(place, "pg", postgres), f"-{workers[0].pid}-"
+        found = trials(place, "pg", postgres)
         done = {t.user_attrs["worker"] for t in found if t.state.name == "COMPLETE"}
-        at = [
-            t
-            for t in found
-            if t.state.name == "RUNNING" and first in t.user_attrs.get("worker", "")
-        ]
-        seeds = {str(t.params["SEED"]) for t in at}
-        began, ended = ({seed for seed, _ in ran(place, word)} & seeds for word in ("start", "end"))
-        return (
-            len(done) == 2 and len(began) == 1 and not ended
-        )  # or its run may be over, and only its result unknown
+        running = [t for t in found if t.state.name == "RUNNING"]
+        first = f"-{workers[0].pid}-"
+        seeds = {str(t.params["SEED"]) for t in running if first in t.user_attrs.get("worker", "")}
+        began = {seed for seed, _ in ran(place, "start")} & seeds
+        # Its run may be over, and only its result not yet known.
+        ended = {seed for seed, _ in ran(place, "end")} & seeds
+        return len(done) == 2 and len(began) == 1 and not ended
 
     until(both_have_finished_one_and_the_first_is_at_another)
     workers[0].kill()
@@ -487,8 +424,8 @@ def test_tpe_searches_the_mean_over_seeds_and_proposes_nothing_refused(
     space = tool.Space(
         tool.load_script(ROOT / "train_gpt.py"),
         [tool.Knob.parse("MATRIX_LR=log:0.005:0.1")],
-        {},
-        [],
+        base={},
+        has_cuda=False,
     )
     seen: list = []
     for i in range(40):
@@ -496,7 +433,8 @@ def test_tpe_searches_the_mean_over_seeds_and_proposes_nothing_refused(
         seen.append((setting, math.log(float(setting["MATRIX_LR"]) / 0.02) ** 2))
     late = [value for _, value in seen[25:]]
     assert statistics.median(late) < 0.5 * statistics.median(value for _, value in seen[:10])
-    uneven = tool.Space(space.script, [tool.Knob.parse("ROPE_DIMS=lin:2:64")], {}, [])
+    knob = tool.Knob.parse("ROPE_DIMS=lin:2:64")
+    uneven = tool.Space(space.script, [knob], base={}, has_cuda=False)
     assert {int(uneven.propose([], i, 10)["ROPE_DIMS"]) % 2 for i in range(12)} == {0}
 
 

@@ -1,24 +1,28 @@
 #!/usr/bin/env python3
 """Write the token shards, the tokenizer and the manifest that train_gpt.py reads.
 
-    prepare_data.py pydocs                     10 MB of documentation of the installed packages, no download
+    prepare_data.py pydocs
     prepare_data.py text train.jsonl.zst --val val.jsonl.zst --tokenizer fineweb_8192_bpe.model
     prepare_data.py fineweb --variant sp8192 --train-shards 80
-    prepare_data.py doctor data/datasets/pydocs_sp1024    is it whole, does it fit its tokenizer, is validation unseen
+    prepare_data.py doctor data/datasets/pydocs_sp1024
 
-The first three leave the same layout under --data-dir:
+`pydocs` needs no download: it makes 10 MB from the documentation of the installed packages. `text`
+takes your own files, `fineweb` downloads the published shards. `doctor` tells whether a data set is
+complete, fits its tokenizer, and keeps validation text out of training. The first three leave the
+same layout under --data-dir:
 
     datasets/<dataset>/<prefix>_train_000000.bin ... <prefix>_val_000000.bin, manifest.json
     tokenizers/<tokenizer>.model
 
-Nothing is left half written: files get their names once they are complete. Exit status: 0 done, 1 the doctor found an
-error, 2 wrong input, told in one line.
+Nothing is left half written: files get their names once they are complete. Exit status: 0 done, 1
+the doctor found an error, 2 wrong input, told in one line.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import dataclasses
 import gzip
 import hashlib
 import importlib.metadata
@@ -51,222 +55,275 @@ except ImportError:  # only .zst files need it
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import doctor  # noqa: E402
+from digests import file_sha256, sha256  # noqa: E402
 
-from train_gpt import ByteTable, UsageError, read_shard, write_shard  # noqa: E402
+from train_gpt import ByteTable, UsageError, read_shard, write_atomic, write_shard  # noqa: E402
 
-TOKENIZER_SAMPLE_BYTES = (
-    64_000_000  # training text that a tokenizer is trained on; more changes little
-)
+# Bytes of training text that a tokenizer is trained on; more changes little.
+TOKENIZER_SAMPLE_BYTES = 64_000_000
 BATCH_DOCUMENTS = 512  # encoded at once, over all cores
 COUNT_TOKENS = 1 << 22  # counted at once
 
-# ---- Tokenizer, shards and manifest ---------------------------------------------------------------------------------
 
-
-class Target(NamedTuple):
-    """What a dataset is called, what it is made from and where it goes."""
-
-    data_dir: Path
-    dataset: str
-    source: str  # one sentence for the manifest
-    inputs: str  # hash or commit: changes with anything that decides the content
-    model: bytes  # serialized SentencePiece model
-    tokenizer_file: str
-    lossless: bool  # the tokenizer was trained here and must give every document back exactly
-    shard_tokens: int
-
-    @property
-    def folder(self) -> Path:
-        return self.data_dir / "datasets" / self.dataset
-
-    @property
-    def tokenizer(self) -> Path:
-        return self.data_dir / "tokenizers" / self.tokenizer_file
-
-
-def file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def inputs_digest(*inputs: object) -> str:
-    return hashlib.sha256(json.dumps([spm.__version__, *inputs]).encode()).hexdigest()
-
-
+# === Tokenizer ====================================================================================
 def load_tokenizer(model: bytes, name: object) -> spm.SentencePieceProcessor:
-    """Raises UsageError, naming the file, for anything but a SentencePiece model that uint16 shards can hold."""
+    """A serialised SentencePiece model, ready to encode.
+
+    Raises UsageError, naming the file, for anything but a model with a BOS and ids that uint16
+    shards can hold.
+    """
     try:
         sp = spm.SentencePieceProcessor(model_proto=model)
     except RuntimeError:
         raise UsageError(f"{name} is not a SentencePiece model") from None
     if sp.bos_id() < 0 or sp.vocab_size() > 1 << 16:
-        raise UsageError(
-            f"{name} has BOS id {sp.bos_id()} and {sp.vocab_size()} pieces; need a BOS and at most 65536"
-        )
+        found = f"{name} has BOS id {sp.bos_id()} and {sp.vocab_size()} pieces"
+        raise UsageError(f"{found}; need a BOS and at most 65536")
     return sp
+
+
+# The newline pieces keep line ends out of the words, so that a word at the start of a line counts
+# as one.
+TOKENIZER_OPTIONS = dict(
+    model_type="bpe",
+    byte_fallback=True,
+    split_digits=True,
+    pad_id=0,
+    bos_id=1,
+    eos_id=2,
+    unk_id=3,
+    normalization_rule_name="identity",
+    remove_extra_whitespaces=False,
+    add_dummy_prefix=True,
+    user_defined_symbols=["\n", "\n\n"],
+    max_sentence_length=1 << 28,
+    num_threads=4,
+    minloglevel=2,
+)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
     """Trains a lossless byte-fallback BPE model; the same texts give the same bytes.
 
-    No normalisation, and at most one space mark a piece, in front, as the byte table assumes. The newline pieces keep
-    line ends out of the words, so that a word at the start of a line counts as one. Raises UsageError if the texts
-    cannot fill, or do not fit, the vocabulary.
+    It normalises nothing, and a piece has at most one space mark, at its front, as the byte table
+    assumes. Raises UsageError if the texts cannot fill, or do not fit, the vocabulary.
     """
     model = io.BytesIO()
-    options = dict(
-        model_type="bpe",
-        byte_fallback=True,
-        split_digits=True,
-        pad_id=0,
-        bos_id=1,
-        eos_id=2,
-        unk_id=3,
-    )
-    options |= dict(
-        normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=True
-    )
-    options |= dict(
-        user_defined_symbols=["\n", "\n\n"],
-        max_sentence_length=1 << 28,
-        num_threads=4,
-        minloglevel=2,
-    )
-    sentences = (
-        text.replace("\t", "\n") for text in texts
-    )  # the trainer skips sentences with a tab
+    # The trainer skips sentences with a tab.
+    sentences = (text.replace("\t", "\n") for text in texts)
     try:
         spm.SentencePieceTrainer.train(
-            sentence_iterator=sentences, model_writer=model, vocab_size=vocab_size, **options
+            sentence_iterator=sentences,
+            model_writer=model,
+            vocab_size=vocab_size,
+            **TOKENIZER_OPTIONS,
         )
     except RuntimeError as error:
         raise UsageError(f"--vocab-size {vocab_size}: {' '.join(str(error).split())}") from None
     return model.getvalue()
 
 
-def encode(
-    target: Target, documents: Iterable[str], entry: dict[str, Any], split: str
-) -> Iterator[np.ndarray]:
-    """Yields batches of documents as uint16 tokens, each document BOS + ids, and adds them up in `entry`.
+# === Shards and manifest ==========================================================================
+class Target(NamedTuple):
+    """The name of a data set, its origin and the place it is written to."""
 
-    Leaves out empty documents and, with a tokenizer trained here, those it cannot give back (they hold U+2581, which
-    SentencePiece uses for the space). Raises UsageError where the byte table and the decoded text disagree, because
-    every bits-per-byte figure would be wrong.
+    data_dir: Path
+    dataset: str
+    source: str  # one sentence for the manifest
+    inputs: str  # hash or commit: changes with anything that decides the content
+    model: bytes  # serialised SentencePiece model
+    tokenizer_file: str
+    lossless: bool  # the tokenizer was trained here and must give every document back exactly
+    shard_tokens: int
+
+    @property
+    def folder(self) -> Path:
+        """The folder of shards and manifest."""
+        return self.data_dir / "datasets" / self.dataset
+
+    @property
+    def tokenizer(self) -> Path:
+        """The file of the SentencePiece model."""
+        return self.data_dir / "tokenizers" / self.tokenizer_file
+
+
+@dataclasses.dataclass
+class SplitEntry:
+    """The manifest's entry of a split, filled while the split is written or counted."""
+
+    documents: int = 0
+    tokens: int = 0
+    bytes: int = 0  # of text
+    # Size of all documents, each compressed by gzip -9: a figure for scale. None: not counted.
+    gzip_bytes: int | None = None
+    files: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+
+    def add_file(self, path: Path, tokens: int) -> None:
+        """Enters a shard that is complete."""
+        self.tokens += tokens
+        self.files.append({"name": path.name, "tokens": tokens, "sha256": file_sha256(path)})
+
+
+class EncodedBatch(NamedTuple):
+    """Some documents as tokens."""
+
+    tokens: np.ndarray  # (n,) uint16, each document BOS + ids
+    documents: int
+    bytes: int  # of the decoded text
+    gzip_bytes: int
+    altered: int  # documents that do not come back exactly when decoded
+    dropped: int  # documents left out
+
+
+def encode_batch(
+    texts: list[str], sp: spm.SentencePieceProcessor, lossless: bool, with_gzip: bool
+) -> EncodedBatch:
+    """Encodes documents and decodes them again, which is what their bytes are counted by.
+
+    Leaves out empty documents and, with `lossless`, those that the tokenizer cannot give back: they
+    hold U+2581, which SentencePiece uses for the space.
+    """
+    encoded = sp.encode(texts, num_threads=os.cpu_count() or 1)
+    parts = [np.empty(0, dtype=np.uint16)]
+    num_bytes = 0
+    gzip_bytes = 0
+    altered = 0
+    for text, ids, decoded in zip(texts, encoded, sp.decode(encoded), strict=True):
+        is_altered = decoded != text
+        altered += is_altered
+        if not ids or (lossless and is_altered):
+            continue
+        raw = decoded.encode()
+        num_bytes += len(raw)
+        if with_gzip:
+            gzip_bytes += len(gzip.compress(raw, 9))
+        parts.append(np.array([sp.bos_id(), *ids], dtype=np.uint16))
+    documents = len(parts) - 1
+    dropped = len(texts) - documents
+    return EncodedBatch(np.concatenate(parts), documents, num_bytes, gzip_bytes, altered, dropped)
+
+
+def encode(
+    target: Target, documents: Iterable[str], entry: SplitEntry, split: str
+) -> Iterator[np.ndarray]:
+    """Yields the tokens of one batch of documents after another, and adds them up in `entry`.
+
+    Raises UsageError where the byte table and the decoded text disagree, because every
+    bits-per-byte figure would be wrong.
     """
     sp = load_tokenizer(target.model, target.tokenizer_file)
-    table, bos = ByteTable.from_sentencepiece(sp), sp.bos_id()
-    stream, altered, dropped = iter(documents), 0, 0
+    table = ByteTable.from_sentencepiece(sp)
+    with_gzip = split == "val"
+    if with_gzip:
+        entry.gzip_bytes = 0
+    stream = iter(documents)
+    altered = 0
+    dropped = 0
     while texts := list(itertools.islice(stream, BATCH_DOCUMENTS)):
-        ids = sp.encode(texts, num_threads=os.cpu_count() or 1)
-        batch, num_bytes = [np.empty(0, dtype=np.uint16)], 0
-        for text, document, decoded in zip(texts, ids, sp.decode(ids), strict=True):
-            altered += decoded != text
-            if not document or (target.lossless and decoded != text):
-                dropped += 1
-                continue
-            raw = decoded.encode()
-            num_bytes += len(raw)
-            entry["gzip_bytes"] += len(gzip.compress(raw, 9)) if split == "val" else 0
-            batch.append(np.array([bos, *document], dtype=np.uint16))
-        tokens = np.concatenate(batch)
-        if table.count(tokens) != num_bytes:
+        batch = encode_batch(texts, sp, target.lossless, with_gzip)
+        counted = table.count(batch.tokens)
+        if counted != batch.bytes:
             raise UsageError(
-                f"{target.tokenizer_file} does not suit byte counting: table {table.count(tokens)}, text {num_bytes}"
+                f"{target.tokenizer_file} does not suit byte counting: "
+                f"table {counted}, text {batch.bytes}"
             )
-        entry["documents"] += len(batch) - 1
-        entry["bytes"] += num_bytes
-        yield tokens
+        entry.documents += batch.documents
+        entry.bytes += batch.bytes
+        if with_gzip:
+            entry.gzip_bytes += batch.gzip_bytes
+        altered += batch.altered
+        dropped += batch.dropped
+        yield batch.tokens
     if altered or dropped:
-        print(
-            f"{split}: {altered} documents do not come back exactly from the tokenizer, {dropped} left out"
-        )
+        told = f"{altered} documents do not come back exactly from the tokenizer"
+        print(f"{split}: {told}, {dropped} left out")
 
 
 def recut(arrays: Iterable[np.ndarray], length: int) -> Iterator[np.ndarray]:
-    """The same tokens in arrays of exactly `length`, the last one shorter."""
+    """Yields the same tokens in arrays of exactly `length`, the last one shorter."""
     pending: list[np.ndarray] = []
-    held = 0
+    num_pending = 0
     for array in arrays:
         pending.append(array)
-        held += len(array)
-        if held >= length:
+        num_pending += len(array)
+        if num_pending >= length:
             flat = np.concatenate(pending)
-            held %= length
-            yield from np.split(flat[: len(flat) - held], (len(flat) - held) // length)
-            pending = [flat[len(flat) - held :]]
-    if held:
+            num_pending %= length
+            full = len(flat) - num_pending
+            yield from np.split(flat[:full], full // length)
+            pending = [flat[full:]]
+    if num_pending:
         yield np.concatenate(pending)
 
 
-def write_split(
-    target: Target, folder: Path, split: str, documents: Iterable[str]
-) -> dict[str, Any]:
-    """Writes the shards of one split into `folder`; returns its manifest entry. Raises UsageError if it is empty."""
-    entry: dict[str, Any] = {"documents": 0, "tokens": 0, "bytes": 0, "gzip_bytes": 0, "files": []}
+def write_split(target: Target, folder: Path, split: str, documents: Iterable[str]) -> SplitEntry:
+    """Writes the shards of one split into `folder`. Raises UsageError if it has no document."""
+    entry = SplitEntry()
     prefix = target.dataset.rpartition("_sp")[0]
     bar = tqdm(documents, desc=f"encoding {split}", unit="document", disable=None)
-    for number, tokens in enumerate(recut(encode(target, bar, entry, split), target.shard_tokens)):
+    shards = recut(encode(target, bar, entry, split), target.shard_tokens)
+    for number, tokens in enumerate(shards):
         path = folder / f"{prefix}_{split}_{number:06d}.bin"
         write_shard(path, tokens)
-        entry["tokens"] += len(tokens)
-        entry["files"].append(
-            {"name": path.name, "tokens": len(tokens), "sha256": file_sha256(path)}
-        )
-    if not entry["documents"]:
+        entry.add_file(path, len(tokens))
+    if not entry.documents:
         raise UsageError(f"no documents are left for the {split} split")
     return entry
 
 
-def write_manifest(target: Target, folder: Path, splits: dict[str, dict[str, Any]]) -> None:
+def write_manifest(target: Target, folder: Path, splits: dict[str, SplitEntry]) -> None:
     """Writes manifest.json into `folder`, last of all files, and prints one line per split."""
     sp = load_tokenizer(target.model, target.tokenizer_file)
-    splits["train"].pop("gzip_bytes", None)  # a figure for scale, only of validation
-    tokenizer = {"file": target.tokenizer_file, "sha256": hashlib.sha256(target.model).hexdigest()}
-    tokenizer |= {"vocab_size": sp.vocab_size(), "bos_id": sp.bos_id()}
+    entries = {split: dataclasses.asdict(entry) for split, entry in splits.items()}
+    del entries["train"]["gzip_bytes"]  # the figure for scale is of validation only
     manifest = {
         "version": 1,
         "dataset": target.dataset,
         "source": target.source,
         "inputs": target.inputs,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "tokenizer": {
+            "file": target.tokenizer_file,
+            "sha256": sha256(target.model),
+            "vocab_size": sp.vocab_size(),
+            "bos_id": sp.bos_id(),
+        },
+        "splits": entries,
     }
-    manifest |= {"date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
-    manifest |= {"tokenizer": tokenizer, "splits": splits}
-    replace_file(folder / "manifest.json", (json.dumps(manifest, indent=1) + "\n").encode())
+    content = json.dumps(manifest, indent=1) + "\n"
+    write_atomic(folder / "manifest.json", content.encode())
     for split, entry in splits.items():
-        line = f"{split}: {entry['documents']} documents, {entry['tokens']} tokens, {entry['bytes']} bytes, "
-        line += f"{entry['tokens'] / max(entry['bytes'], 1):.4f} tokens per byte"
-        if gzip_bytes := entry.get("gzip_bytes"):
-            line += (
-                f", {8 * gzip_bytes / entry['bytes']:.4f} bits per byte by gzip -9 of each document"
-            )
-        print(line)
+        print(describe_split(split, entry))
 
 
-def replace_file(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".part")
-    partial.write_bytes(content)
-    partial.replace(path)
+def describe_split(split: str, entry: SplitEntry) -> str:
+    """The line that is printed about a split."""
+    line = f"{split}: {entry.documents} documents, {entry.tokens} tokens, {entry.bytes} bytes, "
+    line += f"{entry.tokens / max(entry.bytes, 1):.4f} tokens per byte"
+    if entry.gzip_bytes:
+        bits = 8 * entry.gzip_bytes / entry.bytes
+        line += f", {bits:.4f} bits per byte by gzip -9 of each document"
+    return line
 
 
 def write_dataset(target: Target, splits: dict[str, Iterable[str]], force: bool) -> None:
-    """Writes all splits under a temporary name, then puts tokenizer and dataset in place."""
+    """Writes all splits under a temporary name, then puts tokenizer and data set in place.
+
+    Raises UsageError rather than replace the tokenizer of other data sets, unless `force` is given.
+    A tokenizer that was trained here belongs to this data set alone and may be replaced.
+    """
     occupied = target.tokenizer.exists() and target.tokenizer.read_bytes() != target.model
-    if occupied and not (force or target.lossless):  # a trained one belongs to this dataset alone
+    if occupied and not force and not target.lossless:
         raise UsageError(f"{target.tokenizer} exists with other content; --force replaces it")
     staging = target.folder.with_name(f".{target.dataset}.part")
     shutil.rmtree(staging, ignore_errors=True)
     try:
         staging.mkdir(parents=True)
-        entries = {
-            split: write_split(target, staging, split, documents)
-            for split, documents in splits.items()
-        }
+        entries = {}
+        for split, documents in splits.items():
+            entries[split] = write_split(target, staging, split, documents)
         write_manifest(target, staging, entries)
-        replace_file(target.tokenizer, target.model)
+        write_atomic(target.tokenizer, target.model)
         shutil.rmtree(target.folder, ignore_errors=True)
         staging.rename(target.folder)
     finally:
@@ -274,41 +331,60 @@ def write_dataset(target: Target, splits: dict[str, Iterable[str]], force: bool)
     print(f"wrote {target.folder}")
 
 
-def is_prepared(args: argparse.Namespace, dataset: str, inputs: str) -> bool:
-    """True if the dataset was made from the same inputs and every file is intact.
+def inputs_digest(*inputs: object) -> str:
+    """A hash that changes with any of the inputs and with the version of SentencePiece."""
+    return sha256(json.dumps([spm.__version__, *inputs]).encode())
 
-    Raises UsageError if the folder holds anything else: nothing of value is overwritten without --force.
+
+class PreparedFile(NamedTuple):
+    """A file that a manifest names."""
+
+    path: Path
+    sha256: str
+
+    def is_intact(self) -> bool:
+        """Whether it is there with the content that the manifest names."""
+        return self.path.is_file() and file_sha256(self.path) == self.sha256
+
+
+def prepared_files(data_dir: Path, folder: Path, manifest: dict[str, Any]) -> list[PreparedFile]:
+    """All files that a manifest names. Raises LookupError or TypeError if it is another tool's."""
+    files = []
+    for entry in manifest["splits"].values():
+        for file in entry["files"]:
+            files.append(PreparedFile(folder / file["name"], file["sha256"]))
+    tokenizer = manifest["tokenizer"]
+    model = data_dir / "tokenizers" / tokenizer["file"]
+    files.append(PreparedFile(model, tokenizer["sha256"]))
+    return files
+
+
+def is_prepared(args: argparse.Namespace, dataset: str, inputs: str) -> bool:
+    """Whether the data set was made from the same inputs and every file is intact.
+
+    Raises UsageError if the folder holds anything else: nothing of value is overwritten without
+    --force.
     """
     folder = args.data_dir / "datasets" / dataset
     if args.force or not folder.exists():
         return False
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-        files = {
-            folder / file["name"]: file["sha256"]
-            for s in manifest["splits"].values()
-            for file in s["files"]
-        }
-        files[args.data_dir / "tokenizers" / manifest["tokenizer"]["file"]] = manifest["tokenizer"][
-            "sha256"
-        ]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UsageError(
-            f"{folder} exists without a usable manifest.json; --force replaces it"
-        ) from None
-    if manifest.get("inputs") != inputs:
-        raise UsageError(
-            f"{folder} was made from other inputs; --force replaces it, --name puts another beside it"
-        )
-    if intact := all(
-        path.is_file() and file_sha256(path) == sha256 for path, sha256 in files.items()
-    ):
+        files = prepared_files(args.data_dir, folder, manifest)
+        made_from = manifest.get("inputs")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        text = f"{folder} exists without a usable manifest.json; --force replaces it"
+        raise UsageError(text) from None
+    if made_from != inputs:
+        text = f"{folder} was made from other inputs; --force replaces it"
+        raise UsageError(f"{text}, --name puts another beside it")
+    intact = all(file.is_intact() for file in files)
+    if intact:
         print(f"{folder} is there and intact; --force makes it anew")
     return intact
 
 
-# ---- pydocs: documentation of the installed Python, NumPy and PyTorch -----------------------------------------------
-
+# === pydocs: documentation of the installed Python, NumPy and PyTorch =============================
 SKIPPED_FOLDERS = {
     "test",
     "tests",
@@ -318,22 +394,72 @@ SKIPPED_FOLDERS = {
     "dist-packages",
     "_vendor",
     "third_party",
+    "distutils",  # newer Pythons lack this one and the next
+    "lib2to3",
 }
-SKIPPED_FOLDERS |= {"distutils", "lib2to3"}  # gone from newer Pythons
-MIN_DOCUMENT_BYTES, MAX_DOCUMENT_BYTES = (
-    200,
-    10_000,
-)  # a longer module is cut between docstrings, into equal parts
+MIN_DOCUMENT_BYTES = 200
+MAX_DOCUMENT_BYTES = 10_000  # a longer module is cut between docstrings, into equal parts
 PYDOCS_VAL_DOCUMENTS = 100
 SHINGLE_WORDS = 32
 MAX_SHARED = 0.2  # share of a validation document's shingles that other documents may contain
 
 
-def docstrings(source: bytes, module: str) -> list[str]:
-    """Every docstring of a module in source order, each headed by the qualified name of what it documents.
+class DocstringCollector:
+    """Collects the docstrings of a syntax tree in source order."""
 
-    Includes strings attached by a call, as in add_docstr(torch.abs, "..."): PyTorch and NumPy describe their compiled
-    functions that way. Returns [] for a source that this Python cannot parse.
+    def __init__(self) -> None:
+        """Starts with nothing collected."""
+        self.found: list[str] = []
+
+    def visit(self, node: ast.AST, name: str) -> None:
+        """Collects below `node`, which lies in the definition with the qualified name `name`."""
+        if is_doc_call(node):
+            self.add_attached(node, name)
+            return
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            if hasattr(node, "name"):
+                name = f"{name}.{node.name}"
+            text = ast.get_docstring(node)
+            if text:
+                self.found.append(f"{name}\n\n{text.strip()}")
+        for child in ast.iter_child_nodes(node):
+            self.visit(child, name)
+
+    def add_attached(self, call: ast.Call, name: str) -> None:
+        """Collects the text that a call such as add_docstr(torch.abs, "...") attaches to something.
+
+        The name of the thing is the first argument, or the dotted strings in add_newdoc("numpy",
+        "ndarray", ("T", ...)).
+        """
+        strings = []
+        for node in ast.walk(call):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                strings.append(node.value)
+        texts = [string for string in strings if "\n" in string.strip()]
+        if not texts:
+            return
+        if len(call.args) > 1:
+            if isinstance(call.args[0], ast.Constant):
+                name = ".".join(s for s in strings if s.replace(".", "").isidentifier())
+            else:
+                name = ast.unparse(call.args[0])
+        longest = max(texts, key=len)
+        self.found.append(f"{name}\n\n{inspect.cleandoc(longest).strip()}")
+
+
+def is_doc_call(node: ast.AST) -> bool:
+    """Whether this calls a function whose name speaks of documentation, as add_docstr does."""
+    if not isinstance(node, ast.Call):
+        return False
+    return "doc" in getattr(node.func, "attr", getattr(node.func, "id", ""))
+
+
+def docstrings(source: bytes, module: str) -> list[str]:
+    """Every docstring of a module in source order, each headed by the qualified name of what it
+    documents.
+
+    Includes strings attached by a call: PyTorch and NumPy describe their compiled functions that
+    way. Returns [] for a source that this Python cannot parse.
     """
     try:
         with warnings.catch_warnings():
@@ -341,105 +467,116 @@ def docstrings(source: bytes, module: str) -> list[str]:
             tree = ast.parse(source)
     except (SyntaxError, ValueError):
         return []
-    found: list[str] = []
-
-    def attached(call: ast.Call, name: str) -> None:
-        strings = [
-            n.value
-            for n in ast.walk(call)
-            if isinstance(n, ast.Constant) and isinstance(n.value, str)
-        ]
-        if texts := [s for s in strings if "\n" in s.strip()]:
-            if len(call.args) > 1 and isinstance(
-                call.args[0], ast.Constant
-            ):  # ("numpy", "ndarray", ("T", "..."))
-                name = ".".join(s for s in strings if s.replace(".", "").isidentifier())
-            elif len(call.args) > 1:
-                name = ast.unparse(call.args[0])
-            found.append(f"{name}\n\n{inspect.cleandoc(max(texts, key=len)).strip()}")
-
-    def visit(node: ast.AST, name: str) -> None:
-        if isinstance(node, ast.Call) and "doc" in getattr(
-            node.func, "attr", getattr(node.func, "id", "")
-        ):
-            attached(node, name)
-            return
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            name = f"{name}.{node.name}" if hasattr(node, "name") else name
-            found.extend(f"{name}\n\n{text.strip()}" for text in [ast.get_docstring(node)] if text)
-        for child in ast.iter_child_nodes(node):
-            visit(child, name)
-
-    visit(tree, module)
-    return found
+    collector = DocstringCollector()
+    collector.visit(tree, module)
+    return collector.found
 
 
 def cut(sections: list[str]) -> list[str]:
-    """Joins docstrings into documents of about MAX_DOCUMENT_BYTES at most, all of one module alike in length."""
+    """Joins the docstrings of a module into documents of like length, about MAX_DOCUMENT_BYTES at
+    most.
+    """
+    if not sections:
+        return []
     ends = np.cumsum([len(section.encode()) for section in sections])
+    total = int(ends[-1])
+    num_parts = -(-total // MAX_DOCUMENT_BYTES)
     parts: dict[int, list[str]] = {}
-    for section, end in zip(sections, ends, strict=True):
-        parts.setdefault(
-            int((end - 1) * -(-ends[-1] // MAX_DOCUMENT_BYTES) // ends[-1]), []
-        ).append(section)
+    for section, end in zip(sections, ends.tolist(), strict=True):
+        number = (end - 1) * num_parts // total
+        parts.setdefault(number, []).append(section)
     return ["\n\n\n".join(part) for part in parts.values()]
 
 
-def python_documents(packages: dict[str, Path]) -> list[str]:
-    """One document per module (long ones cut) of each folder, named by its dotted prefix ("" for the stdlib).
+class Module(NamedTuple):
+    """The source of a Python module."""
 
-    Sources are parsed, not imported, in sorted order, so that the same versions give the same list. Tiny documents and
-    exact duplicates are left out.
-    """
-    documents = []
-    files = [
-        (prefix, root, path)
-        for prefix, root in packages.items()
-        for path in sorted(root.rglob("*.py"))
-    ]
-    for prefix, root, path in tqdm(files, desc="parsing", unit="file", disable=None):
+    name: str
+    path: Path
+
+
+def modules_of(prefix: str, root: Path) -> Iterator[Module]:
+    """Yields the modules of a package in sorted order, without those in SKIPPED_FOLDERS."""
+    for path in sorted(root.rglob("*.py")):
         inner = path.relative_to(root).with_suffix("").parts
-        if not SKIPPED_FOLDERS & set(inner[:-1]):
-            module = ".".join(part for part in (prefix, *inner) if part not in ("", "__init__"))
-            documents += cut(docstrings(path.read_bytes(), module))
-    return [text for text in dict.fromkeys(documents) if len(text.encode()) >= MIN_DOCUMENT_BYTES]
+        if SKIPPED_FOLDERS.isdisjoint(inner[:-1]):
+            words = [word for word in (prefix, *inner) if word not in ("", "__init__")]
+            yield Module(".".join(words), path)
+
+
+def python_documents(packages: dict[str, Path]) -> list[str]:
+    """One document per module of each folder, long ones cut; the keys are dotted prefixes, "" for
+    the stdlib.
+
+    Sources are parsed, not imported, in sorted order, so that the same versions give the same list.
+    Tiny documents and exact duplicates are left out.
+    """
+    modules = []
+    for prefix, root in packages.items():
+        modules += modules_of(prefix, root)
+    documents = []
+    for module in tqdm(modules, desc="parsing", unit="file", disable=None):
+        documents += cut(docstrings(module.path.read_bytes(), module.name))
+    distinct = dict.fromkeys(documents)
+    return [text for text in distinct if len(text.encode()) >= MIN_DOCUMENT_BYTES]
 
 
 def shared_fraction(documents: list[str]) -> np.ndarray:
-    """For each document, the share of its distinct shingles (32 words in a row) that another one also contains.
+    """For each document, the share of its distinct shingles (32 words in a row) that another one
+    also contains.
 
-    Returns (documents,) float64. Shingles are hashed to 64 bits, so a false match is next to impossible.
+    Returns (documents,) float64. Shingles are hashed to 64 bits, so a false match is next to
+    impossible.
     """
     factors = np.random.default_rng(0).integers(1, 2**63, SHINGLE_WORDS, dtype=np.uint64)
     shingles = []
     for text in documents:
         words = np.array([zlib.crc32(word.encode()) + 1 for word in text.split()], dtype=np.uint64)
         words = np.pad(words, (0, max(0, SHINGLE_WORDS - len(words))))
-        shingles.append(
-            np.unique(np.lib.stride_tricks.sliding_window_view(words, SHINGLE_WORDS) @ factors)
-        )
-    owner = np.repeat(np.arange(len(documents)), [len(s) for s in shingles])
+        windows = np.lib.stride_tricks.sliding_window_view(words, SHINGLE_WORDS)
+        shingles.append(np.unique(windows @ factors))
+    owner = np.repeat(np.arange(len(documents)), [len(distinct) for distinct in shingles])
     _, inverse, counts = np.unique(
         np.concatenate(shingles), return_inverse=True, return_counts=True
     )
-    return np.bincount(owner, weights=counts[inverse] > 1) / np.bincount(owner)
+    is_shared = counts[inverse] > 1
+    return np.bincount(owner, weights=is_shared) / np.bincount(owner)
 
 
-def hold_out(documents: list[str], num_val: int, seed: int) -> tuple[list[str], list[str]]:
-    """Splits into (train, validation), both shuffled; validation takes one document of each of num_val length classes.
+class HeldOut(NamedTuple):
+    """Documents divided between the splits, each shuffled."""
 
-    Only a document that shares at most MAX_SHARED of its shingles with all others together may become validation, so
-    families of near-copies stay in training.
+    train: list[str]
+    val: list[str]
+
+
+def hold_out(documents: list[str], num_val: int, seed: int) -> HeldOut:
+    """Divides documents; validation takes one document of each of num_val length classes.
+
+    Only a document that shares at most MAX_SHARED of its shingles with all others together may
+    become validation, so families of near-copies stay in training.
     """
     rng = random.Random(seed)
     shared = shared_fraction(documents)
-    eligible = sorted(
-        (i for i in range(len(documents)) if shared[i] <= MAX_SHARED),
-        key=lambda i: len(documents[i]),
-    )
+    eligible = [i for i in range(len(documents)) if shared[i] <= MAX_SHARED]
+    eligible.sort(key=lambda i: len(documents[i]))
     val = {int(rng.choice(length_class)) for length_class in np.array_split(eligible, num_val)}
     order = rng.sample(range(len(documents)), len(documents))
-    return [documents[i] for i in order if i not in val], [documents[i] for i in order if i in val]
+    return HeldOut(
+        train=[documents[i] for i in order if i not in val],
+        val=[documents[i] for i in order if i in val],
+    )
+
+
+def package_folder(package: str) -> Path:
+    """The folder of an installed package, which is not imported. Raises UsageError if there is
+    none.
+    """
+    try:
+        return Path(importlib.util.find_spec(package).submodule_search_locations[0])
+    except (AttributeError, TypeError, ModuleNotFoundError):
+        text = f"--packages {package}: there is no installed package of that name"
+        raise UsageError(text) from None
 
 
 def run_pydocs(args: argparse.Namespace) -> None:
@@ -447,59 +584,68 @@ def run_pydocs(args: argparse.Namespace) -> None:
     from pydoc_data import topics
 
     packages = {"": Path(sysconfig.get_paths()["stdlib"])}
-    source = f"docstrings and help topics of {platform.python_implementation()} {platform.python_version()}"
+    python = f"{platform.python_implementation()} {platform.python_version()}"
+    source = f"docstrings and help topics of {python}"
     for package in args.packages:
-        try:
-            packages[package] = Path(
-                importlib.util.find_spec(package).submodule_search_locations[0]
-            )
-            source += f", {package} {importlib.metadata.version(package)}"
-        except (AttributeError, TypeError, ModuleNotFoundError):
-            raise UsageError(
-                f"--packages {package}: there is no installed package of that name"
-            ) from None
+        packages[package] = package_folder(package)
+        source += f", {package} {importlib.metadata.version(package)}"
     dataset = f"{args.name}_sp{args.vocab_size}"
     inputs = inputs_digest(source, args.vocab_size, args.seed, args.shard_tokens)
     if is_prepared(args, dataset, inputs):
         return
     documents = [f"{name}\n\n{text.strip()}" for name, text in sorted(topics.topics.items())]
-    train, val = hold_out(documents + python_documents(packages), PYDOCS_VAL_DOCUMENTS, args.seed)
-    model = train_tokenizer(train, args.vocab_size)
+    documents += python_documents(packages)
+    splits = hold_out(documents, PYDOCS_VAL_DOCUMENTS, args.seed)
     target = Target(
-        args.data_dir, dataset, source, inputs, model, f"{dataset}.model", True, args.shard_tokens
+        data_dir=args.data_dir,
+        dataset=dataset,
+        source=source,
+        inputs=inputs,
+        model=train_tokenizer(splits.train, args.vocab_size),
+        tokenizer_file=f"{dataset}.model",
+        lossless=True,
+        shard_tokens=args.shard_tokens,
     )
-    write_dataset(target, {"train": train, "val": val}, args.force)
+    write_dataset(target, {"train": splits.train, "val": splits.val}, args.force)
 
 
-# ---- text: documents from files -------------------------------------------------------------------------------------
-
-BROKEN_ARCHIVE = (
-    EOFError,
-    zlib.error,
-    gzip.BadGzipFile,
-    *([zstandard.ZstdError] if zstandard else []),
-)
+# === text: documents from files ===================================================================
+BROKEN_ARCHIVE: tuple[type[Exception], ...] = (EOFError, zlib.error, gzip.BadGzipFile)
+if zstandard:
+    BROKEN_ARCHIVE += (zstandard.ZstdError,)
 
 
 class Document(NamedTuple):
+    """A document of an input file."""
+
     text: str
     split: str
     where: str  # FILE:LINE
-    key: bytes  # seeded hash of the text with its white space folded, 16 bytes
+    key: bytes  # as document_key makes it
+
+
+class Line(NamedTuple):
+    """A text and the line of its file that it begins on."""
+
+    number: int
+    text: str
 
 
 def open_input(path: Path) -> BinaryIO:
     """Decompressed bytes of a file. Raises UsageError for an unknown suffix."""
-    kind = "".join(path.suffixes[-2:]) if path.suffix in (".zst", ".gz") else path.suffix
-    if kind not in (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst"):
+    kind = path.suffix
+    if kind in (".zst", ".gz"):
+        kind = "".join(path.suffixes[-2:])
+    if kind in (".txt", ".jsonl"):
+        return path.open("rb")
+    if kind == ".jsonl.gz":
+        return gzip.open(path)
+    if kind != ".jsonl.zst":
         raise UsageError(f"{path}: expected .jsonl, .jsonl.zst, .jsonl.gz or .txt")
-    if kind == ".jsonl.zst":
-        if zstandard is None:
-            raise UsageError(f"{path}: reading .zst files needs the zstandard package")
-        return io.BufferedReader(
-            zstandard.ZstdDecompressor().stream_reader(path.open("rb"), read_across_frames=True)
-        )
-    return gzip.open(path) if kind == ".jsonl.gz" else path.open("rb")
+    if zstandard is None:
+        raise UsageError(f"{path}: reading .zst files needs the zstandard package")
+    decompressor = zstandard.ZstdDecompressor()
+    return io.BufferedReader(decompressor.stream_reader(path.open("rb"), read_across_frames=True))
 
 
 def parse_line(line: bytes, field: str) -> str:
@@ -508,68 +654,88 @@ def parse_line(line: bytes, field: str) -> str:
     text = record.get(field) if isinstance(record, dict) else None
     if not isinstance(text, str):
         raise ValueError(f"has no text under the key {field!r}")
-    if any("\ud800" <= c <= "\udfff" for c in text):
+    if any("\ud800" <= character <= "\udfff" for character in text):
         raise ValueError("holds half of a surrogate pair, which is not text")
     return text
 
 
-def read_file(path: Path, field: str) -> Iterator[tuple[int, str]]:
-    """Yields (line number, text): a .txt file is one document, a .jsonl file holds one JSON object a line.
+def read_file(path: Path, field: str) -> Iterator[Line]:
+    """Yields the texts: a .txt file is one document, a .jsonl file holds one JSON object a line.
 
     Raises UsageError naming FILE:LINE for malformed input, and for a file without any text.
     """
-    is_txt, number, found = path.suffix == ".txt", 0, False
+    is_txt = path.suffix == ".txt"
+    number = 0
+    is_empty = True
     try:
         with open_input(path) as file:
-            for number, line in enumerate([file.read()] if is_txt else file, 1):
+            lines = [file.read()] if is_txt else file
+            for number, line in enumerate(lines, 1):
                 if line.strip():
-                    found = True
-                    yield number, line.decode() if is_txt else parse_line(line, field)
+                    is_empty = False
+                    yield Line(number, line.decode() if is_txt else parse_line(line, field))
+    except UsageError:
+        raise
     except UnicodeDecodeError as error:
-        raise UsageError(
-            f"{path}:{number + error.object.count(10, 0, error.start)} is not UTF-8"
-        ) from None
+        number += error.object.count(b"\n", 0, error.start)
+        raise UsageError(f"{path}:{number} is not UTF-8") from None
     except json.JSONDecodeError as error:
-        raise UsageError(
-            f"{path}:{number} is not JSON: {error.msg}, column {error.colno}"
-        ) from None
+        text = f"{path}:{number} is not JSON: {error.msg}, column {error.colno}"
+        raise UsageError(text) from None
     except BROKEN_ARCHIVE as error:
         raise UsageError(f"{path}:{number + 1} cannot be decompressed: {error}") from None
     except ValueError as error:
-        raise (
-            error if isinstance(error, UsageError) else UsageError(f"{path}:{number} {error}")
-        ) from None
-    if not found:
+        raise UsageError(f"{path}:{number} {error}") from None
+    if is_empty:
         raise UsageError(f"{path}:1 is empty")
 
 
 def read_corpus(args: argparse.Namespace) -> Iterator[Document]:
-    """Every document of the input files with its split, validation files first. Nothing is kept in memory."""
-    salt = args.seed.to_bytes(8, "little", signed=True)
-    for is_val, path in [(True, path) for path in args.val] + [
-        (False, path) for path in args.files
-    ]:
-        for number, text in read_file(path, args.key):
-            key = hashlib.blake2b(
-                " ".join(text.split()).encode(), digest_size=16, salt=salt
-            ).digest()
-            held_out = (
-                not args.val and fraction(key[:8]) < args.val_fraction
-            )  # equal texts fall on the same side
-            yield Document(text, "val" if is_val or held_out else "train", f"{path}:{number}", key)
+    """Yields every document of the input files, validation files first. Nothing is kept in memory.
+
+    Without validation files the hash of a text decides its split, so equal texts fall on the same
+    side.
+    """
+    for path in args.val:
+        for line in read_file(path, args.key):
+            key = document_key(line.text, args.seed)
+            yield Document(line.text, "val", f"{path}:{line.number}", key)
+    for path in args.files:
+        for line in read_file(path, args.key):
+            key = document_key(line.text, args.seed)
+            is_held_out = not args.val and fraction(key[:8]) < args.val_fraction
+            split = "val" if is_held_out else "train"
+            yield Document(line.text, split, f"{path}:{line.number}", key)
+
+
+def document_key(text: str, seed: int) -> bytes:
+    """A seeded hash of a text with its white space folded: 16 bytes."""
+    salt = seed.to_bytes(8, "little", signed=True)
+    folded = " ".join(text.split()).encode()
+    return hashlib.blake2b(folded, digest_size=16, salt=salt).digest()
 
 
 def fraction(digest: bytes) -> float:
+    """A hash as a number in [0, 1)."""
     return int.from_bytes(digest, "little") / 256 ** len(digest)
 
 
-def survey(args: argparse.Namespace) -> tuple[set[bytes], int]:
-    """Reads everything once and returns the keys of the validation documents and the bytes of training text.
+class Survey(NamedTuple):
+    """What a first reading of all input files found."""
 
-    Raises UsageError for malformed input and, without --drop-overlap, for training documents that are in validation.
+    val_keys: set[bytes]  # of the validation documents
+    train_bytes: int  # of training text
+
+
+def survey(args: argparse.Namespace) -> Survey:
+    """Reads everything once.
+
+    Raises UsageError for malformed input and, without --drop-overlap, for training documents that
+    are in validation.
     """
     val_keys: set[bytes] = set()
-    train_bytes, overlap = 0, []
+    train_bytes = 0
+    overlap: list[str] = []
     for document in tqdm(read_corpus(args), desc="checking", unit="document", disable=None):
         if document.split == "val":
             val_keys.add(document.key)
@@ -578,27 +744,33 @@ def survey(args: argparse.Namespace) -> tuple[set[bytes], int]:
         else:
             train_bytes += len(document.text.encode())
     if not val_keys:
-        raise UsageError(
-            "no document fell to validation; raise --val-fraction or name files with --val"
-        )
+        text = "no document fell to validation; raise --val-fraction or name files with --val"
+        raise UsageError(text)
     if overlap and not args.drop_overlap:
-        line = f"is in the validation set, like {len(overlap)} training documents in all"
-        raise UsageError(f"{overlap[0]} {line}; --drop-overlap leaves them out of training")
+        text = f"is in the validation set, like {len(overlap)} training documents in all"
+        raise UsageError(f"{overlap[0]} {text}; --drop-overlap leaves them out of training")
     if overlap:
         print(f"train: {len(overlap)} documents left out because they are in the validation set")
-    return val_keys, train_bytes
+    return Survey(val_keys, train_bytes)
 
 
-def run_text(args: argparse.Namespace) -> None:
-    """Documents from your own files, with a tokenizer you give or one trained on the training documents."""
-    if not 0 < args.val_fraction < 1:
-        raise UsageError(f"--val-fraction {args.val_fraction:g}: must lie between 0 and 1")
-    model = args.tokenizer.read_bytes() if args.tokenizer else b""
-    vocab_size = (
-        load_tokenizer(model, args.tokenizer).vocab_size() if args.tokenizer else args.vocab_size
-    )
-    dataset = f"{args.name}_sp{vocab_size}"
-    files = [[file_sha256(path) for path in paths] for paths in (args.files, args.val)]
+def texts_of(
+    args: argparse.Namespace, split: str, val_keys: set[bytes], share: float = 1.0
+) -> Iterator[str]:
+    """Yields the texts of a split, or about a share of them; no training text that validation
+    holds.
+    """
+    for document in read_corpus(args):
+        is_overlap = split == "train" and document.key in val_keys
+        if document.split == split and not is_overlap and fraction(document.key[8:]) < share:
+            yield document.text
+
+
+def text_inputs(args: argparse.Namespace, model: bytes, vocab_size: int) -> str:
+    """A hash of everything that decides the content of a data set made from files."""
+    files = []
+    for paths in (args.files, args.val):
+        files.append([file_sha256(path) for path in paths])
     options = [
         args.key,
         args.seed,
@@ -607,81 +779,103 @@ def run_text(args: argparse.Namespace) -> None:
         args.val_fraction,
         vocab_size,
     ]
-    inputs = inputs_digest(files, options, hashlib.sha256(model).hexdigest())
+    return inputs_digest(files, options, sha256(model))
+
+
+def describe_files(args: argparse.Namespace) -> str:
+    """The manifest's sentence on the input files."""
+    train = ", ".join(path.name for path in args.files)
+    val = ", ".join(path.name for path in args.val)
+    if not val:
+        val = f"{args.val_fraction:g} of the documents, by hash"
+    return f"text of {train}; validation: {val}"
+
+
+def run_text(args: argparse.Namespace) -> None:
+    """Documents from your own files, with a tokenizer you give or one trained on the training
+    documents.
+    """
+    if not 0 < args.val_fraction < 1:
+        raise UsageError(f"--val-fraction {args.val_fraction:g}: must lie between 0 and 1")
+    model = b""
+    vocab_size = args.vocab_size
+    if args.tokenizer:
+        model = args.tokenizer.read_bytes()
+        vocab_size = load_tokenizer(model, args.tokenizer).vocab_size()
+    dataset = f"{args.name}_sp{vocab_size}"
+    inputs = text_inputs(args, model, vocab_size)
     if is_prepared(args, dataset, inputs):
         return
-    val_keys, train_bytes = survey(args)
-
-    def texts(split: str, share: float = 1.0) -> Iterator[str]:
-        for document in read_corpus(args):
-            wanted = document.split == split and (split == "val" or document.key not in val_keys)
-            if wanted and fraction(document.key[8:]) < share:
-                yield document.text
-
+    found = survey(args)
     if not args.tokenizer:
-        model = train_tokenizer(
-            texts("train", TOKENIZER_SAMPLE_BYTES / max(train_bytes, 1)), vocab_size
-        )
-    names = [", ".join(path.name for path in paths) for paths in (args.files, args.val)]
-    source = f"text of {names[0]}; validation: {names[1] or f'{args.val_fraction:g} of the documents, by hash'}"
-    tokenizer_file = args.tokenizer.name if args.tokenizer else f"{dataset}.model"
-    lossless = not args.tokenizer
+        share = TOKENIZER_SAMPLE_BYTES / max(found.train_bytes, 1)
+        model = train_tokenizer(texts_of(args, "train", found.val_keys, share), vocab_size)
     target = Target(
-        args.data_dir, dataset, source, inputs, model, tokenizer_file, lossless, args.shard_tokens
+        data_dir=args.data_dir,
+        dataset=dataset,
+        source=describe_files(args),
+        inputs=inputs,
+        model=model,
+        tokenizer_file=args.tokenizer.name if args.tokenizer else f"{dataset}.model",
+        lossless=not args.tokenizer,
+        shard_tokens=args.shard_tokens,
     )
-    write_dataset(target, {"train": texts("train"), "val": texts("val")}, args.force)
+    splits = {split: texts_of(args, split, found.val_keys) for split in ("train", "val")}
+    write_dataset(target, splits, args.force)
 
 
-# ---- fineweb: the published contest shards --------------------------------------------------------------------------
-
-
+# === fineweb: the published contest shards ========================================================
 class Hub:
-    """One commit of a dataset repository on the hub that HF_ENDPOINT names. Every failure becomes a UsageError."""
+    """One commit of a dataset repository on the hub that HF_ENDPOINT names. Every failure becomes a
+    UsageError.
+    """
 
     def __init__(self, repo: str, revision: str, staging: Path) -> None:
+        """Asks for the commit of a revision. Downloads go to `staging` first."""
         try:
             import huggingface_hub
             from huggingface_hub.errors import HfHubHTTPError
         except ImportError:
             raise UsageError("fineweb needs the huggingface_hub package") from None
-        self.failures = (
-            OSError,
-            ValueError,
-            *HfHubHTTPError.__bases__,
-        )  # its bases hold the HTTP library's error
-        self.repo, self.staging = repo, staging
-        self.api, self.hf_hub_download = huggingface_hub.HfApi(), huggingface_hub.hf_hub_download
+        # The bases of the hub's own error hold the HTTP library's error.
+        self.failures = (OSError, ValueError, *HfHubHTTPError.__bases__)
+        self.repo = repo
+        self.staging = staging
+        self.api = huggingface_hub.HfApi()
+        self.hf_hub_download = huggingface_hub.hf_hub_download
         self.published: dict[str, Any] = {}  # path -> size and checksum
         self.commit = self.call(self.api.dataset_info, repo, revision=revision).sha
 
     def call(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        """Calls the hub's client. Raises UsageError for whatever fails there."""
         try:
             return function(*args, **options)
         except self.failures as error:
-            raise UsageError(
-                f"{self.repo}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            ) from None
+            reason = " ".join(str(error).split())[:300]
+            raise UsageError(f"{self.repo}: {type(error).__name__}: {reason}") from None
 
     def look_up(self, paths: list[str]) -> None:
-        """Asks for size and checksum of each path; raises UsageError if one is not in the repository."""
+        """Asks for size and checksum of each path. Raises UsageError if one is missing there."""
         infos = self.call(
             self.api.get_paths_info, self.repo, paths, repo_type="dataset", revision=self.commit
         )
-        self.published |= {info.path: info for info in infos}
-        if missing := [path for path in paths if path not in self.published]:
-            raise UsageError(f"{self.repo} has no {missing[0]}")
+        for info in infos:
+            self.published[info.path] = info
+        for path in paths:
+            if path not in self.published:
+                raise UsageError(f"{self.repo} has no {path}")
 
     def problem(self, remote: str, path: Path) -> str:
         """What is wrong with a local copy of a published file, or an empty string."""
         info = self.published[remote]
-        if path.stat().st_size != info.size:
-            return f"{path.stat().st_size} bytes instead of {info.size}"
-        if info.lfs and file_sha256(path) != info.lfs.sha256:
-            return f"SHA-256 is not the published {info.lfs.sha256}"
-        if not info.lfs:  # a small file, known by its git hash
-            git_hash = hashlib.sha1(b"blob %d\0" % info.size + path.read_bytes()).hexdigest()
-            if git_hash != info.blob_id:
-                return f"git hash is not the published {info.blob_id}"
+        size = path.stat().st_size
+        if size != info.size:
+            return f"{size} bytes instead of {info.size}"
+        if info.lfs:
+            if file_sha256(path) != info.lfs.sha256:
+                return f"SHA-256 is not the published {info.lfs.sha256}"
+        elif git_hash(path) != info.blob_id:  # a small file is known by its git hash
+            return f"git hash is not the published {info.blob_id}"
         if path.suffix == ".bin":
             try:
                 read_shard(path)
@@ -690,7 +884,10 @@ class Hub:
         return ""
 
     def fetch(self, remote: str, local: Path) -> None:
-        """Puts a published file at `local` unless an intact copy is there. Raises UsageError if it arrives damaged."""
+        """Puts a published file at `local` unless an intact copy is there.
+
+        Raises UsageError if it arrives damaged.
+        """
         if local.is_file() and not self.problem(remote, local):
             return
         options = dict(repo_type="dataset", revision=self.commit, local_dir=self.staging)
@@ -702,203 +899,230 @@ class Hub:
         arrived.replace(local)
 
 
-def published_export(path: Path, dataset: str) -> tuple[dict[str, Any], str]:
-    """From the publisher's manifest: the statistics of a dataset and the path of its tokenizer model."""
+def git_hash(path: Path) -> str:
+    """The id of a file's content in git."""
+    content = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+class PublishedExport(NamedTuple):
+    """What the publisher's manifest says about a data set."""
+
+    num_train_files: int
+    num_val_files: int
+    stats: dict[str, Any]  # may hold tokens_val and docs_val
+    tokenizer: str  # path of the model in the repository
+
+
+def published_export(path: Path, dataset: str) -> PublishedExport:
+    """Reads the publisher's manifest. Raises UsageError if it does not describe the data set."""
     try:
         manifest = json.loads(path.read_text())
         entry = next(item for item in manifest["datasets"] if item["name"] == dataset)
-        tokenizer = next(
-            item for item in manifest["tokenizers"] if item["name"] == entry["tokenizer_name"]
+        wanted = entry["tokenizer_name"]
+        tokenizer = next(item for item in manifest["tokenizers"] if item["name"] == wanted)
+        stats = entry["stats"]
+        return PublishedExport(
+            num_train_files=int(stats["files_train"]),
+            num_val_files=int(stats["files_val"]),
+            stats=stats,
+            tokenizer=tokenizer["model_path"],
         )
-        return entry["stats"] | {
-            key: int(entry["stats"][key]) for key in ("files_train", "files_val")
-        }, tokenizer["model_path"]
     except (ValueError, KeyError, TypeError, StopIteration):
-        raise UsageError(
-            f"the published manifest.json does not describe {dataset} and its tokenizer"
-        ) from None
+        text = f"the published manifest.json does not describe {dataset} and its tokenizer"
+        raise UsageError(text) from None
 
 
-def count_shards(paths: list[Path], sp: spm.SentencePieceProcessor) -> dict[str, Any]:
-    """Manifest entry of a split that is already in shards: documents by BOS, bytes by the byte table."""
-    table, bos = ByteTable.from_sentencepiece(sp), sp.bos_id()
-    entry: dict[str, Any] = {
-        "documents": 0,
-        "tokens": 0,
-        "bytes": 0,
-        "gzip_bytes": None,
-        "files": [],
-    }
-    previous = np.empty(
-        0, dtype=np.uint16
-    )  # the token before a chunk decides whether a leading space counts
+def count_shards(paths: list[Path], sp: spm.SentencePieceProcessor) -> SplitEntry:
+    """Manifest entry of a split that is already in shards: documents by BOS, bytes by the byte
+    table.
+    """
+    table = ByteTable.from_sentencepiece(sp)
+    entry = SplitEntry()
+    # The token before a chunk decides whether a leading space counts.
+    previous = np.empty(0, dtype=np.uint16)
     for path in tqdm(paths, desc="counting", unit="shard", disable=None):
         shard = read_shard(path)
         for start in range(0, len(shard), COUNT_TOKENS):
             chunk = np.asarray(shard[start : start + COUNT_TOKENS])
-            entry["documents"] += int(np.count_nonzero(chunk == bos))
-            entry["bytes"] += table.count(np.concatenate([previous, chunk]))
+            entry.documents += int(np.count_nonzero(chunk == sp.bos_id()))
+            entry.bytes += table.count(np.concatenate([previous, chunk]))
             previous = chunk[-1:]
-        entry["tokens"] += len(shard)
-        entry["files"].append(
-            {"name": path.name, "tokens": len(shard), "sha256": file_sha256(path)}
-        )
+        entry.add_file(path, len(shard))
     return entry
 
 
+def default_repository(variant: str) -> str:
+    """Where the shards of a vocabulary are published."""
+    if variant == "sp1024":
+        return "willdepueoai/parameter-golf"
+    return "kevclark/parameter-golf"
+
+
+def check_published_totals(folder: Path, val: SplitEntry, stats: dict[str, Any]) -> None:
+    """Raises UsageError if the validation split is not as large as the publisher says."""
+    counted = {"tokens_val": val.tokens, "docs_val": val.documents}
+    for key, value in counted.items():
+        if stats.get(key, value) != value:
+            text = f"{key} is {value}, the published manifest says {stats[key]}"
+            raise UsageError(f"{folder}: {text}")
+
+
 def run_fineweb(args: argparse.Namespace) -> None:
-    """The published contest shards: downloads what is missing, checks every file, writes the manifest."""
+    """The published contest shards: downloads what is missing, checks every file, writes the
+    manifest.
+    """
     dataset = f"{args.name}_{args.variant}"
-    folder, tokenizers = args.data_dir / "datasets" / dataset, args.data_dir / "tokenizers"
-    staging = folder.with_name(
-        f".{dataset}.part"
-    )  # kept after a failure, so that a download can go on
-    default_repo = (
-        "willdepueoai/parameter-golf" if args.variant == "sp1024" else "kevclark/parameter-golf"
-    )
-    hub = Hub(args.repo or default_repo, args.revision, staging)
+    folder = args.data_dir / "datasets" / dataset
+    staging = folder.with_name(f".{dataset}.part")  # stays after a failure, so a download can go on
+    hub = Hub(args.repo or default_repository(args.variant), args.revision, staging)
     hub.look_up([f"{args.root}/manifest.json"])
     hub.fetch(f"{args.root}/manifest.json", staging / "published.json")
-    stats, model_path = published_export(staging / "published.json", dataset)
-    if args.train_shards > stats["files_train"]:
-        raise UsageError(
-            f"--train-shards {args.train_shards}: {hub.repo} has {stats['files_train']} of {dataset}"
-        )
-    names = [f"fineweb_val_{i:06d}.bin" for i in range(stats["files_val"])]
+    export = published_export(staging / "published.json", dataset)
+    if args.train_shards > export.num_train_files:
+        available = f"{hub.repo} has {export.num_train_files} of {dataset}"
+        raise UsageError(f"--train-shards {args.train_shards}: {available}")
+
+    names = [f"fineweb_val_{i:06d}.bin" for i in range(export.num_val_files)]
     names += [f"fineweb_train_{i:06d}.bin" for i in range(args.train_shards)]
-    files = {f"{args.root}/{model_path}": tokenizers / Path(model_path).name}
-    files |= {f"{args.root}/datasets/{dataset}/{name}": folder / name for name in names}
+    tokenizer = args.data_dir / "tokenizers" / Path(export.tokenizer).name
+    files = {f"{args.root}/{export.tokenizer}": tokenizer}
+    for name in names:
+        files[f"{args.root}/datasets/{dataset}/{name}"] = folder / name
     hub.look_up(list(files))
     for remote, local in tqdm(files.items(), desc="downloading", unit="file", disable=None):
         hub.fetch(remote, local)
-    model = (tokenizers / Path(model_path).name).read_bytes()
-    sp = load_tokenizer(model, model_path)
-    splits = {
-        split: count_shards(sorted(folder.glob(f"fineweb_{split}_*.bin")), sp)
-        for split in ("train", "val")
-    }
-    for key, value in (
-        ("tokens_val", splits["val"]["tokens"]),
-        ("docs_val", splits["val"]["documents"]),
-    ):
-        if stats.get(key, value) != value:
-            raise UsageError(
-                f"{folder}: {key} is {value}, the published manifest says {stats[key]}"
-            )
-    source = f"{dataset} as published by {hub.repo} at commit {hub.commit}"
+
+    model = tokenizer.read_bytes()
+    sp = load_tokenizer(model, export.tokenizer)
+    splits = {}
+    for split in ("train", "val"):
+        splits[split] = count_shards(sorted(folder.glob(f"fineweb_{split}_*.bin")), sp)
+    check_published_totals(folder, splits["val"], export.stats)
     target = Target(
-        args.data_dir, dataset, source, hub.commit, model, Path(model_path).name, False, 0
+        data_dir=args.data_dir,
+        dataset=dataset,
+        source=f"{dataset} as published by {hub.repo} at commit {hub.commit}",
+        inputs=hub.commit,
+        model=model,
+        tokenizer_file=tokenizer.name,
+        lossless=False,
+        shard_tokens=0,
     )
     write_manifest(target, folder, splits)
     shutil.rmtree(staging)
 
 
-# ---- Command line ---------------------------------------------------------------------------------------------------
-
-
+# === Command line =================================================================================
 def positive(text: str) -> int:
-    if (value := int(text)) < 1:
+    """An argument that must be a whole number above 0."""
+    value = int(text)
+    if value < 1:
         raise ValueError(text)
     return value
 
 
+def add_command(
+    commands: Any, run: Callable[[argparse.Namespace], None], name: str, dataset: str
+) -> argparse.ArgumentParser:
+    """A subcommand that runs `run`, with the options that all of them have; its help is run's
+    docstring.
+    """
+    command = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
+    command.set_defaults(run=run)
+    add = command.add_argument
+    data_dir_help = "root of the layout (default ./data)"
+    add("--data-dir", type=Path, default=Path("data"), help=data_dir_help)
+    name_help = f"first part of the dataset's name (default {dataset})"
+    add("--name", default=dataset, help=name_help)
+    return command
+
+
+def add_encoding_options(command: Any, vocabulary: Any) -> None:
+    """Options of the commands that encode text; `vocabulary` is the command or a group in it."""
+    vocab_help = "pieces of a new tokenizer (default 1024)"
+    vocabulary.add_argument("--vocab-size", type=positive, default=1024, help=vocab_help)
+    add = command.add_argument
+    add("--seed", type=int, default=0, help="decides what is held out (default 0)")
+    shard_help = "tokens a shard (default 100 M)"
+    add("--shard-tokens", type=positive, default=100_000_000, help=shard_help)
+    add("--force", action="store_true", help="replace a dataset that is already there")
+
+
+def add_pydocs(commands: Any) -> None:
+    """Describes `prepare_data.py pydocs`."""
+    command = add_command(commands, run_pydocs, "pydocs", "pydocs")
+    packages = ["numpy", "torch"]
+    about = "installed packages to read beside the standard library (default numpy torch)"
+    command.add_argument("--packages", nargs="*", default=packages, metavar="PACKAGE", help=about)
+    add_encoding_options(command, command)
+
+
+def add_text(commands: Any) -> None:
+    """Describes `prepare_data.py text`."""
+    command = add_command(commands, run_text, "text", "corpus")
+    add = command.add_argument
+    kinds = ".jsonl, .jsonl.zst or .jsonl.gz (one object a line)"
+    kinds += " or .txt (the whole file is one document)"
+    add("files", nargs="+", type=Path, metavar="FILE", help=f"training documents: {kinds}")
+    key_help = "key of the JSON objects that holds the text (default text)"
+    add("--key", default="text", help=key_help)
+    overlap_help = "leave validation documents out of training"
+    add("--drop-overlap", action="store_true", help=overlap_help)
+
+    pieces = command.add_mutually_exclusive_group()
+    tokenizer_help = "use this SentencePiece model, train none"
+    pieces.add_argument("--tokenizer", type=Path, metavar="MODEL", help=tokenizer_help)
+    validation = command.add_mutually_exclusive_group()
+    val_help = "validation documents"
+    validation.add_argument(
+        "--val", nargs="+", type=Path, default=[], metavar="FILE", help=val_help
+    )
+    fraction_help = "or the share to hold out (default 0.01)"
+    validation.add_argument("--val-fraction", type=float, default=0.01, help=fraction_help)
+    add_encoding_options(command, pieces)
+
+
+def add_fineweb(commands: Any) -> None:
+    """Describes `prepare_data.py fineweb`."""
+    command = add_command(commands, run_fineweb, "fineweb", "fineweb10B")
+    add = command.add_argument
+    variant_help = "vocabulary: sp1024, sp8192 ... (default sp8192)"
+    add("--variant", default="sp8192", help=variant_help)
+    shards_help = "100 M tokens each (default 80)"
+    add("--train-shards", type=positive, default=80, help=shards_help)
+    repo_help = "dataset repository (default kevclark/ or, sp1024, willdepueoai/parameter-golf)"
+    add("--repo", help=repo_help)
+    add("--revision", default="main", help="branch, tag or commit (default main)")
+    root_help = "folder of the export in the repository (default datasets)"
+    add("--root", default="datasets", help=root_help)
+
+
 def build_parser() -> argparse.ArgumentParser:
+    """The command line: a subcommand per source, and the doctor."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    def command(
-        run: Callable[[argparse.Namespace], None], name: str, dataset: str
-    ) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
-        sub.set_defaults(run=run)
-        sub.add_argument(
-            "--data-dir",
-            type=Path,
-            default=Path("data"),
-            help="root of the layout (default ./data)",
-        )
-        sub.add_argument(
-            "--name", default=dataset, help=f"first part of the dataset's name (default {dataset})"
-        )
-        return sub
-
-    pydocs, text = command(run_pydocs, "pydocs", "pydocs"), command(run_text, "text", "corpus")
-    packages = "installed packages to read beside the standard library (default numpy torch)"
-    pydocs.add_argument(
-        "--packages", nargs="*", default=["numpy", "torch"], metavar="PACKAGE", help=packages
-    )
-    kinds = ".jsonl, .jsonl.zst or .jsonl.gz (one object a line) or .txt (the whole file is one document)"
-    text.add_argument(
-        "files", nargs="+", type=Path, metavar="FILE", help=f"training documents: {kinds}"
-    )
-    text.add_argument(
-        "--key", default="text", help="key of the JSON objects that holds the text (default text)"
-    )
-    text.add_argument(
-        "--drop-overlap", action="store_true", help="leave validation documents out of training"
-    )
-    pieces, group = text.add_mutually_exclusive_group(), text.add_mutually_exclusive_group()
-    pieces.add_argument(
-        "--tokenizer", type=Path, metavar="MODEL", help="use this SentencePiece model, train none"
-    )
-    group.add_argument(
-        "--val", nargs="+", type=Path, default=[], metavar="FILE", help="validation documents"
-    )
-    group.add_argument(
-        "--val-fraction", type=float, default=0.01, help="or the share to hold out (default 0.01)"
-    )
-    for sub, vocabulary in ((pydocs, pydocs), (text, pieces)):
-        vocabulary.add_argument(
-            "--vocab-size",
-            type=positive,
-            default=1024,
-            help="pieces of a new tokenizer (default 1024)",
-        )
-        sub.add_argument("--seed", type=int, default=0, help="decides what is held out (default 0)")
-        sub.add_argument(
-            "--shard-tokens",
-            type=positive,
-            default=100_000_000,
-            help="tokens a shard (default 100 M)",
-        )
-        sub.add_argument(
-            "--force", action="store_true", help="replace a dataset that is already there"
-        )
-
-    fineweb = command(run_fineweb, "fineweb", "fineweb10B")
-    fineweb.add_argument(
-        "--variant", default="sp8192", help="vocabulary: sp1024, sp8192 ... (default sp8192)"
-    )
-    fineweb.add_argument(
-        "--train-shards", type=positive, default=80, help="100 M tokens each (default 80)"
-    )
-    fineweb.add_argument(
-        "--repo",
-        help="dataset repository (default kevclark/ or, sp1024, willdepueoai/parameter-golf)",
-    )
-    fineweb.add_argument("--revision", default="main", help="branch, tag or commit (default main)")
-    fineweb.add_argument(
-        "--root",
-        default="datasets",
-        help="folder of the export in the repository (default datasets)",
-    )
-
-    sub = commands.add_parser("doctor", help=doctor.__doc__.partition(":")[0])
-    sub.set_defaults(run=doctor.run)
-    doctor.add_arguments(sub)
+    add_pydocs(commands)
+    add_text(commands)
+    add_fineweb(commands)
+    command = commands.add_parser("doctor", help=doctor.__doc__.partition(":")[0])
+    command.set_defaults(run=doctor.run)
+    doctor.add_arguments(command)
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status: 0 done, 1 the doctor found an error, 2 wrong input, told in one line on stderr."""
+    """Returns the exit status: 0 done, 1 the doctor found an error, 2 wrong input, told in one line
+    on stderr.
+    """
     args = build_parser().parse_args(argv)
     try:
-        if "/" in (name := getattr(args, "name", "")):  # the doctor has none
-            raise UsageError(
-                f"--name {name}: must be a name; --data-dir says where the data set goes"
-            )
+        name = getattr(args, "name", "")  # the doctor has none
+        if "/" in name:
+            text = "must be a name; --data-dir says where the data set goes"
+            raise UsageError(f"--name {name}: {text}")
         return args.run(args) or 0
     except UsageError as error:
         print(f"prepare_data.py: {error}", file=sys.stderr)

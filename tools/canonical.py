@@ -1,0 +1,69 @@
+"""The field's validation sets in numbers: the one home of such totals for every program in tools/.
+
+A score's denominator is the number of bytes of the validation text. Whoever counts a wrong one gets
+a better val_bpb for nothing, so report.py, audit.py and doctor.py compare with the totals here.
+train_gpt.py must run alone and therefore holds DOCUMENTS, SP8192_TOKENS and TEXT_BYTES once more;
+tests/test_report.py shows that both agree.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class ValidationSet(NamedTuple):
+    """A published validation set as a run scores it."""
+
+    name: str  # the data set is called fineweb10B_NAME
+    targets: int  # tokens that are scored
+    text_bytes: int  # bytes that these targets decode to
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes of text per scored token."""
+        return self.text_bytes / self.targets
+
+
+# The published FineWeb validation set holds 50,000 documents of 151,080,891 bytes. With the sp8192
+# tokenizer they are 40,540,803 tokens; the first is never a target.
+DOCUMENTS = 50_000
+TEXT_BYTES = 151_080_891
+SP8192_TOKENS = 40_540_803
+
+# Counted over the public logs, in which long windows drop a tail of at most 2,048 tokens.
+PUBLISHED_SETS = (
+    ValidationSet("sp1024", 62_021_632, 151_080_363),
+    ValidationSet("sp4096", 45_508_608, 151_074_053),
+    ValidationSet("sp8192", 40_540_160, 151_078_222),
+    ValidationSet("sp8192 CaseOps", 47_851_520, 151_074_499),
+    ValidationSet("byte260", 151_130_112, 151_080_114),
+    ValidationSet("sp1024, first split", 63_779_840, 155_769_746),
+)
+
+# The same text to its last token, as this repository's script scores it.
+COMPLETE_SP8192 = ValidationSet("sp8192, all", SP8192_TOKENS - 1, TEXT_BYTES)
+
+# Fewest and most tokens that a complete set may have. Only the count for sp8192 is known exactly;
+# the others are known from scored totals, which leave out a last part of at most 2,048 tokens.
+TOKEN_RANGES = {
+    "sp1024": (62_021_632, 62_023_681),
+    "sp4096": (45_508_608, 45_510_657),
+    "sp8192": (SP8192_TOKENS, SP8192_TOKENS),
+}
+
+# The split of the first baseline was withdrawn: no score on it counts.
+WITHDRAWN_TARGETS = 63_779_840
+WITHDRAWN_TOKENS = range(WITHDRAWN_TARGETS, WITHDRAWN_TARGETS + 2049)
+
+# Share of the bytes that a denominator may be off. Dropped tails make 4e-5 at the usual window
+# lengths; the smallest known fault makes 1e-2.
+BYTES_TOLERANCE = 1e-4
+
+# Share of the tokens that may be missing, or more, where a set still counts as the published one.
+TOKENS_TOLERANCE = 1e-3
+
+
+def nearest_set(targets: int, sets: tuple[ValidationSet, ...] = PUBLISHED_SETS) -> ValidationSet:
+    """The set whose number of targets is nearest."""
+    distances = [abs(known.targets - targets) for known in sets]
+    return sets[distances.index(min(distances))]

@@ -1,0 +1,296 @@
+"""What several runs may claim together: one code, one configuration, one text, true denominators.
+
+A claim is a set of runs that differ in their seed alone. `check_claim` refuses any other set,
+`score_problems` finds scores whose bytes cannot be right, and `check_texts` refuses to compare
+scores of different validation texts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+from canonical import BYTES_TOLERANCE, PUBLISHED_SETS, TOKENS_TOLERANCE, ValidationSet
+from runlog import (
+    LogError,
+    Run,
+    Score,
+    implied_bytes_per_token,
+    read_run,
+    rounding_of_implied_bytes,
+)
+
+from train_gpt import LIMIT_BYTES, UsageError
+
+# Settings that say where and which, not what: they may differ between the seeds of one claim.
+NOT_OF_THE_CLAIM = {
+    "seed",
+    "run_id",
+    "logfile",
+    "artifact_dir",
+    "model_path",
+    "quantized_model_path",
+    "ttt_output_dir",
+    "tensorboard_dir",
+    "checkpoint_every",
+    "rank",
+    "local_rank",
+    "is_main_process",
+    "eval_only_path",
+    "data_dir",
+}
+
+
+# === Which runs there are =========================================================================
+
+
+class FinishedRuns(NamedTuple):
+    """The runs of some logs, and why other logs were left out."""
+
+    runs: list[Run]
+    left_out: list[str]
+
+
+def read_finished(paths: list[Path]) -> FinishedRuns:
+    """Reads logs, leaving out those of no finished run. Raises UsageError if that leaves none."""
+    runs = []
+    left_out = []
+    for path in paths:
+        try:
+            runs.append(read_run(path))
+        except LogError as error:
+            left_out.append(f"{path}: {error}")
+    if left_out and not runs:
+        raise UsageError(left_out[0])
+    return FinishedRuns(runs, left_out)
+
+
+# === One claim ====================================================================================
+
+
+def differences(runs: list[Run]) -> dict[str, list[str]]:
+    """Name -> each run's value, for every fact and setting that is not the same in all runs."""
+    names: dict[str, None] = {}
+    for run in runs:
+        names |= dict.fromkeys(run.facts) | dict.fromkeys(run.config)
+    differing = {}
+    for name in names:
+        values = [comparable_value(run, name) for run in runs]
+        if name not in NOT_OF_THE_CLAIM and len(set(values)) > 1:
+            differing[name] = values
+    return differing
+
+
+def comparable_value(run: Run, name: str) -> str:
+    """A fact or setting as text: numbers in one form, hashes cut short, paths without folders."""
+    text = str(run.facts.get(name, run.config.get(name, "-")))
+    if "sha256" in name:
+        return text[:12]
+    with contextlib.suppress(ValueError):
+        return format(float(text), ".12g")
+    return Path(text).name if "/" in text and name != "code_size" else text
+
+
+def check_claim(runs: list[Run], mixed: bool) -> dict[str, list[str]]:
+    """Raises UsageError unless the runs are seeds of one claim, each seed once.
+
+    With `mixed` takes them all the same, except a log that is given twice, and names each run's
+    group by the values that differ. Returns the differences.
+    """
+    refuse_equal_logs(runs)
+    differing = differences(runs)
+    if differing and not mixed:
+        shown = (
+            f"{name}: {', '.join(dict.fromkeys(values))}" for name, values in differing.items()
+        )
+        raise UsageError(
+            f"not seeds of one claim, {runs[0].path} and others: {'; '.join(shown)}; "
+            "--mixed takes them all the same"
+        )
+    if not mixed:
+        refuse_repeated_seeds(runs)
+    for i, run in enumerate(runs):
+        words = []
+        for name, values in differing.items():
+            shown_name = name.upper() if name in run.config else name
+            words.append(f"{shown_name}={values[i]}")
+        run.group = " ".join(words)
+    return differing
+
+
+def refuse_equal_logs(runs: list[Run]) -> None:
+    """Raises UsageError if a log is given twice, which would count one run as two."""
+    path_of_digest: dict[str, Path] = {}
+    for run in runs:
+        digest = hashlib.sha256(run.path.read_bytes()).hexdigest()
+        if digest in path_of_digest:
+            raise UsageError(f"{run.path}: is the same log as {path_of_digest[digest]}")
+        path_of_digest[digest] = run.path
+
+
+def refuse_repeated_seeds(runs: list[Run]) -> None:
+    """Raises UsageError if two logs are of one seed."""
+    seeds = [run.seed for run in runs if run.seed is not None]
+    for seed in seeds:
+        if seeds.count(seed) > 1:
+            paths = ", ".join(str(run.path) for run in runs if run.seed == seed)
+            raise UsageError(
+                f"seed {seed}: is in more than one log ({paths}); --mixed takes them all the same"
+            )
+
+
+def broken_limits(run: Run) -> list[str]:
+    """Which limits of time and bytes the run broke, in words."""
+    broken = []
+    for budget, limit in run.limits.items():
+        seconds = run.budget_seconds(budget) or 0
+        if 0 < limit < seconds:
+            broken.append(f"{budget} {seconds:.1f} s of {limit:g}")
+    size = run.sizes.get("artifact_bytes", 0)
+    if size > LIMIT_BYTES:
+        broken.append(f"{size:,} bytes of {LIMIT_BYTES:,}")
+    return broken
+
+
+# === The denominator of a score ===================================================================
+
+
+class Denominator(NamedTuple):
+    """The bytes per token that a score implies, and those it should."""
+
+    implied: float
+    expected: float  # nan where no set is known
+    source: str  # whose figure `expected` is
+
+    @property
+    def ratio(self) -> float:
+        """Implied over expected bytes."""
+        return self.implied / self.expected
+
+
+def denominator(run: Run, score: Score) -> Denominator:
+    """Compares what loss and bpb imply with the published set of the run, or with its own bytes.
+
+    A published set is known by its number of tokens or else by its name. It counts by its own
+    number of tokens or by the run's, whichever fits better: some logs drop a tail, and some
+    tokenise a little differently.
+    """
+    implied = implied_bytes_per_token(score)
+    targets = run.sizes.get("val_tokens")
+    same_size = [known for known in PUBLISHED_SETS if targets and has_size(known, targets)]
+    same_name = [known for known in PUBLISHED_SETS if is_named(known, run.facts.get("dataset"))]
+    if same_size:
+        known = same_size[0]
+        expected = nearest([known.bytes_per_token, known.text_bytes / targets], implied)
+        return Denominator(implied, expected, f"canonical {known.name}")
+    if same_name:
+        known = same_name[0]
+        return Denominator(implied, known.bytes_per_token, f"canonical {known.name}")
+    if targets and run.sizes.get("val_bytes"):
+        expected = run.sizes["val_bytes"] / targets
+        return Denominator(implied, expected, "the run's own val_bytes")
+
+    off = [abs(known.bytes_per_token / implied - 1) for known in PUBLISHED_SETS]
+    known = PUBLISHED_SETS[off.index(min(off))]
+    if min(off) < BYTES_TOLERANCE:
+        return Denominator(implied, known.bytes_per_token, f"canonical {known.name}")
+    return Denominator(implied, math.nan, "no known set")
+
+
+def has_size(known: ValidationSet, targets: int) -> bool:
+    """Whether so many scored tokens are those of a published set, a lost tail aside."""
+    return abs(targets / known.targets - 1) < TOKENS_TOLERANCE
+
+
+def is_named(known: ValidationSet, dataset: str | None) -> bool:
+    """Whether a data set has the name of a published one."""
+    return dataset == f"fineweb10B_{known.name}"
+
+
+def nearest(candidates: list[float], value: float) -> float:
+    """The candidate that is nearest to a value."""
+    distances = [abs(candidate - value) for candidate in candidates]
+    return candidates[distances.index(min(distances))]
+
+
+def score_problems(run: Run) -> list[str]:
+    """What is wrong with the denominators of the run's scores; empty if nothing is."""
+    problems = []
+    for score in run.scores:
+        bytes_ = denominator(run, score)
+        tolerance = BYTES_TOLERANCE + rounding_of_implied_bytes(score)
+        if abs(bytes_.ratio - 1) > tolerance:
+            problems.append(
+                f"{score.label}: implies {bytes_.implied:.5f} bytes a token, "
+                f"x{bytes_.ratio:.4f} of {bytes_.source}, {bytes_.expected:.5f}"
+            )
+
+    targets = run.sizes.get("val_tokens")
+    dataset = str(run.facts.get("dataset", ""))
+    complete = next((known for known in PUBLISHED_SETS if is_named(known, dataset)), None)
+    if complete and targets and targets < complete.targets * (1 - TOKENS_TOLERANCE):
+        share = targets / complete.targets
+        problems.append(f"covers {targets:,} validation tokens, {share:.1%} of {dataset}")
+    if "val_bpb" in run.final and run.final["val_bpb"] != run.score.bpb:
+        problems.append(
+            f"final val_bpb {run.final['val_bpb']} is not that of the last score, {run.score.label}"
+        )
+    return problems
+
+
+# === One validation text ==========================================================================
+
+
+class ValidationText(NamedTuple):
+    """What a log tells about the text that was scored."""
+
+    path: Path
+    sha256: str  # of the tokens; "?" where the log does not say
+    dataset: str
+    num_bytes: float | None
+
+    def __str__(self) -> str:
+        size = f" of {self.num_bytes:,.0f} bytes" if self.num_bytes else ""
+        return f"{self.path} {self.dataset}{size}"
+
+
+def validation_text(run: Run) -> ValidationText:
+    """The text of the run's score."""
+    sha256 = str(run.facts.get("val_sha256", "?"))
+    return ValidationText(run.path, sha256, str(run.facts.get("dataset", "?")), text_bytes(run))
+
+
+def text_bytes(run: Run) -> float | None:
+    """Bytes of the validation text, as far as a log tells."""
+    bytes_ = denominator(run, run.score)
+    targets = run.sizes.get("val_tokens")
+    if targets:
+        per_token = bytes_.implied if math.isnan(bytes_.expected) else bytes_.expected
+        return run.sizes.get("val_bytes") or targets * per_token
+    for known in PUBLISHED_SETS:
+        if bytes_.source == f"canonical {known.name}":
+            return float(known.text_bytes)
+    return None
+
+
+def are_same_text(a: ValidationText, b: ValidationText) -> bool:
+    """Whether two texts are one.
+
+    They are told apart by their bytes, because tokenizers and lost tails change tokens only.
+    """
+    if a.sha256 == b.sha256 and a.sha256 != "?":
+        return True
+    if a.num_bytes and b.num_bytes:
+        return abs(a.num_bytes / b.num_bytes - 1) <= TOKENS_TOLERANCE
+    return a.dataset == b.dataset
+
+
+def check_texts(new: list[Run], old: list[Run]) -> None:
+    """Raises UsageError if a new and an old score are of different validation texts."""
+    for a, b in itertools.product(map(validation_text, new), map(validation_text, old)):
+        if not are_same_text(a, b):
+            raise UsageError(f"not comparable, scores of different validation texts: {a}, {b}")

@@ -1,0 +1,998 @@
+"""The tests of the audit, T0 to T20, and the properties of an evaluation that they show.
+
+A test is a function under `whole_run` or `each_evaluation`, which carry its number, its title and
+the properties. The first paragraph of its docstring is what tools/audit.py prints about it. All
+tests share a `Case`: the script, the artifact, a sample of validation documents, and whatever one
+test has computed for another.
+
+The conditions are those of issue #1017 of the challenge. Nothing is judged by reading code: every
+test looks at scores, states or files while the script's own evaluations run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import canonical
+import numpy as np
+import overlap
+import runlog
+import torch
+from case import Case, NotRun
+from digests import sha256
+from probe import BlindWatch, CannotObserve, Watch, join_positions, largest_difference
+
+CLOSE_NATS = 1e-3  # other shapes in fp32, and adaptation that enlarges their rounding
+MAX_LOG_E = math.log(1e6)  # honest scorers get there with probability 1e-6
+MAX_SUBMISSION_BYTES = 16_000_000
+MAX_BUDGET_SECONDS = 600
+EVIDENCE_LENGTH = 300  # characters of an error
+MAX_TRAIN_TOKENS = 400_000_000  # more are a job for the doctor, on all cores
+
+# The properties in the order in which they are reported.
+PROPERTIES = (
+    "repeatable",
+    "causal",
+    "normalised",
+    "score_first",
+    "single_pass",
+    "document_independent",
+    "lossless",
+    "self_contained",
+    "clean_data",
+    "within_budget",
+    "provenance",
+)
+
+
+# === Findings =====================================================================================
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """What a test has found."""
+
+    passed: bool | None  # None: not run, or not claimed
+    evidence: str
+    figures: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class Measured(NamedTuple):
+    """What a test has measured of one evaluation; it passes if `value` is at most `allowed`."""
+
+    value: float
+    allowed: float
+    evidence: str
+
+
+class NotClaimed(Exception):
+    """An evaluation does not claim a property; the message names the setting that says so."""
+
+
+# === Registration =================================================================================
+@dataclasses.dataclass(frozen=True)
+class LegalityTest:
+    """A test, as the command and its tables show it."""
+
+    number: int
+    title: str
+    properties: tuple[str, ...]
+    summary: str
+    run: Callable[[Case], Finding]
+
+    @property
+    def name(self) -> str:
+        """T and the number."""
+        return f"T{self.number}"
+
+
+TESTS: dict[str, LegalityTest] = {}
+
+
+def register(
+    number: int, title: str, properties: tuple[str, ...], run: Callable[[Case], Finding], doc: str
+) -> None:
+    """Enters a test; the first paragraph of `doc` is its summary."""
+    unknown = set(properties) - set(PROPERTIES)
+    assert not unknown, f"T{number}: no property is called {unknown}"
+    summary = " ".join(doc.split("\n\n")[0].split())
+    test = LegalityTest(number, title, properties, summary, run)
+    assert test.name not in TESTS, f"{test.name} is registered twice"
+    TESTS[test.name] = test
+
+
+def whole_run(number: int, title: str, *properties: str) -> Callable:
+    """Registers a function of a case that returns a Finding."""
+
+    def decorate(function: Callable[[Case], Finding]) -> Callable[[Case], Finding]:
+        register(number, title, properties, function, function.__doc__)
+        return function
+
+    return decorate
+
+
+def each_evaluation(
+    number: int, title: str, *properties: str, crossing_off: bool = False
+) -> Callable:
+    """Registers a function of a case and the name of an evaluation that returns what it Measured.
+
+    `crossing_off`: the function switches learning across documents off; the evidence says so.
+    """
+
+    def decorate(function: Callable[[Case, str], Measured]) -> Callable:
+        def run(case: Case) -> Finding:
+            finding = over_evaluations(case, function)
+            if crossing_off and case.subject.learns_across_documents:
+                text = "rates 0, because documents learn from earlier ones by declaration: "
+                return dataclasses.replace(finding, evidence=text + finding.evidence)
+            return finding
+
+        register(number, title, properties, run, function.__doc__)
+        return function
+
+    return decorate
+
+
+def over_evaluations(case: Case, measure: Callable[[Case, str], Measured]) -> Finding:
+    """Measures every evaluation of the run that claims the property."""
+    measured: dict[str, Measured] = {}
+    evidence = []
+    not_claimed = []
+    for name in case.subject.names:
+        try:
+            measured[name] = measure(case, name)
+            evidence.append(f"{name} {measured[name].evidence}")
+        except NotClaimed as setting:
+            not_claimed.append(f"{name} not claimed: {setting}")
+    passed = None
+    if measured:
+        passed = all(found.value <= found.allowed for found in measured.values())
+    figures = {name: found.value for name, found in measured.items()}
+    return Finding(passed, "; ".join(evidence + not_claimed), figures)
+
+
+# === Running them =================================================================================
+def run_tests(case: Case, names: list[str]) -> dict[str, Finding]:
+    """The findings of these tests, in their order. Whatever an evaluation under test raises is a
+    finding.
+    """
+    findings = {}
+    for name in names:
+        start = time.monotonic()
+        try:
+            finding = TESTS[name].run(case)
+        except (NotRun, CannotObserve) as reason:
+            finding = Finding(None, f"not run: {reason}")
+        except Exception as error:
+            finding = finding_of_error(case, error)
+        passed = None if finding.passed is None else bool(finding.passed)
+        figures = {**finding.figures, "seconds": round(time.monotonic() - start, 2)}
+        findings[name] = dataclasses.replace(finding, passed=passed, figures=figures)
+    return findings
+
+
+def finding_of_error(case: Case, error: Exception) -> Finding:
+    """The finding where an evaluation breaks off; the run's own refusals are noted."""
+    kind = type(error).__name__
+    text = f"{kind}: {error}"
+    if kind in ("UsageError", "InvalidScore"):
+        case.always_on.append(str(error))
+        text = f"the run refuses: {error}"
+    return Finding(False, " ".join(text.split())[:EVIDENCE_LENGTH])
+
+
+# === The tests ====================================================================================
+@whole_run(0, "control", "repeatable")
+def control(case: Case) -> Finding:
+    """The same stream twice gives the same scores."""
+    subject = case.subject
+    for name in subject.names:
+        again = subject.nats(name, case.docs)
+        case.floor[name] = largest_difference(case.base(name), again)
+    worst = max(case.floor.values())
+    counts = case.docs.counts
+    text = f"{len(counts)} documents, {counts.sum()} targets twice: max {worst:.1e} nats apart"
+    return Finding(worst <= CLOSE_NATS, text, dict(case.floor))
+
+
+# --- The future -----------------------------------------------------------------------------------
+@each_evaluation(1, "future", "causal")
+def future(case: Case, name: str) -> Measured:
+    """Other tokens after a place, or an earlier end of the document, leave the scores up to it
+    alone.
+
+    The comparison is made in the order of the stream. Where only scores made later in time differ,
+    the evidence says that the evaluation is causal in the order of scoring only.
+    """
+    cuts = middle_targets(case.docs)
+    changed = [change_after(case, name, cut, seed) for seed, cut in enumerate(cuts)]
+    worst = max(change.before_in_stream for change in changed)
+    worst_in_time = max(change.scored_before for change in changed)
+    worst_end = earlier_end(case, name, cuts[len(cuts) // 2])
+    allowed = case.allowed(name)
+    text = f"{worst:.1e} nats over {sum(cuts)} scores before changed tokens "
+    text += f"(scoring order {worst_in_time:.1e}), "
+    text += f"{worst_end:.1e} before an earlier end of the document"
+    if worst_in_time <= allowed < worst:
+        text += " (causal in the order of scoring only)"
+    return Measured(max(worst / allowed, worst_end / CLOSE_NATS), 1.0, text)
+
+
+def middle_targets(docs: Any) -> list[int]:
+    """Stream indices inside an early, a middle and a late document. Raises NotRun without any."""
+    long = [number for number in range(len(docs.counts)) if docs.counts[number] > 8]
+    if not long:
+        raise NotRun("no document of the sample has more than 8 targets")
+    # Share of the documents before it -> share of its targets before the cut.
+    cuts: dict[int, int] = {}
+    for share_of_documents, share_of_targets in ((0.1, 0.55), (0.5, 0.3), (0.9, 0.8)):
+        number = long[int(share_of_documents * (len(long) - 1))]
+        cuts[number] = int(docs.starts[number] + docs.counts[number] * share_of_targets)
+    return list(cuts.values())
+
+
+class Change(NamedTuple):
+    """By how many nats scores differ after later tokens were changed."""
+
+    before_in_stream: float  # scores of targets before the change
+    scored_before: float  # scores made before any target after the change was scored
+
+
+def change_after(case: Case, name: str, cut: int, seed: int) -> Change:
+    """Changes all tokens after a stream index, except the beginnings of documents."""
+    subject = case.subject
+    base = case.base(name)
+    tokens = case.docs.tokens.copy()
+    is_later = (np.arange(len(tokens)) > cut) & (tokens != subject.bos)
+    rng = np.random.default_rng([1, seed])
+    tokens[is_later] = rng.choice(subject.words, int(is_later.sum()))
+    watch = Watch(subject)
+    nats = subject.nats(name, case.docs._replace(tokens=tokens), watch)
+    scored_before = []
+    for targets in watch.order:
+        if (targets >= cut).any():
+            break
+        scored_before.append(targets)
+    early = join_positions(scored_before)
+    return Change(
+        before_in_stream=largest_difference(nats[:cut], base[:cut]),
+        scored_before=largest_difference(nats[early], base[early]),
+    )
+
+
+def earlier_end(case: Case, name: str, middle: int) -> float:
+    """Nats by which earlier scores differ if a document ends at `middle`, or the longest one in its
+    last window.
+    """
+    exact = case.fp32_subject
+    docs = case.docs
+    base = case.base(name) if exact is case.subject else exact.nats(name, docs)
+    longest = int(docs.counts.argmax())
+    window = exact.cfg.eval_seq_len
+    last_window = docs.counts[longest] % window or window
+    cut_off = max(2, last_window // 2)
+    worst = 0.0
+    for cut in (middle, int(docs.starts[longest] + docs.counts[longest] - cut_off)):
+        tokens = docs.tokens.copy()
+        tokens[cut] = exact.bos
+        number = int(np.searchsorted(docs.starts, cut, side="right"))
+        starts = np.insert(docs.starts, number, cut)
+        shorter = case.tg.Documents(tokens, starts, np.diff(starts, append=len(tokens) - 1))
+        nats = exact.nats(name, shorter)
+        worst = max(worst, largest_difference(nats[: cut - 1], base[: cut - 1]))
+    return worst
+
+
+@each_evaluation(2, "target", "causal", "normalised")
+def target(case: Case, name: str) -> Measured:
+    """p(.) with the target and all after it withheld, computed outside the scorer, gives the same
+    nats.
+    """
+    exact = case.fp32_subject
+    docs = case.docs
+    rng = np.random.default_rng(2)
+    wanted = set()
+    for start, count in zip(docs.starts, docs.counts, strict=True):
+        wanted |= {int(start + offset) for offset in rng.integers(count - 1, size=2)}
+    watch = BlindWatch(exact, wanted)
+    nats = exact.nats(name, docs, watch)
+    if not watch.log_p:
+        raise NotRun("no selected logit was seen")
+    worst = 0.0
+    for index, log_p in watch.log_p.items():
+        outside = -float(log_p[docs.tokens[index + 1]])
+        worst = max(worst, abs(nats[index] - outside))
+    places = f"{len(watch.log_p)} places whose target and future were withheld"
+    return Measured(worst, CLOSE_NATS, f"{worst:.1e} nats at {places}")
+
+
+# --- The distribution -----------------------------------------------------------------------------
+@each_evaluation(3, "normalisation", "normalised")
+def normalisation(case: Case, name: str) -> Measured:
+    """With every token of the vocabulary in turn as the target, the probabilities sum to 1."""
+    subject = case.fp32_subject
+    on_stream = subject.reads_across_documents(name)
+    adapts = "ttt" in name
+    length = 20 if adapts else 9
+    if on_stream:
+        length = min(9, subject.cfg.eval_stride - 2)
+    if length < 1:
+        raise NotRun(f"EVAL_STRIDE={subject.cfg.eval_stride}: no room between windows")
+    texts = [text for text in case.texts if len(text) > 20]
+    sums = []
+    for text in texts[: 1 if on_stream or adapts else 3]:
+        copies = every_target(case, name, text[:length])
+        with subject.config_changed(**copies.changes), subject.equal_adapters():
+            nats = subject.nats(name, copies.docs)
+        sums.append(float(np.exp(-nats[copies.targets]).sum()))
+    worst = max(abs(total - 1) for total in sums)
+    shown = ", ".join(f"{total:.6f}" for total in sums)
+    return Measured(worst, CLOSE_NATS, f"{shown} over {subject.cfg.vocab_size} targets")
+
+
+class Copies(NamedTuple):
+    """A stream that holds a text once with every token of the vocabulary after it."""
+
+    docs: Any
+    changes: dict[str, Any]  # settings under which no copy is learnt from before all are scored
+    targets: np.ndarray  # (V,) stream indices of the different targets
+
+
+def every_target(case: Case, name: str, prefix: np.ndarray) -> Copies:
+    """A document for every token of the vocabulary after `prefix`; for BOS the document ends there.
+
+    No copy is learnt from before all are scored, though other text was. Windows are short, so that
+    copies fill rows; where windows lie on the stream, the copies do as well, all with the same text
+    before them.
+    """
+    subject = case.fp32_subject
+    cfg = subject.run.cfg
+    need = len(prefix) + 2
+    stride = cfg.eval_stride if need <= cfg.eval_stride < 2 * need else need
+    changes: dict[str, Any] = {"eval_seq_len": 2 * stride, "eval_stride": stride}
+    if subject.reads_across_documents(name):
+        fill = np.resize(prefix, 2 * stride - need)
+        # The first of them is there to stand before the second.
+        block = [np.concatenate([prefix, [v], fill]) for v in (0, *range(cfg.vocab_size))]
+    else:
+        block = [np.append(prefix, v) for v in range(cfg.vocab_size)]
+        block[subject.bos] = prefix
+    warm_up: list[np.ndarray] = []  # texts that are learnt from
+    if "ttt" in name and cfg.ttt_mode == "chunk":
+        size = sum(len(text) + 1 for text in block)
+        warm_up = [np.resize(np.concatenate(case.texts), size - 1)]
+        # As many tokens as in the rows of the run.
+        changes["ttt_batch_seqs"] = cfg.ttt_batch_seqs * cfg.eval_seq_len // (2 * stride)
+        changes |= {"ttt_chunk_tokens": size, "ttt_epochs": 1}
+    elif "ttt" in name:
+        changes |= {
+            "ttt_short_chunks": f"{len(prefix)}:8",
+            "ttt_warm_start_a": False,
+            "ttt_batch_size": 256,
+            "ttt_min_doc_len": 0,  # so that short documents learn, too
+        }
+        if cfg.phased_ttt_num_phases:
+            warm_up = case.texts[: max(1, len(case.texts) // 2)]
+            changes |= {"phased_ttt_num_phases": 1, "phased_ttt_prefix_docs": len(warm_up)}
+    docs = subject.stream([*warm_up, *block])
+    return Copies(docs, changes, docs.starts[-cfg.vocab_size :] + len(prefix))
+
+
+# --- The ledger and the order of scoring and learning ---------------------------------------------
+@each_evaluation(4, "ledger", "single_pass")
+def ledger_counts(case: Case, name: str) -> Measured:
+    """Every target is scored exactly once, and the score is their sum over the decoded bytes."""
+    docs = case.docs
+    watched = case.watched(name)
+    ledger = watched.ledger
+    wanted = np.bincount(docs.target_indices(), minlength=len(docs.tokens) - 1)
+    times = np.bincount(join_positions(watched.watch.order), minlength=len(wanted))
+    times_in_ledger = ledger.times_scored[:-1].cpu().numpy()
+    wrong = int((times != wanted).sum()) + int((times_in_ledger != wanted).sum())
+
+    decoded = sum(case.decoded_bytes(docs))
+    nats = float(ledger.nats[:-1].double().sum())
+    off = abs(ledger.result()["val_bpb"] * decoded * math.log(2) / nats - 1)
+    case.always_on += ledger.problems(decoded)
+    text = f"{int(times.sum())} scores of {int(wanted.sum())} targets, {wrong} not exactly once, "
+    text += f"bits per byte off by {off:.1e} from nats over {decoded} decoded bytes"
+    return Measured(wrong + (off > 1e-6), 0, text)
+
+
+@each_evaluation(5, "reads", "score_first")
+def reads(case: Case, name: str) -> Measured:
+    """Weights or adapters change only after a read of scored targets was declared, from those
+    targets.
+    """
+    watch = case.watched(name).watch
+    faults = list(watch.update_faults)
+    if watch.num_read_early:
+        faults.append(f"{watch.num_read_early} targets read before their score")
+    text = f"{watch.num_read} targets read by updates, {len(faults)} faults"
+    if faults:
+        text += f": {faults[0]}"
+    return Measured(len(faults), 0, text)
+
+
+@each_evaluation(6, "state", "score_first")
+def state(case: Case, name: str) -> Measured:
+    """Scoring changes no parameter, buffer, adapter or moment."""
+    watch = case.watched(name).watch
+    wrong = len(watch.scoring_faults)
+    text = f"{watch.num_blocks} blocks of scores, {wrong} with another state after than before"
+    return Measured(wrong, 0, text)
+
+
+# --- The fresh process ----------------------------------------------------------------------------
+@whole_run(7, "phase lock", "self_contained")
+def phase_lock(case: Case) -> Finding:
+    """A fresh process opens artifact, code, tokenizer and validation shards; no socket, no
+    subprocess.
+    """
+    judgement = case.fresh.judgement
+    violations = judgement.violations
+    text = f"{len(judgement.opened)} files opened, {len(violations)} not allowed"
+    if violations:
+        text += f": {violations[0]}"
+    return Finding(not violations, text, {"opened": judgement.opened[:50]})
+
+
+@whole_run(8, "artifact only", "self_contained")
+def artifact_only(case: Case) -> Finding:
+    """In an empty folder, with an empty home and other text for what it does not score, that
+    process gives the same score.
+    """
+    fresh = case.fresh
+    last = case.subject.names[-1]
+    if fresh.returncode:
+        text = f"exit status {fresh.returncode} in an empty folder: {fresh.error}"
+        return Finding(False, text)
+    docs = case.few_docs
+    here = case.subject.evaluate(last, docs).by_document()["doc_nats"]
+    worst = largest_difference(fresh.doc_nats / docs.counts, here / docs.counts)
+    size = case.script.stat().st_size + case.artifact.stat().st_size
+    text = f"{len(docs.counts)} documents in an empty folder: "
+    text += f"{worst:.1e} nats per token apart; {size:,} bytes"
+    passed = worst <= case.allowed(last) and size <= MAX_SUBMISSION_BYTES
+    return Finding(passed, text, {"bytes": size, "worst": worst})
+
+
+# --- The model as its own judge -------------------------------------------------------------------
+@each_evaluation(9, "e-value", "causal", "normalised")
+def e_value(case: Case, name: str) -> Measured:
+    """On a stream drawn from the frozen model, no legal scorer beats its maker (Ville's
+    inequality); and no legal scorer is better than ln V on random tokens.
+    """
+    subject = case.subject
+    docs = case.drawn.docs
+    inner = np.setdiff1d(docs.target_indices(), docs.starts + docs.counts - 1)
+    batch_size = subject.cfg.ttt_batch_size
+    log_e = []
+    for rates in learning_rates(name):
+        with subject.config_changed(**rates, ttt_batch_size=batch_size):
+            nats = subject.nats(name, docs)[inner]
+        log_e.append(float((-case.drawn.log_p - nats).sum()))
+
+    noise = np.random.default_rng(9)
+    length = int(docs.counts[0]) - 1
+    uniform = noise.choice(subject.words, (len(docs.counts), length))
+    with subject.config_changed(ttt_batch_size=batch_size):
+        nats = subject.nats(name, subject.stream(list(uniform)))[inner]
+    log_v = math.log(len(subject.words))
+    standard_error = nats.std() / math.sqrt(len(nats))
+    beats_chance = nats.mean() < log_v - 4 * standard_error
+
+    shown = " and, rates 0, ".join(f"{value:.2f}" for value in log_e)
+    text = f"ln E = {shown} over {len(inner)} targets (limit {MAX_LOG_E:.1f}); "
+    text += f"random tokens {nats.mean():.2f} nats, ln V = {log_v:.2f}"
+    worst = max(log_e)
+    if beats_chance:
+        worst = max(worst, MAX_LOG_E + 1)
+    return Measured(worst, MAX_LOG_E, text)
+
+
+def learning_rates(name: str) -> list[dict[str, float]]:
+    """The rates under which an evaluation is tried: those of the run, and none where it learns."""
+    rates: list[dict[str, float]] = [{}]
+    if "ttt" in name:
+        rates.append({"ttt_lr": 0.0, "ttt_lora_lr": 0.0})
+    return rates
+
+
+# --- From one document to another -----------------------------------------------------------------
+@each_evaluation(10, "permutation", "document_independent", crossing_off=True)
+def permutation(case: Case, name: str) -> Measured:
+    """Documents in another order, or fewer of them, keep their scores."""
+    subject = case.fp32_subject
+    if subject.reads_across_documents(name):
+        raise NotClaimed(f"DATA_LOADER={subject.cfg.data_loader}")
+    order = np.random.default_rng(10).permutation(len(case.texts))
+    moved = subject.stream([case.texts[i] for i in order])
+    fewer = subject.stream(case.texts[::2])
+    with subject.without_crossing(), subject.equal_adapters():
+        base = split_by_document(subject.nats(name, case.docs), case.docs)
+        nats_moved = split_by_document(subject.nats(name, moved), moved)
+        nats_fewer = split_by_document(subject.nats(name, fewer), fewer)
+    permuted = max(largest_difference(nats_moved[i], base[d]) for i, d in enumerate(order))
+    pairs = zip(nats_fewer, base[::2], strict=True)
+    halved = max(largest_difference(a, b) for a, b in pairs)
+    text = f"{permuted:.1e} nats in another order, {halved:.1e} without every second document"
+    return Measured(max(permuted, halved), CLOSE_NATS, text)
+
+
+def split_by_document(nats: np.ndarray, docs: Any) -> list[np.ndarray]:
+    """The scores of each document without its last target, the BOS of the next one."""
+    parts = []
+    for start, count in zip(docs.starts, docs.counts, strict=True):
+        parts.append(nats[start : start + count - 1])
+    return parts
+
+
+class Isolation(NamedTuple):
+    """Tokens to change, and targets that must keep their scores."""
+
+    is_changed: np.ndarray  # (N,) bool
+    must_stay: np.ndarray  # (N - 1,) bool
+    evidence: str
+
+
+@each_evaluation(11, "isolation", "document_independent", crossing_off=True)
+def isolation(case: Case, name: str) -> Measured:
+    """Other tokens in one document leave the next one's scores alone.
+
+    Where windows lie on the stream, no change may reach farther than one of them.
+    """
+    subject = case.subject
+    docs = case.docs
+    if subject.reads_across_documents(name):
+        plan = isolate_window(case)
+    else:
+        plan = isolate_documents(docs)
+    is_changed = plan.is_changed & (docs.tokens != subject.bos)
+    tokens = docs.tokens.copy()
+    rng = np.random.default_rng(11)
+    tokens[is_changed] = rng.choice(subject.words, int(is_changed.sum()))
+    with subject.without_crossing():
+        before = case.base(name)
+        if subject.learns_across_documents:
+            before = subject.nats(name, docs)
+        after = subject.nats(name, docs._replace(tokens=tokens))
+    worst = largest_difference(before[plan.must_stay], after[plan.must_stay])
+    return Measured(worst, case.allowed(name), f"{worst:.1e} nats {plan.evidence}")
+
+
+def isolate_documents(docs: Any) -> Isolation:
+    """Changes the last 64 tokens of every second document; the documents after them must stay."""
+    position = np.arange(len(docs.tokens))
+    document = np.searchsorted(docs.starts, position, side="right") - 1
+    tokens_left = (docs.starts + docs.counts)[document] - position  # this one included
+    is_changed = (document % 2 == 0) & (tokens_left <= 64)
+    must_stay = (document % 2 == 1) & (tokens_left > 1)
+    evidence = f"at {must_stay.sum()} places of documents after changed ones"
+    return Isolation(is_changed, must_stay[:-1], evidence)
+
+
+def isolate_window(case: Case) -> Isolation:
+    """Changes the first half of the stream; what lies more than a window beyond it must stay."""
+    cfg = case.subject.cfg
+    position = np.arange(len(case.docs.tokens))
+    half = len(position) // 2
+    must_stay = position[:-1] >= half + cfg.eval_seq_len
+    evidence = f"at {must_stay.sum()} places beyond a window; "
+    evidence += f"nearer not claimed: DATA_LOADER={cfg.data_loader}"
+    return Isolation(position < half, must_stay, evidence)
+
+
+# --- Bytes and coverage ---------------------------------------------------------------------------
+@whole_run(12, "bytes", "lossless")
+def byte_counts(case: Case) -> Finding:
+    """The bytes counted are those of the decoded text, document by document."""
+    run = case.subject.run
+    number = np.arange(0, len(run.docs.counts), max(1, len(run.docs.counts) // 2000))
+    docs = run.docs._replace(starts=run.docs.starts[number], counts=run.docs.counts[number])
+    decoded = np.array(case.decoded_bytes(docs))
+    ledger = case.tg.Ledger(docs, run.table, torch.device("cpu"))
+    counted = ledger.by_document()["doc_bytes"]
+    wrong = int((counted != decoded).sum())
+    num_encoded = min(200, len(decoded))
+    text = f"{len(decoded)} documents: {int(counted.sum())} bytes counted, "
+    text += f"{int(decoded.sum())} decoded, {wrong} documents differ; "
+    text += f"{count_altered(case, docs, num_encoded)} of {num_encoded} change their ids "
+    text += "when encoded again"
+    if wrong:
+        text += f" (factor {counted.sum() / decoded.sum():.4f})"
+    figures = {"counted": int(counted.sum()), "decoded": int(decoded.sum())}
+    return Finding(wrong == 0, text, figures)
+
+
+def count_altered(case: Case, docs: Any, number: int) -> int:
+    """How many of the first documents change their ids when decoded and encoded again."""
+    model = case.subject.run.tokenizer.model
+    altered = 0
+    for start, count in zip(docs.starts[:number], docs.counts[:number], strict=True):
+        ids = docs.tokens[start + 1 : start + count + 1]
+        ids = ids[ids != case.subject.bos].tolist()
+        altered += model.encode(model.decode(ids)) != ids
+    return altered
+
+
+@whole_run(13, "implied bytes", "lossless")
+def implied_bytes_of_run(case: Case) -> Finding:
+    """Loss, tokens and bits per byte of a log imply the bytes of the known validation sets."""
+    text = case.log_text()
+    finding = implied_bytes(case.log_path)
+    manifest = case.subject.run.tokenizer.manifest.get("splits", {}).get("val", {})
+    finals = runlog.final_lines(text)
+    if not finding.passed or not manifest or not finals:
+        return finding
+    final = finals[-1]
+    if final.get("val_tokens") != manifest["tokens"] - 1:
+        return finding
+    is_same = final.get("val_bytes") == manifest["bytes"]
+    evidence = f"{finding.evidence}; the manifest says {manifest['bytes']:,}"
+    return Finding(is_same, evidence, finding.figures)
+
+
+def implied_bytes(path: Path) -> Finding:
+    """T13 on a log of this script or of a public record: val_loss / ln 2 * tokens / val_bpb of its
+    last score.
+
+    The score is the last of those that are printed with most digits.
+    """
+    text = path.read_text(encoding="utf-8", errors="replace")
+    targets = runlog.validation_targets(text)
+    scores = runlog.printed_scores(text)
+    if not targets or not scores:
+        reason = "no line with val_loss and val_bpb, or no number of validation tokens"
+        return Finding(None, f"not run: {reason}")
+    most_digits = max(score.decimals for score in scores)
+    score = [score for score in scores if score.decimals == most_digits][-1]
+    implied = runlog.implied_bytes_per_token(score) * targets
+    known = known_text(targets, runlog.final_lines(text))
+    if known is None:
+        found = f"{targets:,} validation tokens: none of the known sets"
+        return Finding(False, f"{found}; {implied:,.0f} bytes implied")
+    ratio = implied / known.bytes
+    slack = runlog.rounding_of_implied_bytes(score)
+    passed = abs(ratio - 1) <= canonical.BYTES_TOLERANCE + slack
+    evidence = f"val_bpb {score.bpb} implies {implied:,.0f} bytes, {known.bytes:,.0f} by "
+    evidence += f"{known.name}: factor {ratio:.6f} (+- {slack:.0e})"
+    if passed and targets == canonical.WITHDRAWN_TARGETS:
+        passed = False
+        evidence += "; that split was withdrawn"
+    return Finding(passed, evidence, {"implied_bytes": implied, "ratio": ratio})
+
+
+class KnownText(NamedTuple):
+    """The bytes that some targets should decode to."""
+
+    name: str
+    bytes: float
+
+
+def known_text(targets: int, finals: list[dict[str, Any]]) -> KnownText | None:
+    """The published set with about as many targets, or else what the log itself says; None if
+    neither is there.
+    """
+    sets = (*canonical.PUBLISHED_SETS, canonical.COMPLETE_SP8192)
+    nearest = canonical.nearest_set(targets, sets)
+    if abs(nearest.targets / targets - 1) < canonical.TOKENS_TOLERANCE:
+        return KnownText(nearest.name, nearest.bytes_per_token * targets)
+    if finals and "val_bytes" in finals[-1]:
+        return KnownText("its own val_bytes", finals[-1]["val_bytes"])
+    return None
+
+
+@whole_run(14, "coverage", "lossless")
+def coverage(case: Case) -> Finding:
+    """What is scored is what the shards hold, to the last token."""
+    docs = case.subject.run.docs
+    share = case.subject.cfg.val_doc_fraction
+    held = held_documents(case)
+    tokens = held.tokens
+    wanted = max(1, round(share * held.num_documents))
+    is_same = np.array_equal(tokens, docs.tokens)
+    ends = np.append(held.starts[1:], len(tokens) - 1)
+    number = np.searchsorted(held.starts, docs.starts).clip(max=len(held.starts) - 1)
+    has_all_targets = bool((docs.starts + docs.counts == ends[number]).all())
+    begins_right = bool(np.isin(docs.starts, held.starts).all())
+    is_whole = has_all_targets and begins_right
+    passed = is_same and is_whole and len(docs.starts) == wanted
+    text = f"{len(docs.starts)} of {wanted} documents, {int(docs.counts.sum())} targets "
+    text += f"of a shard stream of {len(tokens)} tokens"
+    if not is_same:
+        text += "; other tokens than the shards hold"
+    if not is_whole:
+        text += "; documents are not scored to their ends"
+    known = getattr(case.tg, "CANONICAL", {}).get(case.subject.run.cfg.dataset_dir.name)
+    if known and share == 1:
+        passed = passed and is_near(len(held.starts), known.documents)
+        passed = passed and is_near(len(tokens), known.tokens)
+        text += f"; the field's set has {known.documents} documents, {known.tokens or '?'} tokens"
+    return Finding(passed, text, {"val_sha256": sha256(tokens.tobytes())})
+
+
+class HeldDocuments(NamedTuple):
+    """What the validation shards hold of the documents that should be scored."""
+
+    tokens: np.ndarray  # (N,) uint16
+    starts: np.ndarray  # (D,)
+    num_documents: int  # of all shards
+
+
+def held_documents(case: Case) -> HeldDocuments:
+    """The validation stream by reading the shards; of rows the sample alone, its documents end to
+    end.
+    """
+    cfg = case.subject.cfg
+    bos = case.subject.bos
+    tokens = read_shards(case.shards("val"))
+    starts = np.flatnonzero(tokens == bos)
+    num_documents = len(starts)
+    if cfg.val_doc_fraction < 1 and cfg.data_loader != "documents":
+        wanted = max(1, round(cfg.val_doc_fraction * num_documents))
+        chosen = sorted(random.Random(cfg.seed).sample(range(num_documents), wanted))
+        ends = np.append(starts[1:], len(tokens) - 1)
+        parts = [tokens[starts[i] : ends[i]] for i in chosen]
+        parts.append(tokens[ends[chosen[-1]] :][:1])
+        tokens = np.concatenate(parts)
+        starts = np.flatnonzero(tokens[:-1] == bos)
+    return HeldDocuments(tokens, starts, num_documents)
+
+
+def read_shards(paths: list[Path]) -> np.ndarray:
+    """The ids (n,) uint16 of shards end to end, read without the script."""
+    return np.concatenate([np.fromfile(path, dtype="<u2", offset=1024) for path in paths])
+
+
+def is_near(number: int, known: int) -> bool:
+    """Whether a total is the known one; 0 is not known."""
+    return not known or abs(number - known) <= canonical.BYTES_TOLERANCE * known
+
+
+# --- Data, budgets, log ---------------------------------------------------------------------------
+@whole_run(15, "overlap", "clean_data")
+def train_overlap(case: Case) -> Finding:
+    """No validation document is in the training shards."""
+    paths = case.shards("train")
+    if not paths:
+        raise NotRun("no training shards here")
+    size = sum(path.stat().st_size for path in paths) // 2
+    if size > MAX_TRAIN_TOKENS:
+        text = f"{size:,} training tokens: run tools/doctor.py, which does it on all cores"
+        raise NotRun(text)
+    bos = case.subject.bos
+    val = case.subject.run.docs.tokens
+    train = read_shards(paths)
+    first_document = int(np.argmax(train == bos))
+    found = overlap.overlap([train[first_document:]], val.astype(np.uint16), bos)
+    whole = sum(one.whole for one in found)
+    part = len(found) - whole
+    text = f"{whole} whole and {part} parts of {int((val == bos).sum())} validation documents "
+    text += f"in {len(train):,} training tokens"
+    return Finding(whole == 0, text, {"whole": whole, "part": part})
+
+
+@whole_run(16, "budget", "within_budget")
+def budget(case: Case) -> Finding:
+    """Phases of the log stay within their limits, and code and model within theirs."""
+    case.final()
+    text = case.log_text()
+    totals = runlog.read_budget_totals(text)
+    phases = [phase for phase in runlog.read_phase_table(text) if phase.budget != "none"]
+    told = []
+    over = []
+    for total in totals:
+        spent = sum(phase.seconds for phase in phases if phase.budget == total.budget)
+        limit = min(total.limit, MAX_BUDGET_SECONDS) if total.limit else math.inf
+        if max(spent, total.seconds) > limit + 0.05:
+            over.append(total.budget)
+        # Each printed figure may be off by half a tenth of a second.
+        if abs(spent - total.seconds) > 0.1 * (len(phases) + 1):
+            over.append(f"{total.budget} does not add up")
+        shown = "any" if limit == math.inf else f"{limit:.0f}"
+        told.append(f"{total.budget} {total.seconds:.1f} s of {shown}")
+    size = runlog.submission_sizes(text)[-1]
+    told.append(f"{size:,} bytes of {MAX_SUBMISSION_BYTES:,}")
+    if size > MAX_SUBMISSION_BYTES:
+        over.append("bytes")
+    evidence = ", ".join(told) + "".join(f"; {name} OVER" for name in over)
+    return Finding(bool(totals) and not over, evidence)
+
+
+@whole_run(17, "warm-up", "clean_data")
+def warm_up(case: Case) -> Finding:
+    """Warm-up leaves weights and random state alone and sees no validation token."""
+    run = case.subject.run
+    seen = set()
+    for inputs in run.warm_inputs:
+        seen |= passages(inputs)
+    num_common = len(seen & passages(run.docs.tokens[:2_000_000]))
+    changed = [name for name, is_kept in run.warm_up_kept.items() if not is_kept]
+    num_tokens = sum(map(len, run.warm_inputs))
+    text = f"{len(run.warm_inputs)} forwards on {num_tokens} tokens, "
+    text += f"{num_common} passages of {PASSAGE_TOKENS} tokens from validation; "
+    text += f"changed afterwards: {', '.join(changed) or 'nothing'}"
+    return Finding(not num_common and not changed, text)
+
+
+PASSAGE_TOKENS = 12
+
+
+def passages(tokens: np.ndarray) -> set[bytes]:
+    """Every PASSAGE_TOKENS tokens in a row."""
+    data = np.ascontiguousarray(tokens, dtype="<u2")
+    last = len(data) - PASSAGE_TOKENS
+    return {data[i : i + PASSAGE_TOKENS].tobytes() for i in range(last + 1)}
+
+
+@whole_run(18, "final", "single_pass")
+def final_line(case: Case) -> Finding:
+    """There is one final line, which holds the last evaluation's own result.
+
+    Looks at the fresh process and, where there is one, at the log.
+    """
+    outputs = {"fresh process": case.fresh.output}
+    if case.log_path:
+        outputs["log"] = case.log_text()
+    told = []
+    passed = case.fresh.returncode == 0
+    for name, output in outputs.items():
+        finals = runlog.final_lines(output)
+        scores = runlog.evaluation_scores(output)
+        last = scores[-1] if scores else math.nan
+        off = [abs(final["val_bpb"] - last) for final in finals]
+        is_one_result = len(finals) == 1 and off[0] < 1e-7
+        passed = passed and is_one_result and not runlog.has_invalid_score(output)
+        worst = max(off, default=math.nan)
+        away = f"{worst:.1e} from the last of {len(scores)} scores"
+        told.append(f"{name}: {len(finals)} final line, {away}")
+    finals = runlog.final_lines(case.fresh.output)
+    if case.fresh.doc_nats is not None and finals:
+        decoded = sum(case.decoded_bytes(case.few_docs))
+        recomputed = case.fresh.doc_nats.sum() / math.log(2) / decoded
+        passed = passed and abs(recomputed / finals[0]["val_bpb"] - 1) < 1e-6
+        told.append(f"recomputed from its documents {recomputed:.6f}")
+    return Finding(passed, "; ".join(told))
+
+
+# Fields that decide a score, by the beginning of their names; those of the audit itself are left
+# out.
+SCORING_FIELDS = (
+    "ttt",
+    "eval",
+    "phased_ttt",
+    "sliding",
+    "logit_temperature",
+    "compute_dtype",
+    "seed",
+)
+AUDIT_FIELDS = ("eval_only_path", "eval_deadline_seconds")
+
+
+@whole_run(19, "provenance", "provenance")
+def provenance(case: Case) -> Finding:
+    """Code, artifact, configuration and data of the log are those audited."""
+    final = case.final()
+    log = case.log_path.read_bytes()
+    hashes = {
+        "code_sha256": sha256(case.script.read_bytes()),
+        "artifact_sha256": sha256(case.artifact.read_bytes()),
+    }
+    for key in ("tokenizer_sha256", "val_sha256"):
+        hashes[key] = case.subject.run.facts[key]
+    different = [key for key, value in hashes.items() if final.get(key) != value]
+    source = runlog.source_at_head(log)
+    if source is not None and sha256(source) != hashes["code_sha256"]:
+        different.append("source text in the log")
+    settings = runlog.read_settings(case.log_text())
+    audited = audited_fields(case)
+    for field, value in audited.items():
+        if field not in settings or settings[field].value != str(value):
+            different.append(field)
+    text = f"{len(hashes)} hashes and {len(audited)} knobs of the log compared; "
+    text += f"different: {', '.join(different) or 'none'}"
+    return Finding(not different, text)
+
+
+def audited_fields(case: Case) -> dict[str, Any]:
+    """The fields that decide a score: those of scoring as asked for, those of the network as the
+    artifact has them.
+    """
+    subject = case.subject
+    fields = {}
+    for name, value in case.wanted_config.items():
+        if name.startswith(SCORING_FIELDS) and name not in AUDIT_FIELDS:
+            fields[name] = value
+    for name in case.tg.NETWORK_FIELDS:
+        fields[name] = getattr(subject.cfg, name)
+    return fields
+
+
+@each_evaluation(20, "canary", "document_independent")
+def canary(case: Case, name: str) -> Measured:
+    """A random document scores the same when it comes again."""
+    subject = case.fp32_subject
+    rng = np.random.default_rng(20)
+    random_text = rng.choice(subject.words, min(256, int(1.3 * subject.cfg.eval_seq_len)))
+    half = len(case.texts) // 2
+    texts = [*case.texts[:half], random_text, *case.texts[half:], random_text]
+    docs = subject.stream(texts)
+    with subject.equal_adapters():
+        parts = split_by_document(subject.nats(name, docs), docs)
+    first = parts[half][:-1]
+    second = parts[-1][:-1]
+    log_v = math.log(len(subject.words))
+    standard_error = first.std() / math.sqrt(len(first))
+    is_known = first.mean() < log_v - 4 * standard_error
+    learnt = float(first.mean() - second.mean())
+    text = f"{first.mean():.3f} nats at first (ln V {log_v:.2f}), {learnt:+.1e} less later"
+    learns = subject.learns_across_documents and "ttt" in name
+    difference = 0.0
+    if not learns and not subject.reads_across_documents(name):
+        difference = largest_difference(first, second) / CLOSE_NATS
+    return Measured(max(float(is_known), difference), 1.0, text)
+
+
+# === Properties ===================================================================================
+class Property(NamedTuple):
+    """What the tests that ran say about a property of the evaluation."""
+
+    passed: bool | None  # None: no test of it ran, or it is not claimed
+    tests: list[str]  # those that ran
+    evidence: str
+
+
+def judge_properties(findings: dict[str, Finding]) -> dict[str, Property]:
+    """Every property holds if all tests of it that ran have passed."""
+    return {name: judge_property(name, findings) for name in PROPERTIES}
+
+
+def judge_property(name: str, findings: dict[str, Finding]) -> Property:
+    """One property, by the findings of its tests."""
+    evidence = []
+    reasons = []
+    ran = []
+    for test in tests_of(name):
+        finding = findings.get(test.name)
+        if finding is None:
+            continue
+        if finding.passed is None:
+            reasons.append(finding.evidence)
+        else:
+            ran.append(test.name)
+            evidence.append(f"{test.name}: {finding.evidence}")
+    passed = all(findings[test].passed for test in ran) if ran else None
+    text = " | ".join(evidence) or "; ".join(reasons) or "not run"
+    return Property(passed, ran, text)
+
+
+def tests_of(property_name: str) -> Iterator[LegalityTest]:
+    """Yields the tests of a property in their order."""
+    for test in TESTS.values():
+        if property_name in test.properties:
+            yield test
+
+
+def with_declarations(case: Case, properties: dict[str, Property]) -> dict[str, Property]:
+    """The same, without documents' independence where the system itself says that they are not
+    independent.
+    """
+    held = properties["document_independent"]
+    if not case.is_prepared or not held.passed:
+        return properties
+    subject = case.subject
+    declared = []
+    if subject.learns_across_documents:
+        declared.append("documents learn from earlier ones")
+    if any(subject.reads_across_documents(name) for name in subject.names):
+        declared.append("windows run over documents (DATA_LOADER)")
+    if not declared:
+        return properties
+    text = f"{', '.join(declared)}, as declared; nothing else: {held.evidence}"
+    changed = held._replace(passed=None, evidence=text)
+    return {**properties, "document_independent": changed}

@@ -1,0 +1,105 @@
+"""The losses per document that a run leaves in its folder, by length and by position.
+
+documents.npz holds `doc_nats` and `doc_bytes`, one number per document, and may hold `doc_tokens`
+and sums by position in the document: `pos_nats`, `pos_tokens` and the bins' starts `pos_edges`.
+"""
+
+from __future__ import annotations
+
+import math
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from canonical import BYTES_TOLERANCE
+from runlog import Run
+
+from train_gpt import UsageError
+
+
+class DocumentLosses(NamedTuple):
+    """The arrays of a run's score, by name; {} with a reason where a file is of another score."""
+
+    arrays: dict[str, np.ndarray]
+    left_out: str = ""
+
+
+class Profile(NamedTuple):
+    """A loss along an axis: position, loss and number of documents or tokens of each point."""
+
+    x: list[float]
+    y: list[float]
+    n: list[float]
+
+
+def run_folder(run: Run) -> Path | None:
+    """The folder in which the run left its files, if it is here."""
+    run_id = run.final.get("run_id") or run.path.stem
+    names = [run.config.get("artifact_dir", ""), f"runs/{run_id}"]
+    for name in filter(None, names):
+        for root in (Path(), run.path.parent, run.path.parent.parent):
+            if (root / name).is_dir():
+                return root / name
+    return None
+
+
+def read_documents(run: Run) -> DocumentLosses:
+    """The losses that add up to the run's score. Raises UsageError if a file cannot be read."""
+    folder = run_folder(run)
+    left_out = ""
+    for path in sorted(folder.glob("*.npz")) if folder else []:
+        arrays = load_arrays(path)
+        if not {"doc_nats", "doc_bytes"} <= set(arrays):
+            continue
+        bits = float(arrays["doc_nats"].sum()) / math.log(2)
+        bpb = bits / max(float(arrays["doc_bytes"].sum()), 1.0)
+        if abs(bpb / run.score.bpb - 1) < BYTES_TOLERANCE:
+            return DocumentLosses(arrays)
+        left_out = f"{path} adds up to {bpb:.5f} bpb, another score: left out"
+    return DocumentLosses({}, left_out)
+
+
+def load_arrays(path: Path) -> dict[str, np.ndarray]:
+    """All arrays of an .npz file. Raises UsageError if it cannot be read."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except (ValueError, zipfile.BadZipFile) as error:
+        raise UsageError(f"{path}: cannot be read ({error})") from error
+
+
+def length_unit(arrays: dict[str, np.ndarray]) -> str:
+    """In what lengths of documents are given."""
+    return "tokens" if "doc_tokens" in arrays else "bytes"
+
+
+def loss_by_length(arrays: dict[str, np.ndarray]) -> Profile | None:
+    """Bits per byte of the documents of each length; a bin spans a factor of 2."""
+    if not arrays:
+        return None
+    lengths = arrays.get("doc_tokens", arrays["doc_bytes"]).astype(np.int64)
+    bins = np.log2(np.maximum(lengths, 1)).astype(int)
+    profile = Profile([], [], [])
+    for number in np.unique(bins):
+        members = bins == number
+        bits = float(arrays["doc_nats"][members].sum()) / math.log(2)
+        profile.x.append(float(lengths[members].mean()))
+        profile.y.append(float(bits / max(arrays["doc_bytes"][members].sum(), 1)))
+        profile.n.append(float(members.sum()))
+    return profile
+
+
+def loss_by_position(arrays: dict[str, np.ndarray]) -> Profile | None:
+    """Nats per token by position in the document, where the file has the sums."""
+    if not {"pos_nats", "pos_tokens"} <= set(arrays):
+        return None
+    counts = arrays["pos_tokens"].astype(np.float64)
+    starts = arrays.get("pos_edges", np.arange(len(counts)))[: len(counts)]
+    used = counts > 0
+    losses = arrays["pos_nats"][used] / counts[used]
+    return Profile(
+        x=starts[used].astype(float).tolist(),
+        y=losses.tolist(),
+        n=counts[used].astype(int).tolist(),
+    )

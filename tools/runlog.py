@@ -1,0 +1,588 @@
+"""Reads the logs of runs: those that train_gpt.py writes and those of the public records.
+
+Ours: the source, a block `Hyperparameters:`, lines of steps and scores, the phase table, and one
+last line `final {json}` with every figure. The public records print settings as such a block or as
+`key:value` words, and scores as `LABEL val_loss:X val_bpb:Y`, whatever the label.
+
+`read_run` reads a log into a `Run`. The smaller functions take a log's text and read one thing from
+it. What cannot be read raises LogError, whose message does not name the file: callers do. Standard
+library only, so that any program can import it at no cost.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+LIMIT_SECONDS = 600.0  # of training and, apart from it, of evaluation
+SETTINGS_MARK = "Hyperparameters:"
+
+# The facts of a final line that make two runs comparable: code, data and hardware.
+FACTS = (
+    "code_sha256",
+    "dataset",
+    "val_sha256",
+    "tokenizer_sha256",
+    "preset",
+    "device",
+    "torch",
+    "world_size",
+)
+
+# Kinds of a score -> their names for readers, in the order of a run.
+STAGES = {
+    "before": "before quantisation",
+    "after": "quantised",
+    "sliding": "sliding window",
+    "adapted": "adapted",
+}
+
+# A score is of the first kind whose word its label holds, else "after".
+KIND_OF_WORD = {
+    "ttt": "adapted",
+    "sliding": "sliding",
+    "pre-quant": "before",
+    "post_ema": "before",
+}
+
+
+class LogError(ValueError):
+    """A log holds no finished run, or what it holds cannot be read. The message names no file."""
+
+
+# === One thing from the text of a log =============================================================
+
+
+def final_lines(text: str) -> list[dict[str, Any]]:
+    """The figures of every line `final {json}`, in order; lines that are no JSON are left out."""
+    figures = []
+    for line in text.splitlines():
+        if not line.startswith("final {"):
+            continue
+        try:
+            figures.append(json.loads(line.removeprefix("final ")))
+        except ValueError:
+            continue
+    return figures
+
+
+def read_final(text: str) -> dict[str, Any]:
+    """The figures of a finished run. Raises LogError unless one whole final line holds them."""
+    lines = [line for line in text.splitlines() if line.startswith("final {")]
+    if len(lines) != 1:
+        raise LogError(f"has {len(lines)} final lines, the log of a finished run has one")
+    try:
+        return json.loads(lines[0].removeprefix("final "))
+    except ValueError as error:
+        raise LogError(f"its final line is no JSON object ({error})") from error
+
+
+def source_at_head(log: bytes) -> bytes | None:
+    """The source that our log begins with, None where a log has no block of settings.
+
+    A resumed run prints its settings again but not its source, so the first block ends it.
+    """
+    source, mark, _ = log.partition(f"\n{SETTINGS_MARK}\n".encode())
+    return source if mark else None
+
+
+class Setting(NamedTuple):
+    """A knob as a log shows it."""
+
+    value: str
+    origin: str  # "default", "preset" or "env"; "" where a published log does not say
+
+
+SETTING = re.compile(r"^  (\w+): ?(.*?)(?: \(([a-z]+)\))?$")
+WORDS = re.compile(r"^\w+:\S+(?: \w+:\S+)*$")
+FIRST_STEP = re.compile(r"(warmup_)?step:|\d+/\d+ ")
+
+
+def read_settings(text: str) -> dict[str, Setting]:
+    """Field name -> setting, from the last settings block, or else from key:value words.
+
+    The words stand before the first step; a word `train_loader:dataset:NAME` names the data set.
+    """
+    lines = without_timestamps(text)
+    if SETTINGS_MARK in lines:
+        return settings_of_block(lines)
+
+    head = itertools.takewhile(lambda line: not FIRST_STEP.match(line), lines)
+    words = {}
+    for line in head:
+        if WORDS.match(line):
+            words |= dict(word.split(":", 1) for word in line.split(" "))
+    loader = words.pop("train_loader", "")
+    if ":" in loader:
+        words["dataset"] = loader.split(":")[1]
+    for name in ("model_params", "val_bpb", "val_loader"):
+        words.pop(name, None)
+    return {name: Setting(value, "") for name, value in words.items()}
+
+
+def settings_of_block(lines: list[str]) -> dict[str, Setting]:
+    """The settings below the last mark: a resumed run has printed its own there."""
+    start = len(lines) - lines[::-1].index(SETTINGS_MARK)
+    settings = {}
+    for line in lines[start:]:
+        match = SETTING.match(line)
+        if not match:
+            break
+        name, value, origin = match.groups(default="")
+        settings[name] = Setting(value, origin)
+    return settings
+
+
+def evaluation_variables(text: str) -> dict[str, str]:
+    """The environment that makes an evaluation this run's: its preset and what its user had set.
+
+    Paths and names of the run are left out: they say where, not what.
+    """
+    variables = {}
+    for name, setting in read_settings(text).items():
+        is_place = re.search("(^run_id|_dir|_path)$", name) is not None
+        if name == "preset" or (setting.origin == "env" and not is_place):
+            variables[name.upper()] = {"True": "1", "False": "0"}.get(setting.value, setting.value)
+    return variables
+
+
+class Phase(NamedTuple):
+    """A phase of a run and what it counts against."""
+
+    name: str
+    seconds: float
+    budget: str  # "train", "eval" or "none"
+
+
+class BudgetTotal(NamedTuple):
+    """The line of the phase table that sums up a budget."""
+
+    budget: str  # "train" or "eval"
+    seconds: float
+    limit: float  # in seconds; 0 is no limit
+    is_over: bool
+
+
+PHASE = re.compile(r"^(\S.*?) +([\d.]+)  (train|eval|none)$")
+TOTAL = re.compile(r"^all of (train|eval) +([\d.]+)  of (\d+)(, OVER)?")
+
+
+def read_phase_table(text: str) -> list[Phase]:
+    """The rows of the phase table at the end of our log."""
+    phases = []
+    for line in without_timestamps(text):
+        match = PHASE.match(line)
+        if match:
+            name, seconds, budget = match.groups()
+            phases.append(Phase(name, float(seconds), budget))
+    return phases
+
+
+def read_budget_totals(text: str) -> list[BudgetTotal]:
+    """The sums below the phase table."""
+    totals = []
+    for line in without_timestamps(text):
+        match = TOTAL.match(line)
+        if match:
+            budget, seconds, limit, over = match.groups()
+            totals.append(BudgetTotal(budget, float(seconds), float(limit), over is not None))
+    return totals
+
+
+class PrintedScore(NamedTuple):
+    """Loss and bits per byte as a line shows them."""
+
+    loss: float  # nats per token
+    bpb: float
+    decimals: int  # of the figure with fewer of them
+
+
+def implied_bytes_per_token(score: PrintedScore | Score) -> float:
+    """Bytes of text per token that a loss in nats per token and its bits per byte imply."""
+    return score.loss / math.log(2) / score.bpb
+
+
+def rounding_of_implied_bytes(score: PrintedScore | Score) -> float:
+    """The relative error of the implied bytes that rounding of the two figures may have made."""
+    half_digit = 0.5 * 10.0**-score.decimals
+    return half_digit / score.loss + half_digit / score.bpb
+
+
+def printed_scores(text: str) -> list[PrintedScore]:
+    """Every pair of a positive val_loss and val_bpb with decimals, wherever it stands in a line."""
+    pattern = r"val_loss[:=] ?(\d+\.(\d+))\s+val_bpb[:=] ?(\d+\.(\d+))"
+    scores = []
+    for loss, loss_digits, bpb, bpb_digits in re.findall(pattern, text):
+        if float(loss) > 0 and float(bpb) > 0:
+            decimals = min(len(loss_digits), len(bpb_digits))
+            scores.append(PrintedScore(float(loss), float(bpb), decimals))
+    return scores
+
+
+def validation_targets(text: str) -> int | None:
+    """The number of scored tokens: by the first final line that has it, else by a line above."""
+    for final in final_lines(text):
+        if "val_tokens" in final:
+            return int(final["val_tokens"])
+    match = re.search(r"(?:val_tokens: ?|fineweb_val_\S* tokens:)(\d+)", text)
+    return int(match[1]) if match else None
+
+
+def evaluation_scores(text: str) -> list[float]:
+    """Bits per byte of every line in which our run reports a finished evaluation, in order."""
+    values = re.findall(r"^\S.*? val_loss:\S+ val_bpb:(\S+) eval_time", text, re.MULTILINE)
+    return [float(bpb) for bpb in values]
+
+
+def has_invalid_score(text: str) -> bool:
+    """Whether a line of our run calls a score invalid."""
+    return re.search(r"^\S.* INVALID: ", text, re.MULTILINE) is not None
+
+
+def submission_sizes(text: str) -> list[int]:
+    """Bytes of every line `Total submission size ..: N bytes`, in order."""
+    sizes = re.findall(r"^Total submission size [^:]*: (\d+) bytes", text, re.MULTILINE)
+    return [int(size) for size in sizes]
+
+
+def without_timestamps(text: str) -> list[str]:
+    """The lines of a log, without the seconds since 1970 that some public scripts put first."""
+    return [re.sub(r"^\d{10}\.\d+ ", "", line) for line in text.splitlines()]
+
+
+def log_of_run(folder: Path) -> Path:
+    """Where a run that leaves its files in `folder` writes its log; neither need exist.
+
+    That is logs/ID.txt beside runs/ID, and of a run of a sweep, runs/sweeps/NAME/0000, it is
+    logs/NAME-0000.txt beside runs/.
+    """
+    folder = folder.absolute()
+    if folder.match("runs/sweeps/*/*"):
+        return folder.parents[3] / "logs" / f"{folder.parent.name}-{folder.name}.txt"
+    return folder.parent.parent / "logs" / f"{folder.name}.txt"
+
+
+# === A whole run ==================================================================================
+
+
+class Score(NamedTuple):
+    """One complete score of a run."""
+
+    label: str
+    loss: float  # nats per token
+    bpb: float
+    seconds: float | None  # that the evaluation took
+    decimals: int  # of the printed figures
+
+    @property
+    def kind(self) -> str:
+        """A key of STAGES."""
+        for word, kind in KIND_OF_WORD.items():
+            if word in self.label.lower():
+                return kind
+        return "after"
+
+
+@dataclass(eq=False)
+class Run:
+    """All that a log says about a finished run."""
+
+    path: Path
+    seed: int | None
+    settings: dict[str, Setting]  # by field name
+    facts: dict[str, Any]  # what makes two runs comparable: code, data and hardware
+    steps: int | None
+    train_seconds: float | None
+    scores: list[Score]  # in the order of the log, at least one
+    phases: list[Phase]
+    limits: dict[str, float]  # budget -> seconds
+    sizes: dict[str, int]  # those of SIZES, val_bytes and val_docs, as far as they are known
+    points: list[dict[str, float]]  # step, train_loss, val_bpb, seconds, lr_scale of step lines
+    final: dict[str, Any]  # the figures of our final line, {} of a published log
+    label: str = ""  # tells it from the other runs of a report
+    group: str = ""  # the knobs that differ, where a report mixes configurations
+
+    @property
+    def config(self) -> dict[str, str]:
+        """Field name -> value of every setting."""
+        return {name: setting.value for name, setting in self.settings.items()}
+
+    @property
+    def given(self) -> set[str]:
+        """The settings that came from the environment."""
+        return {name for name, setting in self.settings.items() if setting.origin == "env"}
+
+    @property
+    def score(self) -> Score:
+        """The last score, which is the one that counts."""
+        return self.scores[-1]
+
+    @property
+    def step_avg_ms(self) -> float | None:
+        """Mean milliseconds of a training step."""
+        if not self.train_seconds or not self.steps:
+            return None
+        return 1000 * self.train_seconds / self.steps
+
+    @property
+    def gain(self) -> float | None:
+        """Bits per byte that adaptation won over the best plain score of the same weights."""
+        plain = self.score_of("sliding") or self.score_of("after")
+        adapted = self.score_of("adapted")
+        return plain.bpb - adapted.bpb if plain and adapted else None
+
+    def score_of(self, kind: str) -> Score | None:
+        """The last score of a kind."""
+        return next((score for score in reversed(self.scores) if score.kind == kind), None)
+
+    def budget_seconds(self, budget: str) -> float | None:
+        """Seconds spent on a budget; None if the log has no phase of it."""
+        seconds = [phase.seconds for phase in self.phases if phase.budget == budget]
+        return sum(seconds) if seconds else None
+
+
+def read_run(path: Path) -> Run:
+    """The run of a log file. Raises LogError if it is not the log of one finished run."""
+    return run_of_text(path, path.read_text(encoding="utf-8", errors="replace"))
+
+
+def run_of_text(path: Path, text: str) -> Run:
+    """The run of a log's text; `path` is where it came from. Raises LogError as `read_run` does."""
+    lines = without_timestamps(text)
+    text = "\n".join(lines)
+
+    is_ours = any(line.startswith(("code_sha256: ", "final {")) for line in lines)
+    final = read_final(text) if is_ours else {}
+    settings = read_settings(text)
+    scores = read_scores(lines, final)
+    if not scores or not all(is_positive(score) for score in scores):
+        raise LogError(
+            "holds no score, or one that is not a positive number: no log of a finished run"
+        )
+
+    batch_tokens = float(settings.get("train_batch_tokens", Setting("", "")).value or 0)
+    points = read_points(lines, batch_tokens)
+    steps, train_seconds = read_training(lines, final, points)
+    totals = {total.budget: total.limit for total in read_budget_totals(text)}
+    return Run(
+        path=path,
+        seed=read_seed(path, settings, final),
+        settings=settings,
+        facts=read_facts(lines, settings, final),
+        steps=steps,
+        train_seconds=train_seconds,
+        scores=scores,
+        phases=read_phases(lines, final, scores, train_seconds),
+        limits={"train": LIMIT_SECONDS, "eval": LIMIT_SECONDS, **totals},
+        sizes=read_sizes(lines, final),
+        points=points,
+        final=final,
+    )
+
+
+def is_positive(score: Score) -> bool:
+    """Whether both figures are finite and above 0."""
+    return 0 < score.bpb < math.inf and 0 < score.loss < math.inf
+
+
+NUMBER = r"(?:\d+\.?\d*(?:e[-+]?\d+)?)"
+SCORE = re.compile(
+    rf"^(\S.*?) val_loss:({NUMBER}) val_bpb:({NUMBER})(?:.*? eval_time:({NUMBER})ms)?"
+)
+STEP = re.compile(r"^(?:step:)?(\d+)/(\d+) (?=.*(?:train|val)_loss)")
+STEP_FIGURE = re.compile(rf"([\w/]+): ?({NUMBER})(ms|m|s)?(?= |$)")
+STOPPING = re.compile(r"stopping.*?train_time: ?(\d+)ms.*")
+CODE_SIZE = re.compile(r"Code size.*?: (\d+) bytes")
+SIZES = {
+    "artifact_bytes": re.compile(r"Total submission size.*?: (\d+) bytes"),
+    "code_bytes": CODE_SIZE,
+    "val_tokens": re.compile(r"(?:val_tokens: ?|val_loader:.* tokens:)(\d+)"),
+}
+
+
+def read_scores(lines: list[str], final: dict[str, Any]) -> list[Score]:
+    """Complete scores in order. An `_exact` line replaces its rounded twin, the final line has all
+    digits. Older logs repeat the sliding score under the baseline's label; that echo is left out.
+    """
+    scores: dict[str, Score] = {}
+    for line in lines:
+        match = SCORE.match(line)
+        if not match or STEP.match(line) or ":" in match[1]:
+            continue
+        label = match[1].removesuffix("_exact")
+        earlier = scores.pop(label, None)
+        score = printed_score(label, match, final)
+        if score.seconds is None and earlier:
+            score = score._replace(seconds=earlier.seconds)
+        sliding = [(s.loss, s.bpb) for s in scores.values() if s.kind == "sliding"]
+        if score.kind != "after" or (score.loss, score.bpb) not in sliding:
+            scores[label] = score
+    if final and not scores:
+        return scores_of_final(final)
+    return list(scores.values())
+
+
+def printed_score(label: str, match: re.Match, final: dict[str, Any]) -> Score:
+    """The score of a line, with all digits where the final line has them."""
+    key = label.removeprefix("diagnostic ").split()[0].replace("-", "_")
+    decimals = 15 if f"{key}_bpb" in final else len(match[3].split(".")[-1])
+    return Score(
+        label=label,
+        loss=final.get(f"{key}_loss", float(match[2])),
+        bpb=final.get(f"{key}_bpb", float(match[3])),
+        seconds=float(match[4]) / 1000 if match[4] else None,
+        decimals=decimals,
+    )
+
+
+def scores_of_final(final: dict[str, Any]) -> list[Score]:
+    """The scores of a log that was cut down to its last line, in the order of a run."""
+    kinds = [key.removesuffix("_bpb") for key in final if key.endswith("_bpb")]
+    kinds = [kind for kind in kinds if f"{kind}_loss" in final and kind != "val"]
+    ordered = sorted(kinds, key=lambda kind: ("pre" not in kind, "ttt" in kind))
+    scores = []
+    for kind in ordered or ["val"]:
+        label = kind.replace("pre_quant", "pre-quant")
+        scores.append(Score(label, final[f"{kind}_loss"], final[f"{kind}_bpb"], None, 15))
+    return scores
+
+
+def read_points(lines: list[str], batch_tokens: float) -> list[dict[str, float]]:
+    """What the lines of a step say. Where a log gives minutes, its mean tokens per second tell the
+    seconds. A run that was started anew counts its steps from further back: what had been made of
+    them is gone, and so are their lines.
+    """
+    points: dict[int, dict[str, float]] = {}
+    for line in lines:
+        match = STEP.match(line)
+        if not match:
+            continue
+        step = int(match[1])
+        if step < next(reversed(points), 0):
+            points = {known: point for known, point in points.items() if known < step}
+        point = points.setdefault(step, {"step": step})
+
+        figures = {}
+        units = {}
+        for name, value, unit in STEP_FIGURE.findall(line[match.end() :]):
+            figures[name] = float(value)
+            units[name] = unit
+        for name in ("train_loss", "val_bpb", "lr_scale"):
+            if name in figures:
+                point[name] = figures[name]
+        unit = units.get("train_time")
+        if unit == "m" and figures.get("tok/s"):
+            point["seconds"] = step * batch_tokens / figures["tok/s"]
+        elif unit == "ms":
+            point["seconds"] = figures["train_time"] / 1000
+        elif unit == "s":
+            point["seconds"] = figures["train_time"]
+    return list(points.values())
+
+
+def read_training(
+    lines: list[str], final: dict[str, Any], points: list[dict[str, float]]
+) -> tuple[int | None, float | None]:
+    """(steps, seconds of training) by the line that says why it stopped, else by the last step."""
+    steps = max((point["step"] for point in points), default=None)
+    seconds = max((point["seconds"] for point in points if "seconds" in point), default=None)
+    stopping = [line for line in lines if STOPPING.match(line)]
+    if stopping:
+        match = STOPPING.match(stopping[-1])
+        seconds = float(match[1]) / 1000
+        step = re.search(r"step: ?(\d+)", match[0])
+        steps = int(step[1]) if step else steps
+    return final.get("steps") or steps, seconds
+
+
+def read_seed(path: Path, settings: dict[str, Setting], final: dict[str, Any]) -> int | None:
+    """The seed by the final line, the settings or, where neither has it, the name of the file."""
+    if "seed" in final:
+        return final["seed"]
+    if "seed" in settings:
+        return int(settings["seed"].value)
+    named = re.search(r"seed[_-]?(\d+)", path.stem)
+    return int(named[1]) if named else None
+
+
+def read_facts(
+    lines: list[str], settings: dict[str, Setting], final: dict[str, Any]
+) -> dict[str, Any]:
+    """What makes two runs comparable. In a published log the size of the code is its only trace."""
+    facts = {key: final[key] for key in FACTS if key in final}
+    config = {name: setting.value for name, setting in settings.items()}
+    dataset = final.get("dataset") or config.get("dataset")
+    dataset = dataset or Path(config.get("datasets_dir", "")).name
+    if dataset:
+        facts["dataset"] = dataset
+    code = [match[1] for match in map(CODE_SIZE.match, lines) if match]
+    if code and not final:
+        facts["code_size"] = "/".join(code)
+    return facts
+
+
+def read_sizes(lines: list[str], final: dict[str, Any]) -> dict[str, int]:
+    """The sizes that are known: by the final line, else by the first line that tells one."""
+    sizes = {name: final[name] for name in (*SIZES, "val_bytes", "val_docs") if name in final}
+    for line in lines:
+        for name, pattern in SIZES.items():
+            match = pattern.match(line)
+            if match and name not in sizes:
+                sizes[name] = int(match[1])
+    return sizes
+
+
+def read_phases(
+    lines: list[str], final: dict[str, Any], scores: list[Score], train_seconds: float | None
+) -> list[Phase]:
+    """The phases of a run in order, with the exact seconds of the final line.
+
+    Published logs have no phase table: what they time is put against the same budgets.
+    """
+    if final:
+        return phases_of_final(lines, final)
+
+    phases = []
+    if train_seconds:
+        phases.append(Phase("train", train_seconds, "train"))
+    for line in lines:
+        hessians = re.match(rf"GPTQ:collected \d+ Hessians in ({NUMBER})s", line)
+        warm_up = re.match(rf"ttt_lora:compile warmup done \(({NUMBER})s\)", line)
+        if hessians:
+            phases.append(Phase("calibrate", float(hessians[1]), "train"))
+        elif warm_up:
+            phases.append(Phase("adaptation warm-up", float(warm_up[1]), "none"))
+    for score in scores:
+        if score.seconds is not None:
+            budget = "none" if score.kind == "before" else "eval"
+            phases.append(Phase(f"score {STAGES[score.kind]}", score.seconds, budget))
+    return phases
+
+
+# What a phase counts against, where a log has figures but no phase table.
+USUAL_BUDGETS = {
+    "score pre_quantization": "none",
+    "train": "train",
+    "calibrate": "train",
+    "quantise": "train",
+    "pack": "train",
+}
+
+
+def phases_of_final(lines: list[str], final: dict[str, Any]) -> list[Phase]:
+    """The final line's seconds in the order of the phase table: JSON sorted them by name."""
+    budgets = {phase.name: phase.budget for phase in read_phase_table("\n".join(lines))}
+    seconds = final.get("seconds", {})
+    in_table = [name for name in budgets if name in seconds]
+    others = [name for name in seconds if name not in budgets]
+    phases = []
+    for name in in_table + others:
+        usual = "eval" if name.startswith("score") else "none"
+        budget = budgets.get(name, USUAL_BUDGETS.get(name, usual))
+        phases.append(Phase(name, seconds[name], budget))
+    return phases
