@@ -25,7 +25,6 @@ another, or those of further seeds of the same claim.
 from __future__ import annotations
 
 import argparse
-import ast
 import dataclasses
 import functools
 import json
@@ -46,7 +45,7 @@ sys.path.insert(0, str(ROOT))
 import runlog  # noqa: E402
 import submission  # noqa: E402
 from digests import sha256  # noqa: E402
-from packed_code import PACKED, READABLE, Stripper, pack_code, packed_size, unpack_code  # noqa: E402
+from packed_code import PACKED, READABLE, pack_code, packed_size, same_program, unpack_code  # noqa: E402
 from runlog import LogError, Run  # noqa: E402
 from submission import Claimant, CountedFiles  # noqa: E402
 from tables import markdown_table  # noqa: E402
@@ -354,7 +353,7 @@ def check_code(contents: Contents) -> Iterator[str]:
     readable = contents.files[READABLE]
     try:
         unpacked = unpack_code(contents.files[PACKED])
-        if ast.dump(Stripper(readable).tree) != ast.dump(ast.parse(unpacked.text)):
+        if not same_program(readable, unpacked.text):
             yield f"{READABLE}: is another program than {PACKED} unpacks to"
         elif unpacked.sha256 != sha256(readable):
             yield f"{READABLE}: is not the text that {PACKED} was made of"

@@ -1,9 +1,10 @@
 """Packs a Python source so small that it counts for little, and takes it out again.
 
 The packed file is Python that unpacks itself with the standard library. The text inside is the
-readable source without comments, docstrings, annotations that nothing reads and definitions that
-nothing uses. `pack_code` proves that by comparing syntax trees. `unpack_code` gives text and hash
-of the source back without running anything.
+readable source without comments, docstrings, the texts of knobs, annotations that nothing reads and
+definitions that nothing uses, and with short names for local variables. `pack_code` proves that by
+comparing syntax trees. `unpack_code` gives text and hash of the source back without running
+anything.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from digests import sha256
+from shorten import differs, shorten
 
 from train_gpt import UsageError
 
@@ -70,13 +72,22 @@ def live_statements(body: list[ast.stmt]) -> list[ast.stmt]:
     return [statement for statement in body if statement in live]
 
 
-def names_as_values(tree: ast.Module) -> set[str]:
-    """Names that stand anywhere but in front of a call's parentheses."""
-    called = {id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+# Calls that make a schema of the annotations of functions they are given.
+SCHEMA_MAKERS = ("custom_op", "define_operator")
+KNOB = "knob"  # the call that makes a field of the configuration; its second argument is a text
+
+
+def called_name(call: ast.Call) -> str:
+    """The last part of the name of what a call calls."""
+    return ast.unparse(call.func).rpartition(".")[2]
+
+
+def schema_functions(tree: ast.Module) -> set[str]:
+    """Names of the functions of whose annotations a schema is made."""
     names = set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.Name) and id(node) not in called:
-            names.add(node.id)
+        if isinstance(node, ast.Call) and called_name(node) in SCHEMA_MAKERS:
+            names |= {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
     return names
 
 
@@ -92,10 +103,9 @@ class Stripper(ast.NodeVisitor):
     """Takes what does not travel out of a source's syntax tree, and notes the same cuts of its
     text.
 
-    That is docstrings, annotations that nothing reads, and top-level definitions that nothing
-    mentions. Fields of classes keep their annotations. So do functions under any decorator but a
-    plain one, and functions handed around as values, because torch.library.custom_op makes a schema
-    of them.
+    That is docstrings, the texts of knobs, annotations that nothing reads, and top-level
+    definitions that nothing mentions. Fields of classes keep their annotations. So do functions
+    under any decorator but a plain one, and functions of which torch.library makes a schema.
     """
 
     def __init__(self, source: bytes):
@@ -108,7 +118,7 @@ class Stripper(ast.NodeVisitor):
             raise UsageError(f"{READABLE}: no Python ({error})") from error
         lengths = map(len, source.splitlines(keepends=True))
         self.line_starts = [0, *itertools.accumulate(lengths)]
-        self.values = names_as_values(self.tree)
+        self.with_schema = schema_functions(self.tree)
         self.keep_docstrings = "__doc__" in mentioned_names(self.tree.body)
         live = live_statements(self.tree.body)
         for statement in self.tree.body:
@@ -125,8 +135,8 @@ class Stripper(ast.NodeVisitor):
         """The byte after a node."""
         return self.line_starts[node.end_lineno - 1] + node.end_col_offset
 
-    def cut(self, node: ast.stmt, replacement: bytes = b"") -> None:
-        """Cuts a statement."""
+    def cut(self, node: ast.stmt | ast.expr, replacement: bytes = b"") -> None:
+        """Cuts a statement or an expression."""
         self.cuts.append(Cut(self.start_of(node), self.end_of(node), replacement))
 
     def cut_annotation(self, mark: bytes, annotation: ast.expr) -> None:
@@ -153,7 +163,7 @@ class Stripper(ast.NodeVisitor):
     def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
         """Cuts the annotations of a function, unless something may read them."""
         decorators = {ast.unparse(decorator) for decorator in node.decorator_list}
-        if node.name not in self.values and decorators <= PLAIN_DECORATORS:
+        if node.name not in self.with_schema and decorators <= PLAIN_DECORATORS:
             if node.returns:
                 self.cut_annotation(b"->", node.returns)
                 node.returns = None
@@ -161,6 +171,13 @@ class Stripper(ast.NodeVisitor):
                 if isinstance(argument, ast.arg) and argument.annotation:
                     self.cut_annotation(b":", argument.annotation)
                     argument.annotation = None
+        self.generic_visit(node)
+
+    def visit_Call(self, node: ast.Call) -> None:
+        """Cuts the text of a knob, which only --knobs and docs/knobs.md show."""
+        if called_name(node) == KNOB:
+            self.cut(node.args[1], b'""')
+            node.args[1] = ast.Constant("")
         self.generic_visit(node)
 
     def text(self) -> str:
@@ -264,16 +281,29 @@ def escape(data: bytes) -> str:
     return re.sub(r"'(?=''|\Z)", r"\\'", text)
 
 
+def text_to_pack(source: bytes) -> str:
+    """The text that travels. Raises UsageError if it would be another program than the source."""
+    stripper = Stripper(source)
+    stripped = stripper.text()
+    text = shorten(stripped)
+    is_same = ast.dump(ast.parse(stripped)) == ast.dump(stripper.tree)
+    if not is_same or differs(stripped, text):
+        reason = "is written in a way that tools/pack.py cannot shorten without changing it"
+        raise UsageError(f"{READABLE}: {reason}")
+    return text
+
+
+def same_program(source: bytes, text: str) -> bool:
+    """Whether a text is what is left of a readable source, whatever its local names."""
+    return not differs(Stripper(source).text(), text)
+
+
 def pack_code(source: bytes) -> bytes:
     """The packed file of a readable source, by whichever codec makes it smaller.
 
     Raises UsageError if the text in it is not the same program.
     """
-    stripper = Stripper(source)
-    text = stripper.text()
-    if ast.dump(ast.parse(text)) != ast.dump(stripper.tree):
-        reason = "is written in a way that tools/pack.py cannot shorten without changing it"
-        raise UsageError(f"{READABLE}: {reason}")
+    text = text_to_pack(source)
     files = []
     for name, codec in CODECS.items():
         literal = escape(codec.compress(text.encode()))

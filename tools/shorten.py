@@ -13,10 +13,18 @@ import itertools
 import keyword
 import string
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from typing import NamedTuple
 
 Function = ast.FunctionDef
 Place = tuple[int, int]  # line from 1, column in UTF-8 bytes
+
+
+class Edit(NamedTuple):
+    """A name and what it becomes."""
+
+    old: str
+    new: str
 
 
 def short_names() -> Iterator[str]:
@@ -64,25 +72,21 @@ def new_names(function: Function) -> dict[str, str]:
     """Old name -> short name of a function's variables, the most frequent ones first."""
     used = names_used(function)
     fixed = fixed_names(function)
-    assigned = {
-        node.id
-        for node in ast.walk(function)
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
-    }
+    assigned = assigned_names(function)
     renamed = [name for name, _ in used.most_common() if name in assigned - fixed]
     free = (name for name in short_names() if name not in used and name not in fixed)
     return dict(zip(renamed, free, strict=False))
 
 
-def edits(tree: ast.Module) -> dict[Place, tuple[str, str]]:
-    """Where a name changes, with the old and the new name."""
-    found = {}
+def edits(tree: ast.Module) -> dict[Place, Edit]:
+    """The changes of a text by where they stand."""
+    changes = {}
     for function in outer_functions(tree.body):
         names = new_names(function)
-        for node in ast.walk(function):
-            if isinstance(node, ast.Name) and node.id in names:
-                found[node.lineno, node.col_offset] = (node.id, names[node.id])
-    return found
+        for node in name_nodes(function):
+            if node.id in names:
+                changes[node.lineno, node.col_offset] = Edit(node.id, names[node.id])
+    return changes
 
 
 def shorten(text: str) -> str:
@@ -90,11 +94,12 @@ def shorten(text: str) -> str:
     lines = text.encode().splitlines(keepends=True)
     starts = [0, *itertools.accumulate(map(len, lines))]
     data = text.encode()
-    pieces, end = [], 0
-    for (line, column), (old, new) in sorted(edits(ast.parse(text)).items()):
+    pieces = []
+    end = 0
+    for (line, column), edit in sorted(edits(ast.parse(text)).items()):
         start = starts[line - 1] + column
-        pieces += [data[end:start], new.encode()]
-        end = start + len(old.encode())
+        pieces += [data[end:start], edit.new.encode()]
+        end = start + len(edit.old.encode())
     return b"".join([*pieces, data[end:]]).decode()
 
 
@@ -102,23 +107,34 @@ def differs(text: str, shortened: str) -> str:
     """Why `shortened` is not the program of `text`, or "" if it is.
 
     Both trees must be equal but for the names of local variables, and in each function one name
-    must stand for one name, both ways, with parameters and global names standing for themselves.
+    must stand for one name, both ways. Names that are not local must stand for themselves.
     """
-    before, after = ast.parse(text), ast.parse(shortened)
-    pairs = zip(outer_functions(before.body), outer_functions(after.body), strict=False)
-    for old, new in pairs:
-        forth: dict[str, str] = {}
-        back: dict[str, str] = {}
-        names = zip(name_nodes(old), name_nodes(new), strict=False)
-        for a, b in names:
-            if forth.setdefault(a.id, b.id) != b.id or back.setdefault(b.id, a.id) != a.id:
-                return f"{old.name}: {a.id} became {b.id}"
-        if changed := [name for name in fixed_names(old) & forth.keys() if forth[name] != name]:
-            return f"{old.name}: {changed[0]} is not local"
-        if outside := [a for a, b in forth.items() if a != b and not is_assigned(old, a)]:
-            return f"{old.name}: {outside[0]} is not assigned here"
-        restore(new, back)
+    before = ast.parse(text)
+    after = ast.parse(shortened)
+    functions = zip(outer_functions(before.body), outer_functions(after.body), strict=False)
+    for old, new in functions:
+        reason, old_names = compare_names(old, new)
+        if reason:
+            return f"{old.name}: {reason}"
+        for node in name_nodes(new):
+            node.id = old_names.get(node.id, node.id)
     return "" if ast.dump(before) == ast.dump(after) else "the trees differ"
+
+
+def compare_names(old: Function, new: Function) -> tuple[str, dict[str, str]]:
+    """Why the names of two functions do not stand for each other, and new name -> old name."""
+    new_names: dict[str, str] = {}
+    old_names: dict[str, str] = {}
+    local = assigned_names(old) - fixed_names(old)
+    for a, b in zip(name_nodes(old), name_nodes(new), strict=False):
+        if new_names.setdefault(a.id, b.id) != b.id or old_names.setdefault(b.id, a.id) != a.id:
+            return f"{a.id} and {b.id} do not stand for each other", old_names
+        if a.id != b.id and a.id not in local:
+            return f"{a.id} is not local", old_names
+    # A short name must not take the place of a parameter, import or nested function.
+    taken = fixed_names(old) & old_names.keys()
+    captured = [name for name in taken if old_names[name] != name]
+    return f"{captured[0]} means something else" if captured else "", old_names
 
 
 def name_nodes(function: Function) -> list[ast.Name]:
@@ -126,12 +142,6 @@ def name_nodes(function: Function) -> list[ast.Name]:
     return [node for node in ast.walk(function) if isinstance(node, ast.Name)]
 
 
-def is_assigned(function: Function, name: str) -> bool:
-    """Whether a function assigns to a name."""
-    return any(node.id == name and isinstance(node.ctx, ast.Store) for node in name_nodes(function))
-
-
-def restore(function: Function, names: Mapping[str, str]) -> None:
-    """Gives a function's names back what they were, in place."""
-    for node in name_nodes(function):
-        node.id = names[node.id]
+def assigned_names(function: Function) -> set[str]:
+    """The names that a function assigns to."""
+    return {node.id for node in name_nodes(function) if isinstance(node.ctx, ast.Store)}
