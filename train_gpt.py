@@ -596,9 +596,6 @@ class ArtifactKnobs:
     )
     attn_clip_sigmas: float = knob(0.0, "MATRIX_CLIP_SIGMAS of q, k, v and o; 0: the same")
     mlp_clip_sigmas: float = knob(0.0, "MATRIX_CLIP_SIGMAS of the MLP; 0: the same")
-    loop_clip_sigmas: float = knob(
-        0.0, "MATRIX_CLIP_SIGMAS of looped layers, before the other two; 0: the same"
-    )
     compressor: str = knob("zstd", "compressor of the integers", choices=COMPRESSORS)
 
     @property
@@ -639,9 +636,6 @@ class ScoringKnobs:
     )
     eval_deadline_seconds: float = knob(
         580.0, "seconds from the first scored token after which no more is learnt"
-    )
-    eval_budget_includes_compile: bool = knob(
-        False, "take the warm-up of the evaluation off EVAL_DEADLINE_SECONDS"
     )
 
     @property
@@ -941,10 +935,6 @@ class Config(
                 "WARMUP_STEPS=0: with loops and compilation on the clock a port had 1440 steps in"
                 " 600 s (remark in PR #1530)"
             )
-        if self.loop_clip_sigmas:
-            yield (
-                f"LOOP_CLIP_SIGMAS={self.loop_clip_sigmas:g}: no gain was ever reported (PR #1530)"
-            )
         if self.logit_temperature != 1:
             yield (
                 f"LOGIT_TEMPERATURE={self.logit_temperature:g}: legal only if chosen without a look"
@@ -1045,6 +1035,10 @@ AGAINST_THE_RULES = {
 WITHOUT_EFFECT = {
     "MUON_BETA2": "nothing read it",
     "CONTROL_TENSOR_NAME_PATTERNS": "nothing read it",
+    "LOOP_CLIP_SIGMAS": "no gain was ever reported (PR #1530); set MATRIX_CLIP_SIGMAS",
+    "TTT_FAST": "bench/evaluation.py compares with the published way",
+    "TTT_CUDA_GRAPH": "most graphs were captured within the clock",
+    "EVAL_BUDGET_INCLUDES_COMPILE": "set EVAL_DEADLINE_SECONDS",
     "TTT_EVAL_BATCHES": "it was for debugging",
     "TTT_OUTPUT_DIR": "it was for debugging",
     "TTT_DEBUG_BYPASS": "it was for debugging",
@@ -4353,9 +4347,6 @@ def clip_sigmas_of(cfg: Config, matrix: Matrix) -> float:
     """
     if parameter_table(cfg)[matrix.bank].is_table:
         return cfg.embed_clip_sigmas
-    is_looped = cfg.num_loops > 0 and cfg.loop_start <= matrix.layer <= cfg.loop_end
-    if is_looped and cfg.loop_clip_sigmas:
-        return cfg.loop_clip_sigmas
     if matrix.site in ("attn_in", "attn_out"):
         return cfg.attn_clip_sigmas or cfg.matrix_clip_sigmas
     return cfg.mlp_clip_sigmas or cfg.matrix_clip_sigmas
@@ -6028,8 +6019,6 @@ class Run:
         self.excluded_seconds = 0.0
         # CUDA graphs of the training, by plan.
         self.graphs: dict[tuple[Visit, ...], Callable] = {}
-        # Seconds that warm-up spent on the evaluation.
-        self.eval_warm_up_s = 0.0
         self.tuner = TileTuner()
         use_tuner(self.tuner)
         with self.phase("check", "none"):
@@ -6082,6 +6071,7 @@ class Run:
 
         Raises UsageError if something is wrong.
         """
+        check_paths(self.cfg)
         if self.cfg.eval_only_path:
             self.cfg, saved = load_model_file(self.cfg, origin)
             self.start = Start.from_model_file(saved)
@@ -6413,13 +6403,11 @@ class Run:
             # A validation may come before the loops begin.
             for plan in earlier_plans:
                 self.evaluate(plan=plan, docs=docs, ranks=ranks.alone())
-        start = ranks.now()
         self.evaluate(plan=last_plan, docs=docs, ranks=ranks.alone())
         if cfg.ttt_enabled:
             self.adapt(Deadline(math.inf), docs, ranks.alone())
         self.log.prefix = ""
         self.log("warmup:done (random tokens, no validation data)")
-        self.eval_warm_up_s = ranks.now() - start
 
     def capture_training(self, plans: list[tuple[Visit, ...]], row: Batch) -> None:
         """Records the training of a row as a CUDA graph for each plan.
@@ -6563,10 +6551,7 @@ class Run:
     def evaluate_artifact(self) -> None:
         """Runs the evaluations of the artifact that the settings ask for, with one deadline."""
         cfg = self.cfg
-        deadline_s = cfg.eval_deadline_seconds
-        if cfg.eval_budget_includes_compile:
-            deadline_s -= self.eval_warm_up_s
-        deadline = Deadline(deadline_s)
+        deadline = Deadline(cfg.eval_deadline_seconds)
         self.run_evaluation("diagnostic quantized", "eval", self.evaluate)
         seconds = self.phases[-1].seconds
         deadline.seconds_per_target = seconds * self.ranks.world_size / self.docs.counts.sum()

@@ -157,17 +157,14 @@ def test_published_steps_are_kept_to_the_bit_by_the_published_presets():
         assert (chosen["quantizer"], chosen["artifact_limit_bytes"]) == ("gptq", 0)
 
 
-def test_clip_of_a_group_wins_over_the_matrices_and_that_of_loops_over_both():
-    cfg = tiny_config(
-        attn_clip_sigmas=13.0, mlp_clip_sigmas=11.0, loop_clip_sigmas=10.0, embed_clip_sigmas=14.0
-    )
+def test_clip_of_a_group_wins_over_that_of_the_matrices():
+    cfg = tiny_config(attn_clip_sigmas=13.0, mlp_clip_sigmas=11.0, embed_clip_sigmas=14.0)
     clips = {
         (matrix.bank, matrix.layer): tg.clip_sigmas_of(cfg, matrix)
         for matrix in tg.quantised_matrices(cfg)
     }
     assert clips["qo_bank", 0] == clips["kv_bank", 3] == 13.0
     assert clips["up_bank", 0] == clips["down_bank", 3] == 11.0
-    assert clips["qo_bank", 1] == clips["up_bank", 1] == 10.0  # LOOP_START = LOOP_END = 1
     assert clips["tok_emb", 0] == 14.0
     plain = tiny_config()
     default = {tg.clip_sigmas_of(plain, matrix) for matrix in tg.quantised_matrices(plain)}

@@ -573,7 +573,6 @@ WARNINGS = [
     ("pr473", dict(quantizer="gptq"), "QUANTIZER=gptq", "#533"),
     ("pr605", dict(swa_threshold=0.5), "SWA_THRESHOLD=0.5", "#374"),
     ("record", dict(warmup_steps=0), "WARMUP_STEPS=0", "#1530"),
-    ("record", dict(loop_clip_sigmas=10.0), "LOOP_CLIP_SIGMAS=10", "#1530"),
     ("pr605", dict(logit_temperature=0.98), "LOGIT_TEMPERATURE=0.98", "#605"),
 ]
 
