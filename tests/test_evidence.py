@@ -110,7 +110,7 @@ def test_a_block_is_replaced_between_its_marks_alone(tmp_path: Path):
     page.write_text("a\n<!-- x:begin -->\nold\n<!-- x:end -->\nz\n")
     evidence.rewrite_block(page, "x", ["new", "lines"])
     assert page.read_text() == "a\n<!-- x:begin -->\nnew\nlines\n<!-- x:end -->\nz\n"
-    with pytest.raises(UsageError, match="lacks the marks"):
+    with pytest.raises(UsageError, match="needs one line"):
         evidence.rewrite_block(page, "y", [])
 
 

@@ -30,8 +30,11 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+import runlog  # noqa: E402
+import tables  # noqa: E402
+from packed_code import packed_size  # noqa: E402
 
-from train_gpt import UsageError, write_atomic  # noqa: E402
+from train_gpt import CODE_SHA256, Config, UsageError, write_atomic  # noqa: E402
 
 SEEDS = (0, 42, 1337)
 SYSTEMS = ("pr1530", "pr1560", "pr1413", "pr473", "pr605")
@@ -82,8 +85,10 @@ def result_of(log: Path) -> dict[str, Any] | None:
     """The figures of a log's `final` line, or None if the run did not finish."""
     if not log.is_file():
         return None
-    lines = re.findall(r"^final (\{.*\})$", log.read_text(encoding="utf-8"), re.MULTILINE)
-    return json.loads(lines[-1]) if lines else None
+    try:
+        return runlog.read_final(log.read_text(encoding="utf-8"))
+    except runlog.LogError:
+        return None
 
 
 def is_finished(log: Path, code_sha256: str) -> bool:
@@ -146,19 +151,16 @@ def kept_logs(folder: Path) -> tuple[list[Path], list[Path]]:
 
 def rewrite_block(path: Path, name: str, lines: list[str]) -> None:
     """Replaces what stands between `<!-- name:begin -->` and `<!-- name:end -->` in a document."""
-    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-    before, found, rest = path.read_text(encoding="utf-8").partition(begin)
-    _, closed, after = rest.partition(end)
-    if not found or not closed:
-        raise UsageError(f"{path}: lacks the marks {begin} and {end}")
-    text = before + "\n".join([begin, *lines, end]) + after
-    write_atomic(path, text.encode())
+    block = "\n".join([f"<!-- {name}:begin -->", *lines, f"<!-- {name}:end -->"])
+    try:
+        page = tables.replace_block(path.read_text(encoding="utf-8"), block)
+    except tables.MarksError as error:
+        raise UsageError(f"{path}: {error}") from error
+    write_atomic(path, page.encode())
 
 
 def sizes_block(script: Path, results: list[dict[str, Any]]) -> list[str]:
     """Bytes of the script as it is and packed, and the scale that gzip gives."""
-    from pack import packed_size
-
     source = script.read_bytes()
     packed = packed_size(source)
     lines = [f"`train_gpt.py` has {len(source):,} bytes as it stands and {packed:,} packed."]
@@ -175,8 +177,8 @@ def ending_block(log: Path) -> list[str]:
     final = json.dumps({name: result[name] for name in figures}).replace("}", ", ...}")
     text = log.read_text(encoding="utf-8")
     scores = re.findall(r"^(?:diagnostic|quantized_ttt_lora) .*val_bpb:.*$", text, re.MULTILINE)
-    table = re.findall(r"^phase .*$|^(?:train|score|all of) .*$", text, re.MULTILINE)
-    return ["```", *scores, *table, f"final {final}", "```"]
+    table = re.search(r"^phase  .*\n(?:.*\n)*?all of eval.*$", text, re.MULTILINE)
+    return ["```", *scores, table[0], f"final {final}", "```"]
 
 
 def experiment_block(seeds: list[Path], systems: list[Path]) -> list[str]:
@@ -201,20 +203,16 @@ def experiment_block(seeds: list[Path], systems: list[Path]) -> list[str]:
 
 def figures_of(title: str, logs: list[Path], key: str) -> list[str]:
     """A table with a row a run: steps, milliseconds a step, and the three scores."""
-    lines = [
-        f"{title}:",
-        "",
-        f"| {key} | steps | ms/step | before quantisation | quantised | adapted |",
-        "|---|---|---|---|---|---|",
-    ]
+    head = [key, "steps", "ms/step", "before quantisation", "quantised", "adapted"]
+    rows = []
     for log in logs:
         result = result_of(log)
         step_ms = 1000 * result["seconds"]["train"] / result["steps"]
-        scores = [result[f"{name}_bpb"] for name in ("pre_quantization", "quantized")]
         cells = [str(result[key]), str(result["steps"]), f"{step_ms:.0f}"]
-        cells += [f"{score:.4f}" for score in [*scores, result["val_bpb"]]]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+        for score in ("pre_quantization_bpb", "quantized_bpb", "val_bpb"):
+            cells.append(f"{result[score]:.4f}")
+        rows.append(cells)
+    return [f"{title}:", "", tables.markdown_table(head, rows)]
 
 
 def write_documents(folder: Path, script: Path) -> None:
@@ -235,7 +233,9 @@ def write_documents(folder: Path, script: Path) -> None:
     for command in commands:
         if subprocess.run(command, cwd=folder, stdout=subprocess.DEVNULL).returncode:
             raise UsageError(f"report.py refused the kept logs: {' '.join(command[2:])}")
-    rewrite_block(readme, "ending", ending_block(seeds[0]))
+    # The log of what a user sees who changes no setting.
+    default = next((log for log in seeds if log.stem.endswith(f"seed{Config.seed}")), seeds[0])
+    rewrite_block(readme, "ending", ending_block(default))
     rewrite_block(readme, "sizes", sizes_block(script, results))
     rewrite_block(folder / "EXPERIMENTS.md", "evidence", experiment_block(seeds, systems))
 
@@ -276,8 +276,6 @@ def main(argv: list[str]) -> int:
     script = ROOT / "train_gpt.py"
     try:
         if not args.tables:
-            from train_gpt import CODE_SHA256
-
             prepare_data(args.corpus, args.tokenizer)
             runs = [*seed_runs(), *system_runs(args.corpus is not None)]
             logs = complete(runs, script, ROOT, CODE_SHA256)
