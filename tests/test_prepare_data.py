@@ -365,7 +365,7 @@ def test_malformed_input_ends_in_one_line_with_status_2_and_leaves_no_file(
 
 
 def test_a_missing_file_a_foreign_tokenizer_and_a_vocabulary_too_large_end_in_one_line(
-    tmp_path: Path,
+    tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
     good = write_lines(tmp_path / "good.jsonl", ["fine", "also fine"])
     for arguments, expected in (
@@ -375,10 +375,10 @@ def test_a_missing_file_a_foreign_tokenizer_and_a_vocabulary_too_large_end_in_on
         [[good, "--val-fraction", "2"], "--val-fraction 2: must lie between 0 and 1"],
         [[good, "--name", "../../x"], "--name ../../x: must be a name"],
     ):
-        command = [sys.executable, TOOL, "text", *arguments, "--data-dir", tmp_path / "d"]
-        result = subprocess.run([str(part) for part in command], capture_output=True, text=True)
-        assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
-        assert result.stderr.startswith("prepare_data.py: ") and expected in result.stderr
+        assert run("text", *arguments, "--data-dir", tmp_path / "d") == 2
+        error = capfd.readouterr().err
+        assert error.count("\n") == 1, error
+        assert error.startswith("prepare_data.py: ") and expected in error
     assert files_below(tmp_path) == ["good.jsonl"]
 
 

@@ -4,25 +4,29 @@
     python tools/audit.py ARTIFACT --tests T1,T3 --docs 4 --markdown  # some tests, README's table
     python tools/audit.py --log train_seed42.log ...                  # T13 alone, on any logs
 
-Nothing is judged by reading code: every test looks at scores, states or files while the script's
-own evaluations run, all that a run makes of an artifact. The tests (the conditions are those of
-issue #1017 of the challenge):
+Nothing is judged by reading code. Every test looks at scores, states or files while the script's
+own evaluations run, and all evaluations that a run makes of an artifact are tested. The conditions
+are those of issue #1017 of the challenge. The tests:
 
 {tests}
 
-A property that a system does not claim is `not claimed`, no violation: with DATA_LOADER other than
-documents a window runs over documents (T10; T11 then asks that nothing reaches beyond a window, T20
-not for equal scores), and where documents learn from earlier ones T10 and T11 look at rates 0. All
-else must hold for every system.
+A property that a system does not claim counts as not claimed, not as a violation. With DATA_LOADER
+other than `documents` a window may cross documents: T10 is then not claimed, T11 asks only that
+nothing reaches beyond a window, and T20 does not ask for equal scores. Where documents learn from
+earlier ones, T10 and T11 run with learning rates of 0. Everything else must hold for every system.
 
-T7 sees files that Python opens, not those that C libraries open by themselves. T8 finds the use of
-such a file if it lay beside the artifact, beside the script or in the home folder; no test finds a
-file with an absolute path. --docs documents are sampled, cut to little more than a window; a chunk
-of TTT_MODE=chunk or of a phase is cut so that the sample has four, rows of scoring so that it fills
-them. The fresh process scores a few whole documents, of rows the first of the stream; it has random
-tokens for the others, or no others. Knobs that the environment lacks are taken from the run's log.
-Writes audit.json beside the artifact, of some tests only what --json names. Exit status: 0 no
-violation, 1 violations, 2 wrong usage: what is given cannot be judged, and nothing is written.
+T7 sees the files that Python opens, but not those that C libraries open by themselves. T8 finds the
+use of such a file if it lay beside the artifact, beside the script or in the home folder. No test
+finds a file with an absolute path.
+
+The sample holds --docs documents, cut to little more than a window. Chunks of TTT_MODE=chunk and of
+phases are cut so that the sample has four, rows of scoring so that the sample fills them. The fresh
+process scores a few complete documents, with rows the first ones of the stream. It has random
+tokens in place of the others, or no others.
+
+Knobs that the environment does not set are taken from the run's log. If all tests run, audit.json
+is written beside the artifact; otherwise only --json writes it. Exit status: 0 no violation, 1
+violations, 2 wrong usage: what is given cannot be judged, and nothing is written.
 """
 
 from __future__ import annotations

@@ -202,8 +202,8 @@ def control(case: Case) -> Finding:
 # --- The future -----------------------------------------------------------------------------------
 @each_evaluation(1, "future", "causal")
 def future(case: Case, name: str) -> Measured:
-    """Other tokens after a place, or an earlier end of the document, leave the scores up to it
-    alone.
+    """Changing the tokens after a position, or ending the document earlier, does not change the
+    scores before it.
 
     The comparison is made in the order of the stream. Where only scores made later in time differ,
     the evidence says that the evaluation is causal in the order of scoring only.
@@ -443,8 +443,8 @@ def phase_lock(case: Case) -> Finding:
 
 @whole_run(8, "artifact only", "self_contained")
 def artifact_only(case: Case) -> Finding:
-    """In an empty folder, with an empty home and other text for what it does not score, that
-    process gives the same score.
+    """In an empty folder, with an empty home and other text in place of what it does not score,
+    that process gives the same score.
     """
     fresh = case.fresh
     last = case.subject.names[-1]
@@ -542,7 +542,7 @@ class Isolation(NamedTuple):
 
 @each_evaluation(11, "isolation", "document_independent", crossing_off=True)
 def isolation(case: Case, name: str) -> Measured:
-    """Other tokens in one document leave the next one's scores alone.
+    """Changing the tokens of one document does not change the scores of the next.
 
     Where windows lie on the stream, no change may reach farther than one of them.
     """
@@ -806,7 +806,7 @@ def budget(case: Case) -> Finding:
 
 @whole_run(17, "warm-up", "clean_data")
 def warm_up(case: Case) -> Finding:
-    """Warm-up leaves weights and random state alone and sees no validation token."""
+    """Warm-up changes neither weights nor random state and sees no validation token."""
     run = case.subject.run
     seen = set()
     for inputs in run.warm_inputs:

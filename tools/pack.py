@@ -13,13 +13,13 @@
                                   file can use the whole limit
     pack.py --seal FOLDER         after you edited README.md: renew SHA256SUMS, then check
 
-What counts are train_gpt.py and the artifact (*.ptz), as `wc -c` counts them; everything else is
-for readers. The packed file is the readable source without what a program does not need, as
+train_gpt.py and the artifact (*.ptz) count against the limit, as `wc -c` counts them; everything
+else is for readers. The packed file is the readable source without what a program does not need, as
 tools/packed_code.py makes it. --check proves that both are one program, and that code, logs,
-artifact and claim belong together. `sha256sum -c SHA256SUMS` needs no tool of ours.
+artifact and claim belong together. `sha256sum -c SHA256SUMS` checks the files without our tools.
 
-The log of RUN_DIR (logs/NAME-0000.txt of a sweep's) is sought in logs/ beside runs/; --log names
-another, or those of further seeds of the same claim.
+The log of RUN_DIR is looked for in logs/ beside runs/; that of a sweep's run is called
+logs/NAME-0000.txt. --log names another, or those of further seeds of the same claim.
 """
 
 from __future__ import annotations
