@@ -14,7 +14,7 @@ from torch import Tensor
 
 import train_gpt as tg
 
-STEPS = 20
+STEPS = 10
 
 
 def schedule(step: int) -> tuple[float, float]:
@@ -96,10 +96,10 @@ def stepped(
 
 def halves(ranks: tg.Ranks, overrides: dict[str, Any]) -> dict[str, Any]:
     """A run without a break, and one in which new optimisers go on from its middle."""
-    middle = stepped(ranks, overrides, 0, 9)
+    middle = stepped(ranks, overrides, 0, 4)
     return {
-        "straight": stepped(ranks, overrides, 0, 15),
-        "resumed": stepped(ranks, overrides, 9, 15, middle["state"]),
+        "straight": stepped(ranks, overrides, 0, 7),
+        "resumed": stepped(ranks, overrides, 4, 7, middle["state"]),
     }
 
 
@@ -175,7 +175,7 @@ def test_a_state_loaded_in_the_middle_goes_on_bit_for_bit(alone, together):
 def test_a_state_of_several_ranks_goes_on_alone(together):
     """The gradients of several ranks are sums, so no step is compared, only what is loaded."""
     end = together[0]["halves"]["straight"]
-    resumed = on_one(stepped, UNEVEN, 15, 15, end["state"])
+    resumed = on_one(stepped, UNEVEN, 7, 7, end["state"])
     assert_equal(resumed["state"], end["state"])
     assert_equal(resumed["average"], end["average"])
 
