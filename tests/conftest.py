@@ -188,7 +188,7 @@ def run_script(
     script = ROOT / "train_gpt.py"
     # Only a new Python looks at PYTHONPATH.
     if not ranks and "PYTHONPATH" not in env:
-        return warm_process.run(script, base, cwd, timeout)
+        return warm_process.run([str(script)], base, cwd, timeout)
     command = [sys.executable, str(script)]
     if ranks:
         command[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]

@@ -13,14 +13,18 @@ import signal
 import subprocess
 import sys
 import tempfile
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch", "torch._dynamo", "triton", "sentencepiece"])
+# What is not installed is left out.
+CONTEXT.set_forkserver_preload(
+    ["torch", "torch._dynamo", "triton", "sentencepiece", "optuna", "sqlalchemy.orm", "rich"]
+)
 
 
-def run_as_main(script: Path, env: dict[str, str], cwd: Path, out: Path, err: Path) -> None:
-    """Called in the new process: goes on as `python script` would, with its output in two files."""
+def run_as_main(command: list[str], env: dict[str, str], cwd: Path, out: Path, err: Path) -> None:
+    """Called in the new process: goes on as `python *command` would, its output in two files."""
     os.environ.clear()
     os.environ |= env
     os.chdir(cwd)
@@ -28,27 +32,35 @@ def run_as_main(script: Path, env: dict[str, str], cwd: Path, out: Path, err: Pa
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     for number, path in ((1, out), (2, err)):
-        with path.open("wb") as file:
+        # Both may be the same file.
+        with path.open("ab") as file:
             os.dup2(file.fileno(), number)
     sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
-    sys.argv = [str(script)]
-    runpy.run_path(str(script), run_name="__main__")
+    sys.argv = command
+    sys.path.insert(0, str(Path(command[0]).parent))
+    runpy.run_path(command[0], run_name="__main__")
+
+
+def start(command: list[str], env: dict[str, str], cwd: Path, out: Path, err: Path) -> BaseProcess:
+    """A process for `command`, a script and its arguments, with no variables but those of `env`."""
+    process = CONTEXT.Process(target=run_as_main, args=(command, env, cwd, out, err))
+    process.start()
+    return process
 
 
 def run(
-    script: Path, env: dict[str, str], cwd: Path, timeout: float
+    command: list[str], env: dict[str, str], cwd: Path, timeout: float
 ) -> subprocess.CompletedProcess[str]:
-    """A run of `script` in a process of its own, which has no variables but those of `env`."""
+    """Such a process until its end, as subprocess.run has it."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
         err = Path(folder) / "err"
-        process = CONTEXT.Process(target=run_as_main, args=(script, env, cwd, out, err))
-        process.start()
+        process = start(command, env, cwd, out, err)
         process.join(timeout)
         if process.exitcode is None:
             process.kill()
             process.join()
-            raise subprocess.TimeoutExpired(str(script), timeout)
+            raise subprocess.TimeoutExpired(command, timeout)
         texts = [path.read_text(encoding="utf-8") for path in (out, err)]
-        return subprocess.CompletedProcess([str(script)], process.exitcode, *texts)
+        return subprocess.CompletedProcess(command, process.exitcode, *texts)
