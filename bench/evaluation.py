@@ -268,6 +268,9 @@ class Recording:
 class Timed(tg.Adaptation):
     """Adaptation that records the size and the time of every step."""
 
+    # How documents are put into batches: a function as tg.plan_batches.
+    batches = staticmethod(tg.plan_batches)
+
     def __init__(self, model: tg.GPT, forward: Callable, plan: tuple, device: torch.device):
         """As tg.Adaptation."""
         super().__init__(model, self.recorded_forward, plan, device)
@@ -295,9 +298,6 @@ class Timed(tg.Adaptation):
         self.recording.watch.mark()
         super().run_chunk(ledger, start, end)
         self.recording.watch.mark()
-
-    # How documents are put into batches: a function as tg.plan_batches.
-    batches = staticmethod(tg.plan_batches)
 
     def num_live_at(self, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """How many documents of these lengths are run for the chunks at these starts, (n,)."""
