@@ -340,7 +340,10 @@ def saved_bytes(system: System, looped: bool) -> int:
             saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    def unpack(tensor: Tensor) -> Tensor:
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         loss = system.forward(looped)
     # Addresses tell storages apart only while the graph, which holds them, is alive.
     total = sum(saved.values())
@@ -814,6 +817,15 @@ def measure_plans(setting: Setting, rounds: int | None) -> dict[bool, StepTimes]
     return times
 
 
+def worst_noise(times: dict[bool, StepTimes]) -> float:
+    """The noise of the plan in which it is farther from 1, as a factor."""
+
+    def distance(ratio: float) -> float:
+        return abs(math.log(ratio))
+
+    return max((of_plan.noise for of_plan in times.values()), key=distance)
+
+
 def main(argv: list[str]) -> int:
     """Prints the tables. Exit status 2 if the environment or the script cannot be used."""
     args = parse_arguments(argv)
@@ -845,14 +857,13 @@ def main(argv: list[str]) -> int:
         layers = 11 if reference else 2
     gptq_ratio = compare_gptq(reference, layers, device) if layers else None
 
-    noises = [of_plan.noise for of_plan in times.values()]
     figures = {
         "device": device_name(device),
         "backend": backend,
         "ratio_plain": times[False].ratio,
         "ratio_looped": times[True].ratio if cfg.num_loops else None,
         "ratio_gptq": gptq_ratio,
-        "noise_ratio": max(noises, key=lambda ratio: abs(math.log(ratio))),
+        "noise_ratio": worst_noise(times),
         "grad_error_ratio": error_ratio,
         "mfu": mfu,
     }
