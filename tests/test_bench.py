@@ -25,6 +25,7 @@ from torch.autograd import DeviceType
 
 sys.path.insert(0, str(ROOT / "bench"))
 
+import artifact
 import reference as adapter
 import step as bench
 
@@ -312,6 +313,16 @@ def test_what_is_no_such_script_is_refused_in_a_line(
     error = capsys.readouterr().err
     assert error.startswith(f"bench/step.py: {path}: ")
     assert error.count("\n") == 1
+
+
+# --- Coders of the same integers ------------------------------------------------------------------
+def test_a_ratio_to_a_coder_that_is_not_installed_is_null(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("ZPAQ", "0")
+    monkeypatch.setattr(artifact.importlib.util, "find_spec", mock.Mock(return_value=None))
+    codes = torch.arange(64, dtype=torch.int8).view(1, 8, 8)
+    figures = artifact.compare_coders({"up_bank": (codes, torch.ones(1, 8))})
+    assert [name for name, value in figures.items() if value is None] == ["ans_over_brotli"]
+    json.dumps(figures, allow_nan=False)
 
 
 # --- Whole runs -----------------------------------------------------------------------------------
