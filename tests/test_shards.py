@@ -50,17 +50,13 @@ def plain(cfg: tg.Config) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
                 lr = scale * cfg.matrix_lr
                 w.mul_(1 - lr * cfg.muon_wd).sub_(lr * math.sqrt(max(1, w.size(1) / w.size(2))) * u)
             else:
-                lr, wd = (
-                    (cfg.tied_embed_lr, cfg.embed_wd)
-                    if group == "embed"
-                    else (cfg.scalar_lr, cfg.adam_wd)
-                )
+                lr, wd = cfg.scalar_lr, cfg.adam_wd
+                if group == "embed":
+                    lr, wd = cfg.tied_embed_lr, cfg.embed_wd
                 momentum[n] = cfg.beta1 * momentum[n] + (1 - cfg.beta1) * g
                 square[n] = cfg.beta2 * square[n] + (1 - cfg.beta2) * g**2
-                m, v = (
-                    momentum[n] / (1 - cfg.beta1 ** (step + 1)),
-                    square[n] / (1 - cfg.beta2 ** (step + 1)),
-                )
+                m = momentum[n] / (1 - cfg.beta1 ** (step + 1))
+                v = square[n] / (1 - cfg.beta2 ** (step + 1))
                 w.mul_(1 - lr * scale * wd).sub_(lr * scale * m / (v.sqrt() + cfg.adam_eps))
             average[n] = cfg.ema_decay * average[n] + (1 - cfg.ema_decay) * w
     return weights, average
