@@ -46,7 +46,9 @@ Contents, in the order of a run, kernels last:
     14  Command line             exit statuses
 
 Letters in shapes: B rows, T tokens per row, C model width, H query heads, Hkv key/value heads,
-D head width, V vocabulary, L layers.
+D head width, F MLP width, V vocabulary, L layers, W ranks, R rows of documents that adapt together,
+N tokens of the validation text. n is any other number of things, named beside it. A word in a
+shape, as in (docs,), is the number of those things.
 
 Importing this file reads no environment variable and needs neither a GPU nor an optional package.
 The system is that of PR #1530 (samacqua) with PR #1560.
@@ -106,6 +108,7 @@ except ImportError:
 SOURCE = Path(__file__).read_bytes()
 CODE_BYTES = len(SOURCE)
 LIMIT_BYTES = 16_000_000  # code and model together, decimal
+EVAL_LIMIT_SECONDS = 600.0  # for all evaluations of the artifact
 
 # The readable source and its hash, for the log. tools/pack.py puts both into the packed file.
 if "UNPACKED" in globals():
@@ -133,9 +136,9 @@ class BadMatrix(FloatingPointError):
 
 
 # === 1. Configuration ===
-# Every knob is an environment variable, and a field of Config is its variable in lower case. The
-# fields stand in groups. A group holds its knobs, what follows from them, and the rules between
-# them. Methods of a group may read the fields of all groups: they only run as part of a Config.
+# Every knob is an environment variable, and a field of Config is its variable in lower case. A group
+# of fields holds knobs, properties derived from them, and the rules between them. Methods of a
+# group may read the fields of all groups: they only run as part of a Config.
 def knob(
     default: Any,
     doc: str,
@@ -179,40 +182,21 @@ class RowShape(NamedTuple):
 class RunKnobs:
     """The run, its name and the files it writes."""
 
-    preset: str = knob(
-        "record", "set of defaults to start from; unset: record with CUDA, cpu without"
-    )
-    shrink: bool = knob(
-        False, "run the preset's structure at CPU size: narrow layers, short rows, little time"
-    )
-    seed: int = knob(
-        1337, "seed of initial weights, adapters and the sample of documents", 0, 2**31
-    )
-    run_id: str = knob(
-        "",
-        "name of log and output folder; empty: date, preset and seed",
-        free_on_resume=True,
-    )
+    preset: str = knob("record", "defaults to start from; unset: record with CUDA, cpu without")
+    shrink: bool = knob(False, "preset's structure at CPU size: narrow layers, short rows")
+    seed: int = knob(1337, "seed of weights, adapters and the sample of documents", 0, 2**31)
+    run_id: str = knob("", "name of log and folder; empty: date, preset, seed", free_on_resume=True)
     artifact_dir: str = knob("", "output folder; empty: runs/<RUN_ID>", free_on_resume=True)
     checkpoint_every: float = knob(
-        0.0,
-        "seconds of training between checkpoints, to resume RUN_ID from; 0: none",
-        free_on_resume=True,
+        0.0, "seconds between checkpoints, from which RUN_ID resumes; 0: none", free_on_resume=True
     )
     tensorboard_dir: str = knob(
-        "",
-        "folder for TensorBoard, with one per RUN_ID in it; empty: none",
-        free_on_resume=True,
+        "", "parent folder of the run's TensorBoard folder; empty: none", free_on_resume=True
     )
     eval_only_path: str = knob(
-        "",
-        "model file to score instead of training: a checkpoint (quantised first) or an artifact",
+        "", "checkpoint to quantise and score, or artifact to score, instead of training"
     )
-    train_log_every: int = knob(
-        500,
-        "steps between lines of the log, besides one every 8 s; 0: only those",
-        free_on_resume=True,
-    )
+    train_log_every: int = knob(500, "steps between log lines; 0: one per 8 s", free_on_resume=True)
 
     def rules(self) -> Iterator[Rule]:
         """What is wrong with the run's name and its checkpoints."""
@@ -228,14 +212,10 @@ class RunKnobs:
 class DataKnobs:
     """The data set, and the rows that training reads from it."""
 
-    data_dir: str = knob(
-        "./data", "folder that holds datasets/ and tokenizers/", free_on_resume=True
-    )
+    data_dir: str = knob("./data", "folder with datasets/ and tokenizers/", free_on_resume=True)
     dataset: str = knob("", "folder of the data set in datasets/; empty: fineweb10B_sp<VOCAB_SIZE>")
     tokenizer_path: str = knob(
-        "",
-        "SentencePiece model; empty: the manifest's, else fineweb_<VOCAB_SIZE>_bpe.model",
-        free_on_resume=True,
+        "", "SentencePiece model; empty: the one that the data set names", free_on_resume=True
     )
     data_loader: str = knob(
         "documents",
@@ -244,15 +224,9 @@ class DataKnobs:
         network=True,
     )
     train_batch_tokens: int = knob(786432, "tokens per step, over all ranks", 1)
-    micro_batch_tokens: int = knob(
-        98304, "tokens per row; a rank takes every WORLD_SIZE-th row of a step", 1
-    )
-    train_seq_len: int = knob(
-        2048, "tokens of the longest training segment; longer documents are cut", 2, shrinks=True
-    )
-    cu_seqlens_capacity: int = knob(
-        512, "segments a row can hold; fixed, so that one graph serves all rows", 2
-    )
+    micro_batch_tokens: int = knob(98304, "tokens per row; ranks take a step's rows in turn", 1)
+    train_seq_len: int = knob(2048, "longest training segment, in tokens", 2, shrinks=True)
+    cu_seqlens_capacity: int = knob(512, "segments a row can hold; fixed, to compile one graph", 2)
 
     @property
     def dataset_dir(self) -> Path:
@@ -294,60 +268,35 @@ class DataKnobs:
 class ModelKnobs:
     """The network."""
 
-    vocab_size: int = knob(
-        8192, "number of tokens in the vocabulary, that of the tokenizer", 2, 65536, network=True
-    )
+    vocab_size: int = knob(8192, "tokens in the tokenizer's vocabulary", 2, 65536, network=True)
     num_layers: int = knob(11, "number of physical layers", 2, 256, network=True)
     model_dim: int = knob(512, "width of the residual stream", 8, network=True)
     num_heads: int = knob(8, "query heads per layer", 1, network=True)
     num_kv_heads: int = knob(4, "key and value heads per layer", 1, network=True)
-    mlp_mult: float = knob(
-        4.0, "hidden width of the MLP, as a multiple of MODEL_DIM", 0.01, network=True
-    )
+    mlp_mult: float = knob(4.0, "MLP width as a multiple of MODEL_DIM", 0.01, network=True)
     leaky_slope: float = knob(
-        0.5,
-        "slope below zero of the MLP's squared leaky ReLU; 0: squared ReLU",
-        0,
-        1,
-        network="optional",
+        0.5, "slope of the MLP's squared leaky ReLU; 0: squared ReLU", 0, 1, network="optional"
     )
-    xsa_last_n: int = knob(11, "number of layers with XSA, counted from the top", network=True)
-    skip_gates_enabled: bool = knob(
-        True, "gate the skip connections; 0: add them with weights only", network=True
+    xsa_last_n: int = knob(
+        11, "top layers with XSA: attention output less its part along the own value", network=True
     )
+    skip_gates_enabled: bool = knob(True, "gate skip connections; 0: scale only", network=True)
     tied_embed_init_std: float = knob(0.005, "initial standard deviation of the token embedding")
-    logit_softcap: float = knob(
-        30.0, "bound c of the logits: c * tanh(logits / c)", 0.01, network=True
-    )
-    rope_base: float = knob(
-        10000.0, "base of RoPE: its slowest wavelength in tokens, over 2 pi", 1.01, network=True
-    )
+    logit_softcap: float = knob(30.0, "bound c in c * tanh(logits / c)", 0.01, network=True)
+    rope_base: float = knob(10000.0, "base of RoPE's wavelengths", 1.01, network=True)
     rope_dims: int = knob(16, "dimensions per head that RoPE rotates; 0: all", network=True)
     rope_train_seq_len: int = knob(
-        0,
-        "tokens of a segment from which ROPE_BASE grows (NTK, PR #414); 0: it never does",
-        network="optional",
-        shrinks=True,
+        0, "tokens in a segment that raise ROPE_BASE; 0: none", network="optional", shrinks=True
     )
-    ln_scale: bool = knob(
-        True, "scale the normalised inputs of layer i by 1 / sqrt(i + 1)", network=True
-    )
+    ln_scale: bool = knob(True, "scale normalised inputs of layer i by 1/sqrt(i+1)", network=True)
     branch_scale: bool = knob(
-        False,
-        "scale the outputs of layer i by 1 / sqrt(i + 1), instead of LN_SCALE (PR #568)",
-        network="optional",
+        False, "scale outputs of layer i instead: 1/sqrt(i+1) (PR #568)", network="optional"
     )
-    qk_gain_init: float = knob(
-        5.0, "initial query scale per head, applied after QK norm and learned"
-    )
-    num_loops: int = knob(
-        2, "extra passes over the layers LOOP_START..LOOP_END", 0, 64, network=True
-    )
+    qk_gain_init: float = knob(5.0, "initial query scale per head, after QK norm; learned")
+    num_loops: int = knob(2, "extra passes over layers LOOP_START..LOOP_END", 0, 64, network=True)
     loop_start: int = knob(3, "first looped layer, counted from 0", network=True)
     loop_end: int = knob(5, "last looped layer, counted from 0", network=True)
-    parallel_start_layer: int = knob(
-        8, "first layer with two lanes, counted from 0; 0: none", network=True
-    )
+    parallel_start_layer: int = knob(8, "first layer with two lanes, from 0; 0: none", network=True)
     parallel_final_lane: str = knob(
         "mean",
         "lane to read after the last layer, or the mean of both",
@@ -359,27 +308,24 @@ class ModelKnobs:
     )
     bigram_dim: int = knob(128, "width of the embedding of token pairs", 1, network="optional")
     smear_enabled: bool = knob(
-        False,
-        "mix every token with the one before in its document (SmearGate, PR #162)",
-        network="optional",
+        False, "mix each token with the one before (SmearGate, PR #162)", network="optional"
     )
-    train_input_features: bool = knob(
-        True, "train pair embedding and SmearGate; 0: they stay as initialised (PR #605)"
-    )
+    train_input_features: bool = knob(True, "train pair embedding, SmearGate; 0: frozen (PR #605)")
     ve_enabled: bool = knob(
-        False,
-        "add a second token embedding to the values of VE_LAYERS (PR #414)",
-        network="optional",
+        False, "add token embeddings to the values of VE_LAYERS (PR #414)", network="optional"
     )
     ve_dim: int = knob(128, "width of the embedding of VE_ENABLED", 1, network="optional")
-    ve_layers: str = knob(
-        "9,10", "layers of VE_ENABLED, counted from 0, separated by commas", network="optional"
-    )
+    ve_layers: str = knob("9,10", "layers of VE_ENABLED, from 0, as in 9,10", network="optional")
 
     @property
     def head_dim(self) -> int:
         """Width of an attention head."""
         return self.model_dim // self.num_heads
+
+    @property
+    def kv_dim(self) -> int:
+        """Width of the keys of a token, and of its values: Hkv * D."""
+        return self.num_kv_heads * self.head_dim
 
     @property
     def mlp_dim(self) -> int:
@@ -446,7 +392,8 @@ class ModelKnobs:
         if self.num_loops and 0 < self.parallel_start_layer <= self.loop_end:
             yield Rule(
                 "parallel_start_layer",
-                f"0 or above LOOP_END={self.loop_end}: later passes would work on stale lanes",
+                f"0 or above LOOP_END={self.loop_end}: the second lane begins once, so no loop may"
+                " run over it",
             )
         elif any(visit.parallel and visit.push for plan in self.plans for visit in plan):
             yield Rule("parallel_start_layer", "in the decoder half of the layers")
@@ -465,51 +412,31 @@ class OptimizerKnobs:
 
     tied_embed_lr: float = knob(0.03, "AdamW rate of the embedding tables")
     scalar_lr: float = knob(0.02, "AdamW rate of scales, gains, gates, lambdas and the like")
-    matrix_lr: float = knob(
-        0.026, "Muon rate of the banks: spectral norm of a square matrix's update (PR #1586)"
-    )
+    matrix_lr: float = knob(0.026, "Muon rate: spectral norm of a square update (PR #1586)")
     muon_momentum: float = knob(0.97, "momentum of Muon after its warm-up", 0, 0.9999)
     muon_momentum_warmup_start: float = knob(0.92, "momentum of Muon at the first step", 0, 0.9999)
-    muon_momentum_warmup_steps: int = knob(
-        1500, "steps from the first to the final momentum of Muon"
-    )
+    muon_momentum_warmup_steps: int = knob(1500, "steps from the first to the final Muon momentum")
     muon_backend_steps: int = knob(5, "Newton-Schulz iterations per update of Muon", 1, 20)
     muon_coeffs: str = knob(
-        "quintic",
-        "Newton-Schulz coefficients: Muon's, or Polar Express for at most 5 iterations",
-        choices=("quintic", "polar"),
+        "quintic", "Newton-Schulz coefficients; polar: Polar Express", choices=("quintic", "polar")
     )
-    muon_row_normalize: bool = knob(
-        True, "scale the rows of an update to unit norm before Newton-Schulz (MuonEq-R)"
-    )
+    muon_row_normalize: bool = knob(True, "scale rows to unit norm before Newton-Schulz (MuonEq-R)")
     beta1: float = knob(0.9, "decay of AdamW's first moment per step", 0, 0.9999)
     beta2: float = knob(0.95, "decay of AdamW's second moment per step", 0, 0.99999)
     adam_eps: float = knob(1e-8, "epsilon in the denominator of AdamW", 1e-20)
-    grad_clip_norm: float = knob(
-        0.3, "limit of the norm of the gradient of all parameters; 0: no limit"
-    )
+    grad_clip_norm: float = knob(0.3, "limit of the gradient norm of all parameters; 0: no limit")
     adam_wd: float = knob(0.02, "decoupled weight decay of the parameters of SCALAR_LR")
     muon_wd: float = knob(0.095, "decoupled weight decay of the banks")
     embed_wd: float = knob(0.085, "decoupled weight decay of the embedding tables")
     export_weights: str = knob(
-        "ema",
-        "weights to keep: exponential average, that with SWA, or the last",
-        choices=("ema", "swa", "raw"),
+        "ema", "weights to keep; swa: EMA and SWA; raw: the last", choices=("ema", "swa", "raw")
     )
-    ema_decay: float = knob(
-        0.9965, "decay of the exponential average of all parameters per step", 0, 0.999999
-    )
+    ema_decay: float = knob(0.9965, "decay per step of the average of all parameters", 0, 0.999999)
     ema_every: int = knob(1, "steps between weights that enter the exponential average", 1)
-    swa_threshold: float = knob(
-        0.2, "rate factor below which SWA takes the plain mean of the weights (PR #374)", 0, 2
-    )
+    swa_threshold: float = knob(0.2, "rate factor below which SWA averages weights (PR #374)", 0, 2)
     swa_every: int = knob(50, "steps between weights that enter the mean of SWA", 1)
-    late_qat: bool = knob(
-        False, "train through the rounding of the banks to MATRIX_BITS, late in the run"
-    )
-    late_qat_threshold: float = knob(
-        0.15, "rate factor below which LATE_QAT rounds; 2: from the start", 0, 2
-    )
+    late_qat: bool = knob(False, "train late in the run through the rounding to MATRIX_BITS")
+    late_qat_threshold: float = knob(0.15, "rate factor at which LATE_QAT begins; 2: at once", 0, 2)
 
     def rules(self) -> Iterator[Rule]:
         """What is wrong with the optimisers."""
@@ -523,26 +450,15 @@ class ScheduleKnobs:
     """The length of training and its schedule."""
 
     iterations: int = knob(20000, "limit of the number of training steps", 1)
-    max_wallclock_seconds: float = knob(
-        600.0, "seconds for training, calibration, quantisation and packing; 0: no limit"
-    )
+    max_wallclock_seconds: float = knob(600.0, "seconds from training to packing; 0: no limit")
     gptq_reserve_seconds: float = knob(
-        -1.0,
-        "seconds of MAX_WALLCLOCK_SECONDS kept for all after training; -1: measured in warm-up",
-        -1,
+        -1.0, "seconds of MAX_WALLCLOCK_SECONDS kept for compression; -1: measured in warm-up", -1
     )
-    warmdown_frac: float = knob(
-        0.75, "last share of the budget, over which the rates fall linearly", 0, 1
-    )
-    warmdown_iters: int = knob(
-        0,
-        "steps over which the rates fall, by a step's mean time (PR #473); 0: WARMDOWN_FRAC",
-    )
+    warmdown_frac: float = knob(0.75, "last share of the budget, in which rates fall", 0, 1)
+    warmdown_iters: int = knob(0, "steps in which rates fall (PR #473); 0: WARMDOWN_FRAC")
     min_lr: float = knob(0.1, "least factor of the learning rates (PR #1787)", 0, 1)
     enable_looping_at: float = knob(0.35, "share of the budget after which the loops run", 0, 1)
-    pod_speedgate_ms: float = knob(
-        0.0, "ms per step, mean of 20, above which the run stops, exit status 3; 0: off"
-    )
+    pod_speedgate_ms: float = knob(0.0, "mean ms of 20 steps above which the run stops; 0: off")
     val_loss_every: int = knob(4000, "steps between validations, off the clock; 0: none")
 
     @property
@@ -569,31 +485,16 @@ class ArtifactKnobs:
         "steps by the loss's sensitivity; GPTQ (PR #1394); without Hessians: PR #374, #568",
         choices=("allocated", "gptq", "gptq_lite", "int6"),
     )
-    clip_floor: float = knob(
-        1.0, "least clip range of a row, in the weights' unit, of the quantisers without Hessians"
-    )
-    tables_fp16: bool = knob(
-        False, "store embedding tables as fp16 instead of integers", network="optional"
-    )
-    prune_frac: float = knob(
-        0.0, "share of the weights, the smallest, that becomes 0 (PR #568)", 0, 0.99
-    )
+    clip_floor: float = knob(1.0, "least clip range of a row's weights (gptq_lite, int6)")
+    tables_fp16: bool = knob(False, "store embedding tables as fp16", network="optional")
+    prune_frac: float = knob(0.0, "share of the smallest weights that becomes 0 (PR #568)", 0, 0.99)
     artifact_limit_bytes: int = knob(
-        LIMIT_BYTES,
-        "bytes of code and model that the steps are fitted to; 0: the clips decide",
+        LIMIT_BYTES, "bytes of code and model to fit; 0: MATRIX_ and EMBED_CLIP_SIGMAS decide"
     )
-    matrix_bits: int = knob(
-        6, "bits of an integer of the banks; allocated: limit of the mean bits per weight", 2, 8
-    )
-    embed_bits: int = knob(
-        7, "bits of an integer of the tables (PR #1586); allocated: always 8", 2, 8
-    )
-    matrix_clip_sigmas: float = knob(
-        12.85, "range of the banks' integers, in standard deviations of a row", 0.1
-    )
-    embed_clip_sigmas: float = knob(
-        15.0, "range of the tables' integers, in standard deviations of a row", 0.1
-    )
+    matrix_bits: int = knob(6, "bits of the banks' integers; allocated: limit of their mean", 2, 8)
+    embed_bits: int = knob(7, "bits of the tables' integers (PR #1586); allocated: always 8", 2, 8)
+    matrix_clip_sigmas: float = knob(12.85, "range of banks' integers, in row std deviations", 0.1)
+    embed_clip_sigmas: float = knob(15.0, "range of tables' integers, in row std deviations", 0.1)
     attn_clip_sigmas: float = knob(0.0, "MATRIX_CLIP_SIGMAS of q, k, v and o; 0: the same")
     mlp_clip_sigmas: float = knob(0.0, "MATRIX_CLIP_SIGMAS of the MLP; 0: the same")
     compressor: str = knob("zstd", "compressor of the integers", choices=COMPRESSORS)
@@ -620,27 +521,21 @@ class ArtifactKnobs:
 class ScoringKnobs:
     """Scoring."""
 
-    val_batch_tokens: int = knob(
-        524288, "tokens of eight rows of scoring; a row never cuts a window", 16
-    )
-    eval_seq_len: int = knob(
-        2048, "tokens of the longest window of plain and sliding scoring", 2, shrinks=True
-    )
+    val_batch_tokens: int = knob(524288, "tokens of eight scoring rows; rows cut no window", 16)
+    eval_seq_len: int = knob(2048, "longest window of scoring, in tokens", 2, shrinks=True)
     eval_stride: int = knob(64, "tokens scored by each sliding window but the first", 1)
-    logit_temperature: float = knob(
-        1.0, "divisor of the logits wherever tokens are scored; choose it beforehand", 0.01
-    )
+    logit_temperature: float = knob(1.0, "divisor of scored logits; choose it beforehand", 0.01)
     sliding_window_enabled: bool = knob(False, "score with sliding windows as well")
-    val_doc_fraction: float = knob(
-        1.0, "share of the validation documents, drawn with SEED, for quick looks", 1e-9, 1
-    )
-    eval_deadline_seconds: float = knob(
-        580.0, "seconds from the first scored token after which no more is learnt"
-    )
+    val_doc_fraction: float = knob(1.0, "share of the validation documents, drawn by SEED", 1e-9, 1)
+    eval_deadline_seconds: float = knob(580.0, "seconds from the first score until learning ends")
 
     @property
     def val_row_shape(self) -> RowShape:
-        """The shape of a row of scoring."""
+        """The shape of a row of scoring.
+
+        Half of the capacity is for windows, the other half for the padding. So a row is full once
+        its windows have min(128, EVAL_SEQ_LEN / 2) tokens on average, as short documents have.
+        """
         capacity = self.val_batch_tokens // min(512, 2 * self.eval_seq_len)
         return RowShape(self.val_batch_tokens // 8, capacity, self.eval_seq_len)
 
@@ -658,81 +553,49 @@ class AdaptationKnobs:
 
     ttt_enabled: bool = knob(True, "learn from validation tokens after they are scored")
     ttt_mode: str = knob(
-        "document",
-        "what learns: a LoRA per document, or all weights by SGD chunk by chunk",
-        choices=("document", "chunk"),
+        "document", "learn a LoRA per document, or all weights", choices=("document", "chunk")
     )
-    ttt_buckets: int = knob(
-        10, "window lengths to compile, others are padded to them; 0: every length", 0, 64
-    )
+    ttt_buckets: int = knob(10, "window lengths to compile and pad to; 0: every length", 0, 64)
     ttt_lora_rank: int = knob(96, "rank of every adapter", 1)
-    ttt_lora_alpha: float = knob(
-        0.0, "scale adapters by TTT_LORA_ALPHA / TTT_LORA_RANK (PR #1767); 0: by 1"
-    )
+    ttt_lora_alpha: float = knob(0.0, "scale adapters by this / TTT_LORA_RANK (PR #1767); 0: by 1")
     ttt_lora_lr: float = knob(1e-4, "learning rate of the adapters")
     ttt_lm_rank: int = knob(0, "rank of the head's adapter; 0: TTT_LORA_RANK")
-    ttt_bias_tune: bool = knob(
-        False, "learn a vector as well that is added after every layer (PR #596)"
-    )
-    ttt_lr_factors: str = knob(
-        "", "factors of TTT_LORA_LR by site, as in q:0.5,v:1.5,head:2,bias:3 (PR #596)"
-    )
-    ttt_cosine_chunks: int = knob(
-        0, "chunks in which a document's rate falls on a cosine to a tenth; 0: it stays"
-    )
-    ttt_min_doc_len: int = knob(
-        0, "position in a document before which nothing is learnt, in tokens", shrinks=True
-    )
-    ttt_max_doc_len: int = knob(
-        0, "position in a document after which nothing is learnt, in tokens; 0: no limit"
-    )
+    ttt_bias_tune: bool = knob(False, "learn a vector that is added after every layer (PR #596)")
+    ttt_lr_factors: str = knob("", "factors of TTT_LORA_LR by site, as in q:0.5,head:2 (PR #596)")
+    ttt_cosine_chunks: int = knob(0, "chunks in which a document's rate falls to a tenth; 0: none")
+    ttt_min_doc_len: int = knob(0, "tokens into a document before learning begins", shrinks=True)
+    ttt_max_doc_len: int = knob(0, "tokens into a document after which learning ends; 0: none")
     ttt_warm_start_a: bool = knob(
-        False, "keep A from earlier documents (PR #1767): stream order, fixed schedule"
+        False, "adapters begin with A of the batch before (PR #1767); fixed order and shares"
     )
-    ttt_chunk_size: int = knob(
-        48, "tokens of a document scored, then learnt from, at once (PR #1560)", 1
-    )
-    ttt_short_chunks: str = knob(
-        "", "smaller chunks up to a position in a document, as in 256:8,2000:24 (PR #2014)"
-    )
-    ttt_eval_seq_len: int = knob(
-        2048, "tokens of the longest window of adaptation", 2, shrinks=True
-    )
+    ttt_chunk_size: int = knob(48, "tokens of a document scored, then learnt from (PR #1560)", 1)
+    ttt_short_chunks: str = knob("", "chunk sizes up to positions, as in 256:8,2000:24 (PR #2014)")
+    ttt_eval_seq_len: int = knob(2048, "longest window of adaptation, in tokens", 2, shrinks=True)
     ttt_batch_size: int = knob(
-        64, "documents at once on a rank; four times as many short, a quarter as many long ones", 1
+        64, "documents at once on a rank; 4x up to TTT_EVAL_SEQ_LEN / 8 (batch_size_factor)", 1
     )
     ttt_grad_steps: int = knob(1, "updates per scored chunk of a document", 1)
     ttt_weight_decay: float = knob(0.5, "weight decay of the adapters, decoupled in AdamW")
-    ttt_beta1: float = knob(
-        0.0, "decay of the first moment of the adapters, or momentum with SGD", 0, 0.9999
-    )
+    ttt_beta1: float = knob(0.0, "first moment's decay of the adapters; SGD: momentum", 0, 0.9999)
     ttt_beta2: float = knob(0.999, "decay of the second moment of the adapters", 0, 0.99999)
     ttt_q_lora: bool = knob(True, "adapter on the queries")
     ttt_k_lora: bool = knob(True, "adapter on the keys")
     ttt_v_lora: bool = knob(True, "adapter on the values")
     ttt_mlp_lora: bool = knob(True, "adapter beside the MLP")
     ttt_o_lora: bool = knob(True, "adapter beside the attention output")
-    ttt_optimizer: str = knob(
-        "adam", "optimiser of the adapters: AdamW or SGD", choices=("adam", "sgd")
-    )
-    phased_ttt_num_phases: int = knob(
-        0, "places in the stream where all weights learn from the documents before (PR #1626)"
-    )
+    ttt_optimizer: str = knob("adam", "adapters' optimiser, AdamW or SGD", choices=("adam", "sgd"))
+    phased_ttt_num_phases: int = knob(0, "places in the stream where all weights learn (PR #1626)")
     phased_ttt_prefix_docs: int = knob(
-        2000, "documents before the last of PHASED_TTT_NUM_PHASES places, evenly spaced", 1
+        2000, "documents before the last such place; the places divide them evenly", 1
     )
     ttt_chunk_optimizer: str = knob(
         "sgd", "optimiser of all weights: SGD, or AdamW as in PR #473", choices=("sgd", "adam")
     )
-    ttt_lr: float = knob(
-        0.002, "SGD of all weights: first rate of a cosine over the chunks (PR #461)"
-    )
+    ttt_lr: float = knob(0.002, "SGD of all weights: first rate of the cosine (PR #461)")
     ttt_momentum: float = knob(0.9, "SGD of all weights: momentum", 0, 0.9999)
     ttt_epochs: int = knob(1, "SGD of all weights: passes over a scored chunk (PR #1413: 3)", 1)
     ttt_chunk_tokens: int = knob(32768, "SGD of all weights: tokens of a chunk", 2)
-    ttt_batch_seqs: int = knob(
-        32, "SGD of all weights: rows of EVAL_SEQ_LEN tokens per rank and step", 1
-    )
+    ttt_batch_seqs: int = knob(32, "SGD of all weights: rows of EVAL_SEQ_LEN per rank and step", 1)
     ttt_grad_clip: float = knob(1.0, "SGD of all weights: limit of the gradient norm; 0: none")
     ttt_freeze_blocks: int = knob(0, "SGD of all weights: layers from the bottom that do not learn")
 
@@ -796,36 +659,20 @@ class AdaptationKnobs:
 class KernelKnobs:
     """Kernels, compilation and warm-up."""
 
-    compute_dtype: str = knob(
-        "bf16", "dtype of activations and products; parameters are fp32", choices=("bf16", "fp32")
-    )
+    compute_dtype: str = knob("bf16", "dtype of activations and products", choices=("bf16", "fp32"))
     compile: bool = knob(True, "use torch.compile for the forwards and Newton-Schulz")
-    warmup_steps: int = knob(
-        3, "synthetic steps per compiled graph, undone afterwards; 0: compile inside the run"
-    )
-    recompile_limit: int = knob(
-        -1,
-        "compilations allowed after warm-up, more stop the run, exit status 3; -1: any",
-        -1,
-    )
-    cuda_graph: bool = knob(
-        False, "replay forward and backward of a row as a CUDA graph, where attention allows it"
-    )
+    warmup_steps: int = knob(3, "synthetic steps per graph, undone; 0: compile inside the run")
+    recompile_limit: int = knob(-1, "compilations allowed after warm-up; -1: any number", -1)
+    cuda_graph: bool = knob(False, "replay a row's forward and backward as a CUDA graph")
     attention_backend: str = knob(
         "auto",
         "attention kernel; auto: the first that passes the check",
         choices=("auto", "fa3", "fa4", "fa2", "torch", "sdpa"),
     )
-    fused_mlp: bool = knob(
-        True, "fuse the products of the MLP with its activation; 0: separate operators"
-    )
-    fused_qk: bool = knob(
-        True, "fuse norm, RoPE and gain of queries and keys; 0: separate operators"
-    )
-    fused_xsa: bool = knob(True, "fuse the operators of XSA; 0: separate operators")
-    fused_ce: bool = knob(
-        True, "fuse head and loss, the gradient overwriting the logits; 0: separate operators"
-    )
+    fused_mlp: bool = knob(True, "fuse the MLP's products with its activation; 0: separate")
+    fused_qk: bool = knob(True, "fuse norm, RoPE and gain of queries and keys; 0: separate")
+    fused_xsa: bool = knob(True, "fuse the operators of XSA; 0: separate")
+    fused_ce: bool = knob(True, "fuse head and loss, in place on the logits; 0: separate")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -972,7 +819,7 @@ FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 
 
 def fields_marked(mark: str, *values: object) -> tuple[str, ...]:
-    """The names of the fields whose mark has one of these values."""
+    """The names of the fields for which `knob` was given one of these values as `mark`."""
     return tuple(name for name, field in FIELDS.items() if field.metadata[mark] in values)
 
 
@@ -1012,7 +859,8 @@ ALIASES = {
     "GLOBAL_TTT_GRAD_CLIP": "TTT_GRAD_CLIP",
 }
 
-# Knobs of the published scripts that are refused here. To ignore one would promise its effect.
+# Knobs of the published scripts that are refused here, each with the reason. Silently ignoring one
+# would let the user believe that it works.
 SET_ELSEWHERE = {
     "ROPE_YARN": "ROPE_TRAIN_SEQ_LEN alone decides",
     "MLP_HIDDEN": "set MLP_MULT",
@@ -1032,6 +880,7 @@ AGAINST_THE_RULES = {
     "TTT_MIN_NLL": "the best of several passes is chosen by the answer (ruling on PR #605)",
     "TTT_COSINE_LR": "a fall as long as the document tells where it ends; set TTT_COSINE_CHUNKS",
 }
+# They never changed a score, or have nothing to change in this program.
 WITHOUT_EFFECT = {
     "MUON_BETA2": "nothing read it",
     "CONTROL_TENSOR_NAME_PATTERNS": "nothing read it",
@@ -1055,14 +904,17 @@ def canonical_names(environ: Mapping[str, str]) -> dict[str, str]:
 
 def problems_of_names(given: Mapping[str, str]) -> Iterator[str]:
     """A line for each variable that looks like a knob of this program but is none."""
-    knobs = [name.upper() for name in FIELDS]
-    for name in sorted(given.keys() - set(knobs)):
-        if name in REJECTED_NAMES:
-            yield f"{name}={given[name]}: not a knob of this program; {REJECTED_NAMES[name]}"
+    knobs = {name.upper() for name in FIELDS}
+    known_names = [*knobs, *ALIASES, *REJECTED_NAMES]
+    for name in sorted(given.keys() - knobs):
+        nearest = difflib.get_close_matches(name, known_names, n=1, cutoff=0.85)
+        if not nearest:
             continue
-        near = difflib.get_close_matches(name, knobs, n=1, cutoff=0.85)
-        if near:
-            yield f"{name}={given[name]}: not a knob; did you mean {near[0]}?"
+        if nearest[0] in REJECTED_NAMES:
+            reason = REJECTED_NAMES[nearest[0]]
+            yield f"{name}={given[name]}: not a knob of this program; {reason}"
+        else:
+            yield f"{name}={given[name]}: not a knob; did you mean {nearest[0]}?"
 
 
 def problems_of_aliases(environ: Mapping[str, str]) -> Iterator[str]:
@@ -1115,14 +967,17 @@ def rules_of_paths(cfg: Config) -> Iterator[Rule]:
 def can_be_written(path: Path, is_file: bool = False) -> bool:
     """Whether a folder (or file) can be written or, if there is none, made."""
     path = Path.cwd() / path
-    nearest = path
-    while not os.path.exists(nearest):
+    existing = path
+    while not os.path.exists(existing):
         # Names have up to 255 bytes, of which the log's may get four more (.old).
-        if len(os.fsencode(nearest.name)) > 251:
+        if len(os.fsencode(existing.name)) > 251:
             return False
-        nearest = nearest.parent
-    may_be_file = is_file and nearest == path
-    return os.access(nearest, os.W_OK) and nearest.is_dir() != may_be_file
+        existing = existing.parent
+
+    is_there = existing == path
+    # Whatever is not there yet is made in the nearest folder above it.
+    needs_folder = not (is_file and is_there)
+    return os.access(existing, os.W_OK) and existing.is_dir() == needs_folder
 
 
 # --- Presets: what differs from the defaults, which are those of `record` ---
@@ -1243,7 +1098,7 @@ PR605 = dict(
     eval_deadline_seconds=550.0,
 )
 
-# The record's structure on two CPU cores in two minutes, over the documentation of Python.
+# The record's structure on two CPU cores in two minutes, over the docstrings of installed packages.
 CPU = dict(
     dataset="pydocs_sp1024",
     vocab_size=1024,
@@ -1292,7 +1147,8 @@ PRESETS = {
     "cpu": CPU,
 }
 
-# What SHRINK=1 makes of any other preset, besides SHRUNK_LENGTHS: these values of the cpu preset,
+# SHRINK=1 changes any other preset in three ways: SHRUNK_LENGTHS become an eighth, the fields in
+# SHRUNK_AS_CPU take their values from the cpu preset, and the rest of SHRINK is set as given here.
 SHRUNK_AS_CPU = (
     "dataset",
     "vocab_size",
@@ -1310,7 +1166,6 @@ SHRUNK_AS_CPU = (
     "ttt_buckets",
     "ttt_chunk_tokens",
 )
-# and these.
 SHRINK = {name: CPU[name] for name in SHRUNK_AS_CPU} | dict(
     model_dim=128,
     num_heads=4,
@@ -1331,13 +1186,15 @@ SHRINK = {name: CPU[name] for name in SHRUNK_AS_CPU} | dict(
 
 
 def preset_values(preset: str, shrink: bool) -> dict[str, Any]:
-    """The fields that a preset sets, in small with SHRINK=1. What a preset has not stays off."""
+    """The fields that a preset sets, made small if `shrink`."""
     values = {**PRESETS[preset], "preset": preset}
     if not shrink or preset == "cpu":
         return values
 
     full = {name: values.get(name, field.default) for name, field in FIELDS.items()}
     for name, small in SHRINK.items():
+        # A feature that the preset leaves off (0 or empty) stays off. An empty `dataset` is no such
+        # feature: it stands for FineWeb.
         if full[name] or name == "dataset":
             values[name] = small
     for name in SHRUNK_LENGTHS:
@@ -1359,10 +1216,23 @@ def print_knobs() -> None:
 
 
 # === 2. Runtime: ranks, log, clock ===
+# All that differs on a GPU:
+#   PRESET defaults to record (main), the device is set and ranks talk over NCCL (Ranks);
+#   the clock waits for the device (Ranks.now), copies are pinned and do not block (to_device,
+#   PendingRead), and an error leaves NCCL's group as it is (main);
+#   Triton kernels run in place of their references (define_operator) with measured tiles
+#   (TileTuner); Hopper has a kernel of its own for the MLP (section 12);
+#   attention is chosen by a check of each backend (choose_attention);
+#   with CUDA_GRAPH=1 a training row is one launch (capture_row, Run.capture_training);
+#   the device's random state is restored too (state_restored), and the log names the device, the
+#   model FLOP utilisation (PEAK_FLOPS) and the peak memory (Run.describe, Run.report).
+
+
 class PendingRead:
     """Numbers (n,) that are being copied from the device to the host without blocking."""
 
     def __init__(self, values: Tensor, ranks: Ranks):
+        """Starts the copy."""
         self.copied = None
         if values.is_cuda:
             # The host tensor is pinned, so this returns at once.
@@ -1392,7 +1262,7 @@ class Ranks:
         self.distributed = "RANK" in environ
         self.rank = int(environ.get("RANK", 0))
         self.world_size = 1
-        # Without RANK, WORLD_SIZE says nothing: clusters may set it for any process.
+        # Without RANK, WORLD_SIZE means nothing: clusters may set it for any process.
         if self.distributed:
             self.world_size = int(environ.get("WORLD_SIZE", 1))
         self.is_main = self.rank == 0
@@ -1408,11 +1278,11 @@ class Ranks:
 
     def _join_group(self, restart_count: int | str) -> None:
         """Joins the process group: NCCL on GPUs, gloo on CPUs."""
-        # Imported once the group exists, the default arguments of its functions would hold the
-        # group and keep its threads alive.
+        # Imported before the group exists: afterwards the default arguments of its functions would
+        # hold the group and keep its threads alive.
         importlib.import_module("torch.distributed.nn")
         store, rank, size = next(dist.rendezvous("env://"))
-        # torchrun keeps the store when it restarts the ranks, with the keys of the start before.
+        # torchrun keeps the store when it restarts the ranks, with the keys of the earlier start.
         store = dist.PrefixStore(f"start {restart_count}", store)
         group = dict(store=store, rank=rank, world_size=size)
         if self.device.type == "cuda":
@@ -1444,7 +1314,8 @@ class Ranks:
     def tickets(self) -> Iterator[int]:
         """The numbers 0, 1, 2, ... without end, each given to the one rank that asks first.
 
-        Work that is shared out like this keeps all ranks busy although its parts differ in length.
+        A rank that has finished a part of the work takes the next, so all ranks stay busy although
+        the parts differ in length.
         """
         self.num_queues += 1
         store = dist.distributed_c10d._get_default_store() if self.distributed else dist.HashStore()
@@ -1456,10 +1327,6 @@ class Ranks:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.monotonic()
-
-    def start_read(self, values: Tensor) -> PendingRead:
-        """Starts copying numbers (n,) to the host without blocking."""
-        return PendingRead(values, self)
 
 
 ERASE_LINE = "\r\033[K"
@@ -1515,20 +1382,23 @@ class Log:
         if self.tensorboard is None:
             from torch.utils.tensorboard import SummaryWriter
 
-            # Points of later steps come from a run that was killed and goes on from here.
+            # A run that was killed and resumes here has left points of later steps: drop them.
             self.tensorboard = SummaryWriter(self.tensorboard_dir, purge_step=step)
         for name, value in values.items():
             self.tensorboard.add_scalar(name, value, step)
 
 
 def raise_stopped(number: int, _: Any = None, after: str = "") -> None:
-    """Raises KeyboardInterrupt for a signal, with its message and exit status, 128 + number."""
+    """Raises KeyboardInterrupt for signal `number`, with a message and the exit status."""
     name = signal.Signals(number).name
     raise KeyboardInterrupt(f"{name}: the run is stopped{after}", 128 + number)
 
 
 def handle_signals(handler: Callable[[int, Any], Any]) -> None:
-    """Sets what SIGINT and SIGTERM do: training waits for the end of a step, the rest stops."""
+    """Sets the handler of SIGINT and SIGTERM.
+
+    It is Trainer.note_signal in training, which waits for the end of a step, else raise_stopped.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, handler)
 
@@ -1564,7 +1434,7 @@ class CompilationCounter:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Writes a file through a temporary one: it then holds all of `data`, or is untouched."""
+    """Writes a file by way of a temporary one, so that a kill leaves the old file or the new."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     with part.open("wb") as f:
@@ -1572,6 +1442,13 @@ def write_atomic(path: Path, data: bytes) -> None:
         f.flush()
         os.fsync(f.fileno())
     os.replace(part, path)
+
+
+def torch_bytes(contents: dict[str, Any]) -> bytes:
+    """The file that torch.save would write."""
+    buffer = io.BytesIO()
+    torch.save(contents, buffer)
+    return buffer.getvalue()
 
 
 # === 3. Data: shards of uint16 tokens -> rows of packed documents ===
@@ -1589,7 +1466,7 @@ def write_shard(path: Path, tokens: np.ndarray) -> None:
 def read_shard(path: Path) -> np.ndarray:
     """The ids of a shard, memory-mapped, (n,) uint16.
 
-    Raises UsageError if the file is no shard or a newer one, is cut off, too long or empty.
+    Raises UsageError for another kind of file, another version, a wrong length or an empty shard.
     """
     size = path.stat().st_size
     header = np.fromfile(path, dtype="<i4", count=256)
@@ -1624,7 +1501,7 @@ class TokenStream:
         parts = []
         while count > 0:
             index = start % self.size
-            shard = int(np.searchsorted(self.starts, index, side="right")) - 1
+            shard = int(np.searchsorted(self.starts, index, side="right")) - 1  # that holds index
             part = self.shards[shard][index - self.starts[shard] :][:count]
             parts.append(part)
             start += len(part)
@@ -1646,42 +1523,55 @@ class Batch(NamedTuple):
     max_seqlen: int
 
 
+def to_device(values: np.ndarray, device: torch.device) -> Tensor:
+    """Copies an array to the device; a GPU's copy is pinned and does not block."""
+    tensor = torch.from_numpy(values)
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor
+
+
 def pack_row(
-    inputs: np.ndarray, targets: np.ndarray, starts: np.ndarray, shape: tuple, device: torch.device
+    inputs: np.ndarray,
+    targets: np.ndarray,
+    starts: np.ndarray,
+    shape: RowShape,
+    device: torch.device,
 ) -> Batch:
-    """Makes a Batch of `shape` = (T, capacity, max_seqlen).
+    """Makes a row of `shape`.
 
     inputs, targets: ids (n,), n <= T; the rest of the row is padding, which predicts nothing.
-    starts: index of the first token of every segment. Raises AssertionError if there are more
-    segments than `capacity`, those of the padding included.
+    starts: index of the first token of every segment. Raises AssertionError if the segments and
+    those of the padding are more than the capacity.
     """
     num_tokens, capacity, max_seqlen = shape
     n = len(inputs)
-    ids = np.zeros((2, num_tokens), dtype=np.int32)  # half of what int64 would send over PCIe
+    # As int32 they are half as many bytes to copy as in int64.
+    ids = np.zeros((2, num_tokens), dtype=np.int32)
     ids[0, :n] = inputs
     ids[1, :n] = targets
     ids[1, n:] = -1
+
     # No segment of the padding is longer than max_seqlen either.
     segments = [*starts, *range(n, num_tokens, max_seqlen)]
     assert len(segments) <= capacity, (len(segments), capacity)
     unused = capacity + 1 - len(segments)
     cu_seqlens = np.array(segments + [num_tokens] * unused, dtype=np.int32)
-    on_device = [torch.from_numpy(x) for x in (ids, cu_seqlens)]
-    if device.type == "cuda":
-        on_device = [x.pin_memory().to(device, non_blocking=True) for x in on_device]
-    ids, cu_seqlens = on_device
-    inputs, targets = ids.long()
-    return Batch(inputs, targets, cu_seqlens, max_seqlen)
+    row_inputs, row_targets = to_device(ids, device).long()
+    return Batch(row_inputs, row_targets, to_device(cu_seqlens, device), max_seqlen)
 
 
 def segment_starts(tokens: np.ndarray, bos_id: int, max_seqlen: int) -> np.ndarray:
-    """Starts of a row's segments: 0, every BOS, and every `max_seqlen` tokens after these."""
+    """Starts (n,) of a row's segments.
+
+    They are index 0, the index of every BOS, and every `max_seqlen` tokens after one of those.
+    """
     documents = np.union1d([0], np.flatnonzero(tokens == bos_id))
-    lengths = np.diff(documents, append=len(tokens))
-    num_pieces = -(-lengths // max_seqlen)  # rounded up
-    first_piece = np.cumsum(num_pieces) - num_pieces
-    piece = np.arange(num_pieces.sum()) - np.repeat(first_piece, num_pieces)  # in its document
-    return np.repeat(documents, num_pieces) + piece * max_seqlen
+    ends = np.append(documents[1:], len(tokens))
+    pieces = []
+    for start, end in zip(documents, ends, strict=True):
+        pieces.append(np.arange(start, end, max_seqlen))
+    return np.concatenate(pieces)
 
 
 class EpochOrder(NamedTuple):
@@ -1693,12 +1583,12 @@ class EpochOrder(NamedTuple):
 
 
 class PackedLoader:
-    """Rows of training tokens, in which each transition of the stream comes once an epoch.
+    """Rows of training tokens. In an epoch every token but the first is a target once.
 
     A row takes the next MICRO_BATCH_TOKENS tokens of the stream, or fewer if their documents fill
-    the capacity. All ranks walk over all rows, and each builds every W-th: so the number of ranks
-    changes no step. With DATA_LOADER=shuffled (PR #1394) the stream is cut into pieces of
-    TRAIN_SEQ_LEN tokens, which an epoch takes in random order; the first starts at a random offset.
+    the capacity. All ranks walk over all rows, and each builds every W-th, so a step is the same
+    for any number of ranks. With DATA_LOADER=shuffled (PR #1394) the stream is cut into pieces of
+    TRAIN_SEQ_LEN tokens, from a random offset on, and an epoch takes them in random order.
     """
 
     def __init__(self, stream: TokenStream, bos_id: int, cfg: Config, ranks: Ranks):
@@ -1706,7 +1596,8 @@ class PackedLoader:
         self.cfg = cfg
         self.ranks = ranks
         self.cursor = 0  # targets served so far, over all epochs
-        self.bos_id = bos_id if cfg.data_loader == "documents" else -1  # -1: cut at no document
+        # No token has the id -1, so rows are then not cut at documents.
+        self.bos_id = bos_id if cfg.data_loader == "documents" else -1
         self.order = EpochOrder(epoch=-1, offset=0, permutation=np.arange(0))
 
     def next_tokens(self, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -1717,7 +1608,7 @@ class PackedLoader:
         return tokens[:-1], tokens[1:]
 
     def next_pieces(self, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """The same from the shuffled pieces. Cursor and count are multiples of TRAIN_SEQ_LEN."""
+        """As next_tokens, from the shuffled pieces; `count` is a multiple of TRAIN_SEQ_LEN."""
         length = self.cfg.train_seq_len
         pieces_per_epoch = (self.stream.size - 1) // length
         pieces = []
@@ -1732,14 +1623,15 @@ class PackedLoader:
         return inputs, targets
 
     def draw_order(self, epoch: int, num_pieces: int) -> EpochOrder:
-        """Draws an epoch's order from SEED and the epoch, so that a resumed run draws the same."""
+        """The order of an epoch, drawn from SEED and the epoch: a resumed run draws the same."""
         rng = np.random.Generator(np.random.PCG64([self.cfg.seed, epoch]))
         offset = rng.integers(self.cfg.train_seq_len)
         return EpochOrder(epoch, offset, rng.permutation(num_pieces))
 
     def rows(self, count: int) -> tuple[list[Batch], int]:
         """Reads the next `count` rows; returns those of this rank, and the targets in all rows."""
-        size, capacity, max_seqlen = self.cfg.row_shape
+        shape = self.cfg.row_shape
+        size, capacity, max_seqlen = shape
         first = self.cursor
         own_rows = []
         for row in range(count):
@@ -1752,9 +1644,7 @@ class PackedLoader:
                 starts = starts[: capacity // 2]
             if row % self.ranks.world_size == self.ranks.rank:
                 device = self.ranks.device
-                own_rows.append(
-                    pack_row(inputs[:n], targets[:n], starts, self.cfg.row_shape, device)
-                )
+                own_rows.append(pack_row(inputs[:n], targets[:n], starts, shape, device))
             self.cursor += n
         return own_rows, self.cursor - first
 
@@ -1772,20 +1662,20 @@ class Documents(NamedTuple):
     """The validation documents within their token stream.
 
     The target of an input is the token after it, so the last target of a document is the BOS of
-    the next one: every token of the stream but the first is predicted exactly once. A target is
-    named by its stream index: the index in `tokens` of the input before it.
+    the next one: every token of the stream but the first is predicted exactly once. A target's
+    stream index is that of its input: tokens[index + 1] is predicted from tokens[: index + 1].
     """
 
     tokens: np.ndarray  # (N,) int64
-    starts: np.ndarray  # (D,) index of each document's BOS
-    counts: np.ndarray  # (D,) number of each document's targets
+    starts: np.ndarray  # (docs,) stream index of each document's BOS
+    counts: np.ndarray  # (docs,) number of each document's targets
 
     @classmethod
     def load(cls, stream: TokenStream, bos_id: int, cfg: Config) -> Documents:
         """Reads the split; draws a share of VAL_DOC_FRACTION of its documents with SEED.
 
         Unless DATA_LOADER=documents, windows cross documents. Then `tokens` holds only the drawn
-        documents, or the windows would read others.
+        documents, so that no window reads another one.
         """
         tokens = stream.read(0, stream.size)
         starts = np.flatnonzero(tokens == bos_id)
@@ -1804,7 +1694,7 @@ class Documents(NamedTuple):
             yield start, start + count
 
     def joined_tokens(self) -> np.ndarray:
-        """The tokens of these documents alone, end to end, and the last target, (targets + 1,)."""
+        """The tokens of these documents alone, end to end, and the last target: (targets + 1,)."""
         pieces = [self.tokens[start:end] for start, end in self.spans()]
         end = self.starts[-1] + self.counts[-1]
         return np.concatenate([*pieces, self.tokens[end : end + 1]])
@@ -1812,14 +1702,15 @@ class Documents(NamedTuple):
     def target_indices(self, stop: int | None = None) -> np.ndarray:
         """Stream indices (targets,), rising, of all targets of the documents before `stop`."""
         pieces = [np.arange(start, end) for start, end in self.spans(stop)]
+        # With no document before `stop`, the empty array is the result.
         return np.concatenate([np.arange(0), *pieces])
 
 
 def load_manifest(cfg: Config) -> tuple[dict[str, Any], str, str | None]:
     """The data set's manifest, the name of its tokenizer's file and that file's SHA-256.
 
-    Without a manifest these are {}, the name that the field uses, and None. Raises UsageError if
-    the manifest does not name a tokenizer.
+    Without a manifest these are {}, the challenge's name, and None. Raises UsageError if the
+    manifest does not name a tokenizer.
     """
     path = cfg.dataset_dir / "manifest.json"
     if not path.is_file():
@@ -1847,11 +1738,11 @@ class Tokenizer(NamedTuple):
         Raises UsageError if the file is no tokenizer, has another size than VOCAB_SIZE, miscounts
         bytes, or is not the tokenizer that the manifest names.
         """
-        # Imported here, so that uses of this file without text need no such package.
+        # Imported here, because benchmarks that use this file without text need no such package.
         import sentencepiece
 
-        manifest, default, wanted_sha256 = load_manifest(cfg)
-        path = Path(cfg.tokenizer_path or Path(cfg.data_dir) / "tokenizers" / default)
+        manifest, default_name, wanted_sha256 = load_manifest(cfg)
+        path = Path(cfg.tokenizer_path or Path(cfg.data_dir) / "tokenizers" / default_name)
         try:
             data = path.read_bytes()
             model = sentencepiece.SentencePieceProcessor(model_proto=data)
@@ -1862,8 +1753,8 @@ class Tokenizer(NamedTuple):
         loaded = cls(path, model, model.bos_id(), sha256, manifest)
         loaded.check(cfg)
         if wanted_sha256 is not None and sha256 != wanted_sha256:
-            named = cfg.dataset_dir / "manifest.json"
-            raise UsageError(f"TOKENIZER_PATH={path}: not the tokenizer that {named} names")
+            source = cfg.dataset_dir / "manifest.json"
+            raise UsageError(f"TOKENIZER_PATH={path}: not the tokenizer that {source} names")
         return loaded
 
     def check(self, cfg: Config) -> None:
@@ -1887,11 +1778,11 @@ def check_doctor_verdict(cfg: Config, tokenizer: Tokenizer) -> None:
         *cfg.dataset_dir.glob("manifest.json"),
     ]
     error = None
-    # Without a verdict, or without an error in it, there is nothing to say.
+    # A missing or foreign verdict, or one without errors, is no reason to refuse the data.
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
         verdict = json.loads((cfg.dataset_dir / "doctor.json").read_text())
         sizes_and_times = {f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in files}
-        # If they differ, a file has changed since the doctor looked.
+        # Otherwise a file has changed since the doctor looked, and its verdict is void.
         if verdict["files"] == sizes_and_times:
             error = verdict["errors"][0]
     if error:
@@ -1901,7 +1792,7 @@ def check_doctor_verdict(cfg: Config, tokenizer: Tokenizer) -> None:
 def check_shards(
     cfg: Config, tokenizer: Tokenizer, ranks: Ranks, streams: dict[str, TokenStream]
 ) -> None:
-    """Raises UsageError for splits that cannot be used. Each rank scans the ids of its shards."""
+    """Raises UsageError for splits that cannot be used. Each rank scans every W-th shard's ids."""
     check_doctor_verdict(cfg, tokenizer)
     promised_tokens = {}
     for split in tokenizer.manifest.get("splits", {}).values():
@@ -3392,7 +3283,7 @@ class Pacer:
         facts = [clock / world_size, compilations, signal_number]
         filled = [grad_norm.new_full((), fact) for fact in facts]
         numbers = self.ranks.sum(torch.stack([loss, grad_norm / world_size, *filled]))
-        self.unread = SentStep(covered_visits, lr_scale, self.ranks.start_read(numbers))
+        self.unread = SentStep(covered_visits, lr_scale, PendingRead(numbers, self.ranks))
 
     def read(self) -> StepNumbers | None:
         """Waits for the last step's numbers and sets the clocks; None if they have been read."""
