@@ -136,9 +136,9 @@ class BadMatrix(FloatingPointError):
 
 
 # === 1. Configuration ===
-# Every knob is an environment variable, and a field of Config is its variable in lower case. A group
-# of fields holds knobs, properties derived from them, and the rules between them. Methods of a
-# group may read the fields of all groups: they only run as part of a Config.
+# Every knob is an environment variable, and a field of Config is its variable in lower case. A
+# group of fields holds knobs, properties derived from them, and the rules between them. Methods of
+# a group may read the fields of all groups: they only run as part of a Config.
 def knob(
     default: Any,
     doc: str,
@@ -1958,7 +1958,7 @@ class Role(NamedTuple):
 def parameter_table(cfg: Config) -> dict[str, Role]:
     """Every parameter by name, in the order of the artifact. Matrices act as y = x W^T."""
     L, C, V = cfg.num_layers, cfg.model_dim, cfg.vocab_size
-    kv = cfg.num_kv_heads * cfg.head_dim
+    kv = cfg.kv_dim
     num_skips = sum(bool(visit.skip) for visit in layer_plan(cfg, looped=True))
 
     def bank(shape: tuple[int, ...], init: float | str, *sites: str) -> Role:
@@ -2217,7 +2217,7 @@ class GPT(nn.Module):
         n: (T, C). weight: the rows of "q", "k" and "v" that `sites` names, stacked.
         Returns (T, sum of their widths).
         """
-        kv = self.cfg.num_kv_heads * self.cfg.head_dim
+        kv = self.cfg.kv_dim
         rows = F.linear(n, weight)
         adapted = [site for site in sites if site in projected]
         if adapted:
@@ -2497,7 +2497,7 @@ def no_adapters() -> AdapterView:
 def adapter_sites(cfg: Config, slots: int) -> tuple[AdapterSite, ...]:
     """The adapters that the TTT_*_LORA knobs ask for. Those that read one input are neighbours."""
     C = cfg.model_dim
-    kv = cfg.num_kv_heads * cfg.head_dim
+    kv = cfg.kv_dim
     rank = cfg.ttt_lora_rank
     sites = []
     for slot in range(slots):
@@ -5653,7 +5653,7 @@ def learning_row(scorer: Scorer, index: np.ndarray) -> Batch:
     if scorer.cfg.data_loader == "documents":
         starts = np.union1d(starts, np.flatnonzero(np.isin(index, docs.starts)))
     capacity = max(64, 1 << len(starts).bit_length())
-    shape = (len(index), capacity, length)
+    shape = RowShape(len(index), capacity, length)
     tokens = docs.tokens
     return pack_row(tokens[index], tokens[index + 1], starts, shape, scorer.ranks.device)
 
@@ -5709,31 +5709,28 @@ def learn_weights(
 
 
 # === 11. Run: its phases in order, each leaving a file ============================================
-# What reading a file may raise that no run has written: torch.load refuses it, or fields are
-# missing or of other types.
+# Errors from reading a file that no run of this program wrote.
 FOREIGN_FILE_ERRORS = (
     OSError,
     RuntimeError,
     KeyError,
     TypeError,
     AttributeError,
-    zlib.error,
     pickle.UnpicklingError,
 )
 
 
 def read_model_file(path: Path) -> dict[str, Any]:
-    """The fields of a checkpoint (with `weights`), or an artifact's header with its `streams`.
+    """The fields of a checkpoint, `weights` among them, or of an artifact's header, with `arrays`.
 
-    Executes nothing that it reads. Raises UsageError for a damaged artifact, and one of
-    FOREIGN_FILE_ERRORS for other files.
+    Raises UsageError for a damaged artifact, and one of FOREIGN_FILE_ERRORS for other files.
     """
     data = path.read_bytes()
     # A checkpoint is a zip file.
     if data[:2] == b"PK":
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    saved, saved["streams"] = open_artifact(data, path)
-    return saved
+    header, arrays = open_artifact(data, path)
+    return {**header, "arrays": arrays}
 
 
 def reasons_to_refuse(
@@ -5741,20 +5738,22 @@ def reasons_to_refuse(
 ) -> list[str]:
     """Why a model file cannot be used, a line for each reason; empty if it can.
 
-    name: of the file in messages. cfg: with the file's network; asked: as the environment has it.
+    name: stands for the file in messages. cfg: the config with the file's network. asked: the
+    config that the environment asks for.
     """
-    others = []
+    differences = []
     for field in NETWORK_FIELDS:
         value = getattr(cfg, field)
         if origin[field] == "env" and getattr(asked, field) != value:
-            others.append(f"{field.upper()}={value}")
-    if others:
-        return [f"{name}: was made with {', '.join(others)}"]
+            differences.append(f"{field.upper()}={value}")
+    if differences:
+        return [f"{name}: was made with {', '.join(differences)}"]
     if problems := cfg.problems():
         return problems
     if "weights" in saved:
         shapes = {n: tuple(w.shape) for n, w in saved["weights"].items()}
-        if shapes != {n: role.shape for n, role in parameter_table(cfg).items()}:
+        expected = {n: role.shape for n, role in parameter_table(cfg).items()}
+        if shapes != expected:
             return [f"{name}: was made with another network than its config says"]
     return []
 
@@ -5769,7 +5768,8 @@ def load_model_file(cfg: Config, origin: dict[str, str]) -> tuple[Config, dict[s
     name = f"EVAL_ONLY_PATH={cfg.eval_only_path}"
     try:
         saved = read_model_file(path)
-        if type(saved.get("looped", True)) is not bool or {"weights", "streams"} <= saved.keys():
+        has_both = "weights" in saved and "arrays" in saved
+        if has_both or type(saved.get("looped", True)) is not bool:
             raise TypeError("fields that no run writes")
         file_cfg = dataclasses.replace(cfg, **read_network_config(saved["config"]))
         reasons = reasons_to_refuse(name, file_cfg, cfg, origin, saved)
@@ -5784,66 +5784,62 @@ def load_model_file(cfg: Config, origin: dict[str, str]) -> tuple[Config, dict[s
 
 
 def configure_torch(cfg: Config) -> None:
-    """Sets how PyTorch draws random numbers, multiplies and compiles. It comes before the model."""
+    """Sets how PyTorch draws random numbers, multiplies and compiles, before there is a model."""
     torch.manual_seed(cfg.seed)
     torch.set_float32_matmul_precision("high" if cfg.compute_dtype == "bf16" else "highest")
     # Training, scoring and adaptation share GPT.forward, each with graphs of its own.
     torch._dynamo.config.recompile_limit = 64
-    # Whole numbers and floats are settings; only sizes vary.
+    # Integer and float arguments are settings that do not change; only sizes vary.
     torch._dynamo.config.specialize_int = True
     torch._dynamo.config.specialize_float = True
-    # A symbol for each size: in warm-up some are equal by chance.
+    # Every size gets a symbol of its own, though in warm-up some are equal by chance.
     torch.fx.experimental._config.use_duck_shape = False
 
 
 def compile_any_size(model: nn.Module) -> Callable:
     """The compiled forward of adaptation: one graph for all sizes."""
-    # With this reduction there would be a second graph, for few tokens.
-    options = {"triton.mix_order_reduction": False}
-    known = torch._inductor.list_options()
-    options = {name: value for name, value in options.items() if name in known}
+    options = {}
+    # With this reduction there would be a second graph, for few tokens. Older versions lack it.
+    if "triton.mix_order_reduction" in torch._inductor.list_options():
+        options["triton.mix_order_reduction"] = False
     return torch.compile(model, fullgraph=True, dynamic=True, options=options)
 
 
 class Phase(NamedTuple):
-    """A phase of a run that is over.
-
-    budget: which one it counts against (train, eval or none). seconds: without those of phases
-    within it.
-    """
+    """A phase of a run that is over."""
 
     name: str
+    # "train" or "eval", the budget that it counts against, or "none".
     budget: str
+    # Without the seconds of the phases within it.
     seconds: float
 
 
 class Stage(enum.IntEnum):
-    """The last stage of a run that has left a file.
+    """How far a run has come."""
 
-    NOTHING: neither of the files below, though there may be a checkpoint of the training. TRAINED:
-    the exported weights. PACKED: the artifact.
-    """
-
+    # Training has not ended.
     NOTHING = 0
+    # There are the exported weights, final_model.pt.
     TRAINED = 1
+    # There is the artifact.
     PACKED = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """What a run starts from: nothing, its own newest checkpoint, or the file of EVAL_ONLY_PATH.
-
-    from_file: whether it is that file. weights: the exported ones; None before the end of training,
-    and for an artifact. looped: whether the layers were looped when training ended; None if
-    unknown. training: state, optimisers and random state, if the checkpoint was saved within the
-    training. tokenizer_sha256: of the tokenizer that the file was made with; empty if unknown.
-    """
+    """What a run starts from: nothing, its own newest checkpoint, or the file of EVAL_ONLY_PATH."""
 
     stage: Stage = Stage.NOTHING
+    # Whether it is the file of EVAL_ONLY_PATH.
     from_file: bool = False
+    # The exported weights; None before the end of training, and for an artifact.
     weights: dict[str, Tensor] | None = None
+    # Whether the layers were looped when training ended; None if unknown.
     looped: bool | None = None
+    # What Trainer.save_checkpoint saved, if the checkpoint was made during training.
     training: dict[str, Any] | None = None
+    # The hash of the tokenizer that the file was made with; empty if unknown.
     tokenizer_sha256: str = ""
 
     @property
@@ -5855,7 +5851,7 @@ class Start:
     def from_model_file(cls, saved: dict[str, Any]) -> Start:
         """From the fields that `load_model_file` returns."""
         return cls(
-            stage=Stage.PACKED if "streams" in saved else Stage.TRAINED,
+            stage=Stage.PACKED if "arrays" in saved else Stage.TRAINED,
             from_file=True,
             weights=saved.get("weights"),
             looped=saved.get("looped"),
@@ -5864,9 +5860,10 @@ class Start:
 
 
 def read_checkpoint(path: Path, made_with: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    """A checkpoint of `Run.save_checkpoint`, and why it is refused, empty if it is not.
+    """The contents of a checkpoint of `Run.save_checkpoint`, and the reason to refuse it.
 
-    It is refused if it is damaged or was made with other values than `made_with`.
+    It is refused if it is damaged or was made with other values than `made_with`; otherwise the
+    reason is empty.
     """
     data = path.read_bytes()
     checksum = data[:32]
@@ -5874,11 +5871,11 @@ def read_checkpoint(path: Path, made_with: dict[str, Any]) -> tuple[dict[str, An
     if hashlib.sha256(body).digest() != checksum:
         return {}, "damaged"
     saved = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
-    others = []
+    differences = []
     for key, value in saved["made_with"].items():
         if made_with.get(key, value) != value:
-            others.append(f"made with {key}={value}")
-    return saved, ", ".join(others)
+            differences.append(f"made with {key}={value}")
+    return saved, ", ".join(differences)
 
 
 def has_final_line(log: Path) -> bool:
@@ -5886,13 +5883,23 @@ def has_final_line(log: Path) -> bool:
     return log.exists() and re.search(rb"^final .*\n", log.read_bytes(), re.M) is not None
 
 
+# The labels of scores in the log, as PR #1530's script has them, by the keys of the final line. The
+# last one also stands for learning by chunks (TTT_MODE=chunk), which has no adapters.
+SCORE_LABELS = {
+    "pre_quantization": "diagnostic pre-quantization post-ema",
+    "quantized": "diagnostic quantized",
+    "quantized_sliding_window": "diagnostic quantized_sliding_window",
+    "quantized_ttt_lora": "quantized_ttt_lora",
+}
+
+
 class Run:
     """One run on one rank, from its data to its report.
 
     The constructor checks everything that can be wrong and opens the data; `go` goes through the
     phases. All ranks must call the same methods in the same order. `open_data` sets streams,
-    tokenizer, docs, table (bytes of tokens) and decoded; `build_model` sets model, forwards and
-    optimizers.
+    tokenizer, docs, table (bytes of each token) and decoded (bytes of the documents, decoded);
+    `build_model` sets model, forwards and optimizers.
     """
 
     def __init__(self, cfg: Config, origin: dict[str, str], ranks: Ranks):
@@ -5906,13 +5913,13 @@ class Run:
         # The figures of the final line, and the phases that are over.
         self.final: dict[str, Any] = {}
         self.phases: list[Phase] = []
-        # Seconds that do not count for the phase that is running.
+        # Seconds that do not count against the phase that is running.
         self.excluded_seconds = 0.0
         # CUDA graphs of the training, by plan.
         self.graphs: dict[tuple[Visit, ...], Callable] = {}
         self.tuner = TileTuner()
         use_tuner(self.tuner)
-        with self.phase("check", "none"):
+        with self.phase("check", budget="none"):
             lines = self.check_together(origin)
 
         cfg = self.cfg
@@ -5987,7 +5994,7 @@ class Run:
         Sets `decoded` to the bytes of this rank's part of the documents, counted by decoding them.
         """
         cfg, ranks = self.cfg, self.ranks
-        # Shards come before the tokenizer: without data, that is what the user must hear of.
+        # Shards come before the tokenizer: if all data is missing, the message should say so.
         splits = ["val"] if self.start.is_artifact else ["val", "train"]
         self.streams = {split: TokenStream(cfg.dataset_dir, split) for split in splits}
         self.tokenizer = Tokenizer.load(cfg)
@@ -6042,10 +6049,7 @@ class Run:
 
     # --- Checkpoints ---
     def checkpoint_identity(self) -> dict[str, Any]:
-        """What a checkpoint must have been made with so that the run may go on from it.
-
-        These are code and data, and all settings that change results.
-        """
+        """Code, data and all settings that change results: a checkpoint must agree with them."""
         identity = {}
         for field, value in dataclasses.asdict(self.cfg).items():
             if field not in FREE_FIELDS:
@@ -6069,7 +6073,7 @@ class Run:
                 refusals = [f"RUN_ID={self.cfg.run_id}: {log} has its result already"]
             elif self.cfg.checkpoint_every:
                 newest, refusals = self.find_checkpoint()
-        # Nodes may not share folders.
+        # Only rank 0 reads files: nodes may not share folders.
         newest, lines = self.ranks.gather((newest, refusals))[0]
         if lines and not newest:
             raise UsageError("\n".join(lines))
@@ -6082,7 +6086,7 @@ class Run:
             self.phases += [Phase(*phase) for phase in newest["phases"]]
             lines.append(f"resumed: from checkpoint {self.checkpoint_number}")
         elif self.ranks.is_main and log.exists():
-            # It is the log of a run that did not end.
+            # A run of this name did not reach its end.
             log.replace(f"{log}.old")
         return lines
 
@@ -6106,8 +6110,24 @@ class Run:
     def save_checkpoint(self, stage: Stage, **contents: Any) -> None:
         """Saves what the run needs to go on from `stage`, if CHECKPOINT_EVERY is set.
 
-        contents: the other fields of `Start`. The folder holds two checkpoints; this one replaces
-        the older. All ranks must call it.
+        The folder holds two checkpoints, and this one replaces the older. The file is a SHA-256 of
+        32 bytes, then a dict saved by torch:
+
+            number      of the checkpoint in this run, from 0
+            made_with   code, data and settings, see `checkpoint_identity`
+            start       fields of `Start`: `stage` and `contents`
+            phases      those that are over and count against a budget
+            final       the figures so far
+
+        The contents by stage:
+
+            NOTHING     training: state (the fields of TrainState; the position in the data is its
+                        `tokens`), optimizers (Optimizers.state_dict, weights and average included)
+                        and random (PyTorch's random state)
+            TRAINED     weights (those exported) and looped
+            PACKED      weights (after PRUNE_FRAC) and looped; the artifact is a file of its own
+
+        All ranks must call it.
         """
         if not self.cfg.checkpoint_every:
             return
@@ -6120,9 +6140,7 @@ class Run:
                 "phases": [tuple(phase) for phase in self.phases if phase.budget != "none"],
                 "final": self.final,
             }
-            buffer = io.BytesIO()
-            torch.save(saved, buffer)
-            body = buffer.getvalue()
+            body = torch_bytes(saved)
             path = self.folder / f"checkpoint.{self.checkpoint_number % 2}.pt"
             write_atomic(path, hashlib.sha256(body).digest() + body)
 
@@ -6138,16 +6156,15 @@ class Run:
             "tokenizer": self.tokenizer.sha256,
             "weights": {key: value.detach().cpu() for key, value in weights.items()},
         }
-        buffer = io.BytesIO()
-        torch.save(saved, buffer)
         if self.ranks.is_main:
-            write_atomic(self.folder / name, buffer.getvalue())
-        self.log(f"Serialized model: {buffer.tell()} bytes in {self.folder / name}")
+            data = torch_bytes(saved)
+            write_atomic(self.folder / name, data)
+            self.log(f"Serialized model: {len(data)} bytes in {self.folder / name}")
 
     # --- The phases ---
     @contextlib.contextmanager
     def phase(self, name: str, budget: str) -> Iterator[None]:
-        """Times its body as a phase that counts against `budget` (train, eval or none)."""
+        """Times its body as a phase. budget: "train", "eval" or, off both budgets, "none"."""
         outer_excluded = self.excluded_seconds
         self.excluded_seconds = 0.0
         start = self.ranks.now()
@@ -6164,7 +6181,7 @@ class Run:
         start = self.start
         configure_torch(self.cfg)
         self.build_model()
-        with self.phase("warm-up", "none"):
+        with self.phase("warm-up", budget="none"):
             reserve = self.warm_up(self.plan)
 
         if start.weights is not None:
@@ -6176,10 +6193,11 @@ class Run:
         if start.stage < Stage.PACKED:
             self.compress(path)
         if start.is_artifact:
+            # The check has read this file already, so that a damaged one ends the run before its
+            # warm-up. It is read again below, because the file of rank 0 counts for all ranks.
             path = Path(self.cfg.eval_only_path)
         else:
-            label = "diagnostic pre-quantization post-ema"
-            self.run_evaluation(label, "none", self.evaluate)
+            self.run_evaluation("pre_quantization", self.evaluate, budget="none")
 
         self.load_artifact_file(path)
         self.evaluate_artifact()
@@ -6204,7 +6222,7 @@ class Run:
 
     def run_training(self, reserve: float) -> None:
         """Trains, keeping `reserve` seconds of the budget for compression."""
-        with self.phase("train", "train"):
+        with self.phase("train", budget="train"):
             self.looped = train(self, reserve)
         weights = self.model.state_dict()
         self.save_checkpoint(Stage.TRAINED, weights=weights, looped=self.looped)
@@ -6232,8 +6250,8 @@ class Run:
                 self.warm_up_evaluation(plans)
 
         # sdpa asks the host for the documents' lengths, which a CUDA graph cannot.
-        on_cuda = ranks.device.type == "cuda" and self.backend != "sdpa"
-        if trains and cfg.cuda_graph and on_cuda:
+        can_capture = ranks.device.type == "cuda" and self.backend != "sdpa"
+        if trains and cfg.cuda_graph and can_capture:
             self.capture_training(plans, row)
         # From here on, compilations are counted and no tile is timed any more.
         self.sentinel = CompilationCounter(self.log)
@@ -6260,7 +6278,7 @@ class Run:
         They include a second, and a quarter of the rest, as a margin.
         """
         cfg, ranks = self.cfg, self.ranks
-        # The first time compiles, the second is what counts.
+        # The first time compiles; the second is measured.
         for _ in range(2):
             start = ranks.now()
             calibration = self.calibrate(plan, [row])
@@ -6277,12 +6295,13 @@ class Run:
     def warm_up_evaluation(self, plans: list[tuple[Visit, ...]]) -> None:
         """Compiles the graphs of scoring and adaptation, on documents of random tokens.
 
-        Each document is longer than a window, so that windows of every length occur. plans: those
-        of the training, the last one being that of the evaluation.
+        Each document is longer than a window, so that windows of every length occur. plans: the
+        orders of layers in training; the last one also serves the evaluation.
         """
         cfg, ranks = self.cfg, self.ranks
         length = cfg.ttt_eval_seq_len + cfg.ttt_chunk_size
-        starts = np.arange(0, max(2 * cfg.ttt_chunk_tokens, cfg.val_row_shape[0]), length)
+        least = max(2 * cfg.ttt_chunk_tokens, cfg.val_row_shape.tokens)
+        starts = np.arange(0, least, length)
         rng = np.random.default_rng(0)
         tokens = rng.integers(0, cfg.vocab_size, length * len(starts) + 1)
         docs = Documents(tokens, starts, np.full(len(starts), length))
@@ -6342,7 +6361,7 @@ class Run:
     ) -> tuple[dict | None, dict | None]:
         """Hessians of the matrices and sensitivities of the loss, from rows of training text.
 
-        Each is None where QUANTIZER does without it. All ranks must call it.
+        What QUANTIZER does not use is None. All ranks must call it.
         """
         cfg, model, ranks = self.cfg, self.model, self.ranks
         hessians = None
@@ -6358,7 +6377,7 @@ class Run:
         cfg, model, ranks = self.cfg, self.model, self.ranks
         # Only a run that trains is held to the budget of training.
         budget = "none" if self.start.from_file else "train"
-        with self.phase("calibrate", budget):
+        with self.phase("calibrate", budget=budget):
             loader = PackedLoader(self.streams["train"], self.tokenizer.bos_id, cfg, ranks)
             rows, _ = loader.rows(0 if cfg.no_hessians else cfg.gptq_calibration_batches)
             calibration = self.calibrate(self.plan, rows)
@@ -6367,11 +6386,11 @@ class Run:
             f"GPTQ:collected {len(hessians or ())} Hessians "
             f"for {len(quantised_matrices(cfg))} matrices"
         )
-        with self.phase("quantise", budget):
+        with self.phase("quantise", budget=budget):
             if cfg.prune_frac:
                 prune(model)
             solver = Quantizer(model, *calibration, ranks)
-        with self.phase("pack", budget):
+        with self.phase("pack", budget=budget):
             meta = {"looped": self.looped, "tokenizer": self.tokenizer.sha256}
             data = fit_artifact(solver, model, meta, self.log)
             if ranks.is_main:
@@ -6383,8 +6402,8 @@ class Run:
 
         Rank 0's file counts. All ranks must call it. Raises UsageError if the file is damaged.
         """
-        # Nodes may not share folders.
-        data = self.ranks.gather(path.read_bytes() if self.ranks.is_main else None)[0]
+        own_data = path.read_bytes() if self.ranks.is_main else None
+        data = self.ranks.gather(own_data)[0]
         header, arrays = open_artifact(data, path)
         load_artifact(self.model, arrays)
         entropy_bytes = int(code_entropy_bytes(arrays.codes.values()))
@@ -6420,7 +6439,7 @@ class Run:
 
         With stride 0 windows follow one another. plan, docs and ranks: those of the run if None.
         """
-        # As in evaluate_ttt, so that scoring in there, after the deadline, needs no new graph.
+        # evaluate_ttt does the same. So its scoring after the deadline needs no new graph.
         self.model.requires_grad_(False)
         ledger = score_all(self.scorer(plan or self.plan, docs, ranks), stride)
         self.model.requires_grad_(True)
@@ -6443,23 +6462,25 @@ class Run:
         """Runs the evaluations of the artifact that the settings ask for, with one deadline."""
         cfg = self.cfg
         deadline = Deadline(cfg.eval_deadline_seconds)
-        self.run_evaluation("diagnostic quantized", "eval", self.evaluate)
+        self.run_evaluation("quantized", self.evaluate)
         seconds = self.phases[-1].seconds
         deadline.seconds_per_target = seconds * self.ranks.world_size / self.docs.counts.sum()
 
         if cfg.sliding_window_enabled:
             sliding = partial(self.evaluate, cfg.eval_stride)
-            self.run_evaluation("diagnostic quantized_sliding_window", "eval", sliding)
+            self.run_evaluation("quantized_sliding_window", sliding)
         if cfg.ttt_enabled:
-            self.run_evaluation("quantized_ttt_lora", "eval", partial(self.adapt, deadline))
+            self.run_evaluation("quantized_ttt_lora", partial(self.adapt, deadline))
 
-    def run_evaluation(self, label: str, budget: str, evaluation: Callable[[], Ledger]) -> None:
+    def run_evaluation(
+        self, key: str, evaluation: Callable[[], Ledger], budget: str = "eval"
+    ) -> None:
         """Times an evaluation as a phase, checks what it scored, logs and saves the result.
 
-        label: in the field's template of log lines. Raises InvalidScore if a rule was broken.
+        key: one of SCORE_LABELS. Raises InvalidScore if a rule was broken.
         """
-        key = label.removeprefix("diagnostic ").split()[0].replace("-", "_")
-        with self.phase(f"score {key}", budget):
+        label = SCORE_LABELS[key]
+        with self.phase(f"score {key}", budget=budget):
             ledger = evaluation()
         compilations = self.ranks.gather(self.sentinel.poll())
         self.check_recompilations(sum(compilations))
@@ -6471,7 +6492,7 @@ class Run:
         self.log(f"{label} val_loss:{loss:.8f} val_bpb:{bpb:.8f} eval_time:{time_ms:.0f}ms")
         self.log.scalars(self.final.get("steps", 0), {f"val_bpb/{key}": bpb})
         if count := ledger.num_not_learnt_from:
-            self.log(f"deadline: {count} of them scored without learning from them")
+            self.log(f"deadline: {count} documents or chunks were scored but not learnt from")
         self.final[f"{key}_loss"] = loss
         self.final[f"{key}_bpb"] = bpb
         self.final["val_loss"] = loss
@@ -6484,23 +6505,22 @@ class Run:
     def broken_rules(self, ledger: Ledger) -> list[str]:
         """Why an evaluation has no score; empty if it has one.
 
-        Either the ledger found a rule broken, or the documents are not those of the field's data
-        set.
+        Either the ledger found a rule broken, or a data set with the name of one of the challenge's
+        holds other documents than that.
         """
         problems = ledger.problems(self.decoded)
-        if problems:
+        known = CANONICAL.get(self.cfg.dataset_dir.name)
+        if problems or known is None or self.cfg.val_doc_fraction < 1:
             return problems
-        held = len(self.docs.starts), self.streams["val"].size, self.decoded
-        known = held
-        if self.cfg.val_doc_fraction == 1:
-            known = CANONICAL.get(self.cfg.dataset_dir.name, held)
+        held = (len(self.docs.starts), self.streams["val"].size, self.decoded)
         for number, wanted in zip(held, known, strict=True):
-            # 0 is a number that is not known; a ten-thousandth may differ.
+            # 0 stands for a number that is not known. The others may be off by a ten-thousandth.
             if wanted and abs(number - wanted) > 1e-4 * wanted:
-                return [
-                    f"(documents, tokens, bytes) are {held}, in the field's data set {tuple(known)}"
-                ]
-        return []
+                problems.append(
+                    f"(documents, tokens, bytes) are {held}, the challenge's are {tuple(known)}"
+                )
+                break
+        return problems
 
     def save_scores(self, ledger: Ledger) -> None:
         """Saves all figures so far, and the newest evaluation's nats and bytes of each document."""
@@ -6519,7 +6539,7 @@ class Run:
             self.final["peak_memory_mib"] = torch.cuda.max_memory_allocated() >> 20
             self.log(f"peak memory allocated: {self.final['peak_memory_mib']} MiB")
 
-        # A phase may have come often.
+        # The line has the sum of all phases of one name, for instance of all validations.
         seconds = {}
         for phase in self.phases:
             seconds[phase.name] = seconds.get(phase.name, 0) + phase.seconds
@@ -6533,7 +6553,7 @@ class Run:
         self.log(f"{'phase':<34}{'seconds':>9}  counts against")
         for name, budget, seconds in self.phases:
             self.log(f"{name:<34}{seconds:>9.1f}  {budget}")
-        limits = {"train": self.cfg.max_wallclock_seconds, "eval": 600.0}
+        limits = {"train": self.cfg.max_wallclock_seconds, "eval": EVAL_LIMIT_SECONDS}
         for budget, limit in limits.items():
             spent = sum(phase.seconds for phase in self.phases if phase.budget == budget)
             over = ", OVER" if 0 < limit < spent else ""
@@ -7846,20 +7866,23 @@ def choose_attention(
 
 
 # === 14. Command line =============================================================================
-def exit_status(error: BaseException) -> int:
-    """The exit status for an error that ends the program in one line."""
-    if isinstance(error, UsageError):
-        return 2
-    if isinstance(error, RunStopped):
-        return 3
+def message_and_status(error: BaseException) -> tuple[str, int]:
+    """The line for the user and the exit status, for an error that ends the program in one line."""
     if isinstance(error, KeyboardInterrupt):
-        return error.args[-1]
-    return 1
+        # raise_stopped gives both. Python's own, from before the handlers are set, has neither.
+        return error.args or ("SIGINT: the run is stopped", 128 + signal.SIGINT)
+    status = 1
+    if isinstance(error, UsageError):
+        status = 2
+    elif isinstance(error, RunStopped):
+        status = 3
+    return str(error), status
 
 
 def is_lost_peer(error: RuntimeError) -> bool:
     """Whether a collective failed because another rank has gone."""
-    return dist.is_initialized() and "onnection" in str(error)
+    # gloo writes "Connection", NCCL "connection".
+    return dist.is_initialized() and "connection" in str(error).lower()
 
 
 def complain(message: str) -> None:
@@ -7873,11 +7896,12 @@ def main(argv: list[str]) -> int:
     0: done. 1: the run failed. 2: wrong configuration or data. 3: stopped by a limit that the user
     has set. 128 + n: stopped by signal n, as a shell has it.
     """
-    # Whether all ranks end alike, here.
+    # Whether every rank is on its way to this same end.
     ends_together = False
     try:
         if argv == ["--knobs"]:
-            # A pipe that closes early, as that to `head`, ends the program in silence.
+            # A pipe that closes early, as that to `head`, ends the program in silence. Windows has
+            # no SIGPIPE; there the default of SIGTERM is set again, which changes nothing.
             signal.signal(getattr(signal, "SIGPIPE", signal.SIGTERM), signal.SIG_DFL)
             print_knobs()
             return 0
@@ -7891,18 +7915,19 @@ def main(argv: list[str]) -> int:
         ends_together = True
     except (UsageError, RunStopped, KeyboardInterrupt, FloatingPointError, InvalidScore) as error:
         ends_together = isinstance(error, (UsageError, RunStopped, InvalidScore))
-        # Rank 0 speaks for all, but for a matrix that only its owner has seen.
+        message, status = message_and_status(error)
+        # Rank 0 speaks for all. But a bad matrix is known only to the rank that quantises it.
         if isinstance(error, BadMatrix) or os.environ.get("RANK", "0") == "0":
-            complain(error.args[0])
-        return exit_status(error)
+            complain(message)
+        return status
     except RuntimeError as error:
         if not is_lost_peer(error):
             raise
         complain(f"rank {dist.get_rank()} lost a peer: {str(error).splitlines()[0]}")
         return 1
     finally:
-        # NCCL waits for all ranks when it is ended. A rank that fails by itself would hang, its
-        # traceback unseen.
+        # NCCL waits for all ranks when its group is destroyed. A rank that fails by itself would
+        # hang there, its traceback unseen.
         if dist.is_initialized() and (ends_together or dist.get_backend() != "nccl"):
             dist.destroy_process_group()
     return 0

@@ -197,7 +197,7 @@ def test_an_error_of_another_rank_counts_and_scoring_looks_too(tiny_data):
     run.check_recompilations(1)
     run.ranks.gather = lambda count: [count, 2]
     with pytest.raises(tg.RunStopped, match="RECOMPILE_LIMIT=1: 2 "):
-        run.run_evaluation("key", "label", lambda: {"tokens": int(run.docs.counts.sum())})
+        run.run_evaluation("quantized", lambda: {"tokens": int(run.docs.counts.sum())})
 
 
 @pytest.mark.skipif(tg.triton is None, reason="needs Triton")
