@@ -152,10 +152,10 @@ def knob(
     """A field of Config.
 
     doc: meaning and unit, to be read alone in a table.
-    lo, hi, choices: a number must lie in lo..hi, a text among the choices if there are any.
+    lo, hi: the bounds of a number. choices: the texts that are allowed; empty: all.
     network: True if a model file decides the value; "optional" if the file holds it only where it
     is not the default.
-    free_on_resume: a checkpoint does not depend on the value.
+    free_on_resume: a run may resume from its checkpoint with another value.
     shrinks: SHRINK=1 divides the value, a length, by eight.
     """
     metadata = dict(doc=doc, lo=lo, hi=hi, choices=choices)
@@ -256,6 +256,7 @@ class DataKnobs:
             yield Rule(
                 "train_seq_len", f"a divisor of MICRO_BATCH_TOKENS={row} with DATA_LOADER=shuffled"
             )
+        # Half is for the segments of documents, half for those of the padding.
         least = 2 + 2 * math.ceil(row / length)
         if self.cu_seqlens_capacity < least:
             yield Rule(
@@ -278,7 +279,7 @@ class ModelKnobs:
         0.5, "slope of the MLP's squared leaky ReLU; 0: squared ReLU", 0, 1, network="optional"
     )
     xsa_last_n: int = knob(
-        11, "top layers with XSA: attention output less its part along the own value", network=True
+        11, "top layers that remove the token's own value from attention output (XSA)", network=True
     )
     skip_gates_enabled: bool = knob(True, "gate skip connections; 0: scale only", network=True)
     tied_embed_init_std: float = knob(0.005, "initial standard deviation of the token embedding")
@@ -286,11 +287,11 @@ class ModelKnobs:
     rope_base: float = knob(10000.0, "base of RoPE's wavelengths", 1.01, network=True)
     rope_dims: int = knob(16, "dimensions per head that RoPE rotates; 0: all", network=True)
     rope_train_seq_len: int = knob(
-        0, "tokens in a segment that raise ROPE_BASE; 0: none", network="optional", shrinks=True
+        0, "segments longer than this raise ROPE_BASE; 0: never", network="optional", shrinks=True
     )
     ln_scale: bool = knob(True, "scale normalised inputs of layer i by 1/sqrt(i+1)", network=True)
     branch_scale: bool = knob(
-        False, "scale outputs of layer i instead: 1/sqrt(i+1) (PR #568)", network="optional"
+        False, "like LN_SCALE, but on the outputs of layer i (PR #568)", network="optional"
     )
     qk_gain_init: float = knob(5.0, "initial query scale per head, after QK norm; learned")
     num_loops: int = knob(2, "extra passes over layers LOOP_START..LOOP_END", 0, 64, network=True)
@@ -566,7 +567,7 @@ class AdaptationKnobs:
     ttt_min_doc_len: int = knob(0, "tokens into a document before learning begins", shrinks=True)
     ttt_max_doc_len: int = knob(0, "tokens into a document after which learning ends; 0: none")
     ttt_warm_start_a: bool = knob(
-        False, "adapters begin with A of the batch before (PR #1767); fixed order and shares"
+        False, "begin with A of the batch before (PR #1767); stream order, fixed share per rank"
     )
     ttt_chunk_size: int = knob(48, "tokens of a document scored, then learnt from (PR #1560)", 1)
     ttt_short_chunks: str = knob("", "chunk sizes up to positions, as in 256:8,2000:24 (PR #2014)")
@@ -586,7 +587,7 @@ class AdaptationKnobs:
     ttt_optimizer: str = knob("adam", "adapters' optimiser, AdamW or SGD", choices=("adam", "sgd"))
     phased_ttt_num_phases: int = knob(0, "places in the stream where all weights learn (PR #1626)")
     phased_ttt_prefix_docs: int = knob(
-        2000, "documents before the last such place; the places divide them evenly", 1
+        2000, "documents before the last place of PHASED_TTT_NUM_PHASES; the places are even", 1
     )
     ttt_chunk_optimizer: str = knob(
         "sgd", "optimiser of all weights: SGD, or AdamW as in PR #473", choices=("sgd", "adam")
@@ -1221,7 +1222,7 @@ def print_knobs() -> None:
 #   the clock waits for the device (Ranks.now), copies are pinned and do not block (to_device,
 #   PendingRead), and an error leaves NCCL's group as it is (main);
 #   Triton kernels run in place of their references (define_operator) with measured tiles
-#   (TileTuner); Hopper has a kernel of its own for the MLP (section 12);
+#   (TileTuner); Hopper has a kernel for the MLP (mlp_kernel_fits);
 #   attention is chosen by a check of each backend (choose_attention);
 #   with CUDA_GRAPH=1 a training row is one launch (capture_row, Run.capture_training);
 #   the device's random state is restored too (state_restored), and the log names the device, the
