@@ -46,7 +46,9 @@ Contents, in the order of a run, kernels last:
     14  Command line             exit statuses
 
 Letters in shapes: B rows, T tokens per row, C model width, H query heads, Hkv key/value heads,
-D head width, V vocabulary, L layers.
+D head width, F MLP width, V vocabulary, L layers, W ranks, R rows of documents that adapt together,
+N tokens of the validation text. n is any other number of things, named beside it. A word in a
+shape, as in (docs,), is the number of those things.
 
 Importing this file reads no environment variable and needs neither a GPU nor an optional package.
 The system is that of PR #1530 (samacqua) with PR #1560.
@@ -106,6 +108,7 @@ except ImportError:
 SOURCE = Path(__file__).read_bytes()
 CODE_BYTES = len(SOURCE)
 LIMIT_BYTES = 16_000_000  # code and model together, decimal
+EVAL_LIMIT_SECONDS = 600.0  # for all evaluations of the artifact
 
 # The readable source and its hash, for the log. tools/pack.py puts both into the packed file.
 if "UNPACKED" in globals():
@@ -133,9 +136,9 @@ class BadMatrix(FloatingPointError):
 
 
 # === 1. Configuration ===
-# Every knob is an environment variable, and a field of Config is its variable in lower case. The
-# fields stand in groups. A group holds its knobs, what follows from them, and the rules between
-# them. Methods of a group may read the fields of all groups: they only run as part of a Config.
+# Every knob is an environment variable, and a field of Config is its variable in lower case. A
+# group of fields holds knobs, properties derived from them, and the rules between them. Methods of
+# a group may read the fields of all groups: they only run as part of a Config.
 def knob(
     default: Any,
     doc: str,
@@ -149,10 +152,10 @@ def knob(
     """A field of Config.
 
     doc: meaning and unit, to be read alone in a table.
-    lo, hi, choices: a number must lie in lo..hi, a text among the choices if there are any.
+    lo, hi: the bounds of a number. choices: the texts that are allowed; empty: all.
     network: True if a model file decides the value; "optional" if the file holds it only where it
     is not the default.
-    free_on_resume: a checkpoint does not depend on the value.
+    free_on_resume: a run may resume from its checkpoint with another value.
     shrinks: SHRINK=1 divides the value, a length, by eight.
     """
     metadata = dict(doc=doc, lo=lo, hi=hi, choices=choices)
@@ -179,40 +182,21 @@ class RowShape(NamedTuple):
 class RunKnobs:
     """The run, its name and the files it writes."""
 
-    preset: str = knob(
-        "record", "set of defaults to start from; unset: record with CUDA, cpu without"
-    )
-    shrink: bool = knob(
-        False, "run the preset's structure at CPU size: narrow layers, short rows, little time"
-    )
-    seed: int = knob(
-        1337, "seed of initial weights, adapters and the sample of documents", 0, 2**31
-    )
-    run_id: str = knob(
-        "",
-        "name of log and output folder; empty: date, preset and seed",
-        free_on_resume=True,
-    )
+    preset: str = knob("record", "defaults to start from; unset: record with CUDA, cpu without")
+    shrink: bool = knob(False, "preset's structure at CPU size: narrow layers, short rows")
+    seed: int = knob(1337, "seed of weights, adapters and the sample of documents", 0, 2**31)
+    run_id: str = knob("", "name of log and folder; empty: date, preset, seed", free_on_resume=True)
     artifact_dir: str = knob("", "output folder; empty: runs/<RUN_ID>", free_on_resume=True)
     checkpoint_every: float = knob(
-        0.0,
-        "seconds of training between checkpoints, to resume RUN_ID from; 0: none",
-        free_on_resume=True,
+        0.0, "seconds between checkpoints, from which RUN_ID resumes; 0: none", free_on_resume=True
     )
     tensorboard_dir: str = knob(
-        "",
-        "folder for TensorBoard, with one per RUN_ID in it; empty: none",
-        free_on_resume=True,
+        "", "parent folder of the run's TensorBoard folder; empty: none", free_on_resume=True
     )
     eval_only_path: str = knob(
-        "",
-        "model file to score instead of training: a checkpoint (quantised first) or an artifact",
+        "", "checkpoint to quantise and score, or artifact to score, instead of training"
     )
-    train_log_every: int = knob(
-        500,
-        "steps between lines of the log, besides one every 8 s; 0: only those",
-        free_on_resume=True,
-    )
+    train_log_every: int = knob(500, "steps between log lines; 0: one per 8 s", free_on_resume=True)
 
     def rules(self) -> Iterator[Rule]:
         """What is wrong with the run's name and its checkpoints."""
@@ -228,14 +212,10 @@ class RunKnobs:
 class DataKnobs:
     """The data set, and the rows that training reads from it."""
 
-    data_dir: str = knob(
-        "./data", "folder that holds datasets/ and tokenizers/", free_on_resume=True
-    )
+    data_dir: str = knob("./data", "folder with datasets/ and tokenizers/", free_on_resume=True)
     dataset: str = knob("", "folder of the data set in datasets/; empty: fineweb10B_sp<VOCAB_SIZE>")
     tokenizer_path: str = knob(
-        "",
-        "SentencePiece model; empty: the manifest's, else fineweb_<VOCAB_SIZE>_bpe.model",
-        free_on_resume=True,
+        "", "SentencePiece model; empty: the one that the data set names", free_on_resume=True
     )
     data_loader: str = knob(
         "documents",
@@ -244,15 +224,9 @@ class DataKnobs:
         network=True,
     )
     train_batch_tokens: int = knob(786432, "tokens per step, over all ranks", 1)
-    micro_batch_tokens: int = knob(
-        98304, "tokens per row; a rank takes every WORLD_SIZE-th row of a step", 1
-    )
-    train_seq_len: int = knob(
-        2048, "tokens of the longest training segment; longer documents are cut", 2, shrinks=True
-    )
-    cu_seqlens_capacity: int = knob(
-        512, "segments a row can hold; fixed, so that one graph serves all rows", 2
-    )
+    micro_batch_tokens: int = knob(98304, "tokens per row; ranks take a step's rows in turn", 1)
+    train_seq_len: int = knob(2048, "longest training segment, in tokens", 2, shrinks=True)
+    cu_seqlens_capacity: int = knob(512, "segments a row can hold; fixed, to compile one graph", 2)
 
     @property
     def dataset_dir(self) -> Path:
@@ -282,6 +256,7 @@ class DataKnobs:
             yield Rule(
                 "train_seq_len", f"a divisor of MICRO_BATCH_TOKENS={row} with DATA_LOADER=shuffled"
             )
+        # Half is for the segments of documents, half for those of the padding.
         least = 2 + 2 * math.ceil(row / length)
         if self.cu_seqlens_capacity < least:
             yield Rule(
@@ -294,60 +269,35 @@ class DataKnobs:
 class ModelKnobs:
     """The network."""
 
-    vocab_size: int = knob(
-        8192, "number of tokens in the vocabulary, that of the tokenizer", 2, 65536, network=True
-    )
+    vocab_size: int = knob(8192, "tokens in the tokenizer's vocabulary", 2, 65536, network=True)
     num_layers: int = knob(11, "number of physical layers", 2, 256, network=True)
     model_dim: int = knob(512, "width of the residual stream", 8, network=True)
     num_heads: int = knob(8, "query heads per layer", 1, network=True)
     num_kv_heads: int = knob(4, "key and value heads per layer", 1, network=True)
-    mlp_mult: float = knob(
-        4.0, "hidden width of the MLP, as a multiple of MODEL_DIM", 0.01, network=True
-    )
+    mlp_mult: float = knob(4.0, "MLP width as a multiple of MODEL_DIM", 0.01, network=True)
     leaky_slope: float = knob(
-        0.5,
-        "slope below zero of the MLP's squared leaky ReLU; 0: squared ReLU",
-        0,
-        1,
-        network="optional",
+        0.5, "slope of the MLP's squared leaky ReLU; 0: squared ReLU", 0, 1, network="optional"
     )
-    xsa_last_n: int = knob(11, "number of layers with XSA, counted from the top", network=True)
-    skip_gates_enabled: bool = knob(
-        True, "gate the skip connections; 0: add them with weights only", network=True
+    xsa_last_n: int = knob(
+        11, "top layers that remove the token's own value from attention output (XSA)", network=True
     )
+    skip_gates_enabled: bool = knob(True, "gate skip connections; 0: scale only", network=True)
     tied_embed_init_std: float = knob(0.005, "initial standard deviation of the token embedding")
-    logit_softcap: float = knob(
-        30.0, "bound c of the logits: c * tanh(logits / c)", 0.01, network=True
-    )
-    rope_base: float = knob(
-        10000.0, "base of RoPE: its slowest wavelength in tokens, over 2 pi", 1.01, network=True
-    )
+    logit_softcap: float = knob(30.0, "bound c in c * tanh(logits / c)", 0.01, network=True)
+    rope_base: float = knob(10000.0, "base of RoPE's wavelengths", 1.01, network=True)
     rope_dims: int = knob(16, "dimensions per head that RoPE rotates; 0: all", network=True)
     rope_train_seq_len: int = knob(
-        0,
-        "tokens of a segment from which ROPE_BASE grows (NTK, PR #414); 0: it never does",
-        network="optional",
-        shrinks=True,
+        0, "segments longer than this raise ROPE_BASE; 0: never", network="optional", shrinks=True
     )
-    ln_scale: bool = knob(
-        True, "scale the normalised inputs of layer i by 1 / sqrt(i + 1)", network=True
-    )
+    ln_scale: bool = knob(True, "scale normalised inputs of layer i by 1/sqrt(i+1)", network=True)
     branch_scale: bool = knob(
-        False,
-        "scale the outputs of layer i by 1 / sqrt(i + 1), instead of LN_SCALE (PR #568)",
-        network="optional",
+        False, "like LN_SCALE, but on the outputs of layer i (PR #568)", network="optional"
     )
-    qk_gain_init: float = knob(
-        5.0, "initial query scale per head, applied after QK norm and learned"
-    )
-    num_loops: int = knob(
-        2, "extra passes over the layers LOOP_START..LOOP_END", 0, 64, network=True
-    )
+    qk_gain_init: float = knob(5.0, "initial query scale per head, after QK norm; learned")
+    num_loops: int = knob(2, "extra passes over layers LOOP_START..LOOP_END", 0, 64, network=True)
     loop_start: int = knob(3, "first looped layer, counted from 0", network=True)
     loop_end: int = knob(5, "last looped layer, counted from 0", network=True)
-    parallel_start_layer: int = knob(
-        8, "first layer with two lanes, counted from 0; 0: none", network=True
-    )
+    parallel_start_layer: int = knob(8, "first layer with two lanes, from 0; 0: none", network=True)
     parallel_final_lane: str = knob(
         "mean",
         "lane to read after the last layer, or the mean of both",
@@ -359,27 +309,24 @@ class ModelKnobs:
     )
     bigram_dim: int = knob(128, "width of the embedding of token pairs", 1, network="optional")
     smear_enabled: bool = knob(
-        False,
-        "mix every token with the one before in its document (SmearGate, PR #162)",
-        network="optional",
+        False, "mix each token with the one before (SmearGate, PR #162)", network="optional"
     )
-    train_input_features: bool = knob(
-        True, "train pair embedding and SmearGate; 0: they stay as initialised (PR #605)"
-    )
+    train_input_features: bool = knob(True, "train pair embedding, SmearGate; 0: frozen (PR #605)")
     ve_enabled: bool = knob(
-        False,
-        "add a second token embedding to the values of VE_LAYERS (PR #414)",
-        network="optional",
+        False, "add token embeddings to the values of VE_LAYERS (PR #414)", network="optional"
     )
     ve_dim: int = knob(128, "width of the embedding of VE_ENABLED", 1, network="optional")
-    ve_layers: str = knob(
-        "9,10", "layers of VE_ENABLED, counted from 0, separated by commas", network="optional"
-    )
+    ve_layers: str = knob("9,10", "layers of VE_ENABLED, from 0, as in 9,10", network="optional")
 
     @property
     def head_dim(self) -> int:
         """Width of an attention head."""
         return self.model_dim // self.num_heads
+
+    @property
+    def kv_dim(self) -> int:
+        """Width of the keys of a token, and of its values: Hkv * D."""
+        return self.num_kv_heads * self.head_dim
 
     @property
     def mlp_dim(self) -> int:
@@ -446,7 +393,8 @@ class ModelKnobs:
         if self.num_loops and 0 < self.parallel_start_layer <= self.loop_end:
             yield Rule(
                 "parallel_start_layer",
-                f"0 or above LOOP_END={self.loop_end}: later passes would work on stale lanes",
+                f"0 or above LOOP_END={self.loop_end}: the second lane begins once, so no loop may"
+                " run over it",
             )
         elif any(visit.parallel and visit.push for plan in self.plans for visit in plan):
             yield Rule("parallel_start_layer", "in the decoder half of the layers")
@@ -465,51 +413,31 @@ class OptimizerKnobs:
 
     tied_embed_lr: float = knob(0.03, "AdamW rate of the embedding tables")
     scalar_lr: float = knob(0.02, "AdamW rate of scales, gains, gates, lambdas and the like")
-    matrix_lr: float = knob(
-        0.026, "Muon rate of the banks: spectral norm of a square matrix's update (PR #1586)"
-    )
+    matrix_lr: float = knob(0.026, "Muon rate: spectral norm of a square update (PR #1586)")
     muon_momentum: float = knob(0.97, "momentum of Muon after its warm-up", 0, 0.9999)
     muon_momentum_warmup_start: float = knob(0.92, "momentum of Muon at the first step", 0, 0.9999)
-    muon_momentum_warmup_steps: int = knob(
-        1500, "steps from the first to the final momentum of Muon"
-    )
+    muon_momentum_warmup_steps: int = knob(1500, "steps from the first to the final Muon momentum")
     muon_backend_steps: int = knob(5, "Newton-Schulz iterations per update of Muon", 1, 20)
     muon_coeffs: str = knob(
-        "quintic",
-        "Newton-Schulz coefficients: Muon's, or Polar Express for at most 5 iterations",
-        choices=("quintic", "polar"),
+        "quintic", "Newton-Schulz coefficients; polar: Polar Express", choices=("quintic", "polar")
     )
-    muon_row_normalize: bool = knob(
-        True, "scale the rows of an update to unit norm before Newton-Schulz (MuonEq-R)"
-    )
+    muon_row_normalize: bool = knob(True, "scale rows to unit norm before Newton-Schulz (MuonEq-R)")
     beta1: float = knob(0.9, "decay of AdamW's first moment per step", 0, 0.9999)
     beta2: float = knob(0.95, "decay of AdamW's second moment per step", 0, 0.99999)
     adam_eps: float = knob(1e-8, "epsilon in the denominator of AdamW", 1e-20)
-    grad_clip_norm: float = knob(
-        0.3, "limit of the norm of the gradient of all parameters; 0: no limit"
-    )
+    grad_clip_norm: float = knob(0.3, "limit of the gradient norm of all parameters; 0: no limit")
     adam_wd: float = knob(0.02, "decoupled weight decay of the parameters of SCALAR_LR")
     muon_wd: float = knob(0.095, "decoupled weight decay of the banks")
     embed_wd: float = knob(0.085, "decoupled weight decay of the embedding tables")
     export_weights: str = knob(
-        "ema",
-        "weights to keep: exponential average, that with SWA, or the last",
-        choices=("ema", "swa", "raw"),
+        "ema", "weights to keep; swa: EMA and SWA; raw: the last", choices=("ema", "swa", "raw")
     )
-    ema_decay: float = knob(
-        0.9965, "decay of the exponential average of all parameters per step", 0, 0.999999
-    )
+    ema_decay: float = knob(0.9965, "decay per step of the average of all parameters", 0, 0.999999)
     ema_every: int = knob(1, "steps between weights that enter the exponential average", 1)
-    swa_threshold: float = knob(
-        0.2, "rate factor below which SWA takes the plain mean of the weights (PR #374)", 0, 2
-    )
+    swa_threshold: float = knob(0.2, "rate factor below which SWA averages weights (PR #374)", 0, 2)
     swa_every: int = knob(50, "steps between weights that enter the mean of SWA", 1)
-    late_qat: bool = knob(
-        False, "train through the rounding of the banks to MATRIX_BITS, late in the run"
-    )
-    late_qat_threshold: float = knob(
-        0.15, "rate factor below which LATE_QAT rounds; 2: from the start", 0, 2
-    )
+    late_qat: bool = knob(False, "train late in the run through the rounding to MATRIX_BITS")
+    late_qat_threshold: float = knob(0.15, "rate factor at which LATE_QAT begins; 2: at once", 0, 2)
 
     def rules(self) -> Iterator[Rule]:
         """What is wrong with the optimisers."""
@@ -523,26 +451,15 @@ class ScheduleKnobs:
     """The length of training and its schedule."""
 
     iterations: int = knob(20000, "limit of the number of training steps", 1)
-    max_wallclock_seconds: float = knob(
-        600.0, "seconds for training, calibration, quantisation and packing; 0: no limit"
-    )
+    max_wallclock_seconds: float = knob(600.0, "seconds from training to packing; 0: no limit")
     gptq_reserve_seconds: float = knob(
-        -1.0,
-        "seconds of MAX_WALLCLOCK_SECONDS kept for all after training; -1: measured in warm-up",
-        -1,
+        -1.0, "seconds of MAX_WALLCLOCK_SECONDS kept for compression; -1: measured in warm-up", -1
     )
-    warmdown_frac: float = knob(
-        0.75, "last share of the budget, over which the rates fall linearly", 0, 1
-    )
-    warmdown_iters: int = knob(
-        0,
-        "steps over which the rates fall, by a step's mean time (PR #473); 0: WARMDOWN_FRAC",
-    )
+    warmdown_frac: float = knob(0.75, "last share of the budget, in which rates fall", 0, 1)
+    warmdown_iters: int = knob(0, "steps in which rates fall (PR #473); 0: WARMDOWN_FRAC")
     min_lr: float = knob(0.1, "least factor of the learning rates (PR #1787)", 0, 1)
     enable_looping_at: float = knob(0.35, "share of the budget after which the loops run", 0, 1)
-    pod_speedgate_ms: float = knob(
-        0.0, "ms per step, mean of 20, above which the run stops, exit status 3; 0: off"
-    )
+    pod_speedgate_ms: float = knob(0.0, "mean ms of 20 steps above which the run stops; 0: off")
     val_loss_every: int = knob(4000, "steps between validations, off the clock; 0: none")
 
     @property
@@ -569,31 +486,16 @@ class ArtifactKnobs:
         "steps by the loss's sensitivity; GPTQ (PR #1394); without Hessians: PR #374, #568",
         choices=("allocated", "gptq", "gptq_lite", "int6"),
     )
-    clip_floor: float = knob(
-        1.0, "least clip range of a row, in the weights' unit, of the quantisers without Hessians"
-    )
-    tables_fp16: bool = knob(
-        False, "store embedding tables as fp16 instead of integers", network="optional"
-    )
-    prune_frac: float = knob(
-        0.0, "share of the weights, the smallest, that becomes 0 (PR #568)", 0, 0.99
-    )
+    clip_floor: float = knob(1.0, "least clip range of a row's weights (gptq_lite, int6)")
+    tables_fp16: bool = knob(False, "store embedding tables as fp16", network="optional")
+    prune_frac: float = knob(0.0, "share of the smallest weights that becomes 0 (PR #568)", 0, 0.99)
     artifact_limit_bytes: int = knob(
-        LIMIT_BYTES,
-        "bytes of code and model that the steps are fitted to; 0: the clips decide",
+        LIMIT_BYTES, "bytes of code and model to fit; 0: MATRIX_ and EMBED_CLIP_SIGMAS decide"
     )
-    matrix_bits: int = knob(
-        6, "bits of an integer of the banks; allocated: limit of the mean bits per weight", 2, 8
-    )
-    embed_bits: int = knob(
-        7, "bits of an integer of the tables (PR #1586); allocated: always 8", 2, 8
-    )
-    matrix_clip_sigmas: float = knob(
-        12.85, "range of the banks' integers, in standard deviations of a row", 0.1
-    )
-    embed_clip_sigmas: float = knob(
-        15.0, "range of the tables' integers, in standard deviations of a row", 0.1
-    )
+    matrix_bits: int = knob(6, "bits of the banks' integers; allocated: limit of their mean", 2, 8)
+    embed_bits: int = knob(7, "bits of the tables' integers (PR #1586); allocated: always 8", 2, 8)
+    matrix_clip_sigmas: float = knob(12.85, "range of banks' integers, in row std deviations", 0.1)
+    embed_clip_sigmas: float = knob(15.0, "range of tables' integers, in row std deviations", 0.1)
     attn_clip_sigmas: float = knob(0.0, "MATRIX_CLIP_SIGMAS of q, k, v and o; 0: the same")
     mlp_clip_sigmas: float = knob(0.0, "MATRIX_CLIP_SIGMAS of the MLP; 0: the same")
     compressor: str = knob("zstd", "compressor of the integers", choices=COMPRESSORS)
@@ -620,27 +522,21 @@ class ArtifactKnobs:
 class ScoringKnobs:
     """Scoring."""
 
-    val_batch_tokens: int = knob(
-        524288, "tokens of eight rows of scoring; a row never cuts a window", 16
-    )
-    eval_seq_len: int = knob(
-        2048, "tokens of the longest window of plain and sliding scoring", 2, shrinks=True
-    )
+    val_batch_tokens: int = knob(524288, "tokens of eight scoring rows; rows cut no window", 16)
+    eval_seq_len: int = knob(2048, "longest window of scoring, in tokens", 2, shrinks=True)
     eval_stride: int = knob(64, "tokens scored by each sliding window but the first", 1)
-    logit_temperature: float = knob(
-        1.0, "divisor of the logits wherever tokens are scored; choose it beforehand", 0.01
-    )
+    logit_temperature: float = knob(1.0, "divisor of scored logits; choose it beforehand", 0.01)
     sliding_window_enabled: bool = knob(False, "score with sliding windows as well")
-    val_doc_fraction: float = knob(
-        1.0, "share of the validation documents, drawn with SEED, for quick looks", 1e-9, 1
-    )
-    eval_deadline_seconds: float = knob(
-        580.0, "seconds from the first scored token after which no more is learnt"
-    )
+    val_doc_fraction: float = knob(1.0, "share of the validation documents, drawn by SEED", 1e-9, 1)
+    eval_deadline_seconds: float = knob(580.0, "seconds from the first score until learning ends")
 
     @property
     def val_row_shape(self) -> RowShape:
-        """The shape of a row of scoring."""
+        """The shape of a row of scoring.
+
+        Half of the capacity is for windows, the other half for the padding. So a row is full once
+        its windows have min(128, EVAL_SEQ_LEN / 2) tokens on average, as short documents have.
+        """
         capacity = self.val_batch_tokens // min(512, 2 * self.eval_seq_len)
         return RowShape(self.val_batch_tokens // 8, capacity, self.eval_seq_len)
 
@@ -658,81 +554,49 @@ class AdaptationKnobs:
 
     ttt_enabled: bool = knob(True, "learn from validation tokens after they are scored")
     ttt_mode: str = knob(
-        "document",
-        "what learns: a LoRA per document, or all weights by SGD chunk by chunk",
-        choices=("document", "chunk"),
+        "document", "learn a LoRA per document, or all weights", choices=("document", "chunk")
     )
-    ttt_buckets: int = knob(
-        10, "window lengths to compile, others are padded to them; 0: every length", 0, 64
-    )
+    ttt_buckets: int = knob(10, "window lengths to compile and pad to; 0: every length", 0, 64)
     ttt_lora_rank: int = knob(96, "rank of every adapter", 1)
-    ttt_lora_alpha: float = knob(
-        0.0, "scale adapters by TTT_LORA_ALPHA / TTT_LORA_RANK (PR #1767); 0: by 1"
-    )
+    ttt_lora_alpha: float = knob(0.0, "scale adapters by this / TTT_LORA_RANK (PR #1767); 0: by 1")
     ttt_lora_lr: float = knob(1e-4, "learning rate of the adapters")
     ttt_lm_rank: int = knob(0, "rank of the head's adapter; 0: TTT_LORA_RANK")
-    ttt_bias_tune: bool = knob(
-        False, "learn a vector as well that is added after every layer (PR #596)"
-    )
-    ttt_lr_factors: str = knob(
-        "", "factors of TTT_LORA_LR by site, as in q:0.5,v:1.5,head:2,bias:3 (PR #596)"
-    )
-    ttt_cosine_chunks: int = knob(
-        0, "chunks in which a document's rate falls on a cosine to a tenth; 0: it stays"
-    )
-    ttt_min_doc_len: int = knob(
-        0, "position in a document before which nothing is learnt, in tokens", shrinks=True
-    )
-    ttt_max_doc_len: int = knob(
-        0, "position in a document after which nothing is learnt, in tokens; 0: no limit"
-    )
+    ttt_bias_tune: bool = knob(False, "learn a vector that is added after every layer (PR #596)")
+    ttt_lr_factors: str = knob("", "factors of TTT_LORA_LR by site, as in q:0.5,head:2 (PR #596)")
+    ttt_cosine_chunks: int = knob(0, "chunks in which a document's rate falls to a tenth; 0: none")
+    ttt_min_doc_len: int = knob(0, "tokens into a document before learning begins", shrinks=True)
+    ttt_max_doc_len: int = knob(0, "tokens into a document after which learning ends; 0: none")
     ttt_warm_start_a: bool = knob(
-        False, "keep A from earlier documents (PR #1767): stream order, fixed schedule"
+        False, "begin with A of the batch before (PR #1767); stream order, fixed share per rank"
     )
-    ttt_chunk_size: int = knob(
-        48, "tokens of a document scored, then learnt from, at once (PR #1560)", 1
-    )
-    ttt_short_chunks: str = knob(
-        "", "smaller chunks up to a position in a document, as in 256:8,2000:24 (PR #2014)"
-    )
-    ttt_eval_seq_len: int = knob(
-        2048, "tokens of the longest window of adaptation", 2, shrinks=True
-    )
+    ttt_chunk_size: int = knob(48, "tokens of a document scored, then learnt from (PR #1560)", 1)
+    ttt_short_chunks: str = knob("", "chunk sizes up to positions, as in 256:8,2000:24 (PR #2014)")
+    ttt_eval_seq_len: int = knob(2048, "longest window of adaptation, in tokens", 2, shrinks=True)
     ttt_batch_size: int = knob(
-        64, "documents at once on a rank; four times as many short, a quarter as many long ones", 1
+        64, "documents at once on a rank; 4x up to TTT_EVAL_SEQ_LEN / 8 (batch_size_factor)", 1
     )
     ttt_grad_steps: int = knob(1, "updates per scored chunk of a document", 1)
     ttt_weight_decay: float = knob(0.5, "weight decay of the adapters, decoupled in AdamW")
-    ttt_beta1: float = knob(
-        0.0, "decay of the first moment of the adapters, or momentum with SGD", 0, 0.9999
-    )
+    ttt_beta1: float = knob(0.0, "first moment's decay of the adapters; SGD: momentum", 0, 0.9999)
     ttt_beta2: float = knob(0.999, "decay of the second moment of the adapters", 0, 0.99999)
     ttt_q_lora: bool = knob(True, "adapter on the queries")
     ttt_k_lora: bool = knob(True, "adapter on the keys")
     ttt_v_lora: bool = knob(True, "adapter on the values")
     ttt_mlp_lora: bool = knob(True, "adapter beside the MLP")
     ttt_o_lora: bool = knob(True, "adapter beside the attention output")
-    ttt_optimizer: str = knob(
-        "adam", "optimiser of the adapters: AdamW or SGD", choices=("adam", "sgd")
-    )
-    phased_ttt_num_phases: int = knob(
-        0, "places in the stream where all weights learn from the documents before (PR #1626)"
-    )
+    ttt_optimizer: str = knob("adam", "adapters' optimiser, AdamW or SGD", choices=("adam", "sgd"))
+    phased_ttt_num_phases: int = knob(0, "places in the stream where all weights learn (PR #1626)")
     phased_ttt_prefix_docs: int = knob(
-        2000, "documents before the last of PHASED_TTT_NUM_PHASES places, evenly spaced", 1
+        2000, "documents before the last place of PHASED_TTT_NUM_PHASES; the places are even", 1
     )
     ttt_chunk_optimizer: str = knob(
         "sgd", "optimiser of all weights: SGD, or AdamW as in PR #473", choices=("sgd", "adam")
     )
-    ttt_lr: float = knob(
-        0.002, "SGD of all weights: first rate of a cosine over the chunks (PR #461)"
-    )
+    ttt_lr: float = knob(0.002, "SGD of all weights: first rate of the cosine (PR #461)")
     ttt_momentum: float = knob(0.9, "SGD of all weights: momentum", 0, 0.9999)
     ttt_epochs: int = knob(1, "SGD of all weights: passes over a scored chunk (PR #1413: 3)", 1)
     ttt_chunk_tokens: int = knob(32768, "SGD of all weights: tokens of a chunk", 2)
-    ttt_batch_seqs: int = knob(
-        32, "SGD of all weights: rows of EVAL_SEQ_LEN tokens per rank and step", 1
-    )
+    ttt_batch_seqs: int = knob(32, "SGD of all weights: rows of EVAL_SEQ_LEN per rank and step", 1)
     ttt_grad_clip: float = knob(1.0, "SGD of all weights: limit of the gradient norm; 0: none")
     ttt_freeze_blocks: int = knob(0, "SGD of all weights: layers from the bottom that do not learn")
 
@@ -796,36 +660,20 @@ class AdaptationKnobs:
 class KernelKnobs:
     """Kernels, compilation and warm-up."""
 
-    compute_dtype: str = knob(
-        "bf16", "dtype of activations and products; parameters are fp32", choices=("bf16", "fp32")
-    )
+    compute_dtype: str = knob("bf16", "dtype of activations and products", choices=("bf16", "fp32"))
     compile: bool = knob(True, "use torch.compile for the forwards and Newton-Schulz")
-    warmup_steps: int = knob(
-        3, "synthetic steps per compiled graph, undone afterwards; 0: compile inside the run"
-    )
-    recompile_limit: int = knob(
-        -1,
-        "compilations allowed after warm-up, more stop the run, exit status 3; -1: any",
-        -1,
-    )
-    cuda_graph: bool = knob(
-        False, "replay forward and backward of a row as a CUDA graph, where attention allows it"
-    )
+    warmup_steps: int = knob(3, "synthetic steps per graph, undone; 0: compile inside the run")
+    recompile_limit: int = knob(-1, "compilations allowed after warm-up; -1: any number", -1)
+    cuda_graph: bool = knob(False, "replay a row's forward and backward as a CUDA graph")
     attention_backend: str = knob(
         "auto",
         "attention kernel; auto: the first that passes the check",
         choices=("auto", "fa3", "fa4", "fa2", "torch", "sdpa"),
     )
-    fused_mlp: bool = knob(
-        True, "fuse the products of the MLP with its activation; 0: separate operators"
-    )
-    fused_qk: bool = knob(
-        True, "fuse norm, RoPE and gain of queries and keys; 0: separate operators"
-    )
-    fused_xsa: bool = knob(True, "fuse the operators of XSA; 0: separate operators")
-    fused_ce: bool = knob(
-        True, "fuse head and loss, the gradient overwriting the logits; 0: separate operators"
-    )
+    fused_mlp: bool = knob(True, "fuse the MLP's products with its activation; 0: separate")
+    fused_qk: bool = knob(True, "fuse norm, RoPE and gain of queries and keys; 0: separate")
+    fused_xsa: bool = knob(True, "fuse the operators of XSA; 0: separate")
+    fused_ce: bool = knob(True, "fuse head and loss, in place on the logits; 0: separate")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -972,7 +820,7 @@ FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 
 
 def fields_marked(mark: str, *values: object) -> tuple[str, ...]:
-    """The names of the fields whose mark has one of these values."""
+    """The names of the fields for which `knob` was given one of these values as `mark`."""
     return tuple(name for name, field in FIELDS.items() if field.metadata[mark] in values)
 
 
@@ -1012,7 +860,8 @@ ALIASES = {
     "GLOBAL_TTT_GRAD_CLIP": "TTT_GRAD_CLIP",
 }
 
-# Knobs of the published scripts that are refused here. To ignore one would promise its effect.
+# Knobs of the published scripts that are refused here, each with the reason. Silently ignoring one
+# would let the user believe that it works.
 SET_ELSEWHERE = {
     "ROPE_YARN": "ROPE_TRAIN_SEQ_LEN alone decides",
     "MLP_HIDDEN": "set MLP_MULT",
@@ -1032,6 +881,7 @@ AGAINST_THE_RULES = {
     "TTT_MIN_NLL": "the best of several passes is chosen by the answer (ruling on PR #605)",
     "TTT_COSINE_LR": "a fall as long as the document tells where it ends; set TTT_COSINE_CHUNKS",
 }
+# They never changed a score, or have nothing to change in this program.
 WITHOUT_EFFECT = {
     "MUON_BETA2": "nothing read it",
     "CONTROL_TENSOR_NAME_PATTERNS": "nothing read it",
@@ -1055,14 +905,17 @@ def canonical_names(environ: Mapping[str, str]) -> dict[str, str]:
 
 def problems_of_names(given: Mapping[str, str]) -> Iterator[str]:
     """A line for each variable that looks like a knob of this program but is none."""
-    knobs = [name.upper() for name in FIELDS]
-    for name in sorted(given.keys() - set(knobs)):
-        if name in REJECTED_NAMES:
-            yield f"{name}={given[name]}: not a knob of this program; {REJECTED_NAMES[name]}"
+    knobs = {name.upper() for name in FIELDS}
+    known_names = [*knobs, *ALIASES, *REJECTED_NAMES]
+    for name in sorted(given.keys() - knobs):
+        nearest = difflib.get_close_matches(name, known_names, n=1, cutoff=0.85)
+        if not nearest:
             continue
-        near = difflib.get_close_matches(name, knobs, n=1, cutoff=0.85)
-        if near:
-            yield f"{name}={given[name]}: not a knob; did you mean {near[0]}?"
+        if nearest[0] in REJECTED_NAMES:
+            reason = REJECTED_NAMES[nearest[0]]
+            yield f"{name}={given[name]}: not a knob of this program; {reason}"
+        else:
+            yield f"{name}={given[name]}: not a knob; did you mean {nearest[0]}?"
 
 
 def problems_of_aliases(environ: Mapping[str, str]) -> Iterator[str]:
@@ -1115,14 +968,17 @@ def rules_of_paths(cfg: Config) -> Iterator[Rule]:
 def can_be_written(path: Path, is_file: bool = False) -> bool:
     """Whether a folder (or file) can be written or, if there is none, made."""
     path = Path.cwd() / path
-    nearest = path
-    while not os.path.exists(nearest):
+    existing = path
+    while not os.path.exists(existing):
         # Names have up to 255 bytes, of which the log's may get four more (.old).
-        if len(os.fsencode(nearest.name)) > 251:
+        if len(os.fsencode(existing.name)) > 251:
             return False
-        nearest = nearest.parent
-    may_be_file = is_file and nearest == path
-    return os.access(nearest, os.W_OK) and nearest.is_dir() != may_be_file
+        existing = existing.parent
+
+    is_there = existing == path
+    # Whatever is not there yet is made in the nearest folder above it.
+    needs_folder = not (is_file and is_there)
+    return os.access(existing, os.W_OK) and existing.is_dir() == needs_folder
 
 
 # --- Presets: what differs from the defaults, which are those of `record` ---
@@ -1243,7 +1099,7 @@ PR605 = dict(
     eval_deadline_seconds=550.0,
 )
 
-# The record's structure on two CPU cores in two minutes, over the documentation of Python.
+# The record's structure on two CPU cores in two minutes, over the docstrings of installed packages.
 CPU = dict(
     dataset="pydocs_sp1024",
     vocab_size=1024,
@@ -1292,7 +1148,8 @@ PRESETS = {
     "cpu": CPU,
 }
 
-# What SHRINK=1 makes of any other preset, besides SHRUNK_LENGTHS: these values of the cpu preset,
+# SHRINK=1 changes any other preset in three ways: SHRUNK_LENGTHS become an eighth, the fields in
+# SHRUNK_AS_CPU take their values from the cpu preset, and the rest of SHRINK is set as given here.
 SHRUNK_AS_CPU = (
     "dataset",
     "vocab_size",
@@ -1310,7 +1167,6 @@ SHRUNK_AS_CPU = (
     "ttt_buckets",
     "ttt_chunk_tokens",
 )
-# and these.
 SHRINK = {name: CPU[name] for name in SHRUNK_AS_CPU} | dict(
     model_dim=128,
     num_heads=4,
@@ -1331,13 +1187,15 @@ SHRINK = {name: CPU[name] for name in SHRUNK_AS_CPU} | dict(
 
 
 def preset_values(preset: str, shrink: bool) -> dict[str, Any]:
-    """The fields that a preset sets, in small with SHRINK=1. What a preset has not stays off."""
+    """The fields that a preset sets, made small if `shrink`."""
     values = {**PRESETS[preset], "preset": preset}
     if not shrink or preset == "cpu":
         return values
 
     full = {name: values.get(name, field.default) for name, field in FIELDS.items()}
     for name, small in SHRINK.items():
+        # A feature that the preset leaves off (0 or empty) stays off. An empty `dataset` is no such
+        # feature: it stands for FineWeb.
         if full[name] or name == "dataset":
             values[name] = small
     for name in SHRUNK_LENGTHS:
@@ -1359,10 +1217,23 @@ def print_knobs() -> None:
 
 
 # === 2. Runtime: ranks, log, clock ===
+# All that differs on a GPU:
+#   PRESET defaults to record (main), the device is set and ranks talk over NCCL (Ranks);
+#   the clock waits for the device (Ranks.now), copies are pinned and do not block (to_device,
+#   PendingRead), and an error leaves NCCL's group as it is (main);
+#   Triton kernels run in place of their references (define_operator) with measured tiles
+#   (TileTuner); Hopper has a kernel for the MLP (mlp_kernel_fits);
+#   attention is chosen by a check of each backend (choose_attention);
+#   with CUDA_GRAPH=1 a training row is one launch (capture_row, Run.capture_training);
+#   the device's random state is restored too (state_restored), and the log names the device, the
+#   model FLOP utilisation (PEAK_FLOPS) and the peak memory (Run.describe, Run.report).
+
+
 class PendingRead:
     """Numbers (n,) that are being copied from the device to the host without blocking."""
 
     def __init__(self, values: Tensor, ranks: Ranks):
+        """Starts the copy."""
         self.copied = None
         if values.is_cuda:
             # The host tensor is pinned, so this returns at once.
@@ -1392,7 +1263,7 @@ class Ranks:
         self.distributed = "RANK" in environ
         self.rank = int(environ.get("RANK", 0))
         self.world_size = 1
-        # Without RANK, WORLD_SIZE says nothing: clusters may set it for any process.
+        # Without RANK, WORLD_SIZE means nothing: clusters may set it for any process.
         if self.distributed:
             self.world_size = int(environ.get("WORLD_SIZE", 1))
         self.is_main = self.rank == 0
@@ -1408,11 +1279,11 @@ class Ranks:
 
     def _join_group(self, restart_count: int | str) -> None:
         """Joins the process group: NCCL on GPUs, gloo on CPUs."""
-        # Imported once the group exists, the default arguments of its functions would hold the
-        # group and keep its threads alive.
+        # Imported before the group exists: afterwards the default arguments of its functions would
+        # hold the group and keep its threads alive.
         importlib.import_module("torch.distributed.nn")
         store, rank, size = next(dist.rendezvous("env://"))
-        # torchrun keeps the store when it restarts the ranks, with the keys of the start before.
+        # torchrun keeps the store when it restarts the ranks, with the keys of the earlier start.
         store = dist.PrefixStore(f"start {restart_count}", store)
         group = dict(store=store, rank=rank, world_size=size)
         if self.device.type == "cuda":
@@ -1444,7 +1315,8 @@ class Ranks:
     def tickets(self) -> Iterator[int]:
         """The numbers 0, 1, 2, ... without end, each given to the one rank that asks first.
 
-        Work that is shared out like this keeps all ranks busy although its parts differ in length.
+        A rank that has finished a part of the work takes the next, so all ranks stay busy although
+        the parts differ in length.
         """
         self.num_queues += 1
         store = dist.distributed_c10d._get_default_store() if self.distributed else dist.HashStore()
@@ -1456,10 +1328,6 @@ class Ranks:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.monotonic()
-
-    def start_read(self, values: Tensor) -> PendingRead:
-        """Starts copying numbers (n,) to the host without blocking."""
-        return PendingRead(values, self)
 
 
 ERASE_LINE = "\r\033[K"
@@ -1515,20 +1383,23 @@ class Log:
         if self.tensorboard is None:
             from torch.utils.tensorboard import SummaryWriter
 
-            # Points of later steps come from a run that was killed and goes on from here.
+            # A run that was killed and resumes here has left points of later steps: drop them.
             self.tensorboard = SummaryWriter(self.tensorboard_dir, purge_step=step)
         for name, value in values.items():
             self.tensorboard.add_scalar(name, value, step)
 
 
 def raise_stopped(number: int, _: Any = None, after: str = "") -> None:
-    """Raises KeyboardInterrupt for a signal, with its message and exit status, 128 + number."""
+    """Raises KeyboardInterrupt for signal `number`, with a message and the exit status."""
     name = signal.Signals(number).name
     raise KeyboardInterrupt(f"{name}: the run is stopped{after}", 128 + number)
 
 
 def handle_signals(handler: Callable[[int, Any], Any]) -> None:
-    """Sets what SIGINT and SIGTERM do: training waits for the end of a step, the rest stops."""
+    """Sets the handler of SIGINT and SIGTERM.
+
+    It is Trainer.note_signal in training, which waits for the end of a step, else raise_stopped.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, handler)
 
@@ -1564,7 +1435,7 @@ class CompilationCounter:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Writes a file through a temporary one: it then holds all of `data`, or is untouched."""
+    """Writes a file by way of a temporary one, so that a kill leaves the old file or the new."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     with part.open("wb") as f:
@@ -1572,6 +1443,13 @@ def write_atomic(path: Path, data: bytes) -> None:
         f.flush()
         os.fsync(f.fileno())
     os.replace(part, path)
+
+
+def torch_bytes(contents: dict[str, Any]) -> bytes:
+    """The file that torch.save would write."""
+    buffer = io.BytesIO()
+    torch.save(contents, buffer)
+    return buffer.getvalue()
 
 
 # === 3. Data: shards of uint16 tokens -> rows of packed documents ===
@@ -1589,7 +1467,7 @@ def write_shard(path: Path, tokens: np.ndarray) -> None:
 def read_shard(path: Path) -> np.ndarray:
     """The ids of a shard, memory-mapped, (n,) uint16.
 
-    Raises UsageError if the file is no shard or a newer one, is cut off, too long or empty.
+    Raises UsageError for another kind of file, another version, a wrong length or an empty shard.
     """
     size = path.stat().st_size
     header = np.fromfile(path, dtype="<i4", count=256)
@@ -1624,7 +1502,7 @@ class TokenStream:
         parts = []
         while count > 0:
             index = start % self.size
-            shard = int(np.searchsorted(self.starts, index, side="right")) - 1
+            shard = int(np.searchsorted(self.starts, index, side="right")) - 1  # that holds index
             part = self.shards[shard][index - self.starts[shard] :][:count]
             parts.append(part)
             start += len(part)
@@ -1646,42 +1524,55 @@ class Batch(NamedTuple):
     max_seqlen: int
 
 
+def to_device(values: np.ndarray, device: torch.device) -> Tensor:
+    """Copies an array to the device; a GPU's copy is pinned and does not block."""
+    tensor = torch.from_numpy(values)
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor
+
+
 def pack_row(
-    inputs: np.ndarray, targets: np.ndarray, starts: np.ndarray, shape: tuple, device: torch.device
+    inputs: np.ndarray,
+    targets: np.ndarray,
+    starts: np.ndarray,
+    shape: RowShape,
+    device: torch.device,
 ) -> Batch:
-    """Makes a Batch of `shape` = (T, capacity, max_seqlen).
+    """Makes a row of `shape`.
 
     inputs, targets: ids (n,), n <= T; the rest of the row is padding, which predicts nothing.
-    starts: index of the first token of every segment. Raises AssertionError if there are more
-    segments than `capacity`, those of the padding included.
+    starts: index of the first token of every segment. Raises AssertionError if the segments and
+    those of the padding are more than the capacity.
     """
     num_tokens, capacity, max_seqlen = shape
     n = len(inputs)
-    ids = np.zeros((2, num_tokens), dtype=np.int32)  # half of what int64 would send over PCIe
+    # As int32 they are half as many bytes to copy as in int64.
+    ids = np.zeros((2, num_tokens), dtype=np.int32)
     ids[0, :n] = inputs
     ids[1, :n] = targets
     ids[1, n:] = -1
+
     # No segment of the padding is longer than max_seqlen either.
     segments = [*starts, *range(n, num_tokens, max_seqlen)]
     assert len(segments) <= capacity, (len(segments), capacity)
     unused = capacity + 1 - len(segments)
     cu_seqlens = np.array(segments + [num_tokens] * unused, dtype=np.int32)
-    on_device = [torch.from_numpy(x) for x in (ids, cu_seqlens)]
-    if device.type == "cuda":
-        on_device = [x.pin_memory().to(device, non_blocking=True) for x in on_device]
-    ids, cu_seqlens = on_device
-    inputs, targets = ids.long()
-    return Batch(inputs, targets, cu_seqlens, max_seqlen)
+    row_inputs, row_targets = to_device(ids, device).long()
+    return Batch(row_inputs, row_targets, to_device(cu_seqlens, device), max_seqlen)
 
 
 def segment_starts(tokens: np.ndarray, bos_id: int, max_seqlen: int) -> np.ndarray:
-    """Starts of a row's segments: 0, every BOS, and every `max_seqlen` tokens after these."""
+    """Starts (n,) of a row's segments.
+
+    They are index 0, the index of every BOS, and every `max_seqlen` tokens after one of those.
+    """
     documents = np.union1d([0], np.flatnonzero(tokens == bos_id))
-    lengths = np.diff(documents, append=len(tokens))
-    num_pieces = -(-lengths // max_seqlen)  # rounded up
-    first_piece = np.cumsum(num_pieces) - num_pieces
-    piece = np.arange(num_pieces.sum()) - np.repeat(first_piece, num_pieces)  # in its document
-    return np.repeat(documents, num_pieces) + piece * max_seqlen
+    ends = np.append(documents[1:], len(tokens))
+    pieces = []
+    for start, end in zip(documents, ends, strict=True):
+        pieces.append(np.arange(start, end, max_seqlen))
+    return np.concatenate(pieces)
 
 
 class EpochOrder(NamedTuple):
@@ -1693,12 +1584,12 @@ class EpochOrder(NamedTuple):
 
 
 class PackedLoader:
-    """Rows of training tokens, in which each transition of the stream comes once an epoch.
+    """Rows of training tokens. In an epoch every token but the first is a target once.
 
     A row takes the next MICRO_BATCH_TOKENS tokens of the stream, or fewer if their documents fill
-    the capacity. All ranks walk over all rows, and each builds every W-th: so the number of ranks
-    changes no step. With DATA_LOADER=shuffled (PR #1394) the stream is cut into pieces of
-    TRAIN_SEQ_LEN tokens, which an epoch takes in random order; the first starts at a random offset.
+    the capacity. All ranks walk over all rows, and each builds every W-th, so a step is the same
+    for any number of ranks. With DATA_LOADER=shuffled (PR #1394) the stream is cut into pieces of
+    TRAIN_SEQ_LEN tokens, from a random offset on, and an epoch takes them in random order.
     """
 
     def __init__(self, stream: TokenStream, bos_id: int, cfg: Config, ranks: Ranks):
@@ -1706,7 +1597,8 @@ class PackedLoader:
         self.cfg = cfg
         self.ranks = ranks
         self.cursor = 0  # targets served so far, over all epochs
-        self.bos_id = bos_id if cfg.data_loader == "documents" else -1  # -1: cut at no document
+        # No token has the id -1, so rows are then not cut at documents.
+        self.bos_id = bos_id if cfg.data_loader == "documents" else -1
         self.order = EpochOrder(epoch=-1, offset=0, permutation=np.arange(0))
 
     def next_tokens(self, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -1717,7 +1609,7 @@ class PackedLoader:
         return tokens[:-1], tokens[1:]
 
     def next_pieces(self, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """The same from the shuffled pieces. Cursor and count are multiples of TRAIN_SEQ_LEN."""
+        """As next_tokens, from the shuffled pieces; `count` is a multiple of TRAIN_SEQ_LEN."""
         length = self.cfg.train_seq_len
         pieces_per_epoch = (self.stream.size - 1) // length
         pieces = []
@@ -1732,14 +1624,15 @@ class PackedLoader:
         return inputs, targets
 
     def draw_order(self, epoch: int, num_pieces: int) -> EpochOrder:
-        """Draws an epoch's order from SEED and the epoch, so that a resumed run draws the same."""
+        """The order of an epoch, drawn from SEED and the epoch: a resumed run draws the same."""
         rng = np.random.Generator(np.random.PCG64([self.cfg.seed, epoch]))
         offset = rng.integers(self.cfg.train_seq_len)
         return EpochOrder(epoch, offset, rng.permutation(num_pieces))
 
     def rows(self, count: int) -> tuple[list[Batch], int]:
         """Reads the next `count` rows; returns those of this rank, and the targets in all rows."""
-        size, capacity, max_seqlen = self.cfg.row_shape
+        shape = self.cfg.row_shape
+        size, capacity, max_seqlen = shape
         first = self.cursor
         own_rows = []
         for row in range(count):
@@ -1752,9 +1645,7 @@ class PackedLoader:
                 starts = starts[: capacity // 2]
             if row % self.ranks.world_size == self.ranks.rank:
                 device = self.ranks.device
-                own_rows.append(
-                    pack_row(inputs[:n], targets[:n], starts, self.cfg.row_shape, device)
-                )
+                own_rows.append(pack_row(inputs[:n], targets[:n], starts, shape, device))
             self.cursor += n
         return own_rows, self.cursor - first
 
@@ -1772,20 +1663,20 @@ class Documents(NamedTuple):
     """The validation documents within their token stream.
 
     The target of an input is the token after it, so the last target of a document is the BOS of
-    the next one: every token of the stream but the first is predicted exactly once. A target is
-    named by its stream index: the index in `tokens` of the input before it.
+    the next one: every token of the stream but the first is predicted exactly once. A target's
+    stream index is that of its input: tokens[index + 1] is predicted from tokens[: index + 1].
     """
 
     tokens: np.ndarray  # (N,) int64
-    starts: np.ndarray  # (D,) index of each document's BOS
-    counts: np.ndarray  # (D,) number of each document's targets
+    starts: np.ndarray  # (docs,) stream index of each document's BOS
+    counts: np.ndarray  # (docs,) number of each document's targets
 
     @classmethod
     def load(cls, stream: TokenStream, bos_id: int, cfg: Config) -> Documents:
         """Reads the split; draws a share of VAL_DOC_FRACTION of its documents with SEED.
 
         Unless DATA_LOADER=documents, windows cross documents. Then `tokens` holds only the drawn
-        documents, or the windows would read others.
+        documents, so that no window reads another one.
         """
         tokens = stream.read(0, stream.size)
         starts = np.flatnonzero(tokens == bos_id)
@@ -1804,7 +1695,7 @@ class Documents(NamedTuple):
             yield start, start + count
 
     def joined_tokens(self) -> np.ndarray:
-        """The tokens of these documents alone, end to end, and the last target, (targets + 1,)."""
+        """The tokens of these documents alone, end to end, and the last target: (targets + 1,)."""
         pieces = [self.tokens[start:end] for start, end in self.spans()]
         end = self.starts[-1] + self.counts[-1]
         return np.concatenate([*pieces, self.tokens[end : end + 1]])
@@ -1812,14 +1703,15 @@ class Documents(NamedTuple):
     def target_indices(self, stop: int | None = None) -> np.ndarray:
         """Stream indices (targets,), rising, of all targets of the documents before `stop`."""
         pieces = [np.arange(start, end) for start, end in self.spans(stop)]
+        # With no document before `stop`, the empty array is the result.
         return np.concatenate([np.arange(0), *pieces])
 
 
 def load_manifest(cfg: Config) -> tuple[dict[str, Any], str, str | None]:
     """The data set's manifest, the name of its tokenizer's file and that file's SHA-256.
 
-    Without a manifest these are {}, the name that the field uses, and None. Raises UsageError if
-    the manifest does not name a tokenizer.
+    Without a manifest these are {}, the challenge's name, and None. Raises UsageError if the
+    manifest does not name a tokenizer.
     """
     path = cfg.dataset_dir / "manifest.json"
     if not path.is_file():
@@ -1847,11 +1739,11 @@ class Tokenizer(NamedTuple):
         Raises UsageError if the file is no tokenizer, has another size than VOCAB_SIZE, miscounts
         bytes, or is not the tokenizer that the manifest names.
         """
-        # Imported here, so that uses of this file without text need no such package.
+        # Imported here, because benchmarks that use this file without text need no such package.
         import sentencepiece
 
-        manifest, default, wanted_sha256 = load_manifest(cfg)
-        path = Path(cfg.tokenizer_path or Path(cfg.data_dir) / "tokenizers" / default)
+        manifest, default_name, wanted_sha256 = load_manifest(cfg)
+        path = Path(cfg.tokenizer_path or Path(cfg.data_dir) / "tokenizers" / default_name)
         try:
             data = path.read_bytes()
             model = sentencepiece.SentencePieceProcessor(model_proto=data)
@@ -1862,8 +1754,8 @@ class Tokenizer(NamedTuple):
         loaded = cls(path, model, model.bos_id(), sha256, manifest)
         loaded.check(cfg)
         if wanted_sha256 is not None and sha256 != wanted_sha256:
-            named = cfg.dataset_dir / "manifest.json"
-            raise UsageError(f"TOKENIZER_PATH={path}: not the tokenizer that {named} names")
+            source = cfg.dataset_dir / "manifest.json"
+            raise UsageError(f"TOKENIZER_PATH={path}: not the tokenizer that {source} names")
         return loaded
 
     def check(self, cfg: Config) -> None:
@@ -1887,11 +1779,11 @@ def check_doctor_verdict(cfg: Config, tokenizer: Tokenizer) -> None:
         *cfg.dataset_dir.glob("manifest.json"),
     ]
     error = None
-    # Without a verdict, or without an error in it, there is nothing to say.
+    # A missing or foreign verdict, or one without errors, is no reason to refuse the data.
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
         verdict = json.loads((cfg.dataset_dir / "doctor.json").read_text())
         sizes_and_times = {f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in files}
-        # If they differ, a file has changed since the doctor looked.
+        # Otherwise a file has changed since the doctor looked, and its verdict is void.
         if verdict["files"] == sizes_and_times:
             error = verdict["errors"][0]
     if error:
@@ -1901,7 +1793,7 @@ def check_doctor_verdict(cfg: Config, tokenizer: Tokenizer) -> None:
 def check_shards(
     cfg: Config, tokenizer: Tokenizer, ranks: Ranks, streams: dict[str, TokenStream]
 ) -> None:
-    """Raises UsageError for splits that cannot be used. Each rank scans the ids of its shards."""
+    """Raises UsageError for splits that cannot be used. Each rank scans every W-th shard's ids."""
     check_doctor_verdict(cfg, tokenizer)
     promised_tokens = {}
     for split in tokenizer.manifest.get("splits", {}).values():
@@ -2067,7 +1959,7 @@ class Role(NamedTuple):
 def parameter_table(cfg: Config) -> dict[str, Role]:
     """Every parameter by name, in the order of the artifact. Matrices act as y = x W^T."""
     L, C, V = cfg.num_layers, cfg.model_dim, cfg.vocab_size
-    kv = cfg.num_kv_heads * cfg.head_dim
+    kv = cfg.kv_dim
     num_skips = sum(bool(visit.skip) for visit in layer_plan(cfg, looped=True))
 
     def bank(shape: tuple[int, ...], init: float | str, *sites: str) -> Role:
@@ -2326,7 +2218,7 @@ class GPT(nn.Module):
         n: (T, C). weight: the rows of "q", "k" and "v" that `sites` names, stacked.
         Returns (T, sum of their widths).
         """
-        kv = self.cfg.num_kv_heads * self.cfg.head_dim
+        kv = self.cfg.kv_dim
         rows = F.linear(n, weight)
         adapted = [site for site in sites if site in projected]
         if adapted:
@@ -2606,7 +2498,7 @@ def no_adapters() -> AdapterView:
 def adapter_sites(cfg: Config, slots: int) -> tuple[AdapterSite, ...]:
     """The adapters that the TTT_*_LORA knobs ask for. Those that read one input are neighbours."""
     C = cfg.model_dim
-    kv = cfg.num_kv_heads * cfg.head_dim
+    kv = cfg.kv_dim
     rank = cfg.ttt_lora_rank
     sites = []
     for slot in range(slots):
@@ -3392,7 +3284,7 @@ class Pacer:
         facts = [clock / world_size, compilations, signal_number]
         filled = [grad_norm.new_full((), fact) for fact in facts]
         numbers = self.ranks.sum(torch.stack([loss, grad_norm / world_size, *filled]))
-        self.unread = SentStep(covered_visits, lr_scale, self.ranks.start_read(numbers))
+        self.unread = SentStep(covered_visits, lr_scale, PendingRead(numbers, self.ranks))
 
     def read(self) -> StepNumbers | None:
         """Waits for the last step's numbers and sets the clocks; None if they have been read."""
@@ -5762,7 +5654,7 @@ def learning_row(scorer: Scorer, index: np.ndarray) -> Batch:
     if scorer.cfg.data_loader == "documents":
         starts = np.union1d(starts, np.flatnonzero(np.isin(index, docs.starts)))
     capacity = max(64, 1 << len(starts).bit_length())
-    shape = (len(index), capacity, length)
+    shape = RowShape(len(index), capacity, length)
     tokens = docs.tokens
     return pack_row(tokens[index], tokens[index + 1], starts, shape, scorer.ranks.device)
 
@@ -5818,31 +5710,28 @@ def learn_weights(
 
 
 # === 11. Run: its phases in order, each leaving a file ============================================
-# What reading a file may raise that no run has written: torch.load refuses it, or fields are
-# missing or of other types.
+# Errors from reading a file that no run of this program wrote.
 FOREIGN_FILE_ERRORS = (
     OSError,
     RuntimeError,
     KeyError,
     TypeError,
     AttributeError,
-    zlib.error,
     pickle.UnpicklingError,
 )
 
 
 def read_model_file(path: Path) -> dict[str, Any]:
-    """The fields of a checkpoint (with `weights`), or an artifact's header with its `streams`.
+    """The fields of a checkpoint, `weights` among them, or of an artifact's header, with `arrays`.
 
-    Executes nothing that it reads. Raises UsageError for a damaged artifact, and one of
-    FOREIGN_FILE_ERRORS for other files.
+    Raises UsageError for a damaged artifact, and one of FOREIGN_FILE_ERRORS for other files.
     """
     data = path.read_bytes()
     # A checkpoint is a zip file.
     if data[:2] == b"PK":
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    saved, saved["streams"] = open_artifact(data, path)
-    return saved
+    header, arrays = open_artifact(data, path)
+    return {**header, "arrays": arrays}
 
 
 def reasons_to_refuse(
@@ -5850,20 +5739,22 @@ def reasons_to_refuse(
 ) -> list[str]:
     """Why a model file cannot be used, a line for each reason; empty if it can.
 
-    name: of the file in messages. cfg: with the file's network; asked: as the environment has it.
+    name: stands for the file in messages. cfg: the config with the file's network. asked: the
+    config that the environment asks for.
     """
-    others = []
+    differences = []
     for field in NETWORK_FIELDS:
         value = getattr(cfg, field)
         if origin[field] == "env" and getattr(asked, field) != value:
-            others.append(f"{field.upper()}={value}")
-    if others:
-        return [f"{name}: was made with {', '.join(others)}"]
+            differences.append(f"{field.upper()}={value}")
+    if differences:
+        return [f"{name}: was made with {', '.join(differences)}"]
     if problems := cfg.problems():
         return problems
     if "weights" in saved:
         shapes = {n: tuple(w.shape) for n, w in saved["weights"].items()}
-        if shapes != {n: role.shape for n, role in parameter_table(cfg).items()}:
+        expected = {n: role.shape for n, role in parameter_table(cfg).items()}
+        if shapes != expected:
             return [f"{name}: was made with another network than its config says"]
     return []
 
@@ -5878,7 +5769,8 @@ def load_model_file(cfg: Config, origin: dict[str, str]) -> tuple[Config, dict[s
     name = f"EVAL_ONLY_PATH={cfg.eval_only_path}"
     try:
         saved = read_model_file(path)
-        if type(saved.get("looped", True)) is not bool or {"weights", "streams"} <= saved.keys():
+        has_both = "weights" in saved and "arrays" in saved
+        if has_both or type(saved.get("looped", True)) is not bool:
             raise TypeError("fields that no run writes")
         file_cfg = dataclasses.replace(cfg, **read_network_config(saved["config"]))
         reasons = reasons_to_refuse(name, file_cfg, cfg, origin, saved)
@@ -5893,66 +5785,62 @@ def load_model_file(cfg: Config, origin: dict[str, str]) -> tuple[Config, dict[s
 
 
 def configure_torch(cfg: Config) -> None:
-    """Sets how PyTorch draws random numbers, multiplies and compiles. It comes before the model."""
+    """Sets how PyTorch draws random numbers, multiplies and compiles, before there is a model."""
     torch.manual_seed(cfg.seed)
     torch.set_float32_matmul_precision("high" if cfg.compute_dtype == "bf16" else "highest")
     # Training, scoring and adaptation share GPT.forward, each with graphs of its own.
     torch._dynamo.config.recompile_limit = 64
-    # Whole numbers and floats are settings; only sizes vary.
+    # Integer and float arguments are settings that do not change; only sizes vary.
     torch._dynamo.config.specialize_int = True
     torch._dynamo.config.specialize_float = True
-    # A symbol for each size: in warm-up some are equal by chance.
+    # Every size gets a symbol of its own, though in warm-up some are equal by chance.
     torch.fx.experimental._config.use_duck_shape = False
 
 
 def compile_any_size(model: nn.Module) -> Callable:
     """The compiled forward of adaptation: one graph for all sizes."""
-    # With this reduction there would be a second graph, for few tokens.
-    options = {"triton.mix_order_reduction": False}
-    known = torch._inductor.list_options()
-    options = {name: value for name, value in options.items() if name in known}
+    options = {}
+    # With this reduction there would be a second graph, for few tokens. Older versions lack it.
+    if "triton.mix_order_reduction" in torch._inductor.list_options():
+        options["triton.mix_order_reduction"] = False
     return torch.compile(model, fullgraph=True, dynamic=True, options=options)
 
 
 class Phase(NamedTuple):
-    """A phase of a run that is over.
-
-    budget: which one it counts against (train, eval or none). seconds: without those of phases
-    within it.
-    """
+    """A phase of a run that is over."""
 
     name: str
+    # "train" or "eval", the budget that it counts against, or "none".
     budget: str
+    # Without the seconds of the phases within it.
     seconds: float
 
 
 class Stage(enum.IntEnum):
-    """The last stage of a run that has left a file.
+    """How far a run has come."""
 
-    NOTHING: neither of the files below, though there may be a checkpoint of the training. TRAINED:
-    the exported weights. PACKED: the artifact.
-    """
-
+    # Training has not ended.
     NOTHING = 0
+    # There are the exported weights, final_model.pt.
     TRAINED = 1
+    # There is the artifact.
     PACKED = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """What a run starts from: nothing, its own newest checkpoint, or the file of EVAL_ONLY_PATH.
-
-    from_file: whether it is that file. weights: the exported ones; None before the end of training,
-    and for an artifact. looped: whether the layers were looped when training ended; None if
-    unknown. training: state, optimisers and random state, if the checkpoint was saved within the
-    training. tokenizer_sha256: of the tokenizer that the file was made with; empty if unknown.
-    """
+    """What a run starts from: nothing, its own newest checkpoint, or the file of EVAL_ONLY_PATH."""
 
     stage: Stage = Stage.NOTHING
+    # Whether it is the file of EVAL_ONLY_PATH.
     from_file: bool = False
+    # The exported weights; None before the end of training, and for an artifact.
     weights: dict[str, Tensor] | None = None
+    # Whether the layers were looped when training ended; None if unknown.
     looped: bool | None = None
+    # What Trainer.save_checkpoint saved, if the checkpoint was made during training.
     training: dict[str, Any] | None = None
+    # The hash of the tokenizer that the file was made with; empty if unknown.
     tokenizer_sha256: str = ""
 
     @property
@@ -5964,7 +5852,7 @@ class Start:
     def from_model_file(cls, saved: dict[str, Any]) -> Start:
         """From the fields that `load_model_file` returns."""
         return cls(
-            stage=Stage.PACKED if "streams" in saved else Stage.TRAINED,
+            stage=Stage.PACKED if "arrays" in saved else Stage.TRAINED,
             from_file=True,
             weights=saved.get("weights"),
             looped=saved.get("looped"),
@@ -5973,9 +5861,10 @@ class Start:
 
 
 def read_checkpoint(path: Path, made_with: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    """A checkpoint of `Run.save_checkpoint`, and why it is refused, empty if it is not.
+    """The contents of a checkpoint of `Run.save_checkpoint`, and the reason to refuse it.
 
-    It is refused if it is damaged or was made with other values than `made_with`.
+    It is refused if it is damaged or was made with other values than `made_with`; otherwise the
+    reason is empty.
     """
     data = path.read_bytes()
     checksum = data[:32]
@@ -5983,11 +5872,11 @@ def read_checkpoint(path: Path, made_with: dict[str, Any]) -> tuple[dict[str, An
     if hashlib.sha256(body).digest() != checksum:
         return {}, "damaged"
     saved = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
-    others = []
+    differences = []
     for key, value in saved["made_with"].items():
         if made_with.get(key, value) != value:
-            others.append(f"made with {key}={value}")
-    return saved, ", ".join(others)
+            differences.append(f"made with {key}={value}")
+    return saved, ", ".join(differences)
 
 
 def has_final_line(log: Path) -> bool:
@@ -5995,13 +5884,23 @@ def has_final_line(log: Path) -> bool:
     return log.exists() and re.search(rb"^final .*\n", log.read_bytes(), re.M) is not None
 
 
+# The labels of scores in the log, as PR #1530's script has them, by the keys of the final line. The
+# last one also stands for learning by chunks (TTT_MODE=chunk), which has no adapters.
+SCORE_LABELS = {
+    "pre_quantization": "diagnostic pre-quantization post-ema",
+    "quantized": "diagnostic quantized",
+    "quantized_sliding_window": "diagnostic quantized_sliding_window",
+    "quantized_ttt_lora": "quantized_ttt_lora",
+}
+
+
 class Run:
     """One run on one rank, from its data to its report.
 
     The constructor checks everything that can be wrong and opens the data; `go` goes through the
     phases. All ranks must call the same methods in the same order. `open_data` sets streams,
-    tokenizer, docs, table (bytes of tokens) and decoded; `build_model` sets model, forwards and
-    optimizers.
+    tokenizer, docs, table (bytes of each token) and decoded (bytes of the documents, decoded);
+    `build_model` sets model, forwards and optimizers.
     """
 
     def __init__(self, cfg: Config, origin: dict[str, str], ranks: Ranks):
@@ -6015,13 +5914,13 @@ class Run:
         # The figures of the final line, and the phases that are over.
         self.final: dict[str, Any] = {}
         self.phases: list[Phase] = []
-        # Seconds that do not count for the phase that is running.
+        # Seconds that do not count against the phase that is running.
         self.excluded_seconds = 0.0
         # CUDA graphs of the training, by plan.
         self.graphs: dict[tuple[Visit, ...], Callable] = {}
         self.tuner = TileTuner()
         use_tuner(self.tuner)
-        with self.phase("check", "none"):
+        with self.phase("check", budget="none"):
             lines = self.check_together(origin)
 
         cfg = self.cfg
@@ -6096,7 +5995,7 @@ class Run:
         Sets `decoded` to the bytes of this rank's part of the documents, counted by decoding them.
         """
         cfg, ranks = self.cfg, self.ranks
-        # Shards come before the tokenizer: without data, that is what the user must hear of.
+        # Shards come before the tokenizer: if all data is missing, the message should say so.
         splits = ["val"] if self.start.is_artifact else ["val", "train"]
         self.streams = {split: TokenStream(cfg.dataset_dir, split) for split in splits}
         self.tokenizer = Tokenizer.load(cfg)
@@ -6151,10 +6050,7 @@ class Run:
 
     # --- Checkpoints ---
     def checkpoint_identity(self) -> dict[str, Any]:
-        """What a checkpoint must have been made with so that the run may go on from it.
-
-        These are code and data, and all settings that change results.
-        """
+        """Code, data and all settings that change results: a checkpoint must agree with them."""
         identity = {}
         for field, value in dataclasses.asdict(self.cfg).items():
             if field not in FREE_FIELDS:
@@ -6178,7 +6074,7 @@ class Run:
                 refusals = [f"RUN_ID={self.cfg.run_id}: {log} has its result already"]
             elif self.cfg.checkpoint_every:
                 newest, refusals = self.find_checkpoint()
-        # Nodes may not share folders.
+        # Only rank 0 reads files: nodes may not share folders.
         newest, lines = self.ranks.gather((newest, refusals))[0]
         if lines and not newest:
             raise UsageError("\n".join(lines))
@@ -6191,7 +6087,7 @@ class Run:
             self.phases += [Phase(*phase) for phase in newest["phases"]]
             lines.append(f"resumed: from checkpoint {self.checkpoint_number}")
         elif self.ranks.is_main and log.exists():
-            # It is the log of a run that did not end.
+            # A run of this name did not reach its end.
             log.replace(f"{log}.old")
         return lines
 
@@ -6215,8 +6111,24 @@ class Run:
     def save_checkpoint(self, stage: Stage, **contents: Any) -> None:
         """Saves what the run needs to go on from `stage`, if CHECKPOINT_EVERY is set.
 
-        contents: the other fields of `Start`. The folder holds two checkpoints; this one replaces
-        the older. All ranks must call it.
+        The folder holds two checkpoints, and this one replaces the older. The file is a SHA-256 of
+        32 bytes, then a dict saved by torch:
+
+            number      of the checkpoint in this run, from 0
+            made_with   code, data and settings, see `checkpoint_identity`
+            start       fields of `Start`: `stage` and `contents`
+            phases      those that are over and count against a budget
+            final       the figures so far
+
+        The contents by stage:
+
+            NOTHING     training: state (the fields of TrainState; the position in the data is its
+                        `tokens`), optimizers (Optimizers.state_dict, weights and average included)
+                        and random (PyTorch's random state)
+            TRAINED     weights (those exported) and looped
+            PACKED      weights (after PRUNE_FRAC) and looped; the artifact is a file of its own
+
+        All ranks must call it.
         """
         if not self.cfg.checkpoint_every:
             return
@@ -6229,9 +6141,7 @@ class Run:
                 "phases": [tuple(phase) for phase in self.phases if phase.budget != "none"],
                 "final": self.final,
             }
-            buffer = io.BytesIO()
-            torch.save(saved, buffer)
-            body = buffer.getvalue()
+            body = torch_bytes(saved)
             path = self.folder / f"checkpoint.{self.checkpoint_number % 2}.pt"
             write_atomic(path, hashlib.sha256(body).digest() + body)
 
@@ -6247,16 +6157,15 @@ class Run:
             "tokenizer": self.tokenizer.sha256,
             "weights": {key: value.detach().cpu() for key, value in weights.items()},
         }
-        buffer = io.BytesIO()
-        torch.save(saved, buffer)
         if self.ranks.is_main:
-            write_atomic(self.folder / name, buffer.getvalue())
-        self.log(f"Serialized model: {buffer.tell()} bytes in {self.folder / name}")
+            data = torch_bytes(saved)
+            write_atomic(self.folder / name, data)
+            self.log(f"Serialized model: {len(data)} bytes in {self.folder / name}")
 
     # --- The phases ---
     @contextlib.contextmanager
     def phase(self, name: str, budget: str) -> Iterator[None]:
-        """Times its body as a phase that counts against `budget` (train, eval or none)."""
+        """Times its body as a phase. budget: "train", "eval" or, off both budgets, "none"."""
         outer_excluded = self.excluded_seconds
         self.excluded_seconds = 0.0
         start = self.ranks.now()
@@ -6273,7 +6182,7 @@ class Run:
         start = self.start
         configure_torch(self.cfg)
         self.build_model()
-        with self.phase("warm-up", "none"):
+        with self.phase("warm-up", budget="none"):
             reserve = self.warm_up(self.plan)
 
         if start.weights is not None:
@@ -6285,10 +6194,11 @@ class Run:
         if start.stage < Stage.PACKED:
             self.compress(path)
         if start.is_artifact:
+            # The check has read this file already, so that a damaged one ends the run before its
+            # warm-up. It is read again below, because the file of rank 0 counts for all ranks.
             path = Path(self.cfg.eval_only_path)
         else:
-            label = "diagnostic pre-quantization post-ema"
-            self.run_evaluation(label, "none", self.evaluate)
+            self.run_evaluation("pre_quantization", self.evaluate, budget="none")
 
         self.load_artifact_file(path)
         self.evaluate_artifact()
@@ -6313,7 +6223,7 @@ class Run:
 
     def run_training(self, reserve: float) -> None:
         """Trains, keeping `reserve` seconds of the budget for compression."""
-        with self.phase("train", "train"):
+        with self.phase("train", budget="train"):
             self.looped = train(self, reserve)
         weights = self.model.state_dict()
         self.save_checkpoint(Stage.TRAINED, weights=weights, looped=self.looped)
@@ -6341,8 +6251,8 @@ class Run:
                 self.warm_up_evaluation(plans)
 
         # sdpa asks the host for the documents' lengths, which a CUDA graph cannot.
-        on_cuda = ranks.device.type == "cuda" and self.backend != "sdpa"
-        if trains and cfg.cuda_graph and on_cuda:
+        can_capture = ranks.device.type == "cuda" and self.backend != "sdpa"
+        if trains and cfg.cuda_graph and can_capture:
             self.capture_training(plans, row)
         # From here on, compilations are counted and no tile is timed any more.
         self.sentinel = CompilationCounter(self.log)
@@ -6369,7 +6279,7 @@ class Run:
         They include a second, and a quarter of the rest, as a margin.
         """
         cfg, ranks = self.cfg, self.ranks
-        # The first time compiles, the second is what counts.
+        # The first time compiles; the second is measured.
         for _ in range(2):
             start = ranks.now()
             calibration = self.calibrate(plan, [row])
@@ -6386,12 +6296,13 @@ class Run:
     def warm_up_evaluation(self, plans: list[tuple[Visit, ...]]) -> None:
         """Compiles the graphs of scoring and adaptation, on documents of random tokens.
 
-        Each document is longer than a window, so that windows of every length occur. plans: those
-        of the training, the last one being that of the evaluation.
+        Each document is longer than a window, so that windows of every length occur. plans: the
+        orders of layers in training; the last one also serves the evaluation.
         """
         cfg, ranks = self.cfg, self.ranks
         length = cfg.ttt_eval_seq_len + cfg.ttt_chunk_size
-        starts = np.arange(0, max(2 * cfg.ttt_chunk_tokens, cfg.val_row_shape[0]), length)
+        least = max(2 * cfg.ttt_chunk_tokens, cfg.val_row_shape.tokens)
+        starts = np.arange(0, least, length)
         rng = np.random.default_rng(0)
         tokens = rng.integers(0, cfg.vocab_size, length * len(starts) + 1)
         docs = Documents(tokens, starts, np.full(len(starts), length))
@@ -6451,7 +6362,7 @@ class Run:
     ) -> tuple[dict | None, dict | None]:
         """Hessians of the matrices and sensitivities of the loss, from rows of training text.
 
-        Each is None where QUANTIZER does without it. All ranks must call it.
+        What QUANTIZER does not use is None. All ranks must call it.
         """
         cfg, model, ranks = self.cfg, self.model, self.ranks
         hessians = None
@@ -6467,7 +6378,7 @@ class Run:
         cfg, model, ranks = self.cfg, self.model, self.ranks
         # Only a run that trains is held to the budget of training.
         budget = "none" if self.start.from_file else "train"
-        with self.phase("calibrate", budget):
+        with self.phase("calibrate", budget=budget):
             loader = PackedLoader(self.streams["train"], self.tokenizer.bos_id, cfg, ranks)
             rows, _ = loader.rows(0 if cfg.no_hessians else cfg.gptq_calibration_batches)
             calibration = self.calibrate(self.plan, rows)
@@ -6476,11 +6387,11 @@ class Run:
             f"GPTQ:collected {len(hessians or ())} Hessians "
             f"for {len(quantised_matrices(cfg))} matrices"
         )
-        with self.phase("quantise", budget):
+        with self.phase("quantise", budget=budget):
             if cfg.prune_frac:
                 prune(model)
             solver = Quantizer(model, *calibration, ranks)
-        with self.phase("pack", budget):
+        with self.phase("pack", budget=budget):
             meta = {"looped": self.looped, "tokenizer": self.tokenizer.sha256}
             data = fit_artifact(solver, model, meta, self.log)
             if ranks.is_main:
@@ -6492,8 +6403,8 @@ class Run:
 
         Rank 0's file counts. All ranks must call it. Raises UsageError if the file is damaged.
         """
-        # Nodes may not share folders.
-        data = self.ranks.gather(path.read_bytes() if self.ranks.is_main else None)[0]
+        own_data = path.read_bytes() if self.ranks.is_main else None
+        data = self.ranks.gather(own_data)[0]
         header, arrays = open_artifact(data, path)
         load_artifact(self.model, arrays)
         entropy_bytes = int(code_entropy_bytes(arrays.codes.values()))
@@ -6529,7 +6440,7 @@ class Run:
 
         With stride 0 windows follow one another. plan, docs and ranks: those of the run if None.
         """
-        # As in evaluate_ttt, so that scoring in there, after the deadline, needs no new graph.
+        # evaluate_ttt does the same. So its scoring after the deadline needs no new graph.
         self.model.requires_grad_(False)
         ledger = score_all(self.scorer(plan or self.plan, docs, ranks), stride)
         self.model.requires_grad_(True)
@@ -6552,23 +6463,25 @@ class Run:
         """Runs the evaluations of the artifact that the settings ask for, with one deadline."""
         cfg = self.cfg
         deadline = Deadline(cfg.eval_deadline_seconds)
-        self.run_evaluation("diagnostic quantized", "eval", self.evaluate)
+        self.run_evaluation("quantized", self.evaluate)
         seconds = self.phases[-1].seconds
         deadline.seconds_per_target = seconds * self.ranks.world_size / self.docs.counts.sum()
 
         if cfg.sliding_window_enabled:
             sliding = partial(self.evaluate, cfg.eval_stride)
-            self.run_evaluation("diagnostic quantized_sliding_window", "eval", sliding)
+            self.run_evaluation("quantized_sliding_window", sliding)
         if cfg.ttt_enabled:
-            self.run_evaluation("quantized_ttt_lora", "eval", partial(self.adapt, deadline))
+            self.run_evaluation("quantized_ttt_lora", partial(self.adapt, deadline))
 
-    def run_evaluation(self, label: str, budget: str, evaluation: Callable[[], Ledger]) -> None:
+    def run_evaluation(
+        self, key: str, evaluation: Callable[[], Ledger], budget: str = "eval"
+    ) -> None:
         """Times an evaluation as a phase, checks what it scored, logs and saves the result.
 
-        label: in the field's template of log lines. Raises InvalidScore if a rule was broken.
+        key: one of SCORE_LABELS. Raises InvalidScore if a rule was broken.
         """
-        key = label.removeprefix("diagnostic ").split()[0].replace("-", "_")
-        with self.phase(f"score {key}", budget):
+        label = SCORE_LABELS[key]
+        with self.phase(f"score {key}", budget=budget):
             ledger = evaluation()
         compilations = self.ranks.gather(self.sentinel.poll())
         self.check_recompilations(sum(compilations))
@@ -6580,7 +6493,7 @@ class Run:
         self.log(f"{label} val_loss:{loss:.8f} val_bpb:{bpb:.8f} eval_time:{time_ms:.0f}ms")
         self.log.scalars(self.final.get("steps", 0), {f"val_bpb/{key}": bpb})
         if count := ledger.num_not_learnt_from:
-            self.log(f"deadline: {count} of them scored without learning from them")
+            self.log(f"deadline: {count} documents or chunks were scored but not learnt from")
         self.final[f"{key}_loss"] = loss
         self.final[f"{key}_bpb"] = bpb
         self.final["val_loss"] = loss
@@ -6593,23 +6506,22 @@ class Run:
     def broken_rules(self, ledger: Ledger) -> list[str]:
         """Why an evaluation has no score; empty if it has one.
 
-        Either the ledger found a rule broken, or the documents are not those of the field's data
-        set.
+        Either the ledger found a rule broken, or a data set with the name of one of the challenge's
+        holds other documents than that.
         """
         problems = ledger.problems(self.decoded)
-        if problems:
+        known = CANONICAL.get(self.cfg.dataset_dir.name)
+        if problems or known is None or self.cfg.val_doc_fraction < 1:
             return problems
-        held = len(self.docs.starts), self.streams["val"].size, self.decoded
-        known = held
-        if self.cfg.val_doc_fraction == 1:
-            known = CANONICAL.get(self.cfg.dataset_dir.name, held)
+        held = (len(self.docs.starts), self.streams["val"].size, self.decoded)
         for number, wanted in zip(held, known, strict=True):
-            # 0 is a number that is not known; a ten-thousandth may differ.
+            # 0 stands for a number that is not known. The others may be off by a ten-thousandth.
             if wanted and abs(number - wanted) > 1e-4 * wanted:
-                return [
-                    f"(documents, tokens, bytes) are {held}, in the field's data set {tuple(known)}"
-                ]
-        return []
+                problems.append(
+                    f"(documents, tokens, bytes) are {held}, the challenge's are {tuple(known)}"
+                )
+                break
+        return problems
 
     def save_scores(self, ledger: Ledger) -> None:
         """Saves all figures so far, and the newest evaluation's nats and bytes of each document."""
@@ -6628,7 +6540,7 @@ class Run:
             self.final["peak_memory_mib"] = torch.cuda.max_memory_allocated() >> 20
             self.log(f"peak memory allocated: {self.final['peak_memory_mib']} MiB")
 
-        # A phase may have come often.
+        # The line has the sum of all phases of one name, for instance of all validations.
         seconds = {}
         for phase in self.phases:
             seconds[phase.name] = seconds.get(phase.name, 0) + phase.seconds
@@ -6642,7 +6554,7 @@ class Run:
         self.log(f"{'phase':<34}{'seconds':>9}  counts against")
         for name, budget, seconds in self.phases:
             self.log(f"{name:<34}{seconds:>9.1f}  {budget}")
-        limits = {"train": self.cfg.max_wallclock_seconds, "eval": 600.0}
+        limits = {"train": self.cfg.max_wallclock_seconds, "eval": EVAL_LIMIT_SECONDS}
         for budget, limit in limits.items():
             spent = sum(phase.seconds for phase in self.phases if phase.budget == budget)
             over = ", OVER" if 0 < limit < spent else ""
@@ -7955,20 +7867,23 @@ def choose_attention(
 
 
 # === 14. Command line =============================================================================
-def exit_status(error: BaseException) -> int:
-    """The exit status for an error that ends the program in one line."""
-    if isinstance(error, UsageError):
-        return 2
-    if isinstance(error, RunStopped):
-        return 3
+def message_and_status(error: BaseException) -> tuple[str, int]:
+    """The line for the user and the exit status, for an error that ends the program in one line."""
     if isinstance(error, KeyboardInterrupt):
-        return error.args[-1]
-    return 1
+        # raise_stopped gives both. Python's own, from before the handlers are set, has neither.
+        return error.args or ("SIGINT: the run is stopped", 128 + signal.SIGINT)
+    status = 1
+    if isinstance(error, UsageError):
+        status = 2
+    elif isinstance(error, RunStopped):
+        status = 3
+    return str(error), status
 
 
 def is_lost_peer(error: RuntimeError) -> bool:
     """Whether a collective failed because another rank has gone."""
-    return dist.is_initialized() and "onnection" in str(error)
+    # gloo writes "Connection", NCCL "connection".
+    return dist.is_initialized() and "connection" in str(error).lower()
 
 
 def complain(message: str) -> None:
@@ -7982,11 +7897,12 @@ def main(argv: list[str]) -> int:
     0: done. 1: the run failed. 2: wrong configuration or data. 3: stopped by a limit that the user
     has set. 128 + n: stopped by signal n, as a shell has it.
     """
-    # Whether all ranks end alike, here.
+    # Whether every rank is on its way to this same end.
     ends_together = False
     try:
         if argv == ["--knobs"]:
-            # A pipe that closes early, as that to `head`, ends the program in silence.
+            # A pipe that closes early, as that to `head`, ends the program in silence. Windows has
+            # no SIGPIPE; there the default of SIGTERM is set again, which changes nothing.
             signal.signal(getattr(signal, "SIGPIPE", signal.SIGTERM), signal.SIG_DFL)
             print_knobs()
             return 0
@@ -8000,18 +7916,19 @@ def main(argv: list[str]) -> int:
         ends_together = True
     except (UsageError, RunStopped, KeyboardInterrupt, FloatingPointError, InvalidScore) as error:
         ends_together = isinstance(error, (UsageError, RunStopped, InvalidScore))
-        # Rank 0 speaks for all, but for a matrix that only its owner has seen.
+        message, status = message_and_status(error)
+        # Rank 0 speaks for all. But a bad matrix is known only to the rank that quantises it.
         if isinstance(error, BadMatrix) or os.environ.get("RANK", "0") == "0":
-            complain(error.args[0])
-        return exit_status(error)
+            complain(message)
+        return status
     except RuntimeError as error:
         if not is_lost_peer(error):
             raise
         complain(f"rank {dist.get_rank()} lost a peer: {str(error).splitlines()[0]}")
         return 1
     finally:
-        # NCCL waits for all ranks when it is ended. A rank that fails by itself would hang, its
-        # traceback unseen.
+        # NCCL waits for all ranks when its group is destroyed. A rank that fails by itself would
+        # hang there, its traceback unseen.
         if dist.is_initialized() and (ends_together or dist.get_backend() != "nccl"):
             dist.destroy_process_group()
     return 0

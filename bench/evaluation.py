@@ -457,7 +457,7 @@ def load_weights(
     if "weights" in saved:
         return cfg, saved["weights"], saved["looped"]
     model = tg.GPT(cfg)
-    tg.load_artifact(model, saved["streams"])
+    tg.load_artifact(model, saved["arrays"])
     return cfg, model.state_dict(), saved["looped"]
 
 
