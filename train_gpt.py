@@ -1826,8 +1826,8 @@ def check_split(cfg: Config, bos_id: int, name: str, stream: TokenStream) -> Non
 
 # === 4. Model: plain maths, the order of layers, and one forward for every use ====================
 # --- Plain maths ---
-# A power of two: both branches of the activation and of its derivative are exact up to one
-# rounding.
+# Default slope of the kernels' functions; LEAKY_SLOPE decides in a run. A power of two keeps both
+# branches of the activation and of its derivative exact up to one rounding.
 MLP_SLOPE = 0.5
 
 # The same for every dtype.
@@ -1858,10 +1858,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def remove_own_value(y: Tensor, v: Tensor) -> Tensor:
-    """XSA (PR #1530): y - (y . u) u with u = v / |v|, for each token and query head.
+    """XSA, exclusive self-attention (PR #1530): y - (y . u) u with u = v / |v|.
 
-    y: attention output (T, H, D). v: values of the same tokens (T, Hkv, D); each serves H / Hkv
-    query heads. Computed in fp32 or better and returned in the dtype of y.
+    Each head's output loses its component along the value of the token itself. y: attention output
+    (T, H, D). v: values of the same tokens (T, Hkv, D); each serves H / Hkv query heads. Computed
+    in fp32 or better and returned in the dtype of y.
     """
     y32 = y.to(torch.promote_types(y.dtype, torch.float32))
     y32 = y32.unflatten(1, (v.size(1), -1))  # (T, Hkv, H / Hkv, D)
@@ -1935,7 +1936,7 @@ def layer_plan(cfg: Config, looped: bool) -> tuple[Visit, ...]:
 
 
 class Role(NamedTuple):
-    """What the rest of the program needs to know of a parameter.
+    """The facts about a parameter that the rest of the program needs.
 
     Names of input sites: "attn_in", "attn_out", "mlp_in" and "mlp_mid" within a layer, "head_in"
     before the head. An embedding table that is only looked up has its own name as its site.
@@ -1945,14 +1946,14 @@ class Role(NamedTuple):
     init: float | str  # constant, "orthogonal", "normal", "small" or "first"; see GPT.initialise
     group: str = "scalar"  # optimiser group: "muon", "embed", "scalar" or "fixed"
     packing: str = "float"  # in the artifact: "matrix" or "embed" (integers), "float" (fp16)
-    sites: tuple[str, ...] = ()  # input site of each of the equal parts of a bank, or of a table
+    sites: tuple[str, ...] = ()  # input site of each stack of a bank, or of a table
     is_table: bool = False  # an embedding table, indexed by token or by pair of tokens
-    per_layer: bool = False  # the first axis is the layers, `halves` times over
+    per_layer: bool = False  # the first axis is the layers, `stacks` times over
     unread: int = 0  # leading rows that no forward reads; the artifact leaves them out
 
     @property
-    def halves(self) -> int:
-        """How many stacks of layers lie end to end along the first axis."""
+    def stacks(self) -> int:
+        """How many stacks of all layers lie end to end along the first axis: two in qo and kv."""
         return max(1, len(self.sites))
 
 
@@ -1976,7 +1977,7 @@ def parameter_table(cfg: Config) -> dict[str, Role]:
         "kv_bank": bank((2 * L, kv, C), "orthogonal", "attn_in", "attn_in"),
         "up_bank": bank((L, cfg.mlp_dim, C), "orthogonal", "mlp_in"),
         "down_bank": bank((L, C, cfg.mlp_dim), 0.0, "mlp_mid"),
-        # Table and head at once. The master is fp32: bf16 would lose small updates.
+        # Embedding table and head in one. It is fp32: bf16 would lose small updates.
         "tok_emb": table_of((V, C), "normal", "embed", "head_in"),
         "skip_weights": Role((num_skips, C), 1.0),
         "attn_scale": Role((L, C), 1.0, per_layer=True),
@@ -2008,13 +2009,15 @@ def parameter_table(cfg: Config) -> dict[str, Role]:
     return table
 
 
-BOS_ID = 1  # of all tokenizers of the field; SmearGate needs it where rows cross documents
+# The BOS of all tokenizers of the challenge. SmearGate needs it where rows cross documents. The
+# forward needs a constant; the tokenizer's check compares it.
+BOS_ID = 1
 
 
 def segment_positions(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
     """Each token's index in its own segment, (T,) int64.
 
-    RoPE turns by this index. The one in the row would depend on what else was packed into it.
+    RoPE turns by this index. An index in the row would depend on the row's other documents.
     """
     index = torch.arange(num_tokens, device=cu_seqlens.device)
     return index - cu_seqlens[torch.searchsorted(cu_seqlens, index, right=True) - 1]
@@ -2034,33 +2037,31 @@ class LayerWeights(NamedTuple):
 
 
 class PassInfo(NamedTuple):
-    """What every layer of one forward shares."""
+    """The values that all layers of one forward share."""
 
     batch: Batch
     positions: Tensor  # (T,) int64: index of each token in its segment
     rope: Tensor  # (T, 2, 1, rope_dims / 2) fp32: cos and sin at each token's position
-    tap: Callable[[str, int, Tensor], None]  # is shown (site, layer, input) of every product
+    tap: Callable[[str, int, Tensor], None]  # called with (site, layer, input) of every product
     adapters: AdapterView
     values: Tensor | None  # (T, Hkv * D), added to the values of the layers in VE_LAYERS
 
 
 class Heads(NamedTuple):
-    """What attention works on: n query tokens, and T tokens that they may see."""
+    """The arguments of attention: n query tokens, and T tokens that they may see."""
 
     q: Tensor  # (n, H, D), normed, rotated, times q_gain
     k: Tensor  # (T, Hkv, D), normed, rotated
     v: Tensor  # (T, Hkv, D)
-    own_v: Tensor | None  # (n, Hkv, D): v at the query tokens; None without XSA
+    own_v: Tensor | None  # (n, Hkv, D): v at the query tokens, for XSA; None without it
     cu_queries: Tensor | None  # int32 offsets of the query tokens; None if they are all tokens
     projected: dict[str, Tensor]  # the adapters' x A^T at the query tokens
 
 
 def take_rows(x: Tensor, rows: Tensor | None) -> Tensor:
-    """The rows of x that are named, all if None.
-
-    All are a new view: the gradients of the two lanes, which begin as one tensor, are then summed
-    per lane before they meet. Without it the last bit of training would differ.
-    """
+    """The given rows of x, or all if `rows` is None."""
+    # `x[:]`, not x: the two lanes begin as one tensor, and with separate views each lane sums its
+    # own gradient first. Returning x itself would change the order of that sum.
     return x[:] if rows is None else x[rows]
 
 
@@ -2077,9 +2078,9 @@ class GPT(nn.Module):
         self.initialise()
 
     def initialise(self) -> None:
-        """Makes every parameter of the table as its role says.
+        """Makes every parameter of the table as its role says, from SEED.
 
-        Random values are drawn on the CPU with SEED, so they are equal on every rank and device.
+        Random values are drawn on the CPU, so they are equal on every rank and device.
         """
         generator = torch.Generator().manual_seed(self.cfg.seed)
         normal_std = {"normal": self.cfg.tied_embed_init_std, "small": 0.01}
@@ -2100,7 +2101,7 @@ class GPT(nn.Module):
     # --- Weights as the forward uses them ---
 
     def set_rounding(self, on: bool) -> None:
-        """Turns rounding of the banks on or off for the next forwards; nothing without LATE_QAT."""
+        """Rounds the banks in the next forwards, or does not. Without LATE_QAT it does nothing."""
         if self.cfg.late_qat:
             self.qat.fill_(on)
 
@@ -2119,8 +2120,10 @@ class GPT(nn.Module):
         # Peers hold each other's slices in the compute dtype only (see Muon). Rounding what all
         # ranks can see makes them round alike.
         seen = weight.detach().to(cfg.dtype).float()
-        # Quantisers without Hessians have this floor, too.
-        floor = cfg.clip_floor * cfg.no_hessians + 1e-12
+        floor = 1e-12
+        if cfg.no_hessians:
+            # The quantisers without Hessians have this floor, too.
+            floor += cfg.clip_floor
         step = seen.abs().amax(-1, keepdim=True).clamp_min(floor) / qmax
         rounded = (seen / step).round().clamp(-qmax, qmax) * step
         return weight + self.qat * (rounded - weight.detach())
@@ -2150,11 +2153,11 @@ class GPT(nn.Module):
             resid_mix=self.resid_mix,
             q_gain=self.q_gain,
         )
-        # unbind, because its gradient is one stack where an index per layer makes L padded copies.
+        # unbind has one stack as its gradient; an index per layer would have L padded copies.
         by_name = [stack.to(self.cfg.dtype).unbind(0) for stack in stacks]
         return [LayerWeights(*weights) for weights in zip(*by_name, strict=True)]
 
-    # --- Inputs of the first layer and of all ---
+    # --- Inputs of the layers ---
 
     def rotations(self, positions: Tensor, max_seqlen: int) -> Tensor:
         """cos and sin (T, 2, 1, half) fp32 of every token, at its position in its segment.
@@ -2184,14 +2187,14 @@ class GPT(nn.Module):
             x = x + F.linear(F.embedding(pair, self.bigram_emb.to(cfg.dtype)), proj)
         x = rms_norm(x)
         if cfg.smear_enabled:
-            # Blends in the token before, but never across the start of a document.
+            # Blends in the previous token, but never across the start of a document.
             gate = self.smear_gate.sigmoid().to(cfg.dtype)
             starts = (positions == 0) | (ids == BOS_ID)
             x = (1 - gate) * x + gate * x.roll(1, 0) * ~starts[:, None]
         return x
 
     def value_embedding(self, ids: Tensor) -> Tensor | None:
-        """What the token ids add to the values of VE_LAYERS (PR #414), (T, Hkv * D), or None."""
+        """(T, Hkv * D), added to the values of VE_LAYERS by token id (PR #414); None if off."""
         if not self.cfg.ve_enabled:
             return None
         dtype = self.cfg.dtype
@@ -2201,7 +2204,7 @@ class GPT(nn.Module):
     # --- One layer ---
 
     def has_xsa(self, layer: int) -> bool:
-        """Whether this layer removes from each head's output its component along the own value."""
+        """Whether the layer is one of the last XSA_LAST_N, which apply XSA."""
         return layer >= self.cfg.num_layers - self.cfg.xsa_last_n
 
     def project_heads(
@@ -2243,14 +2246,16 @@ class GPT(nn.Module):
         has_xsa = self.has_xsa(visit.layer)
         projected = info.adapters.project(n, "attn", visit.slot)
         rows = self.project_heads(n, w.qkv, ("q", "k", "v"), projected, visit, info)
+        # With XSA v is used twice and returned twice, see norm_rope.
         uses = 2 if has_xsa else 1
-        q, k, v, *own = norm_rope(rows, w.q_gain, info.rope, cfg.head_dim, cfg.fused_qk, uses)
-        return Heads(q, k, v, own[0] if has_xsa else None, None, projected)
+        q, k, *values = norm_rope(rows, w.q_gain, info.rope, cfg.head_dim, cfg.fused_qk, uses)
+        own_v = values[1] if has_xsa else None
+        return Heads(q, k, values[0], own_v, None, projected)
 
     def heads_of_selected(
         self, n: Tensor, w: LayerWeights, visit: Visit, info: PassInfo, queries: Tensor
     ) -> Heads:
-        """Queries of the tokens `queries` (n,) alone, keys and values of all tokens of n (T, C)."""
+        """Queries of the tokens `queries` (n,) only; keys and values of all tokens of n (T, C)."""
         cfg = self.cfg
         C = n.size(1)
         has_xsa = self.has_xsa(visit.layer)
@@ -2259,8 +2264,8 @@ class GPT(nn.Module):
         rows = self.project_heads(n, w.qkv[C:], ("k", "v"), projected, visit, info)
         uses = 2 if has_xsa else 1
         no_gain = w.q_gain[:0]
-        _, k, v, *own = norm_rope(rows, no_gain, info.rope, cfg.head_dim, cfg.fused_qk, uses)
-        own_v = own[0][queries] if has_xsa else None
+        _, k, *values = norm_rope(rows, no_gain, info.rope, cfg.head_dim, cfg.fused_qk, uses)
+        own_v = values[1][queries] if has_xsa else None
 
         selected = {}
         for site, h in projected.items():  # h: (B, T / B, rank)
@@ -2268,15 +2273,16 @@ class GPT(nn.Module):
         rows = self.project_heads(n[queries], w.qkv[:C], ("q",), selected, visit, info)
         q, *_ = norm_rope(rows, w.q_gain, info.rope[queries], cfg.head_dim, cfg.fused_qk)
         cu_queries = torch.searchsorted(queries, info.batch.cu_seqlens.long(), out_int32=True)
-        return Heads(q, k, v, own_v, cu_queries, selected)
+        return Heads(q, k, values[0], own_v, cu_queries, selected)
 
     def attend(
         self, n: Tensor, w: LayerWeights, visit: Visit, info: PassInfo, queries: Tensor | None
     ) -> Tensor:
         """Causal attention within each segment.
 
-        n: (T, C) in the compute dtype, normalised. queries: (n,) int64, rising, the last tokens of
-        segments whose output is wanted, or None for all. Returns (n, C) or (T, C).
+        n: (T, C) in the compute dtype, normalised. queries: (n,) int64, the tokens whose output is
+        wanted: a run of tokens at the end of some segments, in rising order; None for all tokens.
+        Returns (n, C) or (T, C).
         """
         if queries is None:
             heads = self.heads_of_all(n, w, visit, info)
@@ -2312,13 +2318,13 @@ class GPT(nn.Module):
     # --- All layers ---
 
     def merge_skip(self, x: Tensor, skip: Tensor, rows: tuple[int, ...]) -> Tensor:
-        """The stream x (T, C) and a stored activation, merged; a gate of 1 keeps x alone.
+        """Merges a stored activation into the stream x (T, C); a gate of 1 keeps x alone.
 
-        rows: as in Visit.skip; weight and gate are the means of these rows.
+        rows: as in Visit.skip; weight and gate are the means of the parameters' rows.
         """
 
         def mean(parameter: Tensor) -> Tensor:
-            # Uncompiled, a list as an index would be copied from the host each time.
+            # A list as an index would be copied from the host in every uncompiled forward.
             return torch.stack([parameter[row] for row in rows]).mean(0).to(x.dtype)
 
         skip = mean(self.skip_weights) * skip
@@ -2344,7 +2350,7 @@ class GPT(nn.Module):
     def hidden(self, info: PassInfo, plan: tuple[Visit, ...], select: Tensor | None) -> Tensor:
         """Final normalised hidden states (T, C); (n, C) with `select` (n,).
 
-        With `select` the last visit computes only the selected tokens: nobody reads the others.
+        With `select` the last visit computes only the selected tokens.
         """
         layers = self.layer_weights()
         x0 = self.embed(info.batch.inputs, info.positions)
@@ -2354,8 +2360,7 @@ class GPT(nn.Module):
         for visit in plan:
             w = layers[visit.layer]
             norm_scale = 1 / math.sqrt(visit.layer + 1) if self.cfg.ln_scale else 1.0
-            is_last = visit.slot + 1 == len(plan)
-            queries = select if is_last else None
+            queries = select if visit.slot + 1 == len(plan) else None
 
             if visit.parallel and mlp_lane is None:
                 mlp_lane = x
@@ -2398,19 +2403,23 @@ class GPT(nn.Module):
         """Nats per token (T,) fp32, 0 where the target is -1.
 
         lora: one adapter per segment; all segments are then equally long.
-        select: (n,) int64, the tokens that get logits; the result is then (n,). Beside `lora` they
-            are the last tokens of segments, rising.
-        tap: is called with (site, layer, input) of every product, for calibration.
+        select: (n,) int64, the tokens that get logits; the result is then (n,). With `lora` they
+            must be as the `queries` of `attend`.
+        tap: called with (site, layer, input) of every product, for calibration.
         temperature: divides the logits.
         """
         cfg = self.cfg
+        if lora is None:
+            adapters = AdapterView(down={}, sites={}, up={}, bias=None, scale=1.0)
+        else:
+            adapters = lora.view()
         positions = segment_positions(batch.cu_seqlens, batch.inputs.numel())
         info = PassInfo(
             batch,
             positions,
             self.rotations(positions, batch.max_seqlen),
             tap,
-            no_adapters() if lora is None else lora.view(),
+            adapters,
             self.value_embedding(batch.inputs),
         )
         targets = batch.targets
@@ -2422,8 +2431,8 @@ class GPT(nn.Module):
             if lora is None:
                 x = x[select]
 
-        projected = info.adapters.project(x, "head", 0)
-        extra = info.adapters.product(projected, "head", 0) if projected else None
+        projected = adapters.project(x, "head", 0)
+        extra = adapters.product(projected, "head", 0) if projected else None
         if temperature != 1:
             # cap / t * tanh(z / cap) is the softcap of z / t with a cap of cap / t.
             x = x / temperature
@@ -2442,29 +2451,34 @@ class AdapterSite(NamedTuple):
     site: str  # the product it is added to: "q", "k", "v", "o", "mlp" or "head"
     slot: int  # position in the plan; 0 for the head
     width: int  # output width of that product: rows of B
-    rank: int  # rows of A in use; those beyond are zero and stay so, as zeros get no gradient
+    rank: int  # rows of A in use; beyond them A and B are zero, so neither gets a gradient
 
 
 class AdapterView(NamedTuple):
     """The adapters of one forward, by where they read and where they add.
 
-    Each of the B documents holds T / B consecutive tokens of the row. All dictionaries are empty in
-    a forward without adapters; every method then returns its first argument or an empty dictionary.
+    Each document holds an equal number of consecutive tokens of the row. Without adapters all
+    dictionaries are empty: `project` then returns {}, and add_to and add_bias change nothing.
     """
 
-    down: dict[tuple[str, int], Tensor]  # (source, slot) -> A of all its sites, (B, ranks, C)
+    # (source, slot) -> the A matrices of all its sites, (documents, ranks end to end, C)
+    down: dict[tuple[str, int], Tensor]
     sites: dict[tuple[str, int], list[str]]  # (source, slot) -> the sites that share this A
-    up: dict[tuple[str, int], Tensor]  # (site, slot) -> B, (B, width, rank)
-    bias: Tensor | None  # (B, slots, C)
+    # (site, slot) -> the adapters' B matrices, (documents, width, rank)
+    up: dict[tuple[str, int], Tensor]
+    bias: Tensor | None  # (documents, slots, C)
     scale: float
 
     def project(self, x: Tensor, source: str, slot: int) -> dict[str, Tensor]:
-        """x A^T of every adapter that reads x (T, C), in one product: site -> (B, T / B, rank)."""
+        """x A^T of every adapter that reads x (T, C), by site: (documents, tokens of each, rank).
+
+        One product serves all of them.
+        """
         if (source, slot) not in self.down:
             return {}
         a = self.down[source, slot]
         sites = self.sites[source, slot]
-        h = x.unflatten(0, (a.size(0), -1)) @ a.mT  # (B, T / B, ranks)
+        h = x.unflatten(0, (a.size(0), -1)) @ a.mT  # (documents, tokens, ranks end to end)
         return dict(zip(sites, h.chunk(len(sites), -1), strict=True))
 
     def product(self, projected: dict[str, Tensor], site: str, slot: int) -> Tensor:
@@ -2479,24 +2493,19 @@ class AdapterView(NamedTuple):
         if site not in projected:
             return y
         b = self.up[site, slot] * row_scale[:, None]
-        y = y.unflatten(0, (b.size(0), -1))  # (B, T / B, width)
+        y = y.unflatten(0, (b.size(0), -1))  # (documents, tokens, width)
         return torch.baddbmm(y, projected[site], b.mT, alpha=self.scale).flatten(0, 1)
 
     def add_bias(self, x: Tensor, slot: int) -> Tensor:
-        """x (T, C) plus the vector that its document has for this visit (TTT_BIAS_TUNE)."""
+        """x (T, C), plus each document's vector for this visit (TTT_BIAS_TUNE)."""
         if self.bias is None:
             return x
-        x = x.unflatten(0, (self.bias.size(0), -1))  # (B, T / B, C)
+        x = x.unflatten(0, (self.bias.size(0), -1))  # (documents, tokens, C)
         return (x + self.bias[:, slot, None]).flatten(0, 1)
 
 
-def no_adapters() -> AdapterView:
-    """The view of a forward without adapters."""
-    return AdapterView(down={}, sites={}, up={}, bias=None, scale=1.0)
-
-
 def adapter_sites(cfg: Config, slots: int) -> tuple[AdapterSite, ...]:
-    """The adapters that the TTT_*_LORA knobs ask for. Those that read one input are neighbours."""
+    """The adapters that the TTT_*_LORA knobs ask for, neighbours where they read the same input."""
     C = cfg.model_dim
     kv = cfg.kv_dim
     rank = cfg.ttt_lora_rank
@@ -2519,21 +2528,21 @@ def adapter_sites(cfg: Config, slots: int) -> tuple[AdapterSite, ...]:
 # Compared by identity: comparing tensors would be neither cheap nor a yes or no.
 @dataclasses.dataclass(eq=False)
 class LoRA:
-    """Adapters of B documents in two or three leaf tensors: y += scale * (x A^T) B^T.
+    """One adapter set per document, in two or three leaf tensors: y += scale * (x A^T) B^T.
 
     q, k, v and o read the normalised input of the attention, mlp that of the MLP, head the final
-    state. A document of the record has 8,355,840 values, at 17 visits and the head.
+    state. With PRESET=record a document has 8,355,840 values, at 17 visits and the head.
     """
 
     sites: tuple[AdapterSite, ...]
     scale: float
-    down: Tensor  # (B, len(sites), rank, C): every A, at the largest rank
-    up: Tensor  # (B, sum of widths, rank): every B, end to end
-    bias: Tensor | None  # (B, slots, C): added after every visit
+    down: Tensor  # (documents, len(sites), rank, C): every A, at the largest rank
+    up: Tensor  # (documents, sum of widths, rank): every B, end to end
+    bias: Tensor | None  # (documents, slots, C): added after every visit
 
     @classmethod
     def zeros(cls, cfg: Config, batch: int, slots: int, device: torch.device) -> LoRA:
-        """Adapters of zeros in fp32 for `batch` documents, in a plan of so many slots."""
+        """Adapters of zeros in fp32 for `batch` documents and a plan of `slots` visits."""
         sites = adapter_sites(cfg, slots)
         rank = max(site.rank for site in sites)
         width = sum(site.width for site in sites)
@@ -2554,24 +2563,24 @@ class LoRA:
         return [self.down, self.up, self.bias]
 
     def with_leaves(self, leaves: list[Tensor]) -> LoRA:
-        """The same adapters made of other tensors, in the order of `leaves`."""
+        """These adapters with other tensors, in the order of `leaves`."""
         bias = None if self.bias is None else leaves[2]
         return dataclasses.replace(self, down=leaves[0], up=leaves[1], bias=bias)
 
     def to(self, dtype: torch.dtype) -> LoRA:
-        """The adapters in that dtype; the same tensors where they have it already."""
+        """The adapters in a dtype; the same tensors if they have it already."""
         return self.with_leaves([leaf.to(dtype) for leaf in self.leaves])
 
     def rows(self, rows: slice) -> LoRA:
-        """The adapters of these documents, as leaves of their own on the same memory."""
+        """The adapters of some documents, as new leaves that share the memory."""
         return self.with_leaves([leaf[rows].detach().requires_grad_() for leaf in self.leaves])
 
     @torch.no_grad()
     def reset(self, seed: int, keys: Iterable[int]) -> None:
         """Fresh adapters, in place: B and bias 0, A uniform in +-1 / sqrt(C).
 
-        A document's values depend on the seed and its key alone, so neither the batch nor the rank
-        that adapts a document changes its score. Documents beyond the last key stay as they are.
+        A document's values depend on the seed and its key only, so neither the batch nor the rank
+        that adapts a document changes its score. Documents without a key stay as they are.
         """
         bound = self.down.size(-1) ** -0.5
         generator = torch.Generator(self.down.device)
@@ -2586,19 +2595,18 @@ class LoRA:
             leaf.zero_()
 
     def rate_factors(self, factors: Mapping[str, float]) -> list[Tensor]:
-        """What the rate is multiplied by for each of down, up and bias (TTT_LR_FACTORS)."""
+        """Factors of the rate for down, up and bias (TTT_LR_FACTORS), which broadcast to them."""
         device = self.down.device
         if not factors:
             return [torch.ones((), dtype=torch.float64, device=device)] * 3
-        of_site = torch.tensor(
-            [float(factors.get(site.site, 1)) for site in self.sites], device=device
-        )
+        by_site = [float(factors.get(site.site, 1)) for site in self.sites]
+        by_site = torch.tensor(by_site, device=device)
         widths = torch.tensor([site.width for site in self.sites], device=device)
-        of_bias = of_site.new_tensor(float(factors.get("bias", 1)))
-        return [of_site[:, None, None], of_site.repeat_interleave(widths)[:, None], of_bias]
+        bias = by_site.new_tensor(float(factors.get("bias", 1)))
+        return [by_site[:, None, None], by_site.repeat_interleave(widths)[:, None], bias]
 
     def view(self) -> AdapterView:
-        """The adapters for one forward, taken apart by split: a leaf's gradient is one copy."""
+        """The adapters for one forward. `split` makes a leaf's gradient in one copy."""
         # A dictionary, because Dynamo does not trace groupby with a key.
         sites_of = {}
         for site in self.sites:
@@ -2767,9 +2775,15 @@ class Muon:
         self.owned_weights = weights_of_ranks[ranks.rank]  # stepped in place
         self.momentum = {name: torch.zeros_like(w) for name, w in self.owned_weights.items()}
         self.average = {name: w.clone() for name, w in self.owned_weights.items()}
-        self.outbox = {}  # per bank a view of the row that this rank sends
+        self.gradients = {}  # per bank, those of the owned slices; set by reduce_gradients
+        # Without other ranks there are no messages.
+        self.message: Tensor | None = None  # a row for each rank
+        self.received_row: Tensor | None = None
+        self.sent_row: Tensor | None = None
+        self.message_slots: list[MessageSlot] = []
+        self.outbox = {}  # per bank a view of sent_row
         self.peer_weights = []  # the slices of the other ranks in the model's banks
-        self.peer_views = []  # where the message holds them
+        self.peer_views = []  # the same slices in the message
         if ranks.world_size > 1:
             self.allocate_messages(weights_of_ranks)
 
@@ -2781,7 +2795,6 @@ class Muon:
         self.received_row = torch.zeros_like(self.message[0])
         self.sent_row = torch.zeros_like(self.message[0])
         self.outbox = split_like(self.sent_row, self.owned_weights)
-        self.message_slots = []
         for rank, weights in enumerate(weights_of_ranks):
             for bank, view in split_like(self.message[rank], weights).items():
                 self.message_slots.append(MessageSlot(rank, bank, view))
@@ -2791,9 +2804,9 @@ class Muon:
                 self.peer_views.append(slot.view)
 
     def gather_full(self, owned: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The full fp32 banks of which each rank gives the slices it owns. All ranks must call it.
+        """The full fp32 banks, put together from each rank's slices. All ranks must call it.
 
-        Tensors in `owned` that are not of a bank are returned as they are.
+        Tensors in `owned` that belong to no bank are returned as they are.
         """
         full = {name: torch.zeros_like(p, requires_grad=False) for name, p in self.banks.items()}
         for name, slice_ in self.owned_slices.items():
@@ -2870,7 +2883,7 @@ class Optimizers:
         embed, scalar, _ = self.flat_weights.split(self.sizes)
         self.leaves = [nn.Parameter(embed), nn.Parameter(scalar)]
         self.adam = self.build_adam()
-        # What this rank steps, exact: flat parameters and its slices of the banks.
+        # The exact values that this rank steps: flat parameters and its slices of the banks.
         self.state = {
             "weights": weights | self.muon.owned_weights,
             "average": average | self.muon.average,
@@ -2883,8 +2896,8 @@ class Optimizers:
         groups = {"muon": {}, "embed": {}, "scalar": {}, "fixed": {}}
         for name, p in self.model.named_parameters():
             groups[table[name].group][name] = p
-        # In the flat tensor, parameters whose size is no multiple of 4 come last: vectorised
-        # loads want 16 bytes.
+        # In the flat tensor, parameters whose size is not a multiple of 4 come last, because
+        # vectorised loads need an alignment of 16 bytes.
         for key in ("scalar", "fixed"):
             surplus = {name: p.numel() % 4 for name, p in groups[key].items()}
             groups[key] = {name: groups[key][name] for name in sorted(surplus, key=surplus.get)}
@@ -2905,14 +2918,14 @@ class Optimizers:
 
     @torch.no_grad()
     def step(self, lr_scale: float, momentum: float, average_share: float | None = None) -> Tensor:
-        """Updates weights by the gradients, and clears these. All ranks must call it.
+        """Updates the weights by the gradients, which it clears. All ranks must call it.
 
         lr_scale: factor of all learning rates. momentum: Muon's. Returns the norm () of the
         gradient summed over the ranks, before clipping.
 
-        average_share: the share in the average of the weights as they are before this step. They
-        enter the average a step late, because only now does the host know that their loss was
-        finite: a bad step never reaches the average. EMA's share, 1 - EMA_DECAY, unless given.
+        average_share: the share that the weights get in the average, as they are before this step;
+        by default EMA's, 1 - EMA_DECAY. They enter the average a step late, because only now does
+        the host know that their loss was finite: a bad step never reaches the average.
         """
         if average_share is None:
             average_share = 1 - self.cfg.ema_decay
@@ -2930,7 +2943,7 @@ class Optimizers:
             group["lr"] = group["base_lr"] * lr_scale
         self.adam.step()
 
-        # Each is filled in on the device: the host would wait for a copy.
+        # new_full fills on the device. A copy from the host would wait for the device's work.
         rates = [
             norm.new_full((), x) for x in (momentum, self.cfg.matrix_lr * lr_scale, average_share)
         ]
@@ -2942,8 +2955,8 @@ class Optimizers:
     def averages(self, newest_share: float | None = None) -> dict[str, Tensor]:
         """The average of all weights, in full. All ranks must call it.
 
-        newest_share: the share in it of the weights after the last step. Without it they are left
-        out, as `step` leaves them out.
+        newest_share: the share that the weights after the last step get. Without it they are left
+        out, as after `step`.
         """
         averages = self.state["average"]
         if newest_share is not None:
@@ -2952,7 +2965,7 @@ class Optimizers:
         return self.muon.gather_full(averages)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that steps read and change, in full and the same for any number of ranks.
+        """The full state of weights and optimisers, the same for any number of ranks.
 
         Some of its tensors are live, as in torch. All ranks must call it.
         """
@@ -2963,8 +2976,8 @@ class Optimizers:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Loads what state_dict returned, on any number of ranks, into model and optimisers."""
         self.model.load_state_dict(state["weights"])
-        # After a step the weights of other ranks are rounded to the compute dtype. A run that goes
-        # on must not see exact ones: the forward would scale them before the cast.
+        # After a step the weights of other ranks are rounded to the compute dtype. Exact ones would
+        # change a resumed run, because the forward scales them before the cast.
         for weight in self.muon.peer_weights:
             weight.copy_(weight.to(self.cfg.dtype))
         for key, owned in self.state.items():
@@ -2976,17 +2989,16 @@ class Optimizers:
         self.adam.load_state_dict(state["adam"])
 
 
-def lr_scale(frac: float, cfg: Config, step: int = 0) -> float:
-    """Factor of all learning rates: 1, then a linear fall to 0 at the end, but at least MIN_LR.
+def lr_scale_at(frac: float, cfg: Config, step: int = 0) -> float:
+    """Factor of all learning rates when a share `frac` of training is done.
 
-    With `fall`, the share of training that the fall takes, it is 1 while frac < 1 - fall, then
-    max((1 - frac) / fall, MIN_LR). frac: share of training done. fall is WARMDOWN_FRAC or, if
-    set, WARMDOWN_ITERS over the number of steps to expect, step / frac.
+    It is 1, then falls linearly to 0 at the end, but is at least MIN_LR. The fall takes the share
+    WARMDOWN_FRAC of training or, if set, WARMDOWN_ITERS of the expected step / frac steps.
     """
-    fall = cfg.warmdown_frac
+    warmdown = cfg.warmdown_frac
     if cfg.warmdown_iters:
-        fall = cfg.warmdown_iters * frac / max(step, 1)
-    return 1.0 if frac < 1 - fall else max((1 - frac) / fall, cfg.min_lr)
+        warmdown = cfg.warmdown_iters * frac / max(step, 1)
+    return 1.0 if frac < 1 - warmdown else max((1 - frac) / warmdown, cfg.min_lr)
 
 
 def muon_momentum(step: int, cfg: Config) -> float:
@@ -3013,15 +3025,14 @@ def capture_row(
 ) -> Callable[[Batch, Tensor], Tensor]:
     """Records `backward_row` of one plan as a CUDA graph, so that a row costs one launch.
 
-    A graph works in fixed memory: the function that is returned copies each row to where the graph
-    reads, the gradients must be zeroed in place, and the next call overwrites the loss that the
-    last one returned.
+    A graph works in fixed memory. The returned function copies each row to where the graph reads,
+    and overwrites the loss that it returned before. Gradients must be zeroed in place.
     """
     tensors = [x.clone() for x in (row.inputs, row.targets, row.cu_seqlens)]
     count = torch.ones((), device=row.inputs.device)
     once = partial(backward_row, forward, plan, Batch(*tensors, row.max_seqlen), count)
 
-    # The first call is not recorded: in it, libraries allocate the memory that they keep.
+    # The first call is not recorded, because libraries allocate their lasting memory in it.
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):
         once()
@@ -3033,7 +3044,7 @@ def capture_row(
         loss = once()
 
     def replay(row: Batch, new_count: Tensor) -> Tensor:
-        """Does for `row` what was recorded."""
+        """Adds the gradient of `row`; returns its part of the loss."""
         sources = [row.inputs, row.targets, row.cu_seqlens, new_count]
         torch._foreach_copy_([*tensors, count], sources)
         graph.replay()
@@ -3051,8 +3062,8 @@ def accumulate_gradients(
 ) -> Tensor:
     """Adds the gradient of this rank's part of the mean loss; returns that part, detached.
 
-    rows: this rank's of the step. num_targets: in the rows of all ranks. graphs: for each plan that
-    was recorded, the function that `capture_row` returned.
+    rows: this rank's rows of the step. num_targets: the targets in the rows of all ranks. graphs:
+    for each recorded plan, the function that `capture_row` returned.
     """
     count = torch.full((), float(num_targets), device=rows[0].inputs.device)
     backward = partial(backward_row, forward, plan)
@@ -3065,18 +3076,16 @@ def accumulate_gradients(
     return total
 
 
-def synthetic_row(cfg: Config, shape: tuple[int, int, int], device: torch.device) -> Batch:
-    """A row of random ids in documents of many lengths: warm-up sees no real token.
-
-    shape: (tokens, capacity of segments, longest segment), as for the loader's rows.
-    """
-    size, capacity, longest = shape
+def synthetic_row(cfg: Config, shape: RowShape, device: torch.device) -> Batch:
+    """A row of random ids in documents of many lengths: warm-up sees no real token."""
+    size, capacity, max_seqlen = shape
     rng = np.random.default_rng(0)
     ids = rng.integers(0, cfg.vocab_size, size + 1)
-    is_start = rng.random(size) < 2 / longest
-    starts = segment_starts(is_start, 1, longest)
+    is_start = rng.random(size) < 2 / max_seqlen
+    # As a token, True equals 1, which plays the BOS.
+    starts = segment_starts(is_start, 1, max_seqlen)
 
-    # Cut where the loader would cut a row with too many segments.
+    # The other half of the capacity is left to the segments of the padding.
     most = capacity // 2
     n = size if len(starts) <= most else int(starts[most])
     return pack_row(ids[:n], ids[1 : n + 1], starts[:most], shape, device)
@@ -3084,10 +3093,10 @@ def synthetic_row(cfg: Config, shape: tuple[int, int, int], device: torch.device
 
 @contextlib.contextmanager
 def state_restored(model: nn.Module, optimizers: Optimizers) -> Iterator[None]:
-    """Undoes on leaving what its body did to the training state, PyTorch's random numbers included.
+    """Restores the training state after its body, PyTorch's random state included.
 
-    Weights, averages and momentum are copied back and gradients cleared. AdamW's state is dropped,
-    so it must not have taken a step before.
+    Weights, averages and momentum are copied back, gradients cleared. AdamW's state is dropped, so
+    AdamW must not have taken a step before.
     """
     tensors = list(model.state_dict().values())
     for by_name in optimizers.state.values():
@@ -3102,10 +3111,10 @@ def state_restored(model: nn.Module, optimizers: Optimizers) -> Iterator[None]:
 
 
 def gaussian_bits(bits: int, clip_sigmas: float) -> float:
-    """The entropy in bits of a Gaussian weight that is rounded to integers `bits` wide.
+    """The entropy in bits of a Gaussian weight that is rounded to integers of `bits` bits.
 
-    The largest integer, qmax = 2^(bits - 1) - 1, stands for `clip_sigmas` standard deviations. So a
-    step is clip_sigmas / qmax of one, and in fine steps the entropy is log2(sqrt(2 pi e) / step).
+    The largest integer, qmax = 2^(bits - 1) - 1, stands for `clip_sigmas` standard deviations. A
+    step is then clip_sigmas / qmax deviations, and the entropy about log2(sqrt(2 pi e) / step).
     """
     qmax = 2**bits / 2 - 1
     return math.log2(math.sqrt(2 * math.pi * math.e) * qmax / clip_sigmas)
@@ -3138,21 +3147,30 @@ def predict_submission_bytes(cfg: Config) -> float:
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12}
 
 
+def flops_per_token(cfg: Config, looped: bool) -> float:
+    """FLOPs of training on a token: 6 for each weight, as often as its layer is visited."""
+    visits_per_layer = len(cfg.plans[looped]) / cfg.num_layers
+    flops = 0.0
+    for role in parameter_table(cfg).values():
+        times = visits_per_layer if role.group == "muon" else 1
+        flops += 6 * math.prod(role.shape) * times
+    return flops
+
+
 @dataclasses.dataclass
 class TrainState:
-    """All numbers that training has to remember from one step to the next.
+    """The numbers that training remembers from one step to the next; a checkpoint holds them.
 
-    A checkpoint holds them as `dataclasses.asdict` returns them, beside weights, the optimisers'
-    state and PyTorch's random state; `TrainState(**numbers)` restores them. Times are in seconds of
-    training. `Pacer`, `AverageSchedule` and `StepReporter` each change fields of their own.
+    Times are in seconds of training. `Pacer`, `AverageSchedule` and `StepReporter` each change
+    fields of their own.
     """
 
-    # The share of the newest weights in the average, which takes them in during the next step.
+    # The share that the newest weights get in the average, which they enter in the next step.
     newest_share: float
     # Steps that the run will probably take, for the live line.
     expected_steps: float
 
-    # Steps that the device has been given, and their targets on all ranks.
+    # Steps given to the device so far, and their targets on all ranks.
     step: int = 0
     tokens: int = 0
     # Mean nats per target in the last step whose numbers have been read.
@@ -3163,14 +3181,14 @@ class TrainState:
     # Weights in the average since SWA began.
     swa_count: int = 0
 
-    # The ranks' mean clock in seconds of training, the visits of layers that it covers, and those
-    # sent since.
+    # The ranks' mean clock as far as it is known, the visits of layers that it covers, and the
+    # visits sent since.
     elapsed_s: float = 0.0
     timed_visits: int = 0
     untimed_visits: int = 0
-    # The longest visit of a layer, in seconds. It is forgotten by 2 % with every step.
+    # The longest visit of a layer. It decays by 2 % a step.
     longest_visit_s: float = 0.0
-    # This rank's own clock, in seconds of training, when the last step that has been read was done.
+    # This rank's own clock at the end of the last step that it has read.
     rank_s: float = 0.0
 
     # The mean clock at the last checkpoint.
@@ -3184,29 +3202,21 @@ class TrainState:
 
 
 class StepNumbers(NamedTuple):
-    """The numbers of one step, read on the host; all but `seconds` are the same on all ranks.
+    """The numbers of one step, read on the host; all but `seconds` are the same on all ranks."""
 
-    step counts from 1. loss is in nats per target, grad_norm the norm of the reduced gradient
-    before clipping, lr_scale the factor on the learning rates. compilations counts those of all
-    ranks since warm-up. signals is the sum of the signal numbers that ranks have received, 0 if
-    none has. seconds is the time since the step before was done, on this rank.
-    """
-
-    step: int
-    loss: float
-    grad_norm: float
-    lr_scale: float
-    compilations: float
-    signals: float
-    seconds: float
+    step: int  # from 1
+    loss: float  # nats per target
+    grad_norm: float  # of the reduced gradient, before clipping
+    lr_scale: float  # the factor of the learning rates
+    compilations: float  # on all ranks since warm-up
+    signals: float  # sum of the signal numbers that ranks have received; 0: none
+    seconds: float  # on this rank, since the end of the previous step
 
 
 class SentStep(NamedTuple):
-    """A step whose numbers are on their way to the host.
+    """A step whose numbers are on their way to the host."""
 
-    covered_visits: visits of layers that the clock among the numbers covers, beyond those known.
-    """
-
+    # Visits of layers between the last clock known to all ranks and the clock in these numbers.
     covered_visits: int
     lr_scale: float
     numbers: PendingRead
@@ -3216,10 +3226,10 @@ class Pacer:
     """Knows how far the schedule is, and whether another step fits into the budget.
 
     It never makes the device wait. A step's numbers are sent to the host at once but read one step
-    late, while the device has the next step's work. Among them is the ranks' mean clock at the end
-    of the newest step that each had read by then, so all ranks know the same time and decide alike.
-    For steps after that time, the visits of layers are counted and their duration is estimated.
-    `budget_s` is in seconds of training, infinite if ITERATIONS alone ends the run.
+    late, while the device has the next step's work. With step n travels the mean time at which the
+    ranks had finished step n - 1, so all ranks know the same time and decide alike. For later steps
+    the visits of layers are counted and their duration is estimated. `budget_s` is in seconds of
+    training, infinite if only ITERATIONS ends the run.
     """
 
     def __init__(self, state: TrainState, ranks: Ranks, budget_s: float, iterations: int):
@@ -3228,30 +3238,31 @@ class Pacer:
         self.budget_s = budget_s
         self.iterations = iterations
         self.unread: SentStep | None = None
-        # A resumed run has trained `rank_s` seconds before.
+        # A resumed run has trained for `rank_s` seconds already.
         self.started_at = ranks.now() - state.rank_s
 
     def frac(self) -> float:
         """The share of the budget, or of ITERATIONS, that is spent before the next step.
 
-        A visit of a layer that is not timed yet counts as long as the mean visit.
+        A visit of a layer that is not timed yet counts as a mean visit.
         """
         state = self.state
         if self.budget_s == math.inf:
             return state.step / self.iterations
         spent = state.elapsed_s * (1 + state.untimed_visits / max(state.timed_visits, 1))
+        # Below 1, so that ENABLE_LOOPING_AT=1 never loops.
         return min(spent / self.budget_s, 1 - 1e-9)
 
     def fits(self, visits: int) -> bool:
-        """Whether a step of so many visits will end within the budget.
+        """Whether a step of so many visits of layers will end within the budget.
 
-        Each visit that is not timed yet counts as long as the longest.
+        Each visit that is not timed yet counts as a longest visit.
         """
         visits += self.state.untimed_visits
         return self.state.elapsed_s + self.state.longest_visit_s * visits <= self.budget_s
 
     def exclude(self, seconds: float) -> None:
-        """Takes seconds that have passed, of a validation or a checkpoint, off the clock."""
+        """Takes seconds that have just passed off the clock."""
         self.started_at += seconds
 
     def send(
@@ -3265,29 +3276,31 @@ class Pacer:
     ) -> None:
         """Counts a step and starts to read its numbers. All ranks must call it.
 
-        loss: this rank's part of it; grad_norm: the same on all ranks (both fp32 scalars on the
-        device). visits: of layers in the step. compilations and signal_number: this rank's so far.
+        loss: this rank's part; grad_norm: the same on all ranks (both fp32 scalars on the device).
+        visits: the step's visits of layers. compilations and signal_number: this rank's so far.
         """
         state = self.state
         if state.step == 0:
-            # The first step is waited for: without its time, nothing is known of the speed.
+            # Without the time of the first step the speed is not known, so that step is waited for.
             clock = self.ranks.now() - self.started_at
             covered_visits = visits
         else:
+            # The previous step has been read by now. So this rank's clock is at the end of that
+            # step, and its visits are the only ones that the known clock does not cover yet.
             clock = state.rank_s
             covered_visits = state.untimed_visits
         state.untimed_visits += visits
         state.step += 1
 
         world_size = self.ranks.world_size
-        # Tensors are filled on the device, because a copy from the host would wait for it.
+        # Filled on the device, as in Optimizers.step.
         facts = [clock / world_size, compilations, signal_number]
         filled = [grad_norm.new_full((), fact) for fact in facts]
         numbers = self.ranks.sum(torch.stack([loss, grad_norm / world_size, *filled]))
         self.unread = SentStep(covered_visits, lr_scale, PendingRead(numbers, self.ranks))
 
     def read(self) -> StepNumbers | None:
-        """Waits for the last step's numbers and sets the clocks; None if they have been read."""
+        """Waits for the last step's numbers and sets the clocks; None if already read."""
         if self.unread is None:
             return None
         covered_visits, lr_scale, pending = self.unread
@@ -3309,10 +3322,10 @@ class Pacer:
 
 
 class AverageSchedule:
-    """How much the weights after each step count in the average that is exported (EXPORT_WEIGHTS).
+    """The share that the weights after each step get in the exported average (EXPORT_WEIGHTS).
 
-    ema: 1 - EMA_DECAY^EMA_EVERY, every EMA_EVERY steps. swa: the same until the rate factor is
-    below SWA_THRESHOLD; from there on the average is the plain mean of the weights after every
+    ema: 1 - EMA_DECAY^EMA_EVERY, every EMA_EVERY steps. swa: the same until lr_scale is below
+    SWA_THRESHOLD; from there on the average is the plain mean of the weights after every
     SWA_EVERY-th step. raw: only the newest weights count.
     """
 
@@ -3321,10 +3334,7 @@ class AverageSchedule:
         self.state = state
 
     def newest_share(self, step: int, lr_scale: float) -> float:
-        """The share in [0, 1] for the weights after step `step`, which counts from 1.
-
-        It must be called once a step, since it counts the weights that entered.
-        """
+        """The share in [0, 1] of the weights after step `step`, from 1. Call it once a step."""
         cfg = self.cfg
         if cfg.export_weights == "raw":
             return 1.0
@@ -3339,18 +3349,19 @@ class AverageSchedule:
 
 
 class StepReporter:
-    """Reports steps: log lines, the live line, TensorBoard's curves; and checks their speed.
-
-    `budget_s` is in seconds of training.
-    """
+    """Writes log lines, the live line and TensorBoard's curves, and checks the speed of steps."""
 
     def __init__(self, run: Run, state: TrainState, budget_s: float):
         self.cfg = run.cfg
         self.log = run.log
-        self.device_name = run.facts["device"]
-        self.world_size = run.ranks.world_size
         self.state = state
-        self.budget_s = budget_s
+        self.budget_s = budget_s  # seconds of training
+        self.predicted_bytes = predict_submission_bytes(run.cfg)
+        # FLOP/s of all devices by data sheet, where it is known.
+        self.peak_flops = math.nan
+        for device, flops in PEAK_FLOPS.items():
+            if device in run.facts["device"]:
+                self.peak_flops = flops * run.ranks.world_size
 
     def report(self, numbers: StepNumbers) -> None:
         """Reports one step. Raises RunStopped if POD_SPEEDGATE_MS is set and steps take longer."""
@@ -3359,36 +3370,33 @@ class StepReporter:
             state.first_step_s = state.elapsed_s
             state.first_step_visits = state.timed_visits
         elif step == 22:
-            # The clock covers steps 1 to 21 by now.
-            seconds = state.elapsed_s - state.first_step_s
-            self.judge_speed(seconds, state.timed_visits - state.first_step_visits)
+            self.judge_speed()
 
         every = self.cfg.train_log_every
         if step <= 3 or self.log.due() or (every and step % every == 0):
             self.log_step(numbers)
         tokens_per_s = self.cfg.train_batch_tokens / numbers.seconds
-        scalars = {
-            "train_loss": numbers.loss,
-            "lr_scale": numbers.lr_scale,
-            "tok/s": tokens_per_s,
-        }
-        self.log.scalars(step, scalars)
+        self.log.scalars(
+            step,
+            {"train_loss": numbers.loss, "lr_scale": numbers.lr_scale, "tok/s": tokens_per_s},
+        )
         if self.log.live:
             self.show_live_line(numbers, tokens_per_s)
 
-    def judge_speed(self, seconds: float, visits: int) -> None:
-        """Predicts the steps that the budget allows. Raises RunStopped beyond POD_SPEEDGATE_MS.
-
-        seconds and visits: of 20 steps together.
-        """
-        cfg = self.cfg
-        plain, looped = map(len, cfg.plans)
-        plain_share = min(cfg.enable_looping_at, 1.0)
+    def judge_speed(self) -> None:
+        """Predicts the steps that the budget allows. Raises RunStopped beyond POD_SPEEDGATE_MS."""
+        cfg, state = self.cfg, self.state
+        # In step 22 the clock covers steps 1 to 21; the first is not representative.
+        seconds = state.elapsed_s - state.first_step_s
+        visits = state.timed_visits - state.first_step_visits
         budget_visits = self.budget_s * visits / seconds
+
+        plain, looped = map(len, cfg.plans)
+        plain_share = cfg.enable_looping_at
         steps = budget_visits * (plain_share / plain + (1 - plain_share) / looped)
         steps = min(cfg.iterations, steps)
-        self.state.expected_steps = steps
-        step_ms = 50 * seconds
+        state.expected_steps = steps
+        step_ms = 1000 * seconds / 20
         self.log(f"speed: {step_ms:.1f}ms per step; the budget allows about {steps:.0f} steps")
         if 0 < cfg.pod_speedgate_ms < step_ms:
             raise RunStopped(
@@ -3396,10 +3404,7 @@ class StepReporter:
             )
 
     def log_step(self, numbers: StepNumbers) -> None:
-        """Writes a step's line into the log, and to a terminal that has no live line.
-
-        tok/s is the mean since the line before.
-        """
+        """Writes a step's line; its tok/s is the mean since the previous line."""
         state = self.state
         seconds = max(state.rank_s - state.logged_s, 1e-9)
         tokens_per_s = (state.tokens - state.logged_tokens) / seconds
@@ -3425,32 +3430,17 @@ class StepReporter:
             f"{1000 * numbers.seconds:.0f} ms/step",
             f"{tokens_per_s:.0f} tok/s",
         ]
-        mfu = self.mfu_percent(tokens_per_s)
-        if mfu is not None:
-            parts.append(f"MFU {mfu:.0f} %")
-        parts.append(f"about {predict_submission_bytes(self.cfg):.0f} bytes")
+        if not math.isnan(self.peak_flops):
+            flops = flops_per_token(self.cfg, state.looped) * tokens_per_s
+            parts.append(f"MFU {100 * flops / self.peak_flops:.0f} %")
+        parts.append(f"about {self.predicted_bytes:.0f} bytes")
         self.log.show(", ".join(parts), min_interval_s=0.1)
-
-    def mfu_percent(self, tokens_per_s: float) -> float | None:
-        """Model FLOPs utilisation in percent of the peak by data sheet; None for other devices.
-
-        A token costs 6 FLOPs for each weight, as often as it visits the weight's layer.
-        """
-        visits_per_layer = len(self.cfg.plans[self.state.looped]) / self.cfg.num_layers
-        weights = 0.0
-        for role in parameter_table(self.cfg).values():
-            times = visits_per_layer if role.group == "muon" else 1
-            weights += math.prod(role.shape) * times
-        for gpu, peak in PEAK_FLOPS.items():
-            if gpu in self.device_name:
-                return 100 * 6 * weights * tokens_per_s / self.world_size / peak
-        return None
 
 
 def restore_training(run: Run) -> TrainState:
-    """The state to train on from: a new one, or that of the run's checkpoint.
+    """A new state, or that of the run's checkpoint.
 
-    With a checkpoint, weights, optimisers and PyTorch's random state are set to it, too.
+    With a checkpoint, weights, optimisers and PyTorch's random state are restored, too.
     """
     saved = run.start.training
     if saved is None:
@@ -3462,9 +3452,9 @@ def restore_training(run: Run) -> TrainState:
 
 
 class Trainer:
-    """What training does between its steps; `train` is the loop of the steps.
+    """Acts between steps: on a step's numbers, on signals, on validations and checkpoints due.
 
-    It acts on a step's numbers, validates, saves checkpoints, and stops after a signal.
+    `train` is the loop over the steps.
     """
 
     def __init__(self, run: Run, budget_s: float):
@@ -3473,10 +3463,10 @@ class Trainer:
         self.state = restore_training(run)
         self.pacer = Pacer(self.state, run.ranks, budget_s, run.cfg.iterations)
         self.reporter = StepReporter(run, self.state, budget_s)
-        # The signal that this rank has got, and whether the ranks have agreed to stop for one.
+        # The signal that this rank has received, and whether the ranks have agreed to stop.
         self.signal_number = 0
         self.must_stop = False
-        # What the run trained before it was resumed belongs to this phase.
+        # Negative: the phase's time grows by the training before the run was resumed.
         run.excluded_seconds -= self.state.rank_s
 
     def note_signal(self, number: int, frame: Any) -> None:
@@ -3486,8 +3476,8 @@ class Trainer:
     def read_step(self) -> None:
         """Waits for the last step's numbers, if they have not been read, and acts on them.
 
-        Raises FloatingPointError if they are not finite, after saving the average of the steps
-        before; RunStopped if RECOMPILE_LIMIT or POD_SPEEDGATE_MS is exceeded.
+        Raises FloatingPointError if they are not finite, after saving the average of the earlier
+        steps, and RunStopped if RECOMPILE_LIMIT or POD_SPEEDGATE_MS is exceeded.
         """
         numbers = self.pacer.read()
         if numbers is None:
@@ -3503,13 +3493,22 @@ class Trainer:
         self.run.check_recompilations(numbers.compilations)
         self.reporter.report(numbers)
 
+    @contextlib.contextmanager
+    def off_the_clock(self) -> Iterator[None]:
+        """Takes the time of its body off the clock and off the phase of training."""
+        self.read_step()
+        excluded = self.run.excluded_seconds
+        start = self.run.ranks.now()
+        yield
+        seconds = self.run.ranks.now() - start
+        self.pacer.exclude(seconds)
+        self.run.excluded_seconds = excluded + seconds
+
     def validate(self, plan: tuple[Visit, ...]) -> None:
         """Scores the validation documents with the weights as they are, off the clock."""
         run, step = self.run, self.state.step
-        self.read_step()
-        with run.phase("validate", "none"):
+        with self.off_the_clock(), run.phase("validate", budget="none"):
             result = run.evaluate(plan=plan).result()
-        self.pacer.exclude(run.phases[-1].seconds)
         loss, bpb = result["val_loss"], result["val_bpb"]
         run.log(f"{step}/{self.cfg.iterations} val_loss: {loss:.4f} val_bpb: {bpb:.4f}")
         run.log.scalars(step, {"val_bpb": bpb})
@@ -3517,8 +3516,8 @@ class Trainer:
     def pause(self) -> None:
         """Saves a checkpoint when one is due, and ends the run after a signal.
 
-        With CHECKPOINT_EVERY, the end leaves a checkpoint too. All ranks must call it; they agree
-        on both. Raises KeyboardInterrupt to end the run.
+        With CHECKPOINT_EVERY, a checkpoint is also saved at that end. Raises KeyboardInterrupt to
+        end the run. All ranks must call it.
         """
         every = self.cfg.checkpoint_every
         if every:
@@ -3533,24 +3532,20 @@ class Trainer:
 
     def save_checkpoint(self) -> None:
         """Saves a checkpoint, off the clock."""
-        self.read_step()
         run, state = self.run, self.state
-        state.checkpoint_s = state.elapsed_s
-        start = run.ranks.now()
-        training = {
-            "state": dataclasses.asdict(state),
-            "optimizers": run.optimizers.state_dict(),
-            "random": torch.get_rng_state(),
-        }
-        run.save_checkpoint(Stage.NOTHING, training=training)
-        seconds = run.ranks.now() - start
-        self.pacer.exclude(seconds)
-        run.excluded_seconds += seconds
+        with self.off_the_clock():
+            state.checkpoint_s = state.elapsed_s
+            training = {
+                "state": dataclasses.asdict(state),
+                "optimizers": run.optimizers.state_dict(),
+                "random": torch.get_rng_state(),
+            }
+            run.save_checkpoint(Stage.NOTHING, training=training)
 
     def finish(self) -> None:
-        """Ends the training: leaves the exported weights in the model and in final_model.pt.
+        """Leaves the exported weights in the model and in final_model.pt.
 
-        A signal that came in the last step ends the run first.
+        A signal during the last step ends the run first.
         """
         run, cfg, state = self.run, self.cfg, self.state
         self.read_step()
@@ -3576,11 +3571,10 @@ class Trainer:
 def train(run: Run, reserve: float) -> bool:
     """Trains until the budget less `reserve` seconds is spent, or for ITERATIONS steps.
 
-    No step ends after the budget. Schedules follow the share of the budget, or of ITERATIONS, that
-    is spent. Leaves the weights that EXPORT_WEIGHTS names in the model. Returns whether the layers
-    were looped in the last step, because scoring must use the depth that was trained. Raises
-    FloatingPointError if a loss or a gradient is not finite (see last_good.pt), RunStopped beyond a
-    limit of recompilations or speed, and KeyboardInterrupt after a signal. All ranks must call it.
+    No step ends after the budget. Schedules follow the spent share of the budget, or of ITERATIONS.
+    Leaves the weights that EXPORT_WEIGHTS names in the model. Returns whether the layers were
+    looped in the last step, because scoring must use the depth that was trained. Raises as
+    `read_step` and `pause` of the Trainer. All ranks must call it.
     """
     cfg, model, optimizers = run.cfg, run.model, run.optimizers
     trainer = Trainer(run, cfg.wallclock - reserve)
@@ -3601,23 +3595,24 @@ def train(run: Run, reserve: float) -> bool:
             order = [visit.layer for visit in plan]
             run.log(f"layer_loop:enabled step:{step} frac:{frac:.3f} order:{order}")
         rows, num_targets = next(steps)
-        scale = lr_scale(frac, cfg, step)
-        if cfg.late_qat and scale < cfg.late_qat_threshold and not state.rounded:
-            run.log(f"late_qat:enabled step:{step} lr_scale:{scale:.3f}")
+        lr_scale = lr_scale_at(frac, cfg, step)
+        if cfg.late_qat and lr_scale < cfg.late_qat_threshold and not state.rounded:
+            run.log(f"late_qat:enabled step:{step} lr_scale:{lr_scale:.3f}")
             state.rounded = True
 
         model.set_rounding(state.rounded)
         loss = accumulate_gradients(run.forward, plan, rows, num_targets, run.graphs)
         model.set_rounding(False)
 
-        # The device is busy with this step, so reading the step before costs no time.
+        # The device is busy with this step, so reading the previous step costs no time.
         trainer.read_step()
+        # Not earlier: read_step may save the previous step as last_good.pt.
         state.looped = state.looped or loops_begin
-        grad_norm = optimizers.step(scale, muon_momentum(step, cfg), state.newest_share)
-        state.newest_share = average.newest_share(step + 1, scale)
+        grad_norm = optimizers.step(lr_scale, muon_momentum(step, cfg), state.newest_share)
+        state.newest_share = average.newest_share(step + 1, lr_scale)
         state.tokens += num_targets
         compilations = run.sentinel.poll()
-        pacer.send(loss, grad_norm, scale, len(plan), compilations, trainer.signal_number)
+        pacer.send(loss, grad_norm, lr_scale, len(plan), compilations, trainer.signal_number)
         if state.step == 1:
             trainer.read_step()
         if cfg.val_loss_every and state.step % cfg.val_loss_every == 0:
@@ -3635,9 +3630,8 @@ class ByteTable(NamedTuple):
 
     base: np.ndarray  # (V,) int64: UTF-8 length of the text without one leading space
     space: np.ndarray  # (V,) bool: the piece begins with the space mark
-    boundary: (
-        np.ndarray
-    )  # (V,) bool: control, unknown or unused piece, after which text starts anew
+    # (V,) bool: a control, unknown or unused piece, after which text starts anew
+    boundary: np.ndarray
 
     @classmethod
     def from_sentencepiece(cls, model: Any) -> ByteTable:
@@ -3650,7 +3644,7 @@ class ByteTable(NamedTuple):
             if is_boundary:
                 piece = ""
             elif model.is_byte(i):
-                piece = "?"  # of one byte
+                piece = "?"  # any text of one byte
             else:
                 piece = model.id_to_piece(i)
             text = piece.removeprefix("\u2581").replace("\u2581", " ")
@@ -3673,10 +3667,10 @@ class ByteTable(NamedTuple):
 
 
 def check_bytes(tokenizer: Tokenizer, docs: Documents, ranks: Ranks) -> tuple[ByteTable, int]:
-    """Compares the table's bytes with those of the decoded text, for every W-th document.
+    """Compares the table's bytes with the decoded text, for this rank's share of the documents.
 
-    Returns the table, and the decoded bytes of this rank's documents. Raises UsageError if a
-    document differs, or the whole set from its manifest.
+    Returns the table, and the decoded bytes of this share. Raises UsageError if a document differs,
+    or if all of them differ from the manifest.
     """
     table = ByteTable.from_sentencepiece(tokenizer.model)
     decoded = 0
@@ -3706,14 +3700,14 @@ def check_bytes(tokenizer: Tokenizer, docs: Documents, ranks: Ranks) -> tuple[By
 
 
 class DatasetTotals(NamedTuple):
-    """What a validation set holds; 0 where a number is not known."""
+    """The size of a validation set; 0 where a number is not known."""
 
     documents: int
     tokens: int
     bytes: int
 
 
-# What the field's validation sets hold. Other numbers mean other data, or that its end is lost.
+# The challenge's validation sets. Other numbers mean other data, or that its end is lost.
 CANONICAL = {
     "fineweb10B_sp8192": DatasetTotals(50_000, 40_540_803, 151_080_891),
     "fineweb10B_sp4096": DatasetTotals(50_000, 0, 151_080_891),
@@ -3729,9 +3723,10 @@ class Ledger:
     """The score of every target of the validation stream, and the only source of val_loss, val_bpb.
 
     A target is named by its stream index, as in Documents. The ledger holds its nats as first
-    scored and how often it was scored. Before an update of adapters or weights reads targets, it
-    must declare them: none may be read before it is scored. All is kept on the device, so no step
-    waits for it. Each evaluation has a ledger of its own, and each rank its part until `join`.
+    scored and how often it was scored. An update of adapters or weights must declare the targets
+    that it reads before it reads them: a target may only be read after its score. The tensors are
+    on the device, so no step waits for them. Each evaluation has a ledger of its own; each rank has
+    a part of it until `join`.
     """
 
     def __init__(self, docs: Documents, table: ByteTable, device: torch.device):
@@ -3743,13 +3738,13 @@ class Ledger:
         self.times_scored = torch.zeros_like(self.tokens)  # (N,) int32
         # Targets that an update read before their score, () int64.
         self.num_read_early = torch.zeros((), dtype=torch.int64, device=device)
-        # Documents, or chunks of the stream, that the deadline kept from being learnt from.
+        # Documents, or chunks of the stream, that were not learnt from because of the deadline.
         self.num_not_learnt_from = 0
 
     def record(self, index: Tensor, nats: Tensor) -> None:
         """Records the scores of the targets `index` (n,) int64: nats (n,) fp32.
 
-        They are final: a second score changes nothing, but is counted.
+        Scores are final. A second score changes nothing, but is counted.
         """
         is_new = self.times_scored[index] == 0
         self.nats[index] = torch.where(is_new, nats, self.nats[index])
@@ -3758,7 +3753,7 @@ class Ledger:
     def require_scored(self, index: Tensor, ranks: Ranks | None = None) -> None:
         """Declares that an update reads the targets `index` (n,) int64, and counts the unscored.
 
-        With `ranks`, a target scored by any rank is scored; then all of them must call it.
+        With `ranks`, a target that any rank has scored counts as scored; all ranks must call it.
         """
         times = self.times_scored[index]
         if ranks:
@@ -3787,7 +3782,7 @@ class Ledger:
         return self
 
     def by_document(self) -> dict[str, np.ndarray]:
-        """Nats, bytes and targets of every document, (D,) each."""
+        """Nats, bytes and targets of every document, (docs,) each."""
         starts = self.docs.starts
         ends = starts + self.docs.counts
 
@@ -3802,7 +3797,7 @@ class Ledger:
         }
 
     def problems(self, decoded_bytes: int) -> list[str]:
-        """The rules that a joined ledger breaks, in words; empty if it keeps all.
+        """The rules that a joined ledger breaks, in words.
 
         decoded_bytes: bytes of the decoded text of all documents.
         """
@@ -3830,13 +3825,14 @@ Window = tuple[int, int, int]  # (start, first_scored, end)
 def scoring_windows(num_targets: int, length: int, stride: int) -> list[Window]:
     """Windows over a text that score each of its targets once. Indices count from its start.
 
-    Windows start at multiples of `stride`, wherever the text ends: a window that was moved to end
-    with it would let scores depend on what comes later. With stride = length none overlaps another
-    (plain scoring); otherwise all but the first score only their last `stride` targets.
+    Windows start at multiples of `stride`, wherever the text ends: if the last one were moved to
+    end with the text, its scores would depend on where that is. With stride = length windows do not
+    overlap (plain scoring); otherwise all but the first score only their last `stride` targets.
     """
     if num_targets <= 0:
         return []
     windows = []
+    # Up to the first window that reaches the end.
     for start in range(0, max(num_targets - length, 0) + stride, stride):
         first_scored = start + length - stride if start else 0
         windows.append((start, first_scored, min(start + length, num_targets)))
@@ -3844,7 +3840,7 @@ def scoring_windows(num_targets: int, length: int, stride: int) -> list[Window]:
 
 
 class Scorer(NamedTuple):
-    """Scores windows of the validation stream without learning: what all evaluations share."""
+    """Scores windows of the validation stream without learning, for all evaluations."""
 
     forward: Callable
     plan: tuple[Visit, ...]
@@ -3856,8 +3852,8 @@ class Scorer(NamedTuple):
     def stream_windows(self, stride: int, first: int = 0) -> Iterator[Window]:
         """Windows over all texts, `stride` targets apart, that score the targets from `first` on.
 
-        A text is a document with DATA_LOADER=documents, otherwise the stream. Windows and `first`
-        are indices into the stream. A stride of 0 is the length of a window, EVAL_SEQ_LEN.
+        A text is a document with DATA_LOADER=documents, otherwise the stream. All indices are those
+        of the stream. A stride of 0 stands for the length of a window, EVAL_SEQ_LEN.
         """
         docs = self.ledger.docs
         if self.cfg.data_loader == "documents":
@@ -3881,7 +3877,7 @@ class Scorer(NamedTuple):
     def score_windows(self, windows: Iterable[Window], shared: bool) -> None:
         """Scores windows of the stream and records the results in the ledger.
 
-        With `shared` the ranks, all of which call it, divide the rows between them.
+        With `shared` the ranks divide the rows between them, and all must call it.
         """
         rows = self.pack_windows(windows)
         if shared:
@@ -3895,7 +3891,7 @@ class Scorer(NamedTuple):
                 )
 
     def pack_windows(self, windows: Iterable[Window]) -> list[list[Window]]:
-        """The windows of each row, as they come. No score depends on the rest of its row."""
+        """The windows of each row, in order. No score depends on the other windows of its row."""
         size, capacity, _ = self.cfg.val_row_shape
         rows = []
         used = math.inf  # tokens of the last row
@@ -3917,13 +3913,13 @@ class Scorer(NamedTuple):
         inputs = ledger.docs.tokens[read]
         targets = np.where(scored, ledger.docs.tokens[read + 1], -1)
         batch = pack_row(inputs, targets, starts, self.cfg.val_row_shape, device)
-        # Copied before the forward begins, because the copy waits for all work given so far.
+        # Copied before the forward, because a copy waits for all work that the device has.
         index = torch.from_numpy(np.where(scored, read, ledger.padding_index)).to(device)
         ledger.record(index, self.forward(batch, self.plan)[: len(index)])
 
 
 def score_all(scorer: Scorer, stride: int) -> Ledger:
-    """Scores every target once, in windows `stride` apart (0: a window). All ranks must call it."""
+    """Scores every target once, in windows as in stream_windows. All ranks must call it."""
     scorer.score_windows(scorer.stream_windows(stride), shared=True)
     return scorer.ledger.join(scorer.ranks)
 
@@ -5065,45 +5061,45 @@ def load_artifact(model: GPT, arrays: ArtifactArrays) -> None:
 # The rules, in one place:
 #
 # * Score first, then learn. A chunk's scores are final in the ledger before anything learns from
-#   it, and the ledger counts every target that an update reads before its score: one is enough
-#   for the result to be refused.
-# * What a target's score may depend on, with TTT_MODE=document: the artifact, the tokens before
-#   the target in its window, and the adapter of its document, which starts from SEED and learns
-#   from earlier chunks of that document. So neither the batch, nor its order, nor the number of
-#   ranks matters. Two options add text that comes earlier in the stream: TTT_WARM_START_A hands on
-#   the adapters' A from earlier batches, PHASED_TTT_NUM_PHASES lets all weights learn from earlier
-#   documents. With TTT_MODE=chunk all weights learn from earlier chunks of the stream.
-# * Windows, sizes of chunks and the range that is learnt from go by the index in a document, never
-#   by where the document ends: that is information about the future. A document's last window ends
-#   on the grid of chunks like every other, and its end is padding.
-# * Memory. When a forward runs out of memory, half as many documents are run at once from then on;
-#   a chunk is scored in parts, and no score changes.
-# * The deadline decides only whether there is another update: see Deadline. What is left is scored
-#   plainly, by windows that learn nothing, so every target has a score in time.
+#   it. The ledger counts every target that an update reads before its score; a single one is
+#   enough for the result to be refused.
+# * With TTT_MODE=document a target's score may depend on the artifact, the tokens before the target
+#   in its window, and the adapter of its document, which starts from SEED and learns from earlier
+#   chunks of that document. So neither the batch, nor its order, nor the number of ranks matters.
+#   Two options add text that comes earlier in the stream: TTT_WARM_START_A hands on the adapters' A
+#   from earlier batches, PHASED_TTT_NUM_PHASES lets all weights learn from earlier documents. With
+#   TTT_MODE=chunk all weights learn from earlier chunks of the stream.
+# * Windows, sizes of chunks and the range that is learnt from depend on the index in a document,
+#   never on where the document ends: that is information about the future. A document's last window
+#   ends on the grid of chunks like every other, and is padded there.
+# * When a forward runs out of memory, half as many documents are run at once from then on. A chunk
+#   is then scored in parts, and no score changes.
+# * The deadline only decides whether there is another update: see Deadline. The remaining targets
+#   are scored plainly, in windows without learning, so every target has a score in time.
 class Deadline:
     """When learning must stop, so that all targets are scored before the evaluation's time is over.
 
-    It must once now + 2 * step + 2 * (time to score the targets left plainly) reaches the end. The
-    step is the longest time between two questions, where each question takes a tenth off. Once
-    `late` is true it stays true.
+    Learning stops as soon as now + 2 * longest_gap + 2 * (time to score the remaining targets
+    plainly) reaches the end. Once `late` is true it stays true.
     """
 
     def __init__(self, seconds: float):
         self.end = time.monotonic() + seconds
-        self.step = 0.0  # seconds
-        self.asked_at = math.inf
+        # The longest time in seconds between two calls of `near`, decaying by a tenth a call.
+        self.longest_gap = 0.0
+        self.called_at = math.inf
         self.seconds_per_target = 0.0  # of plain scoring on one rank; set once it is measured
         self.late = False
 
     def near(self, targets: float, ranks: Ranks | None = None) -> bool:
-        """Whether to stop, with so many targets left for this rank; asked before each step.
+        """Whether learning must stop, with `targets` left for this rank. Call it before each step.
 
-        With `ranks` all of them must call it, and all stop if one must.
+        With `ranks` all ranks must call it, and all stop if one must.
         """
         now = time.monotonic()
-        self.step = max(0.9 * self.step, now - self.asked_at)
-        self.asked_at = now
-        needed = 2 * self.step + 2 * self.seconds_per_target * targets
+        self.longest_gap = max(0.9 * self.longest_gap, now - self.called_at)
+        self.called_at = now
+        needed = 2 * self.longest_gap + 2 * self.seconds_per_target * targets
         late = self.late or now + needed >= self.end
         self.late = any(ranks.gather(late)) if ranks else late
         return self.late
@@ -5121,9 +5117,9 @@ def adapter_update(
 ) -> None:
     """Update number `t` of adapters, in place, with AdamW or SGD (TTT_OPTIMIZER).
 
-    leaf: what the forward reads; it is `master`, or master's rounding to the compute dtype.
-    master: fp32. moments: one of SGD (momentum TTT_BETA1); of AdamW the second and, with
-    TTT_BETA1 > 0, the first. t and rate are tensors, so that new values compile nothing.
+    master: fp32. leaf: the tensor that the forward reads, either `master` itself or its rounding to
+    the compute dtype. moments: SGD's momentum (factor TTT_BETA1); or AdamW's second moment and,
+    with TTT_BETA1 > 0, the first. t and rate are tensors, so that new values compile nothing.
     """
     grad = grad.float()
     decay = cfg.ttt_weight_decay
@@ -5144,8 +5140,8 @@ def adapter_update(
 def chunk_grid(cfg: Config, longest: int) -> list[tuple[int, int]]:
     """(start, end) of the chunks of a document, up to `longest` targets.
 
-    TTT_SHORT_CHUNKS shortens chunks by their index in the document. PR #2014 goes by the length of
-    the document, which would tell the model where it ends.
+    TTT_SHORT_CHUNKS shortens chunks by their index in the document. PR #2014 uses the length of the
+    document, which tells the model where the document ends.
     """
     grid = []
     start = 0
@@ -5161,36 +5157,34 @@ def chunk_grid(cfg: Config, longest: int) -> list[tuple[int, int]]:
 
 
 def window_buckets(cfg: Config) -> list[int]:
-    """The TTT_BUCKETS window lengths that are compiled, rising on a geometric scale.
-
-    The longest comes first in the making, so that a single bucket holds every window.
-    """
+    """The TTT_BUCKETS window lengths that are compiled, rising on a geometric scale."""
     longest = cfg.ttt_eval_seq_len
     shortest = min(2 * cfg.ttt_chunk_size, longest)
+    # Made from the longest down: with TTT_BUCKETS=1 that is the one.
     lengths = np.geomspace(longest, shortest, cfg.ttt_buckets)[::-1]
-    return [min(-(-int(length) // 16) * 16, longest) for length in lengths]
+    return [min(math.ceil(int(length) / 16) * 16, longest) for length in lengths]
 
 
 @dataclasses.dataclass(eq=False)
 class DocumentBatch:
     """Documents that adapt side by side, longest first, each with an adapter of its own.
 
-    Everything has R rows. Rows beyond the documents, if any, have no targets.
+    All tensors have R rows. Rows beyond the documents, if any, have no targets.
     """
 
     lengths: np.ndarray  # (R,) targets of each document
     counts: Tensor  # (R, 1) int64: the same on the device
     starts: Tensor  # (R, 1) int64: stream index of each document's first token
     master: LoRA  # fp32
-    lora: LoRA  # what the forward reads: the master itself, or rounded to the compute dtype
+    lora: LoRA  # read by the forward: the master itself, or rounded to the compute dtype
     moments: list[list[Tensor]]  # the optimiser's, for each leaf of the master
-    rate_factors: list[Tensor]  # what the rate is multiplied by, for each leaf
-    updates: int = 0  # that the documents have taken so far
+    rate_factors: list[Tensor]  # factors of the rate, for each leaf
+    updates: int = 0  # number of updates so far
 
     @classmethod
     @torch.no_grad()
     def start(cls, cfg: Config, docs: Documents, batch: np.ndarray, master: LoRA) -> DocumentBatch:
-        """The documents `batch` (n,) with new adapters `master` for at least as many rows."""
+        """The documents `batch` (n,) with new adapters `master`, which may have more rows."""
         device = master.down.device
         empty_rows = len(master.down) - len(batch)
         lengths = np.pad(docs.counts[batch], (0, empty_rows))
@@ -5215,28 +5209,20 @@ class DocumentBatch:
 
 
 class WarmStart(NamedTuple):
-    """A of the latest batch, which the next batch begins with (TTT_WARM_START_A, PR #1767).
+    """The adapters' A of a batch, with which the next one begins (TTT_WARM_START_A, PR #1767).
 
-    Rows go by length, which depends on text to come. A is therefore handed on by rank in the order
-    of the stream: the r-th document of the next batch takes over from the r-th of this one.
+    Rows are ordered by length, which depends on text to come. A is therefore handed on by place in
+    the stream: the document in place p of the next batch takes over from place p of this one.
     """
 
-    down: Tensor  # (R, sites, rank, C): the batch's own tensor, which goes on learning
-    row_of_rank: np.ndarray  # (R,) row of the r-th document in the order of the stream
-
-
-class ChunkWindows(NamedTuple):
-    """The windows that end with one chunk of several documents, as a row for the forward."""
-
-    batch: Batch
-    index: Tensor  # (n,) stream index of each scored target, the padding index where there is none
-    select: Tensor  # (n,) position in the row of each scored target
+    down: Tensor  # (R, sites, LoRA rank, C): the batch's own tensor, which goes on learning
+    row_of_place: np.ndarray  # (R,) the row of the document in each place
 
 
 class ChunkScores(NamedTuple):
     """The outcome of a forward over one chunk of several documents."""
 
-    index: Tensor  # (n,) as in ChunkWindows
+    index: Tensor  # (n,) stream index of each scored target, the padding index where there is none
     nats: Tensor  # (n,) fp32, detached
     grads: tuple[Tensor, ...]  # for each leaf of the adapters; empty if none of them learns
 
@@ -5244,7 +5230,7 @@ class ChunkScores(NamedTuple):
 class Adaptation:
     """Scores documents chunk by chunk and teaches their adapters (PR #1530), on one rank.
 
-    The network stays as it is. `begin` a batch of documents, then `run_chunk` for every chunk.
+    The network does not change. `begin` a batch of documents, then `run_chunk` for every chunk.
     """
 
     def __init__(
@@ -5255,19 +5241,20 @@ class Adaptation:
         self.forward = forward
         self.plan = plan
         self.device = device
-        # Documents at once are a multiple of it, so that few shapes are compiled.
+        # The number of documents at once is a multiple of it, so that few shapes are compiled.
         self.granule = 8 if cfg.compile else 1
-        # Documents that end with a chunk need no gradient. Compiled, one graph serves all of them.
+        # Documents that end with a chunk need no gradient, so they are run apart from the others.
+        # When compiled, one graph serves both.
         self.separates_learners = not cfg.compile
         self.update = torch.compile(adapter_update, dynamic=True) if cfg.compile else adapter_update
         self.buckets = window_buckets(cfg)
-        self.max_tokens = 1 << 60  # that memory holds at once, as far as is known
+        self.max_tokens = 1 << 60  # that memory holds at once; no bound is known at first
         self.documents: DocumentBatch | None = None
         self.warm: WarmStart | None = None
 
     def whole_granules(self, count: int) -> int:
-        """The multiple of the granule that holds `count` documents."""
-        return -(-count // self.granule) * self.granule
+        """`count` documents, rounded up to a multiple of the granule."""
+        return math.ceil(count / self.granule) * self.granule
 
     @torch.no_grad()
     def begin(self, docs: Documents, batch: np.ndarray) -> None:
@@ -5276,31 +5263,28 @@ class Adaptation:
         rows = self.whole_granules(len(batch))
         master = LoRA.zeros(cfg, rows, len(self.plan), self.device)
         if cfg.ttt_warm_start_a:
-            row_of_rank = np.append(np.argsort(batch), np.arange(len(batch), rows))
-            rank_of_row = np.argsort(row_of_rank)
-            master.reset(cfg.seed, rank_of_row.tolist())
+            # The argsort of a permutation is its inverse.
+            row_of_place = np.append(np.argsort(batch), np.arange(len(batch), rows))
+            place_of_row = np.argsort(row_of_place)
+            master.reset(cfg.seed, place_of_row.tolist())
             if self.warm is not None and len(self.warm.down) >= rows:
-                master.down.copy_(self.warm.down[self.warm.row_of_rank[rank_of_row]])
-            self.warm = WarmStart(master.down, row_of_rank)
+                master.down.copy_(self.warm.down[self.warm.row_of_place[place_of_row]])
+            self.warm = WarmStart(master.down, row_of_place)
         else:
             master.reset(cfg.seed, docs.starts[batch].tolist())
         self.documents = DocumentBatch.start(cfg, docs, batch, master)
 
     def learns_from(self, end: int) -> bool:
-        """Whether documents learn from a chunk that ends there, wherever they end themselves."""
+        """Whether documents learn from a chunk that ends at `end`; their own ends do not matter."""
         return self.cfg.ttt_min_doc_len <= end <= (self.cfg.ttt_max_doc_len or math.inf)
 
-    def num_live(self, start: int) -> int:
-        """How many documents, from the first row on, a chunk that starts there is run for."""
-        return self.documents.num_longer(start)
-
     def run_chunk(self, ledger: Ledger, start: int, end: int) -> None:
-        """Scores the targets start..end-1 of all documents and only then learns from them.
+        """Scores the targets start..end-1 of all documents, then learns from them.
 
         As many documents as memory holds are run at once.
         """
         documents = self.documents
-        live = self.whole_granules(self.num_live(start))
+        live = self.whole_granules(documents.num_longer(start))
         tokens = min(end, self.cfg.ttt_eval_seq_len)  # per document
         learners = 0
         if self.separates_learners and self.learns_from(end):
@@ -5319,7 +5303,6 @@ class Adaptation:
                     raise
                 self.max_tokens = tokens * count // 2
                 continue
-            # Final from here on.
             ledger.record(scores.index, scores.nats)
             if scores.grads:
                 self.learn_chunk(ledger, start, end, rows, scores)
@@ -5327,11 +5310,14 @@ class Adaptation:
         if self.learns_from(end):
             documents.updates += self.cfg.ttt_grad_steps
 
-    def chunk_windows(self, ledger: Ledger, start: int, end: int, rows: slice) -> ChunkWindows:
-        """The windows in which the targets start..end-1 of these documents are scored.
+    def chunk_windows(
+        self, ledger: Ledger, start: int, end: int, rows: slice
+    ) -> tuple[Batch, Tensor, Tensor]:
+        """The windows in which the targets start..end-1 of these documents are scored, as one row.
 
         Each holds the TTT_EVAL_SEQ_LEN inputs before `end`, or as many as there are, and is padded
-        to a bucket. Padding is a segment of its own.
+        to a bucket. Padding is a segment of its own. Returns the row and, for each scored target,
+        its stream index (n,) and its position in the row (n,).
         """
         starts = self.documents.starts[rows]
         counts = self.documents.counts[rows]
@@ -5355,33 +5341,33 @@ class Adaptation:
             cu_seqlens,
             self.cfg.ttt_eval_seq_len,
         )
-        scored = slice(length - (end - start), length)
-        position = torch.arange(scored.start, scored.stop, device=self.device)
-        return ChunkWindows(batch, index[:, scored].flatten(), (begin + position).flatten())
+        first_scored = length - (end - start)
+        scored = torch.arange(first_scored, length, device=self.device)
+        return batch, index[:, first_scored:length].flatten(), (begin + scored).flatten()
 
     def forward_chunk(self, ledger: Ledger, start: int, end: int, rows: slice) -> ChunkScores:
         """Nats of the targets start..end-1 of these documents, each with its own adapter.
 
-        Also the gradient of the adapters, unless none of these documents goes on after `end`: a
-        document does not learn from its last chunk, as there is nothing left to score.
+        Also the gradient of the adapters, if any of these documents goes on after `end`: a document
+        does not learn from its last chunk, because nothing is left to score.
         """
         lora = self.documents.lora.rows(rows)
-        windows = self.chunk_windows(ledger, start, end, rows)
+        batch, index, select = self.chunk_windows(ledger, start, end, rows)
         goes_on = bool((self.documents.lengths[rows] > end).any())
         learns = self.learns_from(end) and goes_on
         with torch.set_grad_enabled(learns or not self.separates_learners):
-            nats = self.forward(windows.batch, self.plan, lora=lora, select=windows.select)
+            nats = self.forward(batch, self.plan, lora=lora, select=select)
         grads = ()
         if learns:
-            of_document = nats.view(-1, end - start).mean(1)
-            loss = (of_document * (self.documents.counts[rows, 0] > end)).sum()
+            document_nats = nats.view(-1, end - start).mean(1)
+            loss = (document_nats * (self.documents.counts[rows, 0] > end)).sum()
             grads = torch.autograd.grad(loss, lora.leaves)
-        return ChunkScores(windows.index, nats.detach(), grads)
+        return ChunkScores(index, nats.detach(), grads)
 
     def learn_chunk(
         self, ledger: Ledger, start: int, end: int, rows: slice, scores: ChunkScores
     ) -> None:
-        """TTT_GRAD_STEPS updates from a scored chunk; the first has its gradient already."""
+        """Makes TTT_GRAD_STEPS updates from a scored chunk; `scores` has the first gradient."""
         grads = scores.grads
         for repeat in range(self.cfg.ttt_grad_steps):
             ledger.require_scored(scores.index)
@@ -5391,9 +5377,9 @@ class Adaptation:
 
     @torch.no_grad()
     def apply_gradients(self, grads: tuple[Tensor, ...], rows: slice, number: int) -> None:
-        """Update number `number`, from 1 on, of the adapters of these documents.
+        """Makes update `number`, from 1 on, of the adapters of these documents.
 
-        With TTT_COSINE_CHUNKS the rate falls on a cosine over so many chunks to a tenth.
+        Over TTT_COSINE_CHUNKS chunks, if set, the rate falls on a cosine to a tenth.
         """
         cfg = self.cfg
         documents = self.documents
@@ -5411,16 +5397,18 @@ class Adaptation:
 
 
 def batch_size_factor(length: int, cfg: Config, world_size: int) -> float:
-    """How many times TTT_BATCH_SIZE documents of about this length run at once.
+    """How many times TTT_BATCH_SIZE documents of about `length` targets run at once.
 
-    Four times as many short ones, which fill the device badly, and a quarter of long ones where
-    another rank can take the others.
+    Short documents, up to 1/8 of a window, fill the device badly, so four times as many run. Of
+    long ones, above two windows, a quarter run if other ranks can take the rest.
     """
-    windows = length / cfg.ttt_eval_seq_len
-    if cfg.ttt_warm_start_a or 1 / 8 < windows <= 2:
+    if cfg.ttt_warm_start_a:
         return 1
-    if windows < 1:
+    windows = length / cfg.ttt_eval_seq_len
+    if windows <= 1 / 8:
         return 4
+    if windows <= 2:
+        return 1
     return 0.25 if world_size > 1 else 1
 
 
@@ -5429,8 +5417,9 @@ def plan_batches(
 ) -> list[np.ndarray]:
     """Batches of the documents `chosen` (n,) that have targets, each batch longest first.
 
-    Documents of like length go together, and the longest first so that no rank waits at the end.
-    With TTT_WARM_START_A batches go in the order of the stream, as each learns for later ones.
+    A batch has documents of similar length. Batches of long documents come first, so that no rank
+    waits at the end. With TTT_WARM_START_A batches keep the order of the stream, because each
+    learns for later ones.
     """
     chosen = chosen[docs.counts[chosen] > 0]
     if not cfg.ttt_warm_start_a:
@@ -5444,9 +5433,9 @@ def plan_batches(
 
 
 def score_then_learn(adaptation: Adaptation, batch: np.ndarray, ledger: Ledger) -> Iterator[int]:
-    """Runs the documents `batch` (n,) chunk by chunk: scores, and only then learns.
+    """Runs the documents `batch` (n,) chunk by chunk.
 
-    Yields before each chunk how many targets of each document are scored by then.
+    Yields before each chunk how many targets of each document have been scored.
     """
     adaptation.begin(ledger.docs, batch)
     longest = int(ledger.docs.counts[batch].max())
@@ -5456,7 +5445,7 @@ def score_then_learn(adaptation: Adaptation, batch: np.ndarray, ledger: Ledger) 
 
 
 def score_rest(scorer: Scorer, batch: np.ndarray, num_scored: int) -> None:
-    """Scores without learning what is left of the documents `batch` after their first targets."""
+    """Scores the documents `batch` after their first `num_scored` targets, without learning."""
     docs = scorer.ledger.docs
     windows = []
     for document in batch:
@@ -5470,18 +5459,17 @@ def score_rest(scorer: Scorer, batch: np.ndarray, num_scored: int) -> None:
 def adapt_documents(
     adaptation: Adaptation, scorer: Scorer, first: int, stop: int, deadline: Deadline
 ) -> None:
-    """Scores the documents first..stop-1 once, learning on the way.
+    """Scores the documents first..stop-1 once, and teaches their adapters.
 
     Ranks take batches from a shared counter; with TTT_WARM_START_A each has a fixed share. When the
-    deadline is near, a rank scores the rest of its batch, and all batches that it takes from there
-    on, without learning.
+    deadline is near, a rank scores the rest of its batch and all later batches without learning.
     """
     ledger = scorer.ledger
     cfg = scorer.cfg
     ranks = scorer.ranks
     counts = ledger.docs.counts
     batches = plan_batches(ledger.docs, np.arange(first, stop), cfg, ranks.world_size)
-    # Targets of everything after each batch, those of later phases included.
+    # The number of targets after each batch, with those of later phases.
     in_batches = np.array([counts[batch].sum() for batch in batches], dtype=np.int64)
     left_after = counts[stop:].sum() + in_batches.sum() - in_batches.cumsum()
     if cfg.ttt_warm_start_a:
@@ -5508,12 +5496,12 @@ def adapt_documents(
 class LearningChunk(NamedTuple):
     """Scored targets that all weights learn from at once."""
 
-    index: np.ndarray  # (n,) their indices in the stream
-    share: float  # of the rate's cosine schedule that is over, in [0, 1]
+    index: np.ndarray  # (n,) stream index of each target
+    share: float  # done share of the rate's cosine schedule, in [0, 1]
 
 
 class LearningTask(NamedTuple):
-    """What all weights learn from between two parts of an evaluation."""
+    """The chunks that all weights learn from between two parts of an evaluation."""
 
     targets_left: int  # to score after it
     chunks: list[LearningChunk]
@@ -5522,11 +5510,11 @@ class LearningTask(NamedTuple):
 def score_documents(
     adaptation: Adaptation, scorer: Scorer, deadline: Deadline
 ) -> Iterator[LearningTask]:
-    """Scores each document with its own adapter, and yields what all weights may learn from.
+    """Scores each document with its own adapter, and yields the chunks for all weights.
 
     With PHASED_TTT_NUM_PHASES all weights learn (PR #1626) from the documents up to a point in the
-    stream, before any document after it is scored. All scores then condition on the past of the
-    stream. The published queue, longest document first, conditions on another order.
+    stream, before any document after it is scored. So scores only depend on earlier text. In the
+    published queue, longest document first, they do not.
     """
     cfg = scorer.cfg
     docs = scorer.ledger.docs
@@ -5542,7 +5530,7 @@ def score_documents(
         first = stop
         # A phase begins with fresh adapters.
         adaptation.warm = None
-        # After the last document nothing is left that learning could help.
+        # After the last document there is nothing left to learn for.
         index = docs.target_indices(stop if stop < num_docs else 0)
         size = cfg.ttt_chunk_tokens
         chunks = []
@@ -5551,32 +5539,32 @@ def score_documents(
         yield LearningTask(int(docs.counts[stop:].sum()), chunks)
 
 
-def windows_by_chunk(scorer: Scorer, index: np.ndarray) -> list[list[tuple[int, int, int]]]:
+def windows_by_chunk(scorer: Scorer, index: np.ndarray) -> list[list[Window]]:
     """Scoring windows of the stream for each chunk of TTT_CHUNK_TOKENS of the targets `index` (N,).
 
-    A window that straddles chunks appears in each with the part of its targets that lies there.
+    A window that scores targets of several chunks appears in each with that chunk's part of them.
     """
     cfg = scorer.cfg
     size = cfg.ttt_chunk_tokens
     stride = cfg.eval_stride if cfg.sliding_window_enabled else 0
     by_chunk = [[] for _ in range(0, len(index), size)]
-    for start, score, end in scorer.stream_windows(stride):
-        # Numbers of the scored targets among all targets: those from `first` to `last`.
-        first = int(np.searchsorted(index, score))
-        last = first + end - score - 1
+    for start, first_scored, end in scorer.stream_windows(stride):
+        # The window scores the targets number first..last of all. With size 100, those of 90..209
+        # are divided so: 90..99 go to chunk 0, 100..199 to chunk 1, 200..209 to chunk 2.
+        first = int(np.searchsorted(index, first_scored))
+        last = first + end - first_scored - 1
         for k in range(first // size, last // size + 1):
-            part_start = max(score, score + k * size - first)
-            part_end = min(end, score + (k + 1) * size - first)
+            part_start = max(first_scored, first_scored + k * size - first)
+            part_end = min(end, first_scored + (k + 1) * size - first)
             by_chunk[k].append((start, part_start, part_end))
     return by_chunk
 
 
 def score_chunks(scorer: Scorer, deadline: Deadline) -> Iterator[LearningTask]:
-    """Scores the stream chunk by chunk, and yields each for all weights to learn from it.
+    """Scores the stream chunk by chunk, and yields each chunk but the last for all weights.
 
-    TTT_MODE=chunk (PR #461, #1413). Nothing is learnt from the last chunk. With
-    SLIDING_WINDOW_ENABLED windows lie EVAL_STRIDE apart. Once the deadline is near, everything left
-    is scored at once in plain windows.
+    TTT_MODE=chunk (PR #461, #1413). With SLIDING_WINDOW_ENABLED windows lie EVAL_STRIDE apart. Once
+    the deadline is near, the rest is scored at once in plain windows.
     """
     ledger = scorer.ledger
     size = scorer.cfg.ttt_chunk_tokens
@@ -5606,8 +5594,8 @@ def evaluate_ttt(
 ) -> Ledger:
     """Scores every target once while learning, with adapters (`adaptation`) or in chunk mode.
 
-    In between all weights learn from scored targets, the same on all ranks, at a rate that falls on
-    a cosine. Afterwards they are as before. All ranks must call it; returns the joined ledger.
+    All weights learn from the yielded chunks, alike on all ranks, at a rate that falls on a cosine.
+    At the end they are restored. Returns the joined ledger. All ranks must call it.
     """
     cfg = scorer.cfg
     ranks = scorer.ranks
@@ -5619,7 +5607,7 @@ def evaluate_ttt(
     else:
         optimizer = torch.optim.SGD(weights, momentum=cfg.ttt_momentum)
 
-    # Or a compiled backward would compute the gradients of all weights for the adapters' sake.
+    # Otherwise a compiled backward of the adapters would compute the gradients of all weights, too.
     model.requires_grad_(False)
     if adaptation:
         tasks = score_documents(adaptation, scorer, deadline)
@@ -5644,9 +5632,9 @@ def evaluate_ttt(
 
 
 def learning_row(scorer: Scorer, index: np.ndarray) -> Batch:
-    """A row that predicts the targets `index` (n,), in segments of EVAL_SEQ_LEN.
+    """A row that predicts the targets `index` (n,), in segments of at most EVAL_SEQ_LEN.
 
-    Segments also begin with documents, unless the data loader lets windows cross them.
+    With DATA_LOADER=documents segments also begin with documents.
     """
     docs = scorer.ledger.docs
     length = scorer.cfg.eval_seq_len
@@ -5660,9 +5648,9 @@ def learning_row(scorer: Scorer, index: np.ndarray) -> Batch:
 
 
 def reduce_gradients(model: GPT, ranks: Ranks) -> None:
-    """Sums the gradients of all ranks, in place; those of the first TTT_FREEZE_BLOCKS layers are 0.
+    """Sums the gradients over the ranks, in place, and zeroes the first TTT_FREEZE_BLOCKS layers'.
 
-    All ranks must call it. One that had no row adds zeros.
+    A rank without a row adds zeros. All ranks must call it.
     """
     cfg = model.cfg
     table = parameter_table(cfg)
@@ -5671,7 +5659,7 @@ def reduce_gradients(model: GPT, ranks: Ranks) -> None:
             p.grad = torch.zeros_like(p)
         role = table[name]
         if role.per_layer:
-            by_layer = p.grad.unflatten(0, (role.halves, cfg.num_layers))
+            by_layer = p.grad.unflatten(0, (role.stacks, cfg.num_layers))
             by_layer[:, : cfg.ttt_freeze_blocks] = 0
         ranks.sum(p.grad)
 
@@ -5683,10 +5671,10 @@ def learn_weights(
     scorer: Scorer,
     index: np.ndarray,
 ) -> None:
-    """TTT_EPOCHS passes over the scored targets `index` (n,), in place on all weights.
+    """Updates all weights, in place, in TTT_EPOCHS passes over the scored targets `index` (n,).
 
-    A step takes TTT_BATCH_SEQS rows of EVAL_SEQ_LEN targets from each rank; a remainder that fills
-    no row is left out. All ranks must call it.
+    A step takes TTT_BATCH_SEQS rows of EVAL_SEQ_LEN targets from each rank. A remainder that does
+    not fill a row is left out. All ranks must call it.
     """
     cfg = scorer.cfg
     ranks = scorer.ranks
@@ -5698,9 +5686,9 @@ def learn_weights(
 
     model.requires_grad_(True)
     for step in steps * cfg.ttt_epochs:
-        mine = step[ranks.rank :: ranks.world_size].ravel()
-        if len(mine):
-            nats = forward(learning_row(scorer, mine), scorer.plan)
+        rank_index = step[ranks.rank :: ranks.world_size].ravel()
+        if len(rank_index):
+            nats = forward(learning_row(scorer, rank_index), scorer.plan)
             (nats.sum() / step.size).backward()
         reduce_gradients(model, ranks)
         torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.ttt_grad_clip or math.inf)

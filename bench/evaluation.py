@@ -196,7 +196,7 @@ class Timed(tg.Adaptation):
         return self.inner(batch, plan, lora=lora, select=select)
 
     def run_chunk(self, ledger: tg.Ledger, start: int, end: int) -> None:
-        self.steps.append(np.array([0, 0, self.documents.num_longer(end) > 0]))
+        self.steps.append(np.array([0, 0, (self.documents.lengths > end).any()]))
         self.watch.mark()
         super().run_chunk(ledger, start, end)
         self.watch.mark()
@@ -209,8 +209,10 @@ class Published(Timed):
         super().__init__(*args)
         self.buckets, self.separates_learners = [], False
 
-    def num_live(self, start: int) -> int:
-        return len(self.documents.lengths)
+    def begin(self, docs: tg.Documents, batch: np.ndarray) -> None:
+        super().begin(docs, batch)
+        rows = len(self.documents.lengths)
+        self.documents.num_longer = lambda index: rows
 
     def noting(self, batch: tg.Batch, plan: tuple, lora: tg.LoRA, select: Tensor) -> Tensor:
         return super().noting(batch, plan, lora, None)[select]

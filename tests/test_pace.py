@@ -113,7 +113,7 @@ def test_the_share_of_the_budget_stays_below_one_after_a_slow_beginning():
     pacer = tg.Pacer(state, cpu_ranks(), budget_s=18.0, iterations=1000)
     assert pacer.fits(4)
     assert pacer.frac() < 1
-    assert tg.lr_scale(pacer.frac(), tiny_config(warmdown_frac=0, enable_looping_at=1)) == 1.0
+    assert tg.lr_scale_at(pacer.frac(), tiny_config(warmdown_frac=0, enable_looping_at=1)) == 1.0
 
 
 # --- Speed ----------------------------------------------------------------------------------------
