@@ -4069,7 +4069,7 @@ class Matrix(NamedTuple):
 
     @property
     def is_lookup(self) -> bool:
-        """Whether rows of the table are only looked up: no activation multiplies them."""
+        """Whether this is a table whose rows are only looked up, so that it multiplies nothing."""
         return self.site == self.bank
 
 
@@ -4120,9 +4120,9 @@ def float_shapes(cfg: Config) -> dict[str, tuple[int, ...]]:
 # --- Calibration: which errors the loss notices ---------------------------------------------------
 #
 # Rounding W to W + E changes an output by E x. The Hessian H, the mean of x x^T over the inputs x,
-# turns this into a number: output r, which row r of W computes, changes by e_r H e_r^T in the mean
-# square. The sensitivity of output r says how much the loss suffers from such a change. Both are
-# measured on a few training rows, packed and attended to as in training: the published script
+# turns this into a number: the change of output r, which row r of W computes, has the mean square
+# e_r H e_r^T. The sensitivity of output r says how much the loss suffers from such a change. Both
+# are measured on a few training rows, packed and attended to as in training: the published script
 # calibrated on windows that cross documents, with dense attention over unrelated text.
 
 Hessians = dict[tuple[str, int], Tensor]  # by Matrix.input_key, (in, in) fp32
@@ -4673,7 +4673,7 @@ FREQUENCY_SUM = 1 << ANS_BITS  # of all symbols of a context
 SLOT_MASK = FREQUENCY_SUM - 1
 WORD_BITS = 16  # a state sheds and takes in words of this size
 STATE_MIN = 1 << WORD_BITS  # a state x lies in 2^16 <= x < 2^32, between any two symbols
-CODES_PER_STATE = 1 << 13  # or more
+CODES_PER_STATE = 1 << 13
 NUM_SYMBOLS = 256
 ZERO_SYMBOL = 128  # the symbol of code 0: symbol = code * sign + 128
 
@@ -4829,7 +4829,7 @@ def ans_encode(codes: list[np.ndarray], levels: list[np.ndarray]) -> bytes:
         x[is_full] >>= WORD_BITS
         x[:] = (x // f) * FREQUENCY_SUM + start[index] + x % f
 
-    tables = lzma_compress(table.astype("<u2").tobytes())
+    tables = compress("lzma", table.astype("<u2").tobytes())
     numbers = [states.astype("<u4"), *reversed(words)]
     body = b"".join(array.tobytes() for array in numbers)
     return len(tables).to_bytes(4, "little") + tables + body
@@ -4845,7 +4845,7 @@ def ans_decode(data: bytes, shapes: Iterable[tuple], levels: list[np.ndarray]) -
     """
     codes = [np.zeros(shape, np.int8) for shape in shapes]
     tables_end = 4 + int.from_bytes(data[:4], "little")
-    tables = lzma_decompress(data[4:tables_end], 2 * NUM_CONTEXTS * NUM_SYMBOLS)
+    tables = decompress("lzma", data[4:tables_end], 2 * NUM_CONTEXTS * NUM_SYMBOLS)
     table = np.frombuffer(tables, "<u2").astype(np.int64).reshape(NUM_CONTEXTS, NUM_SYMBOLS)
     if (table.sum(1) != FREQUENCY_SUM).any():
         raise ValueError("a table of frequencies does not add up")
@@ -4883,13 +4883,21 @@ def code_entropy_bytes(codes: Iterable[np.ndarray]) -> float:
 
 # --- General codecs -------------------------------------------------------------------------------
 #
-# COMPRESSOR may also be a general codec, and the small streams are always LZMA. A file is not
-# trusted: decompression returns at most `size` bytes and takes little memory besides, whatever the
-# data says. It may return fewer, and it may raise any error of its library.
+# COMPRESSOR may also be a general codec, and the small streams are always LZMA: raw LZMA2, because
+# a container has a header that would have to be trusted. lp=1 and pb=1 model the low and the high
+# bytes of fp16 apart.
+
+LZMA_FILTERS = [dict(id=lzma.FILTER_LZMA2, preset=6, lc=0, lp=1, pb=1)]
 
 
-def zstd_compress(data: bytes) -> bytes:
-    """One frame of Zstandard, tuned for codes."""
+def compress(codec: str, data: bytes) -> bytes:
+    """One stream by lzma, brotli (at the quality of PR #1530 and PR #1413) or zstd."""
+    if codec == "lzma":
+        return lzma.compress(data, lzma.FORMAT_RAW, filters=LZMA_FILTERS)
+    if codec == "brotli":
+        import brotli
+
+        return brotli.compress(data, quality=11)
     import zstandard
 
     # The levels of zstd look for matches that are not there (+16 % at level 3). These settings
@@ -4900,55 +4908,25 @@ def zstd_compress(data: bytes) -> bytes:
     return zstandard.ZstdCompressor(compression_params=parameters).compress(data)
 
 
-def zstd_decompress(data: bytes, size: int) -> bytes:
-    """The first `size` bytes of the first frame."""
-    import zstandard
+def decompress(codec: str, data: bytes, size: int) -> bytes:
+    """The first `size` bytes of a stream, which is not trusted: this takes little memory besides.
 
-    decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 20)
-    return decompressor.stream_reader(data, read_across_frames=False).read(size)
+    Raises ValueError if the stream holds fewer, or any error of the codec's library.
+    """
+    if codec == "lzma":
+        raw = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=LZMA_FILTERS).decompress(data, size)
+    elif codec == "brotli":
+        import brotli
 
+        raw = brotli.Decompressor().process(data, size)
+    else:
+        import zstandard
 
-def brotli_compress(data: bytes) -> bytes:
-    """Brotli at its highest quality, as in PR #1530 and PR #1413."""
-    import brotli
-
-    return brotli.compress(data, quality=11)
-
-
-def brotli_decompress(data: bytes, size: int) -> bytes:
-    """The first `size` bytes of a Brotli stream."""
-    import brotli
-
-    return brotli.Decompressor().process(data, size)
-
-
-# LZMA2 without a container, whose header would have to be trusted. lp=1 and pb=1 model the low and
-# the high bytes of fp16 apart.
-LZMA_FILTERS = [dict(id=lzma.FILTER_LZMA2, preset=6, lc=0, lp=1, pb=1)]
-
-
-def lzma_compress(data: bytes) -> bytes:
-    """One stream of raw LZMA2."""
-    return lzma.compress(data, lzma.FORMAT_RAW, filters=LZMA_FILTERS)
-
-
-def lzma_decompress(data: bytes, size: int) -> bytes:
-    """The first `size` bytes of a stream of raw LZMA2."""
-    return lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=LZMA_FILTERS).decompress(data, size)
-
-
-class Codec(NamedTuple):
-    """A general codec. Both functions raise ImportError if its package is not installed."""
-
-    compress: Callable[[bytes], bytes]
-    decompress: Callable[[bytes, int], bytes]
-
-
-CODECS = {
-    "zstd": Codec(zstd_compress, zstd_decompress),
-    "brotli": Codec(brotli_compress, brotli_decompress),
-    "lzma": Codec(lzma_compress, lzma_decompress),
-}
+        decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 20)
+        raw = decompressor.stream_reader(data, read_across_frames=False).read(size)
+    if len(raw) != size:
+        raise ValueError("a stream is shorter than its header says")
+    return raw
 
 
 def pack_codes(compressor: str, codes: list[np.ndarray], levels: list[np.ndarray]) -> bytes:
@@ -4963,7 +4941,7 @@ def pack_codes(compressor: str, codes: list[np.ndarray], levels: list[np.ndarray
     for q, level in zip(codes, levels, strict=True):
         order = level.argsort(axis=None, kind="stable")
         sorted_rows.append(q.reshape(level.size, -1)[order].tobytes())
-    return CODECS[compressor].compress(b"".join(sorted_rows))
+    return compress(compressor, b"".join(sorted_rows))
 
 
 def unpack_codes(
@@ -4975,7 +4953,7 @@ def unpack_codes(
     """
     if compressor == "ans":
         return ans_decode(data, shapes, levels)
-    raw = decompress_all(compressor, data, sum(math.prod(shape) for shape in shapes))
+    raw = decompress(compressor, data, sum(math.prod(shape) for shape in shapes))
     flat = np.frombuffer(raw, np.int8)
     codes = []
     start = 0
@@ -4986,14 +4964,6 @@ def unpack_codes(
         codes.append(rows.reshape(shape))
         start = end
     return codes
-
-
-def decompress_all(compressor: str, data: bytes, size: int) -> bytes:
-    """Exactly `size` bytes of a stream. Raises ValueError if it holds fewer."""
-    raw = CODECS[compressor].decompress(data, size)
-    if len(raw) != size:
-        raise ValueError("a stream is shorter than its header says")
-    return raw
 
 
 # --- Container: writing ---------------------------------------------------------------------------
@@ -5065,9 +5035,9 @@ def pack_artifact(
 
     streams = [
         pack_codes(cfg.compressor, codes, levels),
-        lzma_compress(b"".join(level.tobytes() for level in levels)),
-        lzma_compress(fp16_bytes(scales)),
-        lzma_compress(fp16_bytes(floats)),
+        compress("lzma", b"".join(level.tobytes() for level in levels)),
+        compress("lzma", fp16_bytes(scales)),
+        compress("lzma", fp16_bytes(floats)),
     ]
     header = {"config": network_config(cfg), "compressor": cfg.compressor, **meta}
     header["streams"] = []
@@ -5137,7 +5107,7 @@ def stored_streams(data: bytes, header: dict[str, Any], start: int, cfg: Config)
         streams.append(stream)
         start += length
     if start != len(data):
-        raise ValueError("a stream does not match its checksum")
+        raise ValueError("bytes are left over behind the streams")
     return streams
 
 
@@ -5155,9 +5125,9 @@ def unpack_streams(streams: list[bytes], compressor: str, cfg: Config) -> Artifa
     shapes = bank_shapes(cfg)
     row_shapes = {bank: shape[:2] for bank, shape in shapes.items()}
     stored_codes, stored_levels, stored_scales, stored_floats = streams
-    raw_levels = decompress_all("lzma", stored_levels, sizes.levels)
-    raw_scales = decompress_all("lzma", stored_scales, sizes.scales)
-    raw_floats = decompress_all("lzma", stored_floats, sizes.floats)
+    raw_levels = decompress("lzma", stored_levels, sizes.levels)
+    raw_scales = decompress("lzma", stored_scales, sizes.scales)
+    raw_floats = decompress("lzma", stored_floats, sizes.floats)
     levels = split_arrays(np.frombuffer(raw_levels, np.uint8), row_shapes)
     codes = unpack_codes(compressor, stored_codes, list(shapes.values()), list(levels.values()))
     return ArtifactArrays(
@@ -7219,9 +7189,9 @@ def head_loss(
 # --- Norm, RoPE and gain of queries and keys ------------------------------------------------------
 #
 # A row of qkv holds H + 2 Hkv heads of D values. q (T, H, D) = gain * rotate(rms_norm(q heads)),
-# k (T, Hkv, D) = rotate(rms_norm(k heads)), and v (T, Hkv, D) is a view of the row. The row stays in
-# memory anyway, because v is a view of it. So the forward saves nothing but the row, and the
-# backward norms it again.
+# k (T, Hkv, D) = rotate(rms_norm(k heads)), and v (T, Hkv, D) is a view of the row. Because of that
+# view the row stays in memory anyway. So the forward saves nothing else, and the backward norms
+# the heads again.
 
 
 def normed_heads(qkv: Tensor, gain: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -7727,6 +7697,7 @@ def causal_options(q: Tensor, k: Tensor) -> dict[str, Any]:
     n, m = q.size(-2), k.size(-2)
     if n == m:
         return {"is_causal": True, "attn_mask": None}
+    # -inf above the diagonal that ends at the last query and the last key.
     return {"is_causal": False, "attn_mask": q.new_full((n, m), -torch.inf).triu(1 + m - n)}
 
 
