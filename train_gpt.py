@@ -4059,18 +4059,13 @@ class Matrix(NamedTuple):
 
     bank: str
     index: int  # along the bank's first axis
-    site: str  # whose inputs it multiplies
+    site: str  # whose inputs it multiplies; the bank itself for a table that is only looked up
     layer: int  # 0 for a table
 
     @property
     def input_key(self) -> tuple[str, int]:
         """Names the inputs, and so their Hessian. Queries, keys and values of a layer share one."""
         return self.site, self.layer
-
-    @property
-    def is_lookup(self) -> bool:
-        """Whether this is a table whose rows are only looked up, so that it multiplies nothing."""
-        return self.site == self.bank
 
 
 def quantised_matrices(cfg: Config) -> list[Matrix]:
@@ -4126,6 +4121,7 @@ def float_shapes(cfg: Config) -> dict[str, tuple[int, ...]]:
 # calibrated on windows that cross documents, with dense attention over unrelated text.
 
 Hessians = dict[tuple[str, int], Tensor]  # by Matrix.input_key, (in, in) fp32
+Sensitivities = dict[str, Tensor]  # by bank, (n, rows) fp32
 
 
 @torch.no_grad()
@@ -4141,7 +4137,7 @@ def collect_hessians(
     lookups = {}
     for matrix in quantised_matrices(model.cfg):
         size = model.get_parameter(matrix.bank).size(-1)
-        if matrix.is_lookup:
+        if matrix.site == matrix.bank:
             lookups[matrix.input_key] = torch.eye(size, device=ranks.device)
         elif matrix.input_key not in sums:
             sums[matrix.input_key] = torch.zeros(size, size, device=ranks.device)
@@ -4168,7 +4164,7 @@ def collect_sensitivities(
     rows: list[Batch],
     hessians: Hessians,
     ranks: Ranks,
-) -> dict[str, Tensor]:
+) -> Sensitivities:
     """Cost in nats of a squared error of each output (a row of W), up to a common factor.
 
     It is the mean square of the loss's gradient g_r by output r. The gradient by W_r, the row's
@@ -4177,9 +4173,9 @@ def collect_sensitivities(
 
         sensitivity[r] = sum over training rows of |dL / dW_r|^2 / trace(H)
 
-    Returns (n, rows) fp32 by bank. The tied table's gradient holds both its roles, head and lookup.
-    So its Hessian is replaced, in place in `hessians`, by the covariance of the directions of that
-    gradient, scaled to the same trace. All ranks must call it; all get the same numbers.
+    The tied table's gradient holds both its roles, head and lookup. So its Hessian is replaced, in
+    place in `hessians`, by the covariance of the directions of that gradient, scaled to the same
+    trace. All ranks must call it; all get the same numbers.
     """
     squares = {
         bank: torch.zeros(shape[:2], device=ranks.device)
@@ -4495,7 +4491,7 @@ class Quantizer:
         self,
         model: GPT,
         hessians: Hessians | None,
-        sensitivities: dict[str, Tensor] | None,
+        sensitivities: Sensitivities | None,
         ranks: Ranks,
     ):
         """Factors this rank's Hessians and measures all rows. Raises BadMatrix."""
@@ -4604,11 +4600,7 @@ FIT_SLACK_BYTES = 4096  # a file this close under the limit is good enough
 
 
 def fit_artifact(
-    quantizer: Quantizer,
-    model: GPT,
-    meta: dict[str, Any],
-    log: Callable[[str], None],
-    rounds: int = 12,
+    quantizer: Quantizer, model: GPT, meta: dict, log: Callable[[str], None], rounds: int = 12
 ) -> bytes:
     """The artifact with the finest steps that keep code and model under ARTIFACT_LIMIT_BYTES.
 
@@ -6897,11 +6889,12 @@ def launch_mlp(
     tile: tuple,
     slope: float = MLP_SLOPE,
 ) -> None:
-    """Fills `out`, and in the forward `pre`, with at most `programs` persistent programs.
+    """Fills `out`, and in the forward `pre`, with at most `programs` programs of many tiles each.
 
     T must not be 0; a new T compiles nothing. Descriptors are made for every call, because a cache
     of them would keep activations alive; a replayed CUDA graph makes none. Of 227 KB of shared
-    memory the forward takes 224 with its 4 stages, the backward with its staged `pre` 208 with 3.
+    memory the forward takes 224 KB with its 4 stages, the backward, which also stages `pre`, 208 KB
+    with 3.
     """
     bm, bn, bk = tile
     w_box = [bk, bn] if backward else [bn, bk]
