@@ -7259,7 +7259,8 @@ def load_head(head, gain, h, col, is_qk, H: tl.constexpr, D: tl.constexpr, EPS: 
     return x, rstd, scale
 
 
-# Triton takes each pointer and each size as an argument of its own.
+# In both kernels r counts the heads of all tokens: it is head h of token t. Triton takes each pointer
+# and each size as a separate argument.
 # ruff: disable[PLR0913]
 @jit
 def qk_rope_kernel(
@@ -7311,7 +7312,7 @@ def qk_rope_backward_kernel(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """dqkv (T, H + 2 KV, D), and in dgain (T, H + 2 KV) fp32 what each head adds to its gradient.
+    """dqkv (T, H + 2 KV, D); and dgain (T, H + 2 KV) fp32, the gain's gradient from each head.
 
     du: the gradient of a second use of the values, or None.
     """

@@ -294,7 +294,10 @@ def test_fit_of_a_large_model_is_done_when_4_kb_or_no_bits_are_left(
     """At 16 MB the first guess leaves more than the 4 KB that a tiny model may leave over."""
     cfg = tiny_config(artifact_limit_bytes=1_000_000 + tg.CODE_BYTES)
     quantizer = SimpleNamespace(
-        finest=finest, ranks=ONE, theta_for=lambda budget: budget, solve=lambda budget: budget
+        finest_bytes=finest,
+        ranks=ONE,
+        theta_for=lambda budget: budget,
+        solve=lambda budget: budget,
     )
 
     def pack(model: SimpleNamespace, budget: float, meta: dict) -> bytes:
