@@ -7259,8 +7259,8 @@ def load_head(head, gain, h, col, is_qk, H: tl.constexpr, D: tl.constexpr, EPS: 
     return x, rstd, scale
 
 
-# In both kernels r counts the heads of all tokens: it is head h of token t. Triton takes each pointer
-# and each size as a separate argument.
+# In both kernels r counts the heads of all tokens, and is head h of token t. Triton takes each
+# pointer and each size as a separate argument.
 # ruff: disable[PLR0913]
 @jit
 def qk_rope_kernel(
