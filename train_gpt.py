@@ -7459,7 +7459,7 @@ def xsa_backward_reference(y: Tensor, v: Tensor, grad: Tensor) -> tuple[Tensor, 
 
 @jit
 def load_unit_value(v, r, col, mask, stride, KV: tl.constexpr, D: tl.constexpr):
-    """Value head r divided by its length, in fp32, and the length. stride: numbers a row."""
+    """Value head r divided by its length, in fp32, and the length. stride: of v's rows."""
     u = tl.load(v + r // KV * stride + r % KV * D + col, mask, other=0.0).to(tl.float32)
     length = tl.sqrt(tl.sum(u * u, 1, keep_dims=True))
     return u / tl.maximum(length, 1e-12), length
@@ -7479,7 +7479,7 @@ def xsa_kernel(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """out (T, H, D): y without its component along v. A row is a value head with G query heads."""
+    """out (T, H, D): y without its component along v. r is a value head with G query heads."""
     r, col = heads_of_program(ROWS, COLS)
     mask = (r < rows) & (col < D)
     u, _ = load_unit_value(v, r, col, mask, stride, KV, D)
