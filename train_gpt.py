@@ -66,6 +66,7 @@ import importlib.util
 import inspect
 import io
 import json
+import lzma
 import math
 import os
 import pickle
@@ -3927,15 +3928,18 @@ def score_all(scorer: Scorer, stride: int) -> Ledger:
 # === 9. Compression: Hessians -> steps -> GPTQ -> integers -> one file ============================
 #
 # A large matrix W (rows, cols) is stored as small integers q, called codes, and one fp16 step for
-# each row; it is read back as q * step. All other parameters are stored as fp16. The sub-sections
-# follow the data: which parameters become codes, what calibration says about them, how they are
-# rounded, how fine, how the whole meets a limit in bytes, and how the codes become a file.
+# each row; it is read back as q * step. In this section a step is always such a distance between
+# neighbouring values, and a row is one of a matrix; rows of tokens are called training rows. All
+# other parameters are stored as fp16. The sub-sections follow the data: which parameters become
+# codes, what calibration says about them, how they are rounded and how finely, how the file meets
+# a limit in bytes, and how the codes become a file.
 
 
 # --- What becomes integers ------------------------------------------------------------------------
 #
-# Banks of matrices and embedding tables become codes, the rest stays fp16. Both lists follow from
-# the parameter table and so from the config alone, which is why a file needs no names or shapes.
+# Banks of matrices and embedding tables become codes, the rest stays fp16. Below, "bank" stands for
+# both, a table being a bank of one matrix. Both lists follow from the parameter table and so from
+# the config alone, which is why a file needs no names or shapes.
 
 
 class Matrix(NamedTuple):
@@ -3943,7 +3947,7 @@ class Matrix(NamedTuple):
 
     bank: str
     index: int  # along the bank's first axis
-    site: str  # whose inputs it multiplies
+    site: str  # whose inputs it multiplies; the bank itself for a table that is only looked up
     layer: int  # 0 for a table
 
     @property
@@ -3951,14 +3955,9 @@ class Matrix(NamedTuple):
         """Names the inputs, and so their Hessian. Queries, keys and values of a layer share one."""
         return self.site, self.layer
 
-    @property
-    def is_lookup(self) -> bool:
-        """Whether rows of the table are only looked up: no activation multiplies them."""
-        return self.site == self.bank
-
 
 def quantised_matrices(cfg: Config) -> list[Matrix]:
-    """All matrices that become integers, banks before tables, in the order of the artifact."""
+    """All matrices that become integers, in the order of the artifact: banks before tables."""
     slices = []
     tables = []
     for name, role in parameter_table(cfg).items():
@@ -3974,12 +3973,17 @@ def quantised_matrices(cfg: Config) -> list[Matrix]:
 
 
 def matrices_of(cfg: Config, bank: str) -> list[Matrix]:
-    """The matrices of one bank or table, in the order of its first axis."""
+    """The matrices of one bank, in the order of its first axis."""
     return [matrix for matrix in quantised_matrices(cfg) if matrix.bank == bank]
 
 
+def is_table(cfg: Config, bank: str) -> bool:
+    """Whether this bank is an embedding table."""
+    return parameter_table(cfg)[bank].is_table
+
+
 def bank_shapes(cfg: Config) -> dict[str, tuple[int, int, int]]:
-    """(n, rows, cols) of every bank and table of integers, in the order of the artifact."""
+    """(n, rows, cols) of every bank of integers, in the order of the artifact."""
     return {
         name: (math.prod(role.shape[:-2]), *role.shape[-2:])
         for name, role in parameter_table(cfg).items()
@@ -3999,12 +4003,13 @@ def float_shapes(cfg: Config) -> dict[str, tuple[int, ...]]:
 # --- Calibration: which errors the loss notices ---------------------------------------------------
 #
 # Rounding W to W + E changes an output by E x. The Hessian H, the mean of x x^T over the inputs x,
-# turns this into a number: the mean square of row r's change is e_r H e_r^T. The sensitivity of row
-# r says how much the loss suffers from such a change. Both are measured on a few training rows,
-# packed and attended to as in training: the published script calibrated on windows that cross
-# documents, with dense attention over unrelated text.
+# turns this into a number: the change of output r, which row r of W computes, has the mean square
+# e_r H e_r^T. The sensitivity of output r says how much the loss suffers from such a change. Both
+# are measured on a few training rows, packed and attended to as in training: the published script
+# calibrated on windows that cross documents, with dense attention over unrelated text.
 
 Hessians = dict[tuple[str, int], Tensor]  # by Matrix.input_key, (in, in) fp32
+Sensitivities = dict[str, Tensor]  # by bank, (n, rows) fp32
 
 
 @torch.no_grad()
@@ -4014,13 +4019,13 @@ def collect_hessians(
     """H = mean of x x^T over the inputs x of each site and layer: all visits, all ranks' rows.
 
     A table that is only looked up has no inputs and gets the identity. All ranks must call it, each
-    with its own rows; all get the same sums.
+    with its own training rows; all get the same means.
     """
     sums = {}
     lookups = {}
     for matrix in quantised_matrices(model.cfg):
         size = model.get_parameter(matrix.bank).size(-1)
-        if matrix.is_lookup:
+        if matrix.site == matrix.bank:
             lookups[matrix.input_key] = torch.eye(size, device=ranks.device)
         elif matrix.input_key not in sums:
             sums[matrix.input_key] = torch.zeros(size, size, device=ranks.device)
@@ -4047,79 +4052,85 @@ def collect_sensitivities(
     rows: list[Batch],
     hessians: Hessians,
     ranks: Ranks,
-) -> dict[str, Tensor]:
-    """Cost in nats of a squared error of each row's output, up to a common factor.
+) -> Sensitivities:
+    """Cost in nats of a squared error of each output (a row of W), up to a common factor.
 
-    It is the mean square of the loss's gradient g_r by output r. The gradient of the row's weights
-    is the sum of g_r x over tokens, so its square over the energy of the inputs stands for it:
+    It is the mean square of the loss's gradient g_r by output r. The gradient by W_r, the row's
+    weights, is the sum of g_r x over tokens. So its square, divided by the mean of |x|^2, which is
+    the trace of H, stands for the mean square of g_r:
 
-        sensitivity[r] = sum over rows of |dL / dW_r|^2 / trace(H)
+        sensitivity[r] = sum over training rows of |dL / dW_r|^2 / trace(H)
 
-    Returns (n, rows) fp32 by bank. The tied table's gradient holds both its roles, head and lookup,
-    so its Hessian is replaced, in place in `hessians`, by the covariance of the directions of
-    that gradient, at the same trace. All ranks must call it; all get the same numbers.
+    The tied table's gradient holds both its roles, head and lookup. So its Hessian is replaced, in
+    place in `hessians`, by the covariance of the directions of that gradient, scaled to the same
+    trace. All ranks must call it; all get the same numbers.
     """
     squares = {
         bank: torch.zeros(shape[:2], device=ranks.device)
         for bank, shape in bank_shapes(model.cfg).items()
     }
-    both_roles = torch.zeros(2 * [model.cfg.model_dim], device=ranks.device)
+    head_inputs = ("head_in", 0)
+    # Without it the table is stored as fp16.
+    has_head_codes = head_inputs in hessians
+    both_roles = torch.zeros(model.cfg.model_dim, model.cfg.model_dim, device=ranks.device)
     for row in rows:
         forward(row, plan).sum().backward()
         with torch.no_grad():
             for bank, total in squares.items():
                 total += model.get_parameter(bank).grad.square().sum(-1).view_as(total)
-            directions = F.normalize(model.tok_emb.grad, dim=-1)
-            both_roles.addmm_(directions.mT, directions)
+            if has_head_codes:
+                directions = F.normalize(model.tok_emb.grad, dim=-1)
+                both_roles.addmm_(directions.mT, directions)
         model.zero_grad(set_to_none=True)
 
-    head_inputs = ("head_in", 0)
-    if head_inputs in hessians:
+    if has_head_codes:
         both_roles = ranks.sum(both_roles)
         scale = hessians[head_inputs].trace() / both_roles.trace().clamp_min(1e-30)
         hessians[head_inputs] = both_roles * scale
 
     sensitivities = {}
     for bank, total in squares.items():
-        traces = [hessians[m.input_key].trace() for m in matrices_of(model.cfg, bank)]
-        energy = torch.stack(traces).clamp_min(1e-30)
-        sensitivity = ranks.sum(total) / energy[:, None]
-        if parameter_table(model.cfg)[bank].is_table:
-            # A token may be absent from these rows and still occur in the test.
+        traces = [hessians[matrix.input_key].trace() for matrix in matrices_of(model.cfg, bank)]
+        sensitivity = ranks.sum(total) / torch.stack(traces).clamp_min(1e-30)[:, None]
+        if is_table(model.cfg, bank):
+            # A token may be absent from these rows and still occur in the test, so every token gets
+            # a share of the typical sensitivity. The mean of the roots is typical, because the few
+            # frequent tokens hardly move it. The 0.25 was set by hand, without a measurement.
             sensitivity += 0.25 * sensitivity.sqrt().mean().square()
         sensitivities[bank] = sensitivity
     return sensitivities
 
 
 # --- Pruning --------------------------------------------------------------------------------------
-#
-# The system of PR #568 sets its smallest weights to zero before it rounds, which shortens the file.
 
 
 def prune(model: GPT) -> None:
-    """Sets the smallest PRUNE_FRAC of all weights of banks and tables to 0, in place (PR #568)."""
+    """Sets the smallest PRUNE_FRAC of all weights of banks and tables to 0, in place.
+
+    The system of PR #568 does so before it rounds, which shortens the file.
+    """
     weights = []
     for name, role in parameter_table(model.cfg).items():
         if role.group == "muon" or role.is_table:
             weights.append(model.get_parameter(name).detach())
-    sizes = torch.cat([weight.abs().flatten() for weight in weights])
-    rank = 1 + int(model.cfg.prune_frac * (len(sizes) - 1))
-    smallest_left = sizes.kthvalue(rank).values
+    magnitudes = torch.cat([weight.abs().flatten() for weight in weights])
+    k = 1 + int(model.cfg.prune_frac * (len(magnitudes) - 1))
+    threshold = magnitudes.kthvalue(k).values
     for weight in weights:
-        weight[weight.abs() < smallest_left] = 0
+        weight[weight.abs() < threshold] = 0
 
 
 # --- GPTQ solver ----------------------------------------------------------------------------------
 #
 # GPTQ (Frantar et al. 2022) rounds a matrix column by column and lets the columns that are still
-# free make up for the error of those already rounded. The published form needs the inverse of
-# the Hessian. With H = L L^T, L lower triangular, it is not: a row's error e = w - q step costs
+# free make up for the error of those already rounded. The published form needs the inverse of the
+# Hessian, this one does not. With H = L L^T, L lower triangular, a row's error e = w - q step costs
 #
 #     e H e^T = |e L|^2 = sum over columns j of (sum over k >= j of e_k L_kj)^2
 #
-# and the term of column j holds no column before j. So columns are rounded from the last to the
-# first, and each q_j makes its own term as small as it can: it is the rounding of
-# w_j + sum over k > j of e_k L_kj / L_jj (QuIP, arXiv 2307.13304, theorem 6).
+# and the term of column j holds no error of a column before j. So columns are rounded from the last
+# to the first, and each q_j makes the term of its column as small as possible: q_j step is
+# w_j + sum over k > j of e_k L_kj / L_jj, rounded (QuIP, arXiv 2307.13304, theorem 6).
 
 GPTQ_BLOCK_COLUMNS = 32  # the errors of a block reach the columns before it in one product
 
@@ -4127,13 +4138,13 @@ GPTQ_BLOCK_COLUMNS = 32  # the errors of a block reach the columns before it in 
 def damped_cholesky(hessian: Tensor) -> Tensor:
     """L (cols, cols), lower triangular, with L L^T = the Hessian plus damping on its diagonal.
 
-    The damping is 1 % of the diagonal's mean, ten times more as often as that is not enough.
-    Raises BadMatrix if no factor is found.
+    The damping is 1 % of the diagonal's mean. It grows tenfold, up to five times, until there is a
+    factor. Raises BadMatrix if there is none even then.
     """
     diagonal = hessian.diagonal()
     damped = hessian.clone()
-    for tenfold in range(6):
-        damped.diagonal().copy_(diagonal + 0.01 * 10**tenfold * diagonal.mean())
+    for num_increases in range(6):
+        damped.diagonal().copy_(diagonal + 0.01 * 10**num_increases * diagonal.mean())
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed and lower.diagonal().isfinite().all():
             return lower
@@ -4141,20 +4152,20 @@ def damped_cholesky(hessian: Tensor) -> Tensor:
 
 
 class GptqSolver(NamedTuple):
-    """Rounds n matrices of one shape (rows, cols) at once, for as many choices of steps as asked.
+    """Rounds n matrices of one shape (rows, cols) at once. `solve` may be called for many steps.
 
-    Inputs are ordered by their Hessian's diagonal: columns of the largest are rounded first
-    ("act-order") and thus come last here. All tensors have the columns on the second axis, so that
-    a column is contiguous.
+    Columns are sorted by rising diagonal of the Hessian. As the last is rounded first, the inputs
+    of the largest mean square are rounded first ("act-order"). All tensors have the columns on the
+    second axis, so that a column is contiguous.
     """
 
     weight: Tensor  # (n, cols, rows) fp32
-    order: Tensor  # (n, cols), the input that stands at each column
+    order: Tensor  # (n, cols), the input that each column belongs to
     upper: Tensor  # L^T (n, cols, cols); a step s costs s^2 / 12 * L_jj^2 in column j
 
     @classmethod
     def prepare(cls, weight: Tensor, hessians: Iterable[Tensor]) -> GptqSolver:
-        """Orders and factors the Hessians, n of (cols, cols), of weights (n, rows, cols).
+        """Sorts the columns of weights (n, rows, cols); factors their n Hessians (cols, cols).
 
         Inputs that were never active get zero columns and a typical diagonal, so that they neither
         spoil the factor nor change the damping of the others. Raises BadMatrix.
@@ -4165,6 +4176,7 @@ class GptqSolver(NamedTuple):
         orders = []
         # One by one: this takes memory for a copy of one Hessian, not of all.
         for i, hessian in enumerate(hessians):
+            # Sorted as the published script does, then reversed, which decides the order of ties.
             order = hessian.diagonal().argsort(descending=True).flip(0)
             h = hessian.index_select(0, order).index_select(1, order)
             dead = h.diagonal() <= 0
@@ -4180,7 +4192,7 @@ class GptqSolver(NamedTuple):
 
         Raises BadMatrix if a weight or a Hessian is not finite.
         """
-        # Columns that are already rounded hold their errors e, the others still their weights w.
+        # Columns that are already rounded hold their errors e, the others their weights w.
         errors = self.weight.clone()
         codes = torch.empty_like(self.weight, dtype=torch.int8)
         for end in range(errors.size(1), 0, -GPTQ_BLOCK_COLUMNS):
@@ -4189,51 +4201,52 @@ class GptqSolver(NamedTuple):
             block = errors[:, start:end]
             ratios = self.upper[:, start:end, start:]
             ratios = ratios / ratios.diagonal(dim1=1, dim2=2).unsqueeze(2)  # [j, k] = L_kj / L_jj
-            # What the columns behind the block ask for; those within it follow one by one.
-            wanted = torch.baddbmm(block, ratios[..., width:], errors[:, end:])
+            # w plus the errors behind the block; the errors within it are added column by column.
+            targets = torch.baddbmm(block, ratios[..., width:], errors[:, end:])
             for j in reversed(range(width)):
                 target = ratios[:, j, None, j + 1 : width] @ block[:, j + 1 :]
-                target = target.squeeze(1).add_(wanted[:, j])  # (n, rows)
+                target = target.squeeze(1).add_(targets[:, j])  # (n, rows)
                 rounded = target.div_(step).round_().clamp_(-qmax, qmax)
                 block[:, j].addcmul_(rounded, step, value=-1)
                 codes[:, start + j] = rounded
         if not errors.isfinite().all():
             raise BadMatrix("GPTQ: a weight or a Hessian is not finite")
 
-        columns = self.order.argsort(-1)  # of each input
-        in_order = [q.index_select(0, column).mT for q, column in zip(codes, columns, strict=True)]
-        return torch.stack(in_order)
+        # Back to the order of the inputs. The argsort of a permutation is its inverse.
+        columns = self.order.argsort(-1)
+        unsorted = [q.index_select(0, column).mT for q, column in zip(codes, columns, strict=True)]
+        return torch.stack(unsorted)
 
 
 # --- Step sizes -----------------------------------------------------------------------------------
 #
-# The step of a row is the distance between two neighbouring values that its weights may take: half
-# the step, one bit more a weight, a quarter of the squared error. Published systems derive it from
-# the spread of the row (clips) or from its largest weights (percentiles) alone. QUANTIZER=allocated
-# asks what an error of the row costs and gives fine steps to the rows where it costs most.
+# Halving the step of a row costs one bit more per weight and leaves a quarter of the squared error.
+# Published systems derive the step from the standard deviation of the row (clips) or from its
+# largest weights (percentiles) alone. QUANTIZER=allocated uses what an error of the row costs, and
+# gives fine steps to the rows where it costs most.
 
 FP16_TINY = torch.finfo(torch.float16).tiny  # 2^-14; a smaller fp16 has fewer bits, or is zero
-# Percentiles of |w| among which GPTQ-lite (PR #374) chooses, and the one of PR #568.
+# Percentiles of |w|, as shares: GPTQ-lite (PR #374) chooses among the first, PR #568 has the one.
 GPTQ_LITE_PERCENTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)
 INT6_PERCENTILES = (0.9999984,)
 
 
-def qmax_of(cfg: Config, bank: str) -> int:
-    """Largest code of a bank or table by the published rule: 2^(bits - 1) - 1."""
-    if parameter_table(cfg)[bank].is_table:
-        bits = cfg.embed_bits
-    else:
-        bits = cfg.matrix_bits
+def qmax_of_bits(bits: int) -> int:
+    """Largest code of this many bits. Codes are symmetric about 0."""
     return 2 ** (bits - 1) - 1
+
+
+def qmax_of(cfg: Config, bank: str) -> int:
+    """Largest code of a bank by the published rule."""
+    return qmax_of_bits(cfg.embed_bits if is_table(cfg, bank) else cfg.matrix_bits)
 
 
 def clip_sigmas_of(cfg: Config, matrix: Matrix) -> float:
     """Range of a matrix's codes in standard deviations of a row.
 
-    Looped layers come first, then the group (attention or MLP), then MATRIX_CLIP_SIGMAS; 0 passes
-    on to the next. Tables have a clip of their own.
+    A clip of the matrix's group, attention or MLP, goes before MATRIX_CLIP_SIGMAS unless it is 0.
     """
-    if parameter_table(cfg)[matrix.bank].is_table:
+    if is_table(cfg, matrix.bank):
         return cfg.embed_clip_sigmas
     if matrix.site in ("attn_in", "attn_out"):
         return cfg.attn_clip_sigmas or cfg.matrix_clip_sigmas
@@ -4243,7 +4256,7 @@ def clip_sigmas_of(cfg: Config, matrix: Matrix) -> float:
 def clip_steps(weight: Tensor, clip_sigmas: Tensor | float, qmax: int) -> Tensor:
     """SDClip (PR #1394): step = clip_sigmas * std(row) / qmax, (n, rows) fp16.
 
-    The floor is the least fp16 that has all its bits; the published 1e-10 is zero in fp16.
+    The floor is FP16_TINY, because the published 1e-10 is zero in fp16.
     """
     return (clip_sigmas * weight.float().std(dim=-1) / qmax).clamp_min(FP16_TINY).half()
 
@@ -4275,7 +4288,7 @@ def published_steps(cfg: Config, bank: str, weight: Tensor, has_hessians: bool) 
         sigmas = [clip_sigmas_of(cfg, matrix) for matrix in matrices_of(cfg, bank)]
         return clip_steps(weight, torch.tensor(sigmas, device=weight.device)[:, None], qmax)
     shares = INT6_PERCENTILES
-    if cfg.quantizer == "gptq_lite" and not parameter_table(cfg)[bank].is_table:
+    if cfg.quantizer == "gptq_lite" and not is_table(cfg, bank):
         shares = GPTQ_LITE_PERCENTILES
     return percentile_steps(weight, qmax, cfg.clip_floor, shares)
 
@@ -4289,54 +4302,55 @@ MAX_STEP = 2.0**15  # fp16 holds up to 65504
 
 
 def entropy_bits(power: Tensor, step: Tensor) -> Tensor:
-    """Bits a weight takes, 1/2 log2(1 + 2 pi e power / step^2), for Gaussian rows.
+    """Bits per weight of Gaussian rows, 1/2 log2(1 + 2 pi e power / step^2).
 
-    For fine steps this is the entropy of a Gaussian less log2(step). The 1 + brings it to 0 for
-    steps so coarse that they leave nothing but zeros.
+    For fine steps this is the entropy of a Gaussian minus log2(step). For steps so coarse that
+    every code is 0, the 1 brings it to 0.
     """
     return 0.5 * torch.log2(1 + TWO_PI_E * power / step.square())
 
 
 class BankRows(NamedTuple):
-    """What the choice of steps knows about each row of a bank; tensors are (n, rows) fp32.
+    """The facts about each row of a bank that decide its step; tensors are (n, rows) fp32.
 
     One number, theta, sets the size of the artifact: all steps grow with it. With sensitivities it
-    is what every row costs, in nats a weight, up to their common factor. Without them, published
-    steps are multiplied by its square root.
+    is the cost that every row is allowed, in nats per weight, up to the sensitivities' common
+    factor. Without them, published steps are multiplied by its square root.
     """
 
     published_step: Tensor
     power: Tensor  # mean square of the weights, above 0
     largest: Tensor  # largest absolute weight
-    cost: Tensor | None  # nats a weight for a unit of squared error; None without sensitivities
+    cost: Tensor | None  # nats per weight and unit of squared error; None without sensitivities
     qmax: int  # largest code
 
     def steps(self, theta: float) -> Tensor:
-        """Steps (n, rows) for this theta: fp32, and every value one that fp16 holds exactly."""
+        """Steps (n, rows) for this theta, in fp32; fp16 holds every one of them exactly."""
         if self.cost is None:
             return self.scaled_steps(theta)
         return self.allocated_steps(theta)
 
     def scaled_steps(self, theta: float) -> Tensor:
-        """The published steps times sqrt(theta), but not so fine that more weights are clipped."""
+        """The published steps times sqrt(theta), not so fine that more weights are clipped."""
         finest = torch.minimum(self.published_step, self.largest / self.qmax)
         return (self.published_step * math.sqrt(theta)).maximum(finest).half().float()
 
     def allocated_steps(self, theta: float) -> Tensor:
         """Steps by reverse water-filling, the least total cost for a given number of bits.
 
-        A step s leaves the squared error s^2 / 12, but never more than the power p, which zeros
-        leave: 1 / D = 12 / s^2 + 1 / p joins the two. At cost e, the sum of e D for a sum of rates
-        1/2 log2(p / D) is least where every row costs the same, e D = theta, and rows that cannot
-        cost that much, e p < theta, become zeros (Cover and Thomas, Elements of Information
-        Theory, section 10.3). Solved for s:
+        A step s leaves the squared error d = s^2 / 12 per weight, but never more than the power p,
+        which is the error if all codes are 0: 1 / d = 12 / s^2 + 1 / p joins the two. With c for
+        the cost, the sum of c d at a given sum of rates 1/2 log2(p / d) is least where every row
+        costs the same, c d = theta. Rows that cannot cost that much, c p < theta, become zeros
+        (Cover and Thomas, Elements of Information Theory, section 10.3). Solved for s:
 
-            12 theta = s^2 (e - theta / p)
+            12 theta = s^2 (c - theta / p)
 
         Steps are then rounded to powers of 2^(1/8): 0.1 % more error, 60 KB less of scales.
         """
         step = (12 * theta / (self.cost - theta / self.power).clamp_min(1e-37)).sqrt()
-        # 100 standard deviations make zeros of a row. The range of codes holds its largest weight.
+        # Steps of 100 standard deviations round all weights of a row to 0. The largest weight must
+        # stay within the range of codes.
         step = torch.minimum(step, 100 * self.power.sqrt()).maximum(self.largest / self.qmax)
         step = step.clamp(FP16_TINY, MAX_STEP)
         octaves = (STEPS_PER_OCTAVE * step.log2()).round() / STEPS_PER_OCTAVE
@@ -4347,18 +4361,11 @@ class BankRows(NamedTuple):
 #
 # The quantizer joins solver and steps. Ordering and factoring the Hessians does not depend on the
 # size of the artifact, so it is done once. Solving for one size may then be repeated until the file
-# fits. Each rank takes every W-th slice of a bank (W ranks) and has zeros in the place of the
-# others, so the sum over the ranks is complete.
+# fits. Of N ranks each solves every N-th matrix of a bank and holds zeros for the others, so the
+# sum over the ranks is complete.
 
-LOG2_THETA_RANGE = (-140.0, 60.0)  # at both ends every step has reached a bound of its own
+LOG2_THETA_RANGE = (-140.0, 60.0)  # at both ends every step has reached one of its bounds
 THETA_HALVINGS = 48
-
-
-class OwnedSlices(NamedTuple):
-    """The slices of one bank that this rank quantises."""
-
-    index: Tensor  # along the bank's first axis
-    solver: GptqSolver
 
 
 class Quantizer:
@@ -4372,22 +4379,24 @@ class Quantizer:
         self,
         model: GPT,
         hessians: Hessians | None,
-        sensitivities: dict[str, Tensor] | None,
+        sensitivities: Sensitivities | None,
         ranks: Ranks,
     ):
         """Factors this rank's Hessians and measures all rows. Raises BadMatrix."""
         self.cfg = model.cfg
         self.ranks = ranks
         self.shapes = bank_shapes(model.cfg)
-        self.owned: dict[str, OwnedSlices] = {}
+        # Along the first axis of every bank.
+        self.owned_matrices = slice(ranks.rank, None, ranks.world_size)
+        self.solvers: dict[str, GptqSolver] = {}
         self.rows: dict[str, BankRows] = {}
         for bank, shape in self.shapes.items():
             weight = model.get_parameter(bank).detach().view(shape)
-            spread = self.prepare_slices(bank, weight, hessians)
+            output_power = self.add_solver(bank, weight, hessians)
             cost = None
             qmax = qmax_of(self.cfg, bank)
             if sensitivities is not None:
-                cost = ranks.sum(spread)[:, None] * sensitivities[bank]
+                cost = ranks.sum(output_power)[:, None] * sensitivities[bank]
                 qmax = ALLOCATED_QMAX
             published = published_steps(self.cfg, bank, weight, hessians is not None)
             self.rows[bank] = BankRows(
@@ -4398,38 +4407,38 @@ class Quantizer:
                 qmax=qmax,
             )
 
-        # Bytes of codes at MATRIX_BITS a weight: the fit goes no finer.
+        # Bytes of codes at MATRIX_BITS per weight: the fit goes no finer.
         num_weights = sum(math.prod(shape) for shape in self.shapes.values())
-        self.finest = num_weights * self.cfg.matrix_bits / 8
-        # The theta whose codes take as many bytes as the published steps'.
-        self.default = 1.0
+        self.finest_bytes = num_weights * self.cfg.matrix_bits / 8
+        # With this theta the codes take as many bytes as with the published steps.
+        self.default_theta = 1.0
         if sensitivities is not None:
             steps = {bank: rows.published_step for bank, rows in self.rows.items()}
-            self.default = self.theta_for(self.entropy_bytes(steps))
+            self.default_theta = self.theta_for(self.entropy_bytes(steps))
 
-    def prepare_slices(self, bank: str, weight: Tensor, hessians: Hessians | None) -> Tensor:
-        """Makes the solver of this rank's slices of a bank.
+    def add_solver(self, bank: str, weight: Tensor, hessians: Hessians | None) -> Tensor:
+        """Makes the solver of this rank's matrices of a bank (n, rows, cols).
 
         Returns the mean of L_jj^2 over columns, (n,) fp32: the mean squared change of an output for
-        a unit of squared error in its weights. It is 0 for the slices of other ranks.
+        a unit of squared error in its weights. It is 0 for the matrices of other ranks.
         """
-        spread = torch.zeros(len(weight), device=self.ranks.device)
-        matrices = matrices_of(self.cfg, bank)[self.ranks.rank :: self.ranks.world_size]
+        output_power = torch.zeros(len(weight), device=self.ranks.device)
+        matrices = matrices_of(self.cfg, bank)[self.owned_matrices]
         if not matrices:
-            return spread
-        index = torch.tensor([matrix.index for matrix in matrices], device=weight.device)
+            return output_power
         if hessians is None:
             identity = torch.eye(weight.size(-1), device=weight.device)
             inputs = [identity] * len(matrices)
         else:
             inputs = [hessians[matrix.input_key] for matrix in matrices]
-        solver = GptqSolver.prepare(weight[index], inputs)
-        self.owned[bank] = OwnedSlices(index, solver)
-        spread[index] = solver.upper.diagonal(dim1=1, dim2=2).square().mean(-1)
-        return spread
+        solver = GptqSolver.prepare(weight[self.owned_matrices], inputs)
+        self.solvers[bank] = solver
+        diagonals = solver.upper.diagonal(dim1=1, dim2=2)
+        output_power[self.owned_matrices] = diagonals.square().mean(-1)
+        return output_power
 
     def entropy_bytes(self, steps: dict[str, Tensor]) -> float:
-        """Bytes of all codes at these steps, predicted from the powers of the rows."""
+        """Bytes of all codes at these steps by bank, predicted from the powers of the rows."""
         total = 0.0
         for bank, (_, _, cols) in self.shapes.items():
             bits = entropy_bits(self.rows[bank].power, steps[bank])
@@ -4437,11 +4446,11 @@ class Quantizer:
         return total
 
     def predicted_bytes(self, theta: float) -> float:
-        """Bytes of all codes at this theta, predicted from the powers of the rows."""
+        """entropy_bytes of the steps of this theta."""
         return self.entropy_bytes({bank: rows.steps(theta) for bank, rows in self.rows.items()})
 
     def theta_for(self, budget: float) -> float:
-        """The least theta whose codes take at most `budget` bytes, as predicted, by bisection."""
+        """The least theta whose predicted bytes are at most `budget`, by bisection."""
         low, high = LOG2_THETA_RANGE
         for _ in range(THETA_HALVINGS):
             middle = (low + high) / 2
@@ -4452,7 +4461,7 @@ class Quantizer:
         return 2.0**high
 
     def solve(self, theta: float) -> dict[str, tuple[Tensor, Tensor]]:
-        """Codes int8 (n, rows, cols) and scales fp16 (n, rows) by bank, on the CPU.
+        """Codes int8 (n, rows, cols) and scales (the steps) fp16 (n, rows) by bank, on the CPU.
 
         All ranks must call it; all get the same. Raises BadMatrix.
         """
@@ -4460,45 +4469,43 @@ class Quantizer:
         for bank, shape in self.shapes.items():
             step = self.rows[bank].steps(theta)
             codes = torch.zeros(shape, dtype=torch.int8, device=self.ranks.device)
-            if bank in self.owned:
-                owned = self.owned[bank]
-                codes[owned.index] = owned.solver.solve(step[owned.index], self.rows[bank].qmax)
+            if bank in self.solvers:
+                owned_step = step[self.owned_matrices]
+                solved = self.solvers[bank].solve(owned_step, self.rows[bank].qmax)
+                codes[self.owned_matrices] = solved
             packed[bank] = (self.ranks.sum(codes).cpu(), step.half().cpu())
         return packed
 
 
 # --- Fit to the byte limit ------------------------------------------------------------------------
 #
-# Finer steps always cost less loss, so the best artifact is the one that just fits. How many bytes
-# a theta gives is predicted, then measured on the real file; each round corrects the budget of the
-# next by what the last one missed. A tiny model stops at MATRIX_BITS a weight instead: no finer
-# step is worth its bytes.
+# Finer steps always lose less, so the best artifact is the one that just fits. The bytes of a theta
+# are predicted, then measured on the real file; each round corrects the predicted bytes that the
+# next one aims at by the bytes that the last one missed. A tiny model stops at MATRIX_BITS per
+# weight instead: no finer step is worth its bytes.
 
-FIT_SLACK_BYTES = 4096
+FIT_SLACK_BYTES = 4096  # a file this close under the limit is good enough
 
 
 def fit_artifact(
-    quantizer: Quantizer,
-    model: GPT,
-    meta: dict[str, Any],
-    log: Callable[[str], None],
-    rounds: int = 12,
+    quantizer: Quantizer, model: GPT, meta: dict, log: Callable[[str], None], rounds: int = 12
 ) -> bytes:
     """The artifact with the finest steps that keep code and model under ARTIFACT_LIMIT_BYTES.
 
-    It lands at most 4 KB under the limit, or has weights of MATRIX_BITS each on average. Without a
-    limit the size is that of the published steps. All ranks must call it; only rank 0 gets the
-    bytes, the others none. Raises UsageError if the model cannot fit.
+    It is at most FIT_SLACK_BYTES under the limit, or has MATRIX_BITS per weight on average. Without
+    a limit the size is that of the published steps. `rounds` limits the attempts; one is a
+    rehearsal, which may miss the limit. All ranks must call it; rank 0 gets the file, the others
+    b"". Raises UsageError if the model cannot fit.
     """
     cfg = model.cfg
     is_main = quantizer.ranks.is_main
     if not cfg.artifact_limit_bytes:
-        packed = quantizer.solve(quantizer.default)
+        packed = quantizer.solve(quantizer.default_theta)
         return pack_artifact(model, packed, meta) if is_main else b""
 
     room = cfg.artifact_limit_bytes - CODE_BYTES
-    finest = quantizer.finest
-    budget = min(0.96 * room, finest)
+    finest = quantizer.finest_bytes
+    budget = min(0.96 * room, finest)  # predicted bytes of the codes
     best = b""
     best_size = 0
     size = 0
@@ -4514,6 +4521,8 @@ def fit_artifact(
         is_finest = budget == finest and size <= room
         if is_close or is_finest:
             break
+        # Codes take budget / size of the file, so they get that share of the bytes that are
+        # missing. One round never cuts the budget to less than a quarter.
         missing = room - FIT_SLACK_BYTES // 2 - size
         budget = max(budget + missing * min(1.0, budget / size), budget / 4)
         budget = min(budget, finest)
@@ -4535,29 +4544,41 @@ def fit_artifact(
 # machine decodes alike, and many independent states work side by side to make it fast.
 #
 # How likely a code is depends on its context: how large the codes of its row and of its column are,
-# and whether the column leans to one side. Encoder and decoder must agree on it, so it is made only
+# and whether the column leans to one side. Encoder and decoder must agree on it. So it is made only
 # from what the decoder has by then: the levels of the rows, which are stored before the codes, and
 # the codes of the rows above.
 
-ANS_BITS = 14  # the frequencies of a context add up to 2^14
+ANS_BITS = 14
+FREQUENCY_SUM = 1 << ANS_BITS  # of all symbols of a context
+SLOT_MASK = FREQUENCY_SUM - 1
 WORD_BITS = 16  # a state sheds and takes in words of this size
 STATE_MIN = 1 << WORD_BITS  # a state x lies in 2^16 <= x < 2^32, between any two symbols
-SYMBOL_BITS = 8
-NUM_SYMBOLS = 1 << SYMBOL_BITS
+CODES_PER_STATE = 1 << 13
+NUM_SYMBOLS = 256
 ZERO_SYMBOL = 128  # the symbol of code 0: symbol = code * sign + 128
-NUM_BANDS = 64  # of magnitude
-NUM_BIASES = 4  # how far the mean of a column is off 0
+
+# A context is a pair: a band of magnitude, and a class of how far a column's mean is off 0.
+NUM_BANDS = 64
+NUM_BIASES = 4
 NUM_CONTEXTS = NUM_BANDS * NUM_BIASES
 BIAS_EDGES = (7, 19, 39)  # |mean code| of a column in per cent of its mean |code|
-# Magnitudes are logarithmic, eight levels an octave: level k stands for a mean |code| of
-# 2^((k - 65) / 8), level 0 for a row of zeros.
+
+# Magnitudes are logarithmic: level k stands for a mean |code| of 2^((k - 65) / 8), level 0 for a
+# row of zeros. A column's offset says by how many levels its codes are larger than those of its
+# rows, from -36 to 24, plus 36. So level + offset - 36 is the level to expect where a row and a
+# column meet. A band holds three neighbouring values of level + offset.
 LEVELS_PER_OCTAVE = 8
 UNIT_LEVEL = 65
-# In fixed point with 16 bits after the point: boundaries between the levels of a column's mean
-# |code| relative to its rows', and 1 / (mean |code|) of each level.
+LEVELS_PER_BAND = 3
+# In fixed point, with 16 bits after the point: 1 / (mean |code|) of each level, and the boundaries
+# halfway between offsets. A column's offset is the number of boundaries below its relative mean.
 FIXED_POINT = 1 << 16
-MAGNITUDE_EDGES = np.array([round(2 ** (16 + (t + 0.5) / 8)) for t in range(-36, 24)])
-INVERSE_LEVEL = np.array([0] + [round(2 ** (16 - (k - 65) / 8)) for k in range(1, 256)])
+INVERSE_LEVEL = np.array(
+    [0] + [round(FIXED_POINT * 2 ** ((UNIT_LEVEL - k) / LEVELS_PER_OCTAVE)) for k in range(1, 256)]
+)
+OFFSET_EDGES = np.array(
+    [round(FIXED_POINT * 2 ** ((t + 0.5) / LEVELS_PER_OCTAVE)) for t in range(-36, 24)]
+)
 
 
 def row_levels(codes: np.ndarray) -> np.ndarray:
@@ -4570,45 +4591,48 @@ def row_levels(codes: np.ndarray) -> np.ndarray:
 def num_coder_states(codes: list[np.ndarray]) -> int:
     """How many independent states code these arrays. More are faster; each costs 2 bytes."""
     widest = max(q.shape[2] for q in codes)
-    return max(widest, sum(q.size for q in codes) >> 13)
+    return max(widest, sum(q.size for q in codes) // CODES_PER_STATE)
 
 
 class ColumnStatistics:
-    """Running means of m matrices' columns, over the rows coded so far, in fixed point.
+    """Sums over the rows coded so far, for every column of m matrices, in fixed point.
 
-    Codes count relative to their row's level. Changed in place by `add`; the context is renewed
-    every eighth row, which is faster and predicts as well.
+    Each code is divided by the mean |code| of its row's level. Changed in place by `add`.
     """
 
-    ROWS_A_RENEWAL = 8
+    PRIOR_ROWS = 8
+    # Renewing offset, bias and sign at every row is slower and predicts no better.
+    ROWS_PER_RENEWAL = 8
 
     def __init__(self, num_matrices: int, cols: int):
-        """Starts as if eight rows of just their level, without a bias, stood above."""
+        """Starts as after PRIOR_ROWS rows whose codes are all as large as their level, unbiased."""
         self.num_rows = 0
-        self.magnitude = np.full((num_matrices, cols), 8 * FIXED_POINT)  # sums of |code|
-        self.total = np.zeros_like(self.magnitude)  # sums of codes
+        self.magnitude = np.full((num_matrices, cols), self.PRIOR_ROWS * FIXED_POINT)  # of |code|
+        self.total = np.zeros_like(self.magnitude)  # of codes
         self.renew()
 
     def renew(self) -> None:
-        """Takes band offset, bias and sign from the sums."""
-        self.offset = np.searchsorted(MAGNITUDE_EDGES, self.magnitude // (self.num_rows + 8))
+        """Sets each column's offset, bias and sign from the sums."""
+        mean = self.magnitude // (self.num_rows + self.PRIOR_ROWS)
+        self.offset = np.searchsorted(OFFSET_EDGES, mean)
         per_cent = 100 * abs(self.total) // self.magnitude
-        self.bias = np.searchsorted(BIAS_EDGES, per_cent, "right")
-        self.sign = 1 - 2 * (self.total < 0)
+        self.bias = np.searchsorted(BIAS_EDGES, per_cent, side="right")
+        self.sign = np.where(self.total < 0, -1, 1)
 
     def contexts(self, level: np.ndarray) -> np.ndarray:
         """Contexts (m, cols) of one row of each matrix, given the rows' levels int64 (m, 1)."""
-        band = np.minimum((level + self.offset) // 3, NUM_BANDS - 1)
-        return np.where(level, band, 0) * NUM_BIASES + self.bias
+        band = np.minimum((level + self.offset) // LEVELS_PER_BAND, NUM_BANDS - 1)
+        return np.where(level > 0, band, 0) * NUM_BIASES + self.bias
 
     def add(self, codes: np.ndarray, level: np.ndarray) -> None:
-        """Takes in one row of each matrix, codes (m, cols), levels int64 (m, 1)."""
+        """Adds one row of each matrix, codes (m, cols) with levels int64 (m, 1)."""
         codes = codes.astype(np.int64)
         inverse = INVERSE_LEVEL[level]
-        self.magnitude += np.where(level, abs(codes) * inverse, FIXED_POINT)
+        # A row of zeros says nothing about the columns, so it counts as an average row.
+        self.magnitude += np.where(level > 0, abs(codes) * inverse, FIXED_POINT)
         self.total += codes * inverse
         self.num_rows += 1
-        if self.num_rows % self.ROWS_A_RENEWAL == 0:
+        if self.num_rows % self.ROWS_PER_RENEWAL == 0:
             self.renew()
 
 
@@ -4622,8 +4646,8 @@ def coding_order(
     matrix 2, row 1 of matrix 2.
 
     The encoder reads the codes. The decoder starts from zeros and fills `codes`, a view, in place
-    before it asks for the next item, whose contexts depend on them. `signs` are those of the
-    columns' means: times them, codes lean to the positive side, and one table serves both sides.
+    before it asks for the next item, whose contexts depend on them. `signs` are the signs of the
+    columns' means. Codes times signs lean to the positive side, so one table serves both sides.
     """
     num_states = num_coder_states(codes)
     for bank, bank_levels in zip(codes, levels, strict=True):
@@ -4645,13 +4669,14 @@ def frequency_table(counts: np.ndarray) -> np.ndarray:
     Every symbol that occurs gets at least 1; the most frequent one takes what rounding leaves.
     """
     totals = np.maximum(counts.sum(1, keepdims=True), 1)
-    table = np.maximum((counts << ANS_BITS) // totals, counts > 0)
-    table[np.arange(len(table)), table.argmax(1)] += (1 << ANS_BITS) - table.sum(1)
+    table = np.maximum(FREQUENCY_SUM * counts // totals, counts > 0)
+    most_frequent = table.argmax(1)
+    table[np.arange(len(table)), most_frequent] += FREQUENCY_SUM - table.sum(1)
     return table
 
 
 def range_starts(table: np.ndarray) -> np.ndarray:
-    """Sum of the frequencies before each symbol of its context, flat (contexts * 256,)."""
+    """For each symbol the sum of the frequencies before it in its context, (contexts * 256,)."""
     return (table.cumsum(1) - table).ravel()
 
 
@@ -4661,13 +4686,13 @@ def ans_encode(codes: list[np.ndarray], levels: list[np.ndarray]) -> bytes:
     Layout: u32 size of the tables; the tables, frequencies u16 (contexts, 256) in LZMA; the states
     u32 at the end of encoding, where decoding starts; words u16 in the order of decoding.
 
-    Pushing a symbol of frequency f that starts at c: x -> (x // f) * 2^14 + c + x % f. Before it, a
-    state that would leave its range sheds its lower 16 bits as a word. So STATE_MIN <= x < 2^32
+    Pushing a symbol of frequency f that starts at c: x -> (x // f) * 2^14 + c + x % f. Before that,
+    a state that would leave its range sheds its lower 16 bits as a word. So STATE_MIN <= x < 2^32
     holds before and after each push, for every state.
     """
     pushes = []
     for q, context, sign in coding_order(codes, levels):
-        index = context << SYMBOL_BITS | q * sign + ZERO_SYMBOL
+        index = context * NUM_SYMBOLS + q * sign + ZERO_SYMBOL
         pushes.append(index.ravel().astype(np.int32))
     counts = np.bincount(np.concatenate(pushes), minlength=NUM_CONTEXTS * NUM_SYMBOLS)
     table = frequency_table(counts.reshape(-1, NUM_SYMBOLS))
@@ -4679,12 +4704,12 @@ def ans_encode(codes: list[np.ndarray], levels: list[np.ndarray]) -> bytes:
     for index in reversed(pushes):
         x = states[: len(index)]  # a view
         f = frequency[index]
-        is_full = x >= f << 2 * WORD_BITS - ANS_BITS
-        words.append(x[is_full].astype("<u2"))
+        is_full = x >= f << (2 * WORD_BITS - ANS_BITS)  # the push would reach 2^32
+        words.append(x[is_full].astype("<u2"))  # the lower 16 bits
         x[is_full] >>= WORD_BITS
-        x += x // f * ((1 << ANS_BITS) - f) + start[index]
+        x[:] = (x // f) * FREQUENCY_SUM + start[index] + x % f
 
-    tables = LzmaCodec().compress(table.astype("<u2").tobytes())
+    tables = compress("lzma", table.astype("<u2").tobytes())
     numbers = [states.astype("<u4"), *reversed(words)]
     body = b"".join(array.tobytes() for array in numbers)
     return len(tables).to_bytes(4, "little") + tables + body
@@ -4693,21 +4718,22 @@ def ans_encode(codes: list[np.ndarray], levels: list[np.ndarray]) -> bytes:
 def ans_decode(data: bytes, shapes: Iterable[tuple], levels: list[np.ndarray]) -> list[np.ndarray]:
     """The codes, arrays of these shapes, from what ans_encode wrote.
 
-    A pop undoes a push: the lower 14 bits of x, its slot, name the symbol, and
+    A pop undoes a push. The lower 14 bits of x, the slot, name the symbol, and
     x -> f * (x >> 14) + slot - c removes it; a state below STATE_MIN then takes in a word. So
     STATE_MIN <= x < 2^32 holds again, and at the end each state is where the encoder started it.
     Raises ValueError or IndexError if ans_encode cannot have written `data`.
     """
     codes = [np.zeros(shape, np.int8) for shape in shapes]
     tables_end = 4 + int.from_bytes(data[:4], "little")
-    tables = LzmaCodec().decompress(data[4:tables_end], 2 * NUM_CONTEXTS * NUM_SYMBOLS)
+    tables = decompress("lzma", data[4:tables_end], 2 * NUM_CONTEXTS * NUM_SYMBOLS)
     table = np.frombuffer(tables, "<u2").astype(np.int64).reshape(NUM_CONTEXTS, NUM_SYMBOLS)
-    if (table.sum(1) != 1 << ANS_BITS).any():
+    if (table.sum(1) != FREQUENCY_SUM).any():
         raise ValueError("a table of frequencies does not add up")
-    every_symbol = np.tile(np.arange(NUM_SYMBOLS, dtype=np.uint8), NUM_CONTEXTS)
-    symbols = np.repeat(every_symbol, table.ravel()).reshape(NUM_CONTEXTS, -1)  # by slot
     frequency = table.ravel()
     start = range_starts(table)
+    # In each context, as many slots name a symbol as its frequency says: (contexts, 2^14).
+    every_symbol = np.tile(np.arange(NUM_SYMBOLS, dtype=np.uint8), NUM_CONTEXTS)
+    symbol_of_slot = np.repeat(every_symbol, frequency).reshape(NUM_CONTEXTS, FREQUENCY_SUM)
 
     states = np.frombuffer(data, "<u4", num_coder_states(codes), tables_end).astype(np.int64)
     words_start = tables_end + 4 * len(states)
@@ -4715,14 +4741,14 @@ def ans_decode(data: bytes, shapes: Iterable[tuple], levels: list[np.ndarray]) -
     num_read = 0
     for q, context, sign in coding_order(codes, levels):
         x = states[: q.size]  # a view
-        slot = x & (1 << ANS_BITS) - 1
-        symbol = symbols[context.ravel(), slot]
-        index = context.ravel() << SYMBOL_BITS | symbol
+        slot = x & SLOT_MASK
+        symbol = symbol_of_slot[context.ravel(), slot].astype(np.int64)
+        index = context.ravel() * NUM_SYMBOLS + symbol
         x[:] = frequency[index] * (x >> ANS_BITS) + slot - start[index]
         low = np.flatnonzero(x < STATE_MIN)
-        x[low] = x[low] << WORD_BITS | words[num_read : num_read + len(low)]
+        x[low] = (x[low] << WORD_BITS) + words[num_read : num_read + len(low)]
         num_read += len(low)
-        q[:] = (symbol.astype(np.int64) - ZERO_SYMBOL).reshape(q.shape) * sign
+        q[:] = (symbol - ZERO_SYMBOL).reshape(q.shape) * sign
     if num_read != len(words) or (states != STATE_MIN).any():
         raise ValueError("words are left over")
     return codes
@@ -4737,96 +4763,77 @@ def code_entropy_bytes(codes: Iterable[np.ndarray]) -> float:
 
 # --- General codecs -------------------------------------------------------------------------------
 #
-# COMPRESSOR may also be a general codec, and the small streams are always LZMA. A file is not
-# trusted: `decompress` returns at most `size` bytes and takes little memory besides, whatever the
-# data says. It may return fewer, and it may raise any error of its library.
+# COMPRESSOR may also be a general codec, and the small streams are always LZMA: raw LZMA2, because
+# a container has a header that would have to be trusted. lp=1 and pb=1 model the low and the high
+# bytes of fp16 apart.
+
+LZMA_FILTERS = [dict(id=lzma.FILTER_LZMA2, preset=6, lc=0, lp=1, pb=1)]
 
 
-class ZstdCodec:
-    """Zstandard, tuned for codes."""
-
-    def __init__(self):
-        import zstandard
-
-        # The levels of zstd look for matches that are not there (+16 % at level 3). These settings
-        # leave little but the Huffman coding of literals, which suits codes.
-        parameters = zstandard.ZstdCompressionParameters(
-            strategy=1, window_log=17, hash_log=6, chain_log=6, search_log=1, min_match=6
-        )
-        self.compressor = zstandard.ZstdCompressor(compression_params=parameters)
-        self.decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 20)
-
-    def compress(self, data: bytes) -> bytes:
-        """One frame."""
-        return self.compressor.compress(data)
-
-    def decompress(self, data: bytes, size: int) -> bytes:
-        """The first `size` bytes of the first frame."""
-        return self.decompressor.stream_reader(data, read_across_frames=False).read(size)
-
-
-class BrotliCodec:
-    """Brotli at its highest quality, as in PR #1530 and PR #1413."""
-
-    def compress(self, data: bytes) -> bytes:
-        """One stream."""
+def compress(codec: str, data: bytes) -> bytes:
+    """One stream by lzma, brotli (at the quality of PR #1530 and PR #1413) or zstd."""
+    if codec == "lzma":
+        return lzma.compress(data, lzma.FORMAT_RAW, filters=LZMA_FILTERS)
+    if codec == "brotli":
         import brotli
 
         return brotli.compress(data, quality=11)
+    import zstandard
 
-    def decompress(self, data: bytes, size: int) -> bytes:
-        """The first `size` bytes."""
+    # The levels of zstd look for matches that are not there (+16 % at level 3). These settings
+    # leave little but the Huffman coding of literals, which suits codes.
+    parameters = zstandard.ZstdCompressionParameters(
+        strategy=1, window_log=17, hash_log=6, chain_log=6, search_log=1, min_match=6
+    )
+    return zstandard.ZstdCompressor(compression_params=parameters).compress(data)
+
+
+def decompress(codec: str, data: bytes, size: int) -> bytes:
+    """The first `size` bytes of a stream, which is not trusted: this takes little memory besides.
+
+    Raises ValueError if the stream holds fewer, or any error of the codec's library.
+    """
+    if codec == "lzma":
+        raw = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=LZMA_FILTERS).decompress(data, size)
+    elif codec == "brotli":
         import brotli
 
-        return brotli.Decompressor().process(data, size)
+        raw = brotli.Decompressor().process(data, size)
+    else:
+        import zstandard
 
-
-class LzmaCodec:
-    """Raw LZMA2, without a container whose header would have to be trusted."""
-
-    def __init__(self):
-        import lzma
-
-        # lp=1 and pb=1 model the low and the high bytes of fp16 apart.
-        pairs = dict(id=lzma.FILTER_LZMA2, preset=6, lc=0, lp=1, pb=1)
-        self.lzma = lzma
-        self.format = dict(format=lzma.FORMAT_RAW, filters=[pairs])
-
-    def compress(self, data: bytes) -> bytes:
-        """One stream."""
-        return self.lzma.compress(data, **self.format)
-
-    def decompress(self, data: bytes, size: int) -> bytes:
-        """The first `size` bytes."""
-        return self.lzma.LZMADecompressor(**self.format).decompress(data, size)
-
-
-def codec(name: str) -> ZstdCodec | BrotliCodec | LzmaCodec:
-    """The general codec of this name. Raises ImportError if its package is not installed."""
-    codecs = {"zstd": ZstdCodec, "brotli": BrotliCodec, "lzma": LzmaCodec}
-    return codecs[name]()
+        decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 20)
+        raw = decompressor.stream_reader(data, read_across_frames=False).read(size)
+    if len(raw) != size:
+        raise ValueError("a stream is shorter than its header says")
+    return raw
 
 
 def pack_codes(compressor: str, codes: list[np.ndarray], levels: list[np.ndarray]) -> bytes:
-    """The stream of codes. ans knows the level of each row; the others do not, so a bank's rows are
-    sorted by rising level for them (7 % less with zstd)."""
+    """The codes, int8 (n, rows, cols) with levels uint8 (n, rows), as one stream.
+
+    ans uses the level of each row. The others cannot, so a bank's rows are sorted by rising level
+    for them, which makes zstd's stream 7 % shorter.
+    """
     if compressor == "ans":
         return ans_encode(codes, levels)
     sorted_rows = []
     for q, level in zip(codes, levels, strict=True):
         order = level.argsort(axis=None, kind="stable")
         sorted_rows.append(q.reshape(level.size, -1)[order].tobytes())
-    return codec(compressor).compress(b"".join(sorted_rows))
+    return compress(compressor, b"".join(sorted_rows))
 
 
 def unpack_codes(
     compressor: str, data: bytes, shapes: list[tuple], levels: list[np.ndarray]
 ) -> list[np.ndarray]:
-    """The codes that pack_codes packed, arrays of these shapes. Raises ValueError, or an error of
-    the codec, if the stream does not hold them."""
+    """The codes that pack_codes packed, arrays of these shapes.
+
+    Raises ValueError, or an error of the codec, if the stream does not hold them.
+    """
     if compressor == "ans":
         return ans_decode(data, shapes, levels)
-    raw = decompress_all(compressor, data, sum(math.prod(shape) for shape in shapes))
+    raw = decompress(compressor, data, sum(math.prod(shape) for shape in shapes))
     flat = np.frombuffer(raw, np.int8)
     codes = []
     start = 0
@@ -4839,18 +4846,10 @@ def unpack_codes(
     return codes
 
 
-def decompress_all(compressor: str, data: bytes, size: int) -> bytes:
-    """Exactly `size` bytes of a stream. Raises ValueError if it holds fewer."""
-    raw = codec(compressor).decompress(data, size)
-    if len(raw) != size:
-        raise ValueError("a stream is shorter than its header says")
-    return raw
-
-
 # --- Container: writing ---------------------------------------------------------------------------
 #
-# The file is a header and four streams. Its bytes follow from the weights and the config alone: no
-# time, no path, no order of a dictionary goes into it. Its layout stands in `pack_artifact`.
+# The file is a header and four streams, laid out as `pack_artifact` says. Its bytes follow from the
+# weights and the config alone: no time and no path goes into it.
 
 ARTIFACT_MAGIC = b"PGLM"
 ARTIFACT_VERSION = 2
@@ -4890,16 +4889,18 @@ def fp16_bytes(tensors: Iterable[Tensor]) -> bytes:
 def pack_artifact(
     model: GPT, packed: dict[str, tuple[Tensor, Tensor]], meta: dict[str, Any]
 ) -> bytes:
-    """The artifact file, equal for equal weights. All numbers are little-endian:
+    """The artifact file. `packed` holds codes and scales by bank; `meta` joins the header.
+
+    Its layout, all numbers little-endian:
 
         "PGLM", u8 version, u32 length and u32 CRC-32 of the header
         the header: zlib-compressed JSON of at most 64 KiB, {config, compressor,
             streams: [[raw bytes, stored bytes, CRC-32 of the stored bytes], ..], ..meta}
-        four streams: codes (int8, each matrix in the order of the parameter table; pack_codes), and
-            with LZMA the level of each row (u8; row_levels), the scales and the floats (fp16),
-            without the rows that nothing reads
-
-    Names and shapes follow from the config. `packed` holds codes and scales by bank.
+        four streams, each in the order of the parameter table:
+            codes   int8, by pack_codes
+            levels  u8, of every row of codes, by row_levels, in LZMA
+            scales  fp16, in LZMA
+            floats  fp16, without the rows that nothing reads, in LZMA
     """
     cfg = model.cfg
     codes = []
@@ -4912,12 +4913,11 @@ def pack_artifact(
     for name, shape in float_shapes(cfg).items():
         floats.append(model.get_parameter(name)[-shape[0] :])
 
-    lzma = LzmaCodec()
     streams = [
         pack_codes(cfg.compressor, codes, levels),
-        lzma.compress(b"".join(level.tobytes() for level in levels)),
-        lzma.compress(fp16_bytes(scales)),
-        lzma.compress(fp16_bytes(floats)),
+        compress("lzma", b"".join(level.tobytes() for level in levels)),
+        compress("lzma", fp16_bytes(scales)),
+        compress("lzma", fp16_bytes(floats)),
     ]
     header = {"config": network_config(cfg), "compressor": cfg.compressor, **meta}
     header["streams"] = []
@@ -4932,9 +4932,10 @@ def pack_artifact(
 
 # --- Container: reading ---------------------------------------------------------------------------
 #
-# Nothing read is executed: the file holds JSON and arrays of numbers. The config in the header says
-# how large each stream must be, and both are checked before anything is allocated: at most 64 KiB
-# of header and 2^27 bytes of streams, however the file was forged.
+# Nothing that is read is executed: the file holds JSON and arrays of numbers. The config in the
+# header says how large each stream must be. Before anything is allocated, both are checked: however
+# the file was forged, it unpacks to at most 64 KiB of header and 2^27 bytes of streams. A damaged
+# file may raise any error in the functions below; open_artifact turns it into one line.
 
 
 class ArtifactArrays(NamedTuple):
@@ -4943,26 +4944,27 @@ class ArtifactArrays(NamedTuple):
     codes: dict[str, np.ndarray]  # int8 (n, rows, cols)
     levels: dict[str, np.ndarray]  # uint8 (n, rows)
     scales: dict[str, np.ndarray]  # fp16 (n, rows)
-    floats: dict[str, np.ndarray]  # fp16, the parameter's shape without the rows nobody reads
+    floats: dict[str, np.ndarray]  # fp16, without the leading rows that nothing reads
 
 
 def config_of_header(header: dict[str, Any]) -> Config:
-    """The config of the network in an artifact. Raises ValueError if there can be no such network,
-    KeyError if a field is missing."""
+    """The config of an artifact's network. Raises ValueError if there can be no such network."""
     fields = read_network_config(header["config"])
+    # Rules that have nothing to do with the network are switched off.
     defaults = Config(artifact_limit_bytes=0, fused_ce=False)
     for name, value in fields.items():
         if type(value) is not type(getattr(defaults, name)):
             raise ValueError("a field of another type")
     cfg = dataclasses.replace(defaults, **fields)
-    for problem in cfg.problems():
-        if problem.split("=")[0].lower() in fields:
+    # The rules may rely on every value being in its range.
+    for rule in list(cfg.out_of_range()) or cfg.rules():
+        if rule.field in fields:
             raise ValueError("a field out of range")
     return cfg
 
 
 def read_header(data: bytes) -> tuple[dict[str, Any], int]:
-    """Header of an artifact and offset of its first stream. Raises ValueError and others."""
+    """Header of an artifact and offset of its first stream."""
     end = HEADER_START + int.from_bytes(data[5:9], "little")
     head = data[HEADER_START:end]
     if len(data) < end or zlib.crc32(head).to_bytes(4, "little") != data[9:HEADER_START]:
@@ -4971,8 +4973,7 @@ def read_header(data: bytes) -> tuple[dict[str, Any], int]:
 
 
 def stored_streams(data: bytes, header: dict[str, Any], start: int, cfg: Config) -> list[bytes]:
-    """The four streams as stored, checked against the header, and the header against the network.
-    Raises ValueError and others."""
+    """The four streams as stored, checked against header and network."""
     sizes, lengths, checksums = zip(*header["streams"], strict=True)
     expected = stream_sizes(cfg)
     is_expected = sizes == expected and sum(expected) <= MAX_STREAM_BYTES
@@ -4986,7 +4987,7 @@ def stored_streams(data: bytes, header: dict[str, Any], start: int, cfg: Config)
         streams.append(stream)
         start += length
     if start != len(data):
-        raise ValueError("a stream does not match its checksum")
+        raise ValueError("bytes are left over behind the streams")
     return streams
 
 
@@ -4999,14 +5000,14 @@ def split_arrays(flat: np.ndarray, shapes: dict[str, tuple[int, ...]]) -> dict[s
 
 
 def unpack_streams(streams: list[bytes], compressor: str, cfg: Config) -> ArtifactArrays:
-    """The arrays in the four stored streams. Raises ValueError, or any error of a codec."""
+    """The arrays in the four stored streams."""
     sizes = stream_sizes(cfg)
     shapes = bank_shapes(cfg)
     row_shapes = {bank: shape[:2] for bank, shape in shapes.items()}
     stored_codes, stored_levels, stored_scales, stored_floats = streams
-    raw_levels = decompress_all("lzma", stored_levels, sizes.levels)
-    raw_scales = decompress_all("lzma", stored_scales, sizes.scales)
-    raw_floats = decompress_all("lzma", stored_floats, sizes.floats)
+    raw_levels = decompress("lzma", stored_levels, sizes.levels)
+    raw_scales = decompress("lzma", stored_scales, sizes.scales)
+    raw_floats = decompress("lzma", stored_floats, sizes.floats)
     levels = split_arrays(np.frombuffer(raw_levels, np.uint8), row_shapes)
     codes = unpack_codes(compressor, stored_codes, list(shapes.values()), list(levels.values()))
     return ArtifactArrays(
@@ -5020,8 +5021,7 @@ def unpack_streams(streams: list[bytes], compressor: str, cfg: Config) -> Artifa
 def open_artifact(data: bytes, path: Path) -> tuple[dict[str, Any], ArtifactArrays]:
     """Header and arrays of an artifact; `path` is for messages only.
 
-    Raises UsageError (one line) for whatever pack_artifact did not write as a whole, forged with
-    care or not. Nothing read is executed, and sizes are checked before use.
+    Raises UsageError for a file that is cut, altered or not consistent in itself.
     """
     if data[:4] != ARTIFACT_MAGIC:
         raise UsageError(f"{path}: not an artifact of train_gpt.py (starts with {data[:4]!r})")
@@ -5034,7 +5034,7 @@ def open_artifact(data: bytes, path: Path) -> tuple[dict[str, Any], ArtifactArra
         cfg = config_of_header(header)
         streams = stored_streams(data, header, start, cfg)
         return header, unpack_streams(streams, header["compressor"], cfg)
-    # Each codec has errors of its own, and a hostile file may provoke any of them.
+    # Each codec has its own errors, and a hostile file may provoke any of them.
     except Exception as error:
         reason = type(error).__name__
         if type(error) is ValueError:
@@ -6277,7 +6277,7 @@ class Run:
             end = ranks.now()
         rows_per_rank = math.ceil(cfg.gptq_calibration_batches / ranks.world_size)
         # Fitting the artifact to a limit that binds has taken up to four rounds.
-        rounds = 4 if 0 < cfg.artifact_limit_bytes < 1.2 * solver.finest else 1
+        rounds = 4 if 0 < cfg.artifact_limit_bytes < 1.2 * solver.finest_bytes else 1
         seconds = rows_per_rank * (calibrated - start) + rounds * (end - calibrated)
         return 1.0 + 1.25 * seconds
 
@@ -6557,14 +6557,20 @@ class Run:
 
 
 # === 12. Kernels: MLP, cross-entropy, norm and RoPE, XSA, each beside a plain reference ===
-# What all kernels share comes first. Each kernel then has a part of its own, in one order: formula
-# and source, reference forward and backward, Triton kernel, launcher, operator of torch.library,
-# autograd function, public function.
+#
+# After what all kernels share, each has its sub-section, in one order: formula and source,
+# reference forward and backward, Triton kernel, launcher, operator of torch.library, autograd
+# function, public function.
+
 
 # --- Shared by all kernels: choice of tiles, operators, launches over heads -----------------------
-HEAD_TILES = [(32, 8), (32, 4), (16, 4), (64, 8)]  # heads of a program, warps
+#
+# A program is one of the instances of a kernel that run side by side; a tile is the share of the
+# work that a program does at once.
+
+HEAD_TILES = [(32, 8), (32, 4), (16, 4), (64, 8)]  # heads per program, warps
 TILES = {
-    "mlp_up": [(128, 256, 64), (128, 128, 64)],  # tokens, hidden units, terms of the sum at once
+    "mlp_up": [(128, 256, 64), (128, 128, 64)],  # tokens, hidden units, terms of each sum at once
     "mlp_dpre": [(128, 256, 64), (128, 128, 64)],
     "ce": [(8192, 16), (8192, 8), (4096, 8), (1024, 4)],  # columns at once, warps
     "qk": HEAD_TILES,
@@ -6582,7 +6588,7 @@ class TileTuner:
     compiled kernels, so that a machine measures each shape once and all its ranks use one tile.
     """
 
-    MIN_ROWS = 2**14  # fewer do not fill a GPU, so the first tile of the table serves
+    MIN_ROWS = 2**14  # fewer do not fill a GPU; they take the first tile of the table
 
     def __init__(self) -> None:
         self.may_measure = True
@@ -6603,7 +6609,7 @@ class TileTuner:
     def load_or_measure(
         self, key: tuple, tiles: list[tuple], launch: Callable[[tuple], None]
     ) -> tuple:
-        """The tile that is kept on disk for `key`; measured and saved if there is none yet."""
+        """The tile that is saved on disk for `key`; measured and saved if there is none yet."""
         identity = str((key, tiles, torch.cuda.get_device_name(), triton.__version__))
         digest = hashlib.sha256(identity.encode()).hexdigest()[:32]
         path = Path(triton.knobs.cache.dir) / f"tile-{digest}.json"
@@ -6626,8 +6632,8 @@ class TileTuner:
 
 
 # The tuner that launchers ask. An operator of torch.library takes only tensors and numbers, and its
-# backward may run on another thread, so neither an argument nor a context variable can bring the
-# run's tuner to a launcher: this one slot has to name it. A run installs its own.
+# backward may run on another thread. So neither an argument nor a context variable can bring the
+# run's tuner to a launcher; this global does. A run installs its own with use_tuner.
 active_tuner = TileTuner()
 
 
@@ -6635,6 +6641,14 @@ def use_tuner(tuner: TileTuner) -> None:
     """Makes all launchers of this process ask `tuner` from now on."""
     global active_tuner
     active_tuner = tuner
+
+
+def dense_heads(x: Tensor) -> Tensor:
+    """x (T, heads, D), copied unless each token's heads lie side by side without gaps.
+
+    The XSA kernels expect that, and PyTorch's attention on a CPU misreads a last axis with gaps.
+    """
+    return x if x.stride()[1:] == (x.size(2), 1) else x.contiguous()
 
 
 def define_operator(
@@ -6652,7 +6666,7 @@ def define_operator(
     """
 
     def on_gpu(x: Tensor, *args: Any) -> Any:
-        """Kernels sum in fp32, so fp64 takes the reference; so does an empty tensor."""
+        # Kernels sum in fp32, so fp64 takes the reference. So does an empty tensor.
         if triton is not None and x.element_size() <= 4 and x.numel() > 0:
             return launcher(x, *args)
         return reference(x, *args)
@@ -6674,11 +6688,11 @@ def heads_of_program(ROWS: tl.constexpr, COLS: tl.constexpr):
 def launch_heads(
     kernel: Any, table: str, arguments: list, rows: int, sizes: dict[str, Any], tile: tuple | None
 ) -> None:
-    """Launches kernel(*arguments, rows, **sizes, ...), in which each program has some of the heads.
+    """Launches kernel(*arguments, rows, **sizes, ...), whose programs share out the heads.
 
     arguments: tensors, None for one that is left out, and strides; the first gives the dtype.
-    rows: heads of D values in all; a program takes all columns of its heads at once.
-    tile: heads of a program and its warps, or None for the fastest of TILES[table].
+    rows: how many heads there are, of D values each; a program takes all columns of its heads.
+    tile: heads per program and warps, or None for the fastest of TILES[table].
     """
     columns = triton.next_power_of_2(sizes["D"])
 
@@ -6695,9 +6709,13 @@ def launch_heads(
 
 
 # --- Fused MLP ------------------------------------------------------------------------------------
+#
 # out = leaky_relu(x @ w_up.T)^2 @ w_down.T for x (T, C), w_up (F, C), w_down (C, F). From PR #1530,
-# after modded-nanogpt. Two products have the activation, or its derivative, as their epilogue. Both
-# are operators, computed by PyTorch or, on Hopper, by one Triton kernel.
+# after modded-nanogpt. An epilogue is what a kernel does with a product before it stores it. Here
+# one product has the activation as its epilogue, and one of the backward its derivative. Both are
+# operators, computed by PyTorch or, on Hopper, by one Triton kernel.
+
+
 def mlp_up_reference(x: Tensor, w_up: Tensor, slope: float = MLP_SLOPE) -> tuple[Tensor, Tensor]:
     """pre = x @ w_up.T and post = leaky_relu(pre)^2, both (T, F)."""
     pre = F.linear(x, w_up)
@@ -6771,11 +6789,12 @@ def launch_mlp(
     tile: tuple,
     slope: float = MLP_SLOPE,
 ) -> None:
-    """Fills `out`, and in the forward `pre`, with at most `programs` persistent programs.
+    """Fills `out`, and in the forward `pre`, with at most `programs` programs of many tiles each.
 
     T must not be 0; a new T compiles nothing. Descriptors are made for every call, because a cache
     of them would keep activations alive; a replayed CUDA graph makes none. Of 227 KB of shared
-    memory the forward takes 224 with its 4 stages, the backward with its staged `pre` 208 with 3.
+    memory the forward takes 224 KB with its 4 stages, the backward, which also stages `pre`, 208 KB
+    with 3.
     """
     bm, bn, bk = tile
     w_box = [bk, bn] if backward else [bn, bk]
@@ -6849,13 +6868,13 @@ mlp_dpre = define_operator("mlp_dpre", mlp_dpre_reference, mlp_dpre_cuda)
 
 
 class FusedMLP(torch.autograd.Function):
-    """The second product of the MLP. Its backward is that of the whole MLP, mlp_up included."""
+    """The second product of the MLP. Its backward is that of the whole MLP, with mlp_up."""
 
     @staticmethod
     def forward(
         ctx, x: Tensor, w_up: Tensor, w_down: Tensor, pre: Tensor, post: Tensor, slope: float
     ) -> Tensor:
-        """out (T, C). A frozen weight keeps neither its input nor the activation alive."""
+        """out (T, C). What only the gradient of a frozen weight would need is not saved."""
         _, need_up, need_down, *_ = ctx.needs_input_grad
         saved_x = x if need_up else None
         saved_post = post if need_down else None
@@ -6865,7 +6884,7 @@ class FusedMLP(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of x and both weights, each only where it is needed."""
+        """Gradients of x and both weights, None where not needed."""
         x, w_up, w_down, pre, post = ctx.saved_tensors
         need_x, need_up, need_down, *_ = ctx.needs_input_grad
         dpre = mlp_dpre(dy, w_down, pre, ctx.slope) if need_x or need_up else None
@@ -6887,17 +6906,20 @@ def fused_mlp(
 def plain_mlp(
     x: Tensor, w_up: Tensor, w_down: Tensor, slope: float = MLP_SLOPE
 ) -> tuple[Tensor, Tensor]:
-    """The same as fused_mlp, in separate operators with PyTorch's autograd."""
+    """fused_mlp in separate operators with PyTorch's autograd."""
     post = leaky_relu_sq(F.linear(x, w_up), slope)
     return F.linear(post, w_down), post
 
 
 # --- Head and softcapped cross-entropy ------------------------------------------------------------
-# Nats of the logits cap * tanh(z / cap), where z = x @ w.T (N, V). Everything behind the product is
+#
+# Nats of the logits cap * tanh(z / cap), where z = x @ w.T (N, V). Everything after the product is
 # fp32: the public script rounds logits to bf16, whose spacing at 16 to 32 is 0.125, which costs up
 # to 8e-4 nats a token. |logits| <= cap <= 75 bounds the sum of 65,536 exponentials, so no running
 # maximum is needed. The forward replaces z by d nats / d z. The incoming gradient then scales rows
 # of x and dx (N, C) instead of z, so the backward is two products and no other pass over z.
+
+
 def softcap_ce_reference(z: Tensor, targets: Tensor, cap: float, gradient: bool) -> Tensor:
     """Nats (N,) in fp32 or better, 0 where the target is -1.
 
@@ -6944,7 +6966,7 @@ def softcap(z, cap):
 def softcap_ce_kernel(
     z, targets, nats, cap, V: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """A program has one row. With V <= BLOCK, it reads it once and takes its exponentials once."""
+    """Nats of one row per program. With V <= BLOCK the program reads its row only once."""
     row = tl.program_id(0)
     cols = tl.arange(0, BLOCK)
     target = tl.load(targets + row)
@@ -7015,7 +7037,7 @@ def head_product(x: Tensor, w: Tensor, extra: Tensor | None) -> Tensor:
 
 
 class HeadLoss(torch.autograd.Function):
-    """head_loss where a gradient is needed: after the forward, z holds its own gradient."""
+    """head_loss where a gradient is needed. The forward leaves d nats / d z in z."""
 
     @staticmethod
     def forward(
@@ -7030,7 +7052,7 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of x, w and extra from that of the nats (N,), each only where it is needed."""
+        """Gradients of x, w and extra from that of the nats (N,), None where not needed."""
         x, w, dz = ctx.saved_tensors
         need_x, need_w, need_extra, *_ = ctx.needs_input_grad
         grad = grad.unsqueeze(1)  # (N, 1)
@@ -7058,9 +7080,13 @@ def head_loss(
 
 
 # --- Norm, RoPE and gain of queries and keys ------------------------------------------------------
+#
 # A row of qkv holds H + 2 Hkv heads of D values. q (T, H, D) = gain * rotate(rms_norm(q heads)),
-# k (T, Hkv, D) = rotate(rms_norm(k heads)), and v (T, Hkv, D) is a view of the row. The row must be
-# saved anyway, because v is a view of it; so the backward norms it again and saves nothing else.
+# k (T, Hkv, D) = rotate(rms_norm(k heads)), and v (T, Hkv, D) is a view of the row. Because of that
+# view the row stays in memory anyway. So the forward saves nothing else, and the backward norms
+# the heads again.
+
+
 def normed_heads(qkv: Tensor, gain: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
     """Heads of q and k (T, H + Hkv, D) in fp32 or better, their 1 / rms, and their gains.
 
@@ -7068,14 +7094,14 @@ def normed_heads(qkv: Tensor, gain: Tensor, head_dim: int) -> tuple[Tensor, Tens
     """
     wide = torch.promote_types(qkv.dtype, torch.float32)
     heads = qkv.unflatten(1, (-1, head_dim))  # (T, H + 2 Hkv, D)
-    num_qk = (heads.size(1) + len(gain)) // 2
+    num_qk = (heads.size(1) + len(gain)) // 2  # (H + 2 Hkv + H) / 2 = H + Hkv
     x = heads[:, :num_qk].to(wide)
     gains = F.pad(gain.to(wide), (0, num_qk - len(gain)), value=1.0).unsqueeze(1)
     return x, torch.rsqrt(x.square().mean(-1, keepdim=True) + NORM_EPS), gains
 
 
 def qk_rope_reference(qkv: Tensor, gain: Tensor, rope: Tensor, head_dim: int) -> Tensor:
-    """Heads of q, then of k (T, H + Hkv, D): normed, rotated, and those of q times their gain (H,).
+    """Heads of q, then of k (T, H + Hkv, D): normed, rotated, those of q times their gain (H,).
 
     rope: (T, 2, 1, half) fp32, cosines and sines of each token.
     """
@@ -7093,9 +7119,9 @@ def qk_rope_backward_reference(
     dv: Tensor,
     du: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of qkv and gain. du is the gradient of a second use of the values, if there is one.
+    """Gradients of qkv and gain. du: the gradient of a second use of the values, or None.
 
-    The gradients are rotated back first, so that nothing is divided by a gain, which may be 0.
+    dq and dk are rotated back to the normed heads, so nothing is divided by a gain, which may be 0.
     """
     x, rstd, gains = normed_heads(qkv, gain, dq.size(-1))
     cos, sin = rope.to(x.dtype).unbind(1)
@@ -7133,7 +7159,8 @@ def load_head(head, gain, h, col, is_qk, H: tl.constexpr, D: tl.constexpr, EPS: 
     return x, rstd, scale
 
 
-# Triton takes each pointer and each size as an argument of its own.
+# In both kernels r counts the heads of all tokens, and is head h of token t. Triton takes each
+# pointer and each size as a separate argument.
 # ruff: disable[PLR0913]
 @jit
 def qk_rope_kernel(
@@ -7185,7 +7212,7 @@ def qk_rope_backward_kernel(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """dqkv (T, H + 2 KV, D), and in dgain (T, H + 2 KV) fp32 what each head adds to its gradient.
+    """dqkv (T, H + 2 KV, D); and dgain (T, H + 2 KV) fp32, the gain's gradient from each head.
 
     du: the gradient of a second use of the values, or None.
     """
@@ -7269,13 +7296,13 @@ qk_rope_backward = define_operator(
 
 
 class NormRope(torch.autograd.Function):
-    """norm_rope in operators; the values are returned once for each of their uses."""
+    """norm_rope by operators; the values are returned once for each of their uses."""
 
     @staticmethod
     def forward(
         ctx, qkv: Tensor, gain: Tensor, rope: Tensor, head_dim: int, uses: int
     ) -> tuple[Tensor, ...]:
-        """q, k, and `uses` views of v, each of which has a gradient of its own."""
+        """q, k, and `uses` views of v, which get separate gradients."""
         ctx.save_for_backward(qkv, gain, rope)
         qk = qk_rope(qkv, gain, rope, head_dim)
         heads = qkv.unflatten(1, (-1, head_dim))  # (T, H + 2 Hkv, D)
@@ -7301,14 +7328,18 @@ def norm_rope(
     H = len(gain)
     qk = qk_rope_reference(qkv, gain, rope, head_dim)
     values = qkv.unflatten(1, (-1, head_dim))[:, qk.size(1) :]
-    return qk[:, :H], qk[:, H:], *[values] * uses
+    return qk[:, :H], qk[:, H:], *([values] * uses)
 
 
 # --- XSA ------------------------------------------------------------------------------------------
+#
 # From each head of y (T, H, D), its component along the token's own value v (T, Hkv, D) is removed:
-# y - (y . u) u with u = v / |v| (PR #1530). remove_own_value is the reference of the forward.
+# y - (y . u) u with u = v / |v| (PR #1530). The reference of the forward is remove_own_value in
+# section 4.
+
+
 def xsa_backward_reference(y: Tensor, v: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of y and v. A value of length 0 takes nothing away and has no gradient."""
+    """Gradients of y and v. A value of length 0 removes nothing, so its gradient is 0."""
     wide = torch.promote_types(y.dtype, torch.float32)
     KV = v.size(1)
     g = grad.to(wide).unflatten(1, (KV, -1))  # (T, Hkv, H / Hkv, D)
@@ -7328,7 +7359,7 @@ def xsa_backward_reference(y: Tensor, v: Tensor, grad: Tensor) -> tuple[Tensor, 
 
 @jit
 def load_unit_value(v, r, col, mask, stride, KV: tl.constexpr, D: tl.constexpr):
-    """Value head r over its length, in fp32, and the length. stride: values in a row of v."""
+    """Value head r divided by its length, in fp32, and the length. stride: of v's rows."""
     u = tl.load(v + r // KV * stride + r % KV * D + col, mask, other=0.0).to(tl.float32)
     length = tl.sqrt(tl.sum(u * u, 1, keep_dims=True))
     return u / tl.maximum(length, 1e-12), length
@@ -7348,7 +7379,7 @@ def xsa_kernel(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """out (T, H, D): y without its component along v. A row is a value head with G query heads."""
+    """out (T, H, D): y without its component along v. r is a value head with G query heads."""
     r, col = heads_of_program(ROWS, COLS)
     mask = (r < rows) & (col < D)
     u, _ = load_unit_value(v, r, col, mask, stride, KV, D)
@@ -7394,14 +7425,10 @@ def xsa_backward_kernel(
 # ruff: enable[PLR0913]
 
 
-def dense_heads(v: Tensor) -> Tensor:
-    """v (T, Hkv, D) with the heads of a token side by side; its rows may lie apart."""
-    return v if v.stride()[1:] == (v.size(2), 1) else v.contiguous()
-
-
 def xsa_cuda(y: Tensor, v: Tensor, tile: tuple | None = None) -> Tensor:
     """xsa on a GPU, with the fastest tile unless one is given."""
-    y, v = y.contiguous(), dense_heads(v)
+    y = y.contiguous()
+    v = dense_heads(v)
     T, KV, D = v.shape
     out = y.new_empty(y.shape)
     sizes = dict(G=y.size(1) // KV, KV=KV, D=D)
@@ -7413,7 +7440,9 @@ def xsa_backward_cuda(
     y: Tensor, v: Tensor, grad: Tensor, tile: tuple | None = None
 ) -> tuple[Tensor, Tensor]:
     """xsa_backward on a GPU, with the fastest tile unless one is given."""
-    y, v, grad = y.contiguous(), dense_heads(v), grad.contiguous()
+    y = y.contiguous()
+    v = dense_heads(v)
+    grad = grad.contiguous()
     T, KV, D = v.shape
     dy = y.new_empty(y.shape)
     dv = v.new_empty(v.shape)
@@ -7428,7 +7457,7 @@ xsa_backward = define_operator("xsa_backward", xsa_backward_reference, xsa_backw
 
 
 def save_xsa_inputs(ctx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-    """Keeps y and v for the backward."""
+    """Saves y and v for the backward."""
     ctx.save_for_backward(*inputs)
 
 
@@ -7441,29 +7470,34 @@ xsa.register_autograd(xsa_gradients, setup_context=save_xsa_inputs)
 
 
 # === 13. Attention backends ===
+#
 # Every backend has the signature of sdpa_varlen: q (T, H, D), k and v (T, Hkv, D), and cu_seqlens
 # int32 (capacity + 1,), the start offsets of a row's documents, filled up with T. max_seqlen is a
 # constant, so one graph serves all batches. A backend is causal within each document, and no token
-# may see another document: cu_seqlens is all that keeps documents apart, here and in every backend.
-# Queries may have cu_seqlens of their own: a document's are then its last positions, or none.
+# may see another document: only cu_seqlens separates documents, here and in every backend. The
+# queries have offsets too, cu_queries. If a document has fewer queries than keys, they are those
+# of its last positions; it may also have none.
 #
 # torch.compile must trace a backend without a break, and its outputs and gradients must be those of
-# masked SDPA: check_attention tries both. FA2, FA3 (from 2025-12) and torch's varlen are operators,
-# which can be traced. FA4 was none by 2026-08; it is refused until it is. SDPA becomes one here.
+# masked SDPA: check_attention tests both. torch.compile can trace operators, which FA2, FA3 (from
+# 2025-12) and torch's varlen are; SDPA becomes one here. FA4 was not an operator in 2026-08; it is
+# refused until it is one.
+
+
 class AttentionBackend(NamedTuple):
-    """Where the function of a backend is imported from."""
+    """The module and the name in it under which a backend's function is imported."""
 
     module: str
     function: str
 
 
-# By preference. sdpa is defined in this file and runs on any device in any float type.
+# The order is that of preference. sdpa is sdpa_varlen below, for any device and any float type.
 ATTENTION_BACKENDS = {
     "fa3": AttentionBackend("flash_attn_interface", "flash_attn_varlen_func"),
     "fa4": AttentionBackend("flash_attn.cute", "flash_attn_varlen_func"),
     "fa2": AttentionBackend("flash_attn", "flash_attn_varlen_func"),
     "torch": AttentionBackend("torch.nn.attention.varlen", "varlen_attn"),
-    "sdpa": AttentionBackend("", "sdpa_varlen"),
+    "sdpa": None,
 }
 # Largest relative error (a ratio of norms) of an output or gradient. fp32 may be computed as TF32.
 ATTENTION_TOLERANCE = {
@@ -7472,8 +7506,8 @@ ATTENTION_TOLERANCE = {
     torch.float32: 2e-3,
     torch.float64: 1e-5,
 }
-# A package is absent, its library does not load, it is another version, it refuses the dtype, the
-# head width or the GPU, or torch.compile has to break the graph.
+# Raised if a package is absent or of another version, if its library does not load, if it refuses
+# the dtype, the head width or the GPU, or if torch.compile has to break the graph.
 BACKEND_ERRORS = (
     ImportError,
     OSError,
@@ -7487,20 +7521,28 @@ BACKEND_ERRORS = (
 
 
 # --- SDPA over packed documents -------------------------------------------------------------------
+#
+# A segment is a document, or what a row holds of it.
+
+
 class EqualRun(NamedTuple):
-    """Neighbouring segments with equally many queries and equally many keys: a batch of them."""
+    """Neighbouring segments that form a batch: equally many queries, and equally many keys."""
 
     count: int  # segments
-    queries: slice  # their rows of q and of whatever has a row per query
+    queries: slice  # their rows of q, y and the logsumexp
     keys: slice  # their rows of k and v
 
     def query_batch(self, x: Tensor) -> Tensor:
-        """Rows of x (queries, heads, ...) as a view (count, heads, queries of a segment, ...)."""
+        """View (count, heads, queries per segment, ...) of the run's rows of x (n, heads, ...)."""
         return x[self.queries].unflatten(0, (self.count, -1)).transpose(1, 2)
 
     def key_batch(self, x: Tensor) -> Tensor:
-        """Rows of x (keys, heads, ...) as a view (count, heads, keys of a segment, ...)."""
+        """View (count, heads, keys per segment, ...) of the run's rows of x (T, heads, ...)."""
         return x[self.keys].unflatten(0, (self.count, -1)).transpose(1, 2)
+
+    def batches(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The run's batches of q, k and v, or of their gradients."""
+        return self.query_batch(q), self.key_batch(k), self.key_batch(v)
 
 
 def equal_runs(cu_queries: Tensor, cu_keys: Tensor, merge: bool) -> Iterator[EqualRun]:
@@ -7514,7 +7556,8 @@ def equal_runs(cu_queries: Tensor, cu_keys: Tensor, merge: bool) -> Iterator[Equ
         counted = [(pair, len(list(same))) for pair, same in groupby(lengths)]
     else:
         counted = [(pair, 1) for pair in lengths]
-    query_start = key_start = 0
+    query_start = 0
+    key_start = 0
     for (num_queries, num_keys), count in counted:
         queries = slice(query_start, query_start + count * num_queries)
         keys = slice(key_start, key_start + count * num_keys)
@@ -7524,10 +7567,11 @@ def equal_runs(cu_queries: Tensor, cu_keys: Tensor, merge: bool) -> Iterator[Equ
         key_start = keys.stop
 
 
-def check_segments(q: Tensor, k: Tensor, cu_queries: Tensor, cu_keys: Tensor, max_seqlen: int):
-    """Asserts that both offsets fit their tensors and that no segment is too long.
-
-    A segment may have at most as many queries as keys, because queries are its last positions.
+def check_segments(
+    q: Tensor, k: Tensor, cu_queries: Tensor, cu_keys: Tensor, max_seqlen: int
+) -> None:
+    """Asserts that both offsets fit their tensors, and that no segment is longer than max_seqlen
+    or has more queries than keys.
     """
     cu = torch.stack([cu_queries, cu_keys])
     lengths = cu.diff()
@@ -7540,34 +7584,30 @@ def check_segments(q: Tensor, k: Tensor, cu_queries: Tensor, cu_keys: Tensor, ma
 
 
 def causal_options(q: Tensor, k: Tensor) -> dict[str, Any]:
-    """Options of SDPA under which queries (..., n, D) are the last of the positions (..., m, D).
+    """Options of SDPA for queries (..., n, D) that are the last of the keys' positions (..., m, D).
 
-    is_causal would take them for the first positions, so it serves only where n = m.
+    is_causal would take them for the first positions, so it is right only for n = m.
     """
     n, m = q.size(-2), k.size(-2)
     if n == m:
         return {"is_causal": True, "attn_mask": None}
+    # -inf above the diagonal that ends at the last query and the last key.
     return {"is_causal": False, "attn_mask": q.new_full((n, m), -torch.inf).triu(1 + m - n)}
 
 
 def plain_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """SDPA of a batch: q (rows, heads, n, D), k and v (rows, Hkv, m, D)."""
+    """SDPA of a batch, causal: q (segments, H, n, D), k and v (segments, Hkv, m, D)."""
     return F.scaled_dot_product_attention(q, k, v, **causal_options(q, k), enable_gqa=True)
 
 
 def causal_gradients(grad: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-    """dq, dk and dv of plain_causal. Autograd is off inside an operator; torch.func is not."""
+    """dq, dk and dv of plain_causal. Inside an operator autograd is off, so torch.func does it."""
     _, gradients = torch.func.vjp(plain_causal, q, k, v)
     return gradients(grad)
 
 
-def dense_columns(x: Tensor) -> Tensor:
-    """x with a last dimension without gaps, because the CPU kernels misread any other."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def sdpa_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
-    """Empty y (T, H, D), and zeros for the logsumexp (H, T), which only a CPU uses."""
+    """Empty y (T, H, D), and zeros for the logsumexp (H, T), which only a CPU fills."""
     T, H, _ = q.shape
     lse = q.new_zeros((H, T), dtype=torch.promote_types(q.dtype, torch.float32))
     return q.new_empty(q.shape), lse
@@ -7577,19 +7617,17 @@ def sdpa_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
 def sdpa_varlen(
     q: Tensor, k: Tensor, v: Tensor, cu_queries: Tensor, cu_seqlens: Tensor, max_seqlen: int
 ) -> tuple[Tensor, Tensor]:
-    """y (T, H, D) and logsumexp (H, T), segment by segment.
+    """y (T, H, D) and logsumexp (H, T), run by run.
 
     On two cores, 16 x 512 bf16 tokens with H = 4 and D = 32 take 16 ms, and 35 ms in the backward.
     """
     check_segments(q, k, cu_queries, cu_seqlens, max_seqlen)
-    q, k, v = dense_columns(q), dense_columns(k), dense_columns(v)
+    q, k, v = (dense_heads(x) for x in (q, k, v))
     y, lse = sdpa_outputs(q)
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     # A GPU holds the (n, m) scores of a batch in memory, so it takes one segment at a time.
     for run in equal_runs(cu_queries, cu_seqlens, merge=q.is_cpu):
-        q_batch = run.query_batch(q)
-        k_batch = run.key_batch(k)
-        v_batch = run.key_batch(v)
+        q_batch, k_batch, v_batch = run.batches(q, k, v)
         if q.is_cpu:
             options = causal_options(q_batch, k_batch)
             y_batch, lse_batch = flash(q_batch, k_batch, v_batch, **options)
@@ -7611,8 +7649,8 @@ def sdpa_varlen_backward(
     cu_queries: Tensor,
     cu_seqlens: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk and dv from the gradient of y and what sdpa_varlen was given and returned."""
-    grad, q, k, v, y = (dense_columns(x) for x in (grad, q, k, v, y))
+    """dq, dk and dv from the gradient of y and from what sdpa_varlen was given and returned."""
+    grad, q, k, v, y = (dense_heads(x) for x in (grad, q, k, v, y))
     # Keys of segments without queries are never visited: their gradients are zero.
     dq = q.new_empty(q.shape)
     dk = k.new_zeros(k.shape)
@@ -7620,9 +7658,7 @@ def sdpa_varlen_backward(
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
     for run in equal_runs(cu_queries, cu_seqlens, merge=q.is_cpu):
         grad_batch = run.query_batch(grad)
-        q_batch = run.query_batch(q)
-        k_batch = run.key_batch(k)
-        v_batch = run.key_batch(v)
+        q_batch, k_batch, v_batch = run.batches(q, k, v)
         if q.is_cpu:
             results = run.query_batch(y), run.query_batch(lse.T)
             options = causal_options(q_batch, k_batch)
@@ -7631,10 +7667,8 @@ def sdpa_varlen_backward(
             )
         else:
             gradients = causal_gradients(grad_batch, q_batch, k_batch, v_batch)
-        dq_batch, dk_batch, dv_batch = gradients
-        run.query_batch(dq).copy_(dq_batch)
-        run.key_batch(dk).copy_(dk_batch)
-        run.key_batch(dv).copy_(dv_batch)
+        for view, gradient in zip(run.batches(dq, dk, dv), gradients, strict=True):
+            view.copy_(gradient)
     return dq, dk, dv
 
 
@@ -7642,7 +7676,7 @@ def sdpa_varlen_backward(
 def sdpa_varlen_fake(
     q: Tensor, k: Tensor, v: Tensor, cu_queries: Tensor, cu_seqlens: Tensor, max_seqlen: int
 ) -> tuple[Tensor, Tensor]:
-    """Outputs of sdpa_varlen while a graph is traced."""
+    """Outputs without values, while a graph is traced."""
     return sdpa_outputs(q)
 
 
@@ -7650,12 +7684,12 @@ def sdpa_varlen_fake(
 def sdpa_varlen_backward_fake(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *saved: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Outputs of sdpa_varlen_backward while a graph is traced."""
+    """Outputs without values, while a graph is traced."""
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def save_attention(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    """Keeps what sdpa_varlen_backward takes."""
+    """Saves what sdpa_varlen_backward needs."""
     q, k, v, cu_queries, cu_seqlens, _ = inputs
     y, lse = output
     ctx.save_for_backward(q, k, v, y, lse, cu_queries, cu_seqlens)
@@ -7670,7 +7704,7 @@ sdpa_varlen.register_autograd(attention_gradients, setup_context=save_attention)
 
 
 # --- Calling, checking and choosing a backend -----------------------------------------------------
-# The function of each backend that has been loaded in this process; check_attention adds to it.
+# The functions of the backends that have been loaded in this process; check_attention adds others.
 ATTENTION = {"sdpa": sdpa_varlen}
 
 
@@ -7683,10 +7717,9 @@ def attention(
     backend: str,
     cu_queries: Tensor | None = None,
 ) -> Tensor:
-    """y (T, H, D), causal within each document, with scale D ** -0.5.
+    """y, of the shape of q, by a loaded backend; scores are scaled by D ** -0.5.
 
-    Query head h reads key/value head h // (H // Hkv). With cu_queries, q holds the last positions
-    of each document only, and T is their number.
+    Query head h reads key/value head h // (H // Hkv). Without cu_queries all tokens are queries.
     """
     if cu_queries is None:
         cu_queries = cu_seqlens
@@ -7696,34 +7729,25 @@ def attention(
 
 
 def load_attention(backend: str) -> Callable[..., Tensor]:
-    """The function of a backend behind the signature of sdpa_varlen.
+    """The function of an imported backend, with the signature of sdpa_varlen.
 
     Raises one of BACKEND_ERRORS if it cannot be imported.
     """
-    if backend == "sdpa":
-        return sdpa_varlen
     module, name = ATTENTION_BACKENDS[backend]
     function = getattr(importlib.import_module(module), name)
     if backend == "torch":
         return adapt_torch_varlen(function)
 
     def flash(q, k, v, cu_queries, cu_seqlens, max_seqlen):
-        return function(
-            q,
-            k,
-            v,
-            cu_seqlens_q=cu_queries,
-            cu_seqlens_k=cu_seqlens,
-            max_seqlen_q=max_seqlen,
-            max_seqlen_k=max_seqlen,
-            causal=True,
-        )
+        offsets = {"cu_seqlens_q": cu_queries, "cu_seqlens_k": cu_seqlens}
+        lengths = {"max_seqlen_q": max_seqlen, "max_seqlen_k": max_seqlen}
+        return function(q, k, v, **offsets, **lengths, causal=True)
 
     return flash
 
 
 def adapt_torch_varlen(function: Callable) -> Callable[..., Tensor]:
-    """torch's varlen_attn behind the signature of sdpa_varlen, in every version that has it.
+    """torch's varlen_attn with the signature of sdpa_varlen, in every version of torch that has it.
 
     2.10 has `is_causal`, later ones a window. `enable_gqa` is required since 2.12, implied before.
     """
@@ -7742,25 +7766,16 @@ def adapt_torch_varlen(function: Callable) -> Callable[..., Tensor]:
     return varlen
 
 
-# The row on which backends are compared: documents of 1, 129 and 170 tokens, and padding. Its
-# queries are all tokens first; then the first document's, none of the second, the third's last 48.
+# The row on which backends are compared: documents of 1, 129 and 170 tokens, and padding. It is
+# tried twice: with all tokens as queries, then with the token of the first document, none of the
+# second, and the last 48 of the third.
 PROBE_CU_SEQLENS = [0, 1, 130, 300, 300, 300]
 PROBE_CU_QUERIES = [0, 1, 1, 49, 49, 49]
 PROBE_QUERIES = [0, *range(252, 300)]
 
 
-def attention_probe(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
-    """The gradient of y, and q, k, v, for the probe row; leaves the global random state alone."""
-    rng = torch.Generator(device).manual_seed(0)
-    grad, *inputs = (
-        torch.randn(300, heads, 64, generator=rng, device=device).to(dtype)
-        for heads in (4, 4, 2, 2)
-    )
-    return grad, inputs
-
-
 def reference_attention(grad: Tensor, inputs: list[Tensor]) -> list[Tensor]:
-    """y, dq, dk and dv of the probe in fp32 or better, for all queries and for few.
+    """y, dq, dk and dv of both tries in fp32 or better, from the gradient of y and q, k, v.
 
     It is one SDPA over the row with a mask of every pair that is causal and in one document.
     """
@@ -7780,8 +7795,12 @@ def reference_attention(grad: Tensor, inputs: list[Tensor]) -> list[Tensor]:
 
 
 def candidate_attention(backend: str, grad: Tensor, inputs: list[Tensor]) -> list[Tensor]:
-    """The same from a backend, compiled whole. Raises one of BACKEND_ERRORS if it cannot."""
-    ATTENTION[backend] = load_attention(backend)
+    """y, dq, dk and dv of both tries from a backend, compiled into one graph.
+
+    Raises one of BACKEND_ERRORS if it cannot.
+    """
+    if backend not in ATTENTION:
+        ATTENTION[backend] = load_attention(backend)
     compiled = torch.compile(attention, backend="aot_eager", fullgraph=True)
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
     q, k, v = leaves
@@ -7794,45 +7813,45 @@ def candidate_attention(backend: str, grad: Tensor, inputs: list[Tensor]) -> lis
     return results
 
 
-def largest_relative_error(results: list[Tensor], references: list[Tensor]) -> float:
-    """The largest |result - reference| / |reference| of the pairs; NaN if any is NaN."""
-    pairs = zip(results, references, strict=True)
-    errors = [(x - z).norm() / z.norm() for x, z in pairs]
-    return float(torch.stack(errors).max().detach())
-
-
 def check_attention(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     """Why to refuse a backend, in one line; empty if it compiles whole and its numbers are SDPA's.
 
-    Compared are y, dq, dk and dv, once with all queries and once with the last ones of documents.
+    The numbers are y, dq, dk and dv of both tries. The global random state is left alone.
     """
-    grad, inputs = attention_probe(device, dtype)
+    rng = torch.Generator(device).manual_seed(0)
+    grad, *inputs = (
+        torch.randn(300, heads, 64, generator=rng, device=device).to(dtype)
+        for heads in (4, 4, 2, 2)
+    )
     references = reference_attention(grad, inputs)
     try:
         results = candidate_attention(backend, grad, inputs)
     except BACKEND_ERRORS as failure:
         message = str(failure).strip() or repr(failure)
         return message.splitlines()[0][:200]
-    error = largest_relative_error(results, references)
-    if error <= ATTENTION_TOLERANCE[dtype]:  # false for NaN
+    pairs = zip(results, references, strict=True)
+    errors = torch.stack([(x - z).norm() / z.norm() for x, z in pairs])
+    largest = float(errors.max().detach())
+    if largest <= ATTENTION_TOLERANCE[dtype]:  # false for NaN
         return ""
-    return f"relative error {error:.1e} against masked SDPA"
+    return f"relative error {largest:.1e} against masked SDPA"
 
 
 def choose_attention(
     requested: str, device: torch.device, dtype: torch.dtype
 ) -> tuple[str, list[str]]:
-    """A backend for `attention`, and lines for the log about it and about those refused before it.
+    """A backend for `attention`, and lines for the log: those refused, then the one chosen.
 
-    "auto" takes the first of ATTENTION_BACKENDS that passes check_attention. Raises UsageError,
-    which names those that would work, if there is none.
+    "auto" takes the first of ATTENTION_BACKENDS that passes check_attention. If the one requested,
+    or all, are refused, raises UsageError, which names the others that would work.
     """
     if requested == "auto" and device.type == "cpu":
         return "sdpa", ["attention_backend:sdpa (the others need a GPU)"]
 
     if requested == "auto":
         candidates = list(ATTENTION_BACKENDS)
-        # On a GPU sdpa loops over documents, seconds a step in bf16: there only by name.
+        # On a GPU sdpa loops over documents, which takes seconds per training step. Bf16 has faster
+        # backends, so sdpa is used only if asked for by name; other types often have no other.
         if dtype == torch.bfloat16:
             candidates.remove("sdpa")
     else:

@@ -468,7 +468,7 @@ def gptq(reference: Reference | None, layers: int, device: torch.device) -> floa
 
     def ours() -> Iterable[None]:
         solver = tg.Quantizer(model, moved, None, ranks)
-        solved["ours"] = solver.solve(solver.default)
+        solved["ours"] = solver.solve(solver.default_theta)
         yield
 
     def theirs() -> Iterable[None]:  # on the CPU, as published
