@@ -46,7 +46,9 @@ Contents, in the order of a run, kernels last:
     14  Command line             exit statuses
 
 Letters in shapes: B rows, T tokens per row, C model width, H query heads, Hkv key/value heads,
-D head width, V vocabulary, L layers.
+D head width, F MLP width, V vocabulary, L layers, W ranks, R rows of documents that adapt together,
+N tokens of the validation text. n is any other number of things, named beside it. A word in a
+shape, as in (docs,), is the number of those things.
 
 Importing this file reads no environment variable and needs neither a GPU nor an optional package.
 The system is that of PR #1530 (samacqua) with PR #1560.
@@ -64,6 +66,7 @@ import importlib.util
 import inspect
 import io
 import json
+import lzma
 import math
 import os
 import pickle
@@ -106,6 +109,7 @@ except ImportError:
 SOURCE = Path(__file__).read_bytes()
 CODE_BYTES = len(SOURCE)
 LIMIT_BYTES = 16_000_000  # code and model together, decimal
+EVAL_LIMIT_SECONDS = 600.0  # for all evaluations of the artifact
 
 # The readable source and its hash, for the log. tools/pack.py puts both into the packed file.
 if "UNPACKED" in globals():
@@ -133,9 +137,9 @@ class BadMatrix(FloatingPointError):
 
 
 # === 1. Configuration ===
-# Every knob is an environment variable, and a field of Config is its variable in lower case. The
-# fields stand in groups. A group holds its knobs, what follows from them, and the rules between
-# them. Methods of a group may read the fields of all groups: they only run as part of a Config.
+# Every knob is an environment variable, and a field of Config is its variable in lower case. A
+# group of fields holds knobs, properties derived from them, and the rules between them. Methods of
+# a group may read the fields of all groups: they only run as part of a Config.
 def knob(
     default: Any,
     doc: str,
@@ -149,10 +153,10 @@ def knob(
     """A field of Config.
 
     doc: meaning and unit, to be read alone in a table.
-    lo, hi, choices: a number must lie in lo..hi, a text among the choices if there are any.
+    lo, hi: the bounds of a number. choices: the texts that are allowed; empty: all.
     network: True if a model file decides the value; "optional" if the file holds it only where it
     is not the default.
-    free_on_resume: a checkpoint does not depend on the value.
+    free_on_resume: a run may resume from its checkpoint with another value.
     shrinks: SHRINK=1 divides the value, a length, by eight.
     """
     metadata = dict(doc=doc, lo=lo, hi=hi, choices=choices)
@@ -179,40 +183,21 @@ class RowShape(NamedTuple):
 class RunKnobs:
     """The run, its name and the files it writes."""
 
-    preset: str = knob(
-        "record", "set of defaults to start from; unset: record with CUDA, cpu without"
-    )
-    shrink: bool = knob(
-        False, "run the preset's structure at CPU size: narrow layers, short rows, little time"
-    )
-    seed: int = knob(
-        1337, "seed of initial weights, adapters and the sample of documents", 0, 2**31
-    )
-    run_id: str = knob(
-        "",
-        "name of log and output folder; empty: date, preset and seed",
-        free_on_resume=True,
-    )
+    preset: str = knob("record", "defaults to start from; unset: record with CUDA, cpu without")
+    shrink: bool = knob(False, "preset's structure at CPU size: narrow layers, short rows")
+    seed: int = knob(1337, "seed of weights, adapters and the sample of documents", 0, 2**31)
+    run_id: str = knob("", "name of log and folder; empty: date, preset, seed", free_on_resume=True)
     artifact_dir: str = knob("", "output folder; empty: runs/<RUN_ID>", free_on_resume=True)
     checkpoint_every: float = knob(
-        0.0,
-        "seconds of training between checkpoints, to resume RUN_ID from; 0: none",
-        free_on_resume=True,
+        0.0, "seconds between checkpoints, from which RUN_ID resumes; 0: none", free_on_resume=True
     )
     tensorboard_dir: str = knob(
-        "",
-        "folder for TensorBoard, with one per RUN_ID in it; empty: none",
-        free_on_resume=True,
+        "", "parent folder of the run's TensorBoard folder; empty: none", free_on_resume=True
     )
     eval_only_path: str = knob(
-        "",
-        "model file to score instead of training: a checkpoint (quantised first) or an artifact",
+        "", "checkpoint to quantise and score, or artifact to score, instead of training"
     )
-    train_log_every: int = knob(
-        500,
-        "steps between lines of the log, besides one every 8 s; 0: only those",
-        free_on_resume=True,
-    )
+    train_log_every: int = knob(500, "steps between log lines; 0: one per 8 s", free_on_resume=True)
 
     def rules(self) -> Iterator[Rule]:
         """What is wrong with the run's name and its checkpoints."""
@@ -228,14 +213,10 @@ class RunKnobs:
 class DataKnobs:
     """The data set, and the rows that training reads from it."""
 
-    data_dir: str = knob(
-        "./data", "folder that holds datasets/ and tokenizers/", free_on_resume=True
-    )
+    data_dir: str = knob("./data", "folder with datasets/ and tokenizers/", free_on_resume=True)
     dataset: str = knob("", "folder of the data set in datasets/; empty: fineweb10B_sp<VOCAB_SIZE>")
     tokenizer_path: str = knob(
-        "",
-        "SentencePiece model; empty: the manifest's, else fineweb_<VOCAB_SIZE>_bpe.model",
-        free_on_resume=True,
+        "", "SentencePiece model; empty: the one that the data set names", free_on_resume=True
     )
     data_loader: str = knob(
         "documents",
@@ -244,15 +225,9 @@ class DataKnobs:
         network=True,
     )
     train_batch_tokens: int = knob(786432, "tokens per step, over all ranks", 1)
-    micro_batch_tokens: int = knob(
-        98304, "tokens per row; a rank takes every WORLD_SIZE-th row of a step", 1
-    )
-    train_seq_len: int = knob(
-        2048, "tokens of the longest training segment; longer documents are cut", 2, shrinks=True
-    )
-    cu_seqlens_capacity: int = knob(
-        512, "segments a row can hold; fixed, so that one graph serves all rows", 2
-    )
+    micro_batch_tokens: int = knob(98304, "tokens per row; ranks take a step's rows in turn", 1)
+    train_seq_len: int = knob(2048, "longest training segment, in tokens", 2, shrinks=True)
+    cu_seqlens_capacity: int = knob(512, "segments a row can hold; fixed, to compile one graph", 2)
 
     @property
     def dataset_dir(self) -> Path:
@@ -282,6 +257,7 @@ class DataKnobs:
             yield Rule(
                 "train_seq_len", f"a divisor of MICRO_BATCH_TOKENS={row} with DATA_LOADER=shuffled"
             )
+        # Half is for the segments of documents, half for those of the padding.
         least = 2 + 2 * math.ceil(row / length)
         if self.cu_seqlens_capacity < least:
             yield Rule(
@@ -294,60 +270,35 @@ class DataKnobs:
 class ModelKnobs:
     """The network."""
 
-    vocab_size: int = knob(
-        8192, "number of tokens in the vocabulary, that of the tokenizer", 2, 65536, network=True
-    )
+    vocab_size: int = knob(8192, "tokens in the tokenizer's vocabulary", 2, 65536, network=True)
     num_layers: int = knob(11, "number of physical layers", 2, 256, network=True)
     model_dim: int = knob(512, "width of the residual stream", 8, network=True)
     num_heads: int = knob(8, "query heads per layer", 1, network=True)
     num_kv_heads: int = knob(4, "key and value heads per layer", 1, network=True)
-    mlp_mult: float = knob(
-        4.0, "hidden width of the MLP, as a multiple of MODEL_DIM", 0.01, network=True
-    )
+    mlp_mult: float = knob(4.0, "MLP width as a multiple of MODEL_DIM", 0.01, network=True)
     leaky_slope: float = knob(
-        0.5,
-        "slope below zero of the MLP's squared leaky ReLU; 0: squared ReLU",
-        0,
-        1,
-        network="optional",
+        0.5, "slope of the MLP's squared leaky ReLU; 0: squared ReLU", 0, 1, network="optional"
     )
-    xsa_last_n: int = knob(11, "number of layers with XSA, counted from the top", network=True)
-    skip_gates_enabled: bool = knob(
-        True, "gate the skip connections; 0: add them with weights only", network=True
+    xsa_last_n: int = knob(
+        11, "top layers that remove the token's own value from attention output (XSA)", network=True
     )
+    skip_gates_enabled: bool = knob(True, "gate skip connections; 0: scale only", network=True)
     tied_embed_init_std: float = knob(0.005, "initial standard deviation of the token embedding")
-    logit_softcap: float = knob(
-        30.0, "bound c of the logits: c * tanh(logits / c)", 0.01, network=True
-    )
-    rope_base: float = knob(
-        10000.0, "base of RoPE: its slowest wavelength in tokens, over 2 pi", 1.01, network=True
-    )
+    logit_softcap: float = knob(30.0, "bound c in c * tanh(logits / c)", 0.01, network=True)
+    rope_base: float = knob(10000.0, "base of RoPE's wavelengths", 1.01, network=True)
     rope_dims: int = knob(16, "dimensions per head that RoPE rotates; 0: all", network=True)
     rope_train_seq_len: int = knob(
-        0,
-        "tokens of a segment from which ROPE_BASE grows (NTK, PR #414); 0: it never does",
-        network="optional",
-        shrinks=True,
+        0, "segments longer than this raise ROPE_BASE; 0: never", network="optional", shrinks=True
     )
-    ln_scale: bool = knob(
-        True, "scale the normalised inputs of layer i by 1 / sqrt(i + 1)", network=True
-    )
+    ln_scale: bool = knob(True, "scale normalised inputs of layer i by 1/sqrt(i+1)", network=True)
     branch_scale: bool = knob(
-        False,
-        "scale the outputs of layer i by 1 / sqrt(i + 1), instead of LN_SCALE (PR #568)",
-        network="optional",
+        False, "like LN_SCALE, but on the outputs of layer i (PR #568)", network="optional"
     )
-    qk_gain_init: float = knob(
-        5.0, "initial query scale per head, applied after QK norm and learned"
-    )
-    num_loops: int = knob(
-        2, "extra passes over the layers LOOP_START..LOOP_END", 0, 64, network=True
-    )
+    qk_gain_init: float = knob(5.0, "initial query scale per head, after QK norm; learned")
+    num_loops: int = knob(2, "extra passes over layers LOOP_START..LOOP_END", 0, 64, network=True)
     loop_start: int = knob(3, "first looped layer, counted from 0", network=True)
     loop_end: int = knob(5, "last looped layer, counted from 0", network=True)
-    parallel_start_layer: int = knob(
-        8, "first layer with two lanes, counted from 0; 0: none", network=True
-    )
+    parallel_start_layer: int = knob(8, "first layer with two lanes, from 0; 0: none", network=True)
     parallel_final_lane: str = knob(
         "mean",
         "lane to read after the last layer, or the mean of both",
@@ -359,27 +310,24 @@ class ModelKnobs:
     )
     bigram_dim: int = knob(128, "width of the embedding of token pairs", 1, network="optional")
     smear_enabled: bool = knob(
-        False,
-        "mix every token with the one before in its document (SmearGate, PR #162)",
-        network="optional",
+        False, "mix each token with the one before (SmearGate, PR #162)", network="optional"
     )
-    train_input_features: bool = knob(
-        True, "train pair embedding and SmearGate; 0: they stay as initialised (PR #605)"
-    )
+    train_input_features: bool = knob(True, "train pair embedding, SmearGate; 0: frozen (PR #605)")
     ve_enabled: bool = knob(
-        False,
-        "add a second token embedding to the values of VE_LAYERS (PR #414)",
-        network="optional",
+        False, "add token embeddings to the values of VE_LAYERS (PR #414)", network="optional"
     )
     ve_dim: int = knob(128, "width of the embedding of VE_ENABLED", 1, network="optional")
-    ve_layers: str = knob(
-        "9,10", "layers of VE_ENABLED, counted from 0, separated by commas", network="optional"
-    )
+    ve_layers: str = knob("9,10", "layers of VE_ENABLED, from 0, as in 9,10", network="optional")
 
     @property
     def head_dim(self) -> int:
         """Width of an attention head."""
         return self.model_dim // self.num_heads
+
+    @property
+    def kv_dim(self) -> int:
+        """Width of the keys of a token, and of its values: Hkv * D."""
+        return self.num_kv_heads * self.head_dim
 
     @property
     def mlp_dim(self) -> int:
@@ -446,7 +394,8 @@ class ModelKnobs:
         if self.num_loops and 0 < self.parallel_start_layer <= self.loop_end:
             yield Rule(
                 "parallel_start_layer",
-                f"0 or above LOOP_END={self.loop_end}: later passes would work on stale lanes",
+                f"0 or above LOOP_END={self.loop_end}: the second lane begins once, so no loop may"
+                " run over it",
             )
         elif any(visit.parallel and visit.push for plan in self.plans for visit in plan):
             yield Rule("parallel_start_layer", "in the decoder half of the layers")
@@ -465,51 +414,31 @@ class OptimizerKnobs:
 
     tied_embed_lr: float = knob(0.03, "AdamW rate of the embedding tables")
     scalar_lr: float = knob(0.02, "AdamW rate of scales, gains, gates, lambdas and the like")
-    matrix_lr: float = knob(
-        0.026, "Muon rate of the banks: spectral norm of a square matrix's update (PR #1586)"
-    )
+    matrix_lr: float = knob(0.026, "Muon rate: spectral norm of a square update (PR #1586)")
     muon_momentum: float = knob(0.97, "momentum of Muon after its warm-up", 0, 0.9999)
     muon_momentum_warmup_start: float = knob(0.92, "momentum of Muon at the first step", 0, 0.9999)
-    muon_momentum_warmup_steps: int = knob(
-        1500, "steps from the first to the final momentum of Muon"
-    )
+    muon_momentum_warmup_steps: int = knob(1500, "steps from the first to the final Muon momentum")
     muon_backend_steps: int = knob(5, "Newton-Schulz iterations per update of Muon", 1, 20)
     muon_coeffs: str = knob(
-        "quintic",
-        "Newton-Schulz coefficients: Muon's, or Polar Express for at most 5 iterations",
-        choices=("quintic", "polar"),
+        "quintic", "Newton-Schulz coefficients; polar: Polar Express", choices=("quintic", "polar")
     )
-    muon_row_normalize: bool = knob(
-        True, "scale the rows of an update to unit norm before Newton-Schulz (MuonEq-R)"
-    )
+    muon_row_normalize: bool = knob(True, "scale rows to unit norm before Newton-Schulz (MuonEq-R)")
     beta1: float = knob(0.9, "decay of AdamW's first moment per step", 0, 0.9999)
     beta2: float = knob(0.95, "decay of AdamW's second moment per step", 0, 0.99999)
     adam_eps: float = knob(1e-8, "epsilon in the denominator of AdamW", 1e-20)
-    grad_clip_norm: float = knob(
-        0.3, "limit of the norm of the gradient of all parameters; 0: no limit"
-    )
+    grad_clip_norm: float = knob(0.3, "limit of the gradient norm of all parameters; 0: no limit")
     adam_wd: float = knob(0.02, "decoupled weight decay of the parameters of SCALAR_LR")
     muon_wd: float = knob(0.095, "decoupled weight decay of the banks")
     embed_wd: float = knob(0.085, "decoupled weight decay of the embedding tables")
     export_weights: str = knob(
-        "ema",
-        "weights to keep: exponential average, that with SWA, or the last",
-        choices=("ema", "swa", "raw"),
+        "ema", "weights to keep; swa: EMA and SWA; raw: the last", choices=("ema", "swa", "raw")
     )
-    ema_decay: float = knob(
-        0.9965, "decay of the exponential average of all parameters per step", 0, 0.999999
-    )
+    ema_decay: float = knob(0.9965, "decay per step of the average of all parameters", 0, 0.999999)
     ema_every: int = knob(1, "steps between weights that enter the exponential average", 1)
-    swa_threshold: float = knob(
-        0.2, "rate factor below which SWA takes the plain mean of the weights (PR #374)", 0, 2
-    )
+    swa_threshold: float = knob(0.2, "rate factor below which SWA averages weights (PR #374)", 0, 2)
     swa_every: int = knob(50, "steps between weights that enter the mean of SWA", 1)
-    late_qat: bool = knob(
-        False, "train through the rounding of the banks to MATRIX_BITS, late in the run"
-    )
-    late_qat_threshold: float = knob(
-        0.15, "rate factor below which LATE_QAT rounds; 2: from the start", 0, 2
-    )
+    late_qat: bool = knob(False, "train late in the run through the rounding to MATRIX_BITS")
+    late_qat_threshold: float = knob(0.15, "rate factor at which LATE_QAT begins; 2: at once", 0, 2)
 
     def rules(self) -> Iterator[Rule]:
         """What is wrong with the optimisers."""
@@ -523,26 +452,15 @@ class ScheduleKnobs:
     """The length of training and its schedule."""
 
     iterations: int = knob(20000, "limit of the number of training steps", 1)
-    max_wallclock_seconds: float = knob(
-        600.0, "seconds for training, calibration, quantisation and packing; 0: no limit"
-    )
+    max_wallclock_seconds: float = knob(600.0, "seconds from training to packing; 0: no limit")
     gptq_reserve_seconds: float = knob(
-        -1.0,
-        "seconds of MAX_WALLCLOCK_SECONDS kept for all after training; -1: measured in warm-up",
-        -1,
+        -1.0, "seconds of MAX_WALLCLOCK_SECONDS kept for compression; -1: measured in warm-up", -1
     )
-    warmdown_frac: float = knob(
-        0.75, "last share of the budget, over which the rates fall linearly", 0, 1
-    )
-    warmdown_iters: int = knob(
-        0,
-        "steps over which the rates fall, by a step's mean time (PR #473); 0: WARMDOWN_FRAC",
-    )
+    warmdown_frac: float = knob(0.75, "last share of the budget, in which rates fall", 0, 1)
+    warmdown_iters: int = knob(0, "steps in which rates fall (PR #473); 0: WARMDOWN_FRAC")
     min_lr: float = knob(0.1, "least factor of the learning rates (PR #1787)", 0, 1)
     enable_looping_at: float = knob(0.35, "share of the budget after which the loops run", 0, 1)
-    pod_speedgate_ms: float = knob(
-        0.0, "ms per step, mean of 20, above which the run stops, exit status 3; 0: off"
-    )
+    pod_speedgate_ms: float = knob(0.0, "mean ms of 20 steps above which the run stops; 0: off")
     val_loss_every: int = knob(4000, "steps between validations, off the clock; 0: none")
 
     @property
@@ -569,31 +487,16 @@ class ArtifactKnobs:
         "steps by the loss's sensitivity; GPTQ (PR #1394); without Hessians: PR #374, #568",
         choices=("allocated", "gptq", "gptq_lite", "int6"),
     )
-    clip_floor: float = knob(
-        1.0, "least clip range of a row, in the weights' unit, of the quantisers without Hessians"
-    )
-    tables_fp16: bool = knob(
-        False, "store embedding tables as fp16 instead of integers", network="optional"
-    )
-    prune_frac: float = knob(
-        0.0, "share of the weights, the smallest, that becomes 0 (PR #568)", 0, 0.99
-    )
+    clip_floor: float = knob(1.0, "least clip range of a row's weights (gptq_lite, int6)")
+    tables_fp16: bool = knob(False, "store embedding tables as fp16", network="optional")
+    prune_frac: float = knob(0.0, "share of the smallest weights that becomes 0 (PR #568)", 0, 0.99)
     artifact_limit_bytes: int = knob(
-        LIMIT_BYTES,
-        "bytes of code and model that the steps are fitted to; 0: the clips decide",
+        LIMIT_BYTES, "bytes of code and model to fit; 0: MATRIX_ and EMBED_CLIP_SIGMAS decide"
     )
-    matrix_bits: int = knob(
-        6, "bits of an integer of the banks; allocated: limit of the mean bits per weight", 2, 8
-    )
-    embed_bits: int = knob(
-        7, "bits of an integer of the tables (PR #1586); allocated: always 8", 2, 8
-    )
-    matrix_clip_sigmas: float = knob(
-        12.85, "range of the banks' integers, in standard deviations of a row", 0.1
-    )
-    embed_clip_sigmas: float = knob(
-        15.0, "range of the tables' integers, in standard deviations of a row", 0.1
-    )
+    matrix_bits: int = knob(6, "bits of the banks' integers; allocated: limit of their mean", 2, 8)
+    embed_bits: int = knob(7, "bits of the tables' integers (PR #1586); allocated: always 8", 2, 8)
+    matrix_clip_sigmas: float = knob(12.85, "range of banks' integers, in row std deviations", 0.1)
+    embed_clip_sigmas: float = knob(15.0, "range of tables' integers, in row std deviations", 0.1)
     attn_clip_sigmas: float = knob(0.0, "MATRIX_CLIP_SIGMAS of q, k, v and o; 0: the same")
     mlp_clip_sigmas: float = knob(0.0, "MATRIX_CLIP_SIGMAS of the MLP; 0: the same")
     compressor: str = knob("zstd", "compressor of the integers", choices=COMPRESSORS)
@@ -620,27 +523,21 @@ class ArtifactKnobs:
 class ScoringKnobs:
     """Scoring."""
 
-    val_batch_tokens: int = knob(
-        524288, "tokens of eight rows of scoring; a row never cuts a window", 16
-    )
-    eval_seq_len: int = knob(
-        2048, "tokens of the longest window of plain and sliding scoring", 2, shrinks=True
-    )
+    val_batch_tokens: int = knob(524288, "tokens of eight scoring rows; rows cut no window", 16)
+    eval_seq_len: int = knob(2048, "longest window of scoring, in tokens", 2, shrinks=True)
     eval_stride: int = knob(64, "tokens scored by each sliding window but the first", 1)
-    logit_temperature: float = knob(
-        1.0, "divisor of the logits wherever tokens are scored; choose it beforehand", 0.01
-    )
+    logit_temperature: float = knob(1.0, "divisor of scored logits; choose it beforehand", 0.01)
     sliding_window_enabled: bool = knob(False, "score with sliding windows as well")
-    val_doc_fraction: float = knob(
-        1.0, "share of the validation documents, drawn with SEED, for quick looks", 1e-9, 1
-    )
-    eval_deadline_seconds: float = knob(
-        580.0, "seconds from the first scored token after which no more is learnt"
-    )
+    val_doc_fraction: float = knob(1.0, "share of the validation documents, drawn by SEED", 1e-9, 1)
+    eval_deadline_seconds: float = knob(580.0, "seconds from the first score until learning ends")
 
     @property
     def val_row_shape(self) -> RowShape:
-        """The shape of a row of scoring."""
+        """The shape of a row of scoring.
+
+        Half of the capacity is for windows, the other half for the padding. So a row is full once
+        its windows have min(128, EVAL_SEQ_LEN / 2) tokens on average, as short documents have.
+        """
         capacity = self.val_batch_tokens // min(512, 2 * self.eval_seq_len)
         return RowShape(self.val_batch_tokens // 8, capacity, self.eval_seq_len)
 
@@ -658,81 +555,49 @@ class AdaptationKnobs:
 
     ttt_enabled: bool = knob(True, "learn from validation tokens after they are scored")
     ttt_mode: str = knob(
-        "document",
-        "what learns: a LoRA per document, or all weights by SGD chunk by chunk",
-        choices=("document", "chunk"),
+        "document", "learn a LoRA per document, or all weights", choices=("document", "chunk")
     )
-    ttt_buckets: int = knob(
-        10, "window lengths to compile, others are padded to them; 0: every length", 0, 64
-    )
+    ttt_buckets: int = knob(10, "window lengths to compile and pad to; 0: every length", 0, 64)
     ttt_lora_rank: int = knob(96, "rank of every adapter", 1)
-    ttt_lora_alpha: float = knob(
-        0.0, "scale adapters by TTT_LORA_ALPHA / TTT_LORA_RANK (PR #1767); 0: by 1"
-    )
+    ttt_lora_alpha: float = knob(0.0, "scale adapters by this / TTT_LORA_RANK (PR #1767); 0: by 1")
     ttt_lora_lr: float = knob(1e-4, "learning rate of the adapters")
     ttt_lm_rank: int = knob(0, "rank of the head's adapter; 0: TTT_LORA_RANK")
-    ttt_bias_tune: bool = knob(
-        False, "learn a vector as well that is added after every layer (PR #596)"
-    )
-    ttt_lr_factors: str = knob(
-        "", "factors of TTT_LORA_LR by site, as in q:0.5,v:1.5,head:2,bias:3 (PR #596)"
-    )
-    ttt_cosine_chunks: int = knob(
-        0, "chunks in which a document's rate falls on a cosine to a tenth; 0: it stays"
-    )
-    ttt_min_doc_len: int = knob(
-        0, "position in a document before which nothing is learnt, in tokens", shrinks=True
-    )
-    ttt_max_doc_len: int = knob(
-        0, "position in a document after which nothing is learnt, in tokens; 0: no limit"
-    )
+    ttt_bias_tune: bool = knob(False, "learn a vector that is added after every layer (PR #596)")
+    ttt_lr_factors: str = knob("", "factors of TTT_LORA_LR by site, as in q:0.5,head:2 (PR #596)")
+    ttt_cosine_chunks: int = knob(0, "chunks in which a document's rate falls to a tenth; 0: none")
+    ttt_min_doc_len: int = knob(0, "tokens into a document before learning begins", shrinks=True)
+    ttt_max_doc_len: int = knob(0, "tokens into a document after which learning ends; 0: none")
     ttt_warm_start_a: bool = knob(
-        False, "keep A from earlier documents (PR #1767): stream order, fixed schedule"
+        False, "begin with A of the batch before (PR #1767); stream order, fixed share per rank"
     )
-    ttt_chunk_size: int = knob(
-        48, "tokens of a document scored, then learnt from, at once (PR #1560)", 1
-    )
-    ttt_short_chunks: str = knob(
-        "", "smaller chunks up to a position in a document, as in 256:8,2000:24 (PR #2014)"
-    )
-    ttt_eval_seq_len: int = knob(
-        2048, "tokens of the longest window of adaptation", 2, shrinks=True
-    )
+    ttt_chunk_size: int = knob(48, "tokens of a document scored, then learnt from (PR #1560)", 1)
+    ttt_short_chunks: str = knob("", "chunk sizes up to positions, as in 256:8,2000:24 (PR #2014)")
+    ttt_eval_seq_len: int = knob(2048, "longest window of adaptation, in tokens", 2, shrinks=True)
     ttt_batch_size: int = knob(
-        64, "documents at once on a rank; four times as many short, a quarter as many long ones", 1
+        64, "documents at once on a rank; 4x up to TTT_EVAL_SEQ_LEN / 8 (batch_size_factor)", 1
     )
     ttt_grad_steps: int = knob(1, "updates per scored chunk of a document", 1)
     ttt_weight_decay: float = knob(0.5, "weight decay of the adapters, decoupled in AdamW")
-    ttt_beta1: float = knob(
-        0.0, "decay of the first moment of the adapters, or momentum with SGD", 0, 0.9999
-    )
+    ttt_beta1: float = knob(0.0, "first moment's decay of the adapters; SGD: momentum", 0, 0.9999)
     ttt_beta2: float = knob(0.999, "decay of the second moment of the adapters", 0, 0.99999)
     ttt_q_lora: bool = knob(True, "adapter on the queries")
     ttt_k_lora: bool = knob(True, "adapter on the keys")
     ttt_v_lora: bool = knob(True, "adapter on the values")
     ttt_mlp_lora: bool = knob(True, "adapter beside the MLP")
     ttt_o_lora: bool = knob(True, "adapter beside the attention output")
-    ttt_optimizer: str = knob(
-        "adam", "optimiser of the adapters: AdamW or SGD", choices=("adam", "sgd")
-    )
-    phased_ttt_num_phases: int = knob(
-        0, "places in the stream where all weights learn from the documents before (PR #1626)"
-    )
+    ttt_optimizer: str = knob("adam", "adapters' optimiser, AdamW or SGD", choices=("adam", "sgd"))
+    phased_ttt_num_phases: int = knob(0, "places in the stream where all weights learn (PR #1626)")
     phased_ttt_prefix_docs: int = knob(
-        2000, "documents before the last of PHASED_TTT_NUM_PHASES places, evenly spaced", 1
+        2000, "documents before the last place of PHASED_TTT_NUM_PHASES; the places are even", 1
     )
     ttt_chunk_optimizer: str = knob(
         "sgd", "optimiser of all weights: SGD, or AdamW as in PR #473", choices=("sgd", "adam")
     )
-    ttt_lr: float = knob(
-        0.002, "SGD of all weights: first rate of a cosine over the chunks (PR #461)"
-    )
+    ttt_lr: float = knob(0.002, "SGD of all weights: first rate of the cosine (PR #461)")
     ttt_momentum: float = knob(0.9, "SGD of all weights: momentum", 0, 0.9999)
     ttt_epochs: int = knob(1, "SGD of all weights: passes over a scored chunk (PR #1413: 3)", 1)
     ttt_chunk_tokens: int = knob(32768, "SGD of all weights: tokens of a chunk", 2)
-    ttt_batch_seqs: int = knob(
-        32, "SGD of all weights: rows of EVAL_SEQ_LEN tokens per rank and step", 1
-    )
+    ttt_batch_seqs: int = knob(32, "SGD of all weights: rows of EVAL_SEQ_LEN per rank and step", 1)
     ttt_grad_clip: float = knob(1.0, "SGD of all weights: limit of the gradient norm; 0: none")
     ttt_freeze_blocks: int = knob(0, "SGD of all weights: layers from the bottom that do not learn")
 
@@ -796,36 +661,20 @@ class AdaptationKnobs:
 class KernelKnobs:
     """Kernels, compilation and warm-up."""
 
-    compute_dtype: str = knob(
-        "bf16", "dtype of activations and products; parameters are fp32", choices=("bf16", "fp32")
-    )
+    compute_dtype: str = knob("bf16", "dtype of activations and products", choices=("bf16", "fp32"))
     compile: bool = knob(True, "use torch.compile for the forwards and Newton-Schulz")
-    warmup_steps: int = knob(
-        3, "synthetic steps per compiled graph, undone afterwards; 0: compile inside the run"
-    )
-    recompile_limit: int = knob(
-        -1,
-        "compilations allowed after warm-up, more stop the run, exit status 3; -1: any",
-        -1,
-    )
-    cuda_graph: bool = knob(
-        False, "replay forward and backward of a row as a CUDA graph, where attention allows it"
-    )
+    warmup_steps: int = knob(3, "synthetic steps per graph, undone; 0: compile inside the run")
+    recompile_limit: int = knob(-1, "compilations allowed after warm-up; -1: any number", -1)
+    cuda_graph: bool = knob(False, "replay a row's forward and backward as a CUDA graph")
     attention_backend: str = knob(
         "auto",
         "attention kernel; auto: the first that passes the check",
         choices=("auto", "fa3", "fa4", "fa2", "torch", "sdpa"),
     )
-    fused_mlp: bool = knob(
-        True, "fuse the products of the MLP with its activation; 0: separate operators"
-    )
-    fused_qk: bool = knob(
-        True, "fuse norm, RoPE and gain of queries and keys; 0: separate operators"
-    )
-    fused_xsa: bool = knob(True, "fuse the operators of XSA; 0: separate operators")
-    fused_ce: bool = knob(
-        True, "fuse head and loss, the gradient overwriting the logits; 0: separate operators"
-    )
+    fused_mlp: bool = knob(True, "fuse the MLP's products with its activation; 0: separate")
+    fused_qk: bool = knob(True, "fuse norm, RoPE and gain of queries and keys; 0: separate")
+    fused_xsa: bool = knob(True, "fuse the operators of XSA; 0: separate")
+    fused_ce: bool = knob(True, "fuse head and loss, in place on the logits; 0: separate")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -972,7 +821,7 @@ FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 
 
 def fields_marked(mark: str, *values: object) -> tuple[str, ...]:
-    """The names of the fields whose mark has one of these values."""
+    """The names of the fields for which `knob` was given one of these values as `mark`."""
     return tuple(name for name, field in FIELDS.items() if field.metadata[mark] in values)
 
 
@@ -1012,7 +861,8 @@ ALIASES = {
     "GLOBAL_TTT_GRAD_CLIP": "TTT_GRAD_CLIP",
 }
 
-# Knobs of the published scripts that are refused here. To ignore one would promise its effect.
+# Knobs of the published scripts that are refused here, each with the reason. Silently ignoring one
+# would let the user believe that it works.
 SET_ELSEWHERE = {
     "ROPE_YARN": "ROPE_TRAIN_SEQ_LEN alone decides",
     "MLP_HIDDEN": "set MLP_MULT",
@@ -1032,6 +882,7 @@ AGAINST_THE_RULES = {
     "TTT_MIN_NLL": "the best of several passes is chosen by the answer (ruling on PR #605)",
     "TTT_COSINE_LR": "a fall as long as the document tells where it ends; set TTT_COSINE_CHUNKS",
 }
+# They never changed a score, or have nothing to change in this program.
 WITHOUT_EFFECT = {
     "MUON_BETA2": "nothing read it",
     "CONTROL_TENSOR_NAME_PATTERNS": "nothing read it",
@@ -1055,14 +906,17 @@ def canonical_names(environ: Mapping[str, str]) -> dict[str, str]:
 
 def problems_of_names(given: Mapping[str, str]) -> Iterator[str]:
     """A line for each variable that looks like a knob of this program but is none."""
-    knobs = [name.upper() for name in FIELDS]
-    for name in sorted(given.keys() - set(knobs)):
-        if name in REJECTED_NAMES:
-            yield f"{name}={given[name]}: not a knob of this program; {REJECTED_NAMES[name]}"
+    knobs = {name.upper() for name in FIELDS}
+    known_names = [*knobs, *ALIASES, *REJECTED_NAMES]
+    for name in sorted(given.keys() - knobs):
+        nearest = difflib.get_close_matches(name, known_names, n=1, cutoff=0.85)
+        if not nearest:
             continue
-        near = difflib.get_close_matches(name, knobs, n=1, cutoff=0.85)
-        if near:
-            yield f"{name}={given[name]}: not a knob; did you mean {near[0]}?"
+        if nearest[0] in REJECTED_NAMES:
+            reason = REJECTED_NAMES[nearest[0]]
+            yield f"{name}={given[name]}: not a knob of this program; {reason}"
+        else:
+            yield f"{name}={given[name]}: not a knob; did you mean {nearest[0]}?"
 
 
 def problems_of_aliases(environ: Mapping[str, str]) -> Iterator[str]:
@@ -1115,14 +969,17 @@ def rules_of_paths(cfg: Config) -> Iterator[Rule]:
 def can_be_written(path: Path, is_file: bool = False) -> bool:
     """Whether a folder (or file) can be written or, if there is none, made."""
     path = Path.cwd() / path
-    nearest = path
-    while not os.path.exists(nearest):
+    existing = path
+    while not os.path.exists(existing):
         # Names have up to 255 bytes, of which the log's may get four more (.old).
-        if len(os.fsencode(nearest.name)) > 251:
+        if len(os.fsencode(existing.name)) > 251:
             return False
-        nearest = nearest.parent
-    may_be_file = is_file and nearest == path
-    return os.access(nearest, os.W_OK) and nearest.is_dir() != may_be_file
+        existing = existing.parent
+
+    is_there = existing == path
+    # Whatever is not there yet is made in the nearest folder above it.
+    needs_folder = not (is_file and is_there)
+    return os.access(existing, os.W_OK) and existing.is_dir() == needs_folder
 
 
 # --- Presets: what differs from the defaults, which are those of `record` ---
@@ -1243,7 +1100,7 @@ PR605 = dict(
     eval_deadline_seconds=550.0,
 )
 
-# The record's structure on two CPU cores in two minutes, over the documentation of Python.
+# The record's structure on two CPU cores in two minutes, over the docstrings of installed packages.
 CPU = dict(
     dataset="pydocs_sp1024",
     vocab_size=1024,
@@ -1292,7 +1149,8 @@ PRESETS = {
     "cpu": CPU,
 }
 
-# What SHRINK=1 makes of any other preset, besides SHRUNK_LENGTHS: these values of the cpu preset,
+# SHRINK=1 changes any other preset in three ways: SHRUNK_LENGTHS become an eighth, the fields in
+# SHRUNK_AS_CPU take their values from the cpu preset, and the rest of SHRINK is set as given here.
 SHRUNK_AS_CPU = (
     "dataset",
     "vocab_size",
@@ -1310,7 +1168,6 @@ SHRUNK_AS_CPU = (
     "ttt_buckets",
     "ttt_chunk_tokens",
 )
-# and these.
 SHRINK = {name: CPU[name] for name in SHRUNK_AS_CPU} | dict(
     model_dim=128,
     num_heads=4,
@@ -1331,13 +1188,15 @@ SHRINK = {name: CPU[name] for name in SHRUNK_AS_CPU} | dict(
 
 
 def preset_values(preset: str, shrink: bool) -> dict[str, Any]:
-    """The fields that a preset sets, in small with SHRINK=1. What a preset has not stays off."""
+    """The fields that a preset sets, made small if `shrink`."""
     values = {**PRESETS[preset], "preset": preset}
     if not shrink or preset == "cpu":
         return values
 
     full = {name: values.get(name, field.default) for name, field in FIELDS.items()}
     for name, small in SHRINK.items():
+        # A feature that the preset leaves off (0 or empty) stays off. An empty `dataset` is no such
+        # feature: it stands for FineWeb.
         if full[name] or name == "dataset":
             values[name] = small
     for name in SHRUNK_LENGTHS:
@@ -1359,10 +1218,23 @@ def print_knobs() -> None:
 
 
 # === 2. Runtime: ranks, log, clock ===
+# All that differs on a GPU:
+#   PRESET defaults to record (main), the device is set and ranks talk over NCCL (Ranks);
+#   the clock waits for the device (Ranks.now), copies are pinned and do not block (to_device,
+#   PendingRead), and an error leaves NCCL's group as it is (main);
+#   Triton kernels run in place of their references (define_operator) with measured tiles
+#   (TileTuner); Hopper has a kernel for the MLP (mlp_kernel_fits);
+#   attention is chosen by a check of each backend (choose_attention);
+#   with CUDA_GRAPH=1 a training row is one launch (capture_row, Run.capture_training);
+#   the device's random state is restored too (state_restored), and the log names the device, the
+#   model FLOP utilisation (PEAK_FLOPS) and the peak memory (Run.describe, Run.report).
+
+
 class PendingRead:
     """Numbers (n,) that are being copied from the device to the host without blocking."""
 
     def __init__(self, values: Tensor, ranks: Ranks):
+        """Starts the copy."""
         self.copied = None
         if values.is_cuda:
             # The host tensor is pinned, so this returns at once.
@@ -1392,7 +1264,7 @@ class Ranks:
         self.distributed = "RANK" in environ
         self.rank = int(environ.get("RANK", 0))
         self.world_size = 1
-        # Without RANK, WORLD_SIZE says nothing: clusters may set it for any process.
+        # Without RANK, WORLD_SIZE means nothing: clusters may set it for any process.
         if self.distributed:
             self.world_size = int(environ.get("WORLD_SIZE", 1))
         self.is_main = self.rank == 0
@@ -1408,11 +1280,11 @@ class Ranks:
 
     def _join_group(self, restart_count: int | str) -> None:
         """Joins the process group: NCCL on GPUs, gloo on CPUs."""
-        # Imported once the group exists, the default arguments of its functions would hold the
-        # group and keep its threads alive.
+        # Imported before the group exists: afterwards the default arguments of its functions would
+        # hold the group and keep its threads alive.
         importlib.import_module("torch.distributed.nn")
         store, rank, size = next(dist.rendezvous("env://"))
-        # torchrun keeps the store when it restarts the ranks, with the keys of the start before.
+        # torchrun keeps the store when it restarts the ranks, with the keys of the earlier start.
         store = dist.PrefixStore(f"start {restart_count}", store)
         group = dict(store=store, rank=rank, world_size=size)
         if self.device.type == "cuda":
@@ -1444,7 +1316,8 @@ class Ranks:
     def tickets(self) -> Iterator[int]:
         """The numbers 0, 1, 2, ... without end, each given to the one rank that asks first.
 
-        Work that is shared out like this keeps all ranks busy although its parts differ in length.
+        A rank that has finished a part of the work takes the next, so all ranks stay busy although
+        the parts differ in length.
         """
         self.num_queues += 1
         store = dist.distributed_c10d._get_default_store() if self.distributed else dist.HashStore()
@@ -1456,10 +1329,6 @@ class Ranks:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.monotonic()
-
-    def start_read(self, values: Tensor) -> PendingRead:
-        """Starts copying numbers (n,) to the host without blocking."""
-        return PendingRead(values, self)
 
 
 ERASE_LINE = "\r\033[K"
@@ -1515,20 +1384,23 @@ class Log:
         if self.tensorboard is None:
             from torch.utils.tensorboard import SummaryWriter
 
-            # Points of later steps come from a run that was killed and goes on from here.
+            # A run that was killed and resumes here has left points of later steps: drop them.
             self.tensorboard = SummaryWriter(self.tensorboard_dir, purge_step=step)
         for name, value in values.items():
             self.tensorboard.add_scalar(name, value, step)
 
 
 def raise_stopped(number: int, _: Any = None, after: str = "") -> None:
-    """Raises KeyboardInterrupt for a signal, with its message and exit status, 128 + number."""
+    """Raises KeyboardInterrupt for signal `number`, with a message and the exit status."""
     name = signal.Signals(number).name
     raise KeyboardInterrupt(f"{name}: the run is stopped{after}", 128 + number)
 
 
 def handle_signals(handler: Callable[[int, Any], Any]) -> None:
-    """Sets what SIGINT and SIGTERM do: training waits for the end of a step, the rest stops."""
+    """Sets the handler of SIGINT and SIGTERM.
+
+    It is Trainer.note_signal in training, which waits for the end of a step, else raise_stopped.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, handler)
 
@@ -1564,7 +1436,7 @@ class CompilationCounter:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Writes a file through a temporary one: it then holds all of `data`, or is untouched."""
+    """Writes a file by way of a temporary one, so that a kill leaves the old file or the new."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     with part.open("wb") as f:
@@ -1572,6 +1444,13 @@ def write_atomic(path: Path, data: bytes) -> None:
         f.flush()
         os.fsync(f.fileno())
     os.replace(part, path)
+
+
+def torch_bytes(contents: dict[str, Any]) -> bytes:
+    """The file that torch.save would write."""
+    buffer = io.BytesIO()
+    torch.save(contents, buffer)
+    return buffer.getvalue()
 
 
 # === 3. Data: shards of uint16 tokens -> rows of packed documents ===
@@ -1589,7 +1468,7 @@ def write_shard(path: Path, tokens: np.ndarray) -> None:
 def read_shard(path: Path) -> np.ndarray:
     """The ids of a shard, memory-mapped, (n,) uint16.
 
-    Raises UsageError if the file is no shard or a newer one, is cut off, too long or empty.
+    Raises UsageError for another kind of file, another version, a wrong length or an empty shard.
     """
     size = path.stat().st_size
     header = np.fromfile(path, dtype="<i4", count=256)
@@ -1624,7 +1503,7 @@ class TokenStream:
         parts = []
         while count > 0:
             index = start % self.size
-            shard = int(np.searchsorted(self.starts, index, side="right")) - 1
+            shard = int(np.searchsorted(self.starts, index, side="right")) - 1  # that holds index
             part = self.shards[shard][index - self.starts[shard] :][:count]
             parts.append(part)
             start += len(part)
@@ -1646,42 +1525,55 @@ class Batch(NamedTuple):
     max_seqlen: int
 
 
+def to_device(values: np.ndarray, device: torch.device) -> Tensor:
+    """Copies an array to the device; a GPU's copy is pinned and does not block."""
+    tensor = torch.from_numpy(values)
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor
+
+
 def pack_row(
-    inputs: np.ndarray, targets: np.ndarray, starts: np.ndarray, shape: tuple, device: torch.device
+    inputs: np.ndarray,
+    targets: np.ndarray,
+    starts: np.ndarray,
+    shape: RowShape,
+    device: torch.device,
 ) -> Batch:
-    """Makes a Batch of `shape` = (T, capacity, max_seqlen).
+    """Makes a row of `shape`.
 
     inputs, targets: ids (n,), n <= T; the rest of the row is padding, which predicts nothing.
-    starts: index of the first token of every segment. Raises AssertionError if there are more
-    segments than `capacity`, those of the padding included.
+    starts: index of the first token of every segment. Raises AssertionError if the segments and
+    those of the padding are more than the capacity.
     """
     num_tokens, capacity, max_seqlen = shape
     n = len(inputs)
-    ids = np.zeros((2, num_tokens), dtype=np.int32)  # half of what int64 would send over PCIe
+    # As int32 they are half as many bytes to copy as in int64.
+    ids = np.zeros((2, num_tokens), dtype=np.int32)
     ids[0, :n] = inputs
     ids[1, :n] = targets
     ids[1, n:] = -1
+
     # No segment of the padding is longer than max_seqlen either.
     segments = [*starts, *range(n, num_tokens, max_seqlen)]
     assert len(segments) <= capacity, (len(segments), capacity)
     unused = capacity + 1 - len(segments)
     cu_seqlens = np.array(segments + [num_tokens] * unused, dtype=np.int32)
-    on_device = [torch.from_numpy(x) for x in (ids, cu_seqlens)]
-    if device.type == "cuda":
-        on_device = [x.pin_memory().to(device, non_blocking=True) for x in on_device]
-    ids, cu_seqlens = on_device
-    inputs, targets = ids.long()
-    return Batch(inputs, targets, cu_seqlens, max_seqlen)
+    row_inputs, row_targets = to_device(ids, device).long()
+    return Batch(row_inputs, row_targets, to_device(cu_seqlens, device), max_seqlen)
 
 
 def segment_starts(tokens: np.ndarray, bos_id: int, max_seqlen: int) -> np.ndarray:
-    """Starts of a row's segments: 0, every BOS, and every `max_seqlen` tokens after these."""
+    """Starts (n,) of a row's segments.
+
+    They are index 0, the index of every BOS, and every `max_seqlen` tokens after one of those.
+    """
     documents = np.union1d([0], np.flatnonzero(tokens == bos_id))
-    lengths = np.diff(documents, append=len(tokens))
-    num_pieces = -(-lengths // max_seqlen)  # rounded up
-    first_piece = np.cumsum(num_pieces) - num_pieces
-    piece = np.arange(num_pieces.sum()) - np.repeat(first_piece, num_pieces)  # in its document
-    return np.repeat(documents, num_pieces) + piece * max_seqlen
+    ends = np.append(documents[1:], len(tokens))
+    pieces = []
+    for start, end in zip(documents, ends, strict=True):
+        pieces.append(np.arange(start, end, max_seqlen))
+    return np.concatenate(pieces)
 
 
 class EpochOrder(NamedTuple):
@@ -1693,12 +1585,12 @@ class EpochOrder(NamedTuple):
 
 
 class PackedLoader:
-    """Rows of training tokens, in which each transition of the stream comes once an epoch.
+    """Rows of training tokens. In an epoch every token but the first is a target once.
 
     A row takes the next MICRO_BATCH_TOKENS tokens of the stream, or fewer if their documents fill
-    the capacity. All ranks walk over all rows, and each builds every W-th: so the number of ranks
-    changes no step. With DATA_LOADER=shuffled (PR #1394) the stream is cut into pieces of
-    TRAIN_SEQ_LEN tokens, which an epoch takes in random order; the first starts at a random offset.
+    the capacity. All ranks walk over all rows, and each builds every W-th, so a step is the same
+    for any number of ranks. With DATA_LOADER=shuffled (PR #1394) the stream is cut into pieces of
+    TRAIN_SEQ_LEN tokens, from a random offset on, and an epoch takes them in random order.
     """
 
     def __init__(self, stream: TokenStream, bos_id: int, cfg: Config, ranks: Ranks):
@@ -1706,7 +1598,8 @@ class PackedLoader:
         self.cfg = cfg
         self.ranks = ranks
         self.cursor = 0  # targets served so far, over all epochs
-        self.bos_id = bos_id if cfg.data_loader == "documents" else -1  # -1: cut at no document
+        # No token has the id -1, so rows are then not cut at documents.
+        self.bos_id = bos_id if cfg.data_loader == "documents" else -1
         self.order = EpochOrder(epoch=-1, offset=0, permutation=np.arange(0))
 
     def next_tokens(self, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -1717,7 +1610,7 @@ class PackedLoader:
         return tokens[:-1], tokens[1:]
 
     def next_pieces(self, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """The same from the shuffled pieces. Cursor and count are multiples of TRAIN_SEQ_LEN."""
+        """As next_tokens, from the shuffled pieces; `count` is a multiple of TRAIN_SEQ_LEN."""
         length = self.cfg.train_seq_len
         pieces_per_epoch = (self.stream.size - 1) // length
         pieces = []
@@ -1732,14 +1625,15 @@ class PackedLoader:
         return inputs, targets
 
     def draw_order(self, epoch: int, num_pieces: int) -> EpochOrder:
-        """Draws an epoch's order from SEED and the epoch, so that a resumed run draws the same."""
+        """The order of an epoch, drawn from SEED and the epoch: a resumed run draws the same."""
         rng = np.random.Generator(np.random.PCG64([self.cfg.seed, epoch]))
         offset = rng.integers(self.cfg.train_seq_len)
         return EpochOrder(epoch, offset, rng.permutation(num_pieces))
 
     def rows(self, count: int) -> tuple[list[Batch], int]:
         """Reads the next `count` rows; returns those of this rank, and the targets in all rows."""
-        size, capacity, max_seqlen = self.cfg.row_shape
+        shape = self.cfg.row_shape
+        size, capacity, max_seqlen = shape
         first = self.cursor
         own_rows = []
         for row in range(count):
@@ -1752,9 +1646,7 @@ class PackedLoader:
                 starts = starts[: capacity // 2]
             if row % self.ranks.world_size == self.ranks.rank:
                 device = self.ranks.device
-                own_rows.append(
-                    pack_row(inputs[:n], targets[:n], starts, self.cfg.row_shape, device)
-                )
+                own_rows.append(pack_row(inputs[:n], targets[:n], starts, shape, device))
             self.cursor += n
         return own_rows, self.cursor - first
 
@@ -1772,20 +1664,20 @@ class Documents(NamedTuple):
     """The validation documents within their token stream.
 
     The target of an input is the token after it, so the last target of a document is the BOS of
-    the next one: every token of the stream but the first is predicted exactly once. A target is
-    named by its stream index: the index in `tokens` of the input before it.
+    the next one: every token of the stream but the first is predicted exactly once. A target's
+    stream index is that of its input: tokens[index + 1] is predicted from tokens[: index + 1].
     """
 
     tokens: np.ndarray  # (N,) int64
-    starts: np.ndarray  # (D,) index of each document's BOS
-    counts: np.ndarray  # (D,) number of each document's targets
+    starts: np.ndarray  # (docs,) stream index of each document's BOS
+    counts: np.ndarray  # (docs,) number of each document's targets
 
     @classmethod
     def load(cls, stream: TokenStream, bos_id: int, cfg: Config) -> Documents:
         """Reads the split; draws a share of VAL_DOC_FRACTION of its documents with SEED.
 
         Unless DATA_LOADER=documents, windows cross documents. Then `tokens` holds only the drawn
-        documents, or the windows would read others.
+        documents, so that no window reads another one.
         """
         tokens = stream.read(0, stream.size)
         starts = np.flatnonzero(tokens == bos_id)
@@ -1804,7 +1696,7 @@ class Documents(NamedTuple):
             yield start, start + count
 
     def joined_tokens(self) -> np.ndarray:
-        """The tokens of these documents alone, end to end, and the last target, (targets + 1,)."""
+        """The tokens of these documents alone, end to end, and the last target: (targets + 1,)."""
         pieces = [self.tokens[start:end] for start, end in self.spans()]
         end = self.starts[-1] + self.counts[-1]
         return np.concatenate([*pieces, self.tokens[end : end + 1]])
@@ -1812,14 +1704,15 @@ class Documents(NamedTuple):
     def target_indices(self, stop: int | None = None) -> np.ndarray:
         """Stream indices (targets,), rising, of all targets of the documents before `stop`."""
         pieces = [np.arange(start, end) for start, end in self.spans(stop)]
+        # With no document before `stop`, the empty array is the result.
         return np.concatenate([np.arange(0), *pieces])
 
 
 def load_manifest(cfg: Config) -> tuple[dict[str, Any], str, str | None]:
     """The data set's manifest, the name of its tokenizer's file and that file's SHA-256.
 
-    Without a manifest these are {}, the name that the field uses, and None. Raises UsageError if
-    the manifest does not name a tokenizer.
+    Without a manifest these are {}, the challenge's name, and None. Raises UsageError if the
+    manifest does not name a tokenizer.
     """
     path = cfg.dataset_dir / "manifest.json"
     if not path.is_file():
@@ -1847,11 +1740,11 @@ class Tokenizer(NamedTuple):
         Raises UsageError if the file is no tokenizer, has another size than VOCAB_SIZE, miscounts
         bytes, or is not the tokenizer that the manifest names.
         """
-        # Imported here, so that uses of this file without text need no such package.
+        # Imported here, because benchmarks that use this file without text need no such package.
         import sentencepiece
 
-        manifest, default, wanted_sha256 = load_manifest(cfg)
-        path = Path(cfg.tokenizer_path or Path(cfg.data_dir) / "tokenizers" / default)
+        manifest, default_name, wanted_sha256 = load_manifest(cfg)
+        path = Path(cfg.tokenizer_path or Path(cfg.data_dir) / "tokenizers" / default_name)
         try:
             data = path.read_bytes()
             model = sentencepiece.SentencePieceProcessor(model_proto=data)
@@ -1862,8 +1755,8 @@ class Tokenizer(NamedTuple):
         loaded = cls(path, model, model.bos_id(), sha256, manifest)
         loaded.check(cfg)
         if wanted_sha256 is not None and sha256 != wanted_sha256:
-            named = cfg.dataset_dir / "manifest.json"
-            raise UsageError(f"TOKENIZER_PATH={path}: not the tokenizer that {named} names")
+            source = cfg.dataset_dir / "manifest.json"
+            raise UsageError(f"TOKENIZER_PATH={path}: not the tokenizer that {source} names")
         return loaded
 
     def check(self, cfg: Config) -> None:
@@ -1887,11 +1780,11 @@ def check_doctor_verdict(cfg: Config, tokenizer: Tokenizer) -> None:
         *cfg.dataset_dir.glob("manifest.json"),
     ]
     error = None
-    # Without a verdict, or without an error in it, there is nothing to say.
+    # A missing or foreign verdict, or one without errors, is no reason to refuse the data.
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
         verdict = json.loads((cfg.dataset_dir / "doctor.json").read_text())
         sizes_and_times = {f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in files}
-        # If they differ, a file has changed since the doctor looked.
+        # Otherwise a file has changed since the doctor looked, and its verdict is void.
         if verdict["files"] == sizes_and_times:
             error = verdict["errors"][0]
     if error:
@@ -1901,7 +1794,7 @@ def check_doctor_verdict(cfg: Config, tokenizer: Tokenizer) -> None:
 def check_shards(
     cfg: Config, tokenizer: Tokenizer, ranks: Ranks, streams: dict[str, TokenStream]
 ) -> None:
-    """Raises UsageError for splits that cannot be used. Each rank scans the ids of its shards."""
+    """Raises UsageError for splits that cannot be used. Each rank scans every W-th shard's ids."""
     check_doctor_verdict(cfg, tokenizer)
     promised_tokens = {}
     for split in tokenizer.manifest.get("splits", {}).values():
@@ -1934,8 +1827,8 @@ def check_split(cfg: Config, bos_id: int, name: str, stream: TokenStream) -> Non
 
 # === 4. Model: plain maths, the order of layers, and one forward for every use ====================
 # --- Plain maths ---
-# A power of two: both branches of the activation and of its derivative are exact up to one
-# rounding.
+# Default slope of the kernels' functions; LEAKY_SLOPE decides in a run. A power of two keeps both
+# branches of the activation and of its derivative exact up to one rounding.
 MLP_SLOPE = 0.5
 
 # The same for every dtype.
@@ -1966,10 +1859,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def remove_own_value(y: Tensor, v: Tensor) -> Tensor:
-    """XSA (PR #1530): y - (y . u) u with u = v / |v|, for each token and query head.
+    """XSA, exclusive self-attention (PR #1530): y - (y . u) u with u = v / |v|.
 
-    y: attention output (T, H, D). v: values of the same tokens (T, Hkv, D); each serves H / Hkv
-    query heads. Computed in fp32 or better and returned in the dtype of y.
+    Each head's output loses its component along the value of the token itself. y: attention output
+    (T, H, D). v: values of the same tokens (T, Hkv, D); each serves H / Hkv query heads. Computed
+    in fp32 or better and returned in the dtype of y.
     """
     y32 = y.to(torch.promote_types(y.dtype, torch.float32))
     y32 = y32.unflatten(1, (v.size(1), -1))  # (T, Hkv, H / Hkv, D)
@@ -2043,7 +1937,7 @@ def layer_plan(cfg: Config, looped: bool) -> tuple[Visit, ...]:
 
 
 class Role(NamedTuple):
-    """What the rest of the program needs to know of a parameter.
+    """The facts about a parameter that the rest of the program needs.
 
     Names of input sites: "attn_in", "attn_out", "mlp_in" and "mlp_mid" within a layer, "head_in"
     before the head. An embedding table that is only looked up has its own name as its site.
@@ -2053,21 +1947,21 @@ class Role(NamedTuple):
     init: float | str  # constant, "orthogonal", "normal", "small" or "first"; see GPT.initialise
     group: str = "scalar"  # optimiser group: "muon", "embed", "scalar" or "fixed"
     packing: str = "float"  # in the artifact: "matrix" or "embed" (integers), "float" (fp16)
-    sites: tuple[str, ...] = ()  # input site of each of the equal parts of a bank, or of a table
+    sites: tuple[str, ...] = ()  # input site of each stack of a bank, or of a table
     is_table: bool = False  # an embedding table, indexed by token or by pair of tokens
-    per_layer: bool = False  # the first axis is the layers, `halves` times over
+    per_layer: bool = False  # the first axis is the layers, `stacks` times over
     unread: int = 0  # leading rows that no forward reads; the artifact leaves them out
 
     @property
-    def halves(self) -> int:
-        """How many stacks of layers lie end to end along the first axis."""
+    def stacks(self) -> int:
+        """How many stacks of all layers lie end to end along the first axis: two in qo and kv."""
         return max(1, len(self.sites))
 
 
 def parameter_table(cfg: Config) -> dict[str, Role]:
     """Every parameter by name, in the order of the artifact. Matrices act as y = x W^T."""
     L, C, V = cfg.num_layers, cfg.model_dim, cfg.vocab_size
-    kv = cfg.num_kv_heads * cfg.head_dim
+    kv = cfg.kv_dim
     num_skips = sum(bool(visit.skip) for visit in layer_plan(cfg, looped=True))
 
     def bank(shape: tuple[int, ...], init: float | str, *sites: str) -> Role:
@@ -2084,7 +1978,7 @@ def parameter_table(cfg: Config) -> dict[str, Role]:
         "kv_bank": bank((2 * L, kv, C), "orthogonal", "attn_in", "attn_in"),
         "up_bank": bank((L, cfg.mlp_dim, C), "orthogonal", "mlp_in"),
         "down_bank": bank((L, C, cfg.mlp_dim), 0.0, "mlp_mid"),
-        # Table and head at once. The master is fp32: bf16 would lose small updates.
+        # Embedding table and head in one. It is fp32: bf16 would lose small updates.
         "tok_emb": table_of((V, C), "normal", "embed", "head_in"),
         "skip_weights": Role((num_skips, C), 1.0),
         "attn_scale": Role((L, C), 1.0, per_layer=True),
@@ -2116,13 +2010,15 @@ def parameter_table(cfg: Config) -> dict[str, Role]:
     return table
 
 
-BOS_ID = 1  # of all tokenizers of the field; SmearGate needs it where rows cross documents
+# The BOS of all tokenizers of the challenge. SmearGate needs it where rows cross documents. The
+# forward needs a constant; the tokenizer's check compares it.
+BOS_ID = 1
 
 
 def segment_positions(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
     """Each token's index in its own segment, (T,) int64.
 
-    RoPE turns by this index. The one in the row would depend on what else was packed into it.
+    RoPE turns by this index. An index in the row would depend on the row's other documents.
     """
     index = torch.arange(num_tokens, device=cu_seqlens.device)
     return index - cu_seqlens[torch.searchsorted(cu_seqlens, index, right=True) - 1]
@@ -2142,33 +2038,31 @@ class LayerWeights(NamedTuple):
 
 
 class PassInfo(NamedTuple):
-    """What every layer of one forward shares."""
+    """The values that all layers of one forward share."""
 
     batch: Batch
     positions: Tensor  # (T,) int64: index of each token in its segment
     rope: Tensor  # (T, 2, 1, rope_dims / 2) fp32: cos and sin at each token's position
-    tap: Callable[[str, int, Tensor], None]  # is shown (site, layer, input) of every product
+    tap: Callable[[str, int, Tensor], None]  # called with (site, layer, input) of every product
     adapters: AdapterView
     values: Tensor | None  # (T, Hkv * D), added to the values of the layers in VE_LAYERS
 
 
 class Heads(NamedTuple):
-    """What attention works on: n query tokens, and T tokens that they may see."""
+    """The arguments of attention: n query tokens, and T tokens that they may see."""
 
     q: Tensor  # (n, H, D), normed, rotated, times q_gain
     k: Tensor  # (T, Hkv, D), normed, rotated
     v: Tensor  # (T, Hkv, D)
-    own_v: Tensor | None  # (n, Hkv, D): v at the query tokens; None without XSA
+    own_v: Tensor | None  # (n, Hkv, D): v at the query tokens, for XSA; None without it
     cu_queries: Tensor | None  # int32 offsets of the query tokens; None if they are all tokens
     projected: dict[str, Tensor]  # the adapters' x A^T at the query tokens
 
 
 def take_rows(x: Tensor, rows: Tensor | None) -> Tensor:
-    """The rows of x that are named, all if None.
-
-    All are a new view: the gradients of the two lanes, which begin as one tensor, are then summed
-    per lane before they meet. Without it the last bit of training would differ.
-    """
+    """The given rows of x, or all if `rows` is None."""
+    # `x[:]`, not x: the two lanes begin as one tensor, and with separate views each lane sums its
+    # own gradient first. Returning x itself would change the order of that sum.
     return x[:] if rows is None else x[rows]
 
 
@@ -2185,9 +2079,9 @@ class GPT(nn.Module):
         self.initialise()
 
     def initialise(self) -> None:
-        """Makes every parameter of the table as its role says.
+        """Makes every parameter of the table as its role says, from SEED.
 
-        Random values are drawn on the CPU with SEED, so they are equal on every rank and device.
+        Random values are drawn on the CPU, so they are equal on every rank and device.
         """
         generator = torch.Generator().manual_seed(self.cfg.seed)
         normal_std = {"normal": self.cfg.tied_embed_init_std, "small": 0.01}
@@ -2208,7 +2102,7 @@ class GPT(nn.Module):
     # --- Weights as the forward uses them ---
 
     def set_rounding(self, on: bool) -> None:
-        """Turns rounding of the banks on or off for the next forwards; nothing without LATE_QAT."""
+        """Rounds the banks in the next forwards, or does not. Without LATE_QAT it does nothing."""
         if self.cfg.late_qat:
             self.qat.fill_(on)
 
@@ -2227,8 +2121,10 @@ class GPT(nn.Module):
         # Peers hold each other's slices in the compute dtype only (see Muon). Rounding what all
         # ranks can see makes them round alike.
         seen = weight.detach().to(cfg.dtype).float()
-        # Quantisers without Hessians have this floor, too.
-        floor = cfg.clip_floor * cfg.no_hessians + 1e-12
+        floor = 1e-12
+        if cfg.no_hessians:
+            # The quantisers without Hessians have this floor, too.
+            floor += cfg.clip_floor
         step = seen.abs().amax(-1, keepdim=True).clamp_min(floor) / qmax
         rounded = (seen / step).round().clamp(-qmax, qmax) * step
         return weight + self.qat * (rounded - weight.detach())
@@ -2258,11 +2154,11 @@ class GPT(nn.Module):
             resid_mix=self.resid_mix,
             q_gain=self.q_gain,
         )
-        # unbind, because its gradient is one stack where an index per layer makes L padded copies.
+        # unbind has one stack as its gradient; an index per layer would have L padded copies.
         by_name = [stack.to(self.cfg.dtype).unbind(0) for stack in stacks]
         return [LayerWeights(*weights) for weights in zip(*by_name, strict=True)]
 
-    # --- Inputs of the first layer and of all ---
+    # --- Inputs of the layers ---
 
     def rotations(self, positions: Tensor, max_seqlen: int) -> Tensor:
         """cos and sin (T, 2, 1, half) fp32 of every token, at its position in its segment.
@@ -2292,14 +2188,14 @@ class GPT(nn.Module):
             x = x + F.linear(F.embedding(pair, self.bigram_emb.to(cfg.dtype)), proj)
         x = rms_norm(x)
         if cfg.smear_enabled:
-            # Blends in the token before, but never across the start of a document.
+            # Blends in the previous token, but never across the start of a document.
             gate = self.smear_gate.sigmoid().to(cfg.dtype)
             starts = (positions == 0) | (ids == BOS_ID)
             x = (1 - gate) * x + gate * x.roll(1, 0) * ~starts[:, None]
         return x
 
     def value_embedding(self, ids: Tensor) -> Tensor | None:
-        """What the token ids add to the values of VE_LAYERS (PR #414), (T, Hkv * D), or None."""
+        """(T, Hkv * D), added to the values of VE_LAYERS by token id (PR #414); None if off."""
         if not self.cfg.ve_enabled:
             return None
         dtype = self.cfg.dtype
@@ -2309,7 +2205,7 @@ class GPT(nn.Module):
     # --- One layer ---
 
     def has_xsa(self, layer: int) -> bool:
-        """Whether this layer removes from each head's output its component along the own value."""
+        """Whether the layer is one of the last XSA_LAST_N, which apply XSA."""
         return layer >= self.cfg.num_layers - self.cfg.xsa_last_n
 
     def project_heads(
@@ -2326,7 +2222,7 @@ class GPT(nn.Module):
         n: (T, C). weight: the rows of "q", "k" and "v" that `sites` names, stacked.
         Returns (T, sum of their widths).
         """
-        kv = self.cfg.num_kv_heads * self.cfg.head_dim
+        kv = self.cfg.kv_dim
         rows = F.linear(n, weight)
         adapted = [site for site in sites if site in projected]
         if adapted:
@@ -2351,14 +2247,16 @@ class GPT(nn.Module):
         has_xsa = self.has_xsa(visit.layer)
         projected = info.adapters.project(n, "attn", visit.slot)
         rows = self.project_heads(n, w.qkv, ("q", "k", "v"), projected, visit, info)
+        # With XSA v is used twice and returned twice, see norm_rope.
         uses = 2 if has_xsa else 1
-        q, k, v, *own = norm_rope(rows, w.q_gain, info.rope, cfg.head_dim, cfg.fused_qk, uses)
-        return Heads(q, k, v, own[0] if has_xsa else None, None, projected)
+        q, k, *values = norm_rope(rows, w.q_gain, info.rope, cfg.head_dim, cfg.fused_qk, uses)
+        own_v = values[1] if has_xsa else None
+        return Heads(q, k, values[0], own_v, None, projected)
 
     def heads_of_selected(
         self, n: Tensor, w: LayerWeights, visit: Visit, info: PassInfo, queries: Tensor
     ) -> Heads:
-        """Queries of the tokens `queries` (n,) alone, keys and values of all tokens of n (T, C)."""
+        """Queries of the tokens `queries` (n,) only; keys and values of all tokens of n (T, C)."""
         cfg = self.cfg
         C = n.size(1)
         has_xsa = self.has_xsa(visit.layer)
@@ -2367,8 +2265,8 @@ class GPT(nn.Module):
         rows = self.project_heads(n, w.qkv[C:], ("k", "v"), projected, visit, info)
         uses = 2 if has_xsa else 1
         no_gain = w.q_gain[:0]
-        _, k, v, *own = norm_rope(rows, no_gain, info.rope, cfg.head_dim, cfg.fused_qk, uses)
-        own_v = own[0][queries] if has_xsa else None
+        _, k, *values = norm_rope(rows, no_gain, info.rope, cfg.head_dim, cfg.fused_qk, uses)
+        own_v = values[1][queries] if has_xsa else None
 
         selected = {}
         for site, h in projected.items():  # h: (B, T / B, rank)
@@ -2376,15 +2274,16 @@ class GPT(nn.Module):
         rows = self.project_heads(n[queries], w.qkv[:C], ("q",), selected, visit, info)
         q, *_ = norm_rope(rows, w.q_gain, info.rope[queries], cfg.head_dim, cfg.fused_qk)
         cu_queries = torch.searchsorted(queries, info.batch.cu_seqlens.long(), out_int32=True)
-        return Heads(q, k, v, own_v, cu_queries, selected)
+        return Heads(q, k, values[0], own_v, cu_queries, selected)
 
     def attend(
         self, n: Tensor, w: LayerWeights, visit: Visit, info: PassInfo, queries: Tensor | None
     ) -> Tensor:
         """Causal attention within each segment.
 
-        n: (T, C) in the compute dtype, normalised. queries: (n,) int64, rising, the last tokens of
-        segments whose output is wanted, or None for all. Returns (n, C) or (T, C).
+        n: (T, C) in the compute dtype, normalised. queries: (n,) int64, the tokens whose output is
+        wanted: a run of tokens at the end of some segments, in rising order; None for all tokens.
+        Returns (n, C) or (T, C).
         """
         if queries is None:
             heads = self.heads_of_all(n, w, visit, info)
@@ -2420,13 +2319,13 @@ class GPT(nn.Module):
     # --- All layers ---
 
     def merge_skip(self, x: Tensor, skip: Tensor, rows: tuple[int, ...]) -> Tensor:
-        """The stream x (T, C) and a stored activation, merged; a gate of 1 keeps x alone.
+        """Merges a stored activation into the stream x (T, C); a gate of 1 keeps x alone.
 
-        rows: as in Visit.skip; weight and gate are the means of these rows.
+        rows: as in Visit.skip; weight and gate are the means of the parameters' rows.
         """
 
         def mean(parameter: Tensor) -> Tensor:
-            # Uncompiled, a list as an index would be copied from the host each time.
+            # A list as an index would be copied from the host in every uncompiled forward.
             return torch.stack([parameter[row] for row in rows]).mean(0).to(x.dtype)
 
         skip = mean(self.skip_weights) * skip
@@ -2452,7 +2351,7 @@ class GPT(nn.Module):
     def hidden(self, info: PassInfo, plan: tuple[Visit, ...], select: Tensor | None) -> Tensor:
         """Final normalised hidden states (T, C); (n, C) with `select` (n,).
 
-        With `select` the last visit computes only the selected tokens: nobody reads the others.
+        With `select` the last visit computes only the selected tokens.
         """
         layers = self.layer_weights()
         x0 = self.embed(info.batch.inputs, info.positions)
@@ -2462,8 +2361,7 @@ class GPT(nn.Module):
         for visit in plan:
             w = layers[visit.layer]
             norm_scale = 1 / math.sqrt(visit.layer + 1) if self.cfg.ln_scale else 1.0
-            is_last = visit.slot + 1 == len(plan)
-            queries = select if is_last else None
+            queries = select if visit.slot + 1 == len(plan) else None
 
             if visit.parallel and mlp_lane is None:
                 mlp_lane = x
@@ -2506,19 +2404,23 @@ class GPT(nn.Module):
         """Nats per token (T,) fp32, 0 where the target is -1.
 
         lora: one adapter per segment; all segments are then equally long.
-        select: (n,) int64, the tokens that get logits; the result is then (n,). Beside `lora` they
-            are the last tokens of segments, rising.
-        tap: is called with (site, layer, input) of every product, for calibration.
+        select: (n,) int64, the tokens that get logits; the result is then (n,). With `lora` they
+            must be as the `queries` of `attend`.
+        tap: called with (site, layer, input) of every product, for calibration.
         temperature: divides the logits.
         """
         cfg = self.cfg
+        if lora is None:
+            adapters = AdapterView(down={}, sites={}, up={}, bias=None, scale=1.0)
+        else:
+            adapters = lora.view()
         positions = segment_positions(batch.cu_seqlens, batch.inputs.numel())
         info = PassInfo(
             batch,
             positions,
             self.rotations(positions, batch.max_seqlen),
             tap,
-            no_adapters() if lora is None else lora.view(),
+            adapters,
             self.value_embedding(batch.inputs),
         )
         targets = batch.targets
@@ -2530,8 +2432,8 @@ class GPT(nn.Module):
             if lora is None:
                 x = x[select]
 
-        projected = info.adapters.project(x, "head", 0)
-        extra = info.adapters.product(projected, "head", 0) if projected else None
+        projected = adapters.project(x, "head", 0)
+        extra = adapters.product(projected, "head", 0) if projected else None
         if temperature != 1:
             # cap / t * tanh(z / cap) is the softcap of z / t with a cap of cap / t.
             x = x / temperature
@@ -2550,29 +2452,34 @@ class AdapterSite(NamedTuple):
     site: str  # the product it is added to: "q", "k", "v", "o", "mlp" or "head"
     slot: int  # position in the plan; 0 for the head
     width: int  # output width of that product: rows of B
-    rank: int  # rows of A in use; those beyond are zero and stay so, as zeros get no gradient
+    rank: int  # rows of A in use; beyond them A and B are zero, so neither gets a gradient
 
 
 class AdapterView(NamedTuple):
     """The adapters of one forward, by where they read and where they add.
 
-    Each of the B documents holds T / B consecutive tokens of the row. All dictionaries are empty in
-    a forward without adapters; every method then returns its first argument or an empty dictionary.
+    Each document holds an equal number of consecutive tokens of the row. Without adapters all
+    dictionaries are empty: `project` then returns {}, and add_to and add_bias change nothing.
     """
 
-    down: dict[tuple[str, int], Tensor]  # (source, slot) -> A of all its sites, (B, ranks, C)
+    # (source, slot) -> the A matrices of all its sites, (documents, ranks end to end, C)
+    down: dict[tuple[str, int], Tensor]
     sites: dict[tuple[str, int], list[str]]  # (source, slot) -> the sites that share this A
-    up: dict[tuple[str, int], Tensor]  # (site, slot) -> B, (B, width, rank)
-    bias: Tensor | None  # (B, slots, C)
+    # (site, slot) -> the adapters' B matrices, (documents, width, rank)
+    up: dict[tuple[str, int], Tensor]
+    bias: Tensor | None  # (documents, slots, C)
     scale: float
 
     def project(self, x: Tensor, source: str, slot: int) -> dict[str, Tensor]:
-        """x A^T of every adapter that reads x (T, C), in one product: site -> (B, T / B, rank)."""
+        """x A^T of every adapter that reads x (T, C), by site: (documents, tokens of each, rank).
+
+        One product serves all of them.
+        """
         if (source, slot) not in self.down:
             return {}
         a = self.down[source, slot]
         sites = self.sites[source, slot]
-        h = x.unflatten(0, (a.size(0), -1)) @ a.mT  # (B, T / B, ranks)
+        h = x.unflatten(0, (a.size(0), -1)) @ a.mT  # (documents, tokens, ranks end to end)
         return dict(zip(sites, h.chunk(len(sites), -1), strict=True))
 
     def product(self, projected: dict[str, Tensor], site: str, slot: int) -> Tensor:
@@ -2587,26 +2494,21 @@ class AdapterView(NamedTuple):
         if site not in projected:
             return y
         b = self.up[site, slot] * row_scale[:, None]
-        y = y.unflatten(0, (b.size(0), -1))  # (B, T / B, width)
+        y = y.unflatten(0, (b.size(0), -1))  # (documents, tokens, width)
         return torch.baddbmm(y, projected[site], b.mT, alpha=self.scale).flatten(0, 1)
 
     def add_bias(self, x: Tensor, slot: int) -> Tensor:
-        """x (T, C) plus the vector that its document has for this visit (TTT_BIAS_TUNE)."""
+        """x (T, C), plus each document's vector for this visit (TTT_BIAS_TUNE)."""
         if self.bias is None:
             return x
-        x = x.unflatten(0, (self.bias.size(0), -1))  # (B, T / B, C)
+        x = x.unflatten(0, (self.bias.size(0), -1))  # (documents, tokens, C)
         return (x + self.bias[:, slot, None]).flatten(0, 1)
 
 
-def no_adapters() -> AdapterView:
-    """The view of a forward without adapters."""
-    return AdapterView(down={}, sites={}, up={}, bias=None, scale=1.0)
-
-
 def adapter_sites(cfg: Config, slots: int) -> tuple[AdapterSite, ...]:
-    """The adapters that the TTT_*_LORA knobs ask for. Those that read one input are neighbours."""
+    """The adapters that the TTT_*_LORA knobs ask for, neighbours where they read the same input."""
     C = cfg.model_dim
-    kv = cfg.num_kv_heads * cfg.head_dim
+    kv = cfg.kv_dim
     rank = cfg.ttt_lora_rank
     sites = []
     for slot in range(slots):
@@ -2627,21 +2529,21 @@ def adapter_sites(cfg: Config, slots: int) -> tuple[AdapterSite, ...]:
 # Compared by identity: comparing tensors would be neither cheap nor a yes or no.
 @dataclasses.dataclass(eq=False)
 class LoRA:
-    """Adapters of B documents in two or three leaf tensors: y += scale * (x A^T) B^T.
+    """One adapter set per document, in two or three leaf tensors: y += scale * (x A^T) B^T.
 
     q, k, v and o read the normalised input of the attention, mlp that of the MLP, head the final
-    state. A document of the record has 8,355,840 values, at 17 visits and the head.
+    state. With PRESET=record a document has 8,355,840 values, at 17 visits and the head.
     """
 
     sites: tuple[AdapterSite, ...]
     scale: float
-    down: Tensor  # (B, len(sites), rank, C): every A, at the largest rank
-    up: Tensor  # (B, sum of widths, rank): every B, end to end
-    bias: Tensor | None  # (B, slots, C): added after every visit
+    down: Tensor  # (documents, len(sites), rank, C): every A, at the largest rank
+    up: Tensor  # (documents, sum of widths, rank): every B, end to end
+    bias: Tensor | None  # (documents, slots, C): added after every visit
 
     @classmethod
     def zeros(cls, cfg: Config, batch: int, slots: int, device: torch.device) -> LoRA:
-        """Adapters of zeros in fp32 for `batch` documents, in a plan of so many slots."""
+        """Adapters of zeros in fp32 for `batch` documents and a plan of `slots` visits."""
         sites = adapter_sites(cfg, slots)
         rank = max(site.rank for site in sites)
         width = sum(site.width for site in sites)
@@ -2662,24 +2564,24 @@ class LoRA:
         return [self.down, self.up, self.bias]
 
     def with_leaves(self, leaves: list[Tensor]) -> LoRA:
-        """The same adapters made of other tensors, in the order of `leaves`."""
+        """These adapters with other tensors, in the order of `leaves`."""
         bias = None if self.bias is None else leaves[2]
         return dataclasses.replace(self, down=leaves[0], up=leaves[1], bias=bias)
 
     def to(self, dtype: torch.dtype) -> LoRA:
-        """The adapters in that dtype; the same tensors where they have it already."""
+        """The adapters in a dtype; the same tensors if they have it already."""
         return self.with_leaves([leaf.to(dtype) for leaf in self.leaves])
 
     def rows(self, rows: slice) -> LoRA:
-        """The adapters of these documents, as leaves of their own on the same memory."""
+        """The adapters of some documents, as new leaves that share the memory."""
         return self.with_leaves([leaf[rows].detach().requires_grad_() for leaf in self.leaves])
 
     @torch.no_grad()
     def reset(self, seed: int, keys: Iterable[int]) -> None:
         """Fresh adapters, in place: B and bias 0, A uniform in +-1 / sqrt(C).
 
-        A document's values depend on the seed and its key alone, so neither the batch nor the rank
-        that adapts a document changes its score. Documents beyond the last key stay as they are.
+        A document's values depend on the seed and its key only, so neither the batch nor the rank
+        that adapts a document changes its score. Documents without a key stay as they are.
         """
         bound = self.down.size(-1) ** -0.5
         generator = torch.Generator(self.down.device)
@@ -2694,19 +2596,18 @@ class LoRA:
             leaf.zero_()
 
     def rate_factors(self, factors: Mapping[str, float]) -> list[Tensor]:
-        """What the rate is multiplied by for each of down, up and bias (TTT_LR_FACTORS)."""
+        """Factors of the rate for down, up and bias (TTT_LR_FACTORS), which broadcast to them."""
         device = self.down.device
         if not factors:
             return [torch.ones((), dtype=torch.float64, device=device)] * 3
-        of_site = torch.tensor(
-            [float(factors.get(site.site, 1)) for site in self.sites], device=device
-        )
+        by_site = [float(factors.get(site.site, 1)) for site in self.sites]
+        by_site = torch.tensor(by_site, device=device)
         widths = torch.tensor([site.width for site in self.sites], device=device)
-        of_bias = of_site.new_tensor(float(factors.get("bias", 1)))
-        return [of_site[:, None, None], of_site.repeat_interleave(widths)[:, None], of_bias]
+        bias = by_site.new_tensor(float(factors.get("bias", 1)))
+        return [by_site[:, None, None], by_site.repeat_interleave(widths)[:, None], bias]
 
     def view(self) -> AdapterView:
-        """The adapters for one forward, taken apart by split: a leaf's gradient is one copy."""
+        """The adapters for one forward. `split` makes a leaf's gradient in one copy."""
         # A dictionary, because Dynamo does not trace groupby with a key.
         sites_of = {}
         for site in self.sites:
@@ -2875,9 +2776,15 @@ class Muon:
         self.owned_weights = weights_of_ranks[ranks.rank]  # stepped in place
         self.momentum = {name: torch.zeros_like(w) for name, w in self.owned_weights.items()}
         self.average = {name: w.clone() for name, w in self.owned_weights.items()}
-        self.outbox = {}  # per bank a view of the row that this rank sends
+        self.gradients = {}  # per bank, those of the owned slices; set by reduce_gradients
+        # Without other ranks there are no messages.
+        self.message: Tensor | None = None  # a row for each rank
+        self.received_row: Tensor | None = None
+        self.sent_row: Tensor | None = None
+        self.message_slots: list[MessageSlot] = []
+        self.outbox = {}  # per bank a view of sent_row
         self.peer_weights = []  # the slices of the other ranks in the model's banks
-        self.peer_views = []  # where the message holds them
+        self.peer_views = []  # the same slices in the message
         if ranks.world_size > 1:
             self.allocate_messages(weights_of_ranks)
 
@@ -2889,7 +2796,6 @@ class Muon:
         self.received_row = torch.zeros_like(self.message[0])
         self.sent_row = torch.zeros_like(self.message[0])
         self.outbox = split_like(self.sent_row, self.owned_weights)
-        self.message_slots = []
         for rank, weights in enumerate(weights_of_ranks):
             for bank, view in split_like(self.message[rank], weights).items():
                 self.message_slots.append(MessageSlot(rank, bank, view))
@@ -2899,9 +2805,9 @@ class Muon:
                 self.peer_views.append(slot.view)
 
     def gather_full(self, owned: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The full fp32 banks of which each rank gives the slices it owns. All ranks must call it.
+        """The full fp32 banks, put together from each rank's slices. All ranks must call it.
 
-        Tensors in `owned` that are not of a bank are returned as they are.
+        Tensors in `owned` that belong to no bank are returned as they are.
         """
         full = {name: torch.zeros_like(p, requires_grad=False) for name, p in self.banks.items()}
         for name, slice_ in self.owned_slices.items():
@@ -2978,7 +2884,7 @@ class Optimizers:
         embed, scalar, _ = self.flat_weights.split(self.sizes)
         self.leaves = [nn.Parameter(embed), nn.Parameter(scalar)]
         self.adam = self.build_adam()
-        # What this rank steps, exact: flat parameters and its slices of the banks.
+        # The exact values that this rank steps: flat parameters and its slices of the banks.
         self.state = {
             "weights": weights | self.muon.owned_weights,
             "average": average | self.muon.average,
@@ -2991,8 +2897,8 @@ class Optimizers:
         groups = {"muon": {}, "embed": {}, "scalar": {}, "fixed": {}}
         for name, p in self.model.named_parameters():
             groups[table[name].group][name] = p
-        # In the flat tensor, parameters whose size is no multiple of 4 come last: vectorised
-        # loads want 16 bytes.
+        # In the flat tensor, parameters whose size is not a multiple of 4 come last, because
+        # vectorised loads need an alignment of 16 bytes.
         for key in ("scalar", "fixed"):
             surplus = {name: p.numel() % 4 for name, p in groups[key].items()}
             groups[key] = {name: groups[key][name] for name in sorted(surplus, key=surplus.get)}
@@ -3013,14 +2919,14 @@ class Optimizers:
 
     @torch.no_grad()
     def step(self, lr_scale: float, momentum: float, average_share: float | None = None) -> Tensor:
-        """Updates weights by the gradients, and clears these. All ranks must call it.
+        """Updates the weights by the gradients, which it clears. All ranks must call it.
 
         lr_scale: factor of all learning rates. momentum: Muon's. Returns the norm () of the
         gradient summed over the ranks, before clipping.
 
-        average_share: the share in the average of the weights as they are before this step. They
-        enter the average a step late, because only now does the host know that their loss was
-        finite: a bad step never reaches the average. EMA's share, 1 - EMA_DECAY, unless given.
+        average_share: the share that the weights get in the average, as they are before this step;
+        by default EMA's, 1 - EMA_DECAY. They enter the average a step late, because only now does
+        the host know that their loss was finite: a bad step never reaches the average.
         """
         if average_share is None:
             average_share = 1 - self.cfg.ema_decay
@@ -3038,7 +2944,7 @@ class Optimizers:
             group["lr"] = group["base_lr"] * lr_scale
         self.adam.step()
 
-        # Each is filled in on the device: the host would wait for a copy.
+        # new_full fills on the device. A copy from the host would wait for the device's work.
         rates = [
             norm.new_full((), x) for x in (momentum, self.cfg.matrix_lr * lr_scale, average_share)
         ]
@@ -3050,8 +2956,8 @@ class Optimizers:
     def averages(self, newest_share: float | None = None) -> dict[str, Tensor]:
         """The average of all weights, in full. All ranks must call it.
 
-        newest_share: the share in it of the weights after the last step. Without it they are left
-        out, as `step` leaves them out.
+        newest_share: the share that the weights after the last step get. Without it they are left
+        out, as after `step`.
         """
         averages = self.state["average"]
         if newest_share is not None:
@@ -3060,7 +2966,7 @@ class Optimizers:
         return self.muon.gather_full(averages)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that steps read and change, in full and the same for any number of ranks.
+        """The full state of weights and optimisers, the same for any number of ranks.
 
         Some of its tensors are live, as in torch. All ranks must call it.
         """
@@ -3071,8 +2977,8 @@ class Optimizers:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Loads what state_dict returned, on any number of ranks, into model and optimisers."""
         self.model.load_state_dict(state["weights"])
-        # After a step the weights of other ranks are rounded to the compute dtype. A run that goes
-        # on must not see exact ones: the forward would scale them before the cast.
+        # After a step the weights of other ranks are rounded to the compute dtype. Exact ones would
+        # change a resumed run, because the forward scales them before the cast.
         for weight in self.muon.peer_weights:
             weight.copy_(weight.to(self.cfg.dtype))
         for key, owned in self.state.items():
@@ -3084,17 +2990,16 @@ class Optimizers:
         self.adam.load_state_dict(state["adam"])
 
 
-def lr_scale(frac: float, cfg: Config, step: int = 0) -> float:
-    """Factor of all learning rates: 1, then a linear fall to 0 at the end, but at least MIN_LR.
+def lr_scale_at(frac: float, cfg: Config, step: int = 0) -> float:
+    """Factor of all learning rates when a share `frac` of training is done.
 
-    With `fall`, the share of training that the fall takes, it is 1 while frac < 1 - fall, then
-    max((1 - frac) / fall, MIN_LR). frac: share of training done. fall is WARMDOWN_FRAC or, if
-    set, WARMDOWN_ITERS over the number of steps to expect, step / frac.
+    It is 1, then falls linearly to 0 at the end, but is at least MIN_LR. The fall takes the share
+    WARMDOWN_FRAC of training or, if set, WARMDOWN_ITERS of the expected step / frac steps.
     """
-    fall = cfg.warmdown_frac
+    warmdown = cfg.warmdown_frac
     if cfg.warmdown_iters:
-        fall = cfg.warmdown_iters * frac / max(step, 1)
-    return 1.0 if frac < 1 - fall else max((1 - frac) / fall, cfg.min_lr)
+        warmdown = cfg.warmdown_iters * frac / max(step, 1)
+    return 1.0 if frac < 1 - warmdown else max((1 - frac) / warmdown, cfg.min_lr)
 
 
 def muon_momentum(step: int, cfg: Config) -> float:
@@ -3121,15 +3026,14 @@ def capture_row(
 ) -> Callable[[Batch, Tensor], Tensor]:
     """Records `backward_row` of one plan as a CUDA graph, so that a row costs one launch.
 
-    A graph works in fixed memory: the function that is returned copies each row to where the graph
-    reads, the gradients must be zeroed in place, and the next call overwrites the loss that the
-    last one returned.
+    A graph works in fixed memory. The returned function copies each row to where the graph reads,
+    and overwrites the loss that it returned before. Gradients must be zeroed in place.
     """
     tensors = [x.clone() for x in (row.inputs, row.targets, row.cu_seqlens)]
     count = torch.ones((), device=row.inputs.device)
     once = partial(backward_row, forward, plan, Batch(*tensors, row.max_seqlen), count)
 
-    # The first call is not recorded: in it, libraries allocate the memory that they keep.
+    # The first call is not recorded, because libraries allocate their lasting memory in it.
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):
         once()
@@ -3141,7 +3045,7 @@ def capture_row(
         loss = once()
 
     def replay(row: Batch, new_count: Tensor) -> Tensor:
-        """Does for `row` what was recorded."""
+        """Adds the gradient of `row`; returns its part of the loss."""
         sources = [row.inputs, row.targets, row.cu_seqlens, new_count]
         torch._foreach_copy_([*tensors, count], sources)
         graph.replay()
@@ -3159,8 +3063,8 @@ def accumulate_gradients(
 ) -> Tensor:
     """Adds the gradient of this rank's part of the mean loss; returns that part, detached.
 
-    rows: this rank's of the step. num_targets: in the rows of all ranks. graphs: for each plan that
-    was recorded, the function that `capture_row` returned.
+    rows: this rank's rows of the step. num_targets: the targets in the rows of all ranks. graphs:
+    for each recorded plan, the function that `capture_row` returned.
     """
     count = torch.full((), float(num_targets), device=rows[0].inputs.device)
     backward = partial(backward_row, forward, plan)
@@ -3173,18 +3077,16 @@ def accumulate_gradients(
     return total
 
 
-def synthetic_row(cfg: Config, shape: tuple[int, int, int], device: torch.device) -> Batch:
-    """A row of random ids in documents of many lengths: warm-up sees no real token.
-
-    shape: (tokens, capacity of segments, longest segment), as for the loader's rows.
-    """
-    size, capacity, longest = shape
+def synthetic_row(cfg: Config, shape: RowShape, device: torch.device) -> Batch:
+    """A row of random ids in documents of many lengths: warm-up sees no real token."""
+    size, capacity, max_seqlen = shape
     rng = np.random.default_rng(0)
     ids = rng.integers(0, cfg.vocab_size, size + 1)
-    is_start = rng.random(size) < 2 / longest
-    starts = segment_starts(is_start, 1, longest)
+    is_start = rng.random(size) < 2 / max_seqlen
+    # As a token, True equals 1, which plays the BOS.
+    starts = segment_starts(is_start, 1, max_seqlen)
 
-    # Cut where the loader would cut a row with too many segments.
+    # The other half of the capacity is left to the segments of the padding.
     most = capacity // 2
     n = size if len(starts) <= most else int(starts[most])
     return pack_row(ids[:n], ids[1 : n + 1], starts[:most], shape, device)
@@ -3192,10 +3094,10 @@ def synthetic_row(cfg: Config, shape: tuple[int, int, int], device: torch.device
 
 @contextlib.contextmanager
 def state_restored(model: nn.Module, optimizers: Optimizers) -> Iterator[None]:
-    """Undoes on leaving what its body did to the training state, PyTorch's random numbers included.
+    """Restores the training state after its body, PyTorch's random state included.
 
-    Weights, averages and momentum are copied back and gradients cleared. AdamW's state is dropped,
-    so it must not have taken a step before.
+    Weights, averages and momentum are copied back, gradients cleared. AdamW's state is dropped, so
+    AdamW must not have taken a step before.
     """
     tensors = list(model.state_dict().values())
     for by_name in optimizers.state.values():
@@ -3210,10 +3112,10 @@ def state_restored(model: nn.Module, optimizers: Optimizers) -> Iterator[None]:
 
 
 def gaussian_bits(bits: int, clip_sigmas: float) -> float:
-    """The entropy in bits of a Gaussian weight that is rounded to integers `bits` wide.
+    """The entropy in bits of a Gaussian weight that is rounded to integers of `bits` bits.
 
-    The largest integer, qmax = 2^(bits - 1) - 1, stands for `clip_sigmas` standard deviations. So a
-    step is clip_sigmas / qmax of one, and in fine steps the entropy is log2(sqrt(2 pi e) / step).
+    The largest integer, qmax = 2^(bits - 1) - 1, stands for `clip_sigmas` standard deviations. A
+    step is then clip_sigmas / qmax deviations, and the entropy about log2(sqrt(2 pi e) / step).
     """
     qmax = 2**bits / 2 - 1
     return math.log2(math.sqrt(2 * math.pi * math.e) * qmax / clip_sigmas)
@@ -3246,21 +3148,30 @@ def predict_submission_bytes(cfg: Config) -> float:
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12}
 
 
+def flops_per_token(cfg: Config, looped: bool) -> float:
+    """FLOPs of training on a token: 6 for each weight, as often as its layer is visited."""
+    visits_per_layer = len(cfg.plans[looped]) / cfg.num_layers
+    flops = 0.0
+    for role in parameter_table(cfg).values():
+        times = visits_per_layer if role.group == "muon" else 1
+        flops += 6 * math.prod(role.shape) * times
+    return flops
+
+
 @dataclasses.dataclass
 class TrainState:
-    """All numbers that training has to remember from one step to the next.
+    """The numbers that training remembers from one step to the next; a checkpoint holds them.
 
-    A checkpoint holds them as `dataclasses.asdict` returns them, beside weights, the optimisers'
-    state and PyTorch's random state; `TrainState(**numbers)` restores them. Times are in seconds of
-    training. `Pacer`, `AverageSchedule` and `StepReporter` each change fields of their own.
+    Times are in seconds of training. `Pacer`, `AverageSchedule` and `StepReporter` each change
+    fields of their own.
     """
 
-    # The share of the newest weights in the average, which takes them in during the next step.
+    # The share that the newest weights get in the average, which they enter in the next step.
     newest_share: float
     # Steps that the run will probably take, for the live line.
     expected_steps: float
 
-    # Steps that the device has been given, and their targets on all ranks.
+    # Steps given to the device so far, and their targets on all ranks.
     step: int = 0
     tokens: int = 0
     # Mean nats per target in the last step whose numbers have been read.
@@ -3271,14 +3182,14 @@ class TrainState:
     # Weights in the average since SWA began.
     swa_count: int = 0
 
-    # The ranks' mean clock in seconds of training, the visits of layers that it covers, and those
-    # sent since.
+    # The ranks' mean clock as far as it is known, the visits of layers that it covers, and the
+    # visits sent since.
     elapsed_s: float = 0.0
     timed_visits: int = 0
     untimed_visits: int = 0
-    # The longest visit of a layer, in seconds. It is forgotten by 2 % with every step.
+    # The longest visit of a layer. It decays by 2 % a step.
     longest_visit_s: float = 0.0
-    # This rank's own clock, in seconds of training, when the last step that has been read was done.
+    # This rank's own clock at the end of the last step that it has read.
     rank_s: float = 0.0
 
     # The mean clock at the last checkpoint.
@@ -3292,29 +3203,21 @@ class TrainState:
 
 
 class StepNumbers(NamedTuple):
-    """The numbers of one step, read on the host; all but `seconds` are the same on all ranks.
+    """The numbers of one step, read on the host; all but `seconds` are the same on all ranks."""
 
-    step counts from 1. loss is in nats per target, grad_norm the norm of the reduced gradient
-    before clipping, lr_scale the factor on the learning rates. compilations counts those of all
-    ranks since warm-up. signals is the sum of the signal numbers that ranks have received, 0 if
-    none has. seconds is the time since the step before was done, on this rank.
-    """
-
-    step: int
-    loss: float
-    grad_norm: float
-    lr_scale: float
-    compilations: float
-    signals: float
-    seconds: float
+    step: int  # from 1
+    loss: float  # nats per target
+    grad_norm: float  # of the reduced gradient, before clipping
+    lr_scale: float  # the factor of the learning rates
+    compilations: float  # on all ranks since warm-up
+    signals: float  # sum of the signal numbers that ranks have received; 0: none
+    seconds: float  # on this rank, since the end of the previous step
 
 
 class SentStep(NamedTuple):
-    """A step whose numbers are on their way to the host.
+    """A step whose numbers are on their way to the host."""
 
-    covered_visits: visits of layers that the clock among the numbers covers, beyond those known.
-    """
-
+    # Visits of layers between the last clock known to all ranks and the clock in these numbers.
     covered_visits: int
     lr_scale: float
     numbers: PendingRead
@@ -3324,10 +3227,10 @@ class Pacer:
     """Knows how far the schedule is, and whether another step fits into the budget.
 
     It never makes the device wait. A step's numbers are sent to the host at once but read one step
-    late, while the device has the next step's work. Among them is the ranks' mean clock at the end
-    of the newest step that each had read by then, so all ranks know the same time and decide alike.
-    For steps after that time, the visits of layers are counted and their duration is estimated.
-    `budget_s` is in seconds of training, infinite if ITERATIONS alone ends the run.
+    late, while the device has the next step's work. With step n travels the mean time at which the
+    ranks had finished step n - 1, so all ranks know the same time and decide alike. For later steps
+    the visits of layers are counted and their duration is estimated. `budget_s` is in seconds of
+    training, infinite if only ITERATIONS ends the run.
     """
 
     def __init__(self, state: TrainState, ranks: Ranks, budget_s: float, iterations: int):
@@ -3336,30 +3239,31 @@ class Pacer:
         self.budget_s = budget_s
         self.iterations = iterations
         self.unread: SentStep | None = None
-        # A resumed run has trained `rank_s` seconds before.
+        # A resumed run has trained for `rank_s` seconds already.
         self.started_at = ranks.now() - state.rank_s
 
     def frac(self) -> float:
         """The share of the budget, or of ITERATIONS, that is spent before the next step.
 
-        A visit of a layer that is not timed yet counts as long as the mean visit.
+        A visit of a layer that is not timed yet counts as a mean visit.
         """
         state = self.state
         if self.budget_s == math.inf:
             return state.step / self.iterations
         spent = state.elapsed_s * (1 + state.untimed_visits / max(state.timed_visits, 1))
+        # Below 1, so that ENABLE_LOOPING_AT=1 never loops.
         return min(spent / self.budget_s, 1 - 1e-9)
 
     def fits(self, visits: int) -> bool:
-        """Whether a step of so many visits will end within the budget.
+        """Whether a step of so many visits of layers will end within the budget.
 
-        Each visit that is not timed yet counts as long as the longest.
+        Each visit that is not timed yet counts as a longest visit.
         """
         visits += self.state.untimed_visits
         return self.state.elapsed_s + self.state.longest_visit_s * visits <= self.budget_s
 
     def exclude(self, seconds: float) -> None:
-        """Takes seconds that have passed, of a validation or a checkpoint, off the clock."""
+        """Takes seconds that have just passed off the clock."""
         self.started_at += seconds
 
     def send(
@@ -3373,29 +3277,31 @@ class Pacer:
     ) -> None:
         """Counts a step and starts to read its numbers. All ranks must call it.
 
-        loss: this rank's part of it; grad_norm: the same on all ranks (both fp32 scalars on the
-        device). visits: of layers in the step. compilations and signal_number: this rank's so far.
+        loss: this rank's part; grad_norm: the same on all ranks (both fp32 scalars on the device).
+        visits: the step's visits of layers. compilations and signal_number: this rank's so far.
         """
         state = self.state
         if state.step == 0:
-            # The first step is waited for: without its time, nothing is known of the speed.
+            # Without the time of the first step the speed is not known, so that step is waited for.
             clock = self.ranks.now() - self.started_at
             covered_visits = visits
         else:
+            # The previous step has been read by now. So this rank's clock is at the end of that
+            # step, and its visits are the only ones that the known clock does not cover yet.
             clock = state.rank_s
             covered_visits = state.untimed_visits
         state.untimed_visits += visits
         state.step += 1
 
         world_size = self.ranks.world_size
-        # Tensors are filled on the device, because a copy from the host would wait for it.
+        # Filled on the device, as in Optimizers.step.
         facts = [clock / world_size, compilations, signal_number]
         filled = [grad_norm.new_full((), fact) for fact in facts]
         numbers = self.ranks.sum(torch.stack([loss, grad_norm / world_size, *filled]))
-        self.unread = SentStep(covered_visits, lr_scale, self.ranks.start_read(numbers))
+        self.unread = SentStep(covered_visits, lr_scale, PendingRead(numbers, self.ranks))
 
     def read(self) -> StepNumbers | None:
-        """Waits for the last step's numbers and sets the clocks; None if they have been read."""
+        """Waits for the last step's numbers and sets the clocks; None if already read."""
         if self.unread is None:
             return None
         covered_visits, lr_scale, pending = self.unread
@@ -3417,10 +3323,10 @@ class Pacer:
 
 
 class AverageSchedule:
-    """How much the weights after each step count in the average that is exported (EXPORT_WEIGHTS).
+    """The share that the weights after each step get in the exported average (EXPORT_WEIGHTS).
 
-    ema: 1 - EMA_DECAY^EMA_EVERY, every EMA_EVERY steps. swa: the same until the rate factor is
-    below SWA_THRESHOLD; from there on the average is the plain mean of the weights after every
+    ema: 1 - EMA_DECAY^EMA_EVERY, every EMA_EVERY steps. swa: the same until lr_scale is below
+    SWA_THRESHOLD; from there on the average is the plain mean of the weights after every
     SWA_EVERY-th step. raw: only the newest weights count.
     """
 
@@ -3429,10 +3335,7 @@ class AverageSchedule:
         self.state = state
 
     def newest_share(self, step: int, lr_scale: float) -> float:
-        """The share in [0, 1] for the weights after step `step`, which counts from 1.
-
-        It must be called once a step, since it counts the weights that entered.
-        """
+        """The share in [0, 1] of the weights after step `step`, from 1. Call it once a step."""
         cfg = self.cfg
         if cfg.export_weights == "raw":
             return 1.0
@@ -3447,18 +3350,19 @@ class AverageSchedule:
 
 
 class StepReporter:
-    """Reports steps: log lines, the live line, TensorBoard's curves; and checks their speed.
-
-    `budget_s` is in seconds of training.
-    """
+    """Writes log lines, the live line and TensorBoard's curves, and checks the speed of steps."""
 
     def __init__(self, run: Run, state: TrainState, budget_s: float):
         self.cfg = run.cfg
         self.log = run.log
-        self.device_name = run.facts["device"]
-        self.world_size = run.ranks.world_size
         self.state = state
-        self.budget_s = budget_s
+        self.budget_s = budget_s  # seconds of training
+        self.predicted_bytes = predict_submission_bytes(run.cfg)
+        # FLOP/s of all devices by data sheet, where it is known.
+        self.peak_flops = math.nan
+        for device, flops in PEAK_FLOPS.items():
+            if device in run.facts["device"]:
+                self.peak_flops = flops * run.ranks.world_size
 
     def report(self, numbers: StepNumbers) -> None:
         """Reports one step. Raises RunStopped if POD_SPEEDGATE_MS is set and steps take longer."""
@@ -3467,36 +3371,33 @@ class StepReporter:
             state.first_step_s = state.elapsed_s
             state.first_step_visits = state.timed_visits
         elif step == 22:
-            # The clock covers steps 1 to 21 by now.
-            seconds = state.elapsed_s - state.first_step_s
-            self.judge_speed(seconds, state.timed_visits - state.first_step_visits)
+            self.judge_speed()
 
         every = self.cfg.train_log_every
         if step <= 3 or self.log.due() or (every and step % every == 0):
             self.log_step(numbers)
         tokens_per_s = self.cfg.train_batch_tokens / numbers.seconds
-        scalars = {
-            "train_loss": numbers.loss,
-            "lr_scale": numbers.lr_scale,
-            "tok/s": tokens_per_s,
-        }
-        self.log.scalars(step, scalars)
+        self.log.scalars(
+            step,
+            {"train_loss": numbers.loss, "lr_scale": numbers.lr_scale, "tok/s": tokens_per_s},
+        )
         if self.log.live:
             self.show_live_line(numbers, tokens_per_s)
 
-    def judge_speed(self, seconds: float, visits: int) -> None:
-        """Predicts the steps that the budget allows. Raises RunStopped beyond POD_SPEEDGATE_MS.
-
-        seconds and visits: of 20 steps together.
-        """
-        cfg = self.cfg
-        plain, looped = map(len, cfg.plans)
-        plain_share = min(cfg.enable_looping_at, 1.0)
+    def judge_speed(self) -> None:
+        """Predicts the steps that the budget allows. Raises RunStopped beyond POD_SPEEDGATE_MS."""
+        cfg, state = self.cfg, self.state
+        # In step 22 the clock covers steps 1 to 21; the first is not representative.
+        seconds = state.elapsed_s - state.first_step_s
+        visits = state.timed_visits - state.first_step_visits
         budget_visits = self.budget_s * visits / seconds
+
+        plain, looped = map(len, cfg.plans)
+        plain_share = cfg.enable_looping_at
         steps = budget_visits * (plain_share / plain + (1 - plain_share) / looped)
         steps = min(cfg.iterations, steps)
-        self.state.expected_steps = steps
-        step_ms = 50 * seconds
+        state.expected_steps = steps
+        step_ms = 1000 * seconds / 20
         self.log(f"speed: {step_ms:.1f}ms per step; the budget allows about {steps:.0f} steps")
         if 0 < cfg.pod_speedgate_ms < step_ms:
             raise RunStopped(
@@ -3504,10 +3405,7 @@ class StepReporter:
             )
 
     def log_step(self, numbers: StepNumbers) -> None:
-        """Writes a step's line into the log, and to a terminal that has no live line.
-
-        tok/s is the mean since the line before.
-        """
+        """Writes a step's line; its tok/s is the mean since the previous line."""
         state = self.state
         seconds = max(state.rank_s - state.logged_s, 1e-9)
         tokens_per_s = (state.tokens - state.logged_tokens) / seconds
@@ -3533,32 +3431,17 @@ class StepReporter:
             f"{1000 * numbers.seconds:.0f} ms/step",
             f"{tokens_per_s:.0f} tok/s",
         ]
-        mfu = self.mfu_percent(tokens_per_s)
-        if mfu is not None:
-            parts.append(f"MFU {mfu:.0f} %")
-        parts.append(f"about {predict_submission_bytes(self.cfg):.0f} bytes")
+        if not math.isnan(self.peak_flops):
+            flops = flops_per_token(self.cfg, state.looped) * tokens_per_s
+            parts.append(f"MFU {100 * flops / self.peak_flops:.0f} %")
+        parts.append(f"about {self.predicted_bytes:.0f} bytes")
         self.log.show(", ".join(parts), min_interval_s=0.1)
-
-    def mfu_percent(self, tokens_per_s: float) -> float | None:
-        """Model FLOPs utilisation in percent of the peak by data sheet; None for other devices.
-
-        A token costs 6 FLOPs for each weight, as often as it visits the weight's layer.
-        """
-        visits_per_layer = len(self.cfg.plans[self.state.looped]) / self.cfg.num_layers
-        weights = 0.0
-        for role in parameter_table(self.cfg).values():
-            times = visits_per_layer if role.group == "muon" else 1
-            weights += math.prod(role.shape) * times
-        for gpu, peak in PEAK_FLOPS.items():
-            if gpu in self.device_name:
-                return 100 * 6 * weights * tokens_per_s / self.world_size / peak
-        return None
 
 
 def restore_training(run: Run) -> TrainState:
-    """The state to train on from: a new one, or that of the run's checkpoint.
+    """A new state, or that of the run's checkpoint.
 
-    With a checkpoint, weights, optimisers and PyTorch's random state are set to it, too.
+    With a checkpoint, weights, optimisers and PyTorch's random state are restored, too.
     """
     saved = run.start.training
     if saved is None:
@@ -3570,9 +3453,9 @@ def restore_training(run: Run) -> TrainState:
 
 
 class Trainer:
-    """What training does between its steps; `train` is the loop of the steps.
+    """Acts between steps: on a step's numbers, on signals, on validations and checkpoints due.
 
-    It acts on a step's numbers, validates, saves checkpoints, and stops after a signal.
+    `train` is the loop over the steps.
     """
 
     def __init__(self, run: Run, budget_s: float):
@@ -3581,10 +3464,10 @@ class Trainer:
         self.state = restore_training(run)
         self.pacer = Pacer(self.state, run.ranks, budget_s, run.cfg.iterations)
         self.reporter = StepReporter(run, self.state, budget_s)
-        # The signal that this rank has got, and whether the ranks have agreed to stop for one.
+        # The signal that this rank has received, and whether the ranks have agreed to stop.
         self.signal_number = 0
         self.must_stop = False
-        # What the run trained before it was resumed belongs to this phase.
+        # Negative: the phase's time grows by the training before the run was resumed.
         run.excluded_seconds -= self.state.rank_s
 
     def note_signal(self, number: int, frame: Any) -> None:
@@ -3594,8 +3477,8 @@ class Trainer:
     def read_step(self) -> None:
         """Waits for the last step's numbers, if they have not been read, and acts on them.
 
-        Raises FloatingPointError if they are not finite, after saving the average of the steps
-        before; RunStopped if RECOMPILE_LIMIT or POD_SPEEDGATE_MS is exceeded.
+        Raises FloatingPointError if they are not finite, after saving the average of the earlier
+        steps, and RunStopped if RECOMPILE_LIMIT or POD_SPEEDGATE_MS is exceeded.
         """
         numbers = self.pacer.read()
         if numbers is None:
@@ -3611,13 +3494,22 @@ class Trainer:
         self.run.check_recompilations(numbers.compilations)
         self.reporter.report(numbers)
 
+    @contextlib.contextmanager
+    def off_the_clock(self) -> Iterator[None]:
+        """Takes the time of its body off the clock and off the phase of training."""
+        self.read_step()
+        excluded = self.run.excluded_seconds
+        start = self.run.ranks.now()
+        yield
+        seconds = self.run.ranks.now() - start
+        self.pacer.exclude(seconds)
+        self.run.excluded_seconds = excluded + seconds
+
     def validate(self, plan: tuple[Visit, ...]) -> None:
         """Scores the validation documents with the weights as they are, off the clock."""
         run, step = self.run, self.state.step
-        self.read_step()
-        with run.phase("validate", "none"):
+        with self.off_the_clock(), run.phase("validate", budget="none"):
             result = run.evaluate(plan=plan).result()
-        self.pacer.exclude(run.phases[-1].seconds)
         loss, bpb = result["val_loss"], result["val_bpb"]
         run.log(f"{step}/{self.cfg.iterations} val_loss: {loss:.4f} val_bpb: {bpb:.4f}")
         run.log.scalars(step, {"val_bpb": bpb})
@@ -3625,8 +3517,8 @@ class Trainer:
     def pause(self) -> None:
         """Saves a checkpoint when one is due, and ends the run after a signal.
 
-        With CHECKPOINT_EVERY, the end leaves a checkpoint too. All ranks must call it; they agree
-        on both. Raises KeyboardInterrupt to end the run.
+        With CHECKPOINT_EVERY, a checkpoint is also saved at that end. Raises KeyboardInterrupt to
+        end the run. All ranks must call it.
         """
         every = self.cfg.checkpoint_every
         if every:
@@ -3641,24 +3533,20 @@ class Trainer:
 
     def save_checkpoint(self) -> None:
         """Saves a checkpoint, off the clock."""
-        self.read_step()
         run, state = self.run, self.state
-        state.checkpoint_s = state.elapsed_s
-        start = run.ranks.now()
-        training = {
-            "state": dataclasses.asdict(state),
-            "optimizers": run.optimizers.state_dict(),
-            "random": torch.get_rng_state(),
-        }
-        run.save_checkpoint(Stage.NOTHING, training=training)
-        seconds = run.ranks.now() - start
-        self.pacer.exclude(seconds)
-        run.excluded_seconds += seconds
+        with self.off_the_clock():
+            state.checkpoint_s = state.elapsed_s
+            training = {
+                "state": dataclasses.asdict(state),
+                "optimizers": run.optimizers.state_dict(),
+                "random": torch.get_rng_state(),
+            }
+            run.save_checkpoint(Stage.NOTHING, training=training)
 
     def finish(self) -> None:
-        """Ends the training: leaves the exported weights in the model and in final_model.pt.
+        """Leaves the exported weights in the model and in final_model.pt.
 
-        A signal that came in the last step ends the run first.
+        A signal during the last step ends the run first.
         """
         run, cfg, state = self.run, self.cfg, self.state
         self.read_step()
@@ -3684,11 +3572,10 @@ class Trainer:
 def train(run: Run, reserve: float) -> bool:
     """Trains until the budget less `reserve` seconds is spent, or for ITERATIONS steps.
 
-    No step ends after the budget. Schedules follow the share of the budget, or of ITERATIONS, that
-    is spent. Leaves the weights that EXPORT_WEIGHTS names in the model. Returns whether the layers
-    were looped in the last step, because scoring must use the depth that was trained. Raises
-    FloatingPointError if a loss or a gradient is not finite (see last_good.pt), RunStopped beyond a
-    limit of recompilations or speed, and KeyboardInterrupt after a signal. All ranks must call it.
+    No step ends after the budget. Schedules follow the spent share of the budget, or of ITERATIONS.
+    Leaves the weights that EXPORT_WEIGHTS names in the model. Returns whether the layers were
+    looped in the last step, because scoring must use the depth that was trained. Raises as
+    `read_step` and `pause` of the Trainer. All ranks must call it.
     """
     cfg, model, optimizers = run.cfg, run.model, run.optimizers
     trainer = Trainer(run, cfg.wallclock - reserve)
@@ -3709,23 +3596,24 @@ def train(run: Run, reserve: float) -> bool:
             order = [visit.layer for visit in plan]
             run.log(f"layer_loop:enabled step:{step} frac:{frac:.3f} order:{order}")
         rows, num_targets = next(steps)
-        scale = lr_scale(frac, cfg, step)
-        if cfg.late_qat and scale < cfg.late_qat_threshold and not state.rounded:
-            run.log(f"late_qat:enabled step:{step} lr_scale:{scale:.3f}")
+        lr_scale = lr_scale_at(frac, cfg, step)
+        if cfg.late_qat and lr_scale < cfg.late_qat_threshold and not state.rounded:
+            run.log(f"late_qat:enabled step:{step} lr_scale:{lr_scale:.3f}")
             state.rounded = True
 
         model.set_rounding(state.rounded)
         loss = accumulate_gradients(run.forward, plan, rows, num_targets, run.graphs)
         model.set_rounding(False)
 
-        # The device is busy with this step, so reading the step before costs no time.
+        # The device is busy with this step, so reading the previous step costs no time.
         trainer.read_step()
+        # Not earlier: read_step may save the previous step as last_good.pt.
         state.looped = state.looped or loops_begin
-        grad_norm = optimizers.step(scale, muon_momentum(step, cfg), state.newest_share)
-        state.newest_share = average.newest_share(step + 1, scale)
+        grad_norm = optimizers.step(lr_scale, muon_momentum(step, cfg), state.newest_share)
+        state.newest_share = average.newest_share(step + 1, lr_scale)
         state.tokens += num_targets
         compilations = run.sentinel.poll()
-        pacer.send(loss, grad_norm, scale, len(plan), compilations, trainer.signal_number)
+        pacer.send(loss, grad_norm, lr_scale, len(plan), compilations, trainer.signal_number)
         if state.step == 1:
             trainer.read_step()
         if cfg.val_loss_every and state.step % cfg.val_loss_every == 0:
@@ -3743,9 +3631,8 @@ class ByteTable(NamedTuple):
 
     base: np.ndarray  # (V,) int64: UTF-8 length of the text without one leading space
     space: np.ndarray  # (V,) bool: the piece begins with the space mark
-    boundary: (
-        np.ndarray
-    )  # (V,) bool: control, unknown or unused piece, after which text starts anew
+    # (V,) bool: a control, unknown or unused piece, after which text starts anew
+    boundary: np.ndarray
 
     @classmethod
     def from_sentencepiece(cls, model: Any) -> ByteTable:
@@ -3758,7 +3645,7 @@ class ByteTable(NamedTuple):
             if is_boundary:
                 piece = ""
             elif model.is_byte(i):
-                piece = "?"  # of one byte
+                piece = "?"  # any text of one byte
             else:
                 piece = model.id_to_piece(i)
             text = piece.removeprefix("\u2581").replace("\u2581", " ")
@@ -3781,10 +3668,10 @@ class ByteTable(NamedTuple):
 
 
 def check_bytes(tokenizer: Tokenizer, docs: Documents, ranks: Ranks) -> tuple[ByteTable, int]:
-    """Compares the table's bytes with those of the decoded text, for every W-th document.
+    """Compares the table's bytes with the decoded text, for this rank's share of the documents.
 
-    Returns the table, and the decoded bytes of this rank's documents. Raises UsageError if a
-    document differs, or the whole set from its manifest.
+    Returns the table, and the decoded bytes of this share. Raises UsageError if a document differs,
+    or if all of them differ from the manifest.
     """
     table = ByteTable.from_sentencepiece(tokenizer.model)
     decoded = 0
@@ -3814,14 +3701,14 @@ def check_bytes(tokenizer: Tokenizer, docs: Documents, ranks: Ranks) -> tuple[By
 
 
 class DatasetTotals(NamedTuple):
-    """What a validation set holds; 0 where a number is not known."""
+    """The size of a validation set; 0 where a number is not known."""
 
     documents: int
     tokens: int
     bytes: int
 
 
-# What the field's validation sets hold. Other numbers mean other data, or that its end is lost.
+# The challenge's validation sets. Other numbers mean other data, or that its end is lost.
 CANONICAL = {
     "fineweb10B_sp8192": DatasetTotals(50_000, 40_540_803, 151_080_891),
     "fineweb10B_sp4096": DatasetTotals(50_000, 0, 151_080_891),
@@ -3837,9 +3724,10 @@ class Ledger:
     """The score of every target of the validation stream, and the only source of val_loss, val_bpb.
 
     A target is named by its stream index, as in Documents. The ledger holds its nats as first
-    scored and how often it was scored. Before an update of adapters or weights reads targets, it
-    must declare them: none may be read before it is scored. All is kept on the device, so no step
-    waits for it. Each evaluation has a ledger of its own, and each rank its part until `join`.
+    scored and how often it was scored. An update of adapters or weights must declare the targets
+    that it reads before it reads them: a target may only be read after its score. The tensors are
+    on the device, so no step waits for them. Each evaluation has a ledger of its own; each rank has
+    a part of it until `join`.
     """
 
     def __init__(self, docs: Documents, table: ByteTable, device: torch.device):
@@ -3851,13 +3739,13 @@ class Ledger:
         self.times_scored = torch.zeros_like(self.tokens)  # (N,) int32
         # Targets that an update read before their score, () int64.
         self.num_read_early = torch.zeros((), dtype=torch.int64, device=device)
-        # Documents, or chunks of the stream, that the deadline kept from being learnt from.
+        # Documents, or chunks of the stream, that were not learnt from because of the deadline.
         self.num_not_learnt_from = 0
 
     def record(self, index: Tensor, nats: Tensor) -> None:
         """Records the scores of the targets `index` (n,) int64: nats (n,) fp32.
 
-        They are final: a second score changes nothing, but is counted.
+        Scores are final. A second score changes nothing, but is counted.
         """
         is_new = self.times_scored[index] == 0
         self.nats[index] = torch.where(is_new, nats, self.nats[index])
@@ -3866,7 +3754,7 @@ class Ledger:
     def require_scored(self, index: Tensor, ranks: Ranks | None = None) -> None:
         """Declares that an update reads the targets `index` (n,) int64, and counts the unscored.
 
-        With `ranks`, a target scored by any rank is scored; then all of them must call it.
+        With `ranks`, a target that any rank has scored counts as scored; all ranks must call it.
         """
         times = self.times_scored[index]
         if ranks:
@@ -3895,7 +3783,7 @@ class Ledger:
         return self
 
     def by_document(self) -> dict[str, np.ndarray]:
-        """Nats, bytes and targets of every document, (D,) each."""
+        """Nats, bytes and targets of every document, (docs,) each."""
         starts = self.docs.starts
         ends = starts + self.docs.counts
 
@@ -3910,7 +3798,7 @@ class Ledger:
         }
 
     def problems(self, decoded_bytes: int) -> list[str]:
-        """The rules that a joined ledger breaks, in words; empty if it keeps all.
+        """The rules that a joined ledger breaks, in words.
 
         decoded_bytes: bytes of the decoded text of all documents.
         """
@@ -3938,13 +3826,14 @@ Window = tuple[int, int, int]  # (start, first_scored, end)
 def scoring_windows(num_targets: int, length: int, stride: int) -> list[Window]:
     """Windows over a text that score each of its targets once. Indices count from its start.
 
-    Windows start at multiples of `stride`, wherever the text ends: a window that was moved to end
-    with it would let scores depend on what comes later. With stride = length none overlaps another
-    (plain scoring); otherwise all but the first score only their last `stride` targets.
+    Windows start at multiples of `stride`, wherever the text ends: if the last one were moved to
+    end with the text, its scores would depend on where that is. With stride = length windows do not
+    overlap (plain scoring); otherwise all but the first score only their last `stride` targets.
     """
     if num_targets <= 0:
         return []
     windows = []
+    # Up to the first window that reaches the end.
     for start in range(0, max(num_targets - length, 0) + stride, stride):
         first_scored = start + length - stride if start else 0
         windows.append((start, first_scored, min(start + length, num_targets)))
@@ -3952,7 +3841,7 @@ def scoring_windows(num_targets: int, length: int, stride: int) -> list[Window]:
 
 
 class Scorer(NamedTuple):
-    """Scores windows of the validation stream without learning: what all evaluations share."""
+    """Scores windows of the validation stream without learning, for all evaluations."""
 
     forward: Callable
     plan: tuple[Visit, ...]
@@ -3964,8 +3853,8 @@ class Scorer(NamedTuple):
     def stream_windows(self, stride: int, first: int = 0) -> Iterator[Window]:
         """Windows over all texts, `stride` targets apart, that score the targets from `first` on.
 
-        A text is a document with DATA_LOADER=documents, otherwise the stream. Windows and `first`
-        are indices into the stream. A stride of 0 is the length of a window, EVAL_SEQ_LEN.
+        A text is a document with DATA_LOADER=documents, otherwise the stream. All indices are those
+        of the stream. A stride of 0 stands for the length of a window, EVAL_SEQ_LEN.
         """
         docs = self.ledger.docs
         if self.cfg.data_loader == "documents":
@@ -3989,7 +3878,7 @@ class Scorer(NamedTuple):
     def score_windows(self, windows: Iterable[Window], shared: bool) -> None:
         """Scores windows of the stream and records the results in the ledger.
 
-        With `shared` the ranks, all of which call it, divide the rows between them.
+        With `shared` the ranks divide the rows between them, and all must call it.
         """
         rows = self.pack_windows(windows)
         if shared:
@@ -4003,7 +3892,7 @@ class Scorer(NamedTuple):
                 )
 
     def pack_windows(self, windows: Iterable[Window]) -> list[list[Window]]:
-        """The windows of each row, as they come. No score depends on the rest of its row."""
+        """The windows of each row, in order. No score depends on the other windows of its row."""
         size, capacity, _ = self.cfg.val_row_shape
         rows = []
         used = math.inf  # tokens of the last row
@@ -4025,13 +3914,13 @@ class Scorer(NamedTuple):
         inputs = ledger.docs.tokens[read]
         targets = np.where(scored, ledger.docs.tokens[read + 1], -1)
         batch = pack_row(inputs, targets, starts, self.cfg.val_row_shape, device)
-        # Copied before the forward begins, because the copy waits for all work given so far.
+        # Copied before the forward, because a copy waits for all work that the device has.
         index = torch.from_numpy(np.where(scored, read, ledger.padding_index)).to(device)
         ledger.record(index, self.forward(batch, self.plan)[: len(index)])
 
 
 def score_all(scorer: Scorer, stride: int) -> Ledger:
-    """Scores every target once, in windows `stride` apart (0: a window). All ranks must call it."""
+    """Scores every target once, in windows as in stream_windows. All ranks must call it."""
     scorer.score_windows(scorer.stream_windows(stride), shared=True)
     return scorer.ledger.join(scorer.ranks)
 
@@ -4039,15 +3928,18 @@ def score_all(scorer: Scorer, stride: int) -> Ledger:
 # === 9. Compression: Hessians -> steps -> GPTQ -> integers -> one file ============================
 #
 # A large matrix W (rows, cols) is stored as small integers q, called codes, and one fp16 step for
-# each row; it is read back as q * step. All other parameters are stored as fp16. The sub-sections
-# follow the data: which parameters become codes, what calibration says about them, how they are
-# rounded, how fine, how the whole meets a limit in bytes, and how the codes become a file.
+# each row; it is read back as q * step. In this section a step is always such a distance between
+# neighbouring values, and a row is one of a matrix; rows of tokens are called training rows. All
+# other parameters are stored as fp16. The sub-sections follow the data: which parameters become
+# codes, what calibration says about them, how they are rounded and how finely, how the file meets
+# a limit in bytes, and how the codes become a file.
 
 
 # --- What becomes integers ------------------------------------------------------------------------
 #
-# Banks of matrices and embedding tables become codes, the rest stays fp16. Both lists follow from
-# the parameter table and so from the config alone, which is why a file needs no names or shapes.
+# Banks of matrices and embedding tables become codes, the rest stays fp16. Below, "bank" stands for
+# both, a table being a bank of one matrix. Both lists follow from the parameter table and so from
+# the config alone, which is why a file needs no names or shapes.
 
 
 class Matrix(NamedTuple):
@@ -4055,7 +3947,7 @@ class Matrix(NamedTuple):
 
     bank: str
     index: int  # along the bank's first axis
-    site: str  # whose inputs it multiplies
+    site: str  # whose inputs it multiplies; the bank itself for a table that is only looked up
     layer: int  # 0 for a table
 
     @property
@@ -4063,14 +3955,9 @@ class Matrix(NamedTuple):
         """Names the inputs, and so their Hessian. Queries, keys and values of a layer share one."""
         return self.site, self.layer
 
-    @property
-    def is_lookup(self) -> bool:
-        """Whether rows of the table are only looked up: no activation multiplies them."""
-        return self.site == self.bank
-
 
 def quantised_matrices(cfg: Config) -> list[Matrix]:
-    """All matrices that become integers, banks before tables, in the order of the artifact."""
+    """All matrices that become integers, in the order of the artifact: banks before tables."""
     slices = []
     tables = []
     for name, role in parameter_table(cfg).items():
@@ -4086,12 +3973,17 @@ def quantised_matrices(cfg: Config) -> list[Matrix]:
 
 
 def matrices_of(cfg: Config, bank: str) -> list[Matrix]:
-    """The matrices of one bank or table, in the order of its first axis."""
+    """The matrices of one bank, in the order of its first axis."""
     return [matrix for matrix in quantised_matrices(cfg) if matrix.bank == bank]
 
 
+def is_table(cfg: Config, bank: str) -> bool:
+    """Whether this bank is an embedding table."""
+    return parameter_table(cfg)[bank].is_table
+
+
 def bank_shapes(cfg: Config) -> dict[str, tuple[int, int, int]]:
-    """(n, rows, cols) of every bank and table of integers, in the order of the artifact."""
+    """(n, rows, cols) of every bank of integers, in the order of the artifact."""
     return {
         name: (math.prod(role.shape[:-2]), *role.shape[-2:])
         for name, role in parameter_table(cfg).items()
@@ -4111,12 +4003,13 @@ def float_shapes(cfg: Config) -> dict[str, tuple[int, ...]]:
 # --- Calibration: which errors the loss notices ---------------------------------------------------
 #
 # Rounding W to W + E changes an output by E x. The Hessian H, the mean of x x^T over the inputs x,
-# turns this into a number: the mean square of row r's change is e_r H e_r^T. The sensitivity of row
-# r says how much the loss suffers from such a change. Both are measured on a few training rows,
-# packed and attended to as in training: the published script calibrated on windows that cross
-# documents, with dense attention over unrelated text.
+# turns this into a number: the change of output r, which row r of W computes, has the mean square
+# e_r H e_r^T. The sensitivity of output r says how much the loss suffers from such a change. Both
+# are measured on a few training rows, packed and attended to as in training: the published script
+# calibrated on windows that cross documents, with dense attention over unrelated text.
 
 Hessians = dict[tuple[str, int], Tensor]  # by Matrix.input_key, (in, in) fp32
+Sensitivities = dict[str, Tensor]  # by bank, (n, rows) fp32
 
 
 @torch.no_grad()
@@ -4126,13 +4019,13 @@ def collect_hessians(
     """H = mean of x x^T over the inputs x of each site and layer: all visits, all ranks' rows.
 
     A table that is only looked up has no inputs and gets the identity. All ranks must call it, each
-    with its own rows; all get the same sums.
+    with its own training rows; all get the same means.
     """
     sums = {}
     lookups = {}
     for matrix in quantised_matrices(model.cfg):
         size = model.get_parameter(matrix.bank).size(-1)
-        if matrix.is_lookup:
+        if matrix.site == matrix.bank:
             lookups[matrix.input_key] = torch.eye(size, device=ranks.device)
         elif matrix.input_key not in sums:
             sums[matrix.input_key] = torch.zeros(size, size, device=ranks.device)
@@ -4159,79 +4052,85 @@ def collect_sensitivities(
     rows: list[Batch],
     hessians: Hessians,
     ranks: Ranks,
-) -> dict[str, Tensor]:
-    """Cost in nats of a squared error of each row's output, up to a common factor.
+) -> Sensitivities:
+    """Cost in nats of a squared error of each output (a row of W), up to a common factor.
 
-    It is the mean square of the loss's gradient g_r by output r. The gradient of the row's weights
-    is the sum of g_r x over tokens, so its square over the energy of the inputs stands for it:
+    It is the mean square of the loss's gradient g_r by output r. The gradient by W_r, the row's
+    weights, is the sum of g_r x over tokens. So its square, divided by the mean of |x|^2, which is
+    the trace of H, stands for the mean square of g_r:
 
-        sensitivity[r] = sum over rows of |dL / dW_r|^2 / trace(H)
+        sensitivity[r] = sum over training rows of |dL / dW_r|^2 / trace(H)
 
-    Returns (n, rows) fp32 by bank. The tied table's gradient holds both its roles, head and lookup,
-    so its Hessian is replaced, in place in `hessians`, by the covariance of the directions of
-    that gradient, at the same trace. All ranks must call it; all get the same numbers.
+    The tied table's gradient holds both its roles, head and lookup. So its Hessian is replaced, in
+    place in `hessians`, by the covariance of the directions of that gradient, scaled to the same
+    trace. All ranks must call it; all get the same numbers.
     """
     squares = {
         bank: torch.zeros(shape[:2], device=ranks.device)
         for bank, shape in bank_shapes(model.cfg).items()
     }
-    both_roles = torch.zeros(2 * [model.cfg.model_dim], device=ranks.device)
+    head_inputs = ("head_in", 0)
+    # Without it the table is stored as fp16.
+    has_head_codes = head_inputs in hessians
+    both_roles = torch.zeros(model.cfg.model_dim, model.cfg.model_dim, device=ranks.device)
     for row in rows:
         forward(row, plan).sum().backward()
         with torch.no_grad():
             for bank, total in squares.items():
                 total += model.get_parameter(bank).grad.square().sum(-1).view_as(total)
-            directions = F.normalize(model.tok_emb.grad, dim=-1)
-            both_roles.addmm_(directions.mT, directions)
+            if has_head_codes:
+                directions = F.normalize(model.tok_emb.grad, dim=-1)
+                both_roles.addmm_(directions.mT, directions)
         model.zero_grad(set_to_none=True)
 
-    head_inputs = ("head_in", 0)
-    if head_inputs in hessians:
+    if has_head_codes:
         both_roles = ranks.sum(both_roles)
         scale = hessians[head_inputs].trace() / both_roles.trace().clamp_min(1e-30)
         hessians[head_inputs] = both_roles * scale
 
     sensitivities = {}
     for bank, total in squares.items():
-        traces = [hessians[m.input_key].trace() for m in matrices_of(model.cfg, bank)]
-        energy = torch.stack(traces).clamp_min(1e-30)
-        sensitivity = ranks.sum(total) / energy[:, None]
-        if parameter_table(model.cfg)[bank].is_table:
-            # A token may be absent from these rows and still occur in the test.
+        traces = [hessians[matrix.input_key].trace() for matrix in matrices_of(model.cfg, bank)]
+        sensitivity = ranks.sum(total) / torch.stack(traces).clamp_min(1e-30)[:, None]
+        if is_table(model.cfg, bank):
+            # A token may be absent from these rows and still occur in the test, so every token gets
+            # a share of the typical sensitivity. The mean of the roots is typical, because the few
+            # frequent tokens hardly move it. The 0.25 was set by hand, without a measurement.
             sensitivity += 0.25 * sensitivity.sqrt().mean().square()
         sensitivities[bank] = sensitivity
     return sensitivities
 
 
 # --- Pruning --------------------------------------------------------------------------------------
-#
-# The system of PR #568 sets its smallest weights to zero before it rounds, which shortens the file.
 
 
 def prune(model: GPT) -> None:
-    """Sets the smallest PRUNE_FRAC of all weights of banks and tables to 0, in place (PR #568)."""
+    """Sets the smallest PRUNE_FRAC of all weights of banks and tables to 0, in place.
+
+    The system of PR #568 does so before it rounds, which shortens the file.
+    """
     weights = []
     for name, role in parameter_table(model.cfg).items():
         if role.group == "muon" or role.is_table:
             weights.append(model.get_parameter(name).detach())
-    sizes = torch.cat([weight.abs().flatten() for weight in weights])
-    rank = 1 + int(model.cfg.prune_frac * (len(sizes) - 1))
-    smallest_left = sizes.kthvalue(rank).values
+    magnitudes = torch.cat([weight.abs().flatten() for weight in weights])
+    k = 1 + int(model.cfg.prune_frac * (len(magnitudes) - 1))
+    threshold = magnitudes.kthvalue(k).values
     for weight in weights:
-        weight[weight.abs() < smallest_left] = 0
+        weight[weight.abs() < threshold] = 0
 
 
 # --- GPTQ solver ----------------------------------------------------------------------------------
 #
 # GPTQ (Frantar et al. 2022) rounds a matrix column by column and lets the columns that are still
-# free make up for the error of those already rounded. The published form needs the inverse of
-# the Hessian. With H = L L^T, L lower triangular, it is not: a row's error e = w - q step costs
+# free make up for the error of those already rounded. The published form needs the inverse of the
+# Hessian, this one does not. With H = L L^T, L lower triangular, a row's error e = w - q step costs
 #
 #     e H e^T = |e L|^2 = sum over columns j of (sum over k >= j of e_k L_kj)^2
 #
-# and the term of column j holds no column before j. So columns are rounded from the last to the
-# first, and each q_j makes its own term as small as it can: it is the rounding of
-# w_j + sum over k > j of e_k L_kj / L_jj (QuIP, arXiv 2307.13304, theorem 6).
+# and the term of column j holds no error of a column before j. So columns are rounded from the last
+# to the first, and each q_j makes the term of its column as small as possible: q_j step is
+# w_j + sum over k > j of e_k L_kj / L_jj, rounded (QuIP, arXiv 2307.13304, theorem 6).
 
 GPTQ_BLOCK_COLUMNS = 32  # the errors of a block reach the columns before it in one product
 
@@ -4239,13 +4138,13 @@ GPTQ_BLOCK_COLUMNS = 32  # the errors of a block reach the columns before it in 
 def damped_cholesky(hessian: Tensor) -> Tensor:
     """L (cols, cols), lower triangular, with L L^T = the Hessian plus damping on its diagonal.
 
-    The damping is 1 % of the diagonal's mean, ten times more as often as that is not enough.
-    Raises BadMatrix if no factor is found.
+    The damping is 1 % of the diagonal's mean. It grows tenfold, up to five times, until there is a
+    factor. Raises BadMatrix if there is none even then.
     """
     diagonal = hessian.diagonal()
     damped = hessian.clone()
-    for tenfold in range(6):
-        damped.diagonal().copy_(diagonal + 0.01 * 10**tenfold * diagonal.mean())
+    for num_increases in range(6):
+        damped.diagonal().copy_(diagonal + 0.01 * 10**num_increases * diagonal.mean())
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed and lower.diagonal().isfinite().all():
             return lower
@@ -4253,20 +4152,20 @@ def damped_cholesky(hessian: Tensor) -> Tensor:
 
 
 class GptqSolver(NamedTuple):
-    """Rounds n matrices of one shape (rows, cols) at once, for as many choices of steps as asked.
+    """Rounds n matrices of one shape (rows, cols) at once. `solve` may be called for many steps.
 
-    Inputs are ordered by their Hessian's diagonal: columns of the largest are rounded first
-    ("act-order") and thus come last here. All tensors have the columns on the second axis, so that
-    a column is contiguous.
+    Columns are sorted by rising diagonal of the Hessian. As the last is rounded first, the inputs
+    of the largest mean square are rounded first ("act-order"). All tensors have the columns on the
+    second axis, so that a column is contiguous.
     """
 
     weight: Tensor  # (n, cols, rows) fp32
-    order: Tensor  # (n, cols), the input that stands at each column
+    order: Tensor  # (n, cols), the input that each column belongs to
     upper: Tensor  # L^T (n, cols, cols); a step s costs s^2 / 12 * L_jj^2 in column j
 
     @classmethod
     def prepare(cls, weight: Tensor, hessians: Iterable[Tensor]) -> GptqSolver:
-        """Orders and factors the Hessians, n of (cols, cols), of weights (n, rows, cols).
+        """Sorts the columns of weights (n, rows, cols); factors their n Hessians (cols, cols).
 
         Inputs that were never active get zero columns and a typical diagonal, so that they neither
         spoil the factor nor change the damping of the others. Raises BadMatrix.
@@ -4277,6 +4176,7 @@ class GptqSolver(NamedTuple):
         orders = []
         # One by one: this takes memory for a copy of one Hessian, not of all.
         for i, hessian in enumerate(hessians):
+            # Sorted as the published script does, then reversed, which decides the order of ties.
             order = hessian.diagonal().argsort(descending=True).flip(0)
             h = hessian.index_select(0, order).index_select(1, order)
             dead = h.diagonal() <= 0
@@ -4292,7 +4192,7 @@ class GptqSolver(NamedTuple):
 
         Raises BadMatrix if a weight or a Hessian is not finite.
         """
-        # Columns that are already rounded hold their errors e, the others still their weights w.
+        # Columns that are already rounded hold their errors e, the others their weights w.
         errors = self.weight.clone()
         codes = torch.empty_like(self.weight, dtype=torch.int8)
         for end in range(errors.size(1), 0, -GPTQ_BLOCK_COLUMNS):
@@ -4301,51 +4201,52 @@ class GptqSolver(NamedTuple):
             block = errors[:, start:end]
             ratios = self.upper[:, start:end, start:]
             ratios = ratios / ratios.diagonal(dim1=1, dim2=2).unsqueeze(2)  # [j, k] = L_kj / L_jj
-            # What the columns behind the block ask for; those within it follow one by one.
-            wanted = torch.baddbmm(block, ratios[..., width:], errors[:, end:])
+            # w plus the errors behind the block; the errors within it are added column by column.
+            targets = torch.baddbmm(block, ratios[..., width:], errors[:, end:])
             for j in reversed(range(width)):
                 target = ratios[:, j, None, j + 1 : width] @ block[:, j + 1 :]
-                target = target.squeeze(1).add_(wanted[:, j])  # (n, rows)
+                target = target.squeeze(1).add_(targets[:, j])  # (n, rows)
                 rounded = target.div_(step).round_().clamp_(-qmax, qmax)
                 block[:, j].addcmul_(rounded, step, value=-1)
                 codes[:, start + j] = rounded
         if not errors.isfinite().all():
             raise BadMatrix("GPTQ: a weight or a Hessian is not finite")
 
-        columns = self.order.argsort(-1)  # of each input
-        in_order = [q.index_select(0, column).mT for q, column in zip(codes, columns, strict=True)]
-        return torch.stack(in_order)
+        # Back to the order of the inputs. The argsort of a permutation is its inverse.
+        columns = self.order.argsort(-1)
+        unsorted = [q.index_select(0, column).mT for q, column in zip(codes, columns, strict=True)]
+        return torch.stack(unsorted)
 
 
 # --- Step sizes -----------------------------------------------------------------------------------
 #
-# The step of a row is the distance between two neighbouring values that its weights may take: half
-# the step, one bit more a weight, a quarter of the squared error. Published systems derive it from
-# the spread of the row (clips) or from its largest weights (percentiles) alone. QUANTIZER=allocated
-# asks what an error of the row costs and gives fine steps to the rows where it costs most.
+# Halving the step of a row costs one bit more per weight and leaves a quarter of the squared error.
+# Published systems derive the step from the standard deviation of the row (clips) or from its
+# largest weights (percentiles) alone. QUANTIZER=allocated uses what an error of the row costs, and
+# gives fine steps to the rows where it costs most.
 
 FP16_TINY = torch.finfo(torch.float16).tiny  # 2^-14; a smaller fp16 has fewer bits, or is zero
-# Percentiles of |w| among which GPTQ-lite (PR #374) chooses, and the one of PR #568.
+# Percentiles of |w|, as shares: GPTQ-lite (PR #374) chooses among the first, PR #568 has the one.
 GPTQ_LITE_PERCENTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)
 INT6_PERCENTILES = (0.9999984,)
 
 
-def qmax_of(cfg: Config, bank: str) -> int:
-    """Largest code of a bank or table by the published rule: 2^(bits - 1) - 1."""
-    if parameter_table(cfg)[bank].is_table:
-        bits = cfg.embed_bits
-    else:
-        bits = cfg.matrix_bits
+def qmax_of_bits(bits: int) -> int:
+    """Largest code of this many bits. Codes are symmetric about 0."""
     return 2 ** (bits - 1) - 1
+
+
+def qmax_of(cfg: Config, bank: str) -> int:
+    """Largest code of a bank by the published rule."""
+    return qmax_of_bits(cfg.embed_bits if is_table(cfg, bank) else cfg.matrix_bits)
 
 
 def clip_sigmas_of(cfg: Config, matrix: Matrix) -> float:
     """Range of a matrix's codes in standard deviations of a row.
 
-    Looped layers come first, then the group (attention or MLP), then MATRIX_CLIP_SIGMAS; 0 passes
-    on to the next. Tables have a clip of their own.
+    A clip of the matrix's group, attention or MLP, goes before MATRIX_CLIP_SIGMAS unless it is 0.
     """
-    if parameter_table(cfg)[matrix.bank].is_table:
+    if is_table(cfg, matrix.bank):
         return cfg.embed_clip_sigmas
     if matrix.site in ("attn_in", "attn_out"):
         return cfg.attn_clip_sigmas or cfg.matrix_clip_sigmas
@@ -4355,7 +4256,7 @@ def clip_sigmas_of(cfg: Config, matrix: Matrix) -> float:
 def clip_steps(weight: Tensor, clip_sigmas: Tensor | float, qmax: int) -> Tensor:
     """SDClip (PR #1394): step = clip_sigmas * std(row) / qmax, (n, rows) fp16.
 
-    The floor is the least fp16 that has all its bits; the published 1e-10 is zero in fp16.
+    The floor is FP16_TINY, because the published 1e-10 is zero in fp16.
     """
     return (clip_sigmas * weight.float().std(dim=-1) / qmax).clamp_min(FP16_TINY).half()
 
@@ -4387,7 +4288,7 @@ def published_steps(cfg: Config, bank: str, weight: Tensor, has_hessians: bool) 
         sigmas = [clip_sigmas_of(cfg, matrix) for matrix in matrices_of(cfg, bank)]
         return clip_steps(weight, torch.tensor(sigmas, device=weight.device)[:, None], qmax)
     shares = INT6_PERCENTILES
-    if cfg.quantizer == "gptq_lite" and not parameter_table(cfg)[bank].is_table:
+    if cfg.quantizer == "gptq_lite" and not is_table(cfg, bank):
         shares = GPTQ_LITE_PERCENTILES
     return percentile_steps(weight, qmax, cfg.clip_floor, shares)
 
@@ -4401,54 +4302,55 @@ MAX_STEP = 2.0**15  # fp16 holds up to 65504
 
 
 def entropy_bits(power: Tensor, step: Tensor) -> Tensor:
-    """Bits a weight takes, 1/2 log2(1 + 2 pi e power / step^2), for Gaussian rows.
+    """Bits per weight of Gaussian rows, 1/2 log2(1 + 2 pi e power / step^2).
 
-    For fine steps this is the entropy of a Gaussian less log2(step). The 1 + brings it to 0 for
-    steps so coarse that they leave nothing but zeros.
+    For fine steps this is the entropy of a Gaussian minus log2(step). For steps so coarse that
+    every code is 0, the 1 brings it to 0.
     """
     return 0.5 * torch.log2(1 + TWO_PI_E * power / step.square())
 
 
 class BankRows(NamedTuple):
-    """What the choice of steps knows about each row of a bank; tensors are (n, rows) fp32.
+    """The facts about each row of a bank that decide its step; tensors are (n, rows) fp32.
 
     One number, theta, sets the size of the artifact: all steps grow with it. With sensitivities it
-    is what every row costs, in nats a weight, up to their common factor. Without them, published
-    steps are multiplied by its square root.
+    is the cost that every row is allowed, in nats per weight, up to the sensitivities' common
+    factor. Without them, published steps are multiplied by its square root.
     """
 
     published_step: Tensor
     power: Tensor  # mean square of the weights, above 0
     largest: Tensor  # largest absolute weight
-    cost: Tensor | None  # nats a weight for a unit of squared error; None without sensitivities
+    cost: Tensor | None  # nats per weight and unit of squared error; None without sensitivities
     qmax: int  # largest code
 
     def steps(self, theta: float) -> Tensor:
-        """Steps (n, rows) for this theta: fp32, and every value one that fp16 holds exactly."""
+        """Steps (n, rows) for this theta, in fp32; fp16 holds every one of them exactly."""
         if self.cost is None:
             return self.scaled_steps(theta)
         return self.allocated_steps(theta)
 
     def scaled_steps(self, theta: float) -> Tensor:
-        """The published steps times sqrt(theta), but not so fine that more weights are clipped."""
+        """The published steps times sqrt(theta), not so fine that more weights are clipped."""
         finest = torch.minimum(self.published_step, self.largest / self.qmax)
         return (self.published_step * math.sqrt(theta)).maximum(finest).half().float()
 
     def allocated_steps(self, theta: float) -> Tensor:
         """Steps by reverse water-filling, the least total cost for a given number of bits.
 
-        A step s leaves the squared error s^2 / 12, but never more than the power p, which zeros
-        leave: 1 / D = 12 / s^2 + 1 / p joins the two. At cost e, the sum of e D for a sum of rates
-        1/2 log2(p / D) is least where every row costs the same, e D = theta, and rows that cannot
-        cost that much, e p < theta, become zeros (Cover and Thomas, Elements of Information
-        Theory, section 10.3). Solved for s:
+        A step s leaves the squared error d = s^2 / 12 per weight, but never more than the power p,
+        which is the error if all codes are 0: 1 / d = 12 / s^2 + 1 / p joins the two. With c for
+        the cost, the sum of c d at a given sum of rates 1/2 log2(p / d) is least where every row
+        costs the same, c d = theta. Rows that cannot cost that much, c p < theta, become zeros
+        (Cover and Thomas, Elements of Information Theory, section 10.3). Solved for s:
 
-            12 theta = s^2 (e - theta / p)
+            12 theta = s^2 (c - theta / p)
 
         Steps are then rounded to powers of 2^(1/8): 0.1 % more error, 60 KB less of scales.
         """
         step = (12 * theta / (self.cost - theta / self.power).clamp_min(1e-37)).sqrt()
-        # 100 standard deviations make zeros of a row. The range of codes holds its largest weight.
+        # Steps of 100 standard deviations round all weights of a row to 0. The largest weight must
+        # stay within the range of codes.
         step = torch.minimum(step, 100 * self.power.sqrt()).maximum(self.largest / self.qmax)
         step = step.clamp(FP16_TINY, MAX_STEP)
         octaves = (STEPS_PER_OCTAVE * step.log2()).round() / STEPS_PER_OCTAVE
@@ -4459,18 +4361,11 @@ class BankRows(NamedTuple):
 #
 # The quantizer joins solver and steps. Ordering and factoring the Hessians does not depend on the
 # size of the artifact, so it is done once. Solving for one size may then be repeated until the file
-# fits. Each rank takes every W-th slice of a bank (W ranks) and has zeros in the place of the
-# others, so the sum over the ranks is complete.
+# fits. Of N ranks each solves every N-th matrix of a bank and holds zeros for the others, so the
+# sum over the ranks is complete.
 
-LOG2_THETA_RANGE = (-140.0, 60.0)  # at both ends every step has reached a bound of its own
+LOG2_THETA_RANGE = (-140.0, 60.0)  # at both ends every step has reached one of its bounds
 THETA_HALVINGS = 48
-
-
-class OwnedSlices(NamedTuple):
-    """The slices of one bank that this rank quantises."""
-
-    index: Tensor  # along the bank's first axis
-    solver: GptqSolver
 
 
 class Quantizer:
@@ -4484,22 +4379,24 @@ class Quantizer:
         self,
         model: GPT,
         hessians: Hessians | None,
-        sensitivities: dict[str, Tensor] | None,
+        sensitivities: Sensitivities | None,
         ranks: Ranks,
     ):
         """Factors this rank's Hessians and measures all rows. Raises BadMatrix."""
         self.cfg = model.cfg
         self.ranks = ranks
         self.shapes = bank_shapes(model.cfg)
-        self.owned: dict[str, OwnedSlices] = {}
+        # Along the first axis of every bank.
+        self.owned_matrices = slice(ranks.rank, None, ranks.world_size)
+        self.solvers: dict[str, GptqSolver] = {}
         self.rows: dict[str, BankRows] = {}
         for bank, shape in self.shapes.items():
             weight = model.get_parameter(bank).detach().view(shape)
-            spread = self.prepare_slices(bank, weight, hessians)
+            output_power = self.add_solver(bank, weight, hessians)
             cost = None
             qmax = qmax_of(self.cfg, bank)
             if sensitivities is not None:
-                cost = ranks.sum(spread)[:, None] * sensitivities[bank]
+                cost = ranks.sum(output_power)[:, None] * sensitivities[bank]
                 qmax = ALLOCATED_QMAX
             published = published_steps(self.cfg, bank, weight, hessians is not None)
             self.rows[bank] = BankRows(
@@ -4510,38 +4407,38 @@ class Quantizer:
                 qmax=qmax,
             )
 
-        # Bytes of codes at MATRIX_BITS a weight: the fit goes no finer.
+        # Bytes of codes at MATRIX_BITS per weight: the fit goes no finer.
         num_weights = sum(math.prod(shape) for shape in self.shapes.values())
-        self.finest = num_weights * self.cfg.matrix_bits / 8
-        # The theta whose codes take as many bytes as the published steps'.
-        self.default = 1.0
+        self.finest_bytes = num_weights * self.cfg.matrix_bits / 8
+        # With this theta the codes take as many bytes as with the published steps.
+        self.default_theta = 1.0
         if sensitivities is not None:
             steps = {bank: rows.published_step for bank, rows in self.rows.items()}
-            self.default = self.theta_for(self.entropy_bytes(steps))
+            self.default_theta = self.theta_for(self.entropy_bytes(steps))
 
-    def prepare_slices(self, bank: str, weight: Tensor, hessians: Hessians | None) -> Tensor:
-        """Makes the solver of this rank's slices of a bank.
+    def add_solver(self, bank: str, weight: Tensor, hessians: Hessians | None) -> Tensor:
+        """Makes the solver of this rank's matrices of a bank (n, rows, cols).
 
         Returns the mean of L_jj^2 over columns, (n,) fp32: the mean squared change of an output for
-        a unit of squared error in its weights. It is 0 for the slices of other ranks.
+        a unit of squared error in its weights. It is 0 for the matrices of other ranks.
         """
-        spread = torch.zeros(len(weight), device=self.ranks.device)
-        matrices = matrices_of(self.cfg, bank)[self.ranks.rank :: self.ranks.world_size]
+        output_power = torch.zeros(len(weight), device=self.ranks.device)
+        matrices = matrices_of(self.cfg, bank)[self.owned_matrices]
         if not matrices:
-            return spread
-        index = torch.tensor([matrix.index for matrix in matrices], device=weight.device)
+            return output_power
         if hessians is None:
             identity = torch.eye(weight.size(-1), device=weight.device)
             inputs = [identity] * len(matrices)
         else:
             inputs = [hessians[matrix.input_key] for matrix in matrices]
-        solver = GptqSolver.prepare(weight[index], inputs)
-        self.owned[bank] = OwnedSlices(index, solver)
-        spread[index] = solver.upper.diagonal(dim1=1, dim2=2).square().mean(-1)
-        return spread
+        solver = GptqSolver.prepare(weight[self.owned_matrices], inputs)
+        self.solvers[bank] = solver
+        diagonals = solver.upper.diagonal(dim1=1, dim2=2)
+        output_power[self.owned_matrices] = diagonals.square().mean(-1)
+        return output_power
 
     def entropy_bytes(self, steps: dict[str, Tensor]) -> float:
-        """Bytes of all codes at these steps, predicted from the powers of the rows."""
+        """Bytes of all codes at these steps by bank, predicted from the powers of the rows."""
         total = 0.0
         for bank, (_, _, cols) in self.shapes.items():
             bits = entropy_bits(self.rows[bank].power, steps[bank])
@@ -4549,11 +4446,11 @@ class Quantizer:
         return total
 
     def predicted_bytes(self, theta: float) -> float:
-        """Bytes of all codes at this theta, predicted from the powers of the rows."""
+        """entropy_bytes of the steps of this theta."""
         return self.entropy_bytes({bank: rows.steps(theta) for bank, rows in self.rows.items()})
 
     def theta_for(self, budget: float) -> float:
-        """The least theta whose codes take at most `budget` bytes, as predicted, by bisection."""
+        """The least theta whose predicted bytes are at most `budget`, by bisection."""
         low, high = LOG2_THETA_RANGE
         for _ in range(THETA_HALVINGS):
             middle = (low + high) / 2
@@ -4564,7 +4461,7 @@ class Quantizer:
         return 2.0**high
 
     def solve(self, theta: float) -> dict[str, tuple[Tensor, Tensor]]:
-        """Codes int8 (n, rows, cols) and scales fp16 (n, rows) by bank, on the CPU.
+        """Codes int8 (n, rows, cols) and scales (the steps) fp16 (n, rows) by bank, on the CPU.
 
         All ranks must call it; all get the same. Raises BadMatrix.
         """
@@ -4572,45 +4469,43 @@ class Quantizer:
         for bank, shape in self.shapes.items():
             step = self.rows[bank].steps(theta)
             codes = torch.zeros(shape, dtype=torch.int8, device=self.ranks.device)
-            if bank in self.owned:
-                owned = self.owned[bank]
-                codes[owned.index] = owned.solver.solve(step[owned.index], self.rows[bank].qmax)
+            if bank in self.solvers:
+                owned_step = step[self.owned_matrices]
+                solved = self.solvers[bank].solve(owned_step, self.rows[bank].qmax)
+                codes[self.owned_matrices] = solved
             packed[bank] = (self.ranks.sum(codes).cpu(), step.half().cpu())
         return packed
 
 
 # --- Fit to the byte limit ------------------------------------------------------------------------
 #
-# Finer steps always cost less loss, so the best artifact is the one that just fits. How many bytes
-# a theta gives is predicted, then measured on the real file; each round corrects the budget of the
-# next by what the last one missed. A tiny model stops at MATRIX_BITS a weight instead: no finer
-# step is worth its bytes.
+# Finer steps always lose less, so the best artifact is the one that just fits. The bytes of a theta
+# are predicted, then measured on the real file; each round corrects the predicted bytes that the
+# next one aims at by the bytes that the last one missed. A tiny model stops at MATRIX_BITS per
+# weight instead: no finer step is worth its bytes.
 
-FIT_SLACK_BYTES = 4096
+FIT_SLACK_BYTES = 4096  # a file this close under the limit is good enough
 
 
 def fit_artifact(
-    quantizer: Quantizer,
-    model: GPT,
-    meta: dict[str, Any],
-    log: Callable[[str], None],
-    rounds: int = 12,
+    quantizer: Quantizer, model: GPT, meta: dict, log: Callable[[str], None], rounds: int = 12
 ) -> bytes:
     """The artifact with the finest steps that keep code and model under ARTIFACT_LIMIT_BYTES.
 
-    It lands at most 4 KB under the limit, or has weights of MATRIX_BITS each on average. Without a
-    limit the size is that of the published steps. All ranks must call it; only rank 0 gets the
-    bytes, the others none. Raises UsageError if the model cannot fit.
+    It is at most FIT_SLACK_BYTES under the limit, or has MATRIX_BITS per weight on average. Without
+    a limit the size is that of the published steps. `rounds` limits the attempts; one is a
+    rehearsal, which may miss the limit. All ranks must call it; rank 0 gets the file, the others
+    b"". Raises UsageError if the model cannot fit.
     """
     cfg = model.cfg
     is_main = quantizer.ranks.is_main
     if not cfg.artifact_limit_bytes:
-        packed = quantizer.solve(quantizer.default)
+        packed = quantizer.solve(quantizer.default_theta)
         return pack_artifact(model, packed, meta) if is_main else b""
 
     room = cfg.artifact_limit_bytes - CODE_BYTES
-    finest = quantizer.finest
-    budget = min(0.96 * room, finest)
+    finest = quantizer.finest_bytes
+    budget = min(0.96 * room, finest)  # predicted bytes of the codes
     best = b""
     best_size = 0
     size = 0
@@ -4626,6 +4521,8 @@ def fit_artifact(
         is_finest = budget == finest and size <= room
         if is_close or is_finest:
             break
+        # Codes take budget / size of the file, so they get that share of the bytes that are
+        # missing. One round never cuts the budget to less than a quarter.
         missing = room - FIT_SLACK_BYTES // 2 - size
         budget = max(budget + missing * min(1.0, budget / size), budget / 4)
         budget = min(budget, finest)
@@ -4647,29 +4544,41 @@ def fit_artifact(
 # machine decodes alike, and many independent states work side by side to make it fast.
 #
 # How likely a code is depends on its context: how large the codes of its row and of its column are,
-# and whether the column leans to one side. Encoder and decoder must agree on it, so it is made only
+# and whether the column leans to one side. Encoder and decoder must agree on it. So it is made only
 # from what the decoder has by then: the levels of the rows, which are stored before the codes, and
 # the codes of the rows above.
 
-ANS_BITS = 14  # the frequencies of a context add up to 2^14
+ANS_BITS = 14
+FREQUENCY_SUM = 1 << ANS_BITS  # of all symbols of a context
+SLOT_MASK = FREQUENCY_SUM - 1
 WORD_BITS = 16  # a state sheds and takes in words of this size
 STATE_MIN = 1 << WORD_BITS  # a state x lies in 2^16 <= x < 2^32, between any two symbols
-SYMBOL_BITS = 8
-NUM_SYMBOLS = 1 << SYMBOL_BITS
+CODES_PER_STATE = 1 << 13
+NUM_SYMBOLS = 256
 ZERO_SYMBOL = 128  # the symbol of code 0: symbol = code * sign + 128
-NUM_BANDS = 64  # of magnitude
-NUM_BIASES = 4  # how far the mean of a column is off 0
+
+# A context is a pair: a band of magnitude, and a class of how far a column's mean is off 0.
+NUM_BANDS = 64
+NUM_BIASES = 4
 NUM_CONTEXTS = NUM_BANDS * NUM_BIASES
 BIAS_EDGES = (7, 19, 39)  # |mean code| of a column in per cent of its mean |code|
-# Magnitudes are logarithmic, eight levels an octave: level k stands for a mean |code| of
-# 2^((k - 65) / 8), level 0 for a row of zeros.
+
+# Magnitudes are logarithmic: level k stands for a mean |code| of 2^((k - 65) / 8), level 0 for a
+# row of zeros. A column's offset says by how many levels its codes are larger than those of its
+# rows, from -36 to 24, plus 36. So level + offset - 36 is the level to expect where a row and a
+# column meet. A band holds three neighbouring values of level + offset.
 LEVELS_PER_OCTAVE = 8
 UNIT_LEVEL = 65
-# In fixed point with 16 bits after the point: boundaries between the levels of a column's mean
-# |code| relative to its rows', and 1 / (mean |code|) of each level.
+LEVELS_PER_BAND = 3
+# In fixed point, with 16 bits after the point: 1 / (mean |code|) of each level, and the boundaries
+# halfway between offsets. A column's offset is the number of boundaries below its relative mean.
 FIXED_POINT = 1 << 16
-MAGNITUDE_EDGES = np.array([round(2 ** (16 + (t + 0.5) / 8)) for t in range(-36, 24)])
-INVERSE_LEVEL = np.array([0] + [round(2 ** (16 - (k - 65) / 8)) for k in range(1, 256)])
+INVERSE_LEVEL = np.array(
+    [0] + [round(FIXED_POINT * 2 ** ((UNIT_LEVEL - k) / LEVELS_PER_OCTAVE)) for k in range(1, 256)]
+)
+OFFSET_EDGES = np.array(
+    [round(FIXED_POINT * 2 ** ((t + 0.5) / LEVELS_PER_OCTAVE)) for t in range(-36, 24)]
+)
 
 
 def row_levels(codes: np.ndarray) -> np.ndarray:
@@ -4682,45 +4591,48 @@ def row_levels(codes: np.ndarray) -> np.ndarray:
 def num_coder_states(codes: list[np.ndarray]) -> int:
     """How many independent states code these arrays. More are faster; each costs 2 bytes."""
     widest = max(q.shape[2] for q in codes)
-    return max(widest, sum(q.size for q in codes) >> 13)
+    return max(widest, sum(q.size for q in codes) // CODES_PER_STATE)
 
 
 class ColumnStatistics:
-    """Running means of m matrices' columns, over the rows coded so far, in fixed point.
+    """Sums over the rows coded so far, for every column of m matrices, in fixed point.
 
-    Codes count relative to their row's level. Changed in place by `add`; the context is renewed
-    every eighth row, which is faster and predicts as well.
+    Each code is divided by the mean |code| of its row's level. Changed in place by `add`.
     """
 
-    ROWS_A_RENEWAL = 8
+    PRIOR_ROWS = 8
+    # Renewing offset, bias and sign at every row is slower and predicts no better.
+    ROWS_PER_RENEWAL = 8
 
     def __init__(self, num_matrices: int, cols: int):
-        """Starts as if eight rows of just their level, without a bias, stood above."""
+        """Starts as after PRIOR_ROWS rows whose codes are all as large as their level, unbiased."""
         self.num_rows = 0
-        self.magnitude = np.full((num_matrices, cols), 8 * FIXED_POINT)  # sums of |code|
-        self.total = np.zeros_like(self.magnitude)  # sums of codes
+        self.magnitude = np.full((num_matrices, cols), self.PRIOR_ROWS * FIXED_POINT)  # of |code|
+        self.total = np.zeros_like(self.magnitude)  # of codes
         self.renew()
 
     def renew(self) -> None:
-        """Takes band offset, bias and sign from the sums."""
-        self.offset = np.searchsorted(MAGNITUDE_EDGES, self.magnitude // (self.num_rows + 8))
+        """Sets each column's offset, bias and sign from the sums."""
+        mean = self.magnitude // (self.num_rows + self.PRIOR_ROWS)
+        self.offset = np.searchsorted(OFFSET_EDGES, mean)
         per_cent = 100 * abs(self.total) // self.magnitude
-        self.bias = np.searchsorted(BIAS_EDGES, per_cent, "right")
-        self.sign = 1 - 2 * (self.total < 0)
+        self.bias = np.searchsorted(BIAS_EDGES, per_cent, side="right")
+        self.sign = np.where(self.total < 0, -1, 1)
 
     def contexts(self, level: np.ndarray) -> np.ndarray:
         """Contexts (m, cols) of one row of each matrix, given the rows' levels int64 (m, 1)."""
-        band = np.minimum((level + self.offset) // 3, NUM_BANDS - 1)
-        return np.where(level, band, 0) * NUM_BIASES + self.bias
+        band = np.minimum((level + self.offset) // LEVELS_PER_BAND, NUM_BANDS - 1)
+        return np.where(level > 0, band, 0) * NUM_BIASES + self.bias
 
     def add(self, codes: np.ndarray, level: np.ndarray) -> None:
-        """Takes in one row of each matrix, codes (m, cols), levels int64 (m, 1)."""
+        """Adds one row of each matrix, codes (m, cols) with levels int64 (m, 1)."""
         codes = codes.astype(np.int64)
         inverse = INVERSE_LEVEL[level]
-        self.magnitude += np.where(level, abs(codes) * inverse, FIXED_POINT)
+        # A row of zeros says nothing about the columns, so it counts as an average row.
+        self.magnitude += np.where(level > 0, abs(codes) * inverse, FIXED_POINT)
         self.total += codes * inverse
         self.num_rows += 1
-        if self.num_rows % self.ROWS_A_RENEWAL == 0:
+        if self.num_rows % self.ROWS_PER_RENEWAL == 0:
             self.renew()
 
 
@@ -4734,8 +4646,8 @@ def coding_order(
     matrix 2, row 1 of matrix 2.
 
     The encoder reads the codes. The decoder starts from zeros and fills `codes`, a view, in place
-    before it asks for the next item, whose contexts depend on them. `signs` are those of the
-    columns' means: times them, codes lean to the positive side, and one table serves both sides.
+    before it asks for the next item, whose contexts depend on them. `signs` are the signs of the
+    columns' means. Codes times signs lean to the positive side, so one table serves both sides.
     """
     num_states = num_coder_states(codes)
     for bank, bank_levels in zip(codes, levels, strict=True):
@@ -4757,13 +4669,14 @@ def frequency_table(counts: np.ndarray) -> np.ndarray:
     Every symbol that occurs gets at least 1; the most frequent one takes what rounding leaves.
     """
     totals = np.maximum(counts.sum(1, keepdims=True), 1)
-    table = np.maximum((counts << ANS_BITS) // totals, counts > 0)
-    table[np.arange(len(table)), table.argmax(1)] += (1 << ANS_BITS) - table.sum(1)
+    table = np.maximum(FREQUENCY_SUM * counts // totals, counts > 0)
+    most_frequent = table.argmax(1)
+    table[np.arange(len(table)), most_frequent] += FREQUENCY_SUM - table.sum(1)
     return table
 
 
 def range_starts(table: np.ndarray) -> np.ndarray:
-    """Sum of the frequencies before each symbol of its context, flat (contexts * 256,)."""
+    """For each symbol the sum of the frequencies before it in its context, (contexts * 256,)."""
     return (table.cumsum(1) - table).ravel()
 
 
@@ -4773,13 +4686,13 @@ def ans_encode(codes: list[np.ndarray], levels: list[np.ndarray]) -> bytes:
     Layout: u32 size of the tables; the tables, frequencies u16 (contexts, 256) in LZMA; the states
     u32 at the end of encoding, where decoding starts; words u16 in the order of decoding.
 
-    Pushing a symbol of frequency f that starts at c: x -> (x // f) * 2^14 + c + x % f. Before it, a
-    state that would leave its range sheds its lower 16 bits as a word. So STATE_MIN <= x < 2^32
+    Pushing a symbol of frequency f that starts at c: x -> (x // f) * 2^14 + c + x % f. Before that,
+    a state that would leave its range sheds its lower 16 bits as a word. So STATE_MIN <= x < 2^32
     holds before and after each push, for every state.
     """
     pushes = []
     for q, context, sign in coding_order(codes, levels):
-        index = context << SYMBOL_BITS | q * sign + ZERO_SYMBOL
+        index = context * NUM_SYMBOLS + q * sign + ZERO_SYMBOL
         pushes.append(index.ravel().astype(np.int32))
     counts = np.bincount(np.concatenate(pushes), minlength=NUM_CONTEXTS * NUM_SYMBOLS)
     table = frequency_table(counts.reshape(-1, NUM_SYMBOLS))
@@ -4791,12 +4704,12 @@ def ans_encode(codes: list[np.ndarray], levels: list[np.ndarray]) -> bytes:
     for index in reversed(pushes):
         x = states[: len(index)]  # a view
         f = frequency[index]
-        is_full = x >= f << 2 * WORD_BITS - ANS_BITS
-        words.append(x[is_full].astype("<u2"))
+        is_full = x >= f << (2 * WORD_BITS - ANS_BITS)  # the push would reach 2^32
+        words.append(x[is_full].astype("<u2"))  # the lower 16 bits
         x[is_full] >>= WORD_BITS
-        x += x // f * ((1 << ANS_BITS) - f) + start[index]
+        x[:] = (x // f) * FREQUENCY_SUM + start[index] + x % f
 
-    tables = LzmaCodec().compress(table.astype("<u2").tobytes())
+    tables = compress("lzma", table.astype("<u2").tobytes())
     numbers = [states.astype("<u4"), *reversed(words)]
     body = b"".join(array.tobytes() for array in numbers)
     return len(tables).to_bytes(4, "little") + tables + body
@@ -4805,21 +4718,22 @@ def ans_encode(codes: list[np.ndarray], levels: list[np.ndarray]) -> bytes:
 def ans_decode(data: bytes, shapes: Iterable[tuple], levels: list[np.ndarray]) -> list[np.ndarray]:
     """The codes, arrays of these shapes, from what ans_encode wrote.
 
-    A pop undoes a push: the lower 14 bits of x, its slot, name the symbol, and
+    A pop undoes a push. The lower 14 bits of x, the slot, name the symbol, and
     x -> f * (x >> 14) + slot - c removes it; a state below STATE_MIN then takes in a word. So
     STATE_MIN <= x < 2^32 holds again, and at the end each state is where the encoder started it.
     Raises ValueError or IndexError if ans_encode cannot have written `data`.
     """
     codes = [np.zeros(shape, np.int8) for shape in shapes]
     tables_end = 4 + int.from_bytes(data[:4], "little")
-    tables = LzmaCodec().decompress(data[4:tables_end], 2 * NUM_CONTEXTS * NUM_SYMBOLS)
+    tables = decompress("lzma", data[4:tables_end], 2 * NUM_CONTEXTS * NUM_SYMBOLS)
     table = np.frombuffer(tables, "<u2").astype(np.int64).reshape(NUM_CONTEXTS, NUM_SYMBOLS)
-    if (table.sum(1) != 1 << ANS_BITS).any():
+    if (table.sum(1) != FREQUENCY_SUM).any():
         raise ValueError("a table of frequencies does not add up")
-    every_symbol = np.tile(np.arange(NUM_SYMBOLS, dtype=np.uint8), NUM_CONTEXTS)
-    symbols = np.repeat(every_symbol, table.ravel()).reshape(NUM_CONTEXTS, -1)  # by slot
     frequency = table.ravel()
     start = range_starts(table)
+    # In each context, as many slots name a symbol as its frequency says: (contexts, 2^14).
+    every_symbol = np.tile(np.arange(NUM_SYMBOLS, dtype=np.uint8), NUM_CONTEXTS)
+    symbol_of_slot = np.repeat(every_symbol, frequency).reshape(NUM_CONTEXTS, FREQUENCY_SUM)
 
     states = np.frombuffer(data, "<u4", num_coder_states(codes), tables_end).astype(np.int64)
     words_start = tables_end + 4 * len(states)
@@ -4827,14 +4741,14 @@ def ans_decode(data: bytes, shapes: Iterable[tuple], levels: list[np.ndarray]) -
     num_read = 0
     for q, context, sign in coding_order(codes, levels):
         x = states[: q.size]  # a view
-        slot = x & (1 << ANS_BITS) - 1
-        symbol = symbols[context.ravel(), slot]
-        index = context.ravel() << SYMBOL_BITS | symbol
+        slot = x & SLOT_MASK
+        symbol = symbol_of_slot[context.ravel(), slot].astype(np.int64)
+        index = context.ravel() * NUM_SYMBOLS + symbol
         x[:] = frequency[index] * (x >> ANS_BITS) + slot - start[index]
         low = np.flatnonzero(x < STATE_MIN)
-        x[low] = x[low] << WORD_BITS | words[num_read : num_read + len(low)]
+        x[low] = (x[low] << WORD_BITS) + words[num_read : num_read + len(low)]
         num_read += len(low)
-        q[:] = (symbol.astype(np.int64) - ZERO_SYMBOL).reshape(q.shape) * sign
+        q[:] = (symbol - ZERO_SYMBOL).reshape(q.shape) * sign
     if num_read != len(words) or (states != STATE_MIN).any():
         raise ValueError("words are left over")
     return codes
@@ -4849,96 +4763,77 @@ def code_entropy_bytes(codes: Iterable[np.ndarray]) -> float:
 
 # --- General codecs -------------------------------------------------------------------------------
 #
-# COMPRESSOR may also be a general codec, and the small streams are always LZMA. A file is not
-# trusted: `decompress` returns at most `size` bytes and takes little memory besides, whatever the
-# data says. It may return fewer, and it may raise any error of its library.
+# COMPRESSOR may also be a general codec, and the small streams are always LZMA: raw LZMA2, because
+# a container has a header that would have to be trusted. lp=1 and pb=1 model the low and the high
+# bytes of fp16 apart.
+
+LZMA_FILTERS = [dict(id=lzma.FILTER_LZMA2, preset=6, lc=0, lp=1, pb=1)]
 
 
-class ZstdCodec:
-    """Zstandard, tuned for codes."""
-
-    def __init__(self):
-        import zstandard
-
-        # The levels of zstd look for matches that are not there (+16 % at level 3). These settings
-        # leave little but the Huffman coding of literals, which suits codes.
-        parameters = zstandard.ZstdCompressionParameters(
-            strategy=1, window_log=17, hash_log=6, chain_log=6, search_log=1, min_match=6
-        )
-        self.compressor = zstandard.ZstdCompressor(compression_params=parameters)
-        self.decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 20)
-
-    def compress(self, data: bytes) -> bytes:
-        """One frame."""
-        return self.compressor.compress(data)
-
-    def decompress(self, data: bytes, size: int) -> bytes:
-        """The first `size` bytes of the first frame."""
-        return self.decompressor.stream_reader(data, read_across_frames=False).read(size)
-
-
-class BrotliCodec:
-    """Brotli at its highest quality, as in PR #1530 and PR #1413."""
-
-    def compress(self, data: bytes) -> bytes:
-        """One stream."""
+def compress(codec: str, data: bytes) -> bytes:
+    """One stream by lzma, brotli (at the quality of PR #1530 and PR #1413) or zstd."""
+    if codec == "lzma":
+        return lzma.compress(data, lzma.FORMAT_RAW, filters=LZMA_FILTERS)
+    if codec == "brotli":
         import brotli
 
         return brotli.compress(data, quality=11)
+    import zstandard
 
-    def decompress(self, data: bytes, size: int) -> bytes:
-        """The first `size` bytes."""
+    # The levels of zstd look for matches that are not there (+16 % at level 3). These settings
+    # leave little but the Huffman coding of literals, which suits codes.
+    parameters = zstandard.ZstdCompressionParameters(
+        strategy=1, window_log=17, hash_log=6, chain_log=6, search_log=1, min_match=6
+    )
+    return zstandard.ZstdCompressor(compression_params=parameters).compress(data)
+
+
+def decompress(codec: str, data: bytes, size: int) -> bytes:
+    """The first `size` bytes of a stream, which is not trusted: this takes little memory besides.
+
+    Raises ValueError if the stream holds fewer, or any error of the codec's library.
+    """
+    if codec == "lzma":
+        raw = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=LZMA_FILTERS).decompress(data, size)
+    elif codec == "brotli":
         import brotli
 
-        return brotli.Decompressor().process(data, size)
+        raw = brotli.Decompressor().process(data, size)
+    else:
+        import zstandard
 
-
-class LzmaCodec:
-    """Raw LZMA2, without a container whose header would have to be trusted."""
-
-    def __init__(self):
-        import lzma
-
-        # lp=1 and pb=1 model the low and the high bytes of fp16 apart.
-        pairs = dict(id=lzma.FILTER_LZMA2, preset=6, lc=0, lp=1, pb=1)
-        self.lzma = lzma
-        self.format = dict(format=lzma.FORMAT_RAW, filters=[pairs])
-
-    def compress(self, data: bytes) -> bytes:
-        """One stream."""
-        return self.lzma.compress(data, **self.format)
-
-    def decompress(self, data: bytes, size: int) -> bytes:
-        """The first `size` bytes."""
-        return self.lzma.LZMADecompressor(**self.format).decompress(data, size)
-
-
-def codec(name: str) -> ZstdCodec | BrotliCodec | LzmaCodec:
-    """The general codec of this name. Raises ImportError if its package is not installed."""
-    codecs = {"zstd": ZstdCodec, "brotli": BrotliCodec, "lzma": LzmaCodec}
-    return codecs[name]()
+        decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 20)
+        raw = decompressor.stream_reader(data, read_across_frames=False).read(size)
+    if len(raw) != size:
+        raise ValueError("a stream is shorter than its header says")
+    return raw
 
 
 def pack_codes(compressor: str, codes: list[np.ndarray], levels: list[np.ndarray]) -> bytes:
-    """The stream of codes. ans knows the level of each row; the others do not, so a bank's rows are
-    sorted by rising level for them (7 % less with zstd)."""
+    """The codes, int8 (n, rows, cols) with levels uint8 (n, rows), as one stream.
+
+    ans uses the level of each row. The others cannot, so a bank's rows are sorted by rising level
+    for them, which makes zstd's stream 7 % shorter.
+    """
     if compressor == "ans":
         return ans_encode(codes, levels)
     sorted_rows = []
     for q, level in zip(codes, levels, strict=True):
         order = level.argsort(axis=None, kind="stable")
         sorted_rows.append(q.reshape(level.size, -1)[order].tobytes())
-    return codec(compressor).compress(b"".join(sorted_rows))
+    return compress(compressor, b"".join(sorted_rows))
 
 
 def unpack_codes(
     compressor: str, data: bytes, shapes: list[tuple], levels: list[np.ndarray]
 ) -> list[np.ndarray]:
-    """The codes that pack_codes packed, arrays of these shapes. Raises ValueError, or an error of
-    the codec, if the stream does not hold them."""
+    """The codes that pack_codes packed, arrays of these shapes.
+
+    Raises ValueError, or an error of the codec, if the stream does not hold them.
+    """
     if compressor == "ans":
         return ans_decode(data, shapes, levels)
-    raw = decompress_all(compressor, data, sum(math.prod(shape) for shape in shapes))
+    raw = decompress(compressor, data, sum(math.prod(shape) for shape in shapes))
     flat = np.frombuffer(raw, np.int8)
     codes = []
     start = 0
@@ -4951,18 +4846,10 @@ def unpack_codes(
     return codes
 
 
-def decompress_all(compressor: str, data: bytes, size: int) -> bytes:
-    """Exactly `size` bytes of a stream. Raises ValueError if it holds fewer."""
-    raw = codec(compressor).decompress(data, size)
-    if len(raw) != size:
-        raise ValueError("a stream is shorter than its header says")
-    return raw
-
-
 # --- Container: writing ---------------------------------------------------------------------------
 #
-# The file is a header and four streams. Its bytes follow from the weights and the config alone: no
-# time, no path, no order of a dictionary goes into it. Its layout stands in `pack_artifact`.
+# The file is a header and four streams, laid out as `pack_artifact` says. Its bytes follow from the
+# weights and the config alone: no time and no path goes into it.
 
 ARTIFACT_MAGIC = b"PGLM"
 ARTIFACT_VERSION = 2
@@ -5002,16 +4889,18 @@ def fp16_bytes(tensors: Iterable[Tensor]) -> bytes:
 def pack_artifact(
     model: GPT, packed: dict[str, tuple[Tensor, Tensor]], meta: dict[str, Any]
 ) -> bytes:
-    """The artifact file, equal for equal weights. All numbers are little-endian:
+    """The artifact file. `packed` holds codes and scales by bank; `meta` joins the header.
+
+    Its layout, all numbers little-endian:
 
         "PGLM", u8 version, u32 length and u32 CRC-32 of the header
         the header: zlib-compressed JSON of at most 64 KiB, {config, compressor,
             streams: [[raw bytes, stored bytes, CRC-32 of the stored bytes], ..], ..meta}
-        four streams: codes (int8, each matrix in the order of the parameter table; pack_codes), and
-            with LZMA the level of each row (u8; row_levels), the scales and the floats (fp16),
-            without the rows that nothing reads
-
-    Names and shapes follow from the config. `packed` holds codes and scales by bank.
+        four streams, each in the order of the parameter table:
+            codes   int8, by pack_codes
+            levels  u8, of every row of codes, by row_levels, in LZMA
+            scales  fp16, in LZMA
+            floats  fp16, without the rows that nothing reads, in LZMA
     """
     cfg = model.cfg
     codes = []
@@ -5024,12 +4913,11 @@ def pack_artifact(
     for name, shape in float_shapes(cfg).items():
         floats.append(model.get_parameter(name)[-shape[0] :])
 
-    lzma = LzmaCodec()
     streams = [
         pack_codes(cfg.compressor, codes, levels),
-        lzma.compress(b"".join(level.tobytes() for level in levels)),
-        lzma.compress(fp16_bytes(scales)),
-        lzma.compress(fp16_bytes(floats)),
+        compress("lzma", b"".join(level.tobytes() for level in levels)),
+        compress("lzma", fp16_bytes(scales)),
+        compress("lzma", fp16_bytes(floats)),
     ]
     header = {"config": network_config(cfg), "compressor": cfg.compressor, **meta}
     header["streams"] = []
@@ -5044,9 +4932,10 @@ def pack_artifact(
 
 # --- Container: reading ---------------------------------------------------------------------------
 #
-# Nothing read is executed: the file holds JSON and arrays of numbers. The config in the header says
-# how large each stream must be, and both are checked before anything is allocated: at most 64 KiB
-# of header and 2^27 bytes of streams, however the file was forged.
+# Nothing that is read is executed: the file holds JSON and arrays of numbers. The config in the
+# header says how large each stream must be. Before anything is allocated, both are checked: however
+# the file was forged, it unpacks to at most 64 KiB of header and 2^27 bytes of streams. A damaged
+# file may raise any error in the functions below; open_artifact turns it into one line.
 
 
 class ArtifactArrays(NamedTuple):
@@ -5055,26 +4944,27 @@ class ArtifactArrays(NamedTuple):
     codes: dict[str, np.ndarray]  # int8 (n, rows, cols)
     levels: dict[str, np.ndarray]  # uint8 (n, rows)
     scales: dict[str, np.ndarray]  # fp16 (n, rows)
-    floats: dict[str, np.ndarray]  # fp16, the parameter's shape without the rows nobody reads
+    floats: dict[str, np.ndarray]  # fp16, without the leading rows that nothing reads
 
 
 def config_of_header(header: dict[str, Any]) -> Config:
-    """The config of the network in an artifact. Raises ValueError if there can be no such network,
-    KeyError if a field is missing."""
+    """The config of an artifact's network. Raises ValueError if there can be no such network."""
     fields = read_network_config(header["config"])
+    # Rules that have nothing to do with the network are switched off.
     defaults = Config(artifact_limit_bytes=0, fused_ce=False)
     for name, value in fields.items():
         if type(value) is not type(getattr(defaults, name)):
             raise ValueError("a field of another type")
     cfg = dataclasses.replace(defaults, **fields)
-    for problem in cfg.problems():
-        if problem.split("=")[0].lower() in fields:
+    # The rules may rely on every value being in its range.
+    for rule in list(cfg.out_of_range()) or cfg.rules():
+        if rule.field in fields:
             raise ValueError("a field out of range")
     return cfg
 
 
 def read_header(data: bytes) -> tuple[dict[str, Any], int]:
-    """Header of an artifact and offset of its first stream. Raises ValueError and others."""
+    """Header of an artifact and offset of its first stream."""
     end = HEADER_START + int.from_bytes(data[5:9], "little")
     head = data[HEADER_START:end]
     if len(data) < end or zlib.crc32(head).to_bytes(4, "little") != data[9:HEADER_START]:
@@ -5083,8 +4973,7 @@ def read_header(data: bytes) -> tuple[dict[str, Any], int]:
 
 
 def stored_streams(data: bytes, header: dict[str, Any], start: int, cfg: Config) -> list[bytes]:
-    """The four streams as stored, checked against the header, and the header against the network.
-    Raises ValueError and others."""
+    """The four streams as stored, checked against header and network."""
     sizes, lengths, checksums = zip(*header["streams"], strict=True)
     expected = stream_sizes(cfg)
     is_expected = sizes == expected and sum(expected) <= MAX_STREAM_BYTES
@@ -5098,7 +4987,7 @@ def stored_streams(data: bytes, header: dict[str, Any], start: int, cfg: Config)
         streams.append(stream)
         start += length
     if start != len(data):
-        raise ValueError("a stream does not match its checksum")
+        raise ValueError("bytes are left over behind the streams")
     return streams
 
 
@@ -5111,14 +5000,14 @@ def split_arrays(flat: np.ndarray, shapes: dict[str, tuple[int, ...]]) -> dict[s
 
 
 def unpack_streams(streams: list[bytes], compressor: str, cfg: Config) -> ArtifactArrays:
-    """The arrays in the four stored streams. Raises ValueError, or any error of a codec."""
+    """The arrays in the four stored streams."""
     sizes = stream_sizes(cfg)
     shapes = bank_shapes(cfg)
     row_shapes = {bank: shape[:2] for bank, shape in shapes.items()}
     stored_codes, stored_levels, stored_scales, stored_floats = streams
-    raw_levels = decompress_all("lzma", stored_levels, sizes.levels)
-    raw_scales = decompress_all("lzma", stored_scales, sizes.scales)
-    raw_floats = decompress_all("lzma", stored_floats, sizes.floats)
+    raw_levels = decompress("lzma", stored_levels, sizes.levels)
+    raw_scales = decompress("lzma", stored_scales, sizes.scales)
+    raw_floats = decompress("lzma", stored_floats, sizes.floats)
     levels = split_arrays(np.frombuffer(raw_levels, np.uint8), row_shapes)
     codes = unpack_codes(compressor, stored_codes, list(shapes.values()), list(levels.values()))
     return ArtifactArrays(
@@ -5132,8 +5021,7 @@ def unpack_streams(streams: list[bytes], compressor: str, cfg: Config) -> Artifa
 def open_artifact(data: bytes, path: Path) -> tuple[dict[str, Any], ArtifactArrays]:
     """Header and arrays of an artifact; `path` is for messages only.
 
-    Raises UsageError (one line) for whatever pack_artifact did not write as a whole, forged with
-    care or not. Nothing read is executed, and sizes are checked before use.
+    Raises UsageError for a file that is cut, altered or not consistent in itself.
     """
     if data[:4] != ARTIFACT_MAGIC:
         raise UsageError(f"{path}: not an artifact of train_gpt.py (starts with {data[:4]!r})")
@@ -5146,7 +5034,7 @@ def open_artifact(data: bytes, path: Path) -> tuple[dict[str, Any], ArtifactArra
         cfg = config_of_header(header)
         streams = stored_streams(data, header, start, cfg)
         return header, unpack_streams(streams, header["compressor"], cfg)
-    # Each codec has errors of its own, and a hostile file may provoke any of them.
+    # Each codec has its own errors, and a hostile file may provoke any of them.
     except Exception as error:
         reason = type(error).__name__
         if type(error) is ValueError:
@@ -5173,45 +5061,45 @@ def load_artifact(model: GPT, arrays: ArtifactArrays) -> None:
 # The rules, in one place:
 #
 # * Score first, then learn. A chunk's scores are final in the ledger before anything learns from
-#   it, and the ledger counts every target that an update reads before its score: one is enough
-#   for the result to be refused.
-# * What a target's score may depend on, with TTT_MODE=document: the artifact, the tokens before
-#   the target in its window, and the adapter of its document, which starts from SEED and learns
-#   from earlier chunks of that document. So neither the batch, nor its order, nor the number of
-#   ranks matters. Two options add text that comes earlier in the stream: TTT_WARM_START_A hands on
-#   the adapters' A from earlier batches, PHASED_TTT_NUM_PHASES lets all weights learn from earlier
-#   documents. With TTT_MODE=chunk all weights learn from earlier chunks of the stream.
-# * Windows, sizes of chunks and the range that is learnt from go by the index in a document, never
-#   by where the document ends: that is information about the future. A document's last window ends
-#   on the grid of chunks like every other, and its end is padding.
-# * Memory. When a forward runs out of memory, half as many documents are run at once from then on;
-#   a chunk is scored in parts, and no score changes.
-# * The deadline decides only whether there is another update: see Deadline. What is left is scored
-#   plainly, by windows that learn nothing, so every target has a score in time.
+#   it. The ledger counts every target that an update reads before its score; a single one is
+#   enough for the result to be refused.
+# * With TTT_MODE=document a target's score may depend on the artifact, the tokens before the target
+#   in its window, and the adapter of its document, which starts from SEED and learns from earlier
+#   chunks of that document. So neither the batch, nor its order, nor the number of ranks matters.
+#   Two options add text that comes earlier in the stream: TTT_WARM_START_A hands on the adapters' A
+#   from earlier batches, PHASED_TTT_NUM_PHASES lets all weights learn from earlier documents. With
+#   TTT_MODE=chunk all weights learn from earlier chunks of the stream.
+# * Windows, sizes of chunks and the range that is learnt from depend on the index in a document,
+#   never on where the document ends: that is information about the future. A document's last window
+#   ends on the grid of chunks like every other, and is padded there.
+# * When a forward runs out of memory, half as many documents are run at once from then on. A chunk
+#   is then scored in parts, and no score changes.
+# * The deadline only decides whether there is another update: see Deadline. The remaining targets
+#   are scored plainly, in windows without learning, so every target has a score in time.
 class Deadline:
     """When learning must stop, so that all targets are scored before the evaluation's time is over.
 
-    It must once now + 2 * step + 2 * (time to score the targets left plainly) reaches the end. The
-    step is the longest time between two questions, where each question takes a tenth off. Once
-    `late` is true it stays true.
+    Learning stops as soon as now + 2 * longest_gap + 2 * (time to score the remaining targets
+    plainly) reaches the end. Once `late` is true it stays true.
     """
 
     def __init__(self, seconds: float):
         self.end = time.monotonic() + seconds
-        self.step = 0.0  # seconds
-        self.asked_at = math.inf
+        # The longest time in seconds between two calls of `near`, decaying by a tenth a call.
+        self.longest_gap = 0.0
+        self.called_at = math.inf
         self.seconds_per_target = 0.0  # of plain scoring on one rank; set once it is measured
         self.late = False
 
     def near(self, targets: float, ranks: Ranks | None = None) -> bool:
-        """Whether to stop, with so many targets left for this rank; asked before each step.
+        """Whether learning must stop, with `targets` left for this rank. Call it before each step.
 
-        With `ranks` all of them must call it, and all stop if one must.
+        With `ranks` all ranks must call it, and all stop if one must.
         """
         now = time.monotonic()
-        self.step = max(0.9 * self.step, now - self.asked_at)
-        self.asked_at = now
-        needed = 2 * self.step + 2 * self.seconds_per_target * targets
+        self.longest_gap = max(0.9 * self.longest_gap, now - self.called_at)
+        self.called_at = now
+        needed = 2 * self.longest_gap + 2 * self.seconds_per_target * targets
         late = self.late or now + needed >= self.end
         self.late = any(ranks.gather(late)) if ranks else late
         return self.late
@@ -5229,9 +5117,9 @@ def adapter_update(
 ) -> None:
     """Update number `t` of adapters, in place, with AdamW or SGD (TTT_OPTIMIZER).
 
-    leaf: what the forward reads; it is `master`, or master's rounding to the compute dtype.
-    master: fp32. moments: one of SGD (momentum TTT_BETA1); of AdamW the second and, with
-    TTT_BETA1 > 0, the first. t and rate are tensors, so that new values compile nothing.
+    master: fp32. leaf: the tensor that the forward reads, either `master` itself or its rounding to
+    the compute dtype. moments: SGD's momentum (factor TTT_BETA1); or AdamW's second moment and,
+    with TTT_BETA1 > 0, the first. t and rate are tensors, so that new values compile nothing.
     """
     grad = grad.float()
     decay = cfg.ttt_weight_decay
@@ -5252,8 +5140,8 @@ def adapter_update(
 def chunk_grid(cfg: Config, longest: int) -> list[tuple[int, int]]:
     """(start, end) of the chunks of a document, up to `longest` targets.
 
-    TTT_SHORT_CHUNKS shortens chunks by their index in the document. PR #2014 goes by the length of
-    the document, which would tell the model where it ends.
+    TTT_SHORT_CHUNKS shortens chunks by their index in the document. PR #2014 uses the length of the
+    document, which tells the model where the document ends.
     """
     grid = []
     start = 0
@@ -5269,36 +5157,34 @@ def chunk_grid(cfg: Config, longest: int) -> list[tuple[int, int]]:
 
 
 def window_buckets(cfg: Config) -> list[int]:
-    """The TTT_BUCKETS window lengths that are compiled, rising on a geometric scale.
-
-    The longest comes first in the making, so that a single bucket holds every window.
-    """
+    """The TTT_BUCKETS window lengths that are compiled, rising on a geometric scale."""
     longest = cfg.ttt_eval_seq_len
     shortest = min(2 * cfg.ttt_chunk_size, longest)
+    # Made from the longest down: with TTT_BUCKETS=1 that is the one.
     lengths = np.geomspace(longest, shortest, cfg.ttt_buckets)[::-1]
-    return [min(-(-int(length) // 16) * 16, longest) for length in lengths]
+    return [min(math.ceil(int(length) / 16) * 16, longest) for length in lengths]
 
 
 @dataclasses.dataclass(eq=False)
 class DocumentBatch:
     """Documents that adapt side by side, longest first, each with an adapter of its own.
 
-    Everything has R rows. Rows beyond the documents, if any, have no targets.
+    All tensors have R rows. Rows beyond the documents, if any, have no targets.
     """
 
     lengths: np.ndarray  # (R,) targets of each document
     counts: Tensor  # (R, 1) int64: the same on the device
     starts: Tensor  # (R, 1) int64: stream index of each document's first token
     master: LoRA  # fp32
-    lora: LoRA  # what the forward reads: the master itself, or rounded to the compute dtype
+    lora: LoRA  # read by the forward: the master itself, or rounded to the compute dtype
     moments: list[list[Tensor]]  # the optimiser's, for each leaf of the master
-    rate_factors: list[Tensor]  # what the rate is multiplied by, for each leaf
-    updates: int = 0  # that the documents have taken so far
+    rate_factors: list[Tensor]  # factors of the rate, for each leaf
+    updates: int = 0  # number of updates so far
 
     @classmethod
     @torch.no_grad()
     def start(cls, cfg: Config, docs: Documents, batch: np.ndarray, master: LoRA) -> DocumentBatch:
-        """The documents `batch` (n,) with new adapters `master` for at least as many rows."""
+        """The documents `batch` (n,) with new adapters `master`, which may have more rows."""
         device = master.down.device
         empty_rows = len(master.down) - len(batch)
         lengths = np.pad(docs.counts[batch], (0, empty_rows))
@@ -5323,28 +5209,20 @@ class DocumentBatch:
 
 
 class WarmStart(NamedTuple):
-    """A of the latest batch, which the next batch begins with (TTT_WARM_START_A, PR #1767).
+    """The adapters' A of a batch, with which the next one begins (TTT_WARM_START_A, PR #1767).
 
-    Rows go by length, which depends on text to come. A is therefore handed on by rank in the order
-    of the stream: the r-th document of the next batch takes over from the r-th of this one.
+    Rows are ordered by length, which depends on text to come. A is therefore handed on by place in
+    the stream: the document in place p of the next batch takes over from place p of this one.
     """
 
-    down: Tensor  # (R, sites, rank, C): the batch's own tensor, which goes on learning
-    row_of_rank: np.ndarray  # (R,) row of the r-th document in the order of the stream
-
-
-class ChunkWindows(NamedTuple):
-    """The windows that end with one chunk of several documents, as a row for the forward."""
-
-    batch: Batch
-    index: Tensor  # (n,) stream index of each scored target, the padding index where there is none
-    select: Tensor  # (n,) position in the row of each scored target
+    down: Tensor  # (R, sites, LoRA rank, C): the batch's own tensor, which goes on learning
+    row_of_place: np.ndarray  # (R,) the row of the document in each place
 
 
 class ChunkScores(NamedTuple):
     """The outcome of a forward over one chunk of several documents."""
 
-    index: Tensor  # (n,) as in ChunkWindows
+    index: Tensor  # (n,) stream index of each scored target, the padding index where there is none
     nats: Tensor  # (n,) fp32, detached
     grads: tuple[Tensor, ...]  # for each leaf of the adapters; empty if none of them learns
 
@@ -5352,7 +5230,7 @@ class ChunkScores(NamedTuple):
 class Adaptation:
     """Scores documents chunk by chunk and teaches their adapters (PR #1530), on one rank.
 
-    The network stays as it is. `begin` a batch of documents, then `run_chunk` for every chunk.
+    The network does not change. `begin` a batch of documents, then `run_chunk` for every chunk.
     """
 
     def __init__(
@@ -5363,19 +5241,20 @@ class Adaptation:
         self.forward = forward
         self.plan = plan
         self.device = device
-        # Documents at once are a multiple of it, so that few shapes are compiled.
+        # The number of documents at once is a multiple of it, so that few shapes are compiled.
         self.granule = 8 if cfg.compile else 1
-        # Documents that end with a chunk need no gradient. Compiled, one graph serves all of them.
+        # Documents that end with a chunk need no gradient, so they are run apart from the others.
+        # When compiled, one graph serves both.
         self.separates_learners = not cfg.compile
         self.update = torch.compile(adapter_update, dynamic=True) if cfg.compile else adapter_update
         self.buckets = window_buckets(cfg)
-        self.max_tokens = 1 << 60  # that memory holds at once, as far as is known
+        self.max_tokens = 1 << 60  # that memory holds at once; no bound is known at first
         self.documents: DocumentBatch | None = None
         self.warm: WarmStart | None = None
 
     def whole_granules(self, count: int) -> int:
-        """The multiple of the granule that holds `count` documents."""
-        return -(-count // self.granule) * self.granule
+        """`count` documents, rounded up to a multiple of the granule."""
+        return math.ceil(count / self.granule) * self.granule
 
     @torch.no_grad()
     def begin(self, docs: Documents, batch: np.ndarray) -> None:
@@ -5384,31 +5263,28 @@ class Adaptation:
         rows = self.whole_granules(len(batch))
         master = LoRA.zeros(cfg, rows, len(self.plan), self.device)
         if cfg.ttt_warm_start_a:
-            row_of_rank = np.append(np.argsort(batch), np.arange(len(batch), rows))
-            rank_of_row = np.argsort(row_of_rank)
-            master.reset(cfg.seed, rank_of_row.tolist())
+            # The argsort of a permutation is its inverse.
+            row_of_place = np.append(np.argsort(batch), np.arange(len(batch), rows))
+            place_of_row = np.argsort(row_of_place)
+            master.reset(cfg.seed, place_of_row.tolist())
             if self.warm is not None and len(self.warm.down) >= rows:
-                master.down.copy_(self.warm.down[self.warm.row_of_rank[rank_of_row]])
-            self.warm = WarmStart(master.down, row_of_rank)
+                master.down.copy_(self.warm.down[self.warm.row_of_place[place_of_row]])
+            self.warm = WarmStart(master.down, row_of_place)
         else:
             master.reset(cfg.seed, docs.starts[batch].tolist())
         self.documents = DocumentBatch.start(cfg, docs, batch, master)
 
     def learns_from(self, end: int) -> bool:
-        """Whether documents learn from a chunk that ends there, wherever they end themselves."""
+        """Whether documents learn from a chunk that ends at `end`; their own ends do not matter."""
         return self.cfg.ttt_min_doc_len <= end <= (self.cfg.ttt_max_doc_len or math.inf)
 
-    def num_live(self, start: int) -> int:
-        """How many documents, from the first row on, a chunk that starts there is run for."""
-        return self.documents.num_longer(start)
-
     def run_chunk(self, ledger: Ledger, start: int, end: int) -> None:
-        """Scores the targets start..end-1 of all documents and only then learns from them.
+        """Scores the targets start..end-1 of all documents, then learns from them.
 
         As many documents as memory holds are run at once.
         """
         documents = self.documents
-        live = self.whole_granules(self.num_live(start))
+        live = self.whole_granules(documents.num_longer(start))
         tokens = min(end, self.cfg.ttt_eval_seq_len)  # per document
         learners = 0
         if self.separates_learners and self.learns_from(end):
@@ -5427,7 +5303,6 @@ class Adaptation:
                     raise
                 self.max_tokens = tokens * count // 2
                 continue
-            # Final from here on.
             ledger.record(scores.index, scores.nats)
             if scores.grads:
                 self.learn_chunk(ledger, start, end, rows, scores)
@@ -5435,11 +5310,14 @@ class Adaptation:
         if self.learns_from(end):
             documents.updates += self.cfg.ttt_grad_steps
 
-    def chunk_windows(self, ledger: Ledger, start: int, end: int, rows: slice) -> ChunkWindows:
-        """The windows in which the targets start..end-1 of these documents are scored.
+    def chunk_windows(
+        self, ledger: Ledger, start: int, end: int, rows: slice
+    ) -> tuple[Batch, Tensor, Tensor]:
+        """The windows in which the targets start..end-1 of these documents are scored, as one row.
 
         Each holds the TTT_EVAL_SEQ_LEN inputs before `end`, or as many as there are, and is padded
-        to a bucket. Padding is a segment of its own.
+        to a bucket. Padding is a segment of its own. Returns the row and, for each scored target,
+        its stream index (n,) and its position in the row (n,).
         """
         starts = self.documents.starts[rows]
         counts = self.documents.counts[rows]
@@ -5463,33 +5341,33 @@ class Adaptation:
             cu_seqlens,
             self.cfg.ttt_eval_seq_len,
         )
-        scored = slice(length - (end - start), length)
-        position = torch.arange(scored.start, scored.stop, device=self.device)
-        return ChunkWindows(batch, index[:, scored].flatten(), (begin + position).flatten())
+        first_scored = length - (end - start)
+        scored = torch.arange(first_scored, length, device=self.device)
+        return batch, index[:, first_scored:length].flatten(), (begin + scored).flatten()
 
     def forward_chunk(self, ledger: Ledger, start: int, end: int, rows: slice) -> ChunkScores:
         """Nats of the targets start..end-1 of these documents, each with its own adapter.
 
-        Also the gradient of the adapters, unless none of these documents goes on after `end`: a
-        document does not learn from its last chunk, as there is nothing left to score.
+        Also the gradient of the adapters, if any of these documents goes on after `end`: a document
+        does not learn from its last chunk, because nothing is left to score.
         """
         lora = self.documents.lora.rows(rows)
-        windows = self.chunk_windows(ledger, start, end, rows)
+        batch, index, select = self.chunk_windows(ledger, start, end, rows)
         goes_on = bool((self.documents.lengths[rows] > end).any())
         learns = self.learns_from(end) and goes_on
         with torch.set_grad_enabled(learns or not self.separates_learners):
-            nats = self.forward(windows.batch, self.plan, lora=lora, select=windows.select)
+            nats = self.forward(batch, self.plan, lora=lora, select=select)
         grads = ()
         if learns:
-            of_document = nats.view(-1, end - start).mean(1)
-            loss = (of_document * (self.documents.counts[rows, 0] > end)).sum()
+            document_nats = nats.view(-1, end - start).mean(1)
+            loss = (document_nats * (self.documents.counts[rows, 0] > end)).sum()
             grads = torch.autograd.grad(loss, lora.leaves)
-        return ChunkScores(windows.index, nats.detach(), grads)
+        return ChunkScores(index, nats.detach(), grads)
 
     def learn_chunk(
         self, ledger: Ledger, start: int, end: int, rows: slice, scores: ChunkScores
     ) -> None:
-        """TTT_GRAD_STEPS updates from a scored chunk; the first has its gradient already."""
+        """Makes TTT_GRAD_STEPS updates from a scored chunk; `scores` has the first gradient."""
         grads = scores.grads
         for repeat in range(self.cfg.ttt_grad_steps):
             ledger.require_scored(scores.index)
@@ -5499,9 +5377,9 @@ class Adaptation:
 
     @torch.no_grad()
     def apply_gradients(self, grads: tuple[Tensor, ...], rows: slice, number: int) -> None:
-        """Update number `number`, from 1 on, of the adapters of these documents.
+        """Makes update `number`, from 1 on, of the adapters of these documents.
 
-        With TTT_COSINE_CHUNKS the rate falls on a cosine over so many chunks to a tenth.
+        Over TTT_COSINE_CHUNKS chunks, if set, the rate falls on a cosine to a tenth.
         """
         cfg = self.cfg
         documents = self.documents
@@ -5519,16 +5397,18 @@ class Adaptation:
 
 
 def batch_size_factor(length: int, cfg: Config, world_size: int) -> float:
-    """How many times TTT_BATCH_SIZE documents of about this length run at once.
+    """How many times TTT_BATCH_SIZE documents of about `length` targets run at once.
 
-    Four times as many short ones, which fill the device badly, and a quarter of long ones where
-    another rank can take the others.
+    Short documents, up to 1/8 of a window, fill the device badly, so four times as many run. Of
+    long ones, above two windows, a quarter run if other ranks can take the rest.
     """
-    windows = length / cfg.ttt_eval_seq_len
-    if cfg.ttt_warm_start_a or 1 / 8 < windows <= 2:
+    if cfg.ttt_warm_start_a:
         return 1
-    if windows < 1:
+    windows = length / cfg.ttt_eval_seq_len
+    if windows <= 1 / 8:
         return 4
+    if windows <= 2:
+        return 1
     return 0.25 if world_size > 1 else 1
 
 
@@ -5537,8 +5417,9 @@ def plan_batches(
 ) -> list[np.ndarray]:
     """Batches of the documents `chosen` (n,) that have targets, each batch longest first.
 
-    Documents of like length go together, and the longest first so that no rank waits at the end.
-    With TTT_WARM_START_A batches go in the order of the stream, as each learns for later ones.
+    A batch has documents of similar length. Batches of long documents come first, so that no rank
+    waits at the end. With TTT_WARM_START_A batches keep the order of the stream, because each
+    learns for later ones.
     """
     chosen = chosen[docs.counts[chosen] > 0]
     if not cfg.ttt_warm_start_a:
@@ -5552,9 +5433,9 @@ def plan_batches(
 
 
 def score_then_learn(adaptation: Adaptation, batch: np.ndarray, ledger: Ledger) -> Iterator[int]:
-    """Runs the documents `batch` (n,) chunk by chunk: scores, and only then learns.
+    """Runs the documents `batch` (n,) chunk by chunk.
 
-    Yields before each chunk how many targets of each document are scored by then.
+    Yields before each chunk how many targets of each document have been scored.
     """
     adaptation.begin(ledger.docs, batch)
     longest = int(ledger.docs.counts[batch].max())
@@ -5564,7 +5445,7 @@ def score_then_learn(adaptation: Adaptation, batch: np.ndarray, ledger: Ledger) 
 
 
 def score_rest(scorer: Scorer, batch: np.ndarray, num_scored: int) -> None:
-    """Scores without learning what is left of the documents `batch` after their first targets."""
+    """Scores the documents `batch` after their first `num_scored` targets, without learning."""
     docs = scorer.ledger.docs
     windows = []
     for document in batch:
@@ -5578,18 +5459,17 @@ def score_rest(scorer: Scorer, batch: np.ndarray, num_scored: int) -> None:
 def adapt_documents(
     adaptation: Adaptation, scorer: Scorer, first: int, stop: int, deadline: Deadline
 ) -> None:
-    """Scores the documents first..stop-1 once, learning on the way.
+    """Scores the documents first..stop-1 once, and teaches their adapters.
 
     Ranks take batches from a shared counter; with TTT_WARM_START_A each has a fixed share. When the
-    deadline is near, a rank scores the rest of its batch, and all batches that it takes from there
-    on, without learning.
+    deadline is near, a rank scores the rest of its batch and all later batches without learning.
     """
     ledger = scorer.ledger
     cfg = scorer.cfg
     ranks = scorer.ranks
     counts = ledger.docs.counts
     batches = plan_batches(ledger.docs, np.arange(first, stop), cfg, ranks.world_size)
-    # Targets of everything after each batch, those of later phases included.
+    # The number of targets after each batch, with those of later phases.
     in_batches = np.array([counts[batch].sum() for batch in batches], dtype=np.int64)
     left_after = counts[stop:].sum() + in_batches.sum() - in_batches.cumsum()
     if cfg.ttt_warm_start_a:
@@ -5616,12 +5496,12 @@ def adapt_documents(
 class LearningChunk(NamedTuple):
     """Scored targets that all weights learn from at once."""
 
-    index: np.ndarray  # (n,) their indices in the stream
-    share: float  # of the rate's cosine schedule that is over, in [0, 1]
+    index: np.ndarray  # (n,) stream index of each target
+    share: float  # done share of the rate's cosine schedule, in [0, 1]
 
 
 class LearningTask(NamedTuple):
-    """What all weights learn from between two parts of an evaluation."""
+    """The chunks that all weights learn from between two parts of an evaluation."""
 
     targets_left: int  # to score after it
     chunks: list[LearningChunk]
@@ -5630,11 +5510,11 @@ class LearningTask(NamedTuple):
 def score_documents(
     adaptation: Adaptation, scorer: Scorer, deadline: Deadline
 ) -> Iterator[LearningTask]:
-    """Scores each document with its own adapter, and yields what all weights may learn from.
+    """Scores each document with its own adapter, and yields the chunks for all weights.
 
     With PHASED_TTT_NUM_PHASES all weights learn (PR #1626) from the documents up to a point in the
-    stream, before any document after it is scored. All scores then condition on the past of the
-    stream. The published queue, longest document first, conditions on another order.
+    stream, before any document after it is scored. So scores only depend on earlier text. In the
+    published queue, longest document first, they do not.
     """
     cfg = scorer.cfg
     docs = scorer.ledger.docs
@@ -5650,7 +5530,7 @@ def score_documents(
         first = stop
         # A phase begins with fresh adapters.
         adaptation.warm = None
-        # After the last document nothing is left that learning could help.
+        # After the last document there is nothing left to learn for.
         index = docs.target_indices(stop if stop < num_docs else 0)
         size = cfg.ttt_chunk_tokens
         chunks = []
@@ -5659,32 +5539,32 @@ def score_documents(
         yield LearningTask(int(docs.counts[stop:].sum()), chunks)
 
 
-def windows_by_chunk(scorer: Scorer, index: np.ndarray) -> list[list[tuple[int, int, int]]]:
+def windows_by_chunk(scorer: Scorer, index: np.ndarray) -> list[list[Window]]:
     """Scoring windows of the stream for each chunk of TTT_CHUNK_TOKENS of the targets `index` (N,).
 
-    A window that straddles chunks appears in each with the part of its targets that lies there.
+    A window that scores targets of several chunks appears in each with that chunk's part of them.
     """
     cfg = scorer.cfg
     size = cfg.ttt_chunk_tokens
     stride = cfg.eval_stride if cfg.sliding_window_enabled else 0
     by_chunk = [[] for _ in range(0, len(index), size)]
-    for start, score, end in scorer.stream_windows(stride):
-        # Numbers of the scored targets among all targets: those from `first` to `last`.
-        first = int(np.searchsorted(index, score))
-        last = first + end - score - 1
+    for start, first_scored, end in scorer.stream_windows(stride):
+        # The window scores the targets number first..last of all. With size 100, those of 90..209
+        # are divided so: 90..99 go to chunk 0, 100..199 to chunk 1, 200..209 to chunk 2.
+        first = int(np.searchsorted(index, first_scored))
+        last = first + end - first_scored - 1
         for k in range(first // size, last // size + 1):
-            part_start = max(score, score + k * size - first)
-            part_end = min(end, score + (k + 1) * size - first)
+            part_start = max(first_scored, first_scored + k * size - first)
+            part_end = min(end, first_scored + (k + 1) * size - first)
             by_chunk[k].append((start, part_start, part_end))
     return by_chunk
 
 
 def score_chunks(scorer: Scorer, deadline: Deadline) -> Iterator[LearningTask]:
-    """Scores the stream chunk by chunk, and yields each for all weights to learn from it.
+    """Scores the stream chunk by chunk, and yields each chunk but the last for all weights.
 
-    TTT_MODE=chunk (PR #461, #1413). Nothing is learnt from the last chunk. With
-    SLIDING_WINDOW_ENABLED windows lie EVAL_STRIDE apart. Once the deadline is near, everything left
-    is scored at once in plain windows.
+    TTT_MODE=chunk (PR #461, #1413). With SLIDING_WINDOW_ENABLED windows lie EVAL_STRIDE apart. Once
+    the deadline is near, the rest is scored at once in plain windows.
     """
     ledger = scorer.ledger
     size = scorer.cfg.ttt_chunk_tokens
@@ -5714,8 +5594,8 @@ def evaluate_ttt(
 ) -> Ledger:
     """Scores every target once while learning, with adapters (`adaptation`) or in chunk mode.
 
-    In between all weights learn from scored targets, the same on all ranks, at a rate that falls on
-    a cosine. Afterwards they are as before. All ranks must call it; returns the joined ledger.
+    All weights learn from the yielded chunks, alike on all ranks, at a rate that falls on a cosine.
+    At the end they are restored. Returns the joined ledger. All ranks must call it.
     """
     cfg = scorer.cfg
     ranks = scorer.ranks
@@ -5727,7 +5607,7 @@ def evaluate_ttt(
     else:
         optimizer = torch.optim.SGD(weights, momentum=cfg.ttt_momentum)
 
-    # Or a compiled backward would compute the gradients of all weights for the adapters' sake.
+    # Otherwise a compiled backward of the adapters would compute the gradients of all weights, too.
     model.requires_grad_(False)
     if adaptation:
         tasks = score_documents(adaptation, scorer, deadline)
@@ -5752,9 +5632,9 @@ def evaluate_ttt(
 
 
 def learning_row(scorer: Scorer, index: np.ndarray) -> Batch:
-    """A row that predicts the targets `index` (n,), in segments of EVAL_SEQ_LEN.
+    """A row that predicts the targets `index` (n,), in segments of at most EVAL_SEQ_LEN.
 
-    Segments also begin with documents, unless the data loader lets windows cross them.
+    With DATA_LOADER=documents segments also begin with documents.
     """
     docs = scorer.ledger.docs
     length = scorer.cfg.eval_seq_len
@@ -5762,15 +5642,15 @@ def learning_row(scorer: Scorer, index: np.ndarray) -> Batch:
     if scorer.cfg.data_loader == "documents":
         starts = np.union1d(starts, np.flatnonzero(np.isin(index, docs.starts)))
     capacity = max(64, 1 << len(starts).bit_length())
-    shape = (len(index), capacity, length)
+    shape = RowShape(len(index), capacity, length)
     tokens = docs.tokens
     return pack_row(tokens[index], tokens[index + 1], starts, shape, scorer.ranks.device)
 
 
 def reduce_gradients(model: GPT, ranks: Ranks) -> None:
-    """Sums the gradients of all ranks, in place; those of the first TTT_FREEZE_BLOCKS layers are 0.
+    """Sums the gradients over the ranks, in place, and zeroes the first TTT_FREEZE_BLOCKS layers'.
 
-    All ranks must call it. One that had no row adds zeros.
+    A rank without a row adds zeros. All ranks must call it.
     """
     cfg = model.cfg
     table = parameter_table(cfg)
@@ -5779,7 +5659,7 @@ def reduce_gradients(model: GPT, ranks: Ranks) -> None:
             p.grad = torch.zeros_like(p)
         role = table[name]
         if role.per_layer:
-            by_layer = p.grad.unflatten(0, (role.halves, cfg.num_layers))
+            by_layer = p.grad.unflatten(0, (role.stacks, cfg.num_layers))
             by_layer[:, : cfg.ttt_freeze_blocks] = 0
         ranks.sum(p.grad)
 
@@ -5791,10 +5671,10 @@ def learn_weights(
     scorer: Scorer,
     index: np.ndarray,
 ) -> None:
-    """TTT_EPOCHS passes over the scored targets `index` (n,), in place on all weights.
+    """Updates all weights, in place, in TTT_EPOCHS passes over the scored targets `index` (n,).
 
-    A step takes TTT_BATCH_SEQS rows of EVAL_SEQ_LEN targets from each rank; a remainder that fills
-    no row is left out. All ranks must call it.
+    A step takes TTT_BATCH_SEQS rows of EVAL_SEQ_LEN targets from each rank. A remainder that does
+    not fill a row is left out. All ranks must call it.
     """
     cfg = scorer.cfg
     ranks = scorer.ranks
@@ -5806,9 +5686,9 @@ def learn_weights(
 
     model.requires_grad_(True)
     for step in steps * cfg.ttt_epochs:
-        mine = step[ranks.rank :: ranks.world_size].ravel()
-        if len(mine):
-            nats = forward(learning_row(scorer, mine), scorer.plan)
+        rank_index = step[ranks.rank :: ranks.world_size].ravel()
+        if len(rank_index):
+            nats = forward(learning_row(scorer, rank_index), scorer.plan)
             (nats.sum() / step.size).backward()
         reduce_gradients(model, ranks)
         torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.ttt_grad_clip or math.inf)
@@ -5818,31 +5698,28 @@ def learn_weights(
 
 
 # === 11. Run: its phases in order, each leaving a file ============================================
-# What reading a file may raise that no run has written: torch.load refuses it, or fields are
-# missing or of other types.
+# Errors from reading a file that no run of this program wrote.
 FOREIGN_FILE_ERRORS = (
     OSError,
     RuntimeError,
     KeyError,
     TypeError,
     AttributeError,
-    zlib.error,
     pickle.UnpicklingError,
 )
 
 
 def read_model_file(path: Path) -> dict[str, Any]:
-    """The fields of a checkpoint (with `weights`), or an artifact's header with its `streams`.
+    """The fields of a checkpoint, `weights` among them, or of an artifact's header, with `arrays`.
 
-    Executes nothing that it reads. Raises UsageError for a damaged artifact, and one of
-    FOREIGN_FILE_ERRORS for other files.
+    Raises UsageError for a damaged artifact, and one of FOREIGN_FILE_ERRORS for other files.
     """
     data = path.read_bytes()
     # A checkpoint is a zip file.
     if data[:2] == b"PK":
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    saved, saved["streams"] = open_artifact(data, path)
-    return saved
+    header, arrays = open_artifact(data, path)
+    return {**header, "arrays": arrays}
 
 
 def reasons_to_refuse(
@@ -5850,20 +5727,22 @@ def reasons_to_refuse(
 ) -> list[str]:
     """Why a model file cannot be used, a line for each reason; empty if it can.
 
-    name: of the file in messages. cfg: with the file's network; asked: as the environment has it.
+    name: stands for the file in messages. cfg: the config with the file's network. asked: the
+    config that the environment asks for.
     """
-    others = []
+    differences = []
     for field in NETWORK_FIELDS:
         value = getattr(cfg, field)
         if origin[field] == "env" and getattr(asked, field) != value:
-            others.append(f"{field.upper()}={value}")
-    if others:
-        return [f"{name}: was made with {', '.join(others)}"]
+            differences.append(f"{field.upper()}={value}")
+    if differences:
+        return [f"{name}: was made with {', '.join(differences)}"]
     if problems := cfg.problems():
         return problems
     if "weights" in saved:
         shapes = {n: tuple(w.shape) for n, w in saved["weights"].items()}
-        if shapes != {n: role.shape for n, role in parameter_table(cfg).items()}:
+        expected = {n: role.shape for n, role in parameter_table(cfg).items()}
+        if shapes != expected:
             return [f"{name}: was made with another network than its config says"]
     return []
 
@@ -5878,7 +5757,8 @@ def load_model_file(cfg: Config, origin: dict[str, str]) -> tuple[Config, dict[s
     name = f"EVAL_ONLY_PATH={cfg.eval_only_path}"
     try:
         saved = read_model_file(path)
-        if type(saved.get("looped", True)) is not bool or {"weights", "streams"} <= saved.keys():
+        has_both = "weights" in saved and "arrays" in saved
+        if has_both or type(saved.get("looped", True)) is not bool:
             raise TypeError("fields that no run writes")
         file_cfg = dataclasses.replace(cfg, **read_network_config(saved["config"]))
         reasons = reasons_to_refuse(name, file_cfg, cfg, origin, saved)
@@ -5893,66 +5773,62 @@ def load_model_file(cfg: Config, origin: dict[str, str]) -> tuple[Config, dict[s
 
 
 def configure_torch(cfg: Config) -> None:
-    """Sets how PyTorch draws random numbers, multiplies and compiles. It comes before the model."""
+    """Sets how PyTorch draws random numbers, multiplies and compiles, before there is a model."""
     torch.manual_seed(cfg.seed)
     torch.set_float32_matmul_precision("high" if cfg.compute_dtype == "bf16" else "highest")
     # Training, scoring and adaptation share GPT.forward, each with graphs of its own.
     torch._dynamo.config.recompile_limit = 64
-    # Whole numbers and floats are settings; only sizes vary.
+    # Integer and float arguments are settings that do not change; only sizes vary.
     torch._dynamo.config.specialize_int = True
     torch._dynamo.config.specialize_float = True
-    # A symbol for each size: in warm-up some are equal by chance.
+    # Every size gets a symbol of its own, though in warm-up some are equal by chance.
     torch.fx.experimental._config.use_duck_shape = False
 
 
 def compile_any_size(model: nn.Module) -> Callable:
     """The compiled forward of adaptation: one graph for all sizes."""
-    # With this reduction there would be a second graph, for few tokens.
-    options = {"triton.mix_order_reduction": False}
-    known = torch._inductor.list_options()
-    options = {name: value for name, value in options.items() if name in known}
+    options = {}
+    # With this reduction there would be a second graph, for few tokens. Older versions lack it.
+    if "triton.mix_order_reduction" in torch._inductor.list_options():
+        options["triton.mix_order_reduction"] = False
     return torch.compile(model, fullgraph=True, dynamic=True, options=options)
 
 
 class Phase(NamedTuple):
-    """A phase of a run that is over.
-
-    budget: which one it counts against (train, eval or none). seconds: without those of phases
-    within it.
-    """
+    """A phase of a run that is over."""
 
     name: str
+    # "train" or "eval", the budget that it counts against, or "none".
     budget: str
+    # Without the seconds of the phases within it.
     seconds: float
 
 
 class Stage(enum.IntEnum):
-    """The last stage of a run that has left a file.
+    """How far a run has come."""
 
-    NOTHING: neither of the files below, though there may be a checkpoint of the training. TRAINED:
-    the exported weights. PACKED: the artifact.
-    """
-
+    # Training has not ended.
     NOTHING = 0
+    # There are the exported weights, final_model.pt.
     TRAINED = 1
+    # There is the artifact.
     PACKED = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """What a run starts from: nothing, its own newest checkpoint, or the file of EVAL_ONLY_PATH.
-
-    from_file: whether it is that file. weights: the exported ones; None before the end of training,
-    and for an artifact. looped: whether the layers were looped when training ended; None if
-    unknown. training: state, optimisers and random state, if the checkpoint was saved within the
-    training. tokenizer_sha256: of the tokenizer that the file was made with; empty if unknown.
-    """
+    """What a run starts from: nothing, its own newest checkpoint, or the file of EVAL_ONLY_PATH."""
 
     stage: Stage = Stage.NOTHING
+    # Whether it is the file of EVAL_ONLY_PATH.
     from_file: bool = False
+    # The exported weights; None before the end of training, and for an artifact.
     weights: dict[str, Tensor] | None = None
+    # Whether the layers were looped when training ended; None if unknown.
     looped: bool | None = None
+    # What Trainer.save_checkpoint saved, if the checkpoint was made during training.
     training: dict[str, Any] | None = None
+    # The hash of the tokenizer that the file was made with; empty if unknown.
     tokenizer_sha256: str = ""
 
     @property
@@ -5964,7 +5840,7 @@ class Start:
     def from_model_file(cls, saved: dict[str, Any]) -> Start:
         """From the fields that `load_model_file` returns."""
         return cls(
-            stage=Stage.PACKED if "streams" in saved else Stage.TRAINED,
+            stage=Stage.PACKED if "arrays" in saved else Stage.TRAINED,
             from_file=True,
             weights=saved.get("weights"),
             looped=saved.get("looped"),
@@ -5973,9 +5849,10 @@ class Start:
 
 
 def read_checkpoint(path: Path, made_with: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    """A checkpoint of `Run.save_checkpoint`, and why it is refused, empty if it is not.
+    """The contents of a checkpoint of `Run.save_checkpoint`, and the reason to refuse it.
 
-    It is refused if it is damaged or was made with other values than `made_with`.
+    It is refused if it is damaged or was made with other values than `made_with`; otherwise the
+    reason is empty.
     """
     data = path.read_bytes()
     checksum = data[:32]
@@ -5983,11 +5860,11 @@ def read_checkpoint(path: Path, made_with: dict[str, Any]) -> tuple[dict[str, An
     if hashlib.sha256(body).digest() != checksum:
         return {}, "damaged"
     saved = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
-    others = []
+    differences = []
     for key, value in saved["made_with"].items():
         if made_with.get(key, value) != value:
-            others.append(f"made with {key}={value}")
-    return saved, ", ".join(others)
+            differences.append(f"made with {key}={value}")
+    return saved, ", ".join(differences)
 
 
 def has_final_line(log: Path) -> bool:
@@ -5995,13 +5872,23 @@ def has_final_line(log: Path) -> bool:
     return log.exists() and re.search(rb"^final .*\n", log.read_bytes(), re.M) is not None
 
 
+# The labels of scores in the log, as PR #1530's script has them, by the keys of the final line. The
+# last one also stands for learning by chunks (TTT_MODE=chunk), which has no adapters.
+SCORE_LABELS = {
+    "pre_quantization": "diagnostic pre-quantization post-ema",
+    "quantized": "diagnostic quantized",
+    "quantized_sliding_window": "diagnostic quantized_sliding_window",
+    "quantized_ttt_lora": "quantized_ttt_lora",
+}
+
+
 class Run:
     """One run on one rank, from its data to its report.
 
     The constructor checks everything that can be wrong and opens the data; `go` goes through the
     phases. All ranks must call the same methods in the same order. `open_data` sets streams,
-    tokenizer, docs, table (bytes of tokens) and decoded; `build_model` sets model, forwards and
-    optimizers.
+    tokenizer, docs, table (bytes of each token) and decoded (bytes of the documents, decoded);
+    `build_model` sets model, forwards and optimizers.
     """
 
     def __init__(self, cfg: Config, origin: dict[str, str], ranks: Ranks):
@@ -6015,13 +5902,13 @@ class Run:
         # The figures of the final line, and the phases that are over.
         self.final: dict[str, Any] = {}
         self.phases: list[Phase] = []
-        # Seconds that do not count for the phase that is running.
+        # Seconds that do not count against the phase that is running.
         self.excluded_seconds = 0.0
         # CUDA graphs of the training, by plan.
         self.graphs: dict[tuple[Visit, ...], Callable] = {}
         self.tuner = TileTuner()
         use_tuner(self.tuner)
-        with self.phase("check", "none"):
+        with self.phase("check", budget="none"):
             lines = self.check_together(origin)
 
         cfg = self.cfg
@@ -6096,7 +5983,7 @@ class Run:
         Sets `decoded` to the bytes of this rank's part of the documents, counted by decoding them.
         """
         cfg, ranks = self.cfg, self.ranks
-        # Shards come before the tokenizer: without data, that is what the user must hear of.
+        # Shards come before the tokenizer: if all data is missing, the message should say so.
         splits = ["val"] if self.start.is_artifact else ["val", "train"]
         self.streams = {split: TokenStream(cfg.dataset_dir, split) for split in splits}
         self.tokenizer = Tokenizer.load(cfg)
@@ -6151,10 +6038,7 @@ class Run:
 
     # --- Checkpoints ---
     def checkpoint_identity(self) -> dict[str, Any]:
-        """What a checkpoint must have been made with so that the run may go on from it.
-
-        These are code and data, and all settings that change results.
-        """
+        """Code, data and all settings that change results: a checkpoint must agree with them."""
         identity = {}
         for field, value in dataclasses.asdict(self.cfg).items():
             if field not in FREE_FIELDS:
@@ -6178,7 +6062,7 @@ class Run:
                 refusals = [f"RUN_ID={self.cfg.run_id}: {log} has its result already"]
             elif self.cfg.checkpoint_every:
                 newest, refusals = self.find_checkpoint()
-        # Nodes may not share folders.
+        # Only rank 0 reads files: nodes may not share folders.
         newest, lines = self.ranks.gather((newest, refusals))[0]
         if lines and not newest:
             raise UsageError("\n".join(lines))
@@ -6191,7 +6075,7 @@ class Run:
             self.phases += [Phase(*phase) for phase in newest["phases"]]
             lines.append(f"resumed: from checkpoint {self.checkpoint_number}")
         elif self.ranks.is_main and log.exists():
-            # It is the log of a run that did not end.
+            # A run of this name did not reach its end.
             log.replace(f"{log}.old")
         return lines
 
@@ -6215,8 +6099,24 @@ class Run:
     def save_checkpoint(self, stage: Stage, **contents: Any) -> None:
         """Saves what the run needs to go on from `stage`, if CHECKPOINT_EVERY is set.
 
-        contents: the other fields of `Start`. The folder holds two checkpoints; this one replaces
-        the older. All ranks must call it.
+        The folder holds two checkpoints, and this one replaces the older. The file is a SHA-256 of
+        32 bytes, then a dict saved by torch:
+
+            number      of the checkpoint in this run, from 0
+            made_with   code, data and settings, see `checkpoint_identity`
+            start       fields of `Start`: `stage` and `contents`
+            phases      those that are over and count against a budget
+            final       the figures so far
+
+        The contents by stage:
+
+            NOTHING     training: state (the fields of TrainState; the position in the data is its
+                        `tokens`), optimizers (Optimizers.state_dict, weights and average included)
+                        and random (PyTorch's random state)
+            TRAINED     weights (those exported) and looped
+            PACKED      weights (after PRUNE_FRAC) and looped; the artifact is a file of its own
+
+        All ranks must call it.
         """
         if not self.cfg.checkpoint_every:
             return
@@ -6229,9 +6129,7 @@ class Run:
                 "phases": [tuple(phase) for phase in self.phases if phase.budget != "none"],
                 "final": self.final,
             }
-            buffer = io.BytesIO()
-            torch.save(saved, buffer)
-            body = buffer.getvalue()
+            body = torch_bytes(saved)
             path = self.folder / f"checkpoint.{self.checkpoint_number % 2}.pt"
             write_atomic(path, hashlib.sha256(body).digest() + body)
 
@@ -6247,16 +6145,15 @@ class Run:
             "tokenizer": self.tokenizer.sha256,
             "weights": {key: value.detach().cpu() for key, value in weights.items()},
         }
-        buffer = io.BytesIO()
-        torch.save(saved, buffer)
         if self.ranks.is_main:
-            write_atomic(self.folder / name, buffer.getvalue())
-        self.log(f"Serialized model: {buffer.tell()} bytes in {self.folder / name}")
+            data = torch_bytes(saved)
+            write_atomic(self.folder / name, data)
+            self.log(f"Serialized model: {len(data)} bytes in {self.folder / name}")
 
     # --- The phases ---
     @contextlib.contextmanager
     def phase(self, name: str, budget: str) -> Iterator[None]:
-        """Times its body as a phase that counts against `budget` (train, eval or none)."""
+        """Times its body as a phase. budget: "train", "eval" or, off both budgets, "none"."""
         outer_excluded = self.excluded_seconds
         self.excluded_seconds = 0.0
         start = self.ranks.now()
@@ -6273,7 +6170,7 @@ class Run:
         start = self.start
         configure_torch(self.cfg)
         self.build_model()
-        with self.phase("warm-up", "none"):
+        with self.phase("warm-up", budget="none"):
             reserve = self.warm_up(self.plan)
 
         if start.weights is not None:
@@ -6285,10 +6182,11 @@ class Run:
         if start.stage < Stage.PACKED:
             self.compress(path)
         if start.is_artifact:
+            # The check has read this file already, so that a damaged one ends the run before its
+            # warm-up. It is read again below, because the file of rank 0 counts for all ranks.
             path = Path(self.cfg.eval_only_path)
         else:
-            label = "diagnostic pre-quantization post-ema"
-            self.run_evaluation(label, "none", self.evaluate)
+            self.run_evaluation("pre_quantization", self.evaluate, budget="none")
 
         self.load_artifact_file(path)
         self.evaluate_artifact()
@@ -6313,7 +6211,7 @@ class Run:
 
     def run_training(self, reserve: float) -> None:
         """Trains, keeping `reserve` seconds of the budget for compression."""
-        with self.phase("train", "train"):
+        with self.phase("train", budget="train"):
             self.looped = train(self, reserve)
         weights = self.model.state_dict()
         self.save_checkpoint(Stage.TRAINED, weights=weights, looped=self.looped)
@@ -6341,8 +6239,8 @@ class Run:
                 self.warm_up_evaluation(plans)
 
         # sdpa asks the host for the documents' lengths, which a CUDA graph cannot.
-        on_cuda = ranks.device.type == "cuda" and self.backend != "sdpa"
-        if trains and cfg.cuda_graph and on_cuda:
+        can_capture = ranks.device.type == "cuda" and self.backend != "sdpa"
+        if trains and cfg.cuda_graph and can_capture:
             self.capture_training(plans, row)
         # From here on, compilations are counted and no tile is timed any more.
         self.sentinel = CompilationCounter(self.log)
@@ -6369,7 +6267,7 @@ class Run:
         They include a second, and a quarter of the rest, as a margin.
         """
         cfg, ranks = self.cfg, self.ranks
-        # The first time compiles, the second is what counts.
+        # The first time compiles; the second is measured.
         for _ in range(2):
             start = ranks.now()
             calibration = self.calibrate(plan, [row])
@@ -6379,19 +6277,20 @@ class Run:
             end = ranks.now()
         rows_per_rank = math.ceil(cfg.gptq_calibration_batches / ranks.world_size)
         # Fitting the artifact to a limit that binds has taken up to four rounds.
-        rounds = 4 if 0 < cfg.artifact_limit_bytes < 1.2 * solver.finest else 1
+        rounds = 4 if 0 < cfg.artifact_limit_bytes < 1.2 * solver.finest_bytes else 1
         seconds = rows_per_rank * (calibrated - start) + rounds * (end - calibrated)
         return 1.0 + 1.25 * seconds
 
     def warm_up_evaluation(self, plans: list[tuple[Visit, ...]]) -> None:
         """Compiles the graphs of scoring and adaptation, on documents of random tokens.
 
-        Each document is longer than a window, so that windows of every length occur. plans: those
-        of the training, the last one being that of the evaluation.
+        Each document is longer than a window, so that windows of every length occur. plans: the
+        orders of layers in training; the last one also serves the evaluation.
         """
         cfg, ranks = self.cfg, self.ranks
         length = cfg.ttt_eval_seq_len + cfg.ttt_chunk_size
-        starts = np.arange(0, max(2 * cfg.ttt_chunk_tokens, cfg.val_row_shape[0]), length)
+        least = max(2 * cfg.ttt_chunk_tokens, cfg.val_row_shape.tokens)
+        starts = np.arange(0, least, length)
         rng = np.random.default_rng(0)
         tokens = rng.integers(0, cfg.vocab_size, length * len(starts) + 1)
         docs = Documents(tokens, starts, np.full(len(starts), length))
@@ -6451,7 +6350,7 @@ class Run:
     ) -> tuple[dict | None, dict | None]:
         """Hessians of the matrices and sensitivities of the loss, from rows of training text.
 
-        Each is None where QUANTIZER does without it. All ranks must call it.
+        What QUANTIZER does not use is None. All ranks must call it.
         """
         cfg, model, ranks = self.cfg, self.model, self.ranks
         hessians = None
@@ -6467,7 +6366,7 @@ class Run:
         cfg, model, ranks = self.cfg, self.model, self.ranks
         # Only a run that trains is held to the budget of training.
         budget = "none" if self.start.from_file else "train"
-        with self.phase("calibrate", budget):
+        with self.phase("calibrate", budget=budget):
             loader = PackedLoader(self.streams["train"], self.tokenizer.bos_id, cfg, ranks)
             rows, _ = loader.rows(0 if cfg.no_hessians else cfg.gptq_calibration_batches)
             calibration = self.calibrate(self.plan, rows)
@@ -6476,11 +6375,11 @@ class Run:
             f"GPTQ:collected {len(hessians or ())} Hessians "
             f"for {len(quantised_matrices(cfg))} matrices"
         )
-        with self.phase("quantise", budget):
+        with self.phase("quantise", budget=budget):
             if cfg.prune_frac:
                 prune(model)
             solver = Quantizer(model, *calibration, ranks)
-        with self.phase("pack", budget):
+        with self.phase("pack", budget=budget):
             meta = {"looped": self.looped, "tokenizer": self.tokenizer.sha256}
             data = fit_artifact(solver, model, meta, self.log)
             if ranks.is_main:
@@ -6492,8 +6391,8 @@ class Run:
 
         Rank 0's file counts. All ranks must call it. Raises UsageError if the file is damaged.
         """
-        # Nodes may not share folders.
-        data = self.ranks.gather(path.read_bytes() if self.ranks.is_main else None)[0]
+        own_data = path.read_bytes() if self.ranks.is_main else None
+        data = self.ranks.gather(own_data)[0]
         header, arrays = open_artifact(data, path)
         load_artifact(self.model, arrays)
         entropy_bytes = int(code_entropy_bytes(arrays.codes.values()))
@@ -6529,7 +6428,7 @@ class Run:
 
         With stride 0 windows follow one another. plan, docs and ranks: those of the run if None.
         """
-        # As in evaluate_ttt, so that scoring in there, after the deadline, needs no new graph.
+        # evaluate_ttt does the same. So its scoring after the deadline needs no new graph.
         self.model.requires_grad_(False)
         ledger = score_all(self.scorer(plan or self.plan, docs, ranks), stride)
         self.model.requires_grad_(True)
@@ -6552,23 +6451,25 @@ class Run:
         """Runs the evaluations of the artifact that the settings ask for, with one deadline."""
         cfg = self.cfg
         deadline = Deadline(cfg.eval_deadline_seconds)
-        self.run_evaluation("diagnostic quantized", "eval", self.evaluate)
+        self.run_evaluation("quantized", self.evaluate)
         seconds = self.phases[-1].seconds
         deadline.seconds_per_target = seconds * self.ranks.world_size / self.docs.counts.sum()
 
         if cfg.sliding_window_enabled:
             sliding = partial(self.evaluate, cfg.eval_stride)
-            self.run_evaluation("diagnostic quantized_sliding_window", "eval", sliding)
+            self.run_evaluation("quantized_sliding_window", sliding)
         if cfg.ttt_enabled:
-            self.run_evaluation("quantized_ttt_lora", "eval", partial(self.adapt, deadline))
+            self.run_evaluation("quantized_ttt_lora", partial(self.adapt, deadline))
 
-    def run_evaluation(self, label: str, budget: str, evaluation: Callable[[], Ledger]) -> None:
+    def run_evaluation(
+        self, key: str, evaluation: Callable[[], Ledger], budget: str = "eval"
+    ) -> None:
         """Times an evaluation as a phase, checks what it scored, logs and saves the result.
 
-        label: in the field's template of log lines. Raises InvalidScore if a rule was broken.
+        key: one of SCORE_LABELS. Raises InvalidScore if a rule was broken.
         """
-        key = label.removeprefix("diagnostic ").split()[0].replace("-", "_")
-        with self.phase(f"score {key}", budget):
+        label = SCORE_LABELS[key]
+        with self.phase(f"score {key}", budget=budget):
             ledger = evaluation()
         compilations = self.ranks.gather(self.sentinel.poll())
         self.check_recompilations(sum(compilations))
@@ -6580,7 +6481,7 @@ class Run:
         self.log(f"{label} val_loss:{loss:.8f} val_bpb:{bpb:.8f} eval_time:{time_ms:.0f}ms")
         self.log.scalars(self.final.get("steps", 0), {f"val_bpb/{key}": bpb})
         if count := ledger.num_not_learnt_from:
-            self.log(f"deadline: {count} of them scored without learning from them")
+            self.log(f"deadline: {count} documents or chunks were scored but not learnt from")
         self.final[f"{key}_loss"] = loss
         self.final[f"{key}_bpb"] = bpb
         self.final["val_loss"] = loss
@@ -6593,23 +6494,22 @@ class Run:
     def broken_rules(self, ledger: Ledger) -> list[str]:
         """Why an evaluation has no score; empty if it has one.
 
-        Either the ledger found a rule broken, or the documents are not those of the field's data
-        set.
+        Either the ledger found a rule broken, or a data set with the name of one of the challenge's
+        holds other documents than that.
         """
         problems = ledger.problems(self.decoded)
-        if problems:
+        known = CANONICAL.get(self.cfg.dataset_dir.name)
+        if problems or known is None or self.cfg.val_doc_fraction < 1:
             return problems
-        held = len(self.docs.starts), self.streams["val"].size, self.decoded
-        known = held
-        if self.cfg.val_doc_fraction == 1:
-            known = CANONICAL.get(self.cfg.dataset_dir.name, held)
+        held = (len(self.docs.starts), self.streams["val"].size, self.decoded)
         for number, wanted in zip(held, known, strict=True):
-            # 0 is a number that is not known; a ten-thousandth may differ.
+            # 0 stands for a number that is not known. The others may be off by a ten-thousandth.
             if wanted and abs(number - wanted) > 1e-4 * wanted:
-                return [
-                    f"(documents, tokens, bytes) are {held}, in the field's data set {tuple(known)}"
-                ]
-        return []
+                problems.append(
+                    f"(documents, tokens, bytes) are {held}, the challenge's are {tuple(known)}"
+                )
+                break
+        return problems
 
     def save_scores(self, ledger: Ledger) -> None:
         """Saves all figures so far, and the newest evaluation's nats and bytes of each document."""
@@ -6628,7 +6528,7 @@ class Run:
             self.final["peak_memory_mib"] = torch.cuda.max_memory_allocated() >> 20
             self.log(f"peak memory allocated: {self.final['peak_memory_mib']} MiB")
 
-        # A phase may have come often.
+        # The line has the sum of all phases of one name, for instance of all validations.
         seconds = {}
         for phase in self.phases:
             seconds[phase.name] = seconds.get(phase.name, 0) + phase.seconds
@@ -6642,7 +6542,7 @@ class Run:
         self.log(f"{'phase':<34}{'seconds':>9}  counts against")
         for name, budget, seconds in self.phases:
             self.log(f"{name:<34}{seconds:>9.1f}  {budget}")
-        limits = {"train": self.cfg.max_wallclock_seconds, "eval": 600.0}
+        limits = {"train": self.cfg.max_wallclock_seconds, "eval": EVAL_LIMIT_SECONDS}
         for budget, limit in limits.items():
             spent = sum(phase.seconds for phase in self.phases if phase.budget == budget)
             over = ", OVER" if 0 < limit < spent else ""
@@ -6657,14 +6557,20 @@ class Run:
 
 
 # === 12. Kernels: MLP, cross-entropy, norm and RoPE, XSA, each beside a plain reference ===
-# What all kernels share comes first. Each kernel then has a part of its own, in one order: formula
-# and source, reference forward and backward, Triton kernel, launcher, operator of torch.library,
-# autograd function, public function.
+#
+# After what all kernels share, each has its sub-section, in one order: formula and source,
+# reference forward and backward, Triton kernel, launcher, operator of torch.library, autograd
+# function, public function.
+
 
 # --- Shared by all kernels: choice of tiles, operators, launches over heads -----------------------
-HEAD_TILES = [(32, 8), (32, 4), (16, 4), (64, 8)]  # heads of a program, warps
+#
+# A program is one of the instances of a kernel that run side by side; a tile is the share of the
+# work that a program does at once.
+
+HEAD_TILES = [(32, 8), (32, 4), (16, 4), (64, 8)]  # heads per program, warps
 TILES = {
-    "mlp_up": [(128, 256, 64), (128, 128, 64)],  # tokens, hidden units, terms of the sum at once
+    "mlp_up": [(128, 256, 64), (128, 128, 64)],  # tokens, hidden units, terms of each sum at once
     "mlp_dpre": [(128, 256, 64), (128, 128, 64)],
     "ce": [(8192, 16), (8192, 8), (4096, 8), (1024, 4)],  # columns at once, warps
     "qk": HEAD_TILES,
@@ -6682,7 +6588,7 @@ class TileTuner:
     compiled kernels, so that a machine measures each shape once and all its ranks use one tile.
     """
 
-    MIN_ROWS = 2**14  # fewer do not fill a GPU, so the first tile of the table serves
+    MIN_ROWS = 2**14  # fewer do not fill a GPU; they take the first tile of the table
 
     def __init__(self) -> None:
         self.may_measure = True
@@ -6703,7 +6609,7 @@ class TileTuner:
     def load_or_measure(
         self, key: tuple, tiles: list[tuple], launch: Callable[[tuple], None]
     ) -> tuple:
-        """The tile that is kept on disk for `key`; measured and saved if there is none yet."""
+        """The tile that is saved on disk for `key`; measured and saved if there is none yet."""
         identity = str((key, tiles, torch.cuda.get_device_name(), triton.__version__))
         digest = hashlib.sha256(identity.encode()).hexdigest()[:32]
         path = Path(triton.knobs.cache.dir) / f"tile-{digest}.json"
@@ -6726,8 +6632,8 @@ class TileTuner:
 
 
 # The tuner that launchers ask. An operator of torch.library takes only tensors and numbers, and its
-# backward may run on another thread, so neither an argument nor a context variable can bring the
-# run's tuner to a launcher: this one slot has to name it. A run installs its own.
+# backward may run on another thread. So neither an argument nor a context variable can bring the
+# run's tuner to a launcher; this global does. A run installs its own with use_tuner.
 active_tuner = TileTuner()
 
 
@@ -6735,6 +6641,14 @@ def use_tuner(tuner: TileTuner) -> None:
     """Makes all launchers of this process ask `tuner` from now on."""
     global active_tuner
     active_tuner = tuner
+
+
+def dense_heads(x: Tensor) -> Tensor:
+    """x (T, heads, D), copied unless each token's heads lie side by side without gaps.
+
+    The XSA kernels expect that, and PyTorch's attention on a CPU misreads a last axis with gaps.
+    """
+    return x if x.stride()[1:] == (x.size(2), 1) else x.contiguous()
 
 
 def define_operator(
@@ -6752,7 +6666,7 @@ def define_operator(
     """
 
     def on_gpu(x: Tensor, *args: Any) -> Any:
-        """Kernels sum in fp32, so fp64 takes the reference; so does an empty tensor."""
+        # Kernels sum in fp32, so fp64 takes the reference. So does an empty tensor.
         if triton is not None and x.element_size() <= 4 and x.numel() > 0:
             return launcher(x, *args)
         return reference(x, *args)
@@ -6774,11 +6688,11 @@ def heads_of_program(ROWS: tl.constexpr, COLS: tl.constexpr):
 def launch_heads(
     kernel: Any, table: str, arguments: list, rows: int, sizes: dict[str, Any], tile: tuple | None
 ) -> None:
-    """Launches kernel(*arguments, rows, **sizes, ...), in which each program has some of the heads.
+    """Launches kernel(*arguments, rows, **sizes, ...), whose programs share out the heads.
 
     arguments: tensors, None for one that is left out, and strides; the first gives the dtype.
-    rows: heads of D values in all; a program takes all columns of its heads at once.
-    tile: heads of a program and its warps, or None for the fastest of TILES[table].
+    rows: how many heads there are, of D values each; a program takes all columns of its heads.
+    tile: heads per program and warps, or None for the fastest of TILES[table].
     """
     columns = triton.next_power_of_2(sizes["D"])
 
@@ -6795,9 +6709,13 @@ def launch_heads(
 
 
 # --- Fused MLP ------------------------------------------------------------------------------------
+#
 # out = leaky_relu(x @ w_up.T)^2 @ w_down.T for x (T, C), w_up (F, C), w_down (C, F). From PR #1530,
-# after modded-nanogpt. Two products have the activation, or its derivative, as their epilogue. Both
-# are operators, computed by PyTorch or, on Hopper, by one Triton kernel.
+# after modded-nanogpt. An epilogue is what a kernel does with a product before it stores it. Here
+# one product has the activation as its epilogue, and one of the backward its derivative. Both are
+# operators, computed by PyTorch or, on Hopper, by one Triton kernel.
+
+
 def mlp_up_reference(x: Tensor, w_up: Tensor, slope: float = MLP_SLOPE) -> tuple[Tensor, Tensor]:
     """pre = x @ w_up.T and post = leaky_relu(pre)^2, both (T, F)."""
     pre = F.linear(x, w_up)
@@ -6871,11 +6789,12 @@ def launch_mlp(
     tile: tuple,
     slope: float = MLP_SLOPE,
 ) -> None:
-    """Fills `out`, and in the forward `pre`, with at most `programs` persistent programs.
+    """Fills `out`, and in the forward `pre`, with at most `programs` programs of many tiles each.
 
     T must not be 0; a new T compiles nothing. Descriptors are made for every call, because a cache
     of them would keep activations alive; a replayed CUDA graph makes none. Of 227 KB of shared
-    memory the forward takes 224 with its 4 stages, the backward with its staged `pre` 208 with 3.
+    memory the forward takes 224 KB with its 4 stages, the backward, which also stages `pre`, 208 KB
+    with 3.
     """
     bm, bn, bk = tile
     w_box = [bk, bn] if backward else [bn, bk]
@@ -6949,13 +6868,13 @@ mlp_dpre = define_operator("mlp_dpre", mlp_dpre_reference, mlp_dpre_cuda)
 
 
 class FusedMLP(torch.autograd.Function):
-    """The second product of the MLP. Its backward is that of the whole MLP, mlp_up included."""
+    """The second product of the MLP. Its backward is that of the whole MLP, with mlp_up."""
 
     @staticmethod
     def forward(
         ctx, x: Tensor, w_up: Tensor, w_down: Tensor, pre: Tensor, post: Tensor, slope: float
     ) -> Tensor:
-        """out (T, C). A frozen weight keeps neither its input nor the activation alive."""
+        """out (T, C). What only the gradient of a frozen weight would need is not saved."""
         _, need_up, need_down, *_ = ctx.needs_input_grad
         saved_x = x if need_up else None
         saved_post = post if need_down else None
@@ -6965,7 +6884,7 @@ class FusedMLP(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of x and both weights, each only where it is needed."""
+        """Gradients of x and both weights, None where not needed."""
         x, w_up, w_down, pre, post = ctx.saved_tensors
         need_x, need_up, need_down, *_ = ctx.needs_input_grad
         dpre = mlp_dpre(dy, w_down, pre, ctx.slope) if need_x or need_up else None
@@ -6987,17 +6906,20 @@ def fused_mlp(
 def plain_mlp(
     x: Tensor, w_up: Tensor, w_down: Tensor, slope: float = MLP_SLOPE
 ) -> tuple[Tensor, Tensor]:
-    """The same as fused_mlp, in separate operators with PyTorch's autograd."""
+    """fused_mlp in separate operators with PyTorch's autograd."""
     post = leaky_relu_sq(F.linear(x, w_up), slope)
     return F.linear(post, w_down), post
 
 
 # --- Head and softcapped cross-entropy ------------------------------------------------------------
-# Nats of the logits cap * tanh(z / cap), where z = x @ w.T (N, V). Everything behind the product is
+#
+# Nats of the logits cap * tanh(z / cap), where z = x @ w.T (N, V). Everything after the product is
 # fp32: the public script rounds logits to bf16, whose spacing at 16 to 32 is 0.125, which costs up
 # to 8e-4 nats a token. |logits| <= cap <= 75 bounds the sum of 65,536 exponentials, so no running
 # maximum is needed. The forward replaces z by d nats / d z. The incoming gradient then scales rows
 # of x and dx (N, C) instead of z, so the backward is two products and no other pass over z.
+
+
 def softcap_ce_reference(z: Tensor, targets: Tensor, cap: float, gradient: bool) -> Tensor:
     """Nats (N,) in fp32 or better, 0 where the target is -1.
 
@@ -7044,7 +6966,7 @@ def softcap(z, cap):
 def softcap_ce_kernel(
     z, targets, nats, cap, V: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """A program has one row. With V <= BLOCK, it reads it once and takes its exponentials once."""
+    """Nats of one row per program. With V <= BLOCK the program reads its row only once."""
     row = tl.program_id(0)
     cols = tl.arange(0, BLOCK)
     target = tl.load(targets + row)
@@ -7115,7 +7037,7 @@ def head_product(x: Tensor, w: Tensor, extra: Tensor | None) -> Tensor:
 
 
 class HeadLoss(torch.autograd.Function):
-    """head_loss where a gradient is needed: after the forward, z holds its own gradient."""
+    """head_loss where a gradient is needed. The forward leaves d nats / d z in z."""
 
     @staticmethod
     def forward(
@@ -7130,7 +7052,7 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of x, w and extra from that of the nats (N,), each only where it is needed."""
+        """Gradients of x, w and extra from that of the nats (N,), None where not needed."""
         x, w, dz = ctx.saved_tensors
         need_x, need_w, need_extra, *_ = ctx.needs_input_grad
         grad = grad.unsqueeze(1)  # (N, 1)
@@ -7158,9 +7080,13 @@ def head_loss(
 
 
 # --- Norm, RoPE and gain of queries and keys ------------------------------------------------------
+#
 # A row of qkv holds H + 2 Hkv heads of D values. q (T, H, D) = gain * rotate(rms_norm(q heads)),
-# k (T, Hkv, D) = rotate(rms_norm(k heads)), and v (T, Hkv, D) is a view of the row. The row must be
-# saved anyway, because v is a view of it; so the backward norms it again and saves nothing else.
+# k (T, Hkv, D) = rotate(rms_norm(k heads)), and v (T, Hkv, D) is a view of the row. Because of that
+# view the row stays in memory anyway. So the forward saves nothing else, and the backward norms
+# the heads again.
+
+
 def normed_heads(qkv: Tensor, gain: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
     """Heads of q and k (T, H + Hkv, D) in fp32 or better, their 1 / rms, and their gains.
 
@@ -7168,14 +7094,14 @@ def normed_heads(qkv: Tensor, gain: Tensor, head_dim: int) -> tuple[Tensor, Tens
     """
     wide = torch.promote_types(qkv.dtype, torch.float32)
     heads = qkv.unflatten(1, (-1, head_dim))  # (T, H + 2 Hkv, D)
-    num_qk = (heads.size(1) + len(gain)) // 2
+    num_qk = (heads.size(1) + len(gain)) // 2  # (H + 2 Hkv + H) / 2 = H + Hkv
     x = heads[:, :num_qk].to(wide)
     gains = F.pad(gain.to(wide), (0, num_qk - len(gain)), value=1.0).unsqueeze(1)
     return x, torch.rsqrt(x.square().mean(-1, keepdim=True) + NORM_EPS), gains
 
 
 def qk_rope_reference(qkv: Tensor, gain: Tensor, rope: Tensor, head_dim: int) -> Tensor:
-    """Heads of q, then of k (T, H + Hkv, D): normed, rotated, and those of q times their gain (H,).
+    """Heads of q, then of k (T, H + Hkv, D): normed, rotated, those of q times their gain (H,).
 
     rope: (T, 2, 1, half) fp32, cosines and sines of each token.
     """
@@ -7193,9 +7119,9 @@ def qk_rope_backward_reference(
     dv: Tensor,
     du: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of qkv and gain. du is the gradient of a second use of the values, if there is one.
+    """Gradients of qkv and gain. du: the gradient of a second use of the values, or None.
 
-    The gradients are rotated back first, so that nothing is divided by a gain, which may be 0.
+    dq and dk are rotated back to the normed heads, so nothing is divided by a gain, which may be 0.
     """
     x, rstd, gains = normed_heads(qkv, gain, dq.size(-1))
     cos, sin = rope.to(x.dtype).unbind(1)
@@ -7233,7 +7159,8 @@ def load_head(head, gain, h, col, is_qk, H: tl.constexpr, D: tl.constexpr, EPS: 
     return x, rstd, scale
 
 
-# Triton takes each pointer and each size as an argument of its own.
+# In both kernels r counts the heads of all tokens, and is head h of token t. Triton takes each
+# pointer and each size as a separate argument.
 # ruff: disable[PLR0913]
 @jit
 def qk_rope_kernel(
@@ -7285,7 +7212,7 @@ def qk_rope_backward_kernel(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """dqkv (T, H + 2 KV, D), and in dgain (T, H + 2 KV) fp32 what each head adds to its gradient.
+    """dqkv (T, H + 2 KV, D); and dgain (T, H + 2 KV) fp32, the gain's gradient from each head.
 
     du: the gradient of a second use of the values, or None.
     """
@@ -7369,13 +7296,13 @@ qk_rope_backward = define_operator(
 
 
 class NormRope(torch.autograd.Function):
-    """norm_rope in operators; the values are returned once for each of their uses."""
+    """norm_rope by operators; the values are returned once for each of their uses."""
 
     @staticmethod
     def forward(
         ctx, qkv: Tensor, gain: Tensor, rope: Tensor, head_dim: int, uses: int
     ) -> tuple[Tensor, ...]:
-        """q, k, and `uses` views of v, each of which has a gradient of its own."""
+        """q, k, and `uses` views of v, which get separate gradients."""
         ctx.save_for_backward(qkv, gain, rope)
         qk = qk_rope(qkv, gain, rope, head_dim)
         heads = qkv.unflatten(1, (-1, head_dim))  # (T, H + 2 Hkv, D)
@@ -7401,14 +7328,18 @@ def norm_rope(
     H = len(gain)
     qk = qk_rope_reference(qkv, gain, rope, head_dim)
     values = qkv.unflatten(1, (-1, head_dim))[:, qk.size(1) :]
-    return qk[:, :H], qk[:, H:], *[values] * uses
+    return qk[:, :H], qk[:, H:], *([values] * uses)
 
 
 # --- XSA ------------------------------------------------------------------------------------------
+#
 # From each head of y (T, H, D), its component along the token's own value v (T, Hkv, D) is removed:
-# y - (y . u) u with u = v / |v| (PR #1530). remove_own_value is the reference of the forward.
+# y - (y . u) u with u = v / |v| (PR #1530). The reference of the forward is remove_own_value in
+# section 4.
+
+
 def xsa_backward_reference(y: Tensor, v: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of y and v. A value of length 0 takes nothing away and has no gradient."""
+    """Gradients of y and v. A value of length 0 removes nothing, so its gradient is 0."""
     wide = torch.promote_types(y.dtype, torch.float32)
     KV = v.size(1)
     g = grad.to(wide).unflatten(1, (KV, -1))  # (T, Hkv, H / Hkv, D)
@@ -7428,7 +7359,7 @@ def xsa_backward_reference(y: Tensor, v: Tensor, grad: Tensor) -> tuple[Tensor, 
 
 @jit
 def load_unit_value(v, r, col, mask, stride, KV: tl.constexpr, D: tl.constexpr):
-    """Value head r over its length, in fp32, and the length. stride: values in a row of v."""
+    """Value head r divided by its length, in fp32, and the length. stride: of v's rows."""
     u = tl.load(v + r // KV * stride + r % KV * D + col, mask, other=0.0).to(tl.float32)
     length = tl.sqrt(tl.sum(u * u, 1, keep_dims=True))
     return u / tl.maximum(length, 1e-12), length
@@ -7448,7 +7379,7 @@ def xsa_kernel(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """out (T, H, D): y without its component along v. A row is a value head with G query heads."""
+    """out (T, H, D): y without its component along v. r is a value head with G query heads."""
     r, col = heads_of_program(ROWS, COLS)
     mask = (r < rows) & (col < D)
     u, _ = load_unit_value(v, r, col, mask, stride, KV, D)
@@ -7494,14 +7425,10 @@ def xsa_backward_kernel(
 # ruff: enable[PLR0913]
 
 
-def dense_heads(v: Tensor) -> Tensor:
-    """v (T, Hkv, D) with the heads of a token side by side; its rows may lie apart."""
-    return v if v.stride()[1:] == (v.size(2), 1) else v.contiguous()
-
-
 def xsa_cuda(y: Tensor, v: Tensor, tile: tuple | None = None) -> Tensor:
     """xsa on a GPU, with the fastest tile unless one is given."""
-    y, v = y.contiguous(), dense_heads(v)
+    y = y.contiguous()
+    v = dense_heads(v)
     T, KV, D = v.shape
     out = y.new_empty(y.shape)
     sizes = dict(G=y.size(1) // KV, KV=KV, D=D)
@@ -7513,7 +7440,9 @@ def xsa_backward_cuda(
     y: Tensor, v: Tensor, grad: Tensor, tile: tuple | None = None
 ) -> tuple[Tensor, Tensor]:
     """xsa_backward on a GPU, with the fastest tile unless one is given."""
-    y, v, grad = y.contiguous(), dense_heads(v), grad.contiguous()
+    y = y.contiguous()
+    v = dense_heads(v)
+    grad = grad.contiguous()
     T, KV, D = v.shape
     dy = y.new_empty(y.shape)
     dv = v.new_empty(v.shape)
@@ -7528,7 +7457,7 @@ xsa_backward = define_operator("xsa_backward", xsa_backward_reference, xsa_backw
 
 
 def save_xsa_inputs(ctx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-    """Keeps y and v for the backward."""
+    """Saves y and v for the backward."""
     ctx.save_for_backward(*inputs)
 
 
@@ -7541,29 +7470,34 @@ xsa.register_autograd(xsa_gradients, setup_context=save_xsa_inputs)
 
 
 # === 13. Attention backends ===
+#
 # Every backend has the signature of sdpa_varlen: q (T, H, D), k and v (T, Hkv, D), and cu_seqlens
 # int32 (capacity + 1,), the start offsets of a row's documents, filled up with T. max_seqlen is a
 # constant, so one graph serves all batches. A backend is causal within each document, and no token
-# may see another document: cu_seqlens is all that keeps documents apart, here and in every backend.
-# Queries may have cu_seqlens of their own: a document's are then its last positions, or none.
+# may see another document: only cu_seqlens separates documents, here and in every backend. The
+# queries have offsets too, cu_queries. If a document has fewer queries than keys, they are those
+# of its last positions; it may also have none.
 #
 # torch.compile must trace a backend without a break, and its outputs and gradients must be those of
-# masked SDPA: check_attention tries both. FA2, FA3 (from 2025-12) and torch's varlen are operators,
-# which can be traced. FA4 was none by 2026-08; it is refused until it is. SDPA becomes one here.
+# masked SDPA: check_attention tests both. torch.compile can trace operators, which FA2, FA3 (from
+# 2025-12) and torch's varlen are; SDPA becomes one here. FA4 was not an operator in 2026-08; it is
+# refused until it is one.
+
+
 class AttentionBackend(NamedTuple):
-    """Where the function of a backend is imported from."""
+    """The module and the name in it under which a backend's function is imported."""
 
     module: str
     function: str
 
 
-# By preference. sdpa is defined in this file and runs on any device in any float type.
+# The order is that of preference. sdpa is sdpa_varlen below, for any device and any float type.
 ATTENTION_BACKENDS = {
     "fa3": AttentionBackend("flash_attn_interface", "flash_attn_varlen_func"),
     "fa4": AttentionBackend("flash_attn.cute", "flash_attn_varlen_func"),
     "fa2": AttentionBackend("flash_attn", "flash_attn_varlen_func"),
     "torch": AttentionBackend("torch.nn.attention.varlen", "varlen_attn"),
-    "sdpa": AttentionBackend("", "sdpa_varlen"),
+    "sdpa": None,
 }
 # Largest relative error (a ratio of norms) of an output or gradient. fp32 may be computed as TF32.
 ATTENTION_TOLERANCE = {
@@ -7572,8 +7506,8 @@ ATTENTION_TOLERANCE = {
     torch.float32: 2e-3,
     torch.float64: 1e-5,
 }
-# A package is absent, its library does not load, it is another version, it refuses the dtype, the
-# head width or the GPU, or torch.compile has to break the graph.
+# Raised if a package is absent or of another version, if its library does not load, if it refuses
+# the dtype, the head width or the GPU, or if torch.compile has to break the graph.
 BACKEND_ERRORS = (
     ImportError,
     OSError,
@@ -7587,20 +7521,28 @@ BACKEND_ERRORS = (
 
 
 # --- SDPA over packed documents -------------------------------------------------------------------
+#
+# A segment is a document, or what a row holds of it.
+
+
 class EqualRun(NamedTuple):
-    """Neighbouring segments with equally many queries and equally many keys: a batch of them."""
+    """Neighbouring segments that form a batch: equally many queries, and equally many keys."""
 
     count: int  # segments
-    queries: slice  # their rows of q and of whatever has a row per query
+    queries: slice  # their rows of q, y and the logsumexp
     keys: slice  # their rows of k and v
 
     def query_batch(self, x: Tensor) -> Tensor:
-        """Rows of x (queries, heads, ...) as a view (count, heads, queries of a segment, ...)."""
+        """View (count, heads, queries per segment, ...) of the run's rows of x (n, heads, ...)."""
         return x[self.queries].unflatten(0, (self.count, -1)).transpose(1, 2)
 
     def key_batch(self, x: Tensor) -> Tensor:
-        """Rows of x (keys, heads, ...) as a view (count, heads, keys of a segment, ...)."""
+        """View (count, heads, keys per segment, ...) of the run's rows of x (T, heads, ...)."""
         return x[self.keys].unflatten(0, (self.count, -1)).transpose(1, 2)
+
+    def batches(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The run's batches of q, k and v, or of their gradients."""
+        return self.query_batch(q), self.key_batch(k), self.key_batch(v)
 
 
 def equal_runs(cu_queries: Tensor, cu_keys: Tensor, merge: bool) -> Iterator[EqualRun]:
@@ -7614,7 +7556,8 @@ def equal_runs(cu_queries: Tensor, cu_keys: Tensor, merge: bool) -> Iterator[Equ
         counted = [(pair, len(list(same))) for pair, same in groupby(lengths)]
     else:
         counted = [(pair, 1) for pair in lengths]
-    query_start = key_start = 0
+    query_start = 0
+    key_start = 0
     for (num_queries, num_keys), count in counted:
         queries = slice(query_start, query_start + count * num_queries)
         keys = slice(key_start, key_start + count * num_keys)
@@ -7624,10 +7567,11 @@ def equal_runs(cu_queries: Tensor, cu_keys: Tensor, merge: bool) -> Iterator[Equ
         key_start = keys.stop
 
 
-def check_segments(q: Tensor, k: Tensor, cu_queries: Tensor, cu_keys: Tensor, max_seqlen: int):
-    """Asserts that both offsets fit their tensors and that no segment is too long.
-
-    A segment may have at most as many queries as keys, because queries are its last positions.
+def check_segments(
+    q: Tensor, k: Tensor, cu_queries: Tensor, cu_keys: Tensor, max_seqlen: int
+) -> None:
+    """Asserts that both offsets fit their tensors, and that no segment is longer than max_seqlen
+    or has more queries than keys.
     """
     cu = torch.stack([cu_queries, cu_keys])
     lengths = cu.diff()
@@ -7640,34 +7584,30 @@ def check_segments(q: Tensor, k: Tensor, cu_queries: Tensor, cu_keys: Tensor, ma
 
 
 def causal_options(q: Tensor, k: Tensor) -> dict[str, Any]:
-    """Options of SDPA under which queries (..., n, D) are the last of the positions (..., m, D).
+    """Options of SDPA for queries (..., n, D) that are the last of the keys' positions (..., m, D).
 
-    is_causal would take them for the first positions, so it serves only where n = m.
+    is_causal would take them for the first positions, so it is right only for n = m.
     """
     n, m = q.size(-2), k.size(-2)
     if n == m:
         return {"is_causal": True, "attn_mask": None}
+    # -inf above the diagonal that ends at the last query and the last key.
     return {"is_causal": False, "attn_mask": q.new_full((n, m), -torch.inf).triu(1 + m - n)}
 
 
 def plain_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """SDPA of a batch: q (rows, heads, n, D), k and v (rows, Hkv, m, D)."""
+    """SDPA of a batch, causal: q (segments, H, n, D), k and v (segments, Hkv, m, D)."""
     return F.scaled_dot_product_attention(q, k, v, **causal_options(q, k), enable_gqa=True)
 
 
 def causal_gradients(grad: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-    """dq, dk and dv of plain_causal. Autograd is off inside an operator; torch.func is not."""
+    """dq, dk and dv of plain_causal. Inside an operator autograd is off, so torch.func does it."""
     _, gradients = torch.func.vjp(plain_causal, q, k, v)
     return gradients(grad)
 
 
-def dense_columns(x: Tensor) -> Tensor:
-    """x with a last dimension without gaps, because the CPU kernels misread any other."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def sdpa_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
-    """Empty y (T, H, D), and zeros for the logsumexp (H, T), which only a CPU uses."""
+    """Empty y (T, H, D), and zeros for the logsumexp (H, T), which only a CPU fills."""
     T, H, _ = q.shape
     lse = q.new_zeros((H, T), dtype=torch.promote_types(q.dtype, torch.float32))
     return q.new_empty(q.shape), lse
@@ -7677,19 +7617,17 @@ def sdpa_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
 def sdpa_varlen(
     q: Tensor, k: Tensor, v: Tensor, cu_queries: Tensor, cu_seqlens: Tensor, max_seqlen: int
 ) -> tuple[Tensor, Tensor]:
-    """y (T, H, D) and logsumexp (H, T), segment by segment.
+    """y (T, H, D) and logsumexp (H, T), run by run.
 
     On two cores, 16 x 512 bf16 tokens with H = 4 and D = 32 take 16 ms, and 35 ms in the backward.
     """
     check_segments(q, k, cu_queries, cu_seqlens, max_seqlen)
-    q, k, v = dense_columns(q), dense_columns(k), dense_columns(v)
+    q, k, v = (dense_heads(x) for x in (q, k, v))
     y, lse = sdpa_outputs(q)
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     # A GPU holds the (n, m) scores of a batch in memory, so it takes one segment at a time.
     for run in equal_runs(cu_queries, cu_seqlens, merge=q.is_cpu):
-        q_batch = run.query_batch(q)
-        k_batch = run.key_batch(k)
-        v_batch = run.key_batch(v)
+        q_batch, k_batch, v_batch = run.batches(q, k, v)
         if q.is_cpu:
             options = causal_options(q_batch, k_batch)
             y_batch, lse_batch = flash(q_batch, k_batch, v_batch, **options)
@@ -7711,8 +7649,8 @@ def sdpa_varlen_backward(
     cu_queries: Tensor,
     cu_seqlens: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk and dv from the gradient of y and what sdpa_varlen was given and returned."""
-    grad, q, k, v, y = (dense_columns(x) for x in (grad, q, k, v, y))
+    """dq, dk and dv from the gradient of y and from what sdpa_varlen was given and returned."""
+    grad, q, k, v, y = (dense_heads(x) for x in (grad, q, k, v, y))
     # Keys of segments without queries are never visited: their gradients are zero.
     dq = q.new_empty(q.shape)
     dk = k.new_zeros(k.shape)
@@ -7720,9 +7658,7 @@ def sdpa_varlen_backward(
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
     for run in equal_runs(cu_queries, cu_seqlens, merge=q.is_cpu):
         grad_batch = run.query_batch(grad)
-        q_batch = run.query_batch(q)
-        k_batch = run.key_batch(k)
-        v_batch = run.key_batch(v)
+        q_batch, k_batch, v_batch = run.batches(q, k, v)
         if q.is_cpu:
             results = run.query_batch(y), run.query_batch(lse.T)
             options = causal_options(q_batch, k_batch)
@@ -7731,10 +7667,8 @@ def sdpa_varlen_backward(
             )
         else:
             gradients = causal_gradients(grad_batch, q_batch, k_batch, v_batch)
-        dq_batch, dk_batch, dv_batch = gradients
-        run.query_batch(dq).copy_(dq_batch)
-        run.key_batch(dk).copy_(dk_batch)
-        run.key_batch(dv).copy_(dv_batch)
+        for view, gradient in zip(run.batches(dq, dk, dv), gradients, strict=True):
+            view.copy_(gradient)
     return dq, dk, dv
 
 
@@ -7742,7 +7676,7 @@ def sdpa_varlen_backward(
 def sdpa_varlen_fake(
     q: Tensor, k: Tensor, v: Tensor, cu_queries: Tensor, cu_seqlens: Tensor, max_seqlen: int
 ) -> tuple[Tensor, Tensor]:
-    """Outputs of sdpa_varlen while a graph is traced."""
+    """Outputs without values, while a graph is traced."""
     return sdpa_outputs(q)
 
 
@@ -7750,12 +7684,12 @@ def sdpa_varlen_fake(
 def sdpa_varlen_backward_fake(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *saved: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Outputs of sdpa_varlen_backward while a graph is traced."""
+    """Outputs without values, while a graph is traced."""
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def save_attention(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    """Keeps what sdpa_varlen_backward takes."""
+    """Saves what sdpa_varlen_backward needs."""
     q, k, v, cu_queries, cu_seqlens, _ = inputs
     y, lse = output
     ctx.save_for_backward(q, k, v, y, lse, cu_queries, cu_seqlens)
@@ -7770,7 +7704,7 @@ sdpa_varlen.register_autograd(attention_gradients, setup_context=save_attention)
 
 
 # --- Calling, checking and choosing a backend -----------------------------------------------------
-# The function of each backend that has been loaded in this process; check_attention adds to it.
+# The functions of the backends that have been loaded in this process; check_attention adds others.
 ATTENTION = {"sdpa": sdpa_varlen}
 
 
@@ -7783,10 +7717,9 @@ def attention(
     backend: str,
     cu_queries: Tensor | None = None,
 ) -> Tensor:
-    """y (T, H, D), causal within each document, with scale D ** -0.5.
+    """y, of the shape of q, by a loaded backend; scores are scaled by D ** -0.5.
 
-    Query head h reads key/value head h // (H // Hkv). With cu_queries, q holds the last positions
-    of each document only, and T is their number.
+    Query head h reads key/value head h // (H // Hkv). Without cu_queries all tokens are queries.
     """
     if cu_queries is None:
         cu_queries = cu_seqlens
@@ -7796,34 +7729,25 @@ def attention(
 
 
 def load_attention(backend: str) -> Callable[..., Tensor]:
-    """The function of a backend behind the signature of sdpa_varlen.
+    """The function of an imported backend, with the signature of sdpa_varlen.
 
     Raises one of BACKEND_ERRORS if it cannot be imported.
     """
-    if backend == "sdpa":
-        return sdpa_varlen
     module, name = ATTENTION_BACKENDS[backend]
     function = getattr(importlib.import_module(module), name)
     if backend == "torch":
         return adapt_torch_varlen(function)
 
     def flash(q, k, v, cu_queries, cu_seqlens, max_seqlen):
-        return function(
-            q,
-            k,
-            v,
-            cu_seqlens_q=cu_queries,
-            cu_seqlens_k=cu_seqlens,
-            max_seqlen_q=max_seqlen,
-            max_seqlen_k=max_seqlen,
-            causal=True,
-        )
+        offsets = {"cu_seqlens_q": cu_queries, "cu_seqlens_k": cu_seqlens}
+        lengths = {"max_seqlen_q": max_seqlen, "max_seqlen_k": max_seqlen}
+        return function(q, k, v, **offsets, **lengths, causal=True)
 
     return flash
 
 
 def adapt_torch_varlen(function: Callable) -> Callable[..., Tensor]:
-    """torch's varlen_attn behind the signature of sdpa_varlen, in every version that has it.
+    """torch's varlen_attn with the signature of sdpa_varlen, in every version of torch that has it.
 
     2.10 has `is_causal`, later ones a window. `enable_gqa` is required since 2.12, implied before.
     """
@@ -7842,25 +7766,16 @@ def adapt_torch_varlen(function: Callable) -> Callable[..., Tensor]:
     return varlen
 
 
-# The row on which backends are compared: documents of 1, 129 and 170 tokens, and padding. Its
-# queries are all tokens first; then the first document's, none of the second, the third's last 48.
+# The row on which backends are compared: documents of 1, 129 and 170 tokens, and padding. It is
+# tried twice: with all tokens as queries, then with the token of the first document, none of the
+# second, and the last 48 of the third.
 PROBE_CU_SEQLENS = [0, 1, 130, 300, 300, 300]
 PROBE_CU_QUERIES = [0, 1, 1, 49, 49, 49]
 PROBE_QUERIES = [0, *range(252, 300)]
 
 
-def attention_probe(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
-    """The gradient of y, and q, k, v, for the probe row; leaves the global random state alone."""
-    rng = torch.Generator(device).manual_seed(0)
-    grad, *inputs = (
-        torch.randn(300, heads, 64, generator=rng, device=device).to(dtype)
-        for heads in (4, 4, 2, 2)
-    )
-    return grad, inputs
-
-
 def reference_attention(grad: Tensor, inputs: list[Tensor]) -> list[Tensor]:
-    """y, dq, dk and dv of the probe in fp32 or better, for all queries and for few.
+    """y, dq, dk and dv of both tries in fp32 or better, from the gradient of y and q, k, v.
 
     It is one SDPA over the row with a mask of every pair that is causal and in one document.
     """
@@ -7880,8 +7795,12 @@ def reference_attention(grad: Tensor, inputs: list[Tensor]) -> list[Tensor]:
 
 
 def candidate_attention(backend: str, grad: Tensor, inputs: list[Tensor]) -> list[Tensor]:
-    """The same from a backend, compiled whole. Raises one of BACKEND_ERRORS if it cannot."""
-    ATTENTION[backend] = load_attention(backend)
+    """y, dq, dk and dv of both tries from a backend, compiled into one graph.
+
+    Raises one of BACKEND_ERRORS if it cannot.
+    """
+    if backend not in ATTENTION:
+        ATTENTION[backend] = load_attention(backend)
     compiled = torch.compile(attention, backend="aot_eager", fullgraph=True)
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
     q, k, v = leaves
@@ -7894,45 +7813,45 @@ def candidate_attention(backend: str, grad: Tensor, inputs: list[Tensor]) -> lis
     return results
 
 
-def largest_relative_error(results: list[Tensor], references: list[Tensor]) -> float:
-    """The largest |result - reference| / |reference| of the pairs; NaN if any is NaN."""
-    pairs = zip(results, references, strict=True)
-    errors = [(x - z).norm() / z.norm() for x, z in pairs]
-    return float(torch.stack(errors).max().detach())
-
-
 def check_attention(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     """Why to refuse a backend, in one line; empty if it compiles whole and its numbers are SDPA's.
 
-    Compared are y, dq, dk and dv, once with all queries and once with the last ones of documents.
+    The numbers are y, dq, dk and dv of both tries. The global random state is left alone.
     """
-    grad, inputs = attention_probe(device, dtype)
+    rng = torch.Generator(device).manual_seed(0)
+    grad, *inputs = (
+        torch.randn(300, heads, 64, generator=rng, device=device).to(dtype)
+        for heads in (4, 4, 2, 2)
+    )
     references = reference_attention(grad, inputs)
     try:
         results = candidate_attention(backend, grad, inputs)
     except BACKEND_ERRORS as failure:
         message = str(failure).strip() or repr(failure)
         return message.splitlines()[0][:200]
-    error = largest_relative_error(results, references)
-    if error <= ATTENTION_TOLERANCE[dtype]:  # false for NaN
+    pairs = zip(results, references, strict=True)
+    errors = torch.stack([(x - z).norm() / z.norm() for x, z in pairs])
+    largest = float(errors.max().detach())
+    if largest <= ATTENTION_TOLERANCE[dtype]:  # false for NaN
         return ""
-    return f"relative error {error:.1e} against masked SDPA"
+    return f"relative error {largest:.1e} against masked SDPA"
 
 
 def choose_attention(
     requested: str, device: torch.device, dtype: torch.dtype
 ) -> tuple[str, list[str]]:
-    """A backend for `attention`, and lines for the log about it and about those refused before it.
+    """A backend for `attention`, and lines for the log: those refused, then the one chosen.
 
-    "auto" takes the first of ATTENTION_BACKENDS that passes check_attention. Raises UsageError,
-    which names those that would work, if there is none.
+    "auto" takes the first of ATTENTION_BACKENDS that passes check_attention. If the one requested,
+    or all, are refused, raises UsageError, which names the others that would work.
     """
     if requested == "auto" and device.type == "cpu":
         return "sdpa", ["attention_backend:sdpa (the others need a GPU)"]
 
     if requested == "auto":
         candidates = list(ATTENTION_BACKENDS)
-        # On a GPU sdpa loops over documents, seconds a step in bf16: there only by name.
+        # On a GPU sdpa loops over documents, which takes seconds per training step. Bf16 has faster
+        # backends, so sdpa is used only if asked for by name; other types often have no other.
         if dtype == torch.bfloat16:
             candidates.remove("sdpa")
     else:
@@ -7955,20 +7874,23 @@ def choose_attention(
 
 
 # === 14. Command line =============================================================================
-def exit_status(error: BaseException) -> int:
-    """The exit status for an error that ends the program in one line."""
-    if isinstance(error, UsageError):
-        return 2
-    if isinstance(error, RunStopped):
-        return 3
+def message_and_status(error: BaseException) -> tuple[str, int]:
+    """The line for the user and the exit status, for an error that ends the program in one line."""
     if isinstance(error, KeyboardInterrupt):
-        return error.args[-1]
-    return 1
+        # raise_stopped gives both. Python's own, from before the handlers are set, has neither.
+        return error.args or ("SIGINT: the run is stopped", 128 + signal.SIGINT)
+    status = 1
+    if isinstance(error, UsageError):
+        status = 2
+    elif isinstance(error, RunStopped):
+        status = 3
+    return str(error), status
 
 
 def is_lost_peer(error: RuntimeError) -> bool:
     """Whether a collective failed because another rank has gone."""
-    return dist.is_initialized() and "onnection" in str(error)
+    # gloo writes "Connection", NCCL "connection".
+    return dist.is_initialized() and "connection" in str(error).lower()
 
 
 def complain(message: str) -> None:
@@ -7982,11 +7904,12 @@ def main(argv: list[str]) -> int:
     0: done. 1: the run failed. 2: wrong configuration or data. 3: stopped by a limit that the user
     has set. 128 + n: stopped by signal n, as a shell has it.
     """
-    # Whether all ranks end alike, here.
+    # Whether every rank is on its way to this same end.
     ends_together = False
     try:
         if argv == ["--knobs"]:
-            # A pipe that closes early, as that to `head`, ends the program in silence.
+            # A pipe that closes early, as that to `head`, ends the program in silence. Windows has
+            # no SIGPIPE; there the default of SIGTERM is set again, which changes nothing.
             signal.signal(getattr(signal, "SIGPIPE", signal.SIGTERM), signal.SIG_DFL)
             print_knobs()
             return 0
@@ -8000,18 +7923,19 @@ def main(argv: list[str]) -> int:
         ends_together = True
     except (UsageError, RunStopped, KeyboardInterrupt, FloatingPointError, InvalidScore) as error:
         ends_together = isinstance(error, (UsageError, RunStopped, InvalidScore))
-        # Rank 0 speaks for all, but for a matrix that only its owner has seen.
+        message, status = message_and_status(error)
+        # Rank 0 speaks for all. But a bad matrix is known only to the rank that quantises it.
         if isinstance(error, BadMatrix) or os.environ.get("RANK", "0") == "0":
-            complain(error.args[0])
-        return exit_status(error)
+            complain(message)
+        return status
     except RuntimeError as error:
         if not is_lost_peer(error):
             raise
         complain(f"rank {dist.get_rank()} lost a peer: {str(error).splitlines()[0]}")
         return 1
     finally:
-        # NCCL waits for all ranks when it is ended. A rank that fails by itself would hang, its
-        # traceback unseen.
+        # NCCL waits for all ranks when its group is destroyed. A rank that fails by itself would
+        # hang there, its traceback unseen.
         if dist.is_initialized() and (ends_together or dist.get_backend() != "nccl"):
             dist.destroy_process_group()
     return 0

@@ -91,14 +91,14 @@ class AnsCoder:
         arrays = tg.split_arrays(np.frombuffer(data, np.int8), self.shapes)
         codes = list(arrays.values())
         levels = [tg.row_levels(q) for q in codes]
-        stored = tg.codec("lzma").compress(b"".join(level.tobytes() for level in levels))
+        stored = tg.compress("lzma", b"".join(level.tobytes() for level in levels))
         return len(stored).to_bytes(4, "little") + stored + tg.ans_encode(codes, levels)
 
     def decompress(self, data: bytes) -> bytes:
         """The bytes of the arrays."""
         end = 4 + int.from_bytes(data[:4], "little")
         num_rows = sum(math.prod(shape) for shape in self.row_shapes.values())
-        flat = np.frombuffer(tg.codec("lzma").decompress(data[4:end], num_rows), np.uint8)
+        flat = np.frombuffer(tg.decompress("lzma", data[4:end], num_rows), np.uint8)
         levels = list(tg.split_arrays(flat, self.row_shapes).values())
         codes = tg.ans_decode(data[end:], list(self.shapes.values()), levels)
         return b"".join(q.tobytes() for q in codes)
@@ -142,14 +142,14 @@ def available_methods(packed: Packed) -> list[Method]:
     torch.save(codes, buffer)
     pickled = buffer.getvalue()
 
-    zstd = tg.codec("zstd")
-    unzstd = partial(zstd.decompress, size=len(plain))
+    zstd = partial(tg.compress, "zstd")
+    unzstd = partial(tg.decompress, "zstd", size=len(plain))
     ans = AnsCoder({name: tuple(q.shape) for name, q in codes.items()})
     zstd_22 = partial(zstandard.compress, level=22)
     methods = [
         Method("pickle + zstd 22", pickled, zstd_22, zstandard.decompress),
         Method("lzma 6", plain, partial(lzma.compress, preset=6), lzma.decompress),
-        Method("zstd (ours)", plain, zstd.compress, unzstd),
+        Method("zstd (ours)", plain, zstd, unzstd),
         Method("ans (ours)", plain, ans.compress, ans.decompress),
     ]
     if importlib.util.find_spec("brotli"):

@@ -294,7 +294,7 @@ class Timed(tg.Adaptation):
 
     def run_chunk(self, ledger: tg.Ledger, start: int, end: int) -> None:
         """Runs a step between two marks."""
-        self.recording.sizes.append(StepSize(learns=self.documents.num_longer(end) > 0))
+        self.recording.sizes.append(StepSize(learns=bool((self.documents.lengths > end).any())))
         self.recording.watch.mark()
         super().run_chunk(ledger, start, end)
         self.recording.watch.mark()
@@ -318,9 +318,11 @@ class Published(Timed):
         self.buckets = []
         self.separates_learners = False
 
-    def num_live(self, start: int) -> int:
-        """All documents."""
-        return len(self.documents.lengths)
+    def begin(self, docs: tg.Documents, batch: np.ndarray) -> None:
+        """Starts a batch, all of whose documents stay until its end."""
+        super().begin(docs, batch)
+        rows = len(self.documents.lengths)
+        self.documents.num_longer = lambda index: rows
 
     def num_live_at(self, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """All documents for every chunk."""
@@ -652,7 +654,7 @@ def load_network(cfg: tg.Config, origin: dict[str, str]) -> Network:
     if "weights" in saved:
         return Network(cfg, saved["weights"], saved["looped"])
     model = tg.GPT(cfg)
-    tg.load_artifact(model, saved["streams"])
+    tg.load_artifact(model, saved["arrays"])
     return Network(cfg, model.state_dict(), saved["looped"])
 
 

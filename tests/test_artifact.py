@@ -128,7 +128,7 @@ def test_contexts_use_integers_that_no_machine_rounds_otherwise():
     exact = [2 ** (16 + (t + 0.5) / 8) for t in range(-36, 24)]
     exact += [2 ** (16 - (k - 65) / 8) for k in range(1, 190) if (k - 65) % 8]
     assert min(abs(x % 1 - 0.5) for x in exact) > 1e-6
-    assert {tg.MAGNITUDE_EDGES.dtype, tg.INVERSE_LEVEL.dtype} == {np.dtype(np.int64)}
+    assert {tg.OFFSET_EDGES.dtype, tg.INVERSE_LEVEL.dtype} == {np.dtype(np.int64)}
 
 
 # --- Allocation -----------------------------------------------------------------------------------
@@ -190,10 +190,10 @@ def test_allocation_costs_less_loss_than_published_steps_of_the_same_entropy():
     model.get_parameter("up_bank").data[0] *= 3
     ours = tg.Quantizer(model, hessians, sensitivities, ONE)
     published = tg.Quantizer(model, hessians, None, ONE)
-    loss = loss_of_rounding(model, ours.solve(ours.default), hessians, sensitivities)
+    loss = loss_of_rounding(model, ours.solve(ours.default_theta), hessians, sensitivities)
     published_loss = loss_of_rounding(model, published.solve(1.0), hessians, sensitivities)
     assert loss < 0.8 * published_loss
-    assert abs(ours.predicted_bytes(ours.default) / published.predicted_bytes(1.0) - 1) < 0.01
+    assert abs(ours.predicted_bytes(ours.default_theta) / published.predicted_bytes(1.0) - 1) < 0.01
 
 
 def test_rows_without_influence_on_the_loss_become_zeros_and_costly_ones_get_finer_steps():
@@ -206,7 +206,7 @@ def test_rows_without_influence_on_the_loss_become_zeros_and_costly_ones_get_fin
     assert q[0, 4].any()
     assert scale[0, 4] < 0.2 * scale[0].median()
     quantizer = tg.Quantizer(model, hessians, sensitivities, ONE)
-    theta = quantizer.default
+    theta = quantizer.default_theta
     rows = quantizer.rows["up_bank"]
     rows.cost[0, 5] = 0.5 * theta / rows.power[0, 5]
     rows.cost[0, 6] = 3 * theta / rows.power[0, 6]
@@ -294,7 +294,10 @@ def test_fit_of_a_large_model_is_done_when_4_kb_or_no_bits_are_left(
     """At 16 MB the first guess leaves more than the 4 KB that a tiny model may leave over."""
     cfg = tiny_config(artifact_limit_bytes=1_000_000 + tg.CODE_BYTES)
     quantizer = SimpleNamespace(
-        finest=finest, ranks=ONE, theta_for=lambda budget: budget, solve=lambda budget: budget
+        finest_bytes=finest,
+        ranks=ONE,
+        theta_for=lambda budget: budget,
+        solve=lambda budget: budget,
     )
 
     def pack(model: SimpleNamespace, budget: float, meta: dict) -> bytes:

@@ -458,6 +458,8 @@ def test_all_problems_are_reported_at_once():
         ("MAX_WALLCLOCK_SECOND", "MAX_WALLCLOCK_SECONDS"),
         ("EVAL_STRIDES", "EVAL_STRIDE"),
         ("WARM_DOWN_FRAC", "WARMDOWN_FRAC"),
+        ("GLOBAL_TTT_LRS", "GLOBAL_TTT_LR"),
+        ("GLOBAL_TT_EPOCHS", "GLOBAL_TTT_EPOCHS"),
     ],
 )
 def test_misspelt_knob_gets_the_suggestion(wrong, meant):
@@ -517,6 +519,14 @@ def test_published_knob_that_does_nothing_here_is_refused(name):
 def test_knob_that_would_mean_something_else_is_refused_with_the_reason(name, reason):
     (line,) = refusals(**{name: "1"})
     assert reason in line
+
+
+@pytest.mark.parametrize(
+    ("wrong", "meant"), [("TTT_TEMP_RESCAL", "TTT_TEMP_RESCALE"), ("QAT_ENABLE", "QAT_ENABLED")]
+)
+def test_misspelt_name_of_a_refused_knob_gets_the_reason(wrong, meant):
+    (line,) = refusals(**{wrong: "1"})
+    assert line == f"{wrong}=1: not a knob of this program; {tg.REJECTED_NAMES[meant]}"
 
 
 def test_several_passes_over_a_document_are_refused_with_the_ruling():

@@ -541,12 +541,12 @@ def test_a_ten_thousandth_may_differ_from_the_fields_counts(
     monkeypatch.setitem(tg.CANONICAL, TINY["DATASET"], totals)
     run.decoded = held
     if fine:
-        run.run_evaluation("name", "none", lambda: ledger)
+        run.run_evaluation("quantized", lambda: ledger)
         assert run.final["val_bpb"] == 2.0
     else:
-        known = f"are .*, {held}\\), in the field's data set .*, 1000000\\)$"
-        with pytest.raises(tg.InvalidScore, match=f"^name INVALID: .* {known}"):
-            run.run_evaluation("name", "none", lambda: ledger)
+        known = f"are .*, {held}\\), the challenge's are .*, 1000000\\)$"
+        with pytest.raises(tg.InvalidScore, match=f"^diagnostic quantized INVALID: .* {known}"):
+            run.run_evaluation("quantized", lambda: ledger)
         assert "val_bpb" not in run.final
 
 

@@ -309,7 +309,7 @@ def test_compile_decides_whether_muon_is_compiled(monkeypatch, on):
 def test_rates_stay_then_fall_linearly_to_their_floor(warmdown, floor, values):
     cfg = tiny_config(warmdown_frac=warmdown, min_lr=floor)
     for frac, factor in values.items():
-        assert tg.lr_scale(frac, cfg) == pytest.approx(factor, abs=1e-9), frac
+        assert tg.lr_scale_at(frac, cfg) == pytest.approx(factor, abs=1e-9), frac
 
 
 def test_momentum_rises_linearly_to_its_final_value():

@@ -28,46 +28,42 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 class Watched(Session):
     """Notes the order of forwards, optimizer steps and reads of numbers on the host."""
 
-    def __init__(self, *args: Any, **overrides: Any):
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *args: Any, **overrides: Any):
         super().__init__(*args, **overrides)
-        self.events = []
+        events = self.events = []
         step = self.optimizers.step
-        start_read = self.ranks.start_read
 
         def stepped(*args: float) -> Tensor:
-            self.events.append("step")
+            events.append("step")
             return step(*args)
 
-        def noted(values: Tensor) -> Any:
-            read = start_read(values)
-            wait = read.wait
-            number = self.events.count("step")
+        class NotedRead(tg.PendingRead):
+            def __init__(self, values: Tensor, ranks: tg.Ranks):
+                super().__init__(values, ranks)
+                self.number = events.count("step")
 
-            def waited() -> tuple[list[float], float]:
-                self.events.append(f"read {number}")
-                return wait()
-
-            read.wait = waited
-            return read
+            def wait(self) -> tuple[list[float], float]:
+                events.append(f"read {self.number}")
+                return super().wait()
 
         self.optimizers.step = stepped
-        self.ranks.start_read = noted
+        monkeypatch.setattr(tg, "PendingRead", NotedRead)
 
     def forward(self, row: tg.Batch, plan: tuple[tg.Visit, ...]) -> Tensor:
         self.events.append("forward")
         return super().forward(row, plan)
 
 
-def test_a_step_is_read_once_the_next_one_has_its_work(tiny_data):
-    run = Watched(tiny_data, iterations=4, micro_batch_tokens=512).train()
+def test_a_step_is_read_once_the_next_one_has_its_work(tiny_data, monkeypatch):
+    run = Watched(monkeypatch, tiny_data, iterations=4, micro_batch_tokens=512).train()
     # The first step is waited for, the last is read at the end.
     first, second = ["forward", "step", "read 1"], ["forward", "step"]
     third, fourth = ["forward", "read 2", "step"], ["forward", "read 3", "step"]
     assert run.events == [*first, *second, *third, *fourth, "read 4"]
 
 
-def test_numbers_are_read_before_a_validation_and_only_once(tiny_data):
-    run = Watched(tiny_data, iterations=4, micro_batch_tokens=512, val_loss_every=2)
+def test_numbers_are_read_before_a_validation_and_only_once(tiny_data, monkeypatch):
+    run = Watched(monkeypatch, tiny_data, iterations=4, micro_batch_tokens=512, val_loss_every=2)
     scored = SimpleNamespace(result=lambda: {"val_loss": 0.0, "val_bpb": 0.0})
     run.evaluate = lambda plan: run.events.append("validate") or scored
     run.train()
@@ -80,8 +76,8 @@ def test_late_numbers_come_with_the_time_at_which_they_were_there():
     ranks = cpu_ranks()
     clock = iter((5.0, 9.0))
     ranks.now = lambda: next(clock)
-    first = ranks.start_read(torch.tensor([1.0, 2.0]))
-    second = ranks.start_read(torch.tensor([3.0]))
+    first = tg.PendingRead(torch.tensor([1.0, 2.0]), ranks)
+    second = tg.PendingRead(torch.tensor([3.0]), ranks)
     assert (second.wait(), first.wait()) == (([3.0], 9.0), ([1.0, 2.0], 5.0))
 
 
@@ -116,7 +112,7 @@ def test_the_share_of_the_budget_stays_below_one_after_a_slow_beginning():
     pacer = tg.Pacer(state, cpu_ranks(), budget_s=18.0, iterations=1000)
     assert pacer.fits(4)
     assert pacer.frac() < 1
-    assert tg.lr_scale(pacer.frac(), tiny_config(warmdown_frac=0, enable_looping_at=1)) == 1.0
+    assert tg.lr_scale_at(pacer.frac(), tiny_config(warmdown_frac=0, enable_looping_at=1)) == 1.0
 
 
 # --- Speed ----------------------------------------------------------------------------------------
@@ -184,7 +180,7 @@ def test_an_error_of_another_rank_counts_and_scoring_looks_too(tiny_data):
     run.check_recompilations(1)
     run.ranks.gather = lambda count: [count, 2]
     with pytest.raises(tg.RunStopped, match="RECOMPILE_LIMIT=1: 2 "):
-        run.run_evaluation("name", "none", lambda: {"tokens": int(run.docs.counts.sum())})
+        run.run_evaluation("quantized", lambda: {"tokens": int(run.docs.counts.sum())})
 
 
 @pytest.mark.skipif(tg.triton is None, reason="needs Triton")

@@ -393,6 +393,17 @@ def test_what_stops_all_ranks_is_one_line_of_the_first(end_with, capsys, error):
     assert capsys.readouterr().err == "train_gpt.py: why it stopped\n"
 
 
+def test_an_interrupt_before_the_handlers_are_set_ends_in_one_line(monkeypatch, capsys):
+    """Python's own KeyboardInterrupt has neither a message nor an exit status."""
+
+    def interrupt(handler: Callable) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tg, "handle_signals", interrupt)
+    assert tg.main([]) == 130
+    assert capsys.readouterr().err == "train_gpt.py: SIGINT: the run is stopped\n"
+
+
 def test_rows_loader_scores_every_token_too(tiny_data, tmp_path, first_run):
     env = {
         **TINY,
@@ -457,7 +468,7 @@ def test_nothing_compiles_after_warm_up_in_early_validation_late_scoring_or_cali
         run.final["artifact_sha256"],
     )
     assert re.search(
-        r"^deadline: \d+ of them scored without learning from them$", again.output, re.M
+        r"^deadline: \d+ documents or chunks were scored but not learnt from$", again.output, re.M
     )
 
 

@@ -184,15 +184,15 @@ def test_rates_fall_over_the_last_iterations_by_clock_and_by_step():
     cfg = tiny_config(warmdown_iters=30, iterations=100, min_lr=0)
     for step in range(100):
         wanted = published_scale(step, 0, math.inf, cfg)
-        assert tg.lr_scale(step / 100, cfg, step) == pytest.approx(wanted)
+        assert tg.lr_scale_at(step / 100, cfg, step) == pytest.approx(wanted)
         # Each step takes longer than the one before.
         elapsed = 0.8 * step + 0.002 * step**2
         if elapsed < 90:
             wanted = published_scale(step, elapsed, 90.0, cfg)
-            assert tg.lr_scale(elapsed / 90, cfg, step) == pytest.approx(wanted, abs=1e-12)
-    assert tg.lr_scale(0.99, tiny_config(warmdown_iters=30, min_lr=0.1), 99) == 0.1
+            assert tg.lr_scale_at(elapsed / 90, cfg, step) == pytest.approx(wanted, abs=1e-12)
+    assert tg.lr_scale_at(0.99, tiny_config(warmdown_iters=30, min_lr=0.1), 99) == 0.1
     # Without WARMDOWN_ITERS, the step does not matter.
-    assert tg.lr_scale(0.5, tiny_config(warmdown_frac=0.75), 7) == pytest.approx(0.5 / 0.75)
+    assert tg.lr_scale_at(0.5, tiny_config(warmdown_frac=0.75), 7) == pytest.approx(0.5 / 0.75)
 
 
 def test_training_falls_over_the_last_iterations(tiny_data):
@@ -228,7 +228,7 @@ def exported(
     found = {name: w.double() for name, w in start.items()}
     taken = []
     for step, weights in enumerate(after, 1):
-        scale = tg.lr_scale((step - 1) / cfg.iterations, cfg, step - 1)
+        scale = tg.lr_scale_at((step - 1) / cfg.iterations, cfg, step - 1)
         if cfg.export_weights == "swa" and scale < cfg.swa_threshold:
             taken += [weights] * (step % cfg.swa_every == 0)
         elif step % cfg.ema_every == 0:

@@ -176,12 +176,12 @@ def probe_class(tg: ModuleType) -> type:
             }
             return reserve
 
-        def run_evaluation(self, label: str, budget: str, evaluation: Callable) -> None:
-            """Keeps an evaluation under its name."""
-            with self.phase(label, budget):
+        def run_evaluation(self, key: str, evaluation: Callable, budget: str = "eval") -> None:
+            """Keeps an evaluation under its key."""
+            with self.phase(key, budget):
                 if not hasattr(self, "evaluations"):
                     self.evaluations: dict[str, Callable] = {}
-                self.evaluations[label.removeprefix("diagnostic ")] = evaluation
+                self.evaluations[key] = evaluation
 
         def report(self) -> dict[str, Any]:
             """Reports nothing."""
