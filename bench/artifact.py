@@ -6,7 +6,8 @@
 
 The Gaussian weights are seeded, and their rows and columns differ in size. Needs what the run
 needs; pickle + Brotli and ZPAQ (lrzip) appear where these are installed. ZPAQ takes minutes for 36
-million codes; ZPAQ=0 leaves it out. The last line is `bench ` and JSON.
+million codes; ZPAQ=0 leaves it out. The last line is `bench ` and a JSON object; null is what was
+not measured.
 """
 
 from __future__ import annotations
@@ -173,8 +174,11 @@ def measure(method: Method) -> Result:
     return Result(len(data), encoded - start, decoded - encoded)
 
 
-def compare_coders(packed: Packed) -> dict[str, float]:
-    """Prints a line a method, with the peak memory of the process, and returns the ratios."""
+def compare_coders(packed: Packed) -> dict[str, float | None]:
+    """Prints a line a method, with the peak memory of the process.
+
+    Returns the figures of the last line; None is a ratio to a method that is not installed.
+    """
     arrays = [q.numpy() for q, _ in packed.values()]
     num_codes = sum(q.size for q in arrays)
     entropy = tg.code_entropy_bytes(arrays)
@@ -199,15 +203,15 @@ def compare_coders(packed: Packed) -> dict[str, float]:
         )
 
     ans = results["ans (ours)"]
-    brotli_size = math.nan
+    ans_over_brotli = None
     if "pickle + Brotli 11" in results:
-        brotli_size = results["pickle + Brotli 11"].size
+        ans_over_brotli = round(ans.size / results["pickle + Brotli 11"].size, 5)
     return {
-        "zstd_over_entropy": results["zstd (ours)"].size / entropy,
-        "ans_over_entropy": ans.size / entropy,
-        "ans_over_brotli": ans.size / brotli_size,
-        "encode_s": ans.encode_s,
-        "decode_s": ans.decode_s,
+        "zstd_over_entropy": round(results["zstd (ours)"].size / entropy, 5),
+        "ans_over_entropy": round(ans.size / entropy, 5),
+        "ans_over_brotli": ans_over_brotli,
+        "encode_s": round(ans.encode_s, 5),
+        "decode_s": round(ans.decode_s, 5),
     }
 
 
@@ -341,8 +345,7 @@ def main(argv: list[str]) -> int:
         packed = compare_quantizers(point)
     else:
         packed = gaussian_codes(tg.Config() if args.full else tg.Config(**SMALL))
-    ratios = {key: round(value, 5) for key, value in compare_coders(packed).items()}
-    print("bench " + json.dumps(ratios))
+    print("bench " + json.dumps(compare_coders(packed)))
     return 0
 
 

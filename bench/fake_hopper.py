@@ -105,10 +105,19 @@ HOPPER = types.SimpleNamespace(
 )
 
 
+def answer(value: object) -> Callable[..., object]:
+    """A function that returns `value` whatever it is asked."""
+
+    def constant(*args: object, **kwargs: object) -> object:
+        return value
+
+    return constant
+
+
 class Driver:
     """What Triton and Inductor ask of a GPU's driver while they write source."""
 
-    utils = types.SimpleNamespace(get_device_properties=lambda _: {"max_shared_mem": 232448})
+    utils = types.SimpleNamespace(get_device_properties=answer({"max_shared_mem": 232448}))
 
     def get_current_target(self) -> GPUTarget:
         """sm_90, with 32 threads in a warp."""
@@ -127,25 +136,25 @@ class Driver:
 def autocasting() -> Iterator[None]:
     """Keeps torch.autocast("cuda") on, which would switch itself off without a GPU."""
     with (
-        mock.patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False),
-        mock.patch.object(torch.cuda, "is_bf16_supported", lambda *_, **__: True),
+        mock.patch("torch.cuda.amp.common.amp_definitely_not_available", answer(False)),
+        mock.patch.object(torch.cuda, "is_bf16_supported", answer(True)),
     ):
         yield
-
-
-def answer(value: object) -> Callable[..., object]:
-    """A function that returns `value` whatever it is asked."""
-    return lambda *args, **kwargs: value
 
 
 @contextlib.contextmanager
 def hopper(finish: Callable[[GraphLowering], None]) -> Iterator[None]:
     """Inductor believes in an H100, and calls `finish` where it would load what it has written."""
+
+    # A function, because a bound method in a class would not be given the graph.
+    def compile_to_module(graph: GraphLowering) -> None:
+        finish(graph)
+
     patches: list[tuple[object, str, object]] = [
         (CudaInterface, "get_device_properties", staticmethod(answer(HOPPER))),
         (CudaInterface.Worker, "get_device_properties", staticmethod(answer(HOPPER))),
         (CudaInterface, "get_compute_capability", staticmethod(answer(90))),
-        (GraphLowering, "compile_to_module", lambda graph: finish(graph)),
+        (GraphLowering, "compile_to_module", compile_to_module),
         (torch.cuda, "is_available", answer(True)),
         (torch.cuda, "device_count", answer(1)),
         (torch.cuda, "current_device", answer(0)),

@@ -1,22 +1,32 @@
 #!/usr/bin/env bash
-# What only a GPU can say, in parts that each leave a file under bench/results/ (and in $OUT, if set) as they go:
+# What only a GPU can say. Each part writes a file to bench/results/ as it goes, and one to $OUT if
+# that is set:
 #   tests       the tests marked gpu
-#   step        speed of a training step, beside the public script REFERENCE=FILE, if set
-#   evaluation  speed of test-time training, beside the same
-#   run         the record preset on one GPU, GPU_SECONDS (default 60) of training, GPU_DOCS (default 0.01) of the documents
+#   step        speed of a training step, beside the public script REFERENCE=FILE if set
+#   evaluation  speed of test-time training, beside the same script
+#   run         the record preset on one GPU: GPU_SECONDS (default 60) of training, then GPU_DOCS
+#               (default 0.01) of the documents
 #   kernels     every kernel compiled and timed
-#   systems     the five systems at full size, GPU_SECONDS (default 90) each, as one table; SYSTEMS="pr1413 pr473" runs some
-# Usage: bench/gpu.sh [PYTHON] [PART..]; without a part all but systems, in ten minutes of one H100 or H200. A part that fails
-# or takes longer than its share is cut and the next one runs; alone, it may have more: <PART>_SECONDS. All who follow on
-# the same machine find its compiled code. Needs a CUDA torch in PYTHON; packages it lacks are taken from ./wheels if that
-# is there, text from ./shared or ../shared, else from FineWeb.
+#   systems     the five systems at full size, GPU_SECONDS (default 90) of training each, as one
+#               table; SYSTEMS="pr1413 pr473" runs some
+#
+# Usage: bench/gpu.sh [PYTHON] [PART..]
+# Without a part, all but systems run, in ten minutes of one H100 or H200. A part that fails, or is
+# cut because it takes longer than its share, does not keep the next one from running.
+# <PART>_SECONDS sets the share of a part, which may be longer when it runs alone. Later runs on the
+# same machine find its compiled code.
+#
+# PYTHON needs a torch with CUDA. Packages that it lacks are installed from ./wheels if that folder
+# is there. Text comes from ./shared or ../shared if it is there, else from FineWeb.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${1:-python3}
 shift || true
 PARTS=${*:-tests step evaluation run kernels}
+
 if ! "$PYTHON" -c "import sentencepiece, zstandard, brotli, tqdm, pytest" 2>/dev/null; then
-  "$PYTHON" -m pip install --quiet --no-index --find-links wheels sentencepiece zstandard brotli tqdm pytest
+  "$PYTHON" -m pip install --quiet --no-index --find-links wheels \
+    sentencepiece zstandard brotli tqdm pytest
 fi
 "$PYTHON" - <<'CHECK'
 import sys, torch
@@ -24,27 +34,36 @@ import train_gpt as tg
 name, log = tg.choose_attention("auto", torch.device("cuda"), torch.bfloat16)
 print(*log, sep="\n")
 if name == "sdpa":
-    sys.exit("bench/gpu.sh: no attention over documents works here but loops over them: nothing worth measuring")
+    sys.exit("bench/gpu.sh: only sdpa works here, which loops over documents: nothing to measure")
 CHECK
+
 SHARED=$([ -d shared ] && echo shared || echo ../shared)
-TEXT=corpus_sp8192  # of run and systems; evaluation draws documents as long as FineWeb's
+# Only run and systems read text; evaluation draws random documents as long as FineWeb's.
+TEXT=corpus_sp8192
 if [[ ! $PARTS =~ run|systems ]]; then
-  : # no other part reads text
+  :
 elif [ -d "$SHARED/corpus" ]; then
-  "$PYTHON" tools/prepare_data.py text "$SHARED/corpus/train.jsonl.zst" --val "$SHARED/corpus/val.jsonl.zst" \
+  "$PYTHON" tools/prepare_data.py text "$SHARED/corpus/train.jsonl.zst" \
+    --val "$SHARED/corpus/val.jsonl.zst" \
     --tokenizer "$SHARED/tokenizers/fineweb_8192_bpe.model" --name corpus
 else
   "$PYTHON" tools/prepare_data.py fineweb --variant sp8192 --train-shards 1
   TEXT=fineweb10B_sp8192
 fi
+
 mkdir -p bench/results logs
 STAMP=$(date +%Y%m%d-%H%M%S)
 FAILED=""
-part() {  # NAME SECONDS COMMAND..: its output to bench/results/ and, line by line, to $OUT
+
+# part NAME SECONDS COMMAND..: runs a command for at most so long, and writes its output to
+# bench/results/ and, line by line, to $OUT.
+part() {
   local table="bench/results/$1_$STAMP.txt" status=0
   local copies=("$table" ${OUT:+"$OUT/$1_$STAMP.txt"})
   {
-    echo "date: $(date -u +%Y-%m-%d) commit: $(git rev-parse --short HEAD 2>/dev/null || echo unknown)"
+    local commit
+    commit=$(git rev-parse --short HEAD 2>/dev/null || echo unknown)
+    echo "date: $(date -u +%Y-%m-%d) commit: $commit"
     nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
   } > "$table"
   timeout -k 10 "$2" "${@:3}" 2>&1 | tee -a "${copies[@]}" || status=$?
@@ -53,28 +72,35 @@ part() {  # NAME SECONDS COMMAND..: its output to bench/results/ and, line by li
     echo "$1: exit status $status (124: cut after $2 s)" | tee -a "${copies[@]}"
   fi
 }
+
 export VAL_LOSS_EVERY=0
 for name in $PARTS; do
   case $name in
     tests) part tests "${TESTS_SECONDS:-120}" "$PYTHON" -m pytest -q -m gpu ;;
-    step) PRESET=record part step "${STEP_SECONDS:-140}" "$PYTHON" -u bench/step.py --rounds 5 \
-      ${REFERENCE:+--reference "$REFERENCE"} ;;
-    evaluation) PRESET=record part evaluation "${EVALUATION_SECONDS:-120}" "$PYTHON" -u bench/evaluation.py --batches 2 \
-      ${REFERENCE:+--reference "$REFERENCE"} ;;
+    step) PRESET=record part step "${STEP_SECONDS:-140}" \
+      "$PYTHON" -u bench/step.py --rounds 5 ${REFERENCE:+--reference "$REFERENCE"} ;;
+    evaluation) PRESET=record part evaluation "${EVALUATION_SECONDS:-120}" \
+      "$PYTHON" -u bench/evaluation.py --batches 2 ${REFERENCE:+--reference "$REFERENCE"} ;;
     run) PRESET=record DATASET=$TEXT RUN_ID="gpu_$STAMP" MAX_WALLCLOCK_SECONDS=${GPU_SECONDS:-60} \
-      VAL_DOC_FRACTION=${GPU_DOCS:-0.01} WARMUP_STEPS=2 part run "${RUN_SECONDS:-150}" "$PYTHON" train_gpt.py ;;
+      VAL_DOC_FRACTION=${GPU_DOCS:-0.01} WARMUP_STEPS=2 \
+      part run "${RUN_SECONDS:-150}" "$PYTHON" train_gpt.py ;;
     kernels) part kernels "${KERNELS_SECONDS:-40}" "$PYTHON" -u bench/kernels.py --first ;;
     systems)
       for preset in ${SYSTEMS:-pr1530 pr1560 pr1413 pr473 pr605}; do
-        PRESET=$preset DATASET=$TEXT RUN_ID="systems_${preset}_$STAMP" VOCAB_SIZE=8192 MAX_WALLCLOCK_SECONDS=${GPU_SECONDS:-90} \
-          VAL_DOC_FRACTION=${GPU_DOCS:-0.02} GPTQ_CALIBRATION_BATCHES=16 GPTQ_RESERVE_SECONDS=-1 COMPRESSOR=zstd \
+        PRESET=$preset DATASET=$TEXT RUN_ID="systems_${preset}_$STAMP" VOCAB_SIZE=8192 \
+          MAX_WALLCLOCK_SECONDS=${GPU_SECONDS:-90} VAL_DOC_FRACTION=${GPU_DOCS:-0.02} \
+          GPTQ_CALIBRATION_BATCHES=16 GPTQ_RESERVE_SECONDS=-1 COMPRESSOR=zstd \
           part "systems_$preset" "${SYSTEMS_SECONDS:-580}" "$PYTHON" train_gpt.py
         if [ -n "${OUT:-}" ]; then cp "logs/systems_${preset}_$STAMP.txt" "$OUT/" || true; fi
       done
       part systems 60 "$PYTHON" tools/report.py --compare logs/systems_*_"$STAMP".txt ;;
-    *) echo "bench/gpu.sh: $name: must be one of tests step evaluation run kernels systems" >&2; exit 2 ;;
+    *)
+      echo "bench/gpu.sh: $name: must be one of tests step evaluation run kernels systems" >&2
+      exit 2
+      ;;
   esac
 done
+
 if [ -n "$FAILED" ]; then
   echo "bench/gpu.sh: failed or cut:$FAILED" >&2
   exit 1

@@ -69,7 +69,9 @@ def compiled(kernel: triton.JITFunction, args: tuple, options: dict) -> tuple:
     for name in [*options]:
         if name in kernel.arg_names:
             values[name] = options.pop(name)
-    types, constants, attributes = {}, {}, {}
+    types = {}
+    constants = {}
+    attributes = {}
     for i, parameter in enumerate(kernel.params):
         value = values[parameter.name]
         is_aligned = False
@@ -315,7 +317,7 @@ def time_form(operation: Operation, fused: bool) -> dict:
     def backward() -> None:
         torch.autograd.grad(outputs, leaves, grads, retain_graph=True)
 
-    forward_ms = triton.testing.do_bench(lambda: function(*leaves))
+    forward_ms = triton.testing.do_bench(partial(function, *leaves))
     backward_ms = None
     # The backward of the fused loss is two products and nothing else.
     if operation.name != "head_loss" or not fused:
