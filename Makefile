@@ -67,7 +67,7 @@ pack: install
 	$(BIN)/python tools/pack.py "$(RUN)" "$(RUN)/submission"
 
 test: dev
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: dev
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""What the test files share: a tiny data set of words, a tiny network, runs of the script as users start them."""
+"""What the test files share: a tiny data set, a tiny network, runs of the script and of ranks."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # processes side by side: spinning threads would fight for cores
+# Processes run side by side, and spinning threads would fight for cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
@@ -26,10 +25,13 @@ import torch.distributed as dist
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import warm_process
+
 import train_gpt as tg
 
 torch.set_num_threads(1)
-VOCAB = 320  # 4 control pieces, 256 bytes, the rest learnt from the text
+# 4 control pieces, 256 bytes, the rest learnt from the text.
+VOCAB = 320
 TINY = {
     "PRESET": "cpu",
     "DATASET": f"tiny_sp{VOCAB}",
@@ -59,17 +61,38 @@ TINY = {
     "EVAL_STRIDE": "16",
     "TTT_EVAL_SEQ_LEN": "64",
     "TTT_CHUNK_SIZE": "16",
+    # Warm-up adapts to twice as many tokens.
+    "TTT_CHUNK_TOKENS": "512",
     "TTT_BATCH_SIZE": "4",
     "TTT_LORA_RANK": "4",
 }
 WORDS = (
-    "the of and to in is that for it as was with be by on not he his but at are this have from or had an they which "
-    "one shard token model layer number weight train score adapt window chunk answer letter river mountain paper garden"
+    "the of and to in is that for it as was with be by on not he his but at are this have from or "
+    "had an they which one shard token model layer number weight train score adapt window chunk "
+    "answer letter river mountain paper garden"
 ).split()
 
 
+# Files of a minute and more, longest first. A worker takes a whole file, and a long one begun last
+# would leave the other worker idle.
+LONG_FILES = [
+    f"test_{name}.py"
+    for name in "bench audit sweep run training pace resume evaluation kernels shards".split()
+]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the long files first; the Makefile tells xdist to keep the order."""
+
+    def rank(item: pytest.Item) -> int:
+        name = item.path.name
+        return LONG_FILES.index(name) if name in LONG_FILES else len(LONG_FILES)
+
+    items.sort(key=rank)
+
+
 def tiny_text(count: int, seed: int) -> list[str]:
-    """`count` documents of 5 to 120 words, among them line breaks, digits and letters outside ASCII."""
+    """`count` documents of 5 to 120 words, with line breaks, digits and letters outside ASCII."""
     rng = random.Random(seed)
     texts = []
     for i in range(count):
@@ -82,11 +105,10 @@ def write_dataset(
     root: Path, train: list[list[int]], val: list[list[int]], tokenizer: Path, name: str
 ) -> None:
     """Shards (two of training, cut inside a document) and manifest of token lists under `root`."""
-    folder, model = (
-        root / "datasets" / name,
-        sentencepiece.SentencePieceProcessor(model_file=str(tokenizer)),
-    )
-    prefix, splits = name.split("_")[0], {}
+    folder = root / "datasets" / name
+    model = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
+    prefix = name.split("_")[0]
+    splits = {}
     for split, docs in (("train", train), ("val", val)):
         flat = np.concatenate([np.array(d, dtype=np.uint16) for d in docs])
         parts = np.split(flat, [len(flat) // 2]) if split == "train" else [flat]
@@ -96,10 +118,9 @@ def write_dataset(
             files.append({"name": f"{prefix}_{split}_{i:06d}.bin", "tokens": len(part)})
         size = sum(len(model.decode(d[1:]).encode()) for d in docs)
         splits[split] = {"documents": len(docs), "tokens": len(flat), "bytes": size, "files": files}
-    digest = hashlib.sha256(tokenizer.read_bytes()).hexdigest()
     about = {
         "file": tokenizer.name,
-        "sha256": digest,
+        "sha256": hashlib.sha256(tokenizer.read_bytes()).hexdigest(),
         "vocab_size": model.vocab_size(),
         "bos_id": model.bos_id(),
     }
@@ -109,7 +130,10 @@ def write_dataset(
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """DATA_DIR with the data set `tiny_sp320`: 160 training and 12 validation documents. Copy it before changing it."""
+    """DATA_DIR with the data set `tiny_sp320`: 160 training and 12 validation documents.
+
+    Copy it before changing it.
+    """
     root = tmp_path_factory.mktemp("data")
     texts = tiny_text(172, seed=1)
     (root / "tokenizers").mkdir()
@@ -154,11 +178,18 @@ def opened(cfg: tg.Config, ranks: tg.Ranks | None = None) -> dict[str, tg.TokenS
 
 def run_script(
     env: dict[str, str], cwd: Path, ranks: int = 0, timeout: float = 240
-) -> subprocess.CompletedProcess:
-    """train_gpt.py in a process of its own, or `ranks` of them under torchrun, with `env` and little else set."""
+) -> subprocess.CompletedProcess[str]:
+    """train_gpt.py in a process of its own, with `env` and little else set.
+
+    If `ranks` is given, that many of them run under torchrun.
+    """
     base = {k: os.environ[k] for k in ("PATH", "HOME", "LANG") if k in os.environ}
     base |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **env}
-    command = [sys.executable, str(ROOT / "train_gpt.py")]
+    script = ROOT / "train_gpt.py"
+    # Only a new Python looks at PYTHONPATH.
+    if not ranks and "PYTHONPATH" not in env:
+        return warm_process.run([str(script)], base, cwd, timeout)
+    command = [sys.executable, str(script)]
     if ranks:
         command[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     return subprocess.run(
@@ -167,9 +198,12 @@ def run_script(
 
 
 def start_rank(
-    rank: int, world_size: int, port: int, job: Callable, folder: Path, args: tuple
+    rank: int, env: dict[str, str], port: int, job: Callable, folder: Path, args: tuple
 ) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "CUDA_VISIBLE_DEVICES": ""}
+    """Called in a new process: keeps what job(ranks, *args) returns in a file."""
+    os.environ.clear()
+    os.environ |= env
+    os.environ |= {"RANK": str(rank), "CUDA_VISIBLE_DEVICES": ""}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     torch.save(job(tg.Ranks(os.environ), *args), folder / f"{rank}.pt")
@@ -182,8 +216,9 @@ def on_ranks(world_size: int, job: Callable, folder: Path, *args: Any) -> list[A
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     folder.mkdir(parents=True, exist_ok=True)
-    torch.multiprocessing.spawn(
-        start_rank, (world_size, port, job, folder, args), nprocs=world_size
+    env = {**os.environ, "WORLD_SIZE": str(world_size)}
+    torch.multiprocessing.start_processes(
+        start_rank, (env, port, job, folder, args), nprocs=world_size, start_method="forkserver"
     )
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
 

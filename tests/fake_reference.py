@@ -35,7 +35,7 @@ class Hyperparameters:
     head_dim = width // num_heads
     hidden = int(float(os.environ["MLP_MULT"]) * width)
     rope_dims = int(os.environ["ROPE_DIMS"])
-    parallel_start_layer = 3
+    parallel_start_layer = int(os.environ["PARALLEL_START_LAYER"])
     loop_start = int(os.environ["LOOP_START"])
     loop_stop = int(os.environ["LOOP_END"]) + 1
     gates = bool(int(os.environ["SKIP_GATES_ENABLED"]))

@@ -63,11 +63,10 @@ def plain(model: tg.GPT, docs: tg.Documents, stride: int = 0) -> tg.Ledger:
     ids=str,
 )
 def test_buckets_and_batches_leave_the_scores_alone(changes):
-    docs, model = documents(*MANY), model_for(4)
-    found, expected = (
-        nats_of(evaluated(with_settings(model, **changes), docs)),
-        nats_of(evaluated(model, docs)),
-    )
+    docs = documents(*MANY)
+    model = model_for(4)
+    found = nats_of(evaluated(with_settings(model, **changes), docs))
+    expected = nats_of(evaluated(model, docs))
     assert np.abs(found - expected).max() < 1e-6
 
 

@@ -188,9 +188,9 @@ def agree(cfg: tg.Config, looped: bool, lengths: tuple[int, ...], adapted: bool 
     mixture = torch.randn(sum(lengths), generator=torch.Generator().manual_seed(2))
     names = [name for name, _ in model.named_parameters()]
     leaves = list(model.parameters())
-    names, leaves = (
-        (names + ["down", "up"], leaves + [lora.down, lora.up]) if lora else (names, leaves)
-    )
+    if lora:
+        names += ["down", "up"]
+        leaves += [lora.down, lora.up]
     exact = [p.detach().double().requires_grad_() for p in leaves]
     weights = dict(zip(names, exact, strict=True))
     per_document = [{}] * len(lengths)

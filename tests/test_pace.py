@@ -85,10 +85,9 @@ class Uneven(Slow):
     """Steps of uneven length, one of which takes many times as long as the others."""
 
     def forward(self, row: tg.Batch, plan: tuple[tg.Visit, ...]) -> Tensor:
-        number = len(self.plans) // 4
-        self.seconds += (
-            (2.0 if number == 3 else 0.2 * (number % 3)) / self.cfg.rows_per_step * len(plan)
-        )
+        number = len(self.plans)
+        more = 2.0 if number == 3 else 0.2 * (number % 3)
+        self.seconds += more * len(plan)
         return super().forward(row, plan)
 
 
@@ -146,29 +145,13 @@ def test_the_gate_stops_a_run_after_twenty_timed_steps(tiny_data, gate, refused)
         assert run.train().final["steps"] == 30
 
 
-def test_a_slow_machine_ends_with_one_line_and_status_3(tiny_data, tmp_path):
-    env = {
-        **TINY,
-        "DATA_DIR": str(tiny_data),
-        "ARTIFACT_DIR": "out",
-        "ITERATIONS": "40",
-        "POD_SPEEDGATE_MS": "0.001",
-    }
-    result = run_script(env, tmp_path)
-    assert result.returncode == 3, result.stdout[-2000:]
-    (line,) = result.stderr.splitlines()
-    assert line.startswith("train_gpt.py: POD_SPEEDGATE_MS=0.001: a step takes ")
-    assert not (tmp_path / "out" / "final_model.pt").exists()
-
-
 # --- Recompilations -------------------------------------------------------------------------------
 class Reshaped(Session):
     """Compiled, and the rows of its third step allow longer segments."""
 
     def __init__(self, *args: Any, **overrides: Any):
-        super().__init__(
-            *args, micro_batch_tokens=512, enable_looping_at=1, iterations=5, **overrides
-        )
+        small = dict(num_layers=2, xsa_last_n=2, num_loops=0, parallel_start_layer=0)
+        super().__init__(*args, micro_batch_tokens=512, iterations=5, **small, **overrides)
         self.compiled = warmed_up(self)
 
     def forward(self, row: tg.Batch, plan: tuple[tg.Visit, ...]) -> Tensor:

@@ -19,12 +19,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import warm_process
 from conftest import ROOT, TINY, VOCAB, final_line, on_ranks, run_script
 from test_optim import on_one, weights_of
 from test_training import Session, Slow, assert_same
@@ -362,25 +364,17 @@ def environment(tiny_data: Path, **more: str) -> dict[str, str]:
     return {**base, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **more}
 
 
-def started(env: dict[str, str], cwd: Path, ranks: int = 0) -> subprocess.Popen:
-    torchrun = [
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc_per_node={ranks}",
-        "--max-restarts=1",
-    ]
-    command = [sys.executable, *(torchrun if ranks else []), str(ROOT / "train_gpt.py")]
+def started(env: dict[str, str], cwd: Path) -> BaseProcess:
+    """A run whose output goes to a new file, out.txt."""
     base = {k: os.environ[k] for k in ("PATH", "HOME", "LANG") if k in os.environ}
-    with (cwd / "out.txt").open("w") as out:
-        return subprocess.Popen(
-            command, cwd=cwd, env=base | env, stdout=out, stderr=subprocess.STDOUT
-        )
+    out = cwd / "out.txt"
+    out.write_text("")
+    return warm_process.start([str(ROOT / "train_gpt.py")], base | env, cwd, out, out)
 
 
-def wait_for(process: subprocess.Popen, seen: Callable[[], bool]) -> bool:
+def wait_for(process: BaseProcess, seen: Callable[[], bool]) -> bool:
     """Whether it was seen before the process ended."""
-    while process.poll() is None:
+    while process.exitcode is None:
         if seen():
             return True
         time.sleep(0.0005)
@@ -427,7 +421,8 @@ def test_a_run_killed_in_training_quantisation_packing_and_scoring_ends_the_same
             -2000:
         ]
         process.kill()
-        assert process.wait() == -signal.SIGKILL
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
     done = run_script(env, tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     must_equal(result(tmp_path, "killed"), uninterrupted)
@@ -475,12 +470,13 @@ def test_runs_killed_at_random_moments_end_the_same(tiny_data, tmp_path, uninter
             line = moments.get(name, "step:1/" if name == "a step" else None)
             reached = not line or wait_for(process, output_has(tmp_path, line))
             time.sleep({"start": 4, "a step": 1.5}.get(name, 0.05) * rng.random())
-        if reached and not over and process.poll() is None:
+        if reached and not over and process.exitcode is None:
             process.kill()
-        if process.wait() == -signal.SIGKILL:
+        process.join()
+        if process.exitcode == -signal.SIGKILL:
             counts[name] = counts.get(name, 0) + 1
             continue
-        assert process.returncode == 0, (tmp_path / "out.txt").read_text()[-2000:]
+        assert process.exitcode == 0, (tmp_path / "out.txt").read_text()[-2000:]
         must_equal(result(tmp_path, f"r{finished}"), uninterrupted)
         finished += 1
         if over:
@@ -490,14 +486,20 @@ def test_runs_killed_at_random_moments_end_the_same(tiny_data, tmp_path, uninter
 
 def test_torchrun_restarts_a_run_whose_rank_was_killed(tiny_data, tmp_path):
     env = environment(tiny_data, RUN_ID="ranks", ENABLE_LOOPING_AT="0.5", ITERATIONS="8")
-    process = started(env, tmp_path, ranks=2)
-    assert wait_for(process, output_has(tmp_path, "step:3/")), (tmp_path / "out.txt").read_text()[
-        -2000:
-    ]
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    script = str(ROOT / "train_gpt.py")
+    options = ["--standalone", "--nproc_per_node=2", "--max-restarts=1"]
+    command = [sys.executable, "-m", "torch.distributed.run", *options, script]
+    out = tmp_path / "out.txt"
+    base = {k: os.environ[k] for k in ("PATH", "HOME", "LANG") if k in os.environ}
+    with out.open("w") as file:
+        torchrun = subprocess.Popen(command, cwd=tmp_path, env=base | env, stdout=file, stderr=file)
+    while "step:3/" not in out.read_text():
+        assert torchrun.poll() is None, out.read_text()[-2000:]
+        time.sleep(0.01)
+    children = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
     os.kill(int(children[-1]), signal.SIGKILL)
-    assert process.wait(120) == 0, (tmp_path / "out.txt").read_text()[-2000:]
-    text = (tmp_path / "out.txt").read_text()
+    assert torchrun.wait(120) == 0, out.read_text()[-2000:]
+    text = out.read_text()
     assert len(re.findall("^resumed: from checkpoint", text, re.M)) == 1
     wanted = on_ranks(2, through_average, tmp_path / "through", tiny_data)
     assert_same(result(tmp_path, "ranks")["weights"], wanted[0])

@@ -266,15 +266,13 @@ def test_checkpoint_gives_the_same_artifact_to_the_byte(first_run, tiny_data, tm
         assert again.final[key] == first_run.final[key], key
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_ranks_score_one_artifact_alike(first_run, tiny_data, tmp_path, ranks):
+def test_four_ranks_score_one_artifact_alike(first_run, tiny_data, tmp_path):
     env = {**EVAL, "DATA_DIR": str(tiny_data), "RUN_ID": "ranks", "SEED": "7"}
     # A training step of one row would have none for the other ranks, but there is no training.
     env |= {"TRAIN_BATCH_TOKENS": "128"}
-    shared = finish(
-        {**env, "EVAL_ONLY_PATH": str(first_run.folder / "final_model.int6.ptz")}, tmp_path, ranks
-    )
-    assert shared.final["world_size"] == ranks
+    artifact = str(first_run.folder / "final_model.int6.ptz")
+    shared = finish({**env, "EVAL_ONLY_PATH": artifact}, tmp_path, ranks=4)
+    assert shared.final["world_size"] == 4
     for key in ("quantized_loss", "quantized_ttt_lora_loss"):
         assert shared.final[key] == pytest.approx(first_run.final[key], abs=1e-6)
     assert shared.final["val_bytes"] == first_run.final["val_bytes"]
@@ -325,53 +323,63 @@ def test_process_group_ends_with_the_run(first_run, tiny_data, tmp_path):
     assert "gloo" not in done.stdout.split("final {")[1]
 
 
+# How main ends for each error: its exit status, and whether all ranks end alike.
+ENDS = {
+    None: (0, True),
+    tg.UsageError("x"): (2, True),
+    tg.RunStopped("x"): (3, True),
+    tg.InvalidScore("x"): (1, True),
+    tg.BadMatrix("x"): (1, False),
+    FloatingPointError("x"): (1, False),
+    KeyboardInterrupt("x", 143): (143, False),
+    RuntimeError("Connection reset"): (1, False),
+    ZeroDivisionError("x"): (None, False),
+}
+
+
+@pytest.fixture
+def end_with(monkeypatch) -> Callable[..., tuple[int | None, list]]:
+    """A function: what main returns when a run raises `error`, and the process groups it ended."""
+
+    def end(error: BaseException | None, backend: str, rank: str) -> tuple[int | None, list]:
+        ended = []
+
+        def go() -> None:
+            if error:
+                raise error
+
+        for name, value in {
+            "is_initialized": lambda: True,
+            "get_backend": lambda: backend,
+            "get_rank": lambda: int(rank),
+            "destroy_process_group": lambda: ended.append(backend),
+        }.items():
+            monkeypatch.setattr(tg.dist, name, value)
+        for name, value in {
+            "handle_signals": lambda act: None,
+            "Ranks": lambda env: None,
+            "Run": lambda *_: SimpleNamespace(go=go),
+        }.items():
+            monkeypatch.setattr(tg, name, value)
+        monkeypatch.setattr(tg.os, "environ", {**TINY, "RANK": rank})
+        try:
+            return tg.main([]), ended
+        except ZeroDivisionError:
+            return None, ended
+
+    return end
+
+
 @pytest.mark.parametrize("backend", ["nccl", "gloo"])
-@pytest.mark.parametrize(
-    ("error", "ends"),
-    [
-        (None, True),
-        (tg.UsageError("x"), True),
-        (tg.RunStopped("x"), True),
-        (tg.InvalidScore("x"), True),
-        (tg.BadMatrix("x"), False),
-        (FloatingPointError("x"), False),
-        (KeyboardInterrupt("x", 143), False),
-        (RuntimeError("Connection reset"), False),
-        (ZeroDivisionError("x"), False),
-    ],
-    ids=repr,
-)
-def test_a_rank_that_fails_by_itself_does_not_wait_for_nccl(
-    monkeypatch, capsys, backend, error, ends
-):
+@pytest.mark.parametrize("error", ENDS, ids=repr)
+def test_a_rank_that_fails_by_itself_does_not_wait_for_nccl(end_with, capsys, backend, error):
     """NCCL's communicator ends when all ranks end it; gloo's threads must be ended in any case."""
-    ended = []
-
-    def go() -> None:
-        if error:
-            raise error
-
-    for name, value in {
-        "is_initialized": lambda: True,
-        "get_backend": lambda: backend,
-        "get_rank": lambda: 3,
-        "destroy_process_group": lambda: ended.append(1),
-    }.items():
-        monkeypatch.setattr(tg.dist, name, value)
-    for name, value in {
-        "handle_signals": lambda act: None,
-        "Ranks": lambda env: None,
-        "Run": lambda *_: SimpleNamespace(go=go),
-    }.items():
-        monkeypatch.setattr(tg, name, value)
-    monkeypatch.setattr(tg.os, "environ", {**TINY, "RANK": "3"})
+    status, together = ENDS[error]
     # An unknown error leaves main, so that its traceback is shown.
-    if isinstance(error, ZeroDivisionError):
-        with pytest.raises(ZeroDivisionError):
-            tg.main([])
-    else:
-        tg.main([])
-    assert bool(ended) == (ends or backend == "gloo")
+    assert end_with(error, backend, rank="3") == (
+        status,
+        [backend] if together or backend == "gloo" else [],
+    )
     said = {
         tg.BadMatrix: "train_gpt.py: x\n",
         RuntimeError: "train_gpt.py: rank 3 lost a peer: Connection reset\n",
@@ -388,6 +396,12 @@ def test_an_interrupt_before_the_handlers_are_set_ends_in_one_line(monkeypatch, 
     monkeypatch.setattr(tg, "handle_signals", interrupt)
     assert tg.main([]) == 130
     assert capsys.readouterr().err == "train_gpt.py: SIGINT: the run is stopped\n"
+
+
+@pytest.mark.parametrize("error", [tg.UsageError, tg.RunStopped, tg.InvalidScore], ids=repr)
+def test_what_stops_all_ranks_is_one_line_of_the_first(end_with, capsys, error):
+    end_with(error("why it stopped"), "gloo", rank="0")
+    assert capsys.readouterr().err == "train_gpt.py: why it stopped\n"
 
 
 def test_rows_loader_scores_every_token_too(tiny_data, tmp_path, first_run):

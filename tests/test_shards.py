@@ -14,7 +14,7 @@ from torch import Tensor
 
 import train_gpt as tg
 
-STEPS = 20
+STEPS = 10
 
 
 def schedule(step: int) -> tuple[float, float]:
@@ -50,17 +50,13 @@ def plain(cfg: tg.Config) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
                 lr = scale * cfg.matrix_lr
                 w.mul_(1 - lr * cfg.muon_wd).sub_(lr * math.sqrt(max(1, w.size(1) / w.size(2))) * u)
             else:
-                lr, wd = (
-                    (cfg.tied_embed_lr, cfg.embed_wd)
-                    if group == "embed"
-                    else (cfg.scalar_lr, cfg.adam_wd)
-                )
+                lr, wd = cfg.scalar_lr, cfg.adam_wd
+                if group == "embed":
+                    lr, wd = cfg.tied_embed_lr, cfg.embed_wd
                 momentum[n] = cfg.beta1 * momentum[n] + (1 - cfg.beta1) * g
                 square[n] = cfg.beta2 * square[n] + (1 - cfg.beta2) * g**2
-                m, v = (
-                    momentum[n] / (1 - cfg.beta1 ** (step + 1)),
-                    square[n] / (1 - cfg.beta2 ** (step + 1)),
-                )
+                m = momentum[n] / (1 - cfg.beta1 ** (step + 1))
+                v = square[n] / (1 - cfg.beta2 ** (step + 1))
                 w.mul_(1 - lr * scale * wd).sub_(lr * scale * m / (v.sqrt() + cfg.adam_eps))
             average[n] = cfg.ema_decay * average[n] + (1 - cfg.ema_decay) * w
     return weights, average
@@ -96,10 +92,10 @@ def stepped(
 
 def halves(ranks: tg.Ranks, overrides: dict[str, Any]) -> dict[str, Any]:
     """A run without a break, and one in which new optimisers go on from its middle."""
-    middle = stepped(ranks, overrides, 0, 9)
+    middle = stepped(ranks, overrides, 0, 4)
     return {
-        "straight": stepped(ranks, overrides, 0, 15),
-        "resumed": stepped(ranks, overrides, 9, 15, middle["state"]),
+        "straight": stepped(ranks, overrides, 0, 7),
+        "resumed": stepped(ranks, overrides, 4, 7, middle["state"]),
     }
 
 
@@ -175,7 +171,7 @@ def test_a_state_loaded_in_the_middle_goes_on_bit_for_bit(alone, together):
 def test_a_state_of_several_ranks_goes_on_alone(together):
     """The gradients of several ranks are sums, so no step is compared, only what is loaded."""
     end = together[0]["halves"]["straight"]
-    resumed = on_one(stepped, UNEVEN, 15, 15, end["state"])
+    resumed = on_one(stepped, UNEVEN, 7, 7, end["state"])
     assert_equal(resumed["state"], end["state"])
     assert_equal(resumed["average"], end["average"])
 

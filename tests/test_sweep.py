@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import warm_process
 from conftest import ROOT, TINY
 
 for package in ("optuna", "rich"):
@@ -48,15 +49,8 @@ def environment(**env: str) -> dict[str, str]:
 
 
 def sweep(place: Path, *args: str, fake: bool = True, **env: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        command(*args, fake=fake),
-        cwd=place,
-        env=environment(**env),
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    _, *script = command(*args, fake=fake)
+    return warm_process.run(script, environment(**env), place, timeout=240)
 
 
 def begin(place: Path, *args: str, fake: bool = True, **env: str) -> subprocess.Popen:

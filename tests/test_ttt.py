@@ -106,9 +106,10 @@ def assert_equal(a: np.ndarray, b: np.ndarray) -> None:
 # --- Compiled ---
 @pytest.mark.parametrize("rank", [16, 12], ids=["as many as documents", "another number"])
 def test_nothing_compiles_after_equal_documents_whatever_the_others(rank):
-    """Warm-up's documents are equally long; real ones drop out, and views get smaller than bases."""
-    settings = torch.fx.experimental._config.use_duck_shape
-    cfg = tiny_config(**ADAPTS, ttt_batch_size=16, ttt_lora_rank=rank, ttt_buckets=3, compile=True)
+    """Warm-up's documents are equally long; real ones drop out, and views shrink."""
+    duck_shape = torch.fx.experimental._config.use_duck_shape
+    settings = dict(ttt_batch_size=16, ttt_lora_rank=rank, ttt_buckets=3, compile=True)
+    cfg = tiny_config(**ADAPTS, **settings)
     counters = [torch._dynamo.testing.CompileCounterWithBackend("eager") for _ in range(2)]
     torch.compiler.reset()
     try:
@@ -123,7 +124,7 @@ def test_nothing_compiles_after_equal_documents_whatever_the_others(rank):
         for count, shortest, longest in ((16, 5, 150), (40, 2, 12), (13, 50, 200)):
             scores(state, documents(*rng.integers(shortest, longest, count).tolist()))
     finally:
-        torch.fx.experimental._config.use_duck_shape = settings
+        torch.fx.experimental._config.use_duck_shape = duck_shape
         torch.compiler.reset()
     assert before[0] == 1 and [counter.frame_count for counter in counters] == before
 
