@@ -294,7 +294,8 @@ class Timed(tg.Adaptation):
 
     def run_chunk(self, ledger: tg.Ledger, start: int, end: int) -> None:
         """Runs a step between two marks."""
-        self.recording.sizes.append(StepSize(learns=bool((self.documents.lengths > end).any())))
+        learns = bool((self.documents.lengths > end).any())
+        self.recording.sizes.append(StepSize(learns=learns))
         self.recording.watch.mark()
         super().run_chunk(ledger, start, end)
         self.recording.watch.mark()
@@ -319,7 +320,7 @@ class Published(Timed):
         self.separates_learners = False
 
     def begin(self, docs: tg.Documents, batch: np.ndarray) -> None:
-        """Starts a batch, all of whose documents stay until its end."""
+        """Starts a batch, all of whose documents stay to its end."""
         super().begin(docs, batch)
         rows = len(self.documents.lengths)
         self.documents.num_longer = lambda index: rows
