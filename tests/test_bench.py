@@ -487,7 +487,7 @@ SMALL = {
 def lowered() -> dict[str, Any]:
     """The figures of a run and of a public script, with windows of three lengths in adaptation."""
     sizes = {"TTT_BUCKETS": "3", "TTT_EVAL_SEQ_LEN": "2048", "TTT_BATCH_SIZE": "512"}
-    return last_line(lower(["bench/graphs.py", "--reference", str(SCRIPT)], **SMALL, **sizes))
+    return last_line(lower(["bench/graphs.py", "--reference", str(SCRIPT)], **SMALL | sizes))
 
 
 @lowering
