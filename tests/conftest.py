@@ -73,11 +73,19 @@ WORDS = (
 ).split()
 
 
-# Files of a minute and more, longest first. A worker takes a whole file, and a long one begun last
-# would leave the other worker idle.
+# Files of half a minute and more, longest first. A worker takes a whole file, and a long one begun
+# last would leave the other worker idle.
 LONG_FILES = [
-    f"test_{name}.py"
-    for name in "bench audit sweep run training pace resume evaluation kernels shards".split()
+    "test_bench.py",
+    "test_sweep.py",
+    "test_audit.py",
+    "test_run.py",
+    "test_evaluation.py",
+    "test_resume.py",
+    "test_kernels.py",
+    "test_bench_evaluation.py",
+    "test_pace.py",
+    "test_training.py",
 ]
 
 
