@@ -2418,7 +2418,7 @@ class GPT(nn.Module):
         """
         cfg = self.cfg
         if lora is None:
-            adapters = AdapterView(down={}, sites={}, up={}, bias=None, scale=1.0)
+            adapters = AdapterView({}, {}, {}, None, 1.0)
         else:
             adapters = lora.view()
         positions = segment_positions(batch.cu_seqlens, batch.inputs.numel())
@@ -2607,8 +2607,7 @@ class LoRA:
         device = self.down.device
         if not factors:
             return [torch.ones((), dtype=torch.float64, device=device)] * 3
-        by_site = [float(factors.get(site.site, 1)) for site in self.sites]
-        by_site = torch.tensor(by_site, device=device)
+        by_site = torch.tensor([float(factors.get(s.site, 1)) for s in self.sites], device=device)
         widths = torch.tensor([site.width for site in self.sites], device=device)
         bias = by_site.new_tensor(float(factors.get("bias", 1)))
         return [by_site[:, None, None], by_site.repeat_interleave(widths)[:, None], bias]
@@ -2785,10 +2784,8 @@ class Muon:
         self.average = {name: w.clone() for name, w in self.owned_weights.items()}
         self.gradients = {}  # per bank, those of the owned slices; set by reduce_gradients
         # Without other ranks there are no messages.
-        self.message: Tensor | None = None  # a row for each rank
-        self.received_row: Tensor | None = None
-        self.sent_row: Tensor | None = None
-        self.message_slots: list[MessageSlot] = []
+        self.message = self.received_row = self.sent_row = None  # set by allocate_messages
+        self.message_slots = []
         self.outbox = {}  # per bank a view of sent_row
         self.peer_weights = []  # the slices of the other ranks in the model's banks
         self.peer_views = []  # the same slices in the message
@@ -3506,12 +3503,13 @@ class Trainer:
     def off_the_clock(self) -> Iterator[None]:
         """Takes the time of its body off the clock and off the phase of training."""
         self.read_step()
-        excluded = self.run.excluded_seconds
-        start = self.run.ranks.now()
+        run = self.run
+        excluded = run.excluded_seconds
+        start = run.ranks.now()
         yield
-        seconds = self.run.ranks.now() - start
+        seconds = run.ranks.now() - start
         self.pacer.exclude(seconds)
-        self.run.excluded_seconds = excluded + seconds
+        run.excluded_seconds = excluded + seconds
 
     def validate(self, plan: tuple[Visit, ...]) -> None:
         """Scores the validation documents with the weights as they are, off the clock."""
