@@ -4994,7 +4994,7 @@ def stored_streams(data: bytes, header: dict[str, Any], start: int, cfg: Config)
         streams.append(stream)
         start += length
     if start != len(data):
-        raise ValueError("bytes are left over behind the streams")
+        raise ValueError("bytes are left over")
     return streams
 
 
