@@ -141,13 +141,15 @@ class GPT(nn.Module):
         super().__init__()
         self.h = h
         self.looping_active = False
+        # Half of the visits when the loop is on.
+        num_skips = (h.layers + h.loop_stop - h.loop_start) // 2
         shapes = {
             "qo_bank": (2 * h.layers, h.width, h.width),
             "kv_bank": (2 * h.layers, h.head_dim * h.num_kv_heads, h.width),
             "mlp_up_bank": (h.layers, h.hidden, h.width),
             "mlp_down_bank": (h.layers, h.width, h.hidden),
-            "skip_weights": (2, h.width),
-            "skip_gates": (2, h.width),
+            "skip_weights": (num_skips, h.width),
+            "skip_gates": (num_skips, h.width),
             "parallel_post_lambdas": (h.layers, 2, 2),
             "parallel_resid_lambdas": (h.layers, 2),
         }

@@ -74,6 +74,17 @@ def free_port() -> str:
         return str(s.getsockname()[1])
 
 
+def start_ranks(env: dict[str, str], cwd: Path, count: int) -> list[subprocess.CompletedProcess]:
+    """All ranks of a world, each by itself as a cluster starts them."""
+    world = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+
+    def start(rank: int) -> subprocess.CompletedProcess:
+        return run_script({**env, **world, "RANK": str(rank), "LOCAL_RANK": str(rank)}, cwd)
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(start, range(count)))
+
+
 def data_copy(tiny_data: Path, to: Path) -> Path:
     """The tiny data set under `to`, free to be damaged; returns its folder of shards."""
     shutil.copytree(tiny_data, to / "data")
@@ -271,11 +282,13 @@ def test_four_ranks_score_one_artifact_alike(first_run, tiny_data, tmp_path):
     # A training step of one row would have none for the other ranks, but there is no training.
     env |= {"TRAIN_BATCH_TOKENS": "128"}
     artifact = str(first_run.folder / "final_model.int6.ptz")
-    shared = finish({**env, "EVAL_ONLY_PATH": artifact}, tmp_path, ranks=4)
-    assert shared.final["world_size"] == 4
+    ranks = start_ranks({**env, "EVAL_ONLY_PATH": artifact}, tmp_path, count=4)
+    assert [rank.returncode for rank in ranks] == [0] * 4, [rank.stderr[-1000:] for rank in ranks]
+    shared = final_line(ranks[0].stdout)
+    assert shared["world_size"] == 4
     for key in ("quantized_loss", "quantized_ttt_lora_loss"):
-        assert shared.final[key] == pytest.approx(first_run.final[key], abs=1e-6)
-    assert shared.final["val_bytes"] == first_run.final["val_bytes"]
+        assert shared[key] == pytest.approx(first_run.final[key], abs=1e-6)
+    assert shared["val_bytes"] == first_run.final["val_bytes"]
 
 
 def test_two_ranks_train_to_the_same_end(first_run, tiny_data, tmp_path):
@@ -615,17 +628,6 @@ def test_bad_input_ends_in_one_line_with_status_2_and_writes_nothing(bad_runs, n
     assert after == before
 
 
-def two_processes(env: dict[str, str], cwd: Path) -> list[subprocess.CompletedProcess]:
-    """Both ranks of a world of two, each by itself as a cluster starts them."""
-    world = {**env, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    with ThreadPoolExecutor(2) as pool:
-        return list(
-            pool.map(
-                lambda rank: run_script({**world, "RANK": rank, "LOCAL_RANK": rank}, cwd), "01"
-            )
-        )
-
-
 @pytest.mark.parametrize(
     ("place", "env", "expected"),
     [(77, {}, "holds id 320"), (None, {"TTT_CHUNK_SIZE": "65"}, "TTT_CHUNK_SIZE=65")],
@@ -636,7 +638,7 @@ def test_every_rank_leaves_when_one_finds_bad_input(tiny_data, tmp_path, place, 
     if place:
         edit_shard(TRAIN, lambda ids: ids.put(place, 320))(shards)
     before = listing(tmp_path)
-    main, other = two_processes({**TINY, "DATA_DIR": "data", **env}, tmp_path)
+    main, other = start_ranks({**TINY, "DATA_DIR": "data", **env}, tmp_path, count=2)
     assert (main.returncode, other.returncode) == (2, 2)
     assert expected in main.stderr
     assert main.stderr.count("\n") == 1
