@@ -880,15 +880,15 @@ AGAINST_THE_RULES = {
     "TTT_TEMP_RESCALE": "a factor on the nats is no probability (ruling on PR #605);"
     " LOGIT_TEMPERATURE keeps a sum of 1",
     "TTT_MIN_NLL": "the best of several passes is chosen by the answer (ruling on PR #605)",
-    "TTT_COSINE_LR": "a fall as long as the document tells where it ends; set TTT_COSINE_CHUNKS",
+    "TTT_COSINE_LR": "a fall over the document reveals its length; set TTT_COSINE_CHUNKS",
 }
 # They never changed a score, or have nothing to change in this program.
 WITHOUT_EFFECT = {
     "MUON_BETA2": "nothing read it",
     "CONTROL_TENSOR_NAME_PATTERNS": "nothing read it",
     "LOOP_CLIP_SIGMAS": "no gain was ever reported (PR #1530); set MATRIX_CLIP_SIGMAS",
-    "TTT_FAST": "bench/evaluation.py compares with the published way",
-    "TTT_CUDA_GRAPH": "most graphs were captured within the clock",
+    "TTT_FAST": "there is one way to adapt; bench/evaluation.py times the published one",
+    "TTT_CUDA_GRAPH": "it gains nothing: most graphs would be captured within the clock",
     "EVAL_BUDGET_INCLUDES_COMPILE": "set EVAL_DEADLINE_SECONDS",
     "TTT_EVAL_BATCHES": "it was for debugging",
     "TTT_OUTPUT_DIR": "it was for debugging",
@@ -971,7 +971,7 @@ def can_be_written(path: Path, is_file: bool = False) -> bool:
     path = Path.cwd() / path
     existing = path
     while not os.path.exists(existing):
-        # Names have up to 255 bytes, of which the log's may get four more (.old).
+        # A name may have 255 bytes; four are left free, because a log's name may get .old.
         if len(os.fsencode(existing.name)) > 251:
             return False
         existing = existing.parent
@@ -1149,8 +1149,8 @@ PRESETS = {
     "cpu": CPU,
 }
 
-# SHRINK=1 changes any other preset in three ways: SHRUNK_LENGTHS become an eighth, the fields in
-# SHRUNK_AS_CPU take their values from the cpu preset, and the rest of SHRINK is set as given here.
+# SHRINK=1 changes every preset but cpu in three ways: SHRUNK_LENGTHS become an eighth, the fields
+# in SHRUNK_AS_CPU take their values from the cpu preset, and the rest of SHRINK is set as below.
 SHRUNK_AS_CPU = (
     "dataset",
     "vocab_size",
@@ -1218,7 +1218,7 @@ def print_knobs() -> None:
 
 
 # === 2. Runtime: ranks, log, clock ===
-# All that differs on a GPU:
+# What differs on a GPU:
 #   PRESET defaults to record (main), the device is set and ranks talk over NCCL (Ranks);
 #   the clock waits for the device (Ranks.now), copies are pinned and do not block (to_device,
 #   PendingRead), and an error leaves NCCL's group as it is (main);
@@ -1226,6 +1226,8 @@ def print_knobs() -> None:
 #   (TileTuner); Hopper has a kernel for the MLP (mlp_kernel_fits);
 #   attention is chosen by a check of each backend (choose_attention);
 #   with CUDA_GRAPH=1 a training row is one launch (capture_row, Run.capture_training);
+#   the adapters' first values come from the device's generator (LoRA.reset), sdpa takes one segment
+#   at a time, and adaptation survives a lack of memory (Adaptation.run_chunk);
 #   the device's random state is restored too (state_restored), and the log names the device, the
 #   model FLOP utilisation (PEAK_FLOPS) and the peak memory (Run.describe, Run.report).
 
@@ -1256,8 +1258,8 @@ class PendingRead:
 class Ranks:
     """This process among its peers, as torchrun's variables describe them.
 
-    All ranks must call `sum`, `gather` and `tickets` together. Without a process group, `sum` and
-    `gather` return what they were given.
+    All ranks must call `sum`, `gather` and `tickets` together. Without a process group, `sum`
+    returns its tensor unchanged, and `gather` a list of the one value.
     """
 
     def __init__(self, environ: Mapping[str, str]):
@@ -1399,7 +1401,8 @@ def raise_stopped(number: int, _: Any = None, after: str = "") -> None:
 def handle_signals(handler: Callable[[int, Any], Any]) -> None:
     """Sets the handler of SIGINT and SIGTERM.
 
-    It is Trainer.note_signal in training, which waits for the end of a step, else raise_stopped.
+    In training the handler is Trainer.note_signal, with which the run ends after its step.
+    Otherwise it is raise_stopped, which ends the run at once.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, handler)
@@ -1585,7 +1588,10 @@ class EpochOrder(NamedTuple):
 
 
 class PackedLoader:
-    """Rows of training tokens. In an epoch every token but the first is a target once.
+    """Rows of training tokens.
+
+    In an epoch, from the second token round to the first, each token is a target once.
+    DATA_LOADER=shuffled leaves out what does not fill a piece.
 
     A row takes the next MICRO_BATCH_TOKENS tokens of the stream, or fewer if their documents fill
     the capacity. All ranks walk over all rows, and each builds every W-th, so a step is the same
@@ -2247,7 +2253,7 @@ class GPT(nn.Module):
         has_xsa = self.has_xsa(visit.layer)
         projected = info.adapters.project(n, "attn", visit.slot)
         rows = self.project_heads(n, w.qkv, ("q", "k", "v"), projected, visit, info)
-        # With XSA v is used twice and returned twice, see norm_rope.
+        # XSA uses v again. Two views of it have separate gradients, added in norm_rope's kernel.
         uses = 2 if has_xsa else 1
         q, k, *values = norm_rope(rows, w.q_gain, info.rope, cfg.head_dim, cfg.fused_qk, uses)
         own_v = values[1] if has_xsa else None
@@ -2403,7 +2409,8 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Nats per token (T,) fp32, 0 where the target is -1.
 
-        lora: one adapter per segment; all segments are then equally long.
+        lora: one adapter per document. Each document then holds an equal number of consecutive
+            tokens of the row, in one or more segments (see Adaptation.chunk_windows).
         select: (n,) int64, the tokens that get logits; the result is then (n,). With `lora` they
             must be as the `queries` of `attend`.
         tap: called with (site, layer, input) of every product, for calibration.
@@ -2411,7 +2418,7 @@ class GPT(nn.Module):
         """
         cfg = self.cfg
         if lora is None:
-            adapters = AdapterView(down={}, sites={}, up={}, bias=None, scale=1.0)
+            adapters = AdapterView({}, {}, {}, None, 1.0)
         else:
             adapters = lora.view()
         positions = segment_positions(batch.cu_seqlens, batch.inputs.numel())
@@ -2600,8 +2607,7 @@ class LoRA:
         device = self.down.device
         if not factors:
             return [torch.ones((), dtype=torch.float64, device=device)] * 3
-        by_site = [float(factors.get(site.site, 1)) for site in self.sites]
-        by_site = torch.tensor(by_site, device=device)
+        by_site = torch.tensor([float(factors.get(s.site, 1)) for s in self.sites], device=device)
         widths = torch.tensor([site.width for site in self.sites], device=device)
         bias = by_site.new_tensor(float(factors.get("bias", 1)))
         return [by_site[:, None, None], by_site.repeat_interleave(widths)[:, None], bias]
@@ -2778,10 +2784,8 @@ class Muon:
         self.average = {name: w.clone() for name, w in self.owned_weights.items()}
         self.gradients = {}  # per bank, those of the owned slices; set by reduce_gradients
         # Without other ranks there are no messages.
-        self.message: Tensor | None = None  # a row for each rank
-        self.received_row: Tensor | None = None
-        self.sent_row: Tensor | None = None
-        self.message_slots: list[MessageSlot] = []
+        self.message = self.received_row = self.sent_row = None  # set by allocate_messages
+        self.message_slots = []
         self.outbox = {}  # per bank a view of sent_row
         self.peer_weights = []  # the slices of the other ranks in the model's banks
         self.peer_views = []  # the same slices in the message
@@ -2926,7 +2930,8 @@ class Optimizers:
 
         average_share: the share that the weights get in the average, as they are before this step;
         by default EMA's, 1 - EMA_DECAY. They enter the average a step late, because only now does
-        the host know that their loss was finite: a bad step never reaches the average.
+        the host know that the step which made them had a finite loss and gradient: a bad step
+        never reaches the average.
         """
         if average_share is None:
             average_share = 1 - self.cfg.ema_decay
@@ -3489,7 +3494,7 @@ class Trainer:
             self.run.save_weights("last_good.pt", average, numbers.step - 1, self.state.looped)
             raise FloatingPointError(
                 f"loss {numbers.loss}, gradient norm {numbers.grad_norm} in step {numbers.step}; "
-                "last_good.pt is before"
+                "last_good.pt holds the average before that step"
             )
         self.run.check_recompilations(numbers.compilations)
         self.reporter.report(numbers)
@@ -3498,12 +3503,13 @@ class Trainer:
     def off_the_clock(self) -> Iterator[None]:
         """Takes the time of its body off the clock and off the phase of training."""
         self.read_step()
-        excluded = self.run.excluded_seconds
-        start = self.run.ranks.now()
+        run = self.run
+        excluded = run.excluded_seconds
+        start = run.ranks.now()
         yield
-        seconds = self.run.ranks.now() - start
+        seconds = run.ranks.now() - start
         self.pacer.exclude(seconds)
-        self.run.excluded_seconds = excluded + seconds
+        run.excluded_seconds = excluded + seconds
 
     def validate(self, plan: tuple[Visit, ...]) -> None:
         """Scores the validation documents with the weights as they are, off the clock."""
@@ -3776,7 +3782,6 @@ class Ledger:
 
         A target that two ranks scored counts as scored twice.
         """
-        self.nats[-1] = 0.0
         self.num_not_learnt_from = sum(ranks.gather(self.num_not_learnt_from))
         for t in (self.nats, self.times_scored, self.num_read_early):
             ranks.sum(t)
@@ -3860,6 +3865,7 @@ class Scorer(NamedTuple):
         if self.cfg.data_loader == "documents":
             texts = zip(docs.starts, docs.counts, strict=True)
         else:
+            # The padding index, behind the last target, is also the number of targets.
             texts = [(0, self.ledger.padding_index)]
         for start, num_targets in texts:
             yield from self.text_windows(start, num_targets, stride, first)
@@ -4360,9 +4366,9 @@ class BankRows(NamedTuple):
 # --- Quantizer ------------------------------------------------------------------------------------
 #
 # The quantizer joins solver and steps. Ordering and factoring the Hessians does not depend on the
-# size of the artifact, so it is done once. Solving for one size may then be repeated until the file
-# fits. Of N ranks each solves every N-th matrix of a bank and holds zeros for the others, so the
-# sum over the ranks is complete.
+# size of the artifact, so it is done once. Only solving depends on it, and is repeated with other
+# steps until the file fits. Of N ranks each solves every N-th matrix of a bank and holds zeros for
+# the others, so the sum over the ranks is complete.
 
 LOG2_THETA_RANGE = (-140.0, 60.0)  # at both ends every step has reached one of its bounds
 THETA_HALVINGS = 48
@@ -4480,9 +4486,9 @@ class Quantizer:
 # --- Fit to the byte limit ------------------------------------------------------------------------
 #
 # Finer steps always lose less, so the best artifact is the one that just fits. The bytes of a theta
-# are predicted, then measured on the real file; each round corrects the predicted bytes that the
-# next one aims at by the bytes that the last one missed. A tiny model stops at MATRIX_BITS per
-# weight instead: no finer step is worth its bytes.
+# are predicted, then measured on the real file. What a round misses of the limit corrects the
+# predicted bytes at which the next round aims. A tiny model stops at MATRIX_BITS per weight
+# instead: no finer step is worth its bytes.
 
 FIT_SLACK_BYTES = 4096  # a file this close under the limit is good enough
 
@@ -4933,9 +4939,10 @@ def pack_artifact(
 # --- Container: reading ---------------------------------------------------------------------------
 #
 # Nothing that is read is executed: the file holds JSON and arrays of numbers. The config in the
-# header says how large each stream must be. Before anything is allocated, both are checked: however
-# the file was forged, it unpacks to at most 64 KiB of header and 2^27 bytes of streams. A damaged
-# file may raise any error in the functions below; open_artifact turns it into one line.
+# header says how large each stream must be. Before anything is allocated, the config and the stated
+# sizes are checked: however the file was forged, it unpacks to at most 64 KiB of header and 2^27
+# bytes of streams. A damaged file may raise any error in the functions below; open_artifact turns
+# it into one line.
 
 
 class ArtifactArrays(NamedTuple):
@@ -4987,7 +4994,7 @@ def stored_streams(data: bytes, header: dict[str, Any], start: int, cfg: Config)
         streams.append(stream)
         start += length
     if start != len(data):
-        raise ValueError("bytes are left over behind the streams")
+        raise ValueError("bytes are left over")
     return streams
 
 
@@ -5263,8 +5270,9 @@ class Adaptation:
         rows = self.whole_granules(len(batch))
         master = LoRA.zeros(cfg, rows, len(self.plan), self.device)
         if cfg.ttt_warm_start_a:
-            # The argsort of a permutation is its inverse.
+            # A document's place is its rank in the stream; empty rows keep their number as place.
             row_of_place = np.append(np.argsort(batch), np.arange(len(batch), rows))
+            # The argsort of a permutation is its inverse.
             place_of_row = np.argsort(row_of_place)
             master.reset(cfg.seed, place_of_row.tolist())
             if self.warm is not None and len(self.warm.down) >= rows:
@@ -5497,7 +5505,7 @@ class LearningChunk(NamedTuple):
     """Scored targets that all weights learn from at once."""
 
     index: np.ndarray  # (n,) stream index of each target
-    share: float  # done share of the rate's cosine schedule, in [0, 1]
+    share: float  # the share of the rate's cosine schedule that is done, in [0, 1]
 
 
 class LearningTask(NamedTuple):
@@ -5513,8 +5521,8 @@ def score_documents(
     """Scores each document with its own adapter, and yields the chunks for all weights.
 
     With PHASED_TTT_NUM_PHASES all weights learn (PR #1626) from the documents up to a point in the
-    stream, before any document after it is scored. So scores only depend on earlier text. In the
-    published queue, longest document first, they do not.
+    stream, before any document after it is scored. So scores only depend on earlier text. The
+    published queue runs the longest document first, so its scores also depend on later text.
     """
     cfg = scorer.cfg
     docs = scorer.ledger.docs
@@ -5549,8 +5557,8 @@ def windows_by_chunk(scorer: Scorer, index: np.ndarray) -> list[list[Window]]:
     stride = cfg.eval_stride if cfg.sliding_window_enabled else 0
     by_chunk = [[] for _ in range(0, len(index), size)]
     for start, first_scored, end in scorer.stream_windows(stride):
-        # The window scores the targets number first..last of all. With size 100, those of 90..209
-        # are divided so: 90..99 go to chunk 0, 100..199 to chunk 1, 200..209 to chunk 2.
+        # Counted along `index`, the window scores targets first..last. With size 100, 90..209 are
+        # divided so: 90..99 go to chunk 0, 100..199 to chunk 1, 200..209 to chunk 2.
         first = int(np.searchsorted(index, first_scored))
         last = first + end - first_scored - 1
         for k in range(first // size, last // size + 1):
@@ -6238,7 +6246,7 @@ class Run:
             if cfg.warmup_steps:
                 self.warm_up_evaluation(plans)
 
-        # sdpa asks the host for the documents' lengths, which a CUDA graph cannot.
+        # sdpa asks the host for the lengths of segments. A CUDA graph cannot ask the host.
         can_capture = ranks.device.type == "cuda" and self.backend != "sdpa"
         if trains and cfg.cuda_graph and can_capture:
             self.capture_training(plans, row)
@@ -7472,10 +7480,10 @@ xsa.register_autograd(xsa_gradients, setup_context=save_xsa_inputs)
 # === 13. Attention backends ===
 #
 # Every backend has the signature of sdpa_varlen: q (T, H, D), k and v (T, Hkv, D), and cu_seqlens
-# int32 (capacity + 1,), the start offsets of a row's documents, filled up with T. max_seqlen is a
-# constant, so one graph serves all batches. A backend is causal within each document, and no token
-# may see another document: only cu_seqlens separates documents, here and in every backend. The
-# queries have offsets too, cu_queries. If a document has fewer queries than keys, they are those
+# int32 (capacity + 1,), the start offsets of a row's segments, filled up with T. max_seqlen is a
+# constant, so one graph serves all batches. A backend is causal within each segment, and no token
+# may see another segment: only cu_seqlens separates segments, here and in every backend. The
+# queries have offsets too, cu_queries. If a segment has fewer queries than keys, they are those
 # of its last positions; it may also have none.
 #
 # torch.compile must trace a backend without a break, and its outputs and gradients must be those of
@@ -7522,7 +7530,8 @@ BACKEND_ERRORS = (
 
 # --- SDPA over packed documents -------------------------------------------------------------------
 #
-# A segment is a document, or what a row holds of it.
+# A segment is a document, or a part of one; with DATA_LOADER=rows or shuffled it is a stretch of
+# the stream of TRAIN_SEQ_LEN or EVAL_SEQ_LEN tokens, wherever documents begin.
 
 
 class EqualRun(NamedTuple):

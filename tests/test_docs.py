@@ -68,3 +68,27 @@ def test_the_configs_that_the_how_to_sets_are_accepted(howto):
         pairs = dict(pair.split("=", 1) for pair in line.split())
         env = {k: v for k, v in pairs.items() if k not in FOREIGN and not v.startswith("$")}
         tg.Config.from_env(env, has_cuda=False)
+
+
+def test_the_readme_resolves_its_links_and_names_every_tool_and_bench():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    headings = re.findall(r"^#+ (.+)$", text, re.M)
+    anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        path, _, anchor = link.partition("#")
+        assert link.startswith("https://") or (ROOT / path).exists(), link
+        assert path or anchor in anchors, link
+    table = text.partition("\n## Files\n")[2]
+    named = set()
+    for cell in table.splitlines():
+        folder = ""
+        for name in re.findall(r"`([\w./-]+)`", cell):
+            if "/" in name:
+                folder = name.rpartition("/")[0] + "/"
+                named.add(name)
+            elif "." in name and not name.startswith("."):
+                named.add(name if (ROOT / name).exists() else folder + name)
+    for name in named:
+        assert (ROOT / name).exists(), name
+    scripts = [*ROOT.glob("tools/*.py"), *ROOT.glob("bench/*.py")]
+    assert {str(path.relative_to(ROOT)) for path in scripts} <= named
