@@ -907,9 +907,12 @@ def canonical_names(environ: Mapping[str, str]) -> dict[str, str]:
 def problems_of_names(given: Mapping[str, str]) -> Iterator[str]:
     """A line for each variable that looks like a knob of this program but is none."""
     knobs = {name.upper() for name in FIELDS}
-    known_names = [*knobs, *ALIASES, *REJECTED_NAMES]
+    other_names = [*ALIASES, *REJECTED_NAMES]
     for name in sorted(given.keys() - knobs):
-        nearest = difflib.get_close_matches(name, known_names, n=1, cutoff=0.85)
+        # Names of other scripts must be closer: a cluster may set DATASET_PATH, unlike DATA_PATH.
+        nearest = difflib.get_close_matches(name, other_names, n=1, cutoff=0.9)
+        if not nearest:
+            nearest = difflib.get_close_matches(name, knobs, n=1, cutoff=0.85)
         if not nearest:
             continue
         if nearest[0] in REJECTED_NAMES:
