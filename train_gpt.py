@@ -28,7 +28,7 @@ The run, and what each phase leaves behind (files without a folder lie in runs/<
       |
     report      phases against their budgets                 the one line `final {...}`
 
-Contents, in the order of a run, kernels last:
+Contents, in the order of a run, then what stands behind it:
 
      1  Configuration            knobs, rules, presets
      2  Runtime                  ranks, log, clock
@@ -371,8 +371,9 @@ class ModelKnobs:
             )
         if self.bigram_vocab_size == 1:
             yield Rule("bigram_vocab_size", "0, or at least 2")
-        if sum(stream_sizes(self)) > 1 << 27:
-            yield Rule("model_dim", f"smaller: an artifact unpacks to {1 << 27} bytes at most")
+        if sum(stream_sizes(self)) > MAX_STREAM_BYTES:
+            most = MAX_STREAM_BYTES
+            yield Rule("model_dim", f"smaller: an artifact unpacks to {most} bytes at most")
 
     def rules_of_layers(self) -> Iterator[Rule]:
         """What is wrong with the order of layers and what a layer has."""
@@ -529,7 +530,7 @@ class ScoringKnobs:
     logit_temperature: float = knob(1.0, "divisor of scored logits; choose it beforehand", 0.01)
     sliding_window_enabled: bool = knob(False, "score with sliding windows as well")
     val_doc_fraction: float = knob(1.0, "share of the validation documents, drawn by SEED", 1e-9, 1)
-    eval_deadline_seconds: float = knob(580.0, "seconds from the first score until learning ends")
+    eval_deadline_seconds: float = knob(580.0, "seconds for all scores; learning stops in time")
 
     @property
     def val_row_shape(self) -> RowShape:
@@ -592,7 +593,7 @@ class AdaptationKnobs:
         2000, "documents before the last place of PHASED_TTT_NUM_PHASES; the places are even", 1
     )
     ttt_chunk_optimizer: str = knob(
-        "sgd", "optimiser of all weights: SGD, or AdamW as in PR #473", choices=("sgd", "adam")
+        "sgd", "all weights: SGD, or AdamW with BETA1, BETA2 (PR #473)", choices=("sgd", "adam")
     )
     ttt_lr: float = knob(0.002, "SGD of all weights: first rate of the cosine (PR #461)")
     ttt_momentum: float = knob(0.9, "SGD of all weights: momentum", 0, 0.9999)
@@ -1326,9 +1327,10 @@ class Ranks:
         the parts differ in length.
         """
         self.num_queues += 1
+        key = f"train_gpt/queue{self.num_queues}"
         store = dist.distributed_c10d._get_default_store() if self.distributed else dist.HashStore()
         while True:
-            yield store.add(f"train_gpt/queue{self.num_queues}", 1) - 1
+            yield store.add(key, 1) - 1
 
     def now(self) -> float:
         """Monotonic seconds, read once the device has finished all work it was given."""
@@ -1394,6 +1396,11 @@ class Log:
             self.tensorboard = SummaryWriter(self.tensorboard_dir, purge_step=step)
         for name, value in values.items():
             self.tensorboard.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Writes what TensorBoard has not written yet; the text is always written at once."""
+        if self.tensorboard is not None:
+            self.tensorboard.close()
 
 
 def raise_stopped(number: int, _: Any = None, after: str = "") -> None:
@@ -2415,7 +2422,7 @@ class GPT(nn.Module):
         lora: one adapter per document. Each document then holds an equal number of consecutive
             tokens of the row, in one or more segments (see Adaptation.chunk_windows).
         select: (n,) int64, the tokens that get logits; the result is then (n,). With `lora` they
-            must be as the `queries` of `attend`.
+            must be as the `queries` of `attend`, and equally many of every document.
         tap: called with (site, layer, input) of every product, for calibration.
         temperature: divides the logits.
         """
@@ -2591,7 +2598,7 @@ class LoRA:
         """Fresh adapters, in place: B and bias 0, A uniform in +-1 / sqrt(C).
 
         A document's values depend on the seed and its key only, so neither the batch nor the rank
-        that adapts a document changes its score. Documents without a key only keep their A.
+        that adapts a document changes its score. Rows beyond the keys are padding and keep their A.
         """
         bound = self.down.size(-1) ** -0.5
         generator = torch.Generator(self.down.device)
@@ -2633,7 +2640,7 @@ class LoRA:
         )
 
 
-# === 6. Optimisation: Muon on banks, AdamW on the rest, schedules ===
+# === 6. Optimisers: Muon on banks, AdamW on the rest, schedules ===
 # Each iteration maps every singular value x to a x + b x^3 + c x^5, with its own (a, b, c).
 MUON_COEFFS = {
     # Muon (K. Jordan): takes 0.002 .. 1 to 0.68 .. 1.20.
@@ -3583,8 +3590,8 @@ class Trainer:
 def train(run: Run, reserve: float) -> bool:
     """Trains until the budget less `reserve` seconds is spent, or for ITERATIONS steps.
 
-    No step ends after the budget. Schedules follow the spent share of the budget, or of ITERATIONS.
-    Leaves the weights that EXPORT_WEIGHTS names in the model. Returns whether the layers were
+    No step begins that is expected to end after the budget. Schedules follow the spent share of the
+    budget, or of ITERATIONS. Leaves the weights that EXPORT_WEIGHTS names in the model. Returns whether the layers were
     looped in the last step, because scoring must use the depth that was trained. Raises as
     `read_step` and `pause` of the Trainer. All ranks must call it.
     """
@@ -4027,7 +4034,10 @@ Sensitivities = dict[str, Tensor]  # by bank, (n, rows) fp32
 def collect_hessians(
     model: GPT, plan: tuple[Visit, ...], rows: list[Batch], ranks: Ranks
 ) -> Hessians:
-    """H = mean of x x^T over the inputs x of each site and layer: all visits, all ranks' rows.
+    """H of each site and layer: the mean of x x^T per token, summed over visits, over all rows.
+
+    A layer that is visited three times has three inputs x per token. The scale of an H is free: it
+    cancels in the cost of a row, its sensitivity times the mean of L_jj^2, and damping is relative.
 
     A table that is only looked up has no inputs and gets the identity. All ranks must call it, each
     with its own training rows; all get the same means.
@@ -5283,6 +5293,7 @@ class Adaptation:
             # The argsort of a permutation is its inverse.
             place_of_row = np.argsort(row_of_place)
             master.reset(cfg.seed, place_of_row.tolist())
+            # Only the last batch of a phase is smaller, so there is an A for every place.
             if self.warm is not None and len(self.warm.down) >= rows:
                 master.down.copy_(self.warm.down[self.warm.row_of_place[place_of_row]])
             self.warm = WarmStart(master.down, row_of_place)
@@ -6553,6 +6564,7 @@ class Run:
         self.final |= self.facts
         self.final["seconds"] = {name: round(s, 3) for name, s in seconds.items()}
         self.log("final " + json.dumps(self.final, sort_keys=True))
+        self.log.close()
         return self.final
 
     def log_phases(self) -> None:
@@ -7723,7 +7735,7 @@ sdpa_varlen.register_autograd(attention_gradients, setup_context=save_attention)
 
 
 # --- Calling, checking and choosing a backend -----------------------------------------------------
-# The functions of the backends that have been loaded in this process; check_attention adds others.
+# The functions of the backends that this process has loaded; candidate_attention adds others.
 ATTENTION = {"sdpa": sdpa_varlen}
 
 
