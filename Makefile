@@ -32,7 +32,7 @@ record: install
 	PRESET=record $(BIN)/torchrun --standalone --nproc_per_node=$(GPUS) train_gpt.py
 
 # The kept logs as a table and as runs/report.html, a page to open in a browser; LOGS chooses others.
-LOGS ?= $(wildcard logs/*.txt)
+LOGS ?= $(wildcard logs/????-??-??_*_seed*.txt)
 report: dev
 	$(BIN)/python tools/report.py $(LOGS) --html runs/report.html
 

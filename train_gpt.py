@@ -45,10 +45,10 @@ Contents, in the order of a run, kernels last:
     13  Attention backends       accepted by their numbers, at the start
     14  Command line             exit statuses
 
-Letters in shapes: B rows, T tokens per row, C model width, H query heads, Hkv key/value heads,
-D head width, F MLP width, V vocabulary, L layers, W ranks, R rows of documents that adapt together,
-N tokens of the validation text. n is any other number of things, named beside it. A word in a
-shape, as in (docs,), is the number of those things.
+Letters in shapes: T tokens per row, C model width, H query heads, Hkv key/value heads, D head
+width, F MLP width, V vocabulary, L layers, W ranks, R rows of documents that adapt together, N
+tokens of the validation text (in section 12: rows of logits). n is any other number of things,
+named beside it. A word in a shape, as in (docs,), is the number of those things.
 
 Importing this file reads no environment variable and needs neither a GPU nor an optional package.
 The system is that of PR #1530 (samacqua) with PR #1560.
@@ -195,7 +195,7 @@ class RunKnobs:
         "", "parent folder of the run's TensorBoard folder; empty: none", free_on_resume=True
     )
     eval_only_path: str = knob(
-        "", "checkpoint to quantise and score, or artifact to score, instead of training"
+        "", "final_model.pt to quantise and score, or artifact to score, instead of training"
     )
     train_log_every: int = knob(500, "steps between log lines; 0: one per 8 s", free_on_resume=True)
 
@@ -484,7 +484,7 @@ class ArtifactKnobs:
     gptq_calibration_batches: int = knob(16, "training rows for the Hessians, over all ranks", 1)
     quantizer: str = knob(
         "allocated",
-        "steps by the loss's sensitivity; GPTQ (PR #1394); without Hessians: PR #374, #568",
+        "by sensitivity; GPTQ (PR #1394); no Hessians: gptq_lite (PR #374), int6 (PR #568)",
         choices=("allocated", "gptq", "gptq_lite", "int6"),
     )
     clip_floor: float = knob(1.0, "least clip range of a row's weights (gptq_lite, int6)")
@@ -523,7 +523,7 @@ class ArtifactKnobs:
 class ScoringKnobs:
     """Scoring."""
 
-    val_batch_tokens: int = knob(524288, "tokens of eight scoring rows; rows cut no window", 16)
+    val_batch_tokens: int = knob(524288, "tokens of eight scoring rows; no row splits a window", 16)
     eval_seq_len: int = knob(2048, "longest window of scoring, in tokens", 2, shrinks=True)
     eval_stride: int = knob(64, "tokens scored by each sliding window but the first", 1)
     logit_temperature: float = knob(1.0, "divisor of scored logits; choose it beforehand", 0.01)
@@ -535,8 +535,9 @@ class ScoringKnobs:
     def val_row_shape(self) -> RowShape:
         """The shape of a row of scoring.
 
-        Half of the capacity is for windows, the other half for the padding. So a row is full once
-        its windows have min(128, EVAL_SEQ_LEN / 2) tokens on average, as short documents have.
+        Half of the capacity is for windows, the other half for the padding. A row's tokens can all
+        be used if its windows have at least min(128, EVAL_SEQ_LEN / 2) tokens on average; shorter
+        windows reach the capacity first.
         """
         capacity = self.val_batch_tokens // min(512, 2 * self.eval_seq_len)
         return RowShape(self.val_batch_tokens // 8, capacity, self.eval_seq_len)
@@ -574,7 +575,7 @@ class AdaptationKnobs:
     ttt_short_chunks: str = knob("", "chunk sizes up to positions, as in 256:8,2000:24 (PR #2014)")
     ttt_eval_seq_len: int = knob(2048, "longest window of adaptation, in tokens", 2, shrinks=True)
     ttt_batch_size: int = knob(
-        64, "documents at once on a rank; 4x up to TTT_EVAL_SEQ_LEN / 8 (batch_size_factor)", 1
+        64, "documents at once on a rank; of short ones 4x, of long ones 1/4 (batch_size_factor)", 1
     )
     ttt_grad_steps: int = knob(1, "updates per scored chunk of a document", 1)
     ttt_weight_decay: float = knob(0.5, "weight decay of the adapters, decoupled in AdamW")
@@ -821,7 +822,7 @@ FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 
 
 def fields_marked(mark: str, *values: object) -> tuple[str, ...]:
-    """The names of the fields for which `knob` was given one of these values as `mark`."""
+    """The names of the fields whose metadata has one of `values` under `mark`."""
     return tuple(name for name, field in FIELDS.items() if field.metadata[mark] in values)
 
 
@@ -842,7 +843,7 @@ def network_config(cfg: Config) -> dict[str, Any]:
 
 
 def read_network_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """All of the network's fields, from those a model file holds. Raises KeyError if one lacks."""
+    """All of the network's fields, from those a model file holds. KeyError if one is missing."""
     defaults = {name: FIELDS[name].default for name in OPTIONAL_NETWORK_FIELDS}
     values = defaults | config
     return {name: values[name] for name in NETWORK_FIELDS}
@@ -907,9 +908,12 @@ def canonical_names(environ: Mapping[str, str]) -> dict[str, str]:
 def problems_of_names(given: Mapping[str, str]) -> Iterator[str]:
     """A line for each variable that looks like a knob of this program but is none."""
     knobs = {name.upper() for name in FIELDS}
-    known_names = [*knobs, *ALIASES, *REJECTED_NAMES]
+    other_names = [*ALIASES, *REJECTED_NAMES]
     for name in sorted(given.keys() - knobs):
-        nearest = difflib.get_close_matches(name, known_names, n=1, cutoff=0.85)
+        # Names of other scripts must be closer: a cluster may set DATASET_PATH, unlike DATA_PATH.
+        nearest = difflib.get_close_matches(name, other_names, n=1, cutoff=0.9)
+        if not nearest:
+            nearest = difflib.get_close_matches(name, knobs, n=1, cutoff=0.85)
         if not nearest:
             continue
         if nearest[0] in REJECTED_NAMES:
@@ -1590,8 +1594,8 @@ class EpochOrder(NamedTuple):
 class PackedLoader:
     """Rows of training tokens.
 
-    In an epoch, from the second token round to the first, each token is a target once.
-    DATA_LOADER=shuffled leaves out what does not fill a piece.
+    Each token is a target once per epoch; the first token comes last, because the stream begins
+    again. DATA_LOADER=shuffled leaves out what does not fill a piece.
 
     A row takes the next MICRO_BATCH_TOKENS tokens of the stream, or fewer if their documents fill
     the capacity. All ranks walk over all rows, and each builds every W-th, so a step is the same
@@ -1790,7 +1794,7 @@ def check_doctor_verdict(cfg: Config, tokenizer: Tokenizer) -> None:
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
         verdict = json.loads((cfg.dataset_dir / "doctor.json").read_text())
         sizes_and_times = {f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in files}
-        # Otherwise a file has changed since the doctor looked, and its verdict is void.
+        # If these differ, a file has changed since the doctor looked, and its verdict is void.
         if verdict["files"] == sizes_and_times:
             error = verdict["errors"][0]
     if error:
@@ -1822,9 +1826,8 @@ def check_split(cfg: Config, bos_id: int, name: str, stream: TokenStream) -> Non
     """Raises UsageError if a split has no document starts, or too few tokens for one step."""
     is_start = stream.shards[0] == bos_id
     if not is_start.any() or (name == "val" and not is_start[0]):
-        raise UsageError(
-            f"{stream.paths[0]}: no document starts at its beginning (BOS id {bos_id})"
-        )
+        where = "at its beginning" if name == "val" else "in it"
+        raise UsageError(f"{stream.paths[0]}: no document starts {where} (BOS id {bos_id})")
     if name == "train" and stream.size <= cfg.train_batch_tokens:
         raise UsageError(
             f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens}: the shards hold {stream.size} tokens"
@@ -1989,7 +1992,7 @@ def parameter_table(cfg: Config) -> dict[str, Role]:
         "skip_weights": Role((num_skips, C), 1.0),
         "attn_scale": Role((L, C), 1.0, per_layer=True),
         "mlp_scale": Role((L, C), 1.0, per_layer=True),
-        "resid_mix": Role((L, 2, C), "first", per_layer=True),  # row 0 for x, row 1 for x0
+        "resid_mix": Role((L, 2, C), "first", per_layer=True),  # row 0: stream, row 1: embedding
         "q_gain": Role((L, cfg.num_heads), cfg.qk_gain_init, per_layer=True),
     }
     if cfg.skip_gates_enabled:
@@ -2275,7 +2278,7 @@ class GPT(nn.Module):
         own_v = values[1][queries] if has_xsa else None
 
         selected = {}
-        for site, h in projected.items():  # h: (B, T / B, rank)
+        for site, h in projected.items():  # h: (documents, tokens, rank)
             selected[site] = h.flatten(0, 1)[queries].unflatten(0, (h.size(0), -1))
         rows = self.project_heads(n[queries], w.qkv[:C], ("q",), selected, visit, info)
         q, *_ = norm_rope(rows, w.q_gain, info.rope[queries], cfg.head_dim, cfg.fused_qk)
@@ -2588,7 +2591,7 @@ class LoRA:
         """Fresh adapters, in place: B and bias 0, A uniform in +-1 / sqrt(C).
 
         A document's values depend on the seed and its key only, so neither the batch nor the rank
-        that adapts a document changes its score. Documents without a key stay as they are.
+        that adapts a document changes its score. Documents without a key only keep their A.
         """
         bound = self.down.size(-1) ** -0.5
         generator = torch.Generator(self.down.device)
@@ -2766,8 +2769,8 @@ class Muon:
         gradients   reduce-scatter   each rank fills all rows; rank r receives the sum of row r
         weights     all-gather       each rank sends its row (`outbox`); all receive all rows
 
-    PR #399 gathers updates instead of weights. The learning rate is the spectral norm of an update
-    over sqrt(max(1, out / in)).
+    PR #399 gathers updates instead of weights. An update has a spectral norm of about the learning
+    rate times sqrt(max(1, out / in)).
     """
 
     def __init__(self, banks: dict[str, nn.Parameter], cfg: Config, ranks: Ranks):
@@ -2999,7 +3002,8 @@ def lr_scale_at(frac: float, cfg: Config, step: int = 0) -> float:
     """Factor of all learning rates when a share `frac` of training is done.
 
     It is 1, then falls linearly to 0 at the end, but is at least MIN_LR. The fall takes the share
-    WARMDOWN_FRAC of training or, if set, WARMDOWN_ITERS of the expected step / frac steps.
+    WARMDOWN_FRAC of training or, if set, the last WARMDOWN_ITERS steps. Training is expected to
+    have step / frac steps in all.
     """
     warmdown = cfg.warmdown_frac
     if cfg.warmdown_iters:
@@ -3292,7 +3296,7 @@ class Pacer:
             covered_visits = visits
         else:
             # The previous step has been read by now. So this rank's clock is at the end of that
-            # step, and its visits are the only ones that the known clock does not cover yet.
+            # step, whose visits are the only ones that the known clock does not cover yet.
             clock = state.rank_s
             covered_visits = state.untimed_visits
         state.untimed_visits += visits
@@ -3504,6 +3508,7 @@ class Trainer:
         """Takes the time of its body off the clock and off the phase of training."""
         self.read_step()
         run = self.run
+        # A phase in the body, as in `validate`, adds its own seconds; they must not count twice.
         excluded = run.excluded_seconds
         start = run.ranks.now()
         yield
@@ -3618,7 +3623,7 @@ def train(run: Run, reserve: float) -> bool:
         grad_norm = optimizers.step(lr_scale, muon_momentum(step, cfg), state.newest_share)
         state.newest_share = average.newest_share(step + 1, lr_scale)
         state.tokens += num_targets
-        compilations = run.sentinel.poll()
+        compilations = run.compilation_counter.poll()
         pacer.send(loss, grad_norm, lr_scale, len(plan), compilations, trainer.signal_number)
         if state.step == 1:
             trainer.read_step()
@@ -4076,7 +4081,7 @@ def collect_sensitivities(
         for bank, shape in bank_shapes(model.cfg).items()
     }
     head_inputs = ("head_in", 0)
-    # Without it the table is stored as fp16.
+    # False if the table is stored as fp16.
     has_head_codes = head_inputs in hessians
     both_roles = torch.zeros(model.cfg.model_dim, model.cfg.model_dim, device=ranks.device)
     for row in rows:
@@ -4367,7 +4372,7 @@ class BankRows(NamedTuple):
 #
 # The quantizer joins solver and steps. Ordering and factoring the Hessians does not depend on the
 # size of the artifact, so it is done once. Only solving depends on it, and is repeated with other
-# steps until the file fits. Of N ranks each solves every N-th matrix of a bank and holds zeros for
+# steps until the file fits. Of W ranks each solves every W-th matrix of a bank and holds zeros for
 # the others, so the sum over the ranks is complete.
 
 LOG2_THETA_RANGE = (-140.0, 60.0)  # at both ends every step has reached one of its bounds
@@ -4486,9 +4491,9 @@ class Quantizer:
 # --- Fit to the byte limit ------------------------------------------------------------------------
 #
 # Finer steps always lose less, so the best artifact is the one that just fits. The bytes of a theta
-# are predicted, then measured on the real file. What a round misses of the limit corrects the
-# predicted bytes at which the next round aims. A tiny model stops at MATRIX_BITS per weight
-# instead: no finer step is worth its bytes.
+# are predicted, then measured on the real file. The bytes by which a round misses the limit then
+# correct the predicted bytes that the next round aims at. A tiny model stops at MATRIX_BITS per
+# weight instead: no finer step is worth its bytes.
 
 FIT_SLACK_BYTES = 4096  # a file this close under the limit is good enough
 
@@ -4499,9 +4504,9 @@ def fit_artifact(
     """The artifact with the finest steps that keep code and model under ARTIFACT_LIMIT_BYTES.
 
     It is at most FIT_SLACK_BYTES under the limit, or has MATRIX_BITS per weight on average. Without
-    a limit the size is that of the published steps. `rounds` limits the attempts; one is a
-    rehearsal, which may miss the limit. All ranks must call it; rank 0 gets the file, the others
-    b"". Raises UsageError if the model cannot fit.
+    a limit the size is that of the published steps. `rounds` limits the attempts. A call with
+    rounds=1 is a rehearsal: it may return b"" on rank 0. All ranks must call it; rank 0 gets the
+    file, the others b"". Raises UsageError if the model cannot fit.
     """
     cfg = model.cfg
     is_main = quantizer.ranks.is_main
@@ -4525,6 +4530,7 @@ def fit_artifact(
             best_size = size
         is_close = room - FIT_SLACK_BYTES < size <= room
         is_finest = budget == finest and size <= room
+        bits = budget / finest * cfg.matrix_bits
         if is_close or is_finest:
             break
         # Codes take budget / size of the file, so they get that share of the bytes that are
@@ -4535,7 +4541,7 @@ def fit_artifact(
     if not best_size and rounds > 1:
         raise UsageError(
             f"ARTIFACT_LIMIT_BYTES={cfg.artifact_limit_bytes}: the model is {size - room} bytes "
-            f"over at {budget / finest * cfg.matrix_bits:.2f} bits a weight; "
+            f"over at {bits:.2f} bits a weight; "
             "lower MLP_MULT or MODEL_DIM"
         )
     return best
@@ -5041,6 +5047,8 @@ def open_artifact(data: bytes, path: Path) -> tuple[dict[str, Any], ArtifactArra
         cfg = config_of_header(header)
         streams = stored_streams(data, header, start, cfg)
         return header, unpack_streams(streams, header["compressor"], cfg)
+    except ImportError as error:
+        raise UsageError(f"{path}: its compressor is not installed ({error})") from error
     # Each codec has its own errors, and a hostile file may provoke any of them.
     except Exception as error:
         reason = type(error).__name__
@@ -5079,8 +5087,8 @@ def load_artifact(model: GPT, arrays: ArtifactArrays) -> None:
 # * Windows, sizes of chunks and the range that is learnt from depend on the index in a document,
 #   never on where the document ends: that is information about the future. A document's last window
 #   ends on the grid of chunks like every other, and is padded there.
-# * When a forward runs out of memory, half as many documents are run at once from then on. A chunk
-#   is then scored in parts, and no score changes.
+# * When the forward that scores a chunk runs out of memory, half as many documents are run at once
+#   from then on. The chunk is then scored in parts, and no score changes.
 # * The deadline only decides whether there is another update: see Deadline. The remaining targets
 #   are scored plainly, in windows without learning, so every target has a score in time.
 class Deadline:
@@ -5548,7 +5556,7 @@ def score_documents(
 
 
 def windows_by_chunk(scorer: Scorer, index: np.ndarray) -> list[list[Window]]:
-    """Scoring windows of the stream for each chunk of TTT_CHUNK_TOKENS of the targets `index` (N,).
+    """Scoring windows of the stream for each chunk of TTT_CHUNK_TOKENS of the targets `index` (n,).
 
     A window that scores targets of several chunks appears in each with that chunk's part of them.
     """
@@ -5718,12 +5726,14 @@ FOREIGN_FILE_ERRORS = (
 
 
 def read_model_file(path: Path) -> dict[str, Any]:
-    """The fields of a checkpoint, `weights` among them, or of an artifact's header, with `arrays`.
+    """The fields of a weights file (final_model.pt), or of an artifact's header, with `arrays`.
 
-    Raises UsageError for a damaged artifact, and one of FOREIGN_FILE_ERRORS for other files.
+    A weights file is what Run.save_weights writes. A run's own checkpoint is another kind of file,
+    which only read_checkpoint reads. Raises UsageError for a file that is neither or is a damaged
+    artifact, and one of FOREIGN_FILE_ERRORS for what torch.load refuses.
     """
     data = path.read_bytes()
-    # A checkpoint is a zip file.
+    # A weights file is a zip file; a run's own checkpoint begins with its SHA-256.
     if data[:2] == b"PK":
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     header, arrays = open_artifact(data, path)
@@ -5758,8 +5768,8 @@ def reasons_to_refuse(
 def load_model_file(cfg: Config, origin: dict[str, str]) -> tuple[Config, dict[str, Any]]:
     """The config with the network of EVAL_ONLY_PATH, and the fields of that file.
 
-    The fields are those of `read_model_file`. Raises UsageError if the file is neither a checkpoint
-    nor an artifact, or if the environment asks for another network than the file has.
+    The fields are those of `read_model_file`. Raises UsageError if the file is neither a file of
+    weights nor an artifact, or if the environment asks for another network than the file has.
     """
     path = Path(cfg.eval_only_path)
     name = f"EVAL_ONLY_PATH={cfg.eval_only_path}"
@@ -5771,7 +5781,7 @@ def load_model_file(cfg: Config, origin: dict[str, str]) -> tuple[Config, dict[s
         file_cfg = dataclasses.replace(cfg, **read_network_config(saved["config"]))
         reasons = reasons_to_refuse(name, file_cfg, cfg, origin, saved)
     except FOREIGN_FILE_ERRORS as error:
-        reason = "neither an artifact nor a checkpoint of train_gpt.py"
+        reason = "neither an artifact nor a weights file of train_gpt.py"
         if isinstance(error, OSError) and error.strerror:
             reason = error.strerror
         raise UsageError(f"{name}: {reason}") from error
@@ -5934,7 +5944,7 @@ class Run:
 
         board = f"{cfg.tensorboard_dir}/{run_id}" if cfg.tensorboard_dir else ""
         self.log = Log(log_path, ranks.is_main, ranks.live, board)
-        self.sentinel = CompilationCounter(self.log)
+        self.compilation_counter = CompilationCounter(self.log)
         self.log_settings(origin, lines)
 
     @property
@@ -6251,7 +6261,7 @@ class Run:
         if trains and cfg.cuda_graph and can_capture:
             self.capture_training(plans, row)
         # From here on, compilations are counted and no tile is timed any more.
-        self.sentinel = CompilationCounter(self.log)
+        self.compilation_counter = CompilationCounter(self.log)
         self.tuner.may_measure = not cfg.warmup_steps
         return self.agree_on_reserve(reserve)
 
@@ -6272,7 +6282,7 @@ class Run:
     def measure_compression(self, plan: tuple[Visit, ...], row: Batch) -> float:
         """The seconds to keep for calibration, quantisation and packing, measured on one row.
 
-        They include a second, and a quarter of the rest, as a margin.
+        They include a margin: one second, and a quarter of what was measured.
         """
         cfg, ranks = self.cfg, self.ranks
         # The first time compiles; the second is measured.
@@ -6280,12 +6290,12 @@ class Run:
             start = ranks.now()
             calibration = self.calibrate(plan, [row])
             calibrated = ranks.now()
-            solver = Quantizer(self.model, *calibration, ranks)
-            fit_artifact(solver, self.model, {}, self.log, rounds=1)
+            quantizer = Quantizer(self.model, *calibration, ranks)
+            fit_artifact(quantizer, self.model, {}, self.log, rounds=1)
             end = ranks.now()
         rows_per_rank = math.ceil(cfg.gptq_calibration_batches / ranks.world_size)
         # Fitting the artifact to a limit that binds has taken up to four rounds.
-        rounds = 4 if 0 < cfg.artifact_limit_bytes < 1.2 * solver.finest_bytes else 1
+        rounds = 4 if 0 < cfg.artifact_limit_bytes < 1.2 * quantizer.finest_bytes else 1
         seconds = rows_per_rank * (calibrated - start) + rounds * (end - calibrated)
         return 1.0 + 1.25 * seconds
 
@@ -6386,10 +6396,10 @@ class Run:
         with self.phase("quantise", budget=budget):
             if cfg.prune_frac:
                 prune(model)
-            solver = Quantizer(model, *calibration, ranks)
+            quantizer = Quantizer(model, *calibration, ranks)
         with self.phase("pack", budget=budget):
             meta = {"looped": self.looped, "tokenizer": self.tokenizer.sha256}
-            data = fit_artifact(solver, model, meta, self.log)
+            data = fit_artifact(quantizer, model, meta, self.log)
             if ranks.is_main:
                 write_atomic(path, data)
         self.save_checkpoint(Stage.PACKED, weights=model.state_dict(), looped=self.looped)
@@ -6479,7 +6489,7 @@ class Run:
         label = SCORE_LABELS[key]
         with self.phase(f"score {key}", budget=budget):
             ledger = evaluation()
-        compilations = self.ranks.gather(self.sentinel.poll())
+        compilations = self.ranks.gather(self.compilation_counter.poll())
         self.check_recompilations(sum(compilations))
         if reasons := self.broken_rules(ledger):
             raise InvalidScore(f"{label} INVALID: {'; '.join(reasons)}")
@@ -6502,8 +6512,8 @@ class Run:
     def broken_rules(self, ledger: Ledger) -> list[str]:
         """Why an evaluation has no score; empty if it has one.
 
-        Either the ledger found a rule broken, or a data set with the name of one of the challenge's
-        holds other documents than that.
+        Either the ledger found a rule broken, or the data set is named like one of the challenge's
+        but holds other documents.
         """
         problems = ledger.problems(self.decoded)
         known = CANONICAL.get(self.cfg.dataset_dir.name)
@@ -6876,7 +6886,7 @@ mlp_dpre = define_operator("mlp_dpre", mlp_dpre_reference, mlp_dpre_cuda)
 
 
 class FusedMLP(torch.autograd.Function):
-    """The second product of the MLP. Its backward is that of the whole MLP, with mlp_up."""
+    """The second product of the MLP. Its backward is that of the whole MLP, mlp_up's included."""
 
     @staticmethod
     def forward(

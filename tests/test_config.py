@@ -509,7 +509,7 @@ def test_published_knob_that_does_nothing_here_is_refused(name):
     [
         ("TTT_TEMP_RESCALE", "a factor on the nats is no probability (ruling on PR #605)"),
         ("TTT_MIN_NLL", "the best of several passes is chosen by the answer (ruling on PR #605)"),
-        ("TTT_COSINE_LR", "tells where it ends; set TTT_COSINE_CHUNKS"),
+        ("TTT_COSINE_LR", "reveals its length; set TTT_COSINE_CHUNKS"),
         ("QAT_ENABLED", "set LATE_QAT=1"),
         ("SWA_ENABLED", "set EXPORT_WEIGHTS"),
         ("MLP_HIDDEN", "set MLP_MULT"),

@@ -106,7 +106,7 @@ def warmed_up(run: Session) -> Callable[..., Tensor]:
     row = tg.synthetic_row(run.cfg, run.cfg.row_shape, torch.device("cpu"))
     tg.accumulate_gradients(compiled, run.cfg.plans[0], [row], 512)
     run.model.zero_grad()
-    run.sentinel = tg.CompilationCounter(run.log)
+    run.compilation_counter = tg.CompilationCounter(run.log)
     return compiled
 
 
