@@ -567,7 +567,8 @@ def predicted_batches(
         windows = np.minimum(ends, cfg.ttt_eval_seq_len)
         if len(buckets):
             windows = buckets[np.searchsorted(buckets, windows)]
-        of_steps = features(adaptation.whole_granules(live), windows) @ costs
+        rows = np.array([adaptation.whole_granules(count) for count in live])
+        of_steps = features(rows, windows) @ costs
         seconds.append(float(of_steps.sum()))
     return np.array(seconds)
 
