@@ -3591,9 +3591,9 @@ def train(run: Run, reserve: float) -> bool:
     """Trains until the budget less `reserve` seconds is spent, or for ITERATIONS steps.
 
     No step begins that is expected to end after the budget. Schedules follow the spent share of the
-    budget, or of ITERATIONS. Leaves the weights that EXPORT_WEIGHTS names in the model. Returns whether the layers were
-    looped in the last step, because scoring must use the depth that was trained. Raises as
-    `read_step` and `pause` of the Trainer. All ranks must call it.
+    budget, or of ITERATIONS. Leaves the weights that EXPORT_WEIGHTS names in the model. Returns
+    whether the layers were looped in the last step, because scoring must use the depth that was
+    trained. Raises as `read_step` and `pause` of the Trainer. All ranks must call it.
     """
     cfg, model, optimizers = run.cfg, run.model, run.optimizers
     trainer = Trainer(run, cfg.wallclock - reserve)
