@@ -6219,7 +6219,9 @@ class Run:
 
         self.load_artifact_file(path)
         self.evaluate_artifact()
-        return self.report()
+        figures = self.report()
+        self.log.close()
+        return figures
 
     def build_model(self) -> None:
         """Makes the model, its forwards and its optimisers.
@@ -6564,7 +6566,6 @@ class Run:
         self.final |= self.facts
         self.final["seconds"] = {name: round(s, 3) for name, s in seconds.items()}
         self.log("final " + json.dumps(self.final, sort_keys=True))
-        self.log.close()
         return self.final
 
     def log_phases(self) -> None:
