@@ -735,7 +735,7 @@ def test_seeds_of_another_claim_or_twice_are_refused(tmp_path, capsys):
 def test_program_that_shortening_would_change_is_refused(monkeypatch):
     monkeypatch.setattr(packed_code, "squeeze", lambda text: text.replace("3", "4"))
     with pytest.raises(tg.UsageError, match="cannot shorten"):
-        packed_code.pack_code(SMALL_SOURCE)
+        packed_code.pack_code(SMALL_SOURCE + b"x = 3\n")  # a text that was not packed before
 
 
 @pytest.mark.parametrize(

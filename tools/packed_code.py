@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import bz2
+import functools
 import io
 import itertools
 import lzma
@@ -281,6 +282,7 @@ def escape(data: bytes) -> str:
     return re.sub(r"'(?=''|\Z)", r"\\'", text)
 
 
+@functools.cache
 def text_to_pack(source: bytes) -> str:
     """The text that travels. Raises UsageError if it would be another program than the source."""
     stripper = Stripper(source)
