@@ -136,6 +136,26 @@ def write_dataset(
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
+def train_tokenizer(text: Path, prefix: Path, split_digits: bool = True) -> None:
+    """Trains a tokenizer of VOCAB pieces on a text file and writes it to `prefix`.model."""
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text),
+        model_prefix=str(prefix),
+        vocab_size=VOCAB,
+        model_type="bpe",
+        byte_fallback=True,
+        pad_id=0,
+        bos_id=1,
+        eos_id=2,
+        unk_id=3,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        split_digits=split_digits,
+        character_coverage=0.99,
+        minloglevel=2,
+    )
+
+
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """DATA_DIR with the data set `tiny_sp320`: 160 training and 12 validation documents.
@@ -147,22 +167,7 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "tokenizers").mkdir()
     prefix = root / "tokenizers" / f"tiny_sp{VOCAB}"
     (root / "text.txt").write_text("\n".join(t.replace("\n", " ") for t in texts), encoding="utf-8")
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(root / "text.txt"),
-        model_prefix=str(prefix),
-        vocab_size=VOCAB,
-        model_type="bpe",
-        byte_fallback=True,
-        pad_id=0,
-        bos_id=1,
-        eos_id=2,
-        unk_id=3,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        split_digits=True,
-        character_coverage=0.99,
-        minloglevel=2,
-    )
+    train_tokenizer(root / "text.txt", prefix)
     model = sentencepiece.SentencePieceProcessor(model_file=f"{prefix}.model")
     docs = [[model.bos_id(), *model.encode(t)] for t in texts]
     write_dataset(root, docs[:160], docs[160:], Path(f"{prefix}.model"), f"tiny_sp{VOCAB}")

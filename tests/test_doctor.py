@@ -17,7 +17,17 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import sentencepiece
-from conftest import ROOT, TINY, VOCAB, opened, run_script, tiny_config, tiny_text, write_dataset
+from conftest import (
+    ROOT,
+    TINY,
+    VOCAB,
+    opened,
+    run_script,
+    tiny_config,
+    tiny_text,
+    train_tokenizer,
+    write_dataset,
+)
 
 sys.path.insert(0, str(ROOT / "tools"))
 import canonical
@@ -137,22 +147,7 @@ def swap_tokenizer(root):
         "\n".join(" ".join(t[::-1] for t in line.split()) for line in tiny_text(172, seed=2))
     )
     path = root / "tokenizers" / f"{NAME}.model"
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(text),
-        model_prefix=str(path.with_suffix("")),
-        vocab_size=VOCAB,
-        model_type="bpe",
-        byte_fallback=True,
-        pad_id=0,
-        bos_id=1,
-        eos_id=2,
-        unk_id=3,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        split_digits=True,
-        character_coverage=0.99,
-        minloglevel=2,
-    )
+    train_tokenizer(text, path.with_suffix(""))
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     alter_manifest(root, lambda m: m["tokenizer"].update(sha256=digest))
 

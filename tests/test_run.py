@@ -19,8 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-import sentencepiece
-from conftest import TINY, VOCAB, final_line, run_script, tiny_text
+from conftest import TINY, VOCAB, final_line, run_script, tiny_text, train_tokenizer
 
 import train_gpt as tg
 
@@ -522,21 +521,7 @@ def other_tokenizer(shards: Path) -> None:
     (shards / "manifest.json").unlink()
     texts = (text.replace("\n", " ")[::-1] for text in tiny_text(100, seed=9))
     (shards / "text.txt").write_text("\n".join(texts), encoding="utf-8")
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(shards / "text.txt"),
-        model_prefix=str(shards / "other"),
-        vocab_size=VOCAB,
-        model_type="bpe",
-        byte_fallback=True,
-        pad_id=0,
-        bos_id=1,
-        eos_id=2,
-        unk_id=3,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        character_coverage=0.99,
-        minloglevel=2,
-    )
+    train_tokenizer(shards / "text.txt", shards / "other", split_digits=False)
 
 
 TRAIN, VAL = "tiny_train_000001.bin", "tiny_val_000000.bin"
