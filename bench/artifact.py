@@ -1,13 +1,14 @@
-"""What an artifact costs: coders of the same integers, and quantisers at equal bytes.
+"""What an artifact costs: coders of the same integers, and bits against loss of quantisers.
 
-    python bench/artifact.py --full                 # Gaussian weights of the record network's size
-    python bench/artifact.py                        # the same for a small network: a quick look
+    python bench/artifact.py --full                 # coders only, at the record network's size
+    python bench/artifact.py                        # small Gaussian weights, a trained miniature
     python bench/artifact.py runs/ID/final_model.pt # a checkpoint; environment as for its run
+    python bench/artifact.py --png curves.png       # the rate-distortion curves as a picture too
 
-The Gaussian weights are seeded, and their rows and columns differ in size. Needs what the run
-needs; pickle + Brotli and ZPAQ (lrzip) appear where these are installed. ZPAQ takes minutes for 36
-million codes; ZPAQ=0 leaves it out. The last line is `bench ` and a JSON object; null is what was
-not measured.
+The coders get integers of seeded Gaussian weights whose rows and columns differ in size. Needs what
+the run needs; pickle + Brotli and ZPAQ (lrzip) appear where these are installed. ZPAQ takes minutes
+for 36 million codes; ZPAQ=0 leaves it out. The miniature needs the data of `make run`. The last
+line is `bench ` and a JSON object; null is what was not measured.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_gpt as tg
 
-Packed = dict[str, tuple[Tensor, Tensor]]  # codes int8 (n, rows, cols), scales fp16 (n, rows)
+Packed = dict[str, Tensor]  # codes int8 (n, rows, cols) by bank
 QUIET = tg.Log(Path(os.devnull), is_main=False)
 SMALL = dict(
     num_layers=2,
@@ -62,7 +63,7 @@ def gaussian_codes(cfg: tg.Config) -> Packed:
         bits, clip = (7, 15.0) if is_table else (6, 12.85)
         scale = tg.clip_steps(torch.from_numpy(weight), clip, 2 ** (bits - 1) - 1)
         q = np.rint(weight / scale.float().numpy()[..., None]).clip(-127, 127).astype(np.int8)
-        packed[bank] = (torch.from_numpy(q), scale)
+        packed[bank] = torch.from_numpy(q)
     return packed
 
 
@@ -85,6 +86,8 @@ class AnsCoder:
         """Codes and decodes arrays of these shapes, end to end."""
         self.shapes = shapes
         self.row_shapes = {name: shape[:2] for name, shape in shapes.items()}
+        # As other coders, it knows nothing of column scales here.
+        self.columns = [np.zeros((n, cols), np.int8) for n, _, cols in shapes.values()]
 
     def compress(self, data: bytes) -> bytes:
         """u32 size of the levels, the levels in LZMA, the stream of codes."""
@@ -92,7 +95,8 @@ class AnsCoder:
         codes = list(arrays.values())
         levels = [tg.row_levels(q) for q in codes]
         stored = tg.compress("lzma", b"".join(level.tobytes() for level in levels))
-        return len(stored).to_bytes(4, "little") + stored + tg.ans_encode(codes, levels)
+        coded = tg.ans_encode(codes, levels, self.columns)
+        return len(stored).to_bytes(4, "little") + stored + coded
 
     def decompress(self, data: bytes) -> bytes:
         """The bytes of the arrays."""
@@ -100,7 +104,7 @@ class AnsCoder:
         num_rows = sum(math.prod(shape) for shape in self.row_shapes.values())
         flat = np.frombuffer(tg.decompress("lzma", data[4:end], num_rows), np.uint8)
         levels = list(tg.split_arrays(flat, self.row_shapes).values())
-        codes = tg.ans_decode(data[end:], list(self.shapes.values()), levels)
+        codes = tg.ans_decode(data[end:], list(self.shapes.values()), levels, self.columns)
         return b"".join(q.tobytes() for q in codes)
 
 
@@ -136,15 +140,14 @@ def available_methods(packed: Packed) -> list[Method]:
     """All methods whose packages and programs are installed."""
     import zstandard
 
-    codes = {name: q for name, (q, _) in packed.items()}
-    plain = b"".join(q.numpy().tobytes() for q in codes.values())
+    plain = b"".join(q.numpy().tobytes() for q in packed.values())
     buffer = io.BytesIO()
-    torch.save(codes, buffer)
+    torch.save(packed, buffer)
     pickled = buffer.getvalue()
 
     zstd = partial(tg.compress, "zstd")
     unzstd = partial(tg.decompress, "zstd", size=len(plain))
-    ans = AnsCoder({name: tuple(q.shape) for name, q in codes.items()})
+    ans = AnsCoder({name: tuple(q.shape) for name, q in packed.items()})
     zstd_22 = partial(zstandard.compress, level=22)
     methods = [
         Method("pickle + zstd 22", pickled, zstd_22, zstandard.decompress),
@@ -179,7 +182,7 @@ def compare_coders(packed: Packed) -> dict[str, float | None]:
 
     Returns the figures of the last line; None is a ratio to a method that is not installed.
     """
-    arrays = [q.numpy() for q, _ in packed.values()]
+    arrays = [q.numpy() for q in packed.values()]
     num_codes = sum(q.size for q in arrays)
     entropy = tg.code_entropy_bytes(arrays)
     conditional = entropy_given_levels(arrays)
@@ -215,7 +218,7 @@ def compare_coders(packed: Packed) -> dict[str, float | None]:
     }
 
 
-# --- Quantisers at equal bytes --------------------------------------------------------------------
+# --- Quantisers: bits a weight against loss -------------------------------------------------------
 class Checkpoint:
     """A trained network with its calibration rows and its validation documents."""
 
@@ -243,6 +246,7 @@ class Checkpoint:
         loader = tg.PackedLoader(streams["train"], tokenizer.bos_id, self.cfg, self.ranks)
         self.rows, _ = loader.rows(self.cfg.gptq_calibration_batches)
         self.calibrate()
+        self.unquantised = self.score()
 
     def calibrate(self) -> None:
         """Measures Hessians (the published ones and ours) and sensitivities."""
@@ -254,8 +258,8 @@ class Checkpoint:
             model, model, self.plan, rows, self.hessians_of_both_roles, self.ranks
         )
 
-    def bpb(self, data: bytes | None = None) -> float:
-        """Bits per byte of the network, or of the artifact `data` of it."""
+    def score(self, data: bytes | None = None) -> float:
+        """Nats per target of the network, or of the artifact `data` of it."""
         model = self.model
         if data:
             model = tg.GPT(self.cfg, self.model.attention_backend).to(self.ranks.device)
@@ -263,22 +267,22 @@ class Checkpoint:
             tg.load_artifact(model, arrays)
         ledger = tg.Ledger(self.docs, self.table, self.ranks.device)
         scorer = tg.Scorer(model, self.plan, ledger, self.cfg, self.ranks, QUIET)
-        return tg.score_all(scorer, 0).result()["val_bpb"]
+        return tg.score_all(scorer, 0).result()["val_loss"]
 
     def weighted_error(self, data: bytes) -> float:
         """Sum over rows of sensitivity * e H e^T, e the error of an artifact's weights.
 
         This is the quantisers' own measure of harm: nats, up to one factor.
         """
+        restored = tg.GPT(self.cfg, self.model.attention_backend).to(self.ranks.device)
         _, arrays = tg.open_artifact(data, Path("artifact"))
-        shapes = tg.bank_shapes(self.cfg)
+        tg.load_artifact(restored, arrays)
         total = 0.0
         for matrix in tg.quantised_matrices(self.cfg):
             bank, i = matrix.bank, matrix.index
-            scale = arrays.scales[bank][i].astype(np.float32)
-            restored = torch.from_numpy(arrays.codes[bank][i] * scale[:, None])
-            weight = self.model.get_parameter(bank).detach().view(shapes[bank])[i]
-            e = weight - restored.to(self.ranks.device)
+            shape = tg.bank_shapes(self.cfg)[bank]
+            e = self.model.get_parameter(bank).detach().view(shape)[i]
+            e = e - restored.get_parameter(bank).detach().view(shape)[i]
             harm = ((e @ self.hessians_of_both_roles[matrix.input_key]) * e).sum(-1)
             total += float((harm * self.sensitivities[bank][i]).sum())
         return total
@@ -288,44 +292,210 @@ class Checkpoint:
         return {key: torch.eye(len(h), device=h.device) for key, h in self.hessians.items()}
 
 
-def compare_quantizers(point: Checkpoint) -> Packed:
-    """Prints a line a quantiser, all fitted to the bytes of published GPTQ and coded with ans.
+class Quantising(NamedTuple):
+    """One way to quantise a network, at every size."""
 
-    Returns the integers and scales of the last one, ours.
+    name: str
+    quantizer: str  # QUANTIZER
+    column_scales: bool
+    knows_inputs: bool = True  # False: identities in place of the Hessians
+
+
+ROWS = Quantising("allocated, rows", "allocated", False)
+ROWS_AND_COLUMNS = Quantising("rows and columns", "allocated", True)
+PUBLISHED = Quantising("published GPTQ", "gptq", False)
+QUANTISERS = (
+    Quantising("round to nearest", "gptq", False, knows_inputs=False),
+    PUBLISHED,
+    Quantising("published, columns", "gptq", True),
+    ROWS,
+    ROWS_AND_COLUMNS,
+)
+BITS = (2.0, 2.5, 3.0, 3.5)  # predicted bits a weight of the integers
+
+
+class Measured(NamedTuple):
+    """An artifact of one size."""
+
+    size: int  # bytes
+    bits: float  # of the whole artifact but its fp16 values, a weight
+    error: float  # see Checkpoint.weighted_error
+    lost: float  # nats per target
+    seconds: float  # to quantise and pack, without the Hessians' factors
+    bound: float | None  # least bits a weight for this error; None without sensitivities
+
+
+def least_bits(quantizer: tg.Quantizer, error: float) -> float:
+    """Bits a weight below which no code has this weighted error, for independent Gaussian weights.
+
+    Reverse water-filling over groups of weights: a weight of power p and cost c, both from the
+    quantiser, is left the error min(p, theta / c) and takes 1/2 log2 of p over that. A quantiser
+    that rounds to multiples of a step needs a quarter of a bit more where its steps are fine.
     """
-    model, ranks = point.model, point.ranks
-    published = dataclasses.replace(
-        point.cfg, quantizer="gptq", compressor="ans", artifact_limit_bytes=0
-    )
-    model.cfg = published
-    unquantised = point.bpb()
-    quantizer = tg.Quantizer(model, point.hessians, None, ranks)
-    published_size = len(tg.fit_artifact(quantizer, model, {}, QUIET))
-    model.cfg = dataclasses.replace(
-        published, artifact_limit_bytes=published_size + 2048 + tg.CODE_BYTES
-    )
-    print(
-        f"{'quantiser':<20}{'bytes':>11}{'weighted error':>16}{'bpb lost':>10}{'s':>7}"
-        f"  unquantised {unquantised:.5f}"
-    )
-    for name, hessians, sensitivities in (
-        ("round to nearest", point.identities(), None),
-        ("published GPTQ", point.hessians, None),
-        ("allocated (ours)", point.hessians_of_both_roles, point.sensitivities),
-    ):
-        start = time.perf_counter()
-        quantizer = tg.Quantizer(model, hessians, sensitivities, ranks)
-        data = tg.fit_artifact(quantizer, model, {}, QUIET)
-        seconds = time.perf_counter() - start
-        lost = point.bpb(data) - unquantised
-        error = point.weighted_error(data)
-        print(f"{name:<20}{len(data):>11}{error:>16.4e}{lost:>10.5f}{seconds:>7.1f}", flush=True)
+    costs = []
+    counts = []
+    for bank, rows in quantizer.rows.items():
+        cost = (rows.cost * rows.power)[..., None] * rows.column_power[:, None]
+        costs.append(cost.double().flatten())
+        cols = quantizer.shapes[bank][2]
+        counts.append(torch.full_like(costs[-1], cols / rows.column_power.size(1)))
+    cost = torch.cat(costs)
+    count = torch.cat(counts)
+    low, high = -140.0, 60.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        if (cost.clamp_max(2.0**middle) * count).sum() <= error:
+            low = middle
+        else:
+            high = middle
+    bits = 0.5 * (cost / 2.0**low).log2().clamp_min(0)
+    return float((bits * count).sum() / count.sum())
 
-    _, arrays = tg.open_artifact(data, Path("artifact"))
-    packed = {}
-    for bank, q in arrays.codes.items():
-        packed[bank] = (torch.from_numpy(q.copy()), torch.from_numpy(arrays.scales[bank].copy()))
-    return packed
+
+def measure_curve(point: Checkpoint, way: Quantising) -> list[Measured]:
+    """Quantises to several sizes and scores each. Prints a line a size."""
+    changes = dict(quantizer=way.quantizer, column_scales=way.column_scales)
+    model = point.model
+    model.cfg = dataclasses.replace(point.cfg, **changes, compressor="ans", artifact_limit_bytes=0)
+    sensitivities = None
+    hessians = point.hessians if way.knows_inputs else point.identities()
+    if way.quantizer == "allocated":
+        hessians, sensitivities = point.hessians_of_both_roles, point.sensitivities
+    quantizer = tg.Quantizer(model, hessians, sensitivities, point.ranks)
+    num_weights = sum(math.prod(shape) for shape in quantizer.shapes.values())
+    num_floats = sum(math.prod(shape) for shape in tg.float_shapes(point.cfg).values())
+    curve = []
+    for bits in BITS:
+        start = time.perf_counter()
+        quantised = quantizer.solve(quantizer.theta_for(bits * num_weights / 8))
+        data = tg.pack_artifact(model, quantised, {})
+        seconds = time.perf_counter() - start
+        error = point.weighted_error(data)
+        measured = Measured(
+            size=len(data),
+            bits=8 * (len(data) - 2 * num_floats) / num_weights,
+            error=error,
+            lost=point.score(data) - point.unquantised,
+            seconds=seconds,
+            bound=None if sensitivities is None else least_bits(quantizer, error),
+        )
+        bound = "" if measured.bound is None else f"{measured.bound:.3f}"
+        print(
+            f"{way.name:<20}{measured.size:>11}{measured.bits:>8.3f}{bound:>8}"
+            f"{measured.error:>13.4e}{measured.lost:>11.6f}{measured.seconds:>7.1f}",
+            flush=True,
+        )
+        curve.append(measured)
+    return curve
+
+
+def loss_at(curve: list[Measured], size: float) -> float | None:
+    """Nats lost at a size in bytes, between the measured ones on a logarithmic scale of losses.
+
+    None beyond them, or where a loss is too small to have a logarithm.
+    """
+    curve = sorted(curve)
+    sizes = [measured.size for measured in curve]
+    losses = [measured.lost for measured in curve]
+    if min(losses) <= 0 or not sizes[0] <= size <= sizes[-1]:
+        return None
+    return math.exp(np.interp(size, sizes, np.log(losses)))
+
+
+def loss_ratio(curve: list[Measured], other: list[Measured]) -> float | None:
+    """Loss of `curve` over that of `other` at equal bytes: geometric mean over the sizes of both.
+
+    None if their sizes do not overlap.
+    """
+    ratios = []
+    for size in (measured.size for measured in [*curve, *other]):
+        losses = loss_at(curve, size), loss_at(other, size)
+        if None not in losses:
+            ratios.append(math.log(losses[0] / losses[1]))
+    return round(math.exp(sum(ratios) / len(ratios)), 4) if ratios else None
+
+
+def draw(curves: dict[str, list[Measured]], path: Path) -> None:
+    """Writes the curves and the bound as a picture. Raises ImportError without matplotlib."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 5), layout="constrained")
+    for name, curve in curves.items():
+        axes.plot([m.bits for m in curve], [m.lost for m in curve], marker="o", label=name)
+    best = curves[ROWS_AND_COLUMNS.name]
+    axes.plot([m.bound for m in best], [m.lost for m in best], "k--", label="bound of the theory")
+    axes.set(yscale="log", xlabel="bits a weight", ylabel="nats lost per target")
+    axes.grid(visible=True, which="both", alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def compare_quantizers(point: Checkpoint, picture: Path | None) -> dict[str, float | None]:
+    """Prints a line a quantiser and size, all coded with ans. Returns figures of the last line."""
+    print(
+        f"{'quantiser':<20}{'bytes':>11}{'bits/w':>8}{'bound':>8}{'error':>13}{'nats lost':>11}"
+        f"{'s':>7}  unquantised {point.unquantised:.5f}"
+    )
+    curves = {way.name: measure_curve(point, way) for way in QUANTISERS}
+    if picture:
+        draw(curves, picture)
+    best = curves[ROWS_AND_COLUMNS.name]
+    return {
+        "columns_over_rows_loss": loss_ratio(best, curves[ROWS.name]),
+        "columns_over_published_loss": loss_ratio(best, curves[PUBLISHED.name]),
+    }
+
+
+# --- A miniature ----------------------------------------------------------------------------------
+MINIATURE = {
+    "PRESET": "cpu",
+    "RUN_ID": "miniature",
+    "NUM_LAYERS": "4",
+    "MODEL_DIM": "96",
+    "PARALLEL_START_LAYER": "3",
+    "XSA_LAST_N": "4",
+    "MAX_WALLCLOCK_SECONDS": "0",
+    "ITERATIONS": "150",
+    "WARMUP_STEPS": "0",
+    "TTT_ENABLED": "0",
+    "VAL_DOC_FRACTION": "0.05",
+}
+
+
+def train_miniature(folder: Path) -> Path | None:
+    """Trains a small network in `folder`, in half a minute. None without its data set."""
+    root = Path(tg.__file__).parent
+    environ = {
+        **os.environ,
+        **MINIATURE,
+        "DATA_DIR": os.environ.get("DATA_DIR", str(root / "data")),
+    }
+    if not (Path(environ["DATA_DIR"]) / "datasets" / tg.CPU["dataset"]).is_dir():
+        print(
+            f"no miniature: {environ['DATA_DIR']} holds no {tg.CPU['dataset']} (make run makes it)"
+        )
+        return None
+    command = [sys.executable, tg.__file__]
+    done = subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True)
+    if done.returncode:
+        raise tg.UsageError(f"the miniature was not trained: {done.stderr.strip()}")
+    os.environ.update({name: environ[name] for name in ("PRESET", "DATA_DIR", "VAL_DOC_FRACTION")})
+    return folder / "runs" / "miniature" / "final_model.pt"
+
+
+def quantiser_figures(checkpoint: str | None, picture: Path | None) -> dict[str, float | None]:
+    """The figures of compare_quantizers, of a miniature where no checkpoint is given."""
+    if checkpoint:
+        return compare_quantizers(Checkpoint(checkpoint), picture)
+    with tempfile.TemporaryDirectory() as folder:
+        path = train_miniature(Path(folder))
+        if path:
+            return compare_quantizers(Checkpoint(str(path)), picture)
+    return {"columns_over_rows_loss": None, "columns_over_published_loss": None}
 
 
 def main(argv: list[str]) -> int:
@@ -333,19 +503,17 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("checkpoint", nargs="?", help="final_model.pt; without it Gaussian weights")
+    parser.add_argument("checkpoint", nargs="?", help="final_model.pt; without it a miniature")
     parser.add_argument("--full", action="store_true", help="Gaussian weights at full size")
+    parser.add_argument("--png", type=Path, help="the curves as a picture, for example curves.png")
     args = parser.parse_args(argv)
-    if args.checkpoint:
-        try:
-            point = Checkpoint(args.checkpoint)
-        except tg.UsageError as error:
-            print(f"bench/artifact.py: {error}", file=sys.stderr)
-            return 2
-        packed = compare_quantizers(point)
-    else:
-        packed = gaussian_codes(tg.Config() if args.full else tg.Config(**SMALL))
-    print("bench " + json.dumps(compare_coders(packed)))
+    try:
+        figures = {} if args.full else quantiser_figures(args.checkpoint, args.png)
+    except tg.UsageError as error:
+        print(f"bench/artifact.py: {error}", file=sys.stderr)
+        return 2
+    figures |= compare_coders(gaussian_codes(tg.Config() if args.full else tg.Config(**SMALL)))
+    print("bench " + json.dumps(figures))
     return 0
 
 

@@ -718,8 +718,7 @@ def compare_gptq(reference: Reference | None, layers: int, device: torch.device)
 
     def ours() -> Iterator[None]:
         solver = tg.Quantizer(problem.model, on_device, None, tg.Ranks({}))
-        for bank, (q, _) in solver.solve(solver.default_theta).items():
-            our_codes[bank] = q
+        our_codes.update(solver.solve(solver.default_theta).codes)
         yield
 
     def theirs() -> Iterator[None]:

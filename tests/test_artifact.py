@@ -53,18 +53,35 @@ def row_levels(codes: list[np.ndarray]) -> list[np.ndarray]:
     return [tg.row_levels(q) for q in codes]
 
 
-def gaussian_codes(
+def no_exponents(codes: list[np.ndarray]) -> list[np.ndarray]:
+    """Exponents of column scales that are all 1."""
+    return [np.zeros((len(q), q.shape[2]), np.int8) for q in codes]
+
+
+def codes_and_exponents(
     shapes: list[tuple[int, int, int]], uneven: float, seed: int = 0
-) -> list[np.ndarray]:
-    """Codes of a spread of 2.4; `uneven` is how much rows and columns differ, in log units."""
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Codes of a spread of 2.4; `uneven` is how much rows and columns differ, in log units.
+
+    With them the exponents of the column scales that weights of even columns must have had.
+    """
     rng = np.random.default_rng(seed)
     codes = []
+    exponents = []
     for n, rows, cols in shapes:
         row_size = uneven * rng.normal(size=(n, rows, 1))
         col_size = uneven * rng.normal(size=(n, 1, cols))
         values = 2.4 * np.exp(row_size + col_size) * rng.normal(size=(n, rows, cols))
         codes.append(np.clip(np.rint(values), -127, 127).astype(np.int8))
-    return codes
+        exponents.append(np.rint(-4 * col_size[:, 0] / math.log(2)).astype(np.int8))
+    return codes, exponents
+
+
+def gaussian_codes(
+    shapes: list[tuple[int, int, int]], uneven: float, seed: int = 0
+) -> list[np.ndarray]:
+    """The codes of codes_and_exponents."""
+    return codes_and_exponents(shapes, uneven, seed)[0]
 
 
 def entropy_bytes(codes: list[np.ndarray]) -> float:
@@ -84,11 +101,12 @@ def test_entropy_in_the_report_is_that_of_the_codes():
     "shapes", [[(1, 1, 1)], [(3, 7, 5), (2, 1, 40)], [(2, 130, 33), (1, 17, 64), (5, 3, 8)]]
 )
 def test_ans_returns_every_code(shapes, uneven):
-    codes = gaussian_codes(shapes, uneven)
+    codes, exponents = codes_and_exponents(shapes, uneven)
     codes[0][0, 0] = 0
     codes[-1].flat[0] = -128
     levels = row_levels(codes)
-    decoded = tg.ans_decode(tg.ans_encode(codes, levels), shapes, levels)
+    data = tg.ans_encode(codes, levels, exponents)
+    decoded = tg.ans_decode(data, shapes, levels, exponents)
     for expected, q in zip(codes, decoded, strict=True):
         assert np.array_equal(q, expected)
 
@@ -96,15 +114,16 @@ def test_ans_returns_every_code(shapes, uneven):
 def test_order_of_coding_is_row_by_row_of_as_many_matrices_as_there_are_states():
     """The example in the docstring: three matrices of two rows, states for two matrices."""
     codes = [np.arange(24, dtype=np.int8).reshape(3, 2, 4), np.zeros((1, 1, 8), np.int8)]
-    seen = [q.copy() for q, _, _ in tg.coding_order(codes, row_levels(codes))]
+    items = tg.coding_order(codes, row_levels(codes), no_exponents(codes))
+    seen = [q.copy() for q, _, _ in items]
     expected = [codes[0][:2, 0], codes[0][:2, 1], codes[0][2:, 0], codes[0][2:, 1], codes[1][:, 0]]
     for q, rows in zip(seen, expected, strict=True):
         assert np.array_equal(q, rows)
 
 
-def ans_bytes(codes: list[np.ndarray]) -> int:
+def ans_bytes(codes: list[np.ndarray], exponents: list[np.ndarray] | None = None) -> int:
     """Without the tables, whose size hardly depends on the number of codes."""
-    data = tg.ans_encode(codes, row_levels(codes))
+    data = tg.ans_encode(codes, row_levels(codes), exponents or no_exponents(codes))
     return len(data) - int.from_bytes(data[:4], "little")
 
 
@@ -123,12 +142,25 @@ def test_ans_models_columns_whose_mean_is_not_zero():
     assert ans_bytes(leaning) - ans_bytes(plain) < 0.11 * added_entropy
 
 
+def test_column_scales_tell_every_coder_how_large_codes_are_before_the_first_row():
+    codes, exponents = codes_and_exponents([(12, 16, 256)], 0.7)
+    assert ans_bytes(codes, exponents) < 0.97 * ans_bytes(codes)
+    levels = row_levels(codes)
+    for codec in ("zstd", "lzma"):
+        stored = tg.pack_codes(codec, codes, levels, exponents)
+        assert len(stored) < 0.99 * len(tg.pack_codes(codec, codes, levels, no_exponents(codes)))
+        (restored,) = tg.unpack_codes(codec, stored, [codes[0].shape], levels, exponents)
+        assert np.array_equal(restored, codes[0])
+
+
 def test_contexts_use_integers_that_no_machine_rounds_otherwise():
     # Whole powers of two are exact anywhere.
     exact = [2 ** (16 + (t + 0.5) / 8) for t in range(-36, 24)]
     exact += [2 ** (16 - (k - 65) / 8) for k in range(1, 190) if (k - 65) % 8]
+    exact += [2 ** (16 - k / 4) for k in range(256) if k % 4]
     assert min(abs(x % 1 - 0.5) for x in exact) > 1e-6
-    assert {tg.OFFSET_EDGES.dtype, tg.INVERSE_LEVEL.dtype} == {np.dtype(np.int64)}
+    tables = (tg.OFFSET_EDGES, tg.INVERSE_LEVEL, tg.INVERSE_COLUMN_SCALE)
+    assert {table.dtype for table in tables} == {np.dtype(np.int64)}
 
 
 # --- Allocation -----------------------------------------------------------------------------------
@@ -139,7 +171,7 @@ def matrix_weight(model: tg.GPT, matrix: tg.Matrix) -> torch.Tensor:
 
 
 def test_published_steps_are_kept_to_the_bit_by_the_published_presets():
-    cfg = tiny_config(quantizer="gptq", artifact_limit_bytes=0)
+    cfg = tiny_config(quantizer="gptq", artifact_limit_bytes=0, column_scales=False)
     model, hessians, _ = calibrated(cfg)
     packed = quantize(model, hessians, ONE)
     for matrix in tg.quantised_matrices(cfg):
@@ -149,9 +181,8 @@ def test_published_steps_are_kept_to_the_bit_by_the_published_presets():
             (q,), (scale,) = gptq_quantize(weight, hessian, 15.0, 7)
         else:
             (q,), (scale,) = gptq_quantize(weight, hessian, 12.85, 6)
-        codes, scales = packed[matrix.bank]
-        assert torch.equal(scales[matrix.index], scale)
-        assert (codes[matrix.index] != q).double().mean() < 1e-3
+        assert torch.equal(packed.scales[matrix.bank][matrix.index], scale)
+        assert (packed.codes[matrix.bank][matrix.index] != q).double().mean() < 1e-3
     for preset in ("pr1530", "pr1560"):
         chosen = tg.PRESETS[preset]
         assert (chosen["quantizer"], chosen["artifact_limit_bytes"]) == ("gptq", 0)
@@ -171,12 +202,15 @@ def test_clip_of_a_group_wins_over_that_of_the_matrices():
     assert default == {12.85, 15.0}
 
 
-def loss_of_rounding(model: tg.GPT, packed: dict, hessians: dict, sensitivities: dict) -> float:
+def loss_of_rounding(
+    model: tg.GPT, packed: tg.Quantised, hessians: dict, sensitivities: dict
+) -> float:
     """Sum over rows of sensitivity * e H e^T: nats, up to one factor."""
     total = 0.0
     for matrix in tg.quantised_matrices(model.cfg):
-        codes, scales = packed[matrix.bank]
-        restored = codes[matrix.index].float() * scales[matrix.index].float()[:, None]
+        scale = packed.scales[matrix.bank][matrix.index].float()[:, None]
+        column_scale = 2.0 ** (packed.columns[matrix.input_key] / 4)
+        restored = packed.codes[matrix.bank][matrix.index].float() * scale * column_scale
         e = matrix_weight(model, matrix) - restored
         errors = ((e @ hessians[matrix.input_key]) * e).sum(-1)
         total += float((errors * sensitivities[matrix.bank][matrix.index]).sum())
@@ -201,7 +235,8 @@ def test_rows_without_influence_on_the_loss_become_zeros_and_costly_ones_get_fin
     model, hessians, sensitivities = calibrated(cfg)
     sensitivities["up_bank"][0, 3] = 0.0
     sensitivities["up_bank"][0, 4] *= 64
-    q, scale = quantize(model, hessians, ONE, sensitivities)["up_bank"]
+    quantised = quantize(model, hessians, ONE, sensitivities)
+    q, scale = quantised.codes["up_bank"], quantised.scales["up_bank"]
     assert not q[0, 3].any()
     assert q[0, 4].any()
     assert scale[0, 4] < 0.2 * scale[0].median()
@@ -246,6 +281,97 @@ def test_solver_spread_predicts_the_weighted_error_of_a_fine_step():
     error = weighted_error(weight, solver.solve(step, 127).float(), step, hessian)
     spread = solver.upper.diagonal(dim1=1, dim2=2).square().sum(-1)
     assert 0.8 < float(error / (spread * step.square().sum(-1) / 12)) < 1.1
+
+
+# --- Column scales --------------------------------------------------------------------------------
+def uneven_inputs(hessian: torch.Tensor, spread: float) -> torch.Tensor:
+    """The Hessian after each input is multiplied by a random number; the spread is of its log."""
+    rng = torch.Generator().manual_seed(len(hessian))
+    size = (spread * torch.randn(len(hessian), generator=rng)).exp()
+    return hessian * size[:, None] * size
+
+
+def test_column_scales_are_the_roots_of_two_rounded_to_fp32():
+    k = np.arange(-127, 128)
+    expected = np.array([np.float32(2.0 ** (x / 4)) for x in k.tolist()])
+    assert np.array_equal(tg.column_scales(k.astype(np.int8)), expected)
+    assert tg.column_scales(k.astype(np.int8)).dtype == np.float32
+
+
+def test_exponents_even_out_the_factor_and_inputs_without_correlation_get_none():
+    cfg = tiny_config()
+    _, hessians, _ = calibrated(cfg)
+    # The third input of a layer was never active; a table that is looked up has the identity.
+    hessians["mlp_in", 1][2] = hessians["mlp_in", 1][:, 2] = 0
+    hessians["head_in", 0] = torch.eye(cfg.model_dim)
+    exponents = tg.find_column_exponents(cfg, hessians, ONE)
+    assert list(exponents) == list(tg.column_shapes(cfg))
+    assert not exponents["head_in", 0].any()
+    for key, k in exponents.items():
+        order, dead, lower = tg.InputFactor.of(hessians[key])
+        octaves = lower.diagonal().log2()
+        # Rounding to quarters of an octave moves a scale by an eighth of an octave at most.
+        assert (k[order] / 4 + octaves - octaves.mean()).abs().max() < 0.1251, key
+        assert abs(float(k.float().mean())) < 0.5, key
+        assert int(dead.sum()) == (key == ("mlp_in", 1))
+    assert exponents["attn_in", 0].unique().numel() > 3
+
+
+def test_column_scales_of_one_change_no_code(monkeypatch):
+    cfg = tiny_config(column_scales=False)
+    model, hessians, sensitivities = calibrated(cfg)
+    expected = quantize(model, hessians, ONE, sensitivities)
+    ones = {
+        key: torch.zeros(shape, dtype=torch.int8) for key, shape in tg.column_shapes(cfg).items()
+    }
+    monkeypatch.setattr(tg, "find_column_exponents", lambda *_: ones)
+    model.cfg = dataclasses.replace(cfg, column_scales=True)
+    for part, other in zip(expected, quantize(model, hessians, ONE, sensitivities), strict=True):
+        for key, values in part.items():
+            assert torch.equal(values, other[key]), key
+
+
+def test_column_scales_save_the_bits_of_the_closed_form_at_equal_loss():
+    """1/2 log2 of the arithmetic over the geometric mean of L_jj^2, for fine steps."""
+    weight, hessian = correlated(1, 256, 96)
+    hessian = uneven_inputs(hessian[0], 0.6)[None]
+    plain = tg.GptqSolver.prepare(weight, hessian)
+    squares = plain.upper.diagonal(dim1=1, dim2=2).square()
+    scale = torch.empty(1, 96)
+    scale[0, plain.order[0]] = squares[0].rsqrt() * squares.log().mean().div(2).exp()
+    scaled = tg.GptqSolver.prepare(weight / scale[:, None], hessian, scale)
+
+    def bits_and_loss(solver: tg.GptqSolver, step: float, scale: torch.Tensor) -> tuple:
+        q = solver.solve(torch.full((1, 256), step), 127)
+        # The entropy of every column by itself: what a coder needs that knows the columns.
+        entropy = [tg.code_entropy_bytes([q[0, :, j].numpy()]) for j in range(96)]
+        error = weight - q * step * scale[:, None]
+        loss = ((error @ hessian[0]) * error).sum()
+        return 8 * sum(entropy) / q.numel(), 0.5 * math.log2(loss)
+
+    plain_bits, plain_loss = bits_and_loss(plain, 0.02, torch.ones(1, 96))
+    bits, loss = bits_and_loss(scaled, 0.02, scale)
+    saved = plain_bits + plain_loss - bits - loss
+    closed_form = 0.5 * math.log2(squares.mean() / squares.log().mean().exp())
+    assert closed_form > 0.3
+    assert abs(saved - closed_form) < 0.1
+
+
+def test_allocation_over_rows_and_columns_costs_less_than_over_rows_at_equal_bytes():
+    model, hessians, sensitivities = fitting_model()
+    hessians = {key: uneven_inputs(hessian, 1.0) for key, hessian in hessians.items()}
+    losses = {}
+    for columns in (False, True):
+        cfg = dataclasses.replace(model.cfg, column_scales=columns, artifact_limit_bytes=0)
+        model.cfg = cfg
+        quantizer = tg.Quantizer(model, hessians, sensitivities, ONE)
+        sizes = []
+        for budget in (30_000, 40_000, 50_000):
+            quantised = quantizer.solve(quantizer.theta_for(budget))
+            loss = loss_of_rounding(model, quantised, hessians, sensitivities)
+            sizes.append((len(tg.pack_artifact(model, quantised, {})), math.log(loss)))
+        losses[columns] = np.interp(50_000, *zip(*sizes, strict=True))
+    assert losses[True] < losses[False] + math.log(0.55)
 
 
 # --- Fit ------------------------------------------------------------------------------------------
@@ -318,7 +444,13 @@ def test_steps_stay_within_what_fp16_holds_with_all_its_bits():
     power = torch.tensor([[1e-20, 1.0, 1e12]])
     largest = torch.tensor([[1e-10, 1.0, 1e6]])
     rows = tg.BankRows(
-        published_step=power, power=power, largest=largest, cost=torch.ones(1, 3), qmax=127
+        published_step=power,
+        power=power,
+        column_power=torch.ones(1, 1),
+        feedback=torch.zeros(1, 1),
+        largest=largest,
+        cost=torch.ones(1, 3),
+        qmax=127,
     )
     (fine,) = rows.steps(1e-30).tolist()
     (coarse,) = rows.steps(1e30).tolist()
@@ -476,7 +608,7 @@ def forged_streams(draw: st.DrawFn) -> bytes:
     header, streams = parts(data)
     kind = draw(st.sampled_from(["cut", "pickle", "bomb"]))
     # A codec may decode a cut stream of codes to other codes, so this kind leaves it alone.
-    i = draw(st.integers(1, 3) if kind == "cut" else st.integers(0, 3))
+    i = draw(st.integers(1, 4) if kind == "cut" else st.integers(0, 4))
     if kind == "cut":
         streams[i] = streams[i][: draw(st.integers(0, len(streams[i]) // 2))]
     elif kind == "pickle":
@@ -531,9 +663,9 @@ def test_bombs_take_no_memory():
     numbers = len(head).to_bytes(4, "little") + zlib.crc32(head).to_bytes(4, "little")
     tracemalloc.start()
 
-    refused(b"PGLM\2" + numbers + head)
+    refused(b"PGLM\3" + numbers + head)
     refused(with_stream(data, 0, zstd_bomb))  # its window is larger than any of ours
-    for i, name in ((1, "levels"), (3, "floats")):
+    for i, name in ((1, "levels"), (3, "columns"), (4, "floats")):
         # Cut off at the size that the network allows, and read as zeros.
         _, arrays = tg.open_artifact(with_stream(data, i, lzma_bomb), Path("x"))
         for array in getattr(arrays, name).values():

@@ -321,7 +321,7 @@ def test_a_ratio_to_a_coder_that_is_not_installed_is_null(monkeypatch: pytest.Mo
     monkeypatch.setenv("ZPAQ", "0")
     monkeypatch.setattr(artifact.importlib.util, "find_spec", mock.Mock(return_value=None))
     codes = torch.arange(64, dtype=torch.int8).view(1, 8, 8)
-    figures = artifact.compare_coders({"up_bank": (codes, torch.ones(1, 8))})
+    figures = artifact.compare_coders({"up_bank": codes})
     assert [name for name, value in figures.items() if value is None] == ["ans_over_brotli"]
     json.dumps(figures, allow_nan=False)
 

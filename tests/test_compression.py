@@ -100,13 +100,13 @@ def test_hessian_is_the_mean_outer_product_of_what_each_matrix_reads():
 
 def quantize(
     model: tg.GPT, hessians: dict, ranks: tg.Ranks, sensitivities: dict | None = None
-) -> dict:
+) -> tg.Quantised:
     """Integers and scales of the size that the clips ask for."""
     quantizer = tg.Quantizer(model, hessians, sensitivities, ranks)
     return quantizer.solve(quantizer.default_theta)
 
 
-def hessians_and_codes(ranks: tg.Ranks) -> tuple[dict, dict]:
+def hessians_and_codes(ranks: tg.Ranks) -> tuple[dict, tg.Quantised]:
     cfg = tiny_config()
     model = random_model(cfg)
     rows = random_rows(cfg, 3)
@@ -121,9 +121,9 @@ def test_two_ranks_find_the_hessians_and_codes_of_one(tmp_path):
     for other_hessians, other_packed in on_ranks(2, hessians_and_codes, tmp_path):
         for key, h in hessians.items():
             assert (other_hessians[key] - h).norm() < 1e-5 * h.norm()
-        for name, (q, scale) in packed.items():
-            assert torch.equal(other_packed[name][0], q), name
-            assert torch.equal(other_packed[name][1], scale), name
+        for part, other_part in zip(packed, other_packed, strict=True):
+            for key, values in part.items():
+                assert torch.equal(other_part[key], values), key
 
 
 # --- GPTQ -----------------------------------------------------------------------------------------
@@ -339,7 +339,7 @@ def test_zstd_stores_gaussian_codes_within_two_percent_of_their_entropy():
 
 
 # --- The artifact ---------------------------------------------------------------------------------
-def artifact(cfg: tg.Config, **meta: object) -> tuple[tg.GPT, dict, bytes]:
+def artifact(cfg: tg.Config, **meta: object) -> tuple[tg.GPT, tg.Quantised, bytes]:
     """A network of random weights, its integers and its file."""
     model = random_model(cfg)
     hessians = tg.collect_hessians(model, cfg.plans[1], random_rows(cfg, 4), ONE)
@@ -353,6 +353,7 @@ def artifact(cfg: tg.Config, **meta: object) -> tuple[tg.GPT, dict, bytes]:
         {},
         dict(skip_gates_enabled=0, parallel_start_layer=0, num_loops=0),
         dict(matrix_bits=5, embed_bits=8),
+        dict(column_scales=False),
     ],
 )
 def test_loaded_network_is_q_times_scale_and_fp16_to_the_bit(settings, compressor):
@@ -363,14 +364,19 @@ def test_loaded_network_is_q_times_scale_and_fp16_to_the_bit(settings, compresso
     table = tg.parameter_table(cfg)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if name in packed:
-                q, scale = packed[name]
-                weight = p.view(q.shape)
+            if name in packed.codes:
+                q, scale = packed.codes[name], packed.scales[name]
+                keys = [matrix.input_key for matrix in tg.matrices_of(cfg, name)]
+                column_scale = torch.tensor(
+                    [[2.0 ** (k / 4) for k in packed.columns[key].tolist()] for key in keys]
+                )[:, None]
+                assert (column_scale.max() > 1) == cfg.column_scales
+                weight = p.view(q.shape) / column_scale
                 if table[name].is_table:
                     assert torch.equal(scale, row_scale(weight, 15.0, cfg.embed_bits))
                 else:
                     assert torch.equal(scale, row_scale(weight, 12.85, cfg.matrix_bits))
-                restored = q.float() * scale.float()[..., None]
+                restored = q.float() * scale.float()[..., None] * column_scale
                 by_hand.get_parameter(name).copy_(restored.view(p.shape))
                 assert 0 < (by_hand.get_parameter(name) - p).norm() < 0.5 * p.norm()
             else:
@@ -445,7 +451,7 @@ def test_file_with_any_bit_flipped_is_refused_in_one_line(small_artifact):
 def test_foreign_and_newer_files_are_refused_for_what_they_are(small_artifact):
     assert "not an artifact" in refusal(b"PK\3\4" + small_artifact[4:])
     assert "not an artifact" in refusal(b"")
-    for version in (0, 1, 3):
+    for version in (0, 1, 2, 4):
         assert f"version {version}" in refusal(
             small_artifact[:4] + bytes([version]) + small_artifact[5:]
         )

@@ -126,7 +126,7 @@ RECORD = PR1560 | dict(
     gptq_reserve_seconds=-1,
     embed_bits=7,
     embed_clip_sigmas=15,
-    compressor="zstd",
+    compressor="ans",
     gptq_calibration_batches=16,
 )
 
