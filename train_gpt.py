@@ -501,7 +501,7 @@ class ArtifactKnobs:
     attn_clip_sigmas: float = knob(0.0, "MATRIX_CLIP_SIGMAS of q, k, v and o; 0: the same")
     mlp_clip_sigmas: float = knob(0.0, "MATRIX_CLIP_SIGMAS of the MLP; 0: the same")
     compressor: str = knob("ans", "compressor of the integers", choices=COMPRESSORS)
-    column_scales: bool = knob(True, "step sizes by column as well as by row, if there are Hessians")
+    column_scales: bool = knob(True, "step sizes by column too, where there are Hessians")
 
     @property
     def no_hessians(self) -> bool:
@@ -3145,24 +3145,19 @@ def gaussian_bits(bits: int, clip_sigmas: float) -> float:
 def predict_submission_bytes(cfg: Config) -> float:
     """Bytes of code and model together, predicted from the config alone.
 
-    Each weight of a quantised matrix counts its `gaussian_bits`; where the steps are fitted to
-    ARTIFACT_LIMIT_BYTES, it counts MATRIX_BITS, and the sum is at most the limit. Every other
-    parameter takes 16 bits.
+    An artifact that is fitted has the size that fit_artifact aims at. In any other each weight of a
+    quantised matrix counts its `gaussian_bits`, and every other parameter 16 bits.
     """
-    fitted = cfg.quantizer == "allocated" and cfg.artifact_limit_bytes > 0
-    if fitted:
-        bits = {"matrix": cfg.matrix_bits, "embed": cfg.matrix_bits}
-    else:
-        bits = {
-            "matrix": gaussian_bits(cfg.matrix_bits, cfg.matrix_clip_sigmas),
-            "embed": gaussian_bits(cfg.embed_bits, cfg.embed_clip_sigmas),
-        }
-
-    size = 0.0
+    if cfg.artifact_limit_bytes:
+        return CODE_BYTES + fitted_bytes(cfg)
+    bits = {
+        "matrix": gaussian_bits(cfg.matrix_bits, cfg.matrix_clip_sigmas),
+        "embed": gaussian_bits(cfg.embed_bits, cfg.embed_clip_sigmas),
+    }
+    size = CODE_BYTES
     for role in parameter_table(cfg).values():
         size += math.prod(role.shape) * bits.get(role.packing, 16) / 8
-    size += CODE_BYTES
-    return min(size, cfg.artifact_limit_bytes) if fitted else size
+    return size
 
 
 # Dense bf16 FLOP/s by data sheet, for every device whose name holds the key.
@@ -4219,14 +4214,10 @@ class GptqSolver(NamedTuple):
     upper: Tensor  # L^T (n, cols, cols); a step s costs s^2 / 12 * L_jj^2 in column j
 
     @classmethod
-    def prepare(
-        cls, weight: Tensor, hessians: Iterable[Tensor], column_scale: Tensor | float = 1.0
-    ) -> GptqSolver:
+    def prepare(cls, weight: Tensor, hessians: Iterable[Tensor]) -> GptqSolver:
         """Sorts the columns of weights (n, rows, cols); factors their n Hessians (cols, cols).
 
-        The weights are already divided by their column scales c, (n, cols). Their Hessian is then
-        diag(c) H diag(c), whose factor is diag(c) L. Inputs that were never active get columns of
-        zeros. Raises BadMatrix.
+        Inputs that were never active get columns of zeros. Raises BadMatrix.
         """
         n, rows, cols = weight.shape
         ordered = weight.new_empty(n, cols, rows, dtype=torch.float32)
@@ -4239,26 +4230,28 @@ class GptqSolver(NamedTuple):
             ordered[i] = in_order.masked_fill(factor.dead, 0).mT
             upper[i] = factor.lower.mT
             orders.append(factor.order)
-        order = torch.stack(orders)
-        scale = torch.as_tensor(column_scale, device=weight.device).expand(n, cols)
-        return cls(ordered, order, upper.mul_(scale.gather(1, order)[:, None]))
+        return cls(ordered, torch.stack(orders), upper)
 
-    def error_power(self) -> tuple[Tensor, Tensor]:
-        """What a unit of squared error in every weight does: fp32 (n,) and (n, cols).
+    def error_power(self, column_scale: Tensor) -> tuple[Tensor, Tensor]:
+        """What errors that go as the column scales do, c_j^2 in column j: fp32 (n,) and (n, cols).
 
-        It changes the outputs by the mean of L_jj^2. And it adds the sum over k > j of L_kj^2 /
-        L_jj^2 to the power of what is rounded in column j, given in the order of the inputs.
+        They change an output by the mean of c_j^2 L_jj^2. And they add the sum over k > j of
+        c_k^2 L_kj^2 / L_jj^2 to the power of what is rounded in column j. The second result is
+        divided by c_j^2, in the order of the inputs, as column_scale (n, cols) is.
         """
-        squares = self.upper.square()
+        scale = column_scale.gather(1, self.order)
+        squares = (self.upper * scale[:, None]).square()
         diagonal = squares.diagonal(dim1=1, dim2=2)
         feedback = (squares.sum(2) - diagonal) / diagonal
         return diagonal.mean(-1), torch.empty_like(feedback).scatter_(1, self.order, feedback)
 
-    def solve(self, step: Tensor, qmax: int) -> Tensor:
-        """Codes int8 (n, rows, cols) in [-qmax, qmax] with W ~ codes * step, step (n, rows) fp32.
+    def solve(self, step: Tensor, column_scale: Tensor, qmax: int) -> Tensor:
+        """Codes int8 (n, rows, cols) in [-qmax, qmax] with W ~ codes * step * column_scale.
 
-        Raises BadMatrix if a weight or a Hessian is not finite.
+        step (n, rows) and column_scale (n, cols) are fp32. Raises BadMatrix if a weight or a
+        Hessian is not finite.
         """
+        scale = column_scale.gather(1, self.order)
         # Columns that are already rounded hold their errors e, the others their weights w.
         errors = self.weight.clone()
         codes = torch.empty_like(self.weight, dtype=torch.int8)
@@ -4273,8 +4266,9 @@ class GptqSolver(NamedTuple):
             for j in reversed(range(width)):
                 target = ratios[:, j, None, j + 1 : width] @ block[:, j + 1 :]
                 target = target.squeeze(1).add_(targets[:, j])  # (n, rows)
-                rounded = target.div_(step).round_().clamp_(-qmax, qmax)
-                block[:, j].addcmul_(rounded, step, value=-1)
+                column_step = step * scale[:, start + j, None]
+                rounded = target.div_(column_step).round_().clamp_(-qmax, qmax)
+                block[:, j].addcmul_(rounded, column_step, value=-1)
                 codes[:, start + j] = rounded
         if not errors.isfinite().all():
             raise BadMatrix("GPTQ: a weight or a Hessian is not finite")
@@ -4299,7 +4293,8 @@ class GptqSolver(NamedTuple):
 # Power only matters to weights that would cost less than theta as zeros: see BankRows. So one scale
 # per column, c_j = 1 / L_jj, and one step per row are the optimum, and are found one after the
 # other: W / c has the Hessian diag(c) H diag(c), whose factor c_j L_jj is even, and its rows get
-# their steps as if there were no columns (WaterSIC, arXiv 2603.04956).
+# their steps as if there were no columns (WaterSIC, arXiv 2603.04956). Only where the integers of a
+# column would leave their range its scale is larger.
 #
 # With steps by row alone the mean of L_jj^2 decides the cost, with column scales their geometric
 # mean. At equal cost this saves 1/2 log2(arithmetic mean / geometric mean) bits per weight.
@@ -4456,7 +4451,7 @@ class BankRows(NamedTuple):
     power: Tensor  # mean square of the weights, above 0
     column_power: Tensor  # (n, groups of columns), relative to the mean of all
     feedback: Tensor  # (n, groups), power that a unit of squared error adds to later columns
-    largest: Tensor  # largest absolute weight
+    largest: Tensor  # largest absolute weight, of columns of more than typical power as if typical
     cost: Tensor | None  # nats per weight and unit of squared error; None without sensitivities
     qmax: int  # largest code
 
@@ -4556,72 +4551,86 @@ class Quantizer:
         self.shapes = bank_shapes(model.cfg)
         # Along the first axis of every bank.
         self.owned_matrices = slice(ranks.rank, None, ranks.world_size)
-        self.solvers: dict[str, GptqSolver] = {}
-        self.rows: dict[str, BankRows] = {}
-        if self.cfg.column_scales and hessians is not None:
+        self.weights = {
+            bank: model.get_parameter(bank).detach().view(shape)
+            for bank, shape in self.shapes.items()
+        }
+        self.has_columns = self.cfg.column_scales and hessians is not None
+        if self.has_columns:
             self.columns = find_column_exponents(self.cfg, hessians, ranks)
         else:
             shapes = column_shapes(self.cfg)
             self.columns = {key: torch.zeros(n, dtype=torch.int8) for key, n in shapes.items()}
-        exponents = bank_exponents(self.cfg, self.columns)
-        for bank, shape in self.shapes.items():
-            column_scale = torch.from_numpy(column_scales(exponents[bank])).to(ranks.device)
-            weight = model.get_parameter(bank).detach().view(shape) / column_scale[:, None]
-            output_power, feedback = self.add_solver(bank, weight, hessians, column_scale)
-            column_power = weight.square().mean(1)
-            column_power /= column_power.mean(1, keepdim=True).clamp_min(1e-20)
-            cost = None
-            qmax = qmax_of(self.cfg, bank)
-            if sensitivities is not None:
-                cost = ranks.sum(output_power)[:, None] * sensitivities[bank]
-                qmax = ALLOCATED_QMAX
-            published = published_steps(self.cfg, bank, weight, hessians is not None)
-            self.rows[bank] = BankRows(
-                published_step=published.float(),
-                power=weight.square().mean(-1).clamp_min(1e-20),
-                column_power=by_column_group(column_power, column_power),
-                feedback=by_column_group(column_power, ranks.sum(feedback)),
-                largest=weight.abs().amax(-1),
-                cost=cost,
-                qmax=qmax,
-            )
+        self.solvers: dict[str, GptqSolver] = {}
+        for bank in self.shapes:
+            self.add_solver(bank, hessians)
+        self.rows: dict[str, BankRows] = {}
+        for bank, scale in self.bank_scales(self.columns).items():
+            self.add_rows(bank, scale, hessians is not None, sensitivities)
 
-        # Bytes of codes at MATRIX_BITS per weight: the fit goes no finer.
-        num_weights = sum(math.prod(shape) for shape in self.shapes.values())
-        self.finest_bytes = num_weights * self.cfg.matrix_bits / 8
+        # Bytes of codes when every step is as fine as it can be.
+        self.finest_bytes = self.predicted_bytes(2.0 ** LOG2_THETA_RANGE[0])
         # With this theta the codes take as many bytes as with the published steps.
         self.default_theta = 1.0
         if sensitivities is not None:
             steps = {bank: rows.published_step for bank, rows in self.rows.items()}
             self.default_theta = self.theta_for(self.entropy_bytes(steps))
 
-    def add_solver(
-        self, bank: str, weight: Tensor, hessians: Hessians | None, column_scale: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Makes the solver of this rank's matrices of a bank (n, rows, cols).
+    def bank_scales(self, exponents: ColumnExponents) -> dict[str, Tensor]:
+        """The column scales of every bank, fp32 (n, cols)."""
+        return {
+            bank: torch.from_numpy(column_scales(k)).to(self.ranks.device)
+            for bank, k in bank_exponents(self.cfg, exponents).items()
+        }
 
-        The weights are already divided by their column scales, (n, cols).
-
-        Returns two fp32 tensors, which hold 0 for the matrices of other ranks. The mean of L_jj^2
-        over columns, (n,), is the mean squared change of an output for a unit of squared error in
-        its weights. The feedback (n, cols) is what a unit of squared error in the columns rounded
-        before adds to the power of a column.
-        """
-        output_power = torch.zeros(len(weight), device=self.ranks.device)
-        feedback = torch.zeros(len(weight), weight.size(-1), device=self.ranks.device)
-        owned = self.owned_matrices
-        matrices = matrices_of(self.cfg, bank)[owned]
+    def add_solver(self, bank: str, hessians: Hessians | None) -> None:
+        """Makes the solver of this rank's matrices of a bank, if it owns any."""
+        matrices = matrices_of(self.cfg, bank)[self.owned_matrices]
         if not matrices:
-            return output_power, feedback
+            return
+        weight = self.weights[bank]
         if hessians is None:
             identity = torch.eye(weight.size(-1), device=weight.device)
             inputs = [identity] * len(matrices)
         else:
             inputs = [hessians[matrix.input_key] for matrix in matrices]
-        solver = GptqSolver.prepare(weight[owned], inputs, column_scale[owned])
-        self.solvers[bank] = solver
-        output_power[owned], feedback[owned] = solver.error_power()
-        return output_power, feedback
+        self.solvers[bank] = GptqSolver.prepare(weight[self.owned_matrices], inputs)
+
+    def add_rows(
+        self,
+        bank: str,
+        column_scale: Tensor,
+        has_hessians: bool,
+        sensitivities: Sensitivities | None,
+    ) -> None:
+        """Measures the rows of a bank, whose columns are divided by column_scale (n, cols)."""
+        n, _, cols = self.shapes[bank]
+        # They hold 0 for the matrices of other ranks.
+        output_power = torch.zeros(n, device=self.ranks.device)
+        feedback = torch.zeros(n, cols, device=self.ranks.device)
+        owned = self.owned_matrices
+        if bank in self.solvers:
+            powers = self.solvers[bank].error_power(column_scale[owned])
+            output_power[owned], feedback[owned] = powers
+        output_power = self.ranks.sum(output_power)
+        feedback = self.ranks.sum(feedback)
+
+        weight = self.weights[bank] / column_scale[:, None]
+        column_power = weight.square().mean(1)
+        column_power /= column_power.mean(1, keepdim=True).clamp_min(1e-20)
+        largest = weight.abs()
+        if self.has_columns:
+            largest = largest / column_power.sqrt().clamp_min(1)[:, None]
+        allocates = sensitivities is not None
+        self.rows[bank] = BankRows(
+            published_step=published_steps(self.cfg, bank, weight, has_hessians).float(),
+            power=weight.square().mean(-1).clamp_min(1e-20),
+            column_power=by_column_group(column_power, column_power),
+            feedback=by_column_group(column_power, feedback),
+            largest=largest.amax(-1),
+            cost=output_power[:, None] * sensitivities[bank] if allocates else None,
+            qmax=ALLOCATED_QMAX if allocates else qmax_of(self.cfg, bank),
+        )
 
     def entropy_bytes(self, steps: dict[str, Tensor]) -> float:
         """Bytes of all codes at these steps by bank, predicted from the powers of the rows."""
@@ -4646,42 +4655,71 @@ class Quantizer:
                 low = middle
         return 2.0**high
 
+    def columns_in_range(self, steps: dict[str, Tensor]) -> ColumnExponents:
+        """The exponents, raised where the largest integer of a column would leave its range.
+
+        An eighth of the range is left to the errors that the solver makes up for.
+        """
+        if not self.has_columns:
+            return self.columns
+        columns = dict(self.columns)
+        for bank, step in steps.items():
+            integers = (self.weights[bank] / step[..., None]).abs().amax(1)
+            share_of_range = integers / (0.875 * self.rows[bank].qmax)
+            least = (SCALES_PER_OCTAVE * share_of_range.log2()).ceil().clamp(-127, 127)
+            for k, matrix in zip(least.cpu(), matrices_of(self.cfg, bank), strict=True):
+                columns[matrix.input_key] = columns[matrix.input_key].maximum(k.to(torch.int8))
+        return columns
+
     def solve(self, theta: float) -> Quantised:
         """The integers of the steps of this theta.
 
         All ranks must call it; all get the same. Raises BadMatrix.
         """
+        steps = {bank: rows.steps(theta) for bank, rows in self.rows.items()}
+        columns = self.columns_in_range(steps)
+        scales = self.bank_scales(columns)
+        owned = self.owned_matrices
         all_codes = {}
-        scales = {}
         for bank, shape in self.shapes.items():
-            step = self.rows[bank].steps(theta)
             codes = torch.zeros(shape, dtype=torch.int8, device=self.ranks.device)
             if bank in self.solvers:
-                owned_step = step[self.owned_matrices]
-                solved = self.solvers[bank].solve(owned_step, self.rows[bank].qmax)
-                codes[self.owned_matrices] = solved
+                qmax = self.rows[bank].qmax
+                solver = self.solvers[bank]
+                codes[owned] = solver.solve(steps[bank][owned], scales[bank][owned], qmax)
             all_codes[bank] = self.ranks.sum(codes).cpu()
-            scales[bank] = step.half().cpu()
-        return Quantised(all_codes, scales, self.columns)
+        halves = {bank: step.half().cpu() for bank, step in steps.items()}
+        return Quantised(all_codes, halves, columns)
 
 
 # --- Fit to the byte limit ------------------------------------------------------------------------
 #
 # Finer steps always lose less, so the best artifact is the one that just fits. The bytes of a theta
-# are predicted, then measured on the real file. The bytes by which a round misses the limit then
-# correct the predicted bytes that the next round aims at. A tiny model stops at MATRIX_BITS per
-# weight instead: no finer step is worth its bytes.
+# are predicted, then measured on the real file. The bytes by which a round misses the goal then
+# correct the predicted bytes that the next round aims at.
 
-FIT_SLACK_BYTES = 4096  # a file this close under the limit is good enough
+FIT_SLACK_BYTES = 4096  # a file this close under the goal is good enough
+
+
+def fitted_bytes(cfg: Config) -> int:
+    """The goal of fit_artifact: what ARTIFACT_LIMIT_BYTES leaves to the model, if it can use that.
+
+    A tiny model takes MATRIX_BITS per weight instead, and 16 bits for what is not quantised: no
+    finer step is worth its bytes.
+    """
+    num_weights = sum(math.prod(shape) for shape in bank_shapes(cfg).values())
+    num_floats = sum(math.prod(shape) for shape in float_shapes(cfg).values())
+    useful = num_weights * cfg.matrix_bits // 8 + 2 * num_floats
+    return min(cfg.artifact_limit_bytes - CODE_BYTES, useful)
 
 
 def fit_artifact(
     quantizer: Quantizer, model: GPT, meta: dict, log: Callable[[str], None], rounds: int = 12
 ) -> bytes:
-    """The artifact with the finest steps that keep code and model under ARTIFACT_LIMIT_BYTES.
+    """The artifact with the finest steps that keep the model under `fitted_bytes`.
 
-    It is at most FIT_SLACK_BYTES under the limit, or has MATRIX_BITS per weight on average. Without
-    a limit the size is that of the published steps. `rounds` limits the attempts. A call with
+    It is at most FIT_SLACK_BYTES smaller, or no step can be finer. Without a limit the size is that
+    of the published steps. `rounds` limits the attempts. A call with
     rounds=1 is a rehearsal: it may return b"" on rank 0. All ranks must call it; rank 0 gets the
     file, the others b"". Raises UsageError if the model cannot fit.
     """
@@ -4691,7 +4729,7 @@ def fit_artifact(
         quantised = quantizer.solve(quantizer.default_theta)
         return pack_artifact(model, quantised, meta) if is_main else b""
 
-    room = cfg.artifact_limit_bytes - CODE_BYTES
+    room = fitted_bytes(cfg)
     finest = quantizer.finest_bytes
     budget = min(0.96 * room, finest)  # predicted bytes of the codes
     best = b""
@@ -4707,7 +4745,6 @@ def fit_artifact(
             best_size = size
         is_close = room - FIT_SLACK_BYTES < size <= room
         is_finest = budget == finest and size <= room
-        bits = budget / finest * cfg.matrix_bits
         if is_close or is_finest:
             break
         # Codes take budget / size of the file, so they get that share of the bytes that are
@@ -4718,8 +4755,7 @@ def fit_artifact(
     if not best_size and rounds > 1:
         raise UsageError(
             f"ARTIFACT_LIMIT_BYTES={cfg.artifact_limit_bytes}: the model is {size - room} bytes "
-            f"over at {bits:.2f} bits a weight; "
-            "lower MLP_MULT or MODEL_DIM"
+            f"over with steps for {budget:.0f} bytes of integers; lower MLP_MULT or MODEL_DIM"
         )
     return best
 
@@ -6525,8 +6561,8 @@ class Run:
             fit_artifact(quantizer, self.model, {}, self.log, rounds=1)
             end = ranks.now()
         rows_per_rank = math.ceil(cfg.gptq_calibration_batches / ranks.world_size)
-        # Fitting the artifact to a limit that binds has taken up to four rounds.
-        rounds = 4 if 0 < cfg.artifact_limit_bytes < 1.2 * quantizer.finest_bytes else 1
+        # Fitting the artifact has taken up to four rounds.
+        rounds = 4 if cfg.artifact_limit_bytes else 1
         seconds = rows_per_rank * (calibrated - start) + rounds * (end - calibrated)
         return 1.0 + 1.25 * seconds
 

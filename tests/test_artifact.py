@@ -276,10 +276,11 @@ def test_sensitivity_is_the_mean_square_of_the_gradient_by_a_rows_outputs():
 
 def test_solver_spread_predicts_the_weighted_error_of_a_fine_step():
     weight, hessian = correlated(1, 64, 96)
+    ones = torch.ones(1, 96)
     step = 0.05 * weight.std(-1)
     solver = tg.GptqSolver.prepare(weight, hessian)
-    error = weighted_error(weight, solver.solve(step, 127).float(), step, hessian)
-    spread = solver.upper.diagonal(dim1=1, dim2=2).square().sum(-1)
+    error = weighted_error(weight, solver.solve(step, ones, 127).float(), step, hessian)
+    spread = 96 * solver.error_power(ones)[0]
     assert 0.8 < float(error / (spread * step.square().sum(-1) / 12)) < 1.1
 
 
@@ -335,22 +336,22 @@ def test_column_scales_save_the_bits_of_the_closed_form_at_equal_loss():
     """1/2 log2 of the arithmetic over the geometric mean of L_jj^2, for fine steps."""
     weight, hessian = correlated(1, 256, 96)
     hessian = uneven_inputs(hessian[0], 0.6)[None]
-    plain = tg.GptqSolver.prepare(weight, hessian)
-    squares = plain.upper.diagonal(dim1=1, dim2=2).square()
+    solver = tg.GptqSolver.prepare(weight, hessian)
+    squares = solver.upper.diagonal(dim1=1, dim2=2).square()
     scale = torch.empty(1, 96)
-    scale[0, plain.order[0]] = squares[0].rsqrt() * squares.log().mean().div(2).exp()
-    scaled = tg.GptqSolver.prepare(weight / scale[:, None], hessian, scale)
+    scale[0, solver.order[0]] = squares[0].rsqrt() * squares.log().mean().div(2).exp()
 
-    def bits_and_loss(solver: tg.GptqSolver, step: float, scale: torch.Tensor) -> tuple:
-        q = solver.solve(torch.full((1, 256), step), 127)
+    def bits_and_loss(scale: torch.Tensor) -> tuple[float, float]:
+        step = 0.02
+        q = solver.solve(torch.full((1, 256), step), scale, 127)
         # The entropy of every column by itself: what a coder needs that knows the columns.
         entropy = [tg.code_entropy_bytes([q[0, :, j].numpy()]) for j in range(96)]
         error = weight - q * step * scale[:, None]
         loss = ((error @ hessian[0]) * error).sum()
         return 8 * sum(entropy) / q.numel(), 0.5 * math.log2(loss)
 
-    plain_bits, plain_loss = bits_and_loss(plain, 0.02, torch.ones(1, 96))
-    bits, loss = bits_and_loss(scaled, 0.02, scale)
+    plain_bits, plain_loss = bits_and_loss(torch.ones(1, 96))
+    bits, loss = bits_and_loss(scale)
     saved = plain_bits + plain_loss - bits - loss
     closed_form = 0.5 * math.log2(squares.mean() / squares.log().mean().exp())
     assert closed_form > 0.3
@@ -419,6 +420,7 @@ def test_fit_of_a_large_model_is_done_when_4_kb_or_no_bits_are_left(
 ):
     """At 16 MB the first guess leaves more than the 4 KB that a tiny model may leave over."""
     cfg = tiny_config(artifact_limit_bytes=1_000_000 + tg.CODE_BYTES)
+    monkeypatch.setattr(tg, "fitted_bytes", lambda cfg: 1_000_000)
     quantizer = SimpleNamespace(
         finest_bytes=finest,
         ranks=ONE,
@@ -462,8 +464,13 @@ def test_steps_stay_within_what_fp16_holds_with_all_its_bits():
 
 def test_small_model_stops_at_matrix_bits_and_is_not_padded():
     data = fitted(10**7, quantizer="allocated", compressor="ans", matrix_bits=6)
-    weights = sum(map(math.prod, tg.bank_shapes(fitting_model()[0].cfg).values()))
-    assert 0.7 * 6 * weights / 8 < len(data) < 1.2 * 6 * weights / 8
+    cfg = fitting_model()[0].cfg
+    weights = sum(map(math.prod, tg.bank_shapes(cfg).values()))
+    floats = sum(map(math.prod, tg.float_shapes(cfg).values()))
+    expected = 6 * weights // 8 + 2 * floats
+    assert expected - 4096 < len(data) <= expected
+    # What the log announces before training.
+    assert tg.predict_submission_bytes(cfg) == expected + tg.CODE_BYTES
 
 
 def test_model_that_cannot_fit_says_by_how_much_and_which_knob_to_turn():

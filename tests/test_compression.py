@@ -144,7 +144,8 @@ def gptq_quantize(
     """The published quantiser: q int8 (n, rows, cols) and scale fp16 (n, rows)."""
     qmax = 2 ** (bits - 1) - 1
     scale = tg.clip_steps(weight, clip_sigmas, qmax)
-    return tg.GptqSolver.prepare(weight, hessian).solve(scale.float(), qmax), scale
+    ones = torch.ones_like(weight[:, 0])
+    return tg.GptqSolver.prepare(weight, hessian).solve(scale.float(), ones, qmax), scale
 
 
 def row_scale(weight: torch.Tensor, clip_sigmas: float, bits: int) -> torch.Tensor:

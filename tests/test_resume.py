@@ -590,7 +590,9 @@ def test_the_expected_bytes_of_a_fitted_artifact_are_the_limit_or_the_bits_a_wei
     assert tg.predict_submission_bytes(tg.Config()) == 16_000_000
     small = tg.Config(**{**tg.PRESETS["cpu"], "preset": "cpu"})
     codes = sum(n * rows * cols for n, rows, cols in tg.bank_shapes(small).values())
-    assert 0 < tg.predict_submission_bytes(small) - tg.CODE_BYTES - codes * 6 / 8 < 20_000
+    floats = sum(torch.Size(shape).numel() for shape in tg.float_shapes(small).values())
+    expected = tg.CODE_BYTES + codes * 6 // 8 + 2 * floats
+    assert tg.predict_submission_bytes(small) == expected
 
 
 def test_mfu_is_shown_where_the_peak_is_known(tiny_data):

@@ -165,7 +165,7 @@ def test_a_row_of_zeros_spoils_neither_steps_nor_choice():
     wanted = tg.percentile_steps(w[:, 1:2], 31, 0.0, PERCENTILES)
     assert found[0, 1] == wanted[0, 0]
     assert (found[0, [0, 2]] == 2.0**-14).all()
-    q = tg.GptqSolver.prepare(w, [torch.eye(400)]).solve(found.float(), 31)
+    q = tg.GptqSolver.prepare(w, [torch.eye(400)]).solve(found.float(), torch.ones(1, 400), 31)
     assert torch.equal(q, (w / found.float()[..., None]).round().clamp(-31, 31).to(torch.int8))
     assert (q[0, [0, 2]] == 0).all()
 
