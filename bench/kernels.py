@@ -132,10 +132,10 @@ def launches() -> list[Launch]:
         tg.launch_mlp(x, down, hidden, hidden, 132, True, tile)
 
     def loss_and_gradient(tile: tuple) -> None:
-        tg.softcap_ce_cuda(z, targets, 30.0, True, tile)
+        tg.softcap_ce_cuda(z, targets, 30.0, True, tile=tile)
 
     def loss(tile: tuple) -> None:
-        tg.softcap_ce_cuda(z, targets, 30.0, False, tile)
+        tg.softcap_ce_cuda(z, targets, 30.0, False, tile=tile)
 
     def qk(tile: tuple) -> None:
         tg.qk_rope_cuda(row, gain, rope, D, tile)

@@ -502,9 +502,9 @@ def interpret_ce(case: tuple, tile: tuple, dtype: torch.dtype) -> list[list]:
     wanted = exact_nats(exact, targets, cap)
     (wanted_dz,) = torch.autograd.grad(wanted.sum(), exact)
     before = z.clone()
-    nats = tg.softcap_ce_cuda(z, targets, cap, False, tile)
+    nats = tg.softcap_ce_cuda(z, targets, cap, False, tile=tile)
     assert torch.equal(z, before)
-    again = tg.softcap_ce_cuda(z, targets, cap, True, tile)
+    again = tg.softcap_ce_cuda(z, targets, cap, True, tile=tile)
     assert torch.equal(again, nats)
     return errors_of(("nats", "dz"), (nats, z), (wanted, wanted_dz), case, tile)
 
