@@ -3780,7 +3780,7 @@ class InvalidScore(RuntimeError):
 # is scored first. So the conditional of a target is a function of the artifact and of the targets
 # before it in the stream. Documents are not independent then.
 TARGETS_AT_ONCE = 2**22  # a dozen tensors of so many int64 are in memory at a time
-KEYS_AT_ONCE = 2**16  # 512 KB stay in the cache of a core; 2**22 take seven times as long
+KEYS_AT_ONCE = 2**15  # stay in the cache of a core, and are too few to wait for other threads
 MIX_FACTORS = (-7046029254386353131, -4658895280553007687)  # odd: of splitmix64's finaliser
 
 
@@ -3936,8 +3936,8 @@ class Tilt:
         Also compares the hints of all ranks.
         """
         ranks.sum(self.nats)
-        order = torch.arange(1, 2 * len(self.index), 2, device=nats.device)
-        checksum = int((order * (self.index * len(nats) + self.sources)).sum())
+        factors = 1 + 2 * torch.arange(len(self.index), device=nats.device)
+        checksum = int((factors * (self.index * len(nats) + self.sources)).sum())
         self.is_shared = len(set(ranks.gather((len(self.index), checksum)))) == 1
 
         cfg = self.cfg
@@ -6319,6 +6319,11 @@ class Run:
             self.log(f"  {field}: {value} ({origin[field]})", terminal=origin[field] == "env")
         facts = [f"{key}: {value}" for key, value in self.facts.items()]
         self.log("\n".join(facts + lines))
+        if self.cfg.tilt_order:
+            self.log(
+                "tilt: the conditional of a target is a function of the artifact and of the"
+                " targets before it in the stream; scores of documents depend on earlier documents"
+            )
         for warning in self.cfg.warnings():
             self.log(f"warning: {warning}")
 
@@ -6768,6 +6773,12 @@ class Run:
         time_ms = 1000 * self.phases[-1].seconds
         self.log(f"{label} val_loss:{loss:.8f} val_bpb:{bpb:.8f} eval_time:{time_ms:.0f}ms")
         self.log.scalars(self.final.get("steps", 0), {f"val_bpb/{key}": bpb})
+        if ledger.tilt is not None:
+            gains = ledger.tilt.gains.double()
+            gain_bpb = gains.sum().item() / math.log(2) / result["bytes"]
+            num_hits = int((gains > 0).sum())
+            self.log(f"tilt: hints:{len(gains)} hits:{num_hits} gain_bpb:{gain_bpb:.8f}")
+            self.final[f"{key}_tilt_gain"] = gain_bpb
         if count := ledger.num_not_learnt_from:
             self.log(f"deadline: {count} documents or chunks were scored but not learnt from")
         self.final[f"{key}_loss"] = loss
