@@ -469,7 +469,7 @@ def test_every_kernel_compiles_for_hopper_without_spills():
         if r["kernel"].startswith("ce"):
             # 16 columns to a thread: two exponentials for each, one for the target, one for a hint.
             assert r["ex2"] == 2 * 16 + 1 + (r["kernel"] == "ce + hints"), r
-            # Neither logit is not loaded behind the barrier: other warps overwrite it there.
+            # Neither logit is loaded behind the barrier: other warps overwrite it there.
             assert r["single_loads_after_barrier"] == 0, r
 
 
