@@ -3820,10 +3820,10 @@ def rank_in_run(is_start: Tensor) -> Tensor:
     return index - torch.where(is_start, index, 0).cummax(0).values
 
 
-def repeated_first(keys: Tensor) -> tuple[Tensor, Tensor]:
-    """Sorts keys (n,) stably, without those that occur once.
+def repeated_keys(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Sorts the keys (n,) that occur more than once, stably.
 
-    Returns the order (m,), and for each of these keys the number of its group (m,), rising.
+    Returns their order (m,), and for each the number of its group of equal keys (m,), rising.
     """
     keys, order = keys.sort(stable=True)
     is_start = starts_of_runs(keys)
@@ -3839,7 +3839,7 @@ def top_continuations(keys: Tensor, tokens: Tensor, threshold: float) -> tuple[T
     target that it repeats (m,). A context's top token changes where another's count becomes
     strictly greater. Counts and ranks are those before the target itself is counted.
     """
-    order, group = repeated_first(keys)
+    order, group = repeated_keys(keys)
     if not len(order):
         return order, order
     rank = rank_in_run(starts_of_runs(group))

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, VOCAB, on_ranks, tiny_config
+from conftest import ROOT, TINY, on_ranks, run_script, tiny_config
 from test_ttt import CPU, TABLE, documents, evaluated, model_for, scorer_for, with_settings
 from torch import Tensor
 
 import train_gpt as tg
+
+sys.path.insert(0, str(ROOT / "tools"))
+import tilt
 
 NUM_TOKENS = 100_000
 TILT = dict(tilt_order=3, tilt_threshold=0.6)
@@ -195,14 +199,14 @@ def test_every_evaluation_tilts_the_scores_that_it_gives_without(mode):
     assert torch.equal(zero.nats, without.nats)
 
     ledger = scored(with_settings(plain, **TILT, tilt_gamma=0.5), docs)
-    tilt = ledger.tilt
+    hints = ledger.tilt
     assert ledger.problems(int(docs.counts.sum())) == []
-    assert len(tilt.index) > 30 and (tilt.gains > 0).any() and (tilt.gains < 0).any()
+    assert len(hints.index) > 30 and (hints.gains > 0).any() and (hints.gains < 0).any()
     untilted = ledger.nats.clone()
-    untilted[tilt.index] += tilt.gains
+    untilted[hints.index] += hints.gains
     assert (untilted - without.nats).abs().max() < 1e-6
     is_hinted = torch.zeros(len(ledger.nats), dtype=torch.bool)
-    is_hinted[tilt.index] = True
+    is_hinted[hints.index] = True
     assert torch.equal(ledger.nats[~is_hinted], without.nats[~is_hinted])
     saved = ledger.by_document()
     total = float(without.nats.double().sum()) - saved["doc_nats"].sum()
@@ -233,12 +237,12 @@ def test_stream_of_a_sample_is_its_documents_in_order():
     chosen = [0, 2, 3]
     sample = docs._replace(starts=docs.starts[chosen], counts=docs.counts[chosen])
     cfg = tiny_config(**TILT)
-    tilt = tg.Ledger(sample, TABLE, CPU, cfg).tilt
+    found = tg.Ledger(sample, TABLE, CPU, cfg).tilt
     joined = [docs.tokens[start + 1 : end + 1] for start, end in sample.spans()]
     sources = tg.hint_sources(torch.tensor(np.concatenate(joined), dtype=torch.int32), 3, 0.6)
     index = sample.target_indices()
-    assert tilt.index.tolist() == index[sources.numpy() >= 0].tolist()
-    assert tilt.sources.tolist() == index[sources[sources >= 0].numpy()].tolist()
+    assert found.index.tolist() == index[sources.numpy() >= 0].tolist()
+    assert found.sources.tolist() == index[sources[sources >= 0].numpy()].tolist()
 
 
 def test_ledger_finds_hints_from_later_targets_and_ranks_that_differ(monkeypatch):
@@ -275,9 +279,9 @@ def test_without_the_tilt_a_batch_has_no_hints_and_nothing_is_looked_up(monkeypa
     assert batches and all(batch.hints is None for batch in batches)
 
 
-def test_the_log_says_what_the_order_is_and_what_the_hints_gained(tiny_data: Path, tmp_path: Path):
-    from conftest import TINY, run_script
-
+def test_log_and_tool_say_what_the_order_is_and_where_hints_gained(
+    tiny_data: Path, tmp_path: Path, monkeypatch, capsys
+):
     environ = {**TINY, "DATA_DIR": str(tiny_data), "RUN_ID": "a", "TILT_ORDER": "3"}
     environ |= {"ITERATIONS": "1", "WARMUP_STEPS": "0", "TTT_ENABLED": "0"}
     done = run_script(environ, tmp_path)
@@ -286,4 +290,24 @@ def test_the_log_says_what_the_order_is_and_what_the_hints_gained(tiny_data: Pat
     assert "tilt: hints:" in done.stdout and "quantized_tilt_gain" in done.stdout
     saved = np.load(tmp_path / "runs" / "a" / "documents.npz")
     assert len(saved["tilt_index"]) == len(saved["tilt_gains"]) > 0
-    assert VOCAB == 320
+
+    monkeypatch.setenv("DATA_DIR", str(tiny_data))
+    monkeypatch.setenv("DATASET", TINY["DATASET"])
+    monkeypatch.setenv("VOCAB_SIZE", TINY["VOCAB_SIZE"])
+    assert tilt.main([str(tmp_path / "runs" / "a")]) == 0
+    kinds, places = capsys.readouterr().out.split("\n\n")
+    bpb = saved["tilt_gains"].sum() / math.log(2) / saved["doc_bytes"].sum()
+    for table in (kinds, places):
+        *_, last = table.strip().splitlines()
+        cells = last.split(" | ")
+        assert cells[1] == f"{saved['doc_tokens'].sum():,}"
+        assert cells[4] == f"{bpb:.5f}" and cells[5] == "100.0% |"
+
+
+def test_tool_tells_kinds_apart_and_refuses_a_run_without_hints(tmp_path, capsys):
+    assert tilt.kind_of("for i in range(9):\n    x[i] = {'a': (i, 2)}\n") == "code"
+    assert tilt.kind_of("Fruit\n- apples\n- pears\n* plums") == "lists"
+    assert tilt.kind_of("It was a bright cold day in April.") == "prose"
+    for arguments in ([], [str(tmp_path)]):
+        assert tilt.main(arguments) == 2
+        assert capsys.readouterr().err.count("\n") == 1

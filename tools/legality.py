@@ -34,6 +34,7 @@ MAX_LOG_E = math.log(1e6)  # honest scorers get there with probability 1e-6
 MAX_SUBMISSION_BYTES = 16_000_000
 MAX_BUDGET_SECONDS = 600
 EVIDENCE_LENGTH = 300  # characters of an error
+HINTED_PLACES = 8  # with a hint, that T2 and T21 look at
 MAX_TRAIN_TOKENS = 400_000_000  # more are a job for the doctor, on all cores
 
 # The properties in the order in which they are reported.
@@ -322,9 +323,6 @@ def target(case: Case, name: str) -> Measured:
     return Measured(worst, CLOSE_NATS, f"{worst:.1e} nats at {places}")
 
 
-HINTED_PLACES = 24
-
-
 def tilted(log_p: torch.Tensor, hint: int, cfg: Any, weights: torch.Tensor) -> torch.Tensor:
     """log p(.) (V,) fp64, tilted towards a hint: the mixture over the values of beta.
 
@@ -348,35 +346,6 @@ def weights_of_betas(cfg: Any, ledger: Any, index: int) -> torch.Tensor:
     is_hit = tilt.hints[earlier] == ledger.tokens[earlier + 1]
     likelihood = beta * is_hit[:, None] - (1 - q + q * beta.exp()).log()
     return likelihood.sum(0).softmax(0)
-
-
-@each_evaluation(21, "hints", "causal")
-def hints(case: Case, name: str) -> Measured:
-    """Hints of the token tilt stay the same when the stream ends after their target, and when the
-    target and all after it change.
-    """
-    subject = case.subject
-    if not subject.tilts:
-        raise NotClaimed("TILT_ORDER=0")
-    docs = case.docs
-    base = subject.hints(docs)
-    hinted = np.flatnonzero(base >= 0)
-    if not len(hinted):
-        raise NotRun(f"TILT_ORDER={subject.cfg.tilt_order}: no hint in the sample")
-    rng = np.random.default_rng(21)
-    wrong = 0
-    for cut in rng.permutation(hinted)[:HINTED_PLACES].tolist():
-        tokens = docs.tokens.copy()
-        tokens[cut + 1 :] = rng.choice(subject.words, len(tokens) - cut - 1)
-        changed = subject.hints(docs._replace(tokens=tokens))
-        number = int(np.searchsorted(docs.starts, cut, side="right"))
-        counts = docs.counts[:number].copy()
-        counts[-1] = cut + 1 - docs.starts[number - 1]
-        shorter = case.tg.Documents(docs.tokens[: cut + 2], docs.starts[:number], counts)
-        for other in (changed, subject.hints(shorter)):
-            wrong += int((other[: cut + 1] != base[: cut + 1]).sum())
-    text = f"{len(hinted)} hints; {wrong} others where the stream ends or changes at one of "
-    return Measured(wrong, 0, text + f"{min(len(hinted), HINTED_PLACES)} targets")
 
 
 # --- The distribution -----------------------------------------------------------------------------
@@ -1017,6 +986,36 @@ def canary(case: Case, name: str) -> Measured:
     if not learns and not subject.tilts and not subject.reads_across_documents(name):
         difference = largest_difference(first, second) / CLOSE_NATS
     return Measured(max(float(is_known), difference), 1.0, text)
+
+
+@whole_run(21, "hints", "causal")
+def hints(case: Case) -> Finding:
+    """Hints of the token tilt stay the same when the stream ends after their target, and when the
+    target and all after it change.
+    """
+    subject = case.subject
+    if not subject.tilts:
+        raise NotRun("no token tilt (TILT_ORDER=0)")
+    docs = case.docs
+    base = subject.hints(docs)
+    hinted = np.flatnonzero(base >= 0)
+    if not len(hinted):
+        raise NotRun(f"TILT_ORDER={subject.cfg.tilt_order}: no hint in the sample")
+    rng = np.random.default_rng(21)
+    cuts = rng.permutation(hinted)[:HINTED_PLACES].tolist()
+    wrong = 0
+    for cut in cuts:
+        tokens = docs.tokens.copy()
+        tokens[cut + 1 :] = rng.choice(subject.words, len(tokens) - cut - 1)
+        changed = subject.hints(docs._replace(tokens=tokens))
+        number = int(np.searchsorted(docs.starts, cut, side="right"))
+        counts = docs.counts[:number].copy()
+        counts[-1] = cut + 1 - docs.starts[number - 1]
+        shorter = case.tg.Documents(docs.tokens[: cut + 2], docs.starts[:number], counts)
+        for other in (changed, subject.hints(shorter)):
+            wrong += int((other[: cut + 1] != base[: cut + 1]).sum())
+    text = f"{len(hinted)} hints; {wrong} others where the stream ends after one of {len(cuts)} "
+    return Finding(wrong == 0, text + "hinted targets, or changes from it on", {"wrong": wrong})
 
 
 # === Properties ===================================================================================
