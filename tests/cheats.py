@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "train_gpt.py"
 ENTRY = 'if __name__ == "__main__":'
 CHUNK = {"TTT_MODE": "chunk", "TTT_CHUNK_TOKENS": "128", "TTT_LR": "0.05"}
-TILT = {"TILT_ORDER": "4"}
+TILT = {"TILT_ORDER": "4", "TTT_ENABLED": "0"}  # hints do not depend on adaptation
 SAMPLE_DOCUMENTS = 6
 
 

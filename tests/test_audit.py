@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import cheats
 import numpy as np
 import pytest
-from cheats import CHEATS, CHUNK, ROOT, TILT, plant
+from cheats import CHEATS, CHUNK, ROOT, plant
 from conftest import TINY, run_script
 
 sys.path.insert(0, str(ROOT / "tools"))
@@ -70,7 +70,7 @@ def failed(result: dict) -> list[str]:
 @pytest.mark.parametrize("mode", ["document", "chunk", "phases", "tilt"])
 def test_honest_run_passes_every_test(run, knobs, mode):
     modes = {"document": {"WARMUP_STEPS": "1"}, "chunk": CHUNK, "phases": PHASES}
-    modes["tilt"] = {**TILT, "TILT_HEDGE": "1,3", "TILT_GAMMA": "0.5"}
+    modes["tilt"] = {"TILT_ORDER": "4", "TILT_HEDGE": "1,3", "TILT_GAMMA": "0.5"}
     changes = modes[mode]
     tests = [*IN_PROCESS, "T21"] if mode == "tilt" else IN_PROCESS
     log = None
