@@ -532,6 +532,25 @@ class ScoringKnobs:
     sliding_window_enabled: bool = knob(False, "score with sliding windows as well")
     val_doc_fraction: float = knob(1.0, "share of the validation documents, drawn by SEED", 1e-9, 1)
     eval_deadline_seconds: float = knob(580.0, "seconds for all scores; learning stops in time")
+    tilt_order: int = knob(
+        0, "token tilt: hints from equal runs of TILT_ORDER - 1 tokens (PR #2135); 0: none", 0, 64
+    )
+    tilt_threshold: float = knob(
+        0.8, "token tilt: least share of a hint among earlier continuations", 0.01, 1
+    )
+    tilt_beta: float = knob(2.625, "token tilt: added to the log-odds of the hint", 0, 30)
+    tilt_gamma: float = knob(
+        0.0, "token tilt: beta times (1 - probability of the hint) to this power (PR #2129)", 0, 8
+    )
+    tilt_hedge: str = knob(
+        "", "token tilt: several TILT_BETA, as in 1,2,3, mixed by their scores so far (PR #2050)"
+    )
+
+    @property
+    def tilt_betas(self) -> tuple[float, ...]:
+        """The values of beta that are mixed: those of TILT_HEDGE, or TILT_BETA alone."""
+        values = self.tilt_hedge or str(self.tilt_beta)
+        return tuple(float(value) for value in values.split(","))
 
     @property
     def val_row_shape(self) -> RowShape:
@@ -550,6 +569,9 @@ class ScoringKnobs:
             yield Rule("val_batch_tokens", f"at least 8 * EVAL_SEQ_LEN={self.eval_seq_len}")
         if self.eval_stride > self.eval_seq_len:
             yield Rule("eval_stride", f"at most EVAL_SEQ_LEN={self.eval_seq_len}")
+        number = r"\d{1,2}(\.\d+)?"
+        if not re.fullmatch(f"({number}(,{number})*)?", self.tilt_hedge):
+            yield Rule("tilt_hedge", "values of TILT_BETA below 100 between commas, as in 1,2.5")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1542,6 +1564,8 @@ class Batch(NamedTuple):
     # Bound on the length of a segment, in tokens. It is the same for all batches, because
     # kernels and graphs are compiled for it.
     max_seqlen: int
+    # (T,) int64: the hint of each target, -1 where there is none; None without the token tilt.
+    hints: Tensor | None = None
 
 
 def to_device(values: np.ndarray, device: torch.device) -> Tensor:
@@ -2424,6 +2448,9 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Nats per token (T,) fp32, 0 where the target is -1.
 
+        If the batch has hints, the result is (2, T): nats of targets and, without a gradient, of
+        hints.
+
         lora: one adapter per document. Each document then holds an equal number of consecutive
             tokens of the row, in one or more segments (see Adaptation.chunk_windows).
         select: (n,) int64, the tokens that get logits; the result is then (n,). With `lora` they
@@ -2446,11 +2473,14 @@ class GPT(nn.Module):
             self.value_embedding(batch.inputs),
         )
         targets = batch.targets
+        hints = batch.hints
         # Without adapters every token passes the last visit: one graph serves training and scoring.
         x = self.hidden(info, plan, None if lora is None else select)
         tap("head_in", 0, x)
         if select is not None:
             targets = targets[select]
+            if hints is not None:
+                hints = hints[select]
             if lora is None:
                 x = x[select]
 
@@ -2463,7 +2493,7 @@ class GPT(nn.Module):
                 extra = extra / temperature
         head = self.tok_emb.to(cfg.dtype)
         cap = cfg.logit_softcap / temperature
-        return head_loss(x, head, extra, targets, cap, cfg.fused_ce)
+        return head_loss(x, head, extra, targets, cap, cfg.fused_ce, hints)
 
 
 # === 5. Adapters: a LoRA for every document of a batch, at every visit of a layer =================
@@ -3738,6 +3768,196 @@ class InvalidScore(RuntimeError):
     """The ledger found a broken rule, so there is no score."""
 
 
+# --- Token tilt -----------------------------------------------------------------------------------
+#
+# A target's hint is the token that most often followed the same TILT_ORDER - 1 tokens earlier in
+# the stream, if its share of these continuations reaches TILT_THRESHOLD (PR #2135, its one legal
+# channel). The score is that of the model's distribution q, tilted towards the hint h:
+#
+#     p(v) = q(v) e^(b [v = h]) / (1 + q(h) (e^b - 1)),    b = TILT_BETA (1 - q(h))^TILT_GAMMA
+#
+# It sums to 1, and learning never sees it. Hints are looked up in stream order, whichever document
+# is scored first. So the conditional of a target is a function of the artifact and of the targets
+# before it in the stream. Documents are not independent then.
+TARGETS_AT_ONCE = 2**22  # a dozen tensors of so many int64 are in memory at a time
+KEYS_AT_ONCE = 2**15  # stay in the cache of a core, and are too few to wait for other threads
+MIX_FACTORS = (-7046029254386353131, -4658895280553007687)  # odd: of splitmix64's finaliser
+
+
+def mix_bits(keys: Tensor, factor: int) -> Tensor:
+    """A bijection of int64: multiply, then fold the upper half into the lower."""
+    keys = keys * factor
+    return keys ^ ((keys >> 32) & 0xFFFFFFFF)
+
+
+def context_keys(tokens: Tensor, count: int) -> Tensor:
+    """A 64-bit key of the `count` tokens before each token from number `count` on: (n - count,).
+
+    Equal contexts have equal keys. Two different ones share a key with probability about 2^-64,
+    and some pair of 50 million does with 1 in 15,000. Then both count as one context: the hint may
+    be worse, and is a function of earlier tokens all the same.
+    """
+    keys = tokens.new_empty(max(len(tokens) - count, 0), dtype=torch.int64)
+    for start in range(0, len(keys), KEYS_AT_ONCE):
+        piece = keys[start : start + KEYS_AT_ONCE].zero_()
+        for i in range(start, start + count):
+            piece.add_(tokens[i : i + len(piece)] + 1)
+            piece.copy_(mix_bits(piece, MIX_FACTORS[0]))
+        piece.copy_(mix_bits(piece, MIX_FACTORS[1]))
+    return keys
+
+
+def starts_of_runs(values: Tensor) -> Tensor:
+    """Where a value differs from the one before it: (n,) bool, true at first."""
+    is_start = torch.ones_like(values, dtype=torch.bool)
+    is_start[1:] = values[1:] != values[:-1]
+    return is_start
+
+
+def rank_in_run(is_start: Tensor) -> Tensor:
+    """The index of each element in its run (n,) int64; runs begin where `is_start` (n,)."""
+    index = torch.arange(len(is_start), device=is_start.device)
+    return index - torch.where(is_start, index, 0).cummax(0).values
+
+
+def repeated_keys(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Sorts the keys (n,) that occur more than once, stably.
+
+    Returns their order (m,), and for each the number of its group of equal keys (m,), rising.
+    """
+    keys, order = keys.sort(stable=True)
+    is_start = starts_of_runs(keys)
+    is_single = is_start & torch.cat([is_start[1:], is_start[:1]])
+    group = is_start.cumsum(0)
+    return order[~is_single], group[~is_single]
+
+
+def top_continuations(keys: Tensor, tokens: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    """The hints of the targets `tokens` (n,), whose contexts have the keys (n,) int64.
+
+    Returns the numbers of the targets that have one (m,), and for each the number of the earlier
+    target that it repeats (m,). A context's top token changes where another's count becomes
+    strictly greater. Counts and ranks are those before the target itself is counted.
+    """
+    order, group = repeated_keys(keys)
+    if not len(order):
+        return order, order
+    rank = rank_in_run(starts_of_runs(group))
+
+    # How often a token has followed its context, itself included.
+    pair, by_pair = (group * 2**17 + tokens[order]).sort(stable=True)
+    count = torch.empty_like(rank)
+    count[by_pair] = 1 + rank_in_run(starts_of_runs(pair))
+
+    # The largest count so far in the group. Every group begins above all of the one before it.
+    base = group * 2**31
+    largest = (base + count).cummax(0).values
+    rises = starts_of_runs(largest)
+    index = torch.arange(len(rank), device=rank.device)
+    top = torch.where(rises, index, 0).cummax(0).values
+
+    # A target sees the state that the target before it in the group has left.
+    share = (largest - base)[:-1].double() / rank[1:].double()
+    hinted = ((rank[1:] > 0) & (share >= threshold)).nonzero().squeeze(1)
+    return order[hinted + 1], order[top[hinted]]
+
+
+def hint_sources(tokens: Tensor, order: int, threshold: float) -> Tensor:
+    """For each target, the number of the earlier target that its hint repeats; -1: no hint.
+
+    tokens: the targets of a stream in order, (n,) int32. Returns (n,) int32. Contexts are taken in
+    parts, chosen by their keys, so that memory is bounded unless one context prevails. Only
+    integers are sorted, so every rank and device finds the same.
+    """
+    sources = torch.full_like(tokens, -1)
+    keys = context_keys(tokens, order - 1)
+    num_parts = min(len(keys) // TARGETS_AT_ONCE + 1, 255)
+    part_of_key = (((keys >> 32 & 0xFFFF) * num_parts) >> 16).to(torch.uint8)
+    for part in range(num_parts):
+        places = (part_of_key == part).nonzero().squeeze(1)
+        targets = places + order - 1
+        hinted, repeated = top_continuations(keys[places], tokens[targets], threshold)
+        sources[targets[hinted]] = targets[repeated].int()
+    return sources
+
+
+def tilt_losses(
+    hint_nats: Tensor, is_hit: Tensor, betas: tuple[float, ...], gamma: float
+) -> Tensor:
+    """What each beta adds to the nats of hinted targets: (n, betas) fp64.
+
+    hint_nats: nats of the hints (n,). is_hit: whether the hint is the target (n,). In fp64, because
+    the nats of a hint of probability 1 - 1e-6 would be lost in the rounding of beta.
+    """
+    q = (-hint_nats.double().clamp_min(0)).exp().unsqueeze(1)  # (n, 1)
+    beta = torch.tensor(betas, dtype=torch.float64, device=q.device) * (1 - q) ** gamma
+    return (q * beta.expm1()).log1p() - beta * is_hit.unsqueeze(1)
+
+
+def mixed_loss(losses: Tensor) -> Tensor:
+    """What a mixture of experts adds to the nats, (n,), where each adds `losses` (n, experts).
+
+    Bayes' mixture, which is Hedge at rate 1: an expert's weight is e^-(its losses before). All
+    together it is at most ln(experts) nats above the best one. With one expert it is that one.
+    """
+    if losses.size(1) == 1:
+        return losses[:, 0]
+    evidence = F.pad(-losses.cumsum(0), (0, 0, 1, 0)).logsumexp(1)  # before and after each target
+    return evidence[:-1] - evidence[1:]
+
+
+class Tilt:
+    """The hints of a stream's targets, and what they make of the model's nats.
+
+    A hint is held as the stream index of the target that it repeats, so the token is read from the
+    stream. All ranks find the same hints, each by itself and within the evaluation's time.
+    """
+
+    def __init__(self, docs: Documents, tokens: Tensor, cfg: Config):
+        """Looks up all hints. tokens: those of the documents on the device, (N,) int32."""
+        self.cfg = cfg
+        self.tokens = tokens
+        index = torch.from_numpy(docs.target_indices()).to(tokens.device)
+        sources = hint_sources(tokens[index + 1], cfg.tilt_order, cfg.tilt_threshold)
+        is_hinted = sources >= 0
+        # Stream indices of the hinted targets and of those that they repeat, (H,) int64.
+        self.index = index[is_hinted]
+        self.sources = index[sources[is_hinted].long()]
+        self.hints = torch.full_like(tokens, -1)  # (N,) int32
+        self.hints[self.index] = tokens[self.sources + 1]
+        # Nats of the hints, as first scored, (N,) fp32; after `join`, the gain of each (H,) fp32.
+        self.nats = torch.zeros(len(tokens), device=tokens.device)
+        self.gains = torch.zeros_like(self.nats[:0])
+        self.is_shared = True
+
+    def join(self, nats: Tensor, ranks: Ranks) -> Tensor:
+        """The scores (N,) of all targets from the model's joined nats (N,). Collective.
+
+        Also compares the hints of all ranks.
+        """
+        ranks.sum(self.nats)
+        factors = 1 + 2 * torch.arange(len(self.index), device=nats.device)
+        checksum = int((factors * (self.index * len(nats) + self.sources)).sum())
+        self.is_shared = len(set(ranks.gather((len(self.index), checksum)))) == 1
+
+        cfg = self.cfg
+        is_hit = self.hints[self.index] == self.tokens[self.index + 1]
+        losses = tilt_losses(self.nats[self.index], is_hit, cfg.tilt_betas, cfg.tilt_gamma)
+        change = mixed_loss(losses)
+        self.gains = -change.float()
+        tilted = nats[self.index] + change
+        return nats.index_copy(0, self.index, tilted.float())
+
+    def problems(self) -> list[str]:
+        """The rules that the hints break, in words; complete after `join`."""
+        problems = []
+        if late := int((self.sources >= self.index).sum()):
+            problems.append(f"{late} hints do not come from earlier targets")
+        if not self.is_shared:
+            problems.append("ranks have different hints")
+        return problems
+
+
 class Ledger:
     """The score of every target of the validation stream, and the only source of val_loss, val_bpb.
 
@@ -3745,10 +3965,17 @@ class Ledger:
     scored and how often it was scored. An update of adapters or weights must declare the targets
     that it reads before it reads them: a target may only be read after its score. The tensors are
     on the device, so no step waits for them. Each evaluation has a ledger of its own; each rank has
-    a part of it until `join`.
+    a part of it until `join`. With the token tilt, `nats` holds the model's nats until then.
     """
 
-    def __init__(self, docs: Documents, table: ByteTable, device: torch.device):
+    def __init__(
+        self,
+        docs: Documents,
+        table: ByteTable,
+        device: torch.device,
+        cfg: Config | None = None,
+    ):
+        """An empty ledger. cfg: decides about the token tilt; without it there is none."""
         self.docs = docs
         self.padding_index = len(docs.tokens) - 1  # receives the scores of padding
         self.tokens = torch.from_numpy(docs.tokens.astype(np.int32)).to(device)  # (N,)
@@ -3759,13 +3986,27 @@ class Ledger:
         self.num_read_early = torch.zeros((), dtype=torch.int64, device=device)
         # Documents, or chunks of the stream, that were not learnt from because of the deadline.
         self.num_not_learnt_from = 0
+        self.tilt = Tilt(docs, self.tokens, cfg) if cfg and cfg.tilt_order else None
+
+    def hints_of(self, index: Tensor, size: int) -> Tensor | None:
+        """The hints of the targets `index` (n,), -1 where there is none, padded to (size,) int64.
+
+        None without the token tilt.
+        """
+        if self.tilt is None:
+            return None
+        return F.pad(self.tilt.hints[index].long(), (0, size - len(index)), value=-1)
 
     def record(self, index: Tensor, nats: Tensor) -> None:
         """Records the scores of the targets `index` (n,) int64: nats (n,) fp32.
 
-        Scores are final. A second score changes nothing, but is counted.
+        With the token tilt nats are (2, n), of targets and hints. Scores are final. A second score
+        changes nothing, but is counted.
         """
         is_new = self.times_scored[index] == 0
+        if self.tilt is not None:
+            nats, hint_nats = nats
+            self.tilt.nats[index] = torch.where(is_new, hint_nats, self.tilt.nats[index])
         self.nats[index] = torch.where(is_new, nats, self.nats[index])
         self.times_scored.index_add_(0, index, torch.ones_like(index, dtype=torch.int32))
 
@@ -3797,10 +4038,16 @@ class Ledger:
         self.num_not_learnt_from = sum(ranks.gather(self.num_not_learnt_from))
         for t in (self.nats, self.times_scored, self.num_read_early):
             ranks.sum(t)
+        if self.tilt is not None:
+            self.nats = self.tilt.join(self.nats, ranks)
         return self
 
     def by_document(self) -> dict[str, np.ndarray]:
-        """Nats, bytes and targets of every document, (docs,) each."""
+        """Nats, bytes and targets of every document, (docs,) each.
+
+        With the token tilt also the stream index of each hinted target, and the nats that its hint
+        has saved, (hints,) each.
+        """
         starts = self.docs.starts
         ends = starts + self.docs.counts
 
@@ -3808,11 +4055,15 @@ class Ledger:
             sums = np.append(0, values.cpu().double().numpy().cumsum())
             return sums[ends] - sums[starts]
 
-        return {
+        arrays = {
             "doc_nats": sum_documents(self.nats[:-1]),
             "doc_bytes": sum_documents(self.bytes),
             "doc_tokens": self.docs.counts,
         }
+        if self.tilt is not None:
+            arrays["tilt_index"] = self.tilt.index.cpu().numpy()
+            arrays["tilt_gains"] = self.tilt.gains.cpu().numpy()
+        return arrays
 
     def problems(self, decoded_bytes: int) -> list[str]:
         """The rules that a joined ledger breaks, in words.
@@ -3833,6 +4084,8 @@ class Ledger:
             problems.append(
                 f"{counted_bytes} bytes were counted, the documents hold {decoded_bytes}"
             )
+        if self.tilt is not None:
+            problems += self.tilt.problems()
         return problems
 
 
@@ -3934,7 +4187,8 @@ class Scorer(NamedTuple):
         batch = pack_row(inputs, targets, starts, self.cfg.val_row_shape, device)
         # Copied before the forward, because a copy waits for all work that the device has.
         index = torch.from_numpy(np.where(scored, read, ledger.padding_index)).to(device)
-        ledger.record(index, self.forward(batch, self.plan)[: len(index)])
+        batch = batch._replace(hints=ledger.hints_of(index, len(batch.inputs)))
+        ledger.record(index, self.forward(batch, self.plan)[..., : len(index)])
 
 
 def score_all(scorer: Scorer, stride: int) -> Ledger:
@@ -5502,7 +5756,7 @@ class ChunkScores(NamedTuple):
     """The outcome of a forward over one chunk of several documents."""
 
     index: Tensor  # (n,) stream index of each scored target, the padding index where there is none
-    nats: Tensor  # (n,) fp32, detached
+    nats: Tensor  # (n,) fp32, detached; (2, n) with the nats of hints
     grads: tuple[Tensor, ...]  # for each leaf of the adapters; empty if none of them learns
 
 
@@ -5621,6 +5875,7 @@ class Adaptation:
             targets.flatten().long(),
             cu_seqlens,
             self.cfg.ttt_eval_seq_len,
+            ledger.hints_of(index.flatten(), index.numel()),
         )
         first_scored = length - (end - start)
         scored = torch.arange(first_scored, length, device=self.device)
@@ -5640,7 +5895,9 @@ class Adaptation:
             nats = self.forward(batch, self.plan, lora=lora, select=select)
         grads = ()
         if learns:
-            document_nats = nats.view(-1, end - start).mean(1)
+            # The second row, if there is one, holds the nats of hints.
+            of_targets = nats if nats.ndim == 1 else nats[0]
+            document_nats = of_targets.view(-1, end - start).mean(1)
             loss = (document_nats * (self.documents.counts[rows, 0] > end)).sum()
             grads = torch.autograd.grad(loss, lora.leaves)
         return ChunkScores(index, nats.detach(), grads)
@@ -6316,6 +6573,11 @@ class Run:
             self.log(f"  {field}: {value} ({origin[field]})", terminal=origin[field] == "env")
         facts = [f"{key}: {value}" for key, value in self.facts.items()]
         self.log("\n".join(facts + lines))
+        if self.cfg.tilt_order:
+            self.log(
+                "tilt: the conditional of a target is a function of the artifact and of the"
+                " targets before it in the stream; scores of documents depend on earlier documents"
+            )
         for warning in self.cfg.warnings():
             self.log(f"warning: {warning}")
 
@@ -6699,7 +6961,7 @@ class Run:
         self, plan: tuple[Visit, ...], docs: Documents | None, ranks: Ranks | None
     ) -> Scorer:
         """A scorer with an empty ledger. docs and ranks: those of the run if None."""
-        ledger = Ledger(docs or self.docs, self.table, self.ranks.device)
+        ledger = Ledger(docs or self.docs, self.table, self.ranks.device, self.cfg)
         return Scorer(self.scoring, plan, ledger, self.cfg, ranks or self.ranks, self.log)
 
     def evaluate(
@@ -6765,6 +7027,12 @@ class Run:
         time_ms = 1000 * self.phases[-1].seconds
         self.log(f"{label} val_loss:{loss:.8f} val_bpb:{bpb:.8f} eval_time:{time_ms:.0f}ms")
         self.log.scalars(self.final.get("steps", 0), {f"val_bpb/{key}": bpb})
+        if ledger.tilt is not None:
+            gains = ledger.tilt.gains.double()
+            gain_bpb = gains.sum().item() / math.log(2) / result["bytes"]
+            num_hits = int((gains > 0).sum())
+            self.log(f"tilt: hints:{len(gains)} hits:{num_hits} gain_bpb:{gain_bpb:.8f}")
+            self.final[f"{key}_tilt_gain"] = gain_bpb
         if count := ledger.num_not_learnt_from:
             self.log(f"deadline: {count} documents or chunks were scored but not learnt from")
         self.final[f"{key}_loss"] = loss
@@ -7203,31 +7471,48 @@ def plain_mlp(
 # to 8e-4 nats a token. |logits| <= cap <= 75 bounds the sum of 65,536 exponentials, so no running
 # maximum is needed. The forward replaces z by d nats / d z. The incoming gradient then scales rows
 # of x and dx (N, C) instead of z, so the backward is two products and no other pass over z.
+#
+# The token tilt also needs the nats of a second token of each row, its hint. They cost one more
+# load and store in the same pass, and nothing learns from them.
 
 
-def softcap_ce_reference(z: Tensor, targets: Tensor, cap: float, gradient: bool) -> Tensor:
+def softcap_ce_reference(
+    z: Tensor, targets: Tensor, cap: float, gradient: bool, hints: Tensor | None = None
+) -> Tensor:
     """Nats (N,) in fp32 or better, 0 where the target is -1.
 
-    z: (N, V). With `gradient` it becomes d nats / d z in place.
+    z: (N, V). With `gradient` it becomes d nats / d z in place, nats being those of the targets.
+    hints: ids (N,) like the targets. With them the result is (2, N): nats of targets and hints.
     """
-    wide = torch.promote_types(z.dtype, torch.float32)
-    nats = z.new_empty(len(z), dtype=wide)
+    nats = softcap_ce_fake(z, targets, cap, gradient, hints)
+    wide = nats.dtype
     # Some rows at a time: on a CPU, 512 KB of fp32 stay in the cache of a core.
     values_at_once = 2**17 if z.is_cpu else 2**28
     rows_at_once = values_at_once // z.size(1) + 1
-    parts = [t.split(rows_at_once) for t in (z, targets, nats)]
-    for z_rows, target, out in zip(*parts, strict=True):
-        tanh = torch.tanh(z_rows.to(wide) / cap)
-        is_scored = target >= 0
-        index = target.clamp_min(0).unsqueeze(1)
+    for start in range(0, len(z), rows_at_once):
+        rows = slice(start, start + rows_at_once)
+        target = targets[rows]
+        tanh = torch.tanh(z[rows].to(wide) / cap)
         p = (tanh * cap).exp_()
         total = p.sum(-1, keepdim=True)
-        out.copy_((total.log() - cap * tanh.gather(1, index)).squeeze(1) * is_scored)
+        of_target = picked_nats(tanh, total, target, cap)
+        if hints is None:
+            nats[rows] = of_target
+        else:
+            nats[0, rows] = of_target
+            nats[1, rows] = picked_nats(tanh, total, hints[rows], cap)
         if gradient:
+            index = target.clamp_min(0).unsqueeze(1)
             p.div_(total).scatter_add_(1, index, p.new_full((), -1.0).expand_as(index))
             slope = tanh.square_().neg_().add_(1)
-            z_rows.copy_(p.mul_(slope).mul_(is_scored.unsqueeze(1)))
+            z[rows] = p.mul_(slope).mul_((target >= 0).unsqueeze(1))
     return nats
+
+
+def picked_nats(tanh: Tensor, total: Tensor, ids: Tensor, cap: float) -> Tensor:
+    """Nats (n,) of one id of each row, 0 where it is -1, from tanh (n, V) and the sums (n, 1)."""
+    index = ids.clamp_min(0).unsqueeze(1)
+    return (total.log() - cap * tanh.gather(1, index)).squeeze(1) * (ids >= 0)
 
 
 @jit
@@ -7249,9 +7534,12 @@ def softcap(z, cap):
 
 @jit
 def softcap_ce_kernel(
-    z, targets, nats, cap, V: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr
+    z, targets, hints, nats, cap, V: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Nats of one row per program. With V <= BLOCK the program reads its row only once."""
+    """Nats of one row per program. With V <= BLOCK the program reads its row only once.
+
+    Without hints (None) there is no code for them.
+    """
     row = tl.program_id(0)
     cols = tl.arange(0, BLOCK)
     target = tl.load(targets + row)
@@ -7263,13 +7551,19 @@ def softcap_ce_kernel(
         logits, slope = softcap(load_logits(z_row, start, cols, V), cap)
         sums += tl.where(start + cols < V, tl.exp(logits), 0.0)
 
-    # The target's logit must be loaded before the sum. In tl.sum all warps wait for each other;
-    # behind that barrier a warp that is ahead may already overwrite z with its gradient, and a
-    # score read then would be wrong without any sign of it.
+    # The target's logit must be loaded before the sum, and the hint's as well. In tl.sum all warps
+    # wait for each other; behind that barrier a warp that is ahead may already overwrite z with its
+    # gradient, and a score read then would be wrong without any sign of it.
     target_logit, _ = softcap(tl.load(z_row + tl.maximum(target, 0)).to(tl.float32), cap)
+    if hints is not None:
+        hint = tl.load(hints + row)
+        hint_logit, _ = softcap(tl.load(z_row + tl.maximum(hint, 0)).to(tl.float32), cap)
     total = tl.sum(sums, 0)
     is_scored = tl.where(target >= 0, 1.0, 0.0)
     tl.store(nats + row, is_scored * (tl.log(total) - target_logit))
+    if hints is not None:
+        hint_nats = tl.where(hint >= 0, tl.log(total) - hint_logit, 0.0)
+        tl.store(nats + tl.num_programs(0) + row, hint_nats)
 
     if GRADIENT:
         for start in range(0, V, BLOCK):
@@ -7281,17 +7575,24 @@ def softcap_ce_kernel(
 
 
 def softcap_ce_cuda(
-    z: Tensor, targets: Tensor, cap: float, gradient: bool, tile: tuple | None = None
+    z: Tensor,
+    targets: Tensor,
+    cap: float,
+    gradient: bool,
+    hints: Tensor | None = None,
+    tile: tuple | None = None,
 ) -> Tensor:
     """softcap_ce on a GPU, with the fastest tile unless one is given. z must be contiguous."""
     assert z.is_contiguous(), z.stride()
     N, V = z.shape
-    nats = z.new_empty(N, dtype=torch.float32)
-    targets = targets.contiguous()
+    nats = z.new_empty(N if hints is None else (2, N), dtype=torch.float32)
+    ids = [targets.contiguous(), hints]
+    if hints is not None:
+        ids[1] = hints.contiguous()
 
     def launch(z: Tensor, tile: tuple) -> None:
         block, warps = tile
-        softcap_ce_kernel[(N,)](z, targets, nats, cap, V, gradient, BLOCK=block, num_warps=warps)
+        softcap_ce_kernel[(N,)](z, *ids, nats, cap, V, gradient, BLOCK=block, num_warps=warps)
 
     def launch_on_copy(tile: tuple) -> None:
         """For measurements, because a launch may overwrite z."""
@@ -7303,9 +7604,12 @@ def softcap_ce_cuda(
     return nats
 
 
-def softcap_ce_fake(z: Tensor, targets: Tensor, cap: float, gradient: bool) -> Tensor:
-    """Empty nats (N,) for tracing."""
-    return z.new_empty(z.size(0), dtype=torch.promote_types(z.dtype, torch.float32))
+def softcap_ce_fake(
+    z: Tensor, targets: Tensor, cap: float, gradient: bool, hints: Tensor | None = None
+) -> Tensor:
+    """Empty nats (N,), or (2, N) with hints."""
+    shape = targets.shape if hints is None else (2, z.size(0))
+    return z.new_empty(shape, dtype=torch.promote_types(z.dtype, torch.float32))
 
 
 softcap_ce = define_operator(
@@ -7326,42 +7630,65 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x: Tensor, w: Tensor, extra: Tensor | None, targets: Tensor, cap: float
+        ctx,
+        x: Tensor,
+        w: Tensor,
+        extra: Tensor | None,
+        targets: Tensor,
+        cap: float,
+        hints: Tensor | None,
     ) -> Tensor:
-        """Nats (N,). Saves d nats / d z (N, V), and x unless w is frozen."""
+        """Nats (N,) or (2, N). Saves d nats / d z (N, V), and x unless w is frozen."""
         _, need_w, *_ = ctx.needs_input_grad
         z = head_product(x, w, extra)
-        nats = softcap_ce(z, targets, cap, True)
+        nats = softcap_ce(z, targets, cap, True, hints)
         ctx.save_for_backward(x if need_w else None, w, z)
         return nats
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of x, w and extra from that of the nats (N,), None where not needed."""
+        """Gradients of x, w and extra from that of the nats, None where not needed.
+
+        Nats of hints, in the second row, have no gradient.
+        """
         x, w, dz = ctx.saved_tensors
         need_x, need_w, need_extra, *_ = ctx.needs_input_grad
+        if grad.ndim == 2:
+            grad = grad[0]
         grad = grad.unsqueeze(1)  # (N, 1)
         dx = (dz @ w * grad).to(w.dtype) if need_x else None
         dw = dz.t() @ (x * grad).to(w.dtype) if need_w else None
         dextra = (dz * grad).to(w.dtype) if need_extra else None
-        return dx, dw, dextra, None, None
+        return dx, dw, dextra, None, None, None
 
 
 def head_loss(
-    x: Tensor, w: Tensor, extra: Tensor | None, targets: Tensor, cap: float, fused: bool
+    x: Tensor,
+    w: Tensor,
+    extra: Tensor | None,
+    targets: Tensor,
+    cap: float,
+    fused: bool,
+    hints: Tensor | None = None,
 ) -> Tensor:
     """Nats (N,) of the targets in fp32 or better, 0 where a target is -1.
 
-    x: (N, C), w: (V, C). extra: what an adapter adds to their product (N, V), or None.
+    x: (N, C), w: (V, C). extra: what an adapter adds to their product (N, V), or None. With hints
+    (N,), ids like the targets, the result is (2, N): nats of targets, and of hints without a
+    gradient.
     """
     is_trained = any(t is not None and t.requires_grad for t in (x, w, extra))
     if fused and is_trained and torch.is_grad_enabled():
-        return HeadLoss.apply(x, w, extra, targets, cap)
+        return HeadLoss.apply(x, w, extra, targets, cap, hints)
     z = head_product(x, w, extra)
     if fused:
-        return softcap_ce(z, targets, cap, False)
+        return softcap_ce(z, targets, cap, False, hints)
     logits = cap * torch.tanh(z.to(torch.promote_types(z.dtype, torch.float32)) / cap)
-    return F.cross_entropy(logits, targets, ignore_index=-1, reduction="none")
+    cross_entropy = partial(F.cross_entropy, ignore_index=-1, reduction="none")
+    nats = cross_entropy(logits, targets)
+    if hints is None:
+        return nats
+    return torch.stack([nats, cross_entropy(logits.detach(), hints)])
 
 
 # --- Norm, RoPE and gain of queries and keys ------------------------------------------------------

@@ -132,10 +132,13 @@ def launches() -> list[Launch]:
         tg.launch_mlp(x, down, hidden, hidden, 132, True, tile)
 
     def loss_and_gradient(tile: tuple) -> None:
-        tg.softcap_ce_cuda(z, targets, 30.0, True, tile)
+        tg.softcap_ce_cuda(z, targets, 30.0, True, tile=tile)
 
     def loss(tile: tuple) -> None:
-        tg.softcap_ce_cuda(z, targets, 30.0, False, tile)
+        tg.softcap_ce_cuda(z, targets, 30.0, False, tile=tile)
+
+    def loss_with_hints(tile: tuple) -> None:
+        tg.softcap_ce_cuda(z, targets, 30.0, True, targets, tile)
 
     def qk(tile: tuple) -> None:
         tg.qk_rope_cuda(row, gain, rope, D, tile)
@@ -154,6 +157,7 @@ def launches() -> list[Launch]:
         Launch("mlp_dpre", "mlp_kernel", "mlp_dpre", mlp_dpre),
         Launch("ce + gradient", "softcap_ce_kernel", "ce", loss_and_gradient),
         Launch("ce", "softcap_ce_kernel", "ce", loss),
+        Launch("ce + hints", "softcap_ce_kernel", "ce", loss_with_hints),
         Launch("qk", "qk_rope_kernel", "qk", qk),
         Launch("qk_backward", "qk_rope_backward_kernel", "qk_backward", qk_backward),
         Launch("xsa", "xsa_kernel", "xsa", xsa),

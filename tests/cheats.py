@@ -33,6 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "train_gpt.py"
 ENTRY = 'if __name__ == "__main__":'
 CHUNK = {"TTT_MODE": "chunk", "TTT_CHUNK_TOKENS": "128", "TTT_LR": "0.05"}
+TILT = {"TILT_ORDER": "4", "TTT_ENABLED": "0"}  # hints do not depend on adaptation
 SAMPLE_DOCUMENTS = 6
 
 
@@ -161,6 +162,69 @@ def better_of_two_passes(tg: Any) -> None:
         return ledger
 
     original = replace(tg.Run, "adapt", adapt)
+
+
+# === The token tilt ===============================================================================
+@caught_by("T2", "T21", **TILT)
+def hint_from_the_target(tg: Any) -> None:
+    """hints that would not be the target are left out"""
+
+    def hint_sources(tokens, *rest):
+        sources = original(tokens, *rest)
+        return torch.where(tokens[sources] == tokens, sources, -1)
+
+    original = replace(tg, "hint_sources", hint_sources)
+
+
+@caught_by("T1", "T2", "T21", **TILT)
+def hint_from_later_text(tg: Any) -> None:
+    """hints come from a table that has counted the whole stream beforehand"""
+
+    def hint_sources(tokens, *rest):
+        sources = original(tokens.repeat(2), *rest)[len(tokens) :]
+        return torch.where(sources < 0, -1, sources % len(tokens))
+
+    original = replace(tg, "hint_sources", hint_sources)
+
+
+@caught_by("T2", "T21", **TILT)
+def counted_before_the_score(tg: Any) -> None:
+    """the table counts a target before it gives its hint"""
+
+    def hint_sources(tokens, order, threshold):
+        sources = torch.full_like(tokens, -1)
+        table = {}
+        ids = tokens.tolist()
+        for i in range(order - 1, len(ids)):
+            counts = table.setdefault(tuple(ids[i - order + 1 : i]), {})
+            counts[ids[i]] = (counts.get(ids[i], (0, i))[0] + 1, i)
+            most, last = max(counts.values())
+            if most / sum(count for count, _ in counts.values()) >= threshold:
+                sources[i] = last
+        return sources
+
+    replace(tg, "hint_sources", hint_sources)
+
+
+@caught_by("T2", "T3", **TILT)
+def unnormalised_tilt(tg: Any) -> None:
+    """the hint gains, and no other token loses"""
+
+    def tilt_losses(hint_nats, is_hit, betas, gamma):
+        return -torch.tensor(betas, dtype=torch.float64) * is_hit.unsqueeze(1)
+
+    replace(tg, "tilt_losses", tilt_losses)
+
+
+@caught_by("T2", **TILT)
+def beta_by_the_result(tg: Any) -> None:
+    """the tilt is tried with several betas, and the best one is reported"""
+
+    def tilt_losses(hint_nats, is_hit, betas, gamma):
+        losses = original(hint_nats, is_hit, (0.5, 1.0, 1.5, 4.0, 6.0), gamma)
+        return losses[:, losses.sum(0).argmin()].unsqueeze(1)
+
+    original = replace(tg, "tilt_losses", tilt_losses)
 
 
 # === Learning before scoring ======================================================================
@@ -517,9 +581,11 @@ SCRIPT_NAMES = (
     "attention",
     "check_bytes",
     "head_loss",
+    "hint_sources",
     "score_chunks",
     "score_then_learn",
     "scoring_windows",
+    "tilt_losses",
 )
 
 

@@ -631,6 +631,7 @@ RULES = [
     (dict(cu_seqlens_capacity=5), "CU_SEQLENS_CAPACITY"),
     (dict(val_batch_tokens=511), "VAL_BATCH_TOKENS"),
     (dict(eval_stride=65), "EVAL_STRIDE"),
+    (dict(tilt_hedge="1,,2"), "TILT_HEDGE"),
     (dict(ttt_chunk_size=65), "TTT_CHUNK_SIZE"),
     (dict(muon_coeffs="polar", muon_backend_steps=6), "MUON_BACKEND_STEPS"),
     (dict(recompile_limit=0, warmup_steps=0), "RECOMPILE_LIMIT"),

@@ -197,7 +197,27 @@ def test_head_loss_equals_fp64_autograd(shape, adapted, dtype, fused):
         nats = tg.head_loss(x, w, extra if adapted else None, targets, cap, fused)
     assert nats.dtype == torch.promote_types(dtype, torch.float32)
     assert not nats[targets < 0].any()
-    assert relative_error(nats, exact(*(t.double() for t in leaves))) < 12 * TOLERANCE[dtype]
+    wide = [t.double() for t in leaves]
+    assert relative_error(nats, exact(*wide)) < 12 * TOLERANCE[dtype]
+    # Nats of hints come beside them, have no gradient, and change nothing else.
+    hints = targets.flip(0)
+
+    def both(x, w, extra=None):
+        return tg.head_loss(x, w, extra, targets, cap, fused, hints)
+
+    def of_targets(*leaves):
+        nats = both(*leaves)
+        return nats[0] + 0 * nats[1]
+
+    assert against_exact(of_targets, exact, leaves, [grad]) == errors
+    trained = [t.clone().requires_grad_() for t in leaves]
+    gradients = torch.autograd.grad(both(*trained)[1].sum(), trained, allow_unused=True)
+    assert all(g is None or not g.any() for g in gradients)
+    with torch.no_grad():
+        scored = both(x, w, extra if adapted else None)
+    assert torch.equal(scored[0], nats) and not scored[1][hints < 0].any()
+    targets = hints  # of `exact`
+    assert relative_error(scored[1], exact(*wide)) < 12 * TOLERANCE[dtype]
 
 
 def test_a_value_of_zero_takes_nothing_and_gives_no_nan():
@@ -241,7 +261,9 @@ def test_operators_agree_with_their_fakes():
     torch.library.opcheck(tg.xsa_backward, (y.detach(), v, grad))
     targets = torch.tensor([0, -1, 3, 8, 2])
     for gradient in (False, True):
-        torch.library.opcheck(tg.softcap_ce, (torch.randn(5, 9), targets, 30.0, gradient))
+        for hints in (None, targets.flip(0)):
+            arguments = (torch.randn(5, 9), targets, 30.0, gradient, hints)
+            torch.library.opcheck(tg.softcap_ce, arguments)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
@@ -434,7 +456,7 @@ def test_every_kernel_compiles_for_hopper_without_spills():
     line = run_script(str(Path(tg.__file__).parent / "bench" / "kernels.py"), "--first")
     found = json.loads(line.removeprefix("bench "))
     assert found["clean"]
-    assert {r["kernel"] for r in found["kernels"]} == {*tg.TILES, "ce + gradient"}
+    assert {r["kernel"] for r in found["kernels"]} == {*tg.TILES, "ce + gradient", "ce + hints"}
     for r in found["kernels"]:
         assert r["stack_spills"] == [0, 0, 0], r
         assert r["registers"] <= 255 and r["shared"] <= 227 * 1024, r
@@ -445,9 +467,9 @@ def test_every_kernel_compiles_for_hopper_without_spills():
         else:
             assert r["instructions"] == ["16-byte"], r
         if r["kernel"].startswith("ce"):
-            # 16 columns to a thread: two exponentials for each, and one for the target.
-            assert r["ex2"] == 2 * 16 + 1, r
-            # The target's logit is not loaded behind the barrier: other warps overwrite it there.
+            # 16 columns to a thread: two exponentials for each, one for the target, one for a hint.
+            assert r["ex2"] == 2 * 16 + 1 + (r["kernel"] == "ce + hints"), r
+            # Neither logit is loaded behind the barrier: other warps overwrite it there.
             assert r["single_loads_after_barrier"] == 0, r
 
 
@@ -502,11 +524,19 @@ def interpret_ce(case: tuple, tile: tuple, dtype: torch.dtype) -> list[list]:
     wanted = exact_nats(exact, targets, cap)
     (wanted_dz,) = torch.autograd.grad(wanted.sum(), exact)
     before = z.clone()
-    nats = tg.softcap_ce_cuda(z, targets, cap, False, tile)
+    nats = tg.softcap_ce_cuda(z, targets, cap, False, tile=tile)
     assert torch.equal(z, before)
-    again = tg.softcap_ce_cuda(z, targets, cap, True, tile)
+    again = tg.softcap_ce_cuda(z, targets, cap, True, tile=tile)
     assert torch.equal(again, nats)
-    return errors_of(("nats", "dz"), (nats, z), (wanted, wanted_dz), case, tile)
+    hints = torch.randint(-1, V, (N,))
+    of_hints = exact_nats(exact.detach(), hints, cap)
+    found = tg.softcap_ce_cuda(before.clone(), targets, cap, False, hints, tile)
+    assert torch.equal(found[0], nats)
+    learnt = before.clone()
+    assert torch.equal(tg.softcap_ce_cuda(learnt, targets, cap, True, hints, tile), found)
+    assert torch.equal(learnt, z)
+    names = ("nats", "dz", "hint nats")
+    return errors_of(names, (nats, z, found[1]), (wanted, wanted_dz, of_hints), case, tile)
 
 
 def interpret(dtype: torch.dtype) -> list:
@@ -532,7 +562,7 @@ def test_interpreted_kernels_equal_float64_over_odd_shapes(dtype):
     root = str(Path(tg.__file__).parent)
     line = run_script(__file__, str(dtype).split(".")[1], TRITON_INTERPRET="1", PYTHONPATH=root)
     results = json.loads(line)
-    outputs = 2 * 2 * 3 * len(HEADS + SPLIT) + 2 * 3 * len(HEADS) + 2 * 2 * len(LOGITS)
+    outputs = 2 * 2 * 3 * len(HEADS + SPLIT) + 2 * 3 * len(HEADS) + 2 * 3 * len(LOGITS)
     assert len(results) == outputs + 1
     for *what, error in results:
         assert error <= TOLERANCE[dtype], (what, error)  # false for NaN, too

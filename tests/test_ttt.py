@@ -45,7 +45,7 @@ def adaptation(model: tg.GPT, forward=None) -> tg.Adaptation:
 def scorer_for(
     model: tg.GPT, docs: tg.Documents, ranks: tg.Ranks | None = None, forward=None
 ) -> tg.Scorer:
-    ledger = tg.Ledger(docs, TABLE, CPU)
+    ledger = tg.Ledger(docs, TABLE, CPU, model.cfg)
     log = tg.Log(Path("unused"), False)
     return tg.Scorer(
         forward or model, model.cfg.plans[1], ledger, model.cfg, ranks or tg.Ranks({}), log

@@ -13,7 +13,10 @@ are those of issue #1017 of the challenge. The tests:
 A property that a system does not claim counts as not claimed, not as a violation. With DATA_LOADER
 other than `documents` a window may cross documents: T10 is then not claimed, T11 asks only that
 nothing reaches beyond a window, and T20 does not ask for equal scores. Where documents learn from
-earlier ones, T10 and T11 run with learning rates of 0. Everything else must hold for every system.
+earlier ones, T10 and T11 run with learning rates of 0. With TILT_ORDER hints come from earlier
+documents: independence is not claimed, T10 and T11 run without the tilt, T20 does not ask for equal
+scores, and the sample holds every second document again, with tokens left out, so that there are
+hints. Everything else must hold for every system.
 
 T7 sees the files that Python opens, but not those that C libraries open by themselves. T8 finds the
 use of such a file if it lay beside the artifact, beside the script or in the home folder. No test

@@ -151,6 +151,8 @@ class Case:
         self.environ["TTT_CHUNK_TOKENS"] = str(min(asked.ttt_chunk_tokens, longest_chunk))
         subject = Subject(self.tg, self.environ)
         texts = subject.sample(self.num_documents, window)
+        if subject.tilts:
+            texts += rewritten(subject, texts)
 
         cfg = subject.cfg
         quarter = sum(map(len, texts)) // 4
@@ -289,6 +291,20 @@ class Case:
         if len(finals) != 1:
             raise NotRun(f"the log has {len(finals)} final lines")
         return finals[0]
+
+
+def rewritten(subject: Subject, texts: list[np.ndarray]) -> list[np.ndarray]:
+    """Every second text again, without one token in twenty: there hints are right and wrong.
+
+    Pieces of one byte stay, because a character may need all of its bytes.
+    """
+    model = subject.run.tokenizer.model
+    rng = np.random.default_rng(6)
+    copies = []
+    for text in texts[::2]:
+        is_byte = np.array([model.is_byte(int(token)) for token in text])
+        copies.append(text[is_byte | (rng.random(len(text)) > 0.05)])
+    return copies
 
 
 # === Documents drawn from the model ===============================================================

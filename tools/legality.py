@@ -1,4 +1,4 @@
-"""The tests of the audit, T0 to T20, and the properties of an evaluation that they show.
+"""The tests of the audit, T0 to T21, and the properties of an evaluation that they show.
 
 A test is a function under `whole_run` or `each_evaluation`, which carry its number, its title and
 the properties. The first paragraph of its docstring is what tools/audit.py prints about it. All
@@ -11,6 +11,7 @@ test looks at scores, states or files while the script's own evaluations run.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import random
@@ -33,6 +34,7 @@ MAX_LOG_E = math.log(1e6)  # honest scorers get there with probability 1e-6
 MAX_SUBMISSION_BYTES = 16_000_000
 MAX_BUDGET_SECONDS = 600
 EVIDENCE_LENGTH = 300  # characters of an error
+HINTED_PLACES = 8  # with a hint, that T2 and T21 look at
 MAX_TRAIN_TOKENS = 400_000_000  # more are a job for the doctor, on all cores
 
 # The properties in the order in which they are reported.
@@ -120,16 +122,19 @@ def each_evaluation(
 ) -> Callable:
     """Registers a function of a case and the name of an evaluation that returns what it Measured.
 
-    `crossing_off`: the function switches learning across documents off; the evidence says so.
+    `crossing_off`: the function switches off what documents use of earlier ones by declaration;
+    the evidence says so.
     """
 
     def decorate(function: Callable[[Case, str], Measured]) -> Callable:
         def run(case: Case) -> Finding:
             finding = over_evaluations(case, function)
+            text = ""
             if crossing_off and case.subject.learns_across_documents:
                 text = "rates 0, because documents learn from earlier ones by declaration: "
-                return dataclasses.replace(finding, evidence=text + finding.evidence)
-            return finding
+            if crossing_off and case.subject.tilts:
+                text += "no tilt, because hints come from earlier documents by declaration: "
+            return dataclasses.replace(finding, evidence=text + finding.evidence)
 
         register(number, title, properties, run, function.__doc__)
         return function
@@ -290,7 +295,7 @@ def earlier_end(case: Case, name: str, middle: int) -> float:
 @each_evaluation(2, "target", "causal", "normalised")
 def target(case: Case, name: str) -> Measured:
     """p(.) with the target and all after it withheld, computed outside the scorer, gives the same
-    nats.
+    nats. With the token tilt, hints are withheld targets', too, and p(.) is tilted here.
     """
     exact = case.fp32_subject
     docs = case.docs
@@ -298,22 +303,59 @@ def target(case: Case, name: str) -> Measured:
     wanted = set()
     for start, count in zip(docs.starts, docs.counts, strict=True):
         wanted |= {int(start + offset) for offset in rng.integers(count - 1, size=2)}
+    if exact.tilts:
+        hinted = np.flatnonzero(exact.hints(docs) >= 0)
+        wanted |= set(rng.permutation(hinted)[:HINTED_PLACES].tolist())
     watch = BlindWatch(exact, wanted)
-    nats = exact.nats(name, docs, watch)
+    ledger = exact.evaluate(name, docs, watch)
     if not watch.log_p:
         raise NotRun("no selected logit was seen")
     worst = 0.0
     for index, log_p in watch.log_p.items():
+        if watch.hints.get(index, -1) >= 0:
+            weights = weights_of_betas(exact.run.cfg, ledger, index)
+            log_p = tilted(log_p, watch.hints[index], exact.run.cfg, weights)
         outside = -float(log_p[docs.tokens[index + 1]])
-        worst = max(worst, abs(nats[index] - outside))
+        worst = max(worst, abs(float(ledger.nats[index]) - outside))
     places = f"{len(watch.log_p)} places whose target and future were withheld"
+    if exact.tilts:
+        places += f", {sum(hint >= 0 for hint in watch.hints.values())} of them with a hint"
     return Measured(worst, CLOSE_NATS, f"{worst:.1e} nats at {places}")
+
+
+def tilted(log_p: torch.Tensor, hint: int, cfg: Any, weights: torch.Tensor) -> torch.Tensor:
+    """log p(.) (V,) fp64, tilted towards a hint: the mixture over the values of beta.
+
+    weights: those of the betas (betas,). Every part is normalised over the whole vocabulary.
+    """
+    log_p = log_p.double()
+    mixture = torch.zeros_like(log_p)
+    for beta, weight in zip(cfg.tilt_betas, weights, strict=True):
+        logits = log_p.clone()
+        logits[hint] += beta * (1 - log_p[hint].exp()) ** cfg.tilt_gamma
+        mixture += weight * logits.softmax(0)
+    return mixture.log()
+
+
+def weights_of_betas(cfg: Any, ledger: Any, index: int) -> torch.Tensor:
+    """What Bayes' rule makes of equal weights of the betas by the hinted targets before `index`."""
+    tilt = ledger.tilt
+    earlier = tilt.index[tilt.index < index]
+    q = (-tilt.nats[earlier].double()).exp()[:, None]
+    beta = torch.tensor(cfg.tilt_betas, dtype=torch.float64) * (1 - q) ** cfg.tilt_gamma
+    is_hit = tilt.hints[earlier] == ledger.tokens[earlier + 1]
+    likelihood = beta * is_hit[:, None] - (1 - q + q * beta.exp()).log()
+    return likelihood.sum(0).softmax(0)
 
 
 # --- The distribution -----------------------------------------------------------------------------
 @each_evaluation(3, "normalisation", "normalised")
 def normalisation(case: Case, name: str) -> Measured:
-    """With every token of the vocabulary in turn as the target, the probabilities sum to 1."""
+    """With every token of the vocabulary in turn as the target, the probabilities sum to 1.
+
+    With the token tilt all of them get one hint, and TILT_BETA alone: with TILT_HEDGE the weights
+    would change from one to the next.
+    """
     subject = case.fp32_subject
     on_stream = subject.reads_across_documents(name)
     adapts = "ttt" in name
@@ -326,7 +368,11 @@ def normalisation(case: Case, name: str) -> Measured:
     sums = []
     for text in texts[: 1 if on_stream or adapts else 3]:
         copies = every_target(case, name, text[:length])
-        with subject.config_changed(**copies.changes), subject.equal_adapters():
+        with contextlib.ExitStack() as conditions:
+            conditions.enter_context(subject.config_changed(**copies.changes))
+            conditions.enter_context(subject.equal_adapters())
+            if subject.tilts:
+                conditions.enter_context(subject.hints_forced(copies.targets))
             nats = subject.nats(name, copies.docs)
         sums.append(float(np.exp(-nats[copies.targets]).sum()))
     worst = max(abs(total - 1) for total in sums)
@@ -361,6 +407,8 @@ def every_target(case: Case, name: str, prefix: np.ndarray) -> Copies:
     else:
         block = [np.append(prefix, v) for v in range(cfg.vocab_size)]
         block[subject.bos] = prefix
+    if subject.tilts:
+        changes["tilt_hedge"] = ""
     warm_up: list[np.ndarray] = []  # texts that are learnt from
     if "ttt" in name and cfg.ttt_mode == "chunk":
         size = sum(len(text) + 1 for text in block)
@@ -556,9 +604,10 @@ def isolation(case: Case, name: str) -> Measured:
     tokens = docs.tokens.copy()
     rng = np.random.default_rng(11)
     tokens[is_changed] = rng.choice(subject.words, int(is_changed.sum()))
+    tilts = subject.tilts
     with subject.without_crossing():
         before = case.base(name)
-        if subject.learns_across_documents:
+        if subject.learns_across_documents or tilts:
             before = subject.nats(name, docs)
         after = subject.nats(name, docs._replace(tokens=tokens))
     worst = largest_difference(before[plan.must_stay], after[plan.must_stay])
@@ -870,6 +919,7 @@ SCORING_FIELDS = (
     "logit_temperature",
     "compute_dtype",
     "seed",
+    "tilt",
 )
 AUDIT_FIELDS = ("eval_only_path", "eval_deadline_seconds")
 
@@ -933,9 +983,39 @@ def canary(case: Case, name: str) -> Measured:
     text = f"{first.mean():.3f} nats at first (ln V {log_v:.2f}), {learnt:+.1e} less later"
     learns = subject.learns_across_documents and "ttt" in name
     difference = 0.0
-    if not learns and not subject.reads_across_documents(name):
+    if not learns and not subject.tilts and not subject.reads_across_documents(name):
         difference = largest_difference(first, second) / CLOSE_NATS
     return Measured(max(float(is_known), difference), 1.0, text)
+
+
+@whole_run(21, "hints", "causal")
+def hints(case: Case) -> Finding:
+    """Hints of the token tilt stay the same when the stream ends after their target, and when the
+    target and all after it change.
+    """
+    subject = case.subject
+    if not subject.tilts:
+        raise NotRun("no token tilt (TILT_ORDER=0)")
+    docs = case.docs
+    base = subject.hints(docs)
+    hinted = np.flatnonzero(base >= 0)
+    if not len(hinted):
+        raise NotRun(f"TILT_ORDER={subject.cfg.tilt_order}: no hint in the sample")
+    rng = np.random.default_rng(21)
+    cuts = rng.permutation(hinted)[:HINTED_PLACES].tolist()
+    wrong = 0
+    for cut in cuts:
+        tokens = docs.tokens.copy()
+        tokens[cut + 1 :] = rng.choice(subject.words, len(tokens) - cut - 1)
+        changed = subject.hints(docs._replace(tokens=tokens))
+        number = int(np.searchsorted(docs.starts, cut, side="right"))
+        counts = docs.counts[:number].copy()
+        counts[-1] = cut + 1 - docs.starts[number - 1]
+        shorter = case.tg.Documents(docs.tokens[: cut + 2], docs.starts[:number], counts)
+        for other in (changed, subject.hints(shorter)):
+            wrong += int((other[: cut + 1] != base[: cut + 1]).sum())
+    text = f"{len(hinted)} hints; {wrong} others where the stream ends after one of {len(cuts)} "
+    return Finding(wrong == 0, text + "hinted targets, or changes from it on", {"wrong": wrong})
 
 
 # === Properties ===================================================================================
@@ -991,6 +1071,8 @@ def with_declarations(case: Case, properties: dict[str, Property]) -> dict[str, 
         declared.append("documents learn from earlier ones")
     if any(subject.reads_across_documents(name) for name in subject.names):
         declared.append("windows run over documents (DATA_LOADER)")
+    if subject.tilts:
+        declared.append("hints come from earlier documents (TILT_ORDER)")
     if not declared:
         return properties
     text = f"{', '.join(declared)}, as declared; nothing else: {held.evidence}"

@@ -50,6 +50,7 @@ SCRIPT_NAMES = (
     "Run.warm_up",
     "UsageError",
     "head_loss",
+    "hint_sources",
     "open_artifact",
     "pack_row",
     "write_shard",
@@ -458,6 +459,7 @@ class BlindWatch(Watch):
         super().__init__(subject)
         self.wanted = wanted
         self.log_p: dict[int, Tensor] = {}  # stream index -> (V,) fp32
+        self.hints: dict[int, int] = {}  # stream index -> token, -1 for none, with the token tilt
         self._newest: Forward | None = None
 
     def after_forward(self, forward: Forward) -> None:
@@ -471,6 +473,8 @@ class BlindWatch(Watch):
         for row, target in enumerate(targets.tolist()):
             if is_comparable and target in self.wanted and target not in self.log_p:
                 self.log_p[target] = self._blind_log_p(row, target)
+                if self.subject.tilts:
+                    self.hints[target] = self._blind_hint(ledger.docs, target)
         super().scored(targets, ledger)
 
     def _blind_log_p(self, row: int, target: int) -> Tensor:
@@ -485,6 +489,13 @@ class BlindWatch(Watch):
         blind = batch._replace(inputs=inputs, targets=no_targets)
         log_p = self.subject.distribution(blind, plan, lora, select)
         return log_p[position if select is None else row].cpu()
+
+    def _blind_hint(self, docs: Any, target: int) -> int:
+        """The hint of this target on a stream that is random from the target on."""
+        noise = np.random.default_rng(target)
+        tokens = docs.tokens.copy()
+        tokens[target + 1 :] = noise.choice(self.subject.words, len(tokens) - target - 1)
+        return int(self.subject.hints(docs._replace(tokens=tokens))[target])
 
 
 # === Script and artifact ==========================================================================
@@ -529,6 +540,11 @@ class Subject:
         in_chunks = cfg.ttt_mode == "chunk"
         return adapts and (in_chunks or cfg.phased_ttt_num_phases > 0 or cfg.ttt_warm_start_a)
 
+    @property
+    def tilts(self) -> bool:
+        """Whether hints from all earlier documents tilt the scores, by declaration."""
+        return getattr(self.run.cfg, "tilt_order", 0) > 0
+
     def reads_across_documents(self, name: str) -> bool:
         """Whether the windows of an evaluation lie on the stream as on one document, by
         declaration.
@@ -555,10 +571,31 @@ class Subject:
             self.run.model.cfg = before
 
     def without_crossing(self) -> contextlib.AbstractContextManager:
-        """Rates of 0 where documents learn from each other by declaration."""
-        if not self.learns_across_documents:
-            return contextlib.nullcontext()
-        return self.config_changed(ttt_lr=0.0, ttt_lora_lr=0.0, ttt_weight_decay=0.0)
+        """Rates of 0, and no token tilt, where documents use earlier ones by declaration."""
+        changes: dict[str, float] = {}
+        if self.learns_across_documents:
+            changes = {"ttt_lr": 0.0, "ttt_lora_lr": 0.0, "ttt_weight_decay": 0.0}
+        if self.tilts:
+            changes["tilt_order"] = 0
+        return self.config_changed(**changes)
+
+    @contextlib.contextmanager
+    def hints_forced(self, targets: np.ndarray) -> Iterator[None]:
+        """Gives all these targets (n,) of a made stream one hint, its second target, and no other
+        target any.
+        """
+        original = self.tg.hint_sources
+
+        def forced(tokens: Tensor, *_: Any) -> Tensor:
+            sources = torch.full_like(tokens, -1)
+            sources[torch.from_numpy(targets).to(tokens.device)] = 1
+            return sources
+
+        self.tg.hint_sources = forced
+        try:
+            yield
+        finally:
+            self.tg.hint_sources = original
 
     @contextlib.contextmanager
     def equal_adapters(self) -> Iterator[None]:
@@ -590,6 +627,11 @@ class Subject:
         """The scores (N - 1,) fp64 of these documents, by stream index."""
         ledger = self.evaluate(name, docs, watch)
         return ledger.nats[:-1].cpu().double().numpy()
+
+    def hints(self, docs: Any) -> np.ndarray:
+        """The hint of every target (N,) by stream index, -1 for none, as the script finds it."""
+        tilt = self.run.scorer(self.run.plan, docs, None).ledger.tilt
+        return tilt.hints.cpu().numpy()
 
     def distribution(
         self, batch: Any, plan: tuple, lora: Any = None, select: Tensor | None = None
