@@ -26,6 +26,7 @@ import hashlib
 import re
 import sys
 import unicodedata
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -221,21 +222,14 @@ def token_spans(model: Any, texts: list[str], num_threads: int) -> list[TokenSpa
     return spans
 
 
-class TextDigest:
-    """SHA-256 of the original documents of a split, each preceded by its length in bytes."""
+def text_digest(text: str) -> bytes:
+    """SHA-256 of a document, 32 bytes. A split's is `split_digest` of its documents'."""
+    return hashlib.sha256(text.encode()).digest()
 
-    def __init__(self) -> None:
-        """Begins without documents."""
-        self.hash = hashlib.sha256()
 
-    def add(self, text: str) -> None:
-        """Adds the next document."""
-        data = text.encode()
-        self.hash.update(len(data).to_bytes(8, "little") + data)
-
-    def hexdigest(self) -> str:
-        """The hash of the documents so far."""
-        return self.hash.hexdigest()
+def split_digest(digests: Iterable[bytes]) -> str:
+    """SHA-256 of the original documents of a split, in their order."""
+    return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
 # === What ids alone tell ==========================================================================

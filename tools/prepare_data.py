@@ -174,7 +174,7 @@ class SplitEntry:
     # Size of all documents, each compressed by gzip -9: a figure for scale. None: not counted.
     gzip_bytes: int | None = None
     files: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    # With CaseOps: the side-car, and the hash of the original text (caseops.TextDigest) where the
+    # With CaseOps: the side-car, and the hash of the original text (caseops.split_digest) where the
     # text was at hand.
     byte_files: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     text_sha256: str = ""
@@ -243,9 +243,9 @@ def encode_caseops_batch(
     sp: spm.SentencePieceProcessor,
     target: Target,
     with_gzip: bool,
-    digest: caseops.TextDigest,
+    digests: list[bytes],
 ) -> EncodedBatch:
-    """As encode_batch, for transformed text; adds the original of every document to the digest.
+    """As encode_batch, for transformed text; adds the digest of every original to `digests`.
 
     Raises UsageError if a token is worth more bytes than a side-car can say.
     """
@@ -263,7 +263,7 @@ def encode_caseops_batch(
             continue
         if document.counts.max() >= 1 << 16:
             raise UsageError(f"a token is worth {document.counts.max()} bytes; at most 65535 fit")
-        digest.add(text)
+        digests.append(caseops.text_digest(text))
         num_bytes += int(document.counts.sum())
         if with_gzip:
             gzip_bytes += len(gzip.compress(text.encode(), 9))
@@ -296,7 +296,7 @@ def encode(
     """
     sp = load_tokenizer(target.model, target.tokenizer_file)
     table = ByteTable.from_sentencepiece(sp)
-    digest = caseops.TextDigest()
+    digests: list[bytes] = []
     with_gzip = split == "val"
     if with_gzip:
         entry.gzip_bytes = 0
@@ -305,8 +305,7 @@ def encode(
     dropped = 0
     while texts := list(itertools.islice(stream, BATCH_DOCUMENTS)):
         if target.transform:
-            batch = encode_caseops_batch(texts, sp, target, with_gzip, digest)
-            entry.text_sha256 = digest.hexdigest()
+            batch = encode_caseops_batch(texts, sp, target, with_gzip, digests)
         else:
             batch = encode_batch(texts, sp, target.lossless, with_gzip)
             check_table(target, table, batch)
@@ -317,6 +316,8 @@ def encode(
         altered += batch.altered
         dropped += batch.dropped
         yield batch.tokens
+    if target.transform:
+        entry.text_sha256 = caseops.split_digest(digests)
     if altered or dropped:
         told = f"{altered} documents do not come back exactly from the tokenizer"
         print(f"{split}: {told}, {dropped} left out")
