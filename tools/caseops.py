@@ -24,19 +24,14 @@ from __future__ import annotations
 
 import hashlib
 import re
-import sys
 import unicodedata
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from train_gpt import CASE_OPERATORS, ByteTable  # noqa: E402
-
-OPERATORS = CASE_OPERATORS
-TITLE, ALLCAPS, CAPNEXT, ESC = OPERATORS
+# train_gpt.py must run alone and holds them once more.
+TITLE, ALLCAPS, CAPNEXT, ESC = OPERATORS = "\ue001\ue002\ue003\ue004"
 OPERATOR = "[\ue001-\ue004]"
 SPACE_MARK = "\u2581"  # a piece's space
 CAPITAL = re.compile("[A-Z]")
@@ -239,14 +234,13 @@ def operator_ids(model: Any) -> list[int]:
     return [] if model.unk_id() in ids else ids
 
 
-def folded_table(model: Any) -> ByteTable:
-    """The byte table of a tokenizer, in which case operators have no bytes.
-
-    It counts training text that has no side-car, and never a score.
+def transform_of(model: Any, manifest: dict[str, Any]) -> Transform | None:
+    """The transform that a data set's manifest names, else the published one; None without the
+    operators.
     """
-    table = ByteTable.from_sentencepiece(model)
-    table.base[operator_ids(model)] = 0
-    return table
+    if not operator_ids(model):
+        return None
+    return TRANSFORMS.get(manifest.get("transform", ""), PUBLISHED)
 
 
 def is_lossless(model: Any) -> bool:

@@ -212,13 +212,6 @@ def read_manifest(folder: Path, faults: list[Fault]) -> dict[str, Any]:
     return {}
 
 
-def find_transform(manifest: dict[str, Any], has_operators: bool) -> caseops.Transform | None:
-    """The transform that the manifest names, or the published one where there are operators."""
-    if not has_operators:
-        return None
-    return caseops.TRANSFORMS.get(manifest.get("transform", ""), caseops.PUBLISHED)
-
-
 def find_tokenizer(folder: Path, given: Path | None, manifest: dict[str, Any]) -> Path:
     """The tokenizer given, or the manifest's, or the one that the data set's name implies."""
     if given:
@@ -241,7 +234,7 @@ def load_tokenizer(path: Path, manifest: dict[str, Any], faults: list[Fault]) ->
         text = f"no SentencePiece model at {path} ({type(reason).__name__})"
         faults.append(error("tokenizer", path.name, text))
         return None
-    transform = find_transform(manifest, bool(caseops.operator_ids(sp)))
+    transform = caseops.transform_of(sp, manifest)
     tokenizer = Tokenizer(path, sha256(data), data, sp.bos_id(), sp.vocab_size(), transform)
     entry = manifest.get("tokenizer", {})
     if entry.get("sha256", tokenizer.sha256) != tokenizer.sha256:
@@ -415,17 +408,17 @@ def invert(
 
     A tokenizer that folds characters has lost the original, and then nothing is miscounted here.
     """
-    texts = list(documents.texts())
-    miscounted = np.zeros(len(texts), dtype=bool)
+    miscounted = np.zeros(len(documents.starts), dtype=bool)
     if transform is None or not caseops.is_lossless(sp):
         return Inverted(miscounted, NO_DIGESTS)
-    sizes = [None] * len(texts) if counts is None else [int(c.sum()) for c in counts.texts()]
-    digests = []
-    for number, ids in enumerate(texts):
-        (text,) = sidecar.originals(sp, transform, [ids[1:].tolist()])
-        is_known = text is not None
-        miscounted[number] = not is_known or sizes[number] not in (None, len(text.encode()))
-        digests.append(caseops.text_digest(text if is_known else ""))
+    ids = [text[1:].tolist() for text in documents.texts()]
+    texts = sidecar.originals(sp, transform, ids)
+    sizes = sidecar.sizes_of(texts)
+    if counts is None:
+        miscounted = sizes < 0
+    else:
+        miscounted = sizes != [int(one.sum()) for one in counts.texts()]
+    digests = [caseops.text_digest(text or "") for text in texts]
     return Inverted(miscounted, np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32))
 
 
@@ -482,7 +475,8 @@ def scan_span(span: Span, tokenizer: Tokenizer, index: ShingleIndex) -> Scan:
     """
     is_train = span.split == "train"
     sp = spm.SentencePieceProcessor(model_proto=tokenizer.data)
-    table = caseops.folded_table(sp)
+    table = ByteTable.from_sentencepiece(sp)
+    table.base[caseops.operator_ids(sp)] = 0
     tokens = span.read()
     counts = span.read_counts()
     starts = overlap_search.document_starts(tokens, tokenizer.bos_id)
@@ -860,8 +854,7 @@ def check_counts(split: Split) -> Iterator[Fault]:
     tokens = sum(shard.tokens for shard in split.shards)
     documents = split.figures["documents"]
     is_lossless = split.is_lossless()
-    allowed = 0 if is_lossless else sidecar.MAX_FOLDED * tokens
-    if len(found) > allowed:
+    if len(found) > sidecar.allowed_differing(tokens, is_lossless):
         file, at = split.position(found[0])
         text = f"{len(found)} of {tokens} tokens are worth other bytes than their text has; "
         yield error("side-car", file, f"{text}is it that of other ids?", at)
@@ -881,7 +874,7 @@ def check_operators(split: Split) -> Iterator[Fault]:
     file, at = split.position(found[0])
     operators = split.total("operators")
     text = f"an operator stands alone or inside a word, {len(found)} of {operators} in this split"
-    allowed = 0 if split.is_lossless() else sidecar.MAX_MISPLACED * operators
+    allowed = sidecar.allowed_misplaced(operators, split.is_lossless())
     make_fault = error if len(found) > allowed else warning
     yield make_fault("operators", file, text, at)
 

@@ -1054,9 +1054,10 @@ def published_export(path: Path, dataset: str) -> PublishedExport:
 
 def count_shards(folder: Path, split: str, sp: spm.SentencePieceProcessor) -> SplitEntry:
     """Manifest entry of a split that is already in shards: documents by BOS, bytes by the side-car
-    or, without one, by the byte table.
+    or, without one, by the byte table. Operators have none.
     """
-    table = caseops.folded_table(sp)
+    table = ByteTable.from_sentencepiece(sp)
+    table.base[caseops.operator_ids(sp)] = 0
     entry = SplitEntry()
     paths = shard_paths(folder, split)
     byte_paths = shard_paths(folder, f"{split}_bytes")

@@ -26,6 +26,16 @@ MAX_MISPLACED = 1e-4
 LEAST_FOLDED_DOCUMENTS = 100
 
 
+def allowed_differing(tokens: int, is_lossless: bool) -> float:
+    """How many of `tokens` may be worth other bytes than the decoded text has."""
+    return 0 if is_lossless else MAX_FOLDED * tokens
+
+
+def allowed_misplaced(operators: int, is_lossless: bool) -> float:
+    """How many of `operators` may stand where the transform puts none."""
+    return 0 if is_lossless else MAX_MISPLACED * operators
+
+
 class Comparison(NamedTuple):
     """What ids and counts say about each other. Positions (n,) in the ids."""
 
@@ -80,3 +90,9 @@ def originals(
         except caseops.CaseOpsError:
             texts.append(None)
     return texts
+
+
+def sizes_of(texts: list[str | None]) -> np.ndarray:
+    """UTF-8 bytes (D,) int64 of texts; -1 for None."""
+    sizes = [-1 if text is None else len(text.encode()) for text in texts]
+    return np.array(sizes, dtype=np.int64)
