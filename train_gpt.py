@@ -1748,12 +1748,13 @@ class Documents(NamedTuple):
 def load_manifest(cfg: Config) -> tuple[dict[str, Any], str, str | None]:
     """The data set's manifest, the name of its tokenizer's file and that file's SHA-256.
 
-    Without a manifest these are {}, the challenge's name, and None. Raises UsageError if the
-    manifest does not name a tokenizer.
+    Without a manifest these are {}, the challenge's name, and None. That name ends like the data
+    set's. Raises UsageError if the manifest does not name a tokenizer.
     """
     path = cfg.dataset_dir / "manifest.json"
     if not path.is_file():
-        return {}, f"fineweb_{cfg.vocab_size}_bpe.model", None
+        ending = cfg.dataset_dir.name.partition(f"_sp{cfg.vocab_size}")[2]
+        return {}, f"fineweb_{cfg.vocab_size}_bpe{ending}.model", None
     try:
         manifest = json.loads(path.read_text())
         return manifest, manifest["tokenizer"]["file"], manifest["tokenizer"]["sha256"]
@@ -1885,26 +1886,26 @@ def check_sidecar(tokenizer: Tokenizer, stream: TokenStream) -> None:
             )
         return
 
-    path = sidecar.paths[0]
     lengths = [len(shard) for shard in sidecar.shards]
     if lengths != [len(shard) for shard in stream.shards]:
-        raise UsageError(f"{path}: holds {lengths} counts for {stream.size} tokens")
-    tokens = stream.read(0, stream.size)
-    counts = sidecar.read(0, stream.size)
-    is_operator = np.isin(tokens, operators)
-    # After ESC, an operator is text.
-    is_after_escape = np.append(False, np.isin(tokens[:-1], operators[-1:]))
-    has_none = (tokens == tokenizer.bos_id) | (is_operator & ~is_after_escape)
-    wrong = np.flatnonzero(has_none & (counts > 0))
-    if len(wrong):
-        raise UsageError(
-            f"{path}: counts {counts[wrong[0]]} bytes for token {wrong[0]}, "
-            "BOS or an operator, which has none"
-        )
+        raise UsageError(f"{sidecar.paths[0]}: holds {lengths} counts for {stream.size} tokens")
+    total = 0
+    for path, shard, counts in zip(sidecar.paths, stream.shards, sidecar.shards, strict=True):
+        # After ESC an operator is text, and the first token of a shard may follow an ESC.
+        is_after_escape = np.append(True, np.isin(shard[:-1], operators[-1:]))
+        is_operator = np.isin(shard, operators) & ~is_after_escape
+        wrong = np.flatnonzero((is_operator | (shard == tokenizer.bos_id)) & (counts > 0))
+        if len(wrong):
+            raise UsageError(
+                f"{path}: counts {counts[wrong[0]]} bytes for token {wrong[0]}, "
+                "BOS or an operator, which has none"
+            )
+        total += int(counts.sum(dtype=np.int64))
     manifest = tokenizer.manifest.get("splits", {}).get("val", {})
-    total = int(counts.sum())
     if manifest.get("tokens") == stream.size and manifest.get("bytes", total) != total:
-        raise UsageError(f"{path}: counts {total} bytes, the manifest {manifest['bytes']}")
+        raise UsageError(
+            f"{sidecar.paths[0]}: counts {total} bytes, the manifest {manifest['bytes']}"
+        )
 
 
 # === 4. Model: plain maths, the order of layers, and one forward for every use ====================
@@ -6116,6 +6117,10 @@ class Run:
         else:
             device = f"CPU, {os.cpu_count()} cores"
         val_tokens = self.docs.joined_tokens().astype("<u2")
+        sidecar = {}
+        if self.docs.bytes is not None:
+            counts = self.docs.join(self.docs.bytes).astype("<u2")
+            sidecar = {"sidecar_sha256": hashlib.sha256(counts.tobytes()).hexdigest()}
         return {
             "run_id": run_id,
             "preset": preset,
@@ -6132,6 +6137,7 @@ class Run:
             "val_docs": len(self.docs.counts),
             "tokenizer_sha256": self.tokenizer.sha256,
             "val_sha256": hashlib.sha256(val_tokens.tobytes()).hexdigest(),
+            **sidecar,
         }
 
     def log_settings(self, origin: dict[str, str], lines: list[str]) -> None:
@@ -6408,7 +6414,7 @@ class Run:
         rng = np.random.default_rng(0)
         tokens = rng.integers(0, cfg.vocab_size, length * len(starts) + 1)
         # Without a table, every document must say how many bytes it has.
-        num_bytes = None if self.table else np.zeros_like(tokens)
+        num_bytes = np.zeros_like(tokens) if self.table is None else None
         docs = Documents(tokens, starts, np.full(len(starts), length), num_bytes)
 
         # What is scored here must not look like a score.

@@ -36,6 +36,7 @@ import canonical
 import caseops
 import digests
 import prepare_data
+import sidecar
 
 import train_gpt as tg
 
@@ -285,6 +286,29 @@ def test_without_its_side_car_a_run_ends_with_status_2_and_one_line(folder):
     assert "Traceback" not in done.stderr
     (line,) = done.stderr.strip().splitlines()
     assert "operators of CaseOps" in line
+
+
+def test_data_without_a_manifest_find_the_published_tokenizer(published_folder):
+    (published_folder / "manifest.json").unlink()
+    name = f"fineweb10B_{canonical.CASEOPS_SUFFIX}"
+    folder = published_folder.rename(published_folder.with_name(name))
+    cfg = tiny_config(data_dir=folder.parent.parent, dataset=name, vocab_size=8192)
+    assert tg.Tokenizer.load(cfg).operator_ids() == [4, 5, 6, 7]
+    assert diagnose(folder)["tokenizer"] == published_caseops_model().name
+
+
+def test_blocks_of_documents_are_compared_like_all_of_them(caseops_data, monkeypatch):
+    folder = caseops_data / "datasets" / NAME
+    ids = ids_of(folder)
+    counts = np.roll(np.array(tg.read_shard(folder / SIDECAR)).astype(np.int64), 1)
+    ids[::7] = 4
+    table = caseops.PieceTable.from_sentencepiece(model_of(folder))
+    whole = sidecar.compare(ids, counts, 1, table, caseops.PUBLISHED)
+    monkeypatch.setattr(sidecar, "BLOCK", 100)
+    cut = sidecar.compare(ids, counts, 1, table, caseops.PUBLISHED)
+    for one, other in zip(whole, cut, strict=True):
+        assert np.array_equal(one, other)
+    assert len(whole.misplaced) > 100 and len(whole.differing) > 100
 
 
 # --- The doctor -----------------------------------------------------------------------------------

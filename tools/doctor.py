@@ -218,8 +218,8 @@ def find_tokenizer(folder: Path, given: Path | None, manifest: dict[str, Any]) -
         return given
     named = manifest.get("tokenizer", {}).get("file")
     if not named:
-        size = re.search(r"_sp(\d+)$", folder.name)
-        named = f"fineweb_{size[1] if size else 0}_bpe.model"
+        size = re.search(r"_sp(\d+)(\w*)$", folder.name)
+        named = f"fineweb_{size[1]}_bpe{size[2]}.model" if size else "fineweb_0_bpe.model"
     return folder.parent.parent / "tokenizers" / named
 
 
@@ -339,6 +339,7 @@ class Scan(NamedTuple):
     misplaced: np.ndarray
     with_bytes: np.ndarray
     differing: np.ndarray
+    own_bytes: np.ndarray
     digests: np.ndarray  # (decoded, 32) uint8 of the originals, where they are known; (0, 32) else
 
     @property

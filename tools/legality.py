@@ -634,7 +634,7 @@ def original_byte_counts(case: Case) -> Finding:
     comparison = sidecar.compare(
         tokens, run.docs.bytes, case.subject.bos, case.subject.pieces, transform
     )
-    own = int(case.subject.pieces.counts(tokens)[1:].sum())
+    own = int(comparison.own_bytes)
     num_differing = len(comparison.differing)
     passed = not len(comparison.with_bytes)
     passed = passed and num_differing <= sidecar.allowed_differing(len(tokens), False)

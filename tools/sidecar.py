@@ -43,10 +43,20 @@ class Comparison(NamedTuple):
     misplaced: np.ndarray  # operators where the transform puts none
     with_bytes: np.ndarray  # BOS and operators that are worth bytes, though they have none
     differing: np.ndarray  # tokens worth other bytes than the decoded text has
+    own_bytes: np.ndarray  # () bytes of the decoded text without operators
+
+    def moved(self, by: int) -> Comparison:
+        """The same with all positions counted from `by` tokens earlier."""
+        return self._replace(
+            misplaced=self.misplaced + by,
+            with_bytes=self.with_bytes + by,
+            differing=self.differing + by,
+        )
 
 
 NOWHERE = np.empty(0, dtype=np.int64)
-NOTHING = Comparison(np.asarray(0), NOWHERE, NOWHERE, NOWHERE)
+NOTHING = Comparison(np.asarray(0), NOWHERE, NOWHERE, NOWHERE, np.asarray(0))
+BLOCK = 1 << 20  # ids looked at together, and more up to the end of a document
 
 
 def compare(
@@ -61,19 +71,52 @@ def compare(
     An operator inside a word is no fault if the token before it was folded from another character,
     as a ligature is, which the side-car shows.
     """
+    starts = np.flatnonzero(tokens == bos_id)
+    begin = 0
+    parts = [NOTHING]
+    while begin < len(tokens):
+        # The grammar ends with a document.
+        following = np.searchsorted(starts, begin + BLOCK)
+        end = int(starts[following]) if following < len(starts) else len(tokens)
+        part_counts = None if counts is None else counts[begin:end]
+        part = compare_block(tokens[begin:end], part_counts, bos_id, table, transform)
+        parts.append(part.moved(begin))
+        begin = end
+    return Comparison(
+        operators=np.asarray(sum(int(part.operators) for part in parts)),
+        misplaced=np.concatenate([part.misplaced for part in parts]),
+        with_bytes=np.concatenate([part.with_bytes for part in parts]),
+        differing=np.concatenate([part.differing for part in parts]),
+        own_bytes=np.asarray(sum(int(part.own_bytes) for part in parts)),
+    )
+
+
+def compare_block(
+    tokens: np.ndarray,
+    counts: np.ndarray | None,
+    bos_id: int,
+    table: caseops.PieceTable,
+    transform: caseops.Transform | None,
+) -> Comparison:
+    """`compare` of some documents, all at once."""
     kind = table.kind[tokens]
     is_active = caseops.active_operators(kind)
     faults = table.misplaced_operators(tokens, transform or caseops.PUBLISHED)
     inside = faults.inside
     with_bytes = differing = NOWHERE
+    own = table.counts(tokens)
     if counts is not None:
         has_none = (tokens == bos_id) | is_active
         with_bytes = np.flatnonzero(has_none & (counts > 0))
-        own = table.counts(tokens)
         differing = np.flatnonzero((counts != own) & ~has_none)
         inside = inside[(counts == own)[inside - 1]]
-    misplaced = np.sort(np.concatenate([faults.lone, inside, faults.outside]))
-    return Comparison(np.asarray(is_active.sum()), misplaced, with_bytes, differing)
+    return Comparison(
+        operators=is_active.sum(),
+        misplaced=np.sort(np.concatenate([faults.lone, inside, faults.outside])),
+        with_bytes=with_bytes,
+        differing=differing,
+        own_bytes=own.sum(),
+    )
 
 
 def originals(
