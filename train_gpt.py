@@ -1521,15 +1521,22 @@ def read_shard(path: Path) -> np.ndarray:
     return np.memmap(path, dtype="<u2", mode="r", offset=1024, shape=(num_tokens,))
 
 
+def shard_paths(folder: Path, split: str) -> list[Path]:
+    """The shards of a split, in order. The files *_val_bytes_*.bin are a side-car, not shards."""
+    paths = sorted(folder.glob(f"*_{split}_*.bin"))
+    return [path for path in paths if f"_{split}_bytes_" not in path.name]
+
+
 class TokenStream:
     """All shards of a split, end to end.
 
     A document may straddle two shards, and the first token of a shard is the target of the last
-    token of the shard before it.
+    token of the shard before it. A side-car, in files of the same format, holds for every token the
+    bytes of the original text that it stands for (CaseOps, PR #1729).
     """
 
     def __init__(self, folder: Path, split: str):
-        self.paths = sorted(folder.glob(f"*_{split}_*.bin"))
+        self.paths = shard_paths(folder, split)
         if not self.paths:
             raise UsageError(
                 f"{folder}: holds no *_{split}_*.bin; "
@@ -1538,6 +1545,9 @@ class TokenStream:
         self.shards = [read_shard(path) for path in self.paths]
         self.starts = np.cumsum([0] + [len(shard) for shard in self.shards])
         self.size = int(self.starts[-1])
+        self.sidecar: TokenStream | None = None
+        if shard_paths(folder, f"{split}_bytes"):
+            self.sidecar = TokenStream(folder, f"{split}_bytes")
 
     def read(self, start: int, count: int) -> np.ndarray:
         """The ids from index `start` on, (count,) int64. After its end the stream begins again."""
@@ -1717,6 +1727,9 @@ class Documents(NamedTuple):
     tokens: np.ndarray  # (N,) int64
     starts: np.ndarray  # (docs,) stream index of each document's BOS
     counts: np.ndarray  # (docs,) number of each document's targets
+    # (N,) bytes of original text behind each token, from the side-car; None: there is none, and a
+    # ByteTable counts
+    bytes: np.ndarray | None = None
 
     @classmethod
     def load(cls, stream: TokenStream, bos_id: int, cfg: Config) -> Documents:
@@ -1730,22 +1743,29 @@ class Documents(NamedTuple):
         counts = np.diff(starts, append=len(tokens) - 1)
         num_wanted = max(1, round(cfg.val_doc_fraction * len(starts)))
         sample = sorted(random.Random(cfg.seed).sample(range(len(starts)), num_wanted))
-        docs = cls(tokens, starts[sample], counts[sample])
+        num_bytes = stream.sidecar.read(0, stream.size) if stream.sidecar else None
+        docs = cls(tokens, starts[sample], counts[sample], num_bytes)
         if cfg.data_loader == "documents":
             return docs
         joined_starts = np.cumsum(np.append(0, docs.counts[:-1]))
-        return cls(docs.joined_tokens(), joined_starts, docs.counts)
+        if num_bytes is not None:
+            num_bytes = docs.join(num_bytes)
+        return cls(docs.joined_tokens(), joined_starts, docs.counts, num_bytes)
 
     def spans(self, stop: int | None = None) -> Iterator[tuple[int, int]]:
         """The stream indices start..end-1 of the targets of each document before `stop`."""
         for start, count in zip(self.starts[:stop], self.counts[:stop], strict=True):
             yield start, start + count
 
-    def joined_tokens(self) -> np.ndarray:
-        """The tokens of these documents alone, end to end, and the last target: (targets + 1,)."""
-        pieces = [self.tokens[start:end] for start, end in self.spans()]
+    def join(self, values: np.ndarray) -> np.ndarray:
+        """Values (N,) of these documents end to end, and of the last target: (targets + 1,)."""
+        pieces = [values[start:end] for start, end in self.spans()]
         end = self.starts[-1] + self.counts[-1]
-        return np.concatenate([*pieces, self.tokens[end : end + 1]])
+        return np.concatenate([*pieces, values[end : end + 1]])
+
+    def joined_tokens(self) -> np.ndarray:
+        """`join` of the tokens."""
+        return self.join(self.tokens)
 
     def target_indices(self, stop: int | None = None) -> np.ndarray:
         """Stream indices (targets,), rising, of all targets of the documents before `stop`."""
@@ -1757,17 +1777,23 @@ class Documents(NamedTuple):
 def load_manifest(cfg: Config) -> tuple[dict[str, Any], str, str | None]:
     """The data set's manifest, the name of its tokenizer's file and that file's SHA-256.
 
-    Without a manifest these are {}, the challenge's name, and None. Raises UsageError if the
-    manifest does not name a tokenizer.
+    Without a manifest these are {}, the challenge's name, and None. That name ends like the data
+    set's. Raises UsageError if the manifest does not name a tokenizer.
     """
     path = cfg.dataset_dir / "manifest.json"
     if not path.is_file():
-        return {}, f"fineweb_{cfg.vocab_size}_bpe.model", None
+        ending = cfg.dataset_dir.name.partition(f"_sp{cfg.vocab_size}")[2]
+        return {}, f"fineweb_{cfg.vocab_size}_bpe{ending}.model", None
     try:
         manifest = json.loads(path.read_text())
         return manifest, manifest["tokenizer"]["file"], manifest["tokenizer"]["sha256"]
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{path}: not a manifest of tools/prepare_data.py") from error
+
+
+# Title, all capitals, next letter, escape. They stand for capitals and have no bytes (PR #1729);
+# tools/caseops.py has the transform.
+CASE_OPERATORS = "\ue001\ue002\ue003\ue004"
 
 
 class Tokenizer(NamedTuple):
@@ -1804,6 +1830,11 @@ class Tokenizer(NamedTuple):
             source = cfg.dataset_dir / "manifest.json"
             raise UsageError(f"TOKENIZER_PATH={path}: not the tokenizer that {source} names")
         return loaded
+
+    def operator_ids(self) -> list[int]:
+        """The ids of the four operators of CaseOps, ESC last; [] for another tokenizer."""
+        ids = [self.model.piece_to_id(operator) for operator in CASE_OPERATORS]
+        return [] if self.model.unk_id() in ids else ids
 
     def check(self, cfg: Config) -> None:
         """Raises UsageError if the network or the count of bytes cannot use this tokenizer."""
@@ -1856,6 +1887,8 @@ def check_shards(
                 if largest >= cfg.vocab_size:
                     raise UsageError(f"{path}: holds id {largest}, VOCAB_SIZE={cfg.vocab_size}")
         check_split(cfg, tokenizer.bos_id, name, stream)
+        if name == "val":
+            check_sidecar(tokenizer, stream)
 
 
 def check_split(cfg: Config, bos_id: int, name: str, stream: TokenStream) -> None:
@@ -1867,6 +1900,40 @@ def check_split(cfg: Config, bos_id: int, name: str, stream: TokenStream) -> Non
     if name == "train" and stream.size <= cfg.train_batch_tokens:
         raise UsageError(
             f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens}: the shards hold {stream.size} tokens"
+        )
+
+
+def check_sidecar(tokenizer: Tokenizer, stream: TokenStream) -> None:
+    """Raises UsageError if the validation bytes need a side-car that is missing or not theirs."""
+    operators = tokenizer.operator_ids()
+    sidecar = stream.sidecar
+    if sidecar is None:
+        if operators:
+            raise UsageError(
+                f"{stream.paths[0]}: {tokenizer.path} has the operators of CaseOps, "
+                "so bytes are counted by *_val_bytes_*.bin, which are missing"
+            )
+        return
+
+    lengths = [len(shard) for shard in sidecar.shards]
+    if lengths != [len(shard) for shard in stream.shards]:
+        raise UsageError(f"{sidecar.paths[0]}: holds {lengths} counts for {stream.size} tokens")
+    total = 0
+    for path, shard, counts in zip(sidecar.paths, stream.shards, sidecar.shards, strict=True):
+        # After ESC an operator is text, and the first token of a shard may follow an ESC.
+        is_after_escape = np.append(True, np.isin(shard[:-1], operators[-1:]))
+        is_operator = np.isin(shard, operators) & ~is_after_escape
+        wrong = np.flatnonzero((is_operator | (shard == tokenizer.bos_id)) & (counts > 0))
+        if len(wrong):
+            raise UsageError(
+                f"{path}: counts {counts[wrong[0]]} bytes for token {wrong[0]}, "
+                "BOS or an operator, which has none"
+            )
+        total += int(counts.sum(dtype=np.int64))
+    manifest = tokenizer.manifest.get("splits", {}).get("val", {})
+    if manifest.get("tokens") == stream.size and manifest.get("bytes", total) != total:
+        raise UsageError(
+            f"{sidecar.paths[0]}: counts {total} bytes, the manifest {manifest['bytes']}"
         )
 
 
@@ -3715,12 +3782,18 @@ class ByteTable(NamedTuple):
         return int(self.bytes_of(tokens[:-1], tokens[1:]).sum())
 
 
-def check_bytes(tokenizer: Tokenizer, docs: Documents, ranks: Ranks) -> tuple[ByteTable, int]:
+def check_bytes(
+    tokenizer: Tokenizer, docs: Documents, ranks: Ranks
+) -> tuple[ByteTable | None, int]:
     """Compares the table's bytes with the decoded text, for this rank's share of the documents.
 
     Returns the table, and the decoded bytes of this share. Raises UsageError if a document differs,
-    or if all of them differ from the manifest.
+    or if all of them differ from the manifest. Documents with a side-car get no table, so that no
+    score can mix both; their bytes are then the side-car's, which `check_sidecar` has checked.
     """
+    if docs.bytes is not None:
+        own_spans = list(docs.spans())[ranks.rank :: ranks.world_size]
+        return None, sum(int(docs.bytes[start + 1 : end + 1].sum()) for start, end in own_spans)
     table = ByteTable.from_sentencepiece(tokenizer.model)
     decoded = 0
     for start, end in list(docs.spans())[ranks.rank :: ranks.world_size]:
@@ -3761,6 +3834,10 @@ CANONICAL = {
     "fineweb10B_sp8192": DatasetTotals(50_000, 40_540_803, 151_080_891),
     "fineweb10B_sp4096": DatasetTotals(50_000, 0, 151_080_891),
     "fineweb10B_sp1024": DatasetTotals(50_000, 0, 151_080_891),
+    # Bytes of the side-car (PR #2014). Counting by table gives the same text 246 more.
+    "fineweb10B_sp8192_lossless_caps_caseops_v1_reserved": DatasetTotals(
+        50_000, 47_853_344, 151_080_645
+    ),
 }
 
 
@@ -3971,15 +4048,22 @@ class Ledger:
     def __init__(
         self,
         docs: Documents,
-        table: ByteTable,
+        table: ByteTable | None,
         device: torch.device,
         cfg: Config | None = None,
     ):
-        """An empty ledger. cfg: decides about the token tilt; without it there is none."""
+        """An empty ledger. The bytes are those of `docs`, or else the table's.
+
+        cfg: decides about the token tilt; without it there is none.
+        """
         self.docs = docs
         self.padding_index = len(docs.tokens) - 1  # receives the scores of padding
         self.tokens = torch.from_numpy(docs.tokens.astype(np.int32)).to(device)  # (N,)
-        self.bytes = table.to(device).bytes_of(self.tokens[:-1], self.tokens[1:])  # (N - 1,) int64
+        if docs.bytes is None:
+            num_bytes = table.to(device).bytes_of(self.tokens[:-1], self.tokens[1:])
+        else:
+            num_bytes = torch.from_numpy(docs.bytes[1:].astype(np.int64)).to(device)
+        self.bytes = num_bytes  # (N - 1,) int64
         self.nats = torch.zeros(len(self.tokens), device=device)  # (N,) fp32
         self.times_scored = torch.zeros_like(self.tokens)  # (N,) int32
         # Targets that an update read before their score, () int64.
@@ -6509,6 +6593,8 @@ class Run:
         )
         for name, stream in self.streams.items():
             lines.append(f"{name}_shards: {len(stream.paths)} {name}_tokens: {stream.size}")
+        if self.docs.bytes is not None:
+            lines.append("val_bytes: counted by the side-car")
         return lines
 
     def check_world_size(self) -> None:
@@ -6544,6 +6630,10 @@ class Run:
         else:
             device = f"CPU, {os.cpu_count()} cores"
         val_tokens = self.docs.joined_tokens().astype("<u2")
+        sidecar = {}
+        if self.docs.bytes is not None:
+            counts = self.docs.join(self.docs.bytes).astype("<u2")
+            sidecar = {"sidecar_sha256": hashlib.sha256(counts.tobytes()).hexdigest()}
         return {
             "run_id": run_id,
             "preset": preset,
@@ -6560,6 +6650,7 @@ class Run:
             "val_docs": len(self.docs.counts),
             "tokenizer_sha256": self.tokenizer.sha256,
             "val_sha256": hashlib.sha256(val_tokens.tobytes()).hexdigest(),
+            **sidecar,
         }
 
     def log_settings(self, origin: dict[str, str], lines: list[str]) -> None:
@@ -6840,7 +6931,9 @@ class Run:
         starts = np.arange(0, least, length)
         rng = np.random.default_rng(0)
         tokens = rng.integers(0, cfg.vocab_size, length * len(starts) + 1)
-        docs = Documents(tokens, starts, np.full(len(starts), length))
+        # Without a table, every document must say how many bytes it has.
+        num_bytes = np.zeros_like(tokens) if self.table is None else None
+        docs = Documents(tokens, starts, np.full(len(starts), length), num_bytes)
 
         # What is scored here must not look like a score.
         self.log.prefix = "warmup: "

@@ -174,6 +174,57 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def caseops_texts() -> list[str]:
+    """Documents with capitals in every position, literal operators and characters NFKC folds."""
+    rng = random.Random(3)
+    texts = []
+    for text in tiny_text(200, seed=2):
+        some, other, third = (rng.choice(WORDS) for _ in range(3))
+        capitals = f"The {some.title()} of {other.upper()}, Mc{third.title()} \ue001 {third}\n"
+        others = f"i{other.title()} A\u0300 CAF\u00c9  {some.upper()}s \ufb01 \u6f22"
+        texts.append(f"{capitals}{others} {text}")
+    return texts
+
+
+CASEOPS_TEXTS = caseops_texts()
+
+
+def published_caseops_model() -> Path:
+    """The tokenizer of the published CaseOps data. Skips the test where it is not at hand."""
+    name = "fineweb_8192_bpe_lossless_caps_caseops_v1_reserved.model"
+    for folder in (ROOT / "data" / "tokenizers", ROOT.parent / "shared" / "tokenizers"):
+        if (folder / name).is_file():
+            return folder / name
+    pytest.skip(f"{name} is not there")
+
+
+def write_caseops_data(root: Path, *options: str) -> Path:
+    """DATA_DIR with CaseOps data of CASEOPS_TEXTS as tools/prepare_data.py makes them.
+
+    The data set is `tiny_sp320_caseops`, or has another number with --tokenizer in `options`.
+    """
+    sys.path.insert(0, str(ROOT / "tools"))
+    import prepare_data
+
+    for split, texts in (("train", CASEOPS_TEXTS[15:]), ("val", CASEOPS_TEXTS[:15])):
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        (root / f"{split}.jsonl").write_text(lines)
+    files = [str(root / "train.jsonl"), "--val", str(root / "val.jsonl"), "--name", "tiny"]
+    command = ["text", *files, "--data-dir", str(root), *options]
+    if "--tokenizer" not in options:
+        command += ["--vocab-size", str(VOCAB)]
+    if "--caseops" not in options:
+        command.append("--caseops")
+    assert prepare_data.main(command) == 0
+    return root
+
+
+@pytest.fixture(scope="session")
+def caseops_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """DATA_DIR with the data set `tiny_sp320_caseops`. Copy it before changing it."""
+    return write_caseops_data(tmp_path_factory.mktemp("caseops"))
+
+
 def tiny_config(**overrides: object) -> tg.Config:
     """The tiny network's config, knobs overridden by field name."""
     changed = {

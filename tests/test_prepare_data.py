@@ -24,6 +24,7 @@ import sentencepiece as spm
 
 TOOL = Path(__file__).resolve().parent.parent / "tools" / "prepare_data.py"
 sys.path.insert(0, str(TOOL.parent))
+import caseops  # noqa: E402
 import prepare_data  # noqa: E402
 
 from train_gpt import ByteTable, read_shard, write_shard  # noqa: E402
@@ -474,6 +475,73 @@ def test_pydocs_run_twice_gives_identical_shards_and_tokenizer(pydocs: list[Path
     assert all(first[name] == second[name] for name in first if not name.endswith("manifest.json"))
 
 
+# ---- CaseOps
+# --------------------------------------------------------------------------------------------
+
+
+def make_caseops(folder: Path, *options: object) -> int:
+    """Makes `mixed_sp320_caseops` of sentences with capitals, in `folder`."""
+    texts = [
+        f"{word.title()} of {word.upper()} and mc{word.title()}, {i}."
+        for i in range(30)
+        for word in ("shard", "token", "byte")
+    ]
+    write_lines(folder / "train.jsonl", texts[:-9])
+    write_lines(folder / "val.jsonl", texts[-9:])
+    files = [folder / "train.jsonl", "--val", folder / "val.jsonl", "--vocab-size", 320]
+    return run("text", *files, "--name", "mixed", "--data-dir", folder, *options)
+
+
+@pytest.mark.parametrize("transform", list(caseops.TRANSFORMS))
+def test_caseops_data_have_a_side_car_for_both_splits_and_give_back_the_original(
+    tmp_path: Path, transform: str
+) -> None:
+    assert make_caseops(tmp_path, "--caseops", transform, "--shard-tokens", 400) == 0
+    manifest, sp = load(tmp_path, "mixed_sp320_caseops")
+    assert manifest["transform"] == transform
+    for split in ("train", "val"):
+        entry = manifest["splits"][split]
+        lines = (tmp_path / f"{split}.jsonl").read_text().splitlines()
+        texts = [json.loads(line)["text"] for line in lines]
+        decoded = [sp.decode(ids) for ids in read_split(tmp_path, "mixed_sp320_caseops", split)]
+        assert [caseops.TRANSFORMS[transform].decode(text) for text in decoded] == texts
+        assert entry["bytes"] == sum(len(text.encode()) for text in texts)
+        assert entry["text_sha256"] == caseops.split_digest(map(caseops.text_digest, texts))
+        folder = tmp_path / "datasets" / "mixed_sp320_caseops"
+        counts = [read_shard(folder / file["name"]) for file in entry["byte_files"]]
+        assert [len(part) for part in counts] == [file["tokens"] for file in entry["files"]]
+        assert sum(int(part.sum()) for part in counts) == entry["bytes"]
+        assert len(counts) > (split == "train")
+
+
+def test_caseops_data_are_made_once_and_again_for_another_transform(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert make_caseops(tmp_path, "--caseops") == 0
+    assert make_caseops(tmp_path, "--caseops") == 0
+    assert "is there and intact" in capsys.readouterr().out
+    sidecar = tmp_path / "datasets/mixed_sp320_caseops/mixed_val_bytes_000000.bin"
+    sidecar.write_bytes(sidecar.read_bytes()[:-2])
+    assert make_caseops(tmp_path, "--caseops") == 0
+    assert "wrote" in capsys.readouterr().out
+    assert make_caseops(tmp_path, "--caseops", "caseops_before_space") == 2
+    assert "was made from other inputs" in capsys.readouterr().err
+
+
+def test_a_tokenizer_without_the_operators_is_refused_for_caseops_and_one_with_them_without(
+    tmp_path: Path, model: bytes, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "plain.model").write_bytes(model)
+    texts = write_lines(tmp_path / "texts.jsonl", ["A Word"] * 30)
+    command = ["text", texts, "--data-dir", tmp_path, "--val-fraction", 0.5]
+    assert run(*command, "--tokenizer", tmp_path / "plain.model", "--caseops") == 2
+    assert "plain.model: has no case operators" in capsys.readouterr().err
+    assert make_caseops(tmp_path, "--caseops") == 0
+    marked = tmp_path / "tokenizers" / "mixed_sp320_caseops.model"
+    assert run(*command, "--tokenizer", marked) == 2
+    assert "mixed_sp320_caseops.model: has the case operators" in capsys.readouterr().err
+
+
 # ---- Published shards, from a local hub
 # -----------------------------------------------------------------------------
 
@@ -664,6 +732,81 @@ def test_a_download_is_checked_counted_resumed_and_extended(
             hashlib.sha256(hub.files[f"datasets/datasets/{DATASET}/{name}"]).hexdigest() == sha256
         )
     assert not (tmp_path / "datasets" / f".{DATASET}.part").exists()
+
+
+CASEOPS_DATASET = "fineweb10B_sp8192_lossless_caps_caseops_v1_reserved"
+
+
+@pytest.fixture
+def caseops_hub(tmp_path: Path, sentences: list[str]) -> Iterator[LocalHub]:
+    """The published CaseOps export in small: two training shards, and a side-car of validation."""
+    pytest.importorskip("huggingface_hub")
+    transform = caseops.PUBLISHED
+    texts = [text.title() for text in sentences]
+    model = prepare_data.train_tokenizer(texts, 320, transform)
+    sp = spm.SentencePieceProcessor(model_proto=model)
+    encoded = caseops.encode_with_counts(sp, [transform.encode(text) for text in texts])
+    ids = [[1, *document.ids] for document in encoded]
+    counts = [[0, *document.counts] for document in encoded]
+    shards = {
+        "val_000000": np.concatenate(ids[:20]),
+        "val_bytes_000000": np.concatenate(counts[:20]),
+        "train_000000": np.concatenate(ids[20:100]),
+        "train_000001": np.concatenate(ids[100:]),
+    }
+    tokenizer = "tokenizers/caseops.model"
+    files = {f"datasets/{tokenizer}": model}
+    for name, values in shards.items():
+        write_shard(tmp_path / "shard.bin", values)
+        path = f"datasets/datasets/{CASEOPS_DATASET}/fineweb_{name}.bin"
+        files[path] = (tmp_path / "shard.bin").read_bytes()
+    # The publisher counts every file of the split val, but not the side-car.
+    stats = {
+        "files_train": 2,
+        "files_val": 1,
+        "docs_val": 20,
+        "tokens_val": sum(map(len, ids[:20])),
+    }
+    entry = {"name": CASEOPS_DATASET, "tokenizer_name": "caseops", "stats": stats}
+    about = {"name": "caseops", "model_path": tokenizer}
+    manifest = {"datasets": [entry], "tokenizers": [about]}
+    files["datasets/manifest.json"] = json.dumps(manifest).encode()
+    server = LocalHub(files)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_the_published_caseops_export_comes_with_its_side_car(
+    caseops_hub: LocalHub, tmp_path: Path, sentences: list[str]
+) -> None:
+    options = ["--variant", "sp8192_caseops", "--train-shards", "2"]
+    sidecar = f"datasets/datasets/{CASEOPS_DATASET}/fineweb_val_bytes_000000.bin"
+    whole = caseops_hub.files[sidecar]
+    # An earlier download was stopped after the shard.
+    folder = tmp_path / "datasets" / CASEOPS_DATASET
+    folder.mkdir(parents=True)
+    shard = sidecar.replace("_bytes", "")
+    (folder / "fineweb_val_000000.bin").write_bytes(caseops_hub.files[shard])
+    (folder / "fineweb_val_bytes_000000.bin").write_bytes(whole[:-1] + b"\7")
+    result = download(caseops_hub, tmp_path, *options)
+    assert result.returncode == 0, result.stderr
+    assert "fineweb_val_000000.bin" not in fetched(caseops_hub)
+    assert "fineweb_val_bytes_000000.bin" in fetched(caseops_hub)
+    assert (folder / "fineweb_val_bytes_000000.bin").read_bytes() == whole
+    manifest, _ = load(tmp_path, CASEOPS_DATASET)
+    assert manifest["transform"] == "lossless_caps_caseops_v1"
+    val = manifest["splits"]["val"]
+    (entry,) = val["byte_files"]
+    assert entry["name"] == "fineweb_val_bytes_000000.bin"
+    assert entry["sha256"] == hashlib.sha256(whole).hexdigest()
+    assert entry["tokens"] == val["tokens"]
+    assert val["bytes"] == sum(len(text.encode()) for text in sentences[:20])
+    train = manifest["splits"]["train"]
+    # This tokenizer is lossless, so the text without operators has the bytes of the original.
+    assert train["bytes"] == sum(len(text.encode()) for text in sentences[20:])
+    assert "byte_files" not in train
 
 
 def test_a_wrong_checksum_is_refused_and_the_next_run_fetches_only_what_is_missing(

@@ -860,7 +860,13 @@ def test_the_tools_and_the_script_hold_the_same_totals() -> None:
         canonical.SP8192_TOKENS,
         canonical.TEXT_BYTES,
     )
-    assert {held[2] for held in tg.CANONICAL.values()} == {canonical.TEXT_BYTES}
+    assert tg.CANONICAL[f"fineweb10B_{canonical.CASEOPS_SUFFIX}"] == (
+        canonical.DOCUMENTS,
+        canonical.CASEOPS_TOKENS,
+        canonical.CASEOPS_TEXT_BYTES,
+    )
+    sizes = {held[2] for held in tg.CANONICAL.values()}
+    assert sizes == {canonical.TEXT_BYTES, canonical.CASEOPS_TEXT_BYTES}
 
 
 # === Outputs ======================================================================================

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import caseops
 import fresh_process
 import numpy as np
 import runlog
@@ -214,15 +215,28 @@ class Case:
         """Nats by which two evaluations with the same shapes may differ."""
         return max(EXACT_NATS, 2 * self.floor.get(name, 0.0))
 
-    def decoded_bytes(self, docs: Any) -> list[int]:
-        """UTF-8 bytes of the text of each document, by decoding it."""
-        model = self.subject.run.tokenizer.model
-        sizes = []
+    def document_ids(self, docs: Any) -> list[np.ndarray]:
+        """The ids of each document without BOS."""
+        texts = []
         for start, count in zip(docs.starts.tolist(), docs.counts.tolist(), strict=True):
             ids = docs.tokens[start + 1 : start + count + 1]
-            text = model.decode(ids[ids != self.subject.bos].tolist())
-            sizes.append(len(text.encode()))
-        return sizes
+            texts.append(ids[ids != self.subject.bos])
+        return texts
+
+    def decoded_bytes(self, docs: Any) -> list[int]:
+        """UTF-8 bytes of the text of each document, by decoding it.
+
+        Case operators have none. What a tokenizer has folded is told by the side-car alone.
+        """
+        model = self.subject.run.tokenizer.model
+        if docs.bytes is None:
+            return [len(model.decode(ids.tolist()).encode()) for ids in self.document_ids(docs)]
+        if caseops.is_lossless(model):
+            texts = self.document_ids(docs)
+            return [int(self.subject.pieces.counts(ids).sum()) for ids in texts]
+        ends = docs.starts + docs.counts
+        spans = zip(docs.starts.tolist(), ends.tolist(), strict=True)
+        return [int(docs.bytes[start + 1 : end + 1].sum()) for start, end in spans]
 
     @functools.cached_property
     def few_docs(self) -> Any:
@@ -237,7 +251,8 @@ class Case:
         if cfg.data_loader != "documents":  # rows cannot be sampled
             least = 2 * max(self.prepared.changes["ttt_chunk_tokens"], 2 * cfg.eval_seq_len)
             ends = [int(start) for start in starts[1:] if start >= least]
-            stream = SimpleNamespace(size=ends[0] if ends else stream.size, read=stream.read)
+            size = ends[0] if ends else stream.size
+            stream = SimpleNamespace(size=size, read=stream.read, sidecar=stream.sidecar)
             share = 1.0
         few = dataclasses.replace(cfg, val_doc_fraction=share)
         return self.tg.Documents.load(stream, self.subject.bos, few)
@@ -271,13 +286,17 @@ class Case:
         is_unscored[docs.target_indices() + 1] = False
         noise = np.random.default_rng(8)
         tokens[is_unscored] = noise.choice(subject.words, int(is_unscored.sum()))
-        outcome = fresh_process.run_alone(luggage, self.tg.write_shard, tokens)
+        counts = None
+        if docs.bytes is not None:
+            counts = np.where(is_unscored, subject.pieces.counts(tokens), docs.bytes)
+        outcome = fresh_process.run_alone(luggage, self.tg.write_shard, tokens, counts)
         self.always_on += outcome.invalid
         return outcome
 
     def shards(self, split: str) -> list[Path]:
-        """The shards of a split, in order."""
-        return sorted(self.subject.run.cfg.dataset_dir.glob(f"*_{split}_*.bin"))
+        """The shards of a split, in order. The side-car of `val` is the split `val_bytes`."""
+        paths = sorted(self.subject.run.cfg.dataset_dir.glob(f"*_{split}_*.bin"))
+        return [path for path in paths if f"_{split}_bytes_" not in path.name]
 
     def log_text(self) -> str:
         """The run's log. Raises NotRun if there is none."""

@@ -7,6 +7,8 @@ totals of FineWeb and the other split:
     files       headers, lengths, numbering, SHA-256, repeated shards, id range, byte order
     documents   BOS at the beginning, empty ones, control pieces inside, copies within a split
     text        bytes by decoding, decode -> encode -> the same ids, totals
+    side-car    of CaseOps data: complete, no bytes at BOS and operators, operators where the
+                transform puts them, bytes of the original recomputed, totals
     overlap     validation documents that are in training: whole ones by hash, parts by shingles
                 (32 ids in a row)
 
@@ -42,11 +44,13 @@ import sentencepiece as spm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import canonical  # noqa: E402
+import caseops  # noqa: E402
 import overlap as overlap_search  # noqa: E402
+import sidecar  # noqa: E402
 from digests import sha256  # noqa: E402
 from overlap import PartScan, Shared, ShingleIndex  # noqa: E402
 
-from train_gpt import SHARD_HEADER, ByteTable, UsageError, read_shard, write_atomic  # noqa: E402
+from train_gpt import SHARD_HEADER, ByteTable, UsageError, read_shard, shard_paths, write_atomic  # noqa: E402
 
 HEADER_BYTES = 1024
 BLOCK = 1 << 20  # ids looked at together where a whole shard would take too much memory
@@ -62,7 +66,8 @@ LISTED_OVERLAPS = 1000
 
 def _version() -> str:
     """Changes with the code that scans, so that another doctor trusts no old scan."""
-    sources = [Path(__file__), Path(overlap_search.__file__)]
+    modules = (overlap_search, caseops, sidecar)
+    sources = [Path(__file__), *(Path(module.__file__) for module in modules)]
     return sha256(b"".join(path.read_bytes() for path in sources))[:16]
 
 
@@ -174,6 +179,7 @@ class Tokenizer(NamedTuple):
     data: bytes
     bos_id: int
     vocab_size: int
+    transform: caseops.Transform | None = None  # of the text; None without case operators
 
 
 def is_manifest(manifest: Any) -> bool:
@@ -212,12 +218,12 @@ def find_tokenizer(folder: Path, given: Path | None, manifest: dict[str, Any]) -
         return given
     named = manifest.get("tokenizer", {}).get("file")
     if not named:
-        size = re.search(r"_sp(\d+)$", folder.name)
-        named = f"fineweb_{size[1] if size else 0}_bpe.model"
+        size = re.search(r"_sp(\d+)(\w*)$", folder.name)
+        named = f"fineweb_{size[1]}_bpe{size[2]}.model" if size else "fineweb_0_bpe.model"
     return folder.parent.parent / "tokenizers" / named
 
 
-def load_tokenizer(path: Path, entry: dict[str, Any], faults: list[Fault]) -> Tokenizer | None:
+def load_tokenizer(path: Path, manifest: dict[str, Any], faults: list[Fault]) -> Tokenizer | None:
     """The tokenizer, compared with its manifest entry; None and a fault if documents cannot be told
     apart with it.
     """
@@ -228,7 +234,9 @@ def load_tokenizer(path: Path, entry: dict[str, Any], faults: list[Fault]) -> To
         text = f"no SentencePiece model at {path} ({type(reason).__name__})"
         faults.append(error("tokenizer", path.name, text))
         return None
-    tokenizer = Tokenizer(path, sha256(data), data, sp.bos_id(), sp.vocab_size())
+    transform = caseops.transform_of(sp, manifest)
+    tokenizer = Tokenizer(path, sha256(data), data, sp.bos_id(), sp.vocab_size(), transform)
+    entry = manifest.get("tokenizer", {})
     if entry.get("sha256", tokenizer.sha256) != tokenizer.sha256:
         text = f"SHA-256 is {tokenizer.sha256}, the manifest has another"
         faults.append(error("tokenizer", path.name, text))
@@ -265,6 +273,7 @@ class Span(NamedTuple):
     split: str
     offset: int  # of its first token in the stream
     pieces: list[Piece]
+    has_sidecar: bool = False
 
     @property
     def tokens(self) -> int:
@@ -276,8 +285,24 @@ class Span(NamedTuple):
         parts = [piece.read() for piece in self.pieces]
         return np.concatenate(parts) if len(parts) > 1 else np.asarray(parts[0])
 
+    def read_counts(self) -> np.ndarray | None:
+        """The side-car of its ids, (tokens,) uint16, or None."""
+        if not self.has_sidecar:
+            return None
+        parts = []
+        for piece in self.pieces:
+            counts = read_shard(sidecar_path(piece.path, self.split))
+            parts.append(counts[piece.begin : piece.end])
+        return np.concatenate(parts)
 
-def spans_of(split: str, shards: list[Shard]) -> list[Span]:
+
+def sidecar_path(shard: Path, split: str) -> Path:
+    """The file of the side-car that belongs to a shard."""
+    front, mark, number = shard.name.rpartition(f"_{split}_")
+    return shard.with_name(f"{front}{mark}bytes_{number}")
+
+
+def spans_of(split: str, shards: list[Shard], has_sidecar: bool = False) -> list[Span]:
     """The spans of a split in the order of its stream. What comes before the first BOS belongs to
     none.
     """
@@ -290,7 +315,7 @@ def spans_of(split: str, shards: list[Shard]) -> list[Span]:
             spans[-1].pieces.append(Piece(shard.path, shard.sha256, 0, head))
         if has_bos:
             rest = Piece(shard.path, shard.sha256, head, shard.tokens)
-            spans.append(Span(split, start + head, [rest]))
+            spans.append(Span(split, start + head, [rest], has_sidecar))
         start += shard.tokens
     return spans
 
@@ -300,7 +325,7 @@ class Scan(NamedTuple):
 
     starts: np.ndarray  # (D,) its documents
     hashes: np.ndarray  # (D,)
-    bytes: np.ndarray  # () of text, by the byte table
+    bytes: np.ndarray  # () of text, by the side-car or else by the byte table
     tokens: np.ndarray  # ()
     control: np.ndarray  # positions of control, unknown and unused pieces inside a text
     decoded: np.ndarray  # () number of documents that were decoded
@@ -309,6 +334,13 @@ class Scan(NamedTuple):
     lossy: np.ndarray  # positions of documents that do not give their ids back
     found: np.ndarray  # of training: the validation shingles that occur, as in overlap.Occurrences
     where: np.ndarray
+    # As in sidecar.Comparison.
+    operators: np.ndarray
+    misplaced: np.ndarray
+    with_bytes: np.ndarray
+    differing: np.ndarray
+    own_bytes: np.ndarray
+    digests: np.ndarray  # (decoded, 32) uint8 of the originals, where they are known; (0, 32) else
 
     @property
     def part(self) -> PartScan:
@@ -355,6 +387,40 @@ def decoded_bytes(documents: Documents, sp: spm.SentencePieceProcessor) -> np.nd
         ids = [text[1:].tolist() for text in texts[first : first + DECODED_AT_ONCE]]
         sizes += [len(text.encode()) for text in sp.decode(ids)]
     return np.array(sizes, dtype=np.int64)
+
+
+NO_DIGESTS = np.empty((0, 32), dtype=np.uint8)
+
+
+class Inverted(NamedTuple):
+    """What the originals of some documents say."""
+
+    miscounted: np.ndarray  # (D,) bool: the transform cannot have made it, or the side-car differs
+    digests: np.ndarray  # (D, 32) uint8; (0, 32) if the tokenizer does not give back the original
+
+
+def invert(
+    documents: Documents,
+    counts: Documents | None,
+    sp: spm.SentencePieceProcessor,
+    transform: caseops.Transform | None,
+) -> Inverted:
+    """Inverts the transform and compares the bytes of every original with its side-car.
+
+    A tokenizer that folds characters has lost the original, and then nothing is miscounted here.
+    """
+    miscounted = np.zeros(len(documents.starts), dtype=bool)
+    if transform is None or not caseops.is_lossless(sp):
+        return Inverted(miscounted, NO_DIGESTS)
+    ids = [text[1:].tolist() for text in documents.texts()]
+    texts = sidecar.originals(sp, transform, ids)
+    sizes = sidecar.sizes_of(texts)
+    if counts is None:
+        miscounted = sizes < 0
+    else:
+        miscounted = sizes != [int(one.sum()) for one in counts.texts()]
+    digests = [caseops.text_digest(text or "") for text in texts]
+    return Inverted(miscounted, np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32))
 
 
 def round_trip(
@@ -411,16 +477,27 @@ def scan_span(span: Span, tokenizer: Tokenizer, index: ShingleIndex) -> Scan:
     is_train = span.split == "train"
     sp = spm.SentencePieceProcessor(model_proto=tokenizer.data)
     table = ByteTable.from_sentencepiece(sp)
+    table.base[caseops.operator_ids(sp)] = 0
     tokens = span.read()
+    counts = span.read_counts()
     starts = overlap_search.document_starts(tokens, tokenizer.bos_id)
     counted = count_bytes(tokens, table, tokenizer.bos_id)
 
     decoded = spread(len(starts), SAMPLE if is_train else len(starts))
     documents = Documents(tokens, starts).pick(decoded)
-    by_table = np.array([table.count(text) for text in documents.texts()], dtype=np.int64)
     sampled = spread(len(decoded), SAMPLE if is_train else VAL_SAMPLE)
     lossy = round_trip(documents, sampled, sp)
-    miscounted = decoded_bytes(documents, sp) != by_table
+    comparison = sidecar.NOTHING
+    digests = NO_DIGESTS
+    if tokenizer.transform or counts is not None:
+        pieces = caseops.PieceTable.from_sentencepiece(sp)
+        comparison = sidecar.compare(tokens, counts, tokenizer.bos_id, pieces, tokenizer.transform)
+        sizes = None if counts is None else Documents(counts, starts).pick(decoded)
+        inverted = invert(documents, sizes, sp, tokenizer.transform)
+        miscounted, digests = inverted
+    else:
+        by_table = np.array([table.count(text) for text in documents.texts()], dtype=np.int64)
+        miscounted = decoded_bytes(documents, sp) != by_table
 
     occurrences = overlap_search.Occurrences(
         overlap_search.NO_POSITIONS, overlap_search.NO_POSITIONS
@@ -430,7 +507,7 @@ def scan_span(span: Span, tokenizer: Tokenizer, index: ShingleIndex) -> Scan:
     return Scan(
         starts=starts,
         hashes=overlap_search.document_hashes(tokens, starts),
-        bytes=np.asarray(counted.total),
+        bytes=np.asarray(counted.total if counts is None else counts.sum(dtype=np.int64)),
         tokens=np.asarray(len(tokens)),
         control=counted.control,
         decoded=np.asarray(len(decoded)),
@@ -439,6 +516,8 @@ def scan_span(span: Span, tokenizer: Tokenizer, index: ShingleIndex) -> Scan:
         lossy=starts[decoded[lossy]],
         found=occurrences.found,
         where=occurrences.where,
+        digests=digests,
+        **comparison._asdict(),
     )
 
 
@@ -499,8 +578,12 @@ class ScanCache:
         first, *others = span.pieces
         tail = b"".join(piece.read().tobytes() for piece in others)
         content = [[first.sha256, first.begin, first.end], sha256(tail)]
+        if span.has_sidecar:
+            content.append(sha256(span.read_counts().tobytes()))
         index_key = self.index_key if span.split == "train" else ""
         maker = [VERSION, spm.__version__, self.tokenizer.sha256, index_key]
+        if self.tokenizer.transform:
+            maker.append(self.tokenizer.transform.name)
         file = self.folder / f"{sha256(json.dumps([*maker, content]).encode())[:32]}.npz"
         self.used.add(file)
         return file
@@ -535,6 +618,7 @@ class Split:
 
     name: str  # train or val
     shards: list[Shard]
+    sidecar: list[Shard]  # its files, as they were found
     manifest_entry: dict[str, Any] | None
     tokenizer: Tokenizer | None
     spans: list[Span] = dataclasses.field(default_factory=list)
@@ -566,6 +650,16 @@ class Split:
         number = int(np.searchsorted(starts, stream_index, side="right")) - 1
         return Position(self.paths[number].name, int(stream_index - starts[number]))
 
+    def count_at(self, stream_index: int) -> int:
+        """Bytes that the side-car has for a token of the stream."""
+        file, at = self.position(stream_index)
+        shard = next(path for path in self.paths if path.name == file)
+        return int(read_shard(sidecar_path(shard, self.name))[at])
+
+    def is_lossless(self) -> bool:
+        """Whether the tokenizer gives back every text."""
+        return caseops.is_lossless(spm.SentencePieceProcessor(model_proto=self.tokenizer.data))
+
     def total(self, field: str) -> int:
         """Sum over all scans of a field that is a number."""
         return sum(int(getattr(scan, field)) for scan in self.scans)
@@ -583,6 +677,41 @@ def check_presence(split: Split, folder: str) -> Iterator[Fault]:
     """A split without shards."""
     if not split.shards:
         yield error("missing split", folder, f"holds no *_{split.name}_*.bin")
+
+
+def check_sidecar_files(split: Split, folder: str) -> Iterator[Fault]:
+    """A side-car that is missing, or has other files than the shards or the manifest."""
+    has_operators = bool(split.tokenizer and split.tokenizer.transform)
+    if split.name == "val" and split.shards and has_operators and not split.sidecar:
+        text = "the tokenizer has case operators, and no side-car counts the original bytes; "
+        text += "counting by table makes them 9 % more, and bits per byte too low"
+        yield error("side-car", folder, text)
+    if not split.sidecar:
+        return
+    wanted = {sidecar_path(path, split.name).name for path in split.paths}
+    present = {shard.path.name: shard for shard in split.sidecar}
+    for name in sorted(wanted - present.keys()):
+        yield error("side-car", name, "is missing, other shards have theirs")
+    for name in sorted(present.keys() - wanted):
+        yield error("side-car", name, "belongs to no shard")
+    listed = (split.manifest_entry or {}).get("byte_files", [])
+    for file in listed:
+        shard = present.get(file["name"])
+        if shard is None:
+            yield error("side-car", file["name"], "is missing, the manifest names it")
+        elif file["sha256"] != shard.sha256:
+            text = f"is {shard.sha256}, the manifest has another"
+            yield error("manifest sha256", file["name"], text)
+
+
+def length_faults(split: Split) -> Iterator[Fault]:
+    """Files of the side-car with another number of counts than their shard has tokens."""
+    tokens = {sidecar_path(shard.path, split.name): shard.tokens for shard in split.shards}
+    for shard in split.sidecar:
+        wanted = tokens.get(shard.path, 0)
+        if not shard.faults and shard.tokens != wanted:
+            text = f"holds {shard.tokens} counts for {wanted} tokens"
+            yield error("side-car", shard.path.name, text)
 
 
 class NumberedName(NamedTuple):
@@ -697,8 +826,70 @@ def check_decoded_bytes(split: Split) -> Iterator[Fault]:
     if len(found):
         file, at = split.position(found[0])
         checked = split.total("decoded")
-        text = f"byte table and decoded text disagree in {len(found)} of {checked} documents"
+        counted_by = "side-car" if split.sidecar else "byte table"
+        text = f"{counted_by} and decoded text disagree in {len(found)} of {checked} documents"
         yield error("bytes", file, text, at)
+
+
+def check_silent_tokens(split: Split) -> Iterator[Fault]:
+    """BOS and operators that are worth bytes in the side-car."""
+    found = split.occurrences("with_bytes")
+    if len(found):
+        file, at = split.position(found[0])
+        worth = int(split.count_at(found[0]))
+        text = f"{worth} bytes for BOS or an operator, which has none; {len(found)} in this split"
+        if worth == len(caseops.TITLE.encode()):
+            text += "; were the bytes of the transformed text counted?"
+        yield error("side-car", file, text, at)
+
+
+def check_counts(split: Split) -> Iterator[Fault]:
+    """A side-car that is not that of these ids: all of it is recomputed from them.
+
+    A lossless tokenizer's must agree. One that folds may differ where it folded, and does so in any
+    real text.
+    """
+    if not split.sidecar:
+        return
+    found = split.occurrences("differing")
+    tokens = sum(shard.tokens for shard in split.shards)
+    documents = split.figures["documents"]
+    is_lossless = split.is_lossless()
+    if len(found) > sidecar.allowed_differing(tokens, is_lossless):
+        file, at = split.position(found[0])
+        text = f"{len(found)} of {tokens} tokens are worth other bytes than their text has; "
+        yield error("side-car", file, f"{text}is it that of other ids?", at)
+    if not is_lossless and not len(found):
+        text = "every token is worth the bytes of its folded text; "
+        text += "were the bytes counted after NFKC and folding?"
+        is_much = documents >= sidecar.LEAST_FOLDED_DOCUMENTS
+        make_fault = error if is_much else warning
+        yield make_fault("side-car", split.sidecar[0].path.name, text)
+
+
+def check_operators(split: Split) -> Iterator[Fault]:
+    """Operators where the transform puts none; folding may cause a few."""
+    found = split.occurrences("misplaced")
+    if not len(found):
+        return
+    file, at = split.position(found[0])
+    operators = split.total("operators")
+    text = f"an operator stands alone or inside a word, {len(found)} of {operators} in this split"
+    allowed = sidecar.allowed_misplaced(operators, split.is_lossless())
+    make_fault = error if len(found) > allowed else warning
+    yield make_fault("operators", file, text, at)
+
+
+def check_originals(split: Split) -> Iterator[Fault]:
+    """Originals that are not the text the manifest has the hash of."""
+    wanted = (split.manifest_entry or {}).get("text_sha256", "")
+    digests = np.concatenate([NO_DIGESTS, *(scan.digests for scan in split.scans)])
+    if not wanted or len(digests) != split.figures["documents"]:
+        return
+    digest = caseops.split_digest([digests.tobytes()])
+    if digest != wanted:
+        text = f"the originals of {split.name} have the SHA-256 {digest}, the manifest has another"
+        yield error("original text", "manifest.json", text)
 
 
 def check_round_trip(split: Split) -> Iterator[Fault]:
@@ -754,12 +945,16 @@ def check_manifest_totals(split: Split) -> Iterator[Fault]:
             yield error(f"manifest {key}", "manifest.json", text)
 
 
-SPLIT_CHECKS = (check_presence, check_numbering, check_against_manifest)
+SPLIT_CHECKS = (check_presence, check_numbering, check_against_manifest, check_sidecar_files)
 CONTENT_CHECKS = (
     check_first_document,
     check_empty_documents,
     check_control_pieces,
+    check_silent_tokens,
+    check_counts,
+    check_operators,
     check_decoded_bytes,
+    check_originals,
     check_round_trip,
     check_copies,
     check_manifest_totals,
@@ -801,14 +996,15 @@ class Examination:
         self.scan_cache: ScanCache | None = None
         self.index: ShingleIndex | None = None
         self.paths = {}
+        self.sidecar_paths = {}
         for split in ("train", "val"):
-            self.paths[split] = sorted(folder.glob(f"*_{split}_*.bin"))
+            self.paths[split] = shard_paths(folder, split)
+            self.sidecar_paths[split] = shard_paths(folder, f"{split}_bytes")
         if not any(self.paths.values()):
             raise UsageError(f"{folder} holds no *_train_*.bin and no *_val_*.bin")
         self.manifest = read_manifest(folder, self.faults)
         self.tokenizer_path = find_tokenizer(folder, tokenizer, self.manifest)
-        entry = self.manifest.get("tokenizer", {})
-        self.tokenizer = load_tokenizer(self.tokenizer_path, entry, self.faults)
+        self.tokenizer = load_tokenizer(self.tokenizer_path, self.manifest, self.faults)
         # Sizes and time stamps are taken before anything is read, so that a later change makes the
         # verdict stale.
         self.watched = self._stat_files()
@@ -830,14 +1026,18 @@ class Examination:
         bos_id = self.tokenizer.bos_id if self.tokenizer else -1
         shards = examine_shards(paths, vocab_size, bos_id, self.workers)
         entries = self.manifest.get("splits", {})
+        broken = [fault for shard in shards for fault in shard.faults]
         for name in ("train", "val"):
             members = [shard for shard in shards if shard.path in self.paths[name]]
-            split = Split(name, members, entries.get(name), self.tokenizer)
+            # Counts are uint16, and none of them is a BOS.
+            counts = examine_shards(self.sidecar_paths[name], 1 << 16, -1, self.workers)
+            split = Split(name, members, counts, entries.get(name), self.tokenizer)
             self.splits[name] = split
             for check in SPLIT_CHECKS:
                 self.faults += check(split, self.folder.name)
+            broken += [fault for shard in counts for fault in shard.faults]
+            broken += length_faults(split)
         self.faults += check_repeated_files(shards)
-        broken = [fault for shard in shards for fault in shard.faults]
         self.faults += broken
         if self.tokenizer and not broken:
             self.examine_contents()
@@ -850,7 +1050,8 @@ class Examination:
         train = self.splits["train"]
         val = self.splits["val"]
         for split in (train, val):
-            split.spans = spans_of(split.name, split.shards)
+            has_sidecar = len(split.sidecar) == len(split.shards) > 0
+            split.spans = spans_of(split.name, split.shards, has_sidecar)
         parts = [np.empty(0, np.uint16), *(span.read() for span in val.spans)]
         self.index = ShingleIndex(np.concatenate(parts), self.tokenizer.bos_id)
         self.scan_cache = ScanCache(self.folder / ".doctor", self.tokenizer, self.index)
@@ -900,7 +1101,7 @@ class Examination:
             "sha256": {
                 shard.path.name: shard.sha256
                 for split in self.splits.values()
-                for shard in split.shards
+                for shard in [*split.shards, *split.sidecar]
             },
             "files": self.watched,
         }
@@ -979,11 +1180,10 @@ def check_published_totals(visit: Examination) -> Iterator[Fault]:
     that one.
     """
     name = visit.manifest.get("dataset", visit.folder.name)
-    match = re.fullmatch(r"fineweb10B_(sp\d+)", name)
+    vocabulary = name.removeprefix("fineweb10B_")
     val = visit.splits["val"]
-    if not match or match[1] not in canonical.TOKEN_RANGES or not val.shards:
+    if vocabulary == name or vocabulary not in canonical.TOKEN_RANGES or not val.shards:
         return
-    vocabulary = match[1]
     visit.figures["canonical"] = vocabulary
     file = val.paths[0].name
     tokens = val.figures["tokens"]
@@ -993,17 +1193,39 @@ def check_published_totals(visit: Examination) -> Iterator[Fault]:
         yield error("canonical", file, text)
     elif not fewest <= tokens <= most:
         said = f"{fewest}" if fewest == most else f"{fewest} to {most}"
-        yield error("canonical", file, f"{tokens} tokens, the published validation set has {said}")
+        text = f"{tokens} tokens, the published validation set has {said}"
+        if tokens == canonical.TRUNCATED_CASEOPS_TOKENS:
+            text += "; this file is known to be cut off"
+        yield error("canonical", file, text)
     documents = val.figures["documents"]
     if documents != canonical.DOCUMENTS:
         text = f"{documents} documents, published are {canonical.DOCUMENTS}"
+        if documents == canonical.LEAKY_DOCUMENTS:
+            text += "; such a build has the rest of them in training"
         yield error("canonical", file, text)
     size = val.figures["bytes"]
-    if abs(size / canonical.TEXT_BYTES - 1) > canonical.BYTES_TOLERANCE:
-        yield error("canonical", file, f"{size} bytes, published are {canonical.TEXT_BYTES}")
+    is_caseops = vocabulary == canonical.CASEOPS_SUFFIX
+    published = canonical.CASEOPS_TEXT_BYTES if is_caseops else canonical.TEXT_BYTES
+    if abs(size / published - 1) > canonical.BYTES_TOLERANCE:
+        yield error("canonical", file, f"{size} bytes, published are {published}")
 
 
-DATASET_CHECKS = (check_overlap, check_published_totals)
+def check_published_caseops(visit: Examination) -> Iterator[Fault]:
+    """Tokenizer and number of training shards of the published CaseOps data, by its name."""
+    name = visit.manifest.get("dataset", visit.folder.name)
+    if name != f"fineweb10B_{canonical.CASEOPS_SUFFIX}":
+        return
+    if visit.tokenizer.sha256 != canonical.CASEOPS_TOKENIZER_SHA256:
+        text = f"SHA-256 is {visit.tokenizer.sha256}, published with these data was another"
+        yield error("canonical", visit.tokenizer_path.name, text)
+    shards = len(visit.splits["train"].shards)
+    if shards > canonical.TRAIN_SHARDS:
+        text = f"{shards} training shards, published are {canonical.TRAIN_SHARDS}; "
+        text += "a build with more has validation documents in training"
+        yield error("canonical", name, text)
+
+
+DATASET_CHECKS = (check_overlap, check_published_totals, check_published_caseops)
 
 
 # === Command line =================================================================================

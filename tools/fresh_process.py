@@ -214,14 +214,20 @@ def environment(folder: Path, luggage: Luggage) -> dict[str, str]:
     return variables
 
 
-def run_alone(luggage: Luggage, write_shard: Any, tokens: np.ndarray) -> Outcome:
+def run_alone(
+    luggage: Luggage, write_shard: Any, tokens: np.ndarray, counts: np.ndarray | None
+) -> Outcome:
     """Evaluates in a fresh process that knows nothing else.
 
-    `write_shard(path, tokens)` writes the validation shard in the format of the script.
+    `write_shard(path, tokens)` writes the validation shard in the format of the script, and with
+    `counts` its side-car.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name).resolve()
-        write_shard(lay_out(folder, luggage), tokens)
+        shard = lay_out(folder, luggage)
+        write_shard(shard, tokens)
+        if counts is not None:
+            write_shard(shard.with_name(shard.name.replace("_val_", "_val_bytes_")), counts)
         done = subprocess.run(
             [sys.executable, str(Path(__file__).resolve()), str(folder / "train_gpt.py")],
             cwd=folder,

@@ -21,9 +21,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import canonical
+import caseops
 import numpy as np
 import overlap
 import runlog
+import sidecar
 import torch
 from case import Case, NotRun
 from digests import sha256
@@ -286,7 +288,8 @@ def earlier_end(case: Case, name: str, middle: int) -> float:
         tokens[cut] = exact.bos
         number = int(np.searchsorted(docs.starts, cut, side="right"))
         starts = np.insert(docs.starts, number, cut)
-        shorter = case.tg.Documents(tokens, starts, np.diff(starts, append=len(tokens) - 1))
+        counts = np.diff(starts, append=len(tokens) - 1)
+        shorter = docs._replace(tokens=tokens, starts=starts, counts=counts)
         nats = exact.nats(name, shorter)
         worst = max(worst, largest_difference(nats[: cut - 1], base[: cut - 1]))
     return worst
@@ -639,8 +642,12 @@ def isolate_window(case: Case) -> Isolation:
 # --- Bytes and coverage ---------------------------------------------------------------------------
 @whole_run(12, "bytes", "lossless")
 def byte_counts(case: Case) -> Finding:
-    """The bytes counted are those of the decoded text, document by document."""
+    """The bytes counted are those of the decoded text, document by document; with a side-car, those
+    of the original.
+    """
     run = case.subject.run
+    if run.docs.bytes is not None:
+        return original_byte_counts(case)
     number = np.arange(0, len(run.docs.counts), max(1, len(run.docs.counts) // 2000))
     docs = run.docs._replace(starts=run.docs.starts[number], counts=run.docs.counts[number])
     decoded = np.array(case.decoded_bytes(docs))
@@ -656,6 +663,59 @@ def byte_counts(case: Case) -> Finding:
         text += f" (factor {counted.sum() / decoded.sum():.4f})"
     figures = {"counted": int(counted.sum()), "decoded": int(decoded.sum())}
     return Finding(wrong == 0, text, figures)
+
+
+def original_byte_counts(case: Case) -> Finding:
+    """T12 on data with a side-car.
+
+    A lossless tokenizer gives the original back when the transform is inverted, and the manifest
+    may have its hash. Of a tokenizer that folds, the side-car is recomputed from the decoded text.
+    """
+    run = case.subject.run
+    ledger = case.tg.Ledger(run.docs, run.table, torch.device("cpu"))
+    counted = ledger.by_document()["doc_bytes"].astype(np.int64)
+    model = run.tokenizer.model
+    transform = caseops.transform_of(model, run.tokenizer.manifest)
+    if transform and caseops.is_lossless(model):
+        return inverted_byte_counts(case, transform, counted)
+
+    tokens = run.docs.tokens
+    comparison = sidecar.compare(
+        tokens, run.docs.bytes, case.subject.bos, case.subject.pieces, transform
+    )
+    own = int(comparison.own_bytes)
+    num_differing = len(comparison.differing)
+    passed = not len(comparison.with_bytes)
+    passed = passed and num_differing <= sidecar.allowed_differing(len(tokens), False)
+    allowed = sidecar.allowed_misplaced(int(comparison.operators), False)
+    passed = passed and len(comparison.misplaced) <= allowed
+    is_much = len(counted) >= sidecar.LEAST_FOLDED_DOCUMENTS
+    passed = passed and bool(num_differing or not is_much)
+    text = f"side-car: {int(run.docs.bytes[1:].sum())} bytes, the decoded text has {own}; "
+    text += f"{num_differing} of {len(tokens)} tokens differ, as folding makes them; "
+    text += f"{len(comparison.with_bytes)} BOS or operators with bytes, "
+    text += f"{len(comparison.misplaced)} of {comparison.operators} operators misplaced"
+    return Finding(passed, text, {"counted": int(counted.sum()), "decoded": own})
+
+
+def inverted_byte_counts(case: Case, transform: Any, counted: np.ndarray) -> Finding:
+    """Compares the bytes counted of each document (D,) with its original, and all originals with
+    the manifest's hash.
+    """
+    run = case.subject.run
+    ids = [text.tolist() for text in case.document_ids(run.docs)]
+    texts = sidecar.originals(run.tokenizer.model, transform, ids)
+    sizes = sidecar.sizes_of(texts)
+    wrong = int((sizes != counted).sum())
+    passed = wrong == 0
+    text = f"{len(texts)} documents inverted: {int(counted.sum())} bytes counted, "
+    text += f"{int(sizes.sum())} in the originals, {wrong} documents differ"
+    promised = run.tokenizer.manifest.get("splits", {}).get("val", {}).get("text_sha256")
+    if promised and passed and case.subject.cfg.val_doc_fraction == 1:
+        passed = caseops.split_digest(map(caseops.text_digest, texts)) == promised
+        verdict = "agrees" if passed else "is another"
+        text += f"; the manifest's hash of the original text {verdict}"
+    return Finding(passed, text, {"counted": int(counted.sum()), "decoded": int(sizes.sum())})
 
 
 def count_altered(case: Case, docs: Any, number: int) -> int:
@@ -727,7 +787,8 @@ def known_text(targets: int, finals: list[dict[str, Any]]) -> KnownText | None:
     """The published set with about as many targets, or else what the log itself says; None if
     neither is there.
     """
-    sets = (*canonical.PUBLISHED_SETS, canonical.COMPLETE_SP8192)
+    complete = (canonical.COMPLETE_SP8192, canonical.COMPLETE_CASEOPS)
+    sets = (*canonical.PUBLISHED_SETS, *complete)
     nearest = canonical.nearest_set(targets, sets)
     if abs(nearest.targets / targets - 1) < canonical.TOKENS_TOLERANCE:
         return KnownText(nearest.name, nearest.bytes_per_token * targets)
@@ -757,6 +818,11 @@ def coverage(case: Case) -> Finding:
         text += "; other tokens than the shards hold"
     if not is_whole:
         text += "; documents are not scored to their ends"
+    if case.subject.run.docs.bytes is not None and share == 1:
+        held_bytes = int(read_shards(case.shards("val_bytes"))[1:].sum(dtype=np.int64))
+        counted = int(case.subject.run.docs.bytes[1:].sum())
+        passed = passed and counted == held_bytes
+        text += f"; {counted} bytes of the original, the side-car holds {held_bytes}"
     known = getattr(case.tg, "CANONICAL", {}).get(case.subject.run.cfg.dataset_dir.name)
     if known and share == 1:
         passed = passed and is_near(len(held.starts), known.documents)

@@ -3,7 +3,9 @@
 
     prepare_data.py pydocs
     prepare_data.py text train.jsonl.zst --val val.jsonl.zst --tokenizer fineweb_8192_bpe.model
+    prepare_data.py text train.jsonl.zst --val val.jsonl.zst --vocab-size 8192 --caseops
     prepare_data.py fineweb --variant sp8192 --train-shards 80
+    prepare_data.py fineweb --variant sp8192_caseops
     prepare_data.py doctor data/datasets/pydocs_sp1024
 
 `pydocs` needs no download: it makes 10 MB from the documentation of the installed packages. `text`
@@ -13,6 +15,9 @@ same layout under --data-dir:
 
     datasets/<dataset>/<prefix>_train_000000.bin ... <prefix>_val_000000.bin, manifest.json
     tokenizers/<tokenizer>.model
+
+With CaseOps (tools/caseops.py) the data set also holds a side-car, which counts the bytes of the
+original text behind each token: <prefix>_val_bytes_000000.bin and so on.
 
 Nothing is left half written: files get their names once they are complete. Exit status: 0 done, 1
 the doctor found an error, 2 wrong input, told in one line.
@@ -54,10 +59,12 @@ except ImportError:  # only .zst files need it
     zstandard = None
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import canonical  # noqa: E402
+import caseops  # noqa: E402
 import doctor  # noqa: E402
 from digests import file_sha256, sha256  # noqa: E402
 
-from train_gpt import ByteTable, UsageError, read_shard, write_atomic, write_shard  # noqa: E402
+from train_gpt import ByteTable, UsageError, read_shard, shard_paths, write_atomic, write_shard  # noqa: E402
 
 # Bytes of training text that a tokenizer is trained on; more changes little.
 TOKENIZER_SAMPLE_BYTES = 64_000_000
@@ -102,12 +109,21 @@ TOKENIZER_OPTIONS = dict(
 )
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, transform: caseops.Transform | None = None
+) -> bytes:
     """Trains a lossless byte-fallback BPE model; the same texts give the same bytes.
 
     It normalises nothing, and a piece has at most one space mark, at its front, as the byte table
-    assumes. Raises UsageError if the texts cannot fill, or do not fit, the vocabulary.
+    assumes. With a transform it is trained on transformed text, the operators have the ids 4 to 7,
+    and no space is put before a document, whose first word an operator may precede. Raises
+    UsageError if the texts cannot fill, or do not fit, the vocabulary.
     """
+    options = dict(TOKENIZER_OPTIONS)
+    if transform:
+        texts = map(transform.encode, texts)
+        symbols = [*caseops.OPERATORS, *options["user_defined_symbols"]]
+        options |= dict(user_defined_symbols=symbols, add_dummy_prefix=False)
     model = io.BytesIO()
     # The trainer skips sentences with a tab.
     sentences = (text.replace("\t", "\n") for text in texts)
@@ -116,7 +132,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
             sentence_iterator=sentences,
             model_writer=model,
             vocab_size=vocab_size,
-            **TOKENIZER_OPTIONS,
+            **options,
         )
     except RuntimeError as error:
         raise UsageError(f"--vocab-size {vocab_size}: {' '.join(str(error).split())}") from None
@@ -135,6 +151,7 @@ class Target(NamedTuple):
     tokenizer_file: str
     lossless: bool  # the tokenizer was trained here and must give every document back exactly
     shard_tokens: int
+    transform: caseops.Transform | None = None
 
     @property
     def folder(self) -> Path:
@@ -157,19 +174,36 @@ class SplitEntry:
     # Size of all documents, each compressed by gzip -9: a figure for scale. None: not counted.
     gzip_bytes: int | None = None
     files: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    # With CaseOps: the side-car, and the hash of the original text (caseops.split_digest) where the
+    # text was at hand.
+    byte_files: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    text_sha256: str = ""
 
     def add_file(self, path: Path, tokens: int) -> None:
         """Enters a shard that is complete."""
         self.tokens += tokens
         self.files.append({"name": path.name, "tokens": tokens, "sha256": file_sha256(path)})
 
+    def add_byte_file(self, path: Path, counts: int) -> None:
+        """Enters a file of the side-car that is complete."""
+        self.byte_files.append({"name": path.name, "tokens": counts, "sha256": file_sha256(path)})
+
+    def as_manifest(self) -> dict[str, Any]:
+        """The entry, without the keys of CaseOps in another data set."""
+        entry = dataclasses.asdict(self)
+        for key in ("byte_files", "text_sha256"):
+            if not entry[key]:
+                del entry[key]
+        return entry
+
 
 class EncodedBatch(NamedTuple):
     """Some documents as tokens."""
 
-    tokens: np.ndarray  # (n,) uint16, each document BOS + ids
+    # (1, n) uint16: each document BOS + ids; with CaseOps (2, n), the second row is the side-car
+    tokens: np.ndarray
     documents: int
-    bytes: int  # of the decoded text
+    bytes: int  # of the decoded text; with CaseOps, of the original text behind the tokens
     gzip_bytes: int
     altered: int  # documents that do not come back exactly when decoded
     dropped: int  # documents left out
@@ -184,7 +218,7 @@ def encode_batch(
     hold U+2581, which SentencePiece uses for the space.
     """
     encoded = sp.encode(texts, num_threads=os.cpu_count() or 1)
-    parts = [np.empty(0, dtype=np.uint16)]
+    parts = [np.empty((1, 0), dtype=np.uint16)]
     num_bytes = 0
     gzip_bytes = 0
     altered = 0
@@ -197,10 +231,60 @@ def encode_batch(
         num_bytes += len(raw)
         if with_gzip:
             gzip_bytes += len(gzip.compress(raw, 9))
-        parts.append(np.array([sp.bos_id(), *ids], dtype=np.uint16))
+        parts.append(np.array([[sp.bos_id(), *ids]], dtype=np.uint16))
     documents = len(parts) - 1
     dropped = len(texts) - documents
-    return EncodedBatch(np.concatenate(parts), documents, num_bytes, gzip_bytes, altered, dropped)
+    tokens = np.concatenate(parts, axis=1)
+    return EncodedBatch(tokens, documents, num_bytes, gzip_bytes, altered, dropped)
+
+
+def encode_caseops_batch(
+    texts: list[str],
+    sp: spm.SentencePieceProcessor,
+    target: Target,
+    with_gzip: bool,
+    digests: list[bytes],
+) -> EncodedBatch:
+    """As encode_batch, for transformed text; adds the digest of every original to `digests`.
+
+    Raises UsageError if a token is worth more bytes than a side-car can say.
+    """
+    transformed = [target.transform.encode(text) for text in texts]
+    encoded = caseops.encode_with_counts(sp, transformed, os.cpu_count() or 1)
+    decoded = sp.decode([document.ids for document in encoded])
+    parts = [np.empty((2, 0), dtype=np.uint16)]
+    num_bytes = 0
+    gzip_bytes = 0
+    altered = 0
+    for text, wanted, document, given in zip(texts, transformed, encoded, decoded, strict=True):
+        is_altered = wanted != given or target.transform.decode(wanted) != text
+        altered += is_altered
+        if not document.ids or (target.lossless and is_altered):
+            continue
+        if document.counts.max() >= 1 << 16:
+            raise UsageError(f"a token is worth {document.counts.max()} bytes; at most 65535 fit")
+        digests.append(caseops.text_digest(text))
+        num_bytes += int(document.counts.sum())
+        if with_gzip:
+            gzip_bytes += len(gzip.compress(text.encode(), 9))
+        rows = [[sp.bos_id(), *document.ids], [0, *document.counts]]
+        parts.append(np.array(rows, dtype=np.uint16))
+    documents = len(parts) - 1
+    dropped = len(texts) - documents
+    tokens = np.concatenate(parts, axis=1)
+    return EncodedBatch(tokens, documents, num_bytes, gzip_bytes, altered, dropped)
+
+
+def check_table(target: Target, table: ByteTable, batch: EncodedBatch) -> None:
+    """Raises UsageError where the byte table and the decoded text disagree, because every
+    bits-per-byte figure would be wrong.
+    """
+    counted = table.count(batch.tokens[0])
+    if counted != batch.bytes:
+        raise UsageError(
+            f"{target.tokenizer_file} does not suit byte counting: "
+            f"table {counted}, text {batch.bytes}"
+        )
 
 
 def encode(
@@ -208,11 +292,11 @@ def encode(
 ) -> Iterator[np.ndarray]:
     """Yields the tokens of one batch of documents after another, and adds them up in `entry`.
 
-    Raises UsageError where the byte table and the decoded text disagree, because every
-    bits-per-byte figure would be wrong.
+    Raises UsageError where their bytes cannot be counted.
     """
     sp = load_tokenizer(target.model, target.tokenizer_file)
     table = ByteTable.from_sentencepiece(sp)
+    digests: list[bytes] = []
     with_gzip = split == "val"
     if with_gzip:
         entry.gzip_bytes = 0
@@ -220,13 +304,11 @@ def encode(
     altered = 0
     dropped = 0
     while texts := list(itertools.islice(stream, BATCH_DOCUMENTS)):
-        batch = encode_batch(texts, sp, target.lossless, with_gzip)
-        counted = table.count(batch.tokens)
-        if counted != batch.bytes:
-            raise UsageError(
-                f"{target.tokenizer_file} does not suit byte counting: "
-                f"table {counted}, text {batch.bytes}"
-            )
+        if target.transform:
+            batch = encode_caseops_batch(texts, sp, target, with_gzip, digests)
+        else:
+            batch = encode_batch(texts, sp, target.lossless, with_gzip)
+            check_table(target, table, batch)
         entry.documents += batch.documents
         entry.bytes += batch.bytes
         if with_gzip:
@@ -234,38 +316,47 @@ def encode(
         altered += batch.altered
         dropped += batch.dropped
         yield batch.tokens
+    if target.transform:
+        entry.text_sha256 = caseops.split_digest(digests)
     if altered or dropped:
         told = f"{altered} documents do not come back exactly from the tokenizer"
         print(f"{split}: {told}, {dropped} left out")
 
 
 def recut(arrays: Iterable[np.ndarray], length: int) -> Iterator[np.ndarray]:
-    """Yields the same tokens in arrays of exactly `length`, the last one shorter."""
+    """Yields the same columns in arrays of exactly `length` of them, the last one shorter."""
     pending: list[np.ndarray] = []
     num_pending = 0
     for array in arrays:
         pending.append(array)
-        num_pending += len(array)
+        num_pending += array.shape[1]
         if num_pending >= length:
-            flat = np.concatenate(pending)
+            joined = np.concatenate(pending, axis=1)
             num_pending %= length
-            full = len(flat) - num_pending
-            yield from np.split(flat[:full], full // length)
-            pending = [flat[full:]]
+            full = joined.shape[1] - num_pending
+            yield from np.split(joined[:, :full], full // length, axis=1)
+            pending = [joined[:, full:]]
     if num_pending:
-        yield np.concatenate(pending)
+        yield np.concatenate(pending, axis=1)
 
 
 def write_split(target: Target, folder: Path, split: str, documents: Iterable[str]) -> SplitEntry:
-    """Writes the shards of one split into `folder`. Raises UsageError if it has no document."""
+    """Writes the shards of one split, and the side-car if it has one, into `folder`.
+
+    Raises UsageError if it has no document.
+    """
     entry = SplitEntry()
     prefix = target.dataset.rpartition("_sp")[0]
     bar = tqdm(documents, desc=f"encoding {split}", unit="document", disable=None)
     shards = recut(encode(target, bar, entry, split), target.shard_tokens)
-    for number, tokens in enumerate(shards):
+    for number, (tokens, *sidecar) in enumerate(shards):
         path = folder / f"{prefix}_{split}_{number:06d}.bin"
         write_shard(path, tokens)
         entry.add_file(path, len(tokens))
+        for counts in sidecar:
+            path = folder / f"{prefix}_{split}_bytes_{number:06d}.bin"
+            write_shard(path, counts)
+            entry.add_byte_file(path, len(counts))
     if not entry.documents:
         raise UsageError(f"no documents are left for the {split} split")
     return entry
@@ -274,7 +365,7 @@ def write_split(target: Target, folder: Path, split: str, documents: Iterable[st
 def write_manifest(target: Target, folder: Path, splits: dict[str, SplitEntry]) -> None:
     """Writes manifest.json into `folder`, last of all files, and prints one line per split."""
     sp = load_tokenizer(target.model, target.tokenizer_file)
-    entries = {split: dataclasses.asdict(entry) for split, entry in splits.items()}
+    entries = {split: entry.as_manifest() for split, entry in splits.items()}
     del entries["train"]["gzip_bytes"]  # the figure for scale is of validation only
     manifest = {
         "version": 1,
@@ -290,6 +381,8 @@ def write_manifest(target: Target, folder: Path, splits: dict[str, SplitEntry]) 
         },
         "splits": entries,
     }
+    if target.transform:
+        manifest["transform"] = target.transform.name
     content = json.dumps(manifest, indent=1) + "\n"
     write_atomic(folder / "manifest.json", content.encode())
     for split, entry in splits.items():
@@ -331,6 +424,21 @@ def write_dataset(target: Target, splits: dict[str, Iterable[str]], force: bool)
     print(f"wrote {target.folder}")
 
 
+def transform_of(args: argparse.Namespace) -> caseops.Transform | None:
+    """The transform that --caseops names, or None."""
+    return caseops.TRANSFORMS[args.caseops] if args.caseops else None
+
+
+def dataset_name(name: str, vocab_size: int, transform: caseops.Transform | None) -> str:
+    """The name of a data set that is made here."""
+    return f"{name}_sp{vocab_size}_caseops" if transform else f"{name}_sp{vocab_size}"
+
+
+def transform_inputs(transform: caseops.Transform | None) -> list[str]:
+    """What the transform adds to the digest of the inputs; data sets without one keep theirs."""
+    return [transform.name] if transform else []
+
+
 def inputs_digest(*inputs: object) -> str:
     """A hash that changes with any of the inputs and with the version of SentencePiece."""
     return sha256(json.dumps([spm.__version__, *inputs]).encode())
@@ -351,7 +459,7 @@ def prepared_files(data_dir: Path, folder: Path, manifest: dict[str, Any]) -> li
     """All files that a manifest names. Raises LookupError or TypeError if it is another tool's."""
     files = []
     for entry in manifest["splits"].values():
-        for file in entry["files"]:
+        for file in [*entry["files"], *entry.get("byte_files", [])]:
             files.append(PreparedFile(folder / file["name"], file["sha256"]))
     tokenizer = manifest["tokenizer"]
     model = data_dir / "tokenizers" / tokenizer["file"]
@@ -589,8 +697,10 @@ def run_pydocs(args: argparse.Namespace) -> None:
     for package in args.packages:
         packages[package] = package_folder(package)
         source += f", {package} {importlib.metadata.version(package)}"
-    dataset = f"{args.name}_sp{args.vocab_size}"
-    inputs = inputs_digest(source, args.vocab_size, args.seed, args.shard_tokens)
+    transform = transform_of(args)
+    dataset = dataset_name(args.name, args.vocab_size, transform)
+    options = [args.vocab_size, args.seed, args.shard_tokens]
+    inputs = inputs_digest(source, *options, *transform_inputs(transform))
     if is_prepared(args, dataset, inputs):
         return
     documents = [f"{name}\n\n{text.strip()}" for name, text in sorted(topics.topics.items())]
@@ -601,10 +711,11 @@ def run_pydocs(args: argparse.Namespace) -> None:
         dataset=dataset,
         source=source,
         inputs=inputs,
-        model=train_tokenizer(splits.train, args.vocab_size),
+        model=train_tokenizer(splits.train, args.vocab_size, transform),
         tokenizer_file=f"{dataset}.model",
         lossless=True,
         shard_tokens=args.shard_tokens,
+        transform=transform,
     )
     write_dataset(target, {"train": splits.train, "val": splits.val}, args.force)
 
@@ -779,7 +890,7 @@ def text_inputs(args: argparse.Namespace, model: bytes, vocab_size: int) -> str:
         args.val_fraction,
         vocab_size,
     ]
-    return inputs_digest(files, options, sha256(model))
+    return inputs_digest(files, options, sha256(model), *transform_inputs(transform_of(args)))
 
 
 def describe_files(args: argparse.Namespace) -> str:
@@ -801,15 +912,22 @@ def run_text(args: argparse.Namespace) -> None:
     vocab_size = args.vocab_size
     if args.tokenizer:
         model = args.tokenizer.read_bytes()
-        vocab_size = load_tokenizer(model, args.tokenizer).vocab_size()
-    dataset = f"{args.name}_sp{vocab_size}"
+        sp = load_tokenizer(model, args.tokenizer)
+        vocab_size = sp.vocab_size()
+        if bool(args.caseops) != bool(caseops.operator_ids(sp)):
+            has = "no" if args.caseops else "the"
+            text = "--caseops needs them, other data cannot use them"
+            raise UsageError(f"--tokenizer {args.tokenizer}: has {has} case operators; {text}")
+    transform = transform_of(args)
+    dataset = dataset_name(args.name, vocab_size, transform)
     inputs = text_inputs(args, model, vocab_size)
     if is_prepared(args, dataset, inputs):
         return
     found = survey(args)
     if not args.tokenizer:
         share = TOKENIZER_SAMPLE_BYTES / max(found.train_bytes, 1)
-        model = train_tokenizer(texts_of(args, "train", found.val_keys, share), vocab_size)
+        texts = texts_of(args, "train", found.val_keys, share)
+        model = train_tokenizer(texts, vocab_size, transform)
     target = Target(
         data_dir=args.data_dir,
         dataset=dataset,
@@ -819,6 +937,7 @@ def run_text(args: argparse.Namespace) -> None:
         tokenizer_file=args.tokenizer.name if args.tokenizer else f"{dataset}.model",
         lossless=not args.tokenizer,
         shard_tokens=args.shard_tokens,
+        transform=transform,
     )
     splits = {split: texts_of(args, split, found.val_keys) for split in ("train", "val")}
     write_dataset(target, splits, args.force)
@@ -933,12 +1052,15 @@ def published_export(path: Path, dataset: str) -> PublishedExport:
         raise UsageError(text) from None
 
 
-def count_shards(paths: list[Path], sp: spm.SentencePieceProcessor) -> SplitEntry:
-    """Manifest entry of a split that is already in shards: documents by BOS, bytes by the byte
-    table.
+def count_shards(folder: Path, split: str, sp: spm.SentencePieceProcessor) -> SplitEntry:
+    """Manifest entry of a split that is already in shards: documents by BOS, bytes by the side-car
+    or, without one, by the byte table. Operators have none.
     """
     table = ByteTable.from_sentencepiece(sp)
+    table.base[caseops.operator_ids(sp)] = 0
     entry = SplitEntry()
+    paths = shard_paths(folder, split)
+    byte_paths = shard_paths(folder, f"{split}_bytes")
     # The token before a chunk decides whether a leading space counts.
     previous = np.empty(0, dtype=np.uint16)
     for path in tqdm(paths, desc="counting", unit="shard", disable=None):
@@ -949,13 +1071,32 @@ def count_shards(paths: list[Path], sp: spm.SentencePieceProcessor) -> SplitEntr
             entry.bytes += table.count(np.concatenate([previous, chunk]))
             previous = chunk[-1:]
         entry.add_file(path, len(shard))
+    if byte_paths:
+        entry.bytes = 0
+    for path in byte_paths:
+        counts = read_shard(path)
+        entry.bytes += int(counts.sum(dtype=np.int64))
+        entry.add_byte_file(path, len(counts))
     return entry
+
+
+# The published CaseOps export (PR #1729), whose side-car is part of it.
+CASEOPS_VARIANT = "sp8192_caseops"
+
+
+def published_name(args: argparse.Namespace) -> str:
+    """The name of a data set in its repository, which it keeps here."""
+    if args.variant == CASEOPS_VARIANT:
+        return f"{args.name}_{canonical.CASEOPS_SUFFIX}"
+    return f"{args.name}_{args.variant}"
 
 
 def default_repository(variant: str) -> str:
     """Where the shards of a vocabulary are published."""
     if variant == "sp1024":
         return "willdepueoai/parameter-golf"
+    if variant == CASEOPS_VARIANT:
+        return "romeerp/parameter-golf-caseops-v1"
     return "kevclark/parameter-golf"
 
 
@@ -972,7 +1113,7 @@ def run_fineweb(args: argparse.Namespace) -> None:
     """The published contest shards: downloads what is missing, checks every file, writes the
     manifest.
     """
-    dataset = f"{args.name}_{args.variant}"
+    dataset = published_name(args)
     folder = args.data_dir / "datasets" / dataset
     staging = folder.with_name(f".{dataset}.part")  # stays after a failure, so a download can go on
     hub = Hub(args.repo or default_repository(args.variant), args.revision, staging)
@@ -983,7 +1124,10 @@ def run_fineweb(args: argparse.Namespace) -> None:
         available = f"{hub.repo} has {export.num_train_files} of {dataset}"
         raise UsageError(f"--train-shards {args.train_shards}: {available}")
 
+    is_caseops = args.variant == CASEOPS_VARIANT
     names = [f"fineweb_val_{i:06d}.bin" for i in range(export.num_val_files)]
+    if is_caseops:
+        names += [f"fineweb_val_bytes_{i:06d}.bin" for i in range(export.num_val_files)]
     names += [f"fineweb_train_{i:06d}.bin" for i in range(args.train_shards)]
     tokenizer = args.data_dir / "tokenizers" / Path(export.tokenizer).name
     files = {f"{args.root}/{export.tokenizer}": tokenizer}
@@ -997,7 +1141,7 @@ def run_fineweb(args: argparse.Namespace) -> None:
     sp = load_tokenizer(model, export.tokenizer)
     splits = {}
     for split in ("train", "val"):
-        splits[split] = count_shards(sorted(folder.glob(f"fineweb_{split}_*.bin")), sp)
+        splits[split] = count_shards(folder, split, sp)
     check_published_totals(folder, splits["val"], export.stats)
     target = Target(
         data_dir=args.data_dir,
@@ -1008,6 +1152,7 @@ def run_fineweb(args: argparse.Namespace) -> None:
         tokenizer_file=tokenizer.name,
         lossless=False,
         shard_tokens=0,
+        transform=caseops.PUBLISHED if is_caseops else None,
     )
     write_manifest(target, folder, splits)
     shutil.rmtree(staging)
@@ -1047,6 +1192,15 @@ def add_encoding_options(command: Any, vocabulary: Any) -> None:
     shard_help = "tokens a shard (default 100 M)"
     add("--shard-tokens", type=positive, default=100_000_000, help=shard_help)
     add("--force", action="store_true", help="replace a dataset that is already there")
+    caseops_help = "transform capitals and write a side-car; without NAME the published transform"
+    add(
+        "--caseops",
+        nargs="?",
+        const=caseops.PUBLISHED.name,
+        choices=list(caseops.TRANSFORMS),
+        metavar="NAME",
+        help=f"{caseops_help} (all: {', '.join(caseops.TRANSFORMS)})",
+    )
 
 
 def add_pydocs(commands: Any) -> None:
@@ -1087,11 +1241,11 @@ def add_fineweb(commands: Any) -> None:
     """Describes `prepare_data.py fineweb`."""
     command = add_command(commands, run_fineweb, "fineweb", "fineweb10B")
     add = command.add_argument
-    variant_help = "vocabulary: sp1024, sp8192 ... (default sp8192)"
+    variant_help = f"vocabulary: sp1024, sp8192, {CASEOPS_VARIANT} ... (default sp8192)"
     add("--variant", default="sp8192", help=variant_help)
     shards_help = "100 M tokens each (default 80)"
     add("--train-shards", type=positive, default=80, help=shards_help)
-    repo_help = "dataset repository (default kevclark/ or, sp1024, willdepueoai/parameter-golf)"
+    repo_help = "dataset repository (default: the one that published the variant)"
     add("--repo", help=repo_help)
     add("--revision", default="main", help="branch, tag or commit (default main)")
     root_help = "folder of the export in the repository (default datasets)"

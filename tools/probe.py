@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import io
 import os
 import random
@@ -21,6 +22,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import caseops
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -527,6 +529,13 @@ class Subject:
                 special.append(token)
         return np.setdiff1d(np.arange(self.cfg.vocab_size), special)
 
+    @functools.cached_property
+    def pieces(self) -> caseops.PieceTable | None:
+        """Counts the bytes of our streams, where a side-car counts those of the data."""
+        if self.run.docs.bytes is None:
+            return None
+        return caseops.PieceTable.from_sentencepiece(self.run.tokenizer.model)
+
     @property
     def names(self) -> list[str]:
         """The names of the run's evaluations, in its order."""
@@ -672,7 +681,8 @@ class Subject:
             parts += [[self.bos], text]
         tokens = np.concatenate([*parts, [self.bos]]).astype(np.int64)
         counts = np.array([len(text) + 1 for text in texts])
-        return self.tg.Documents(tokens, np.cumsum(counts) - counts, counts)
+        docs = self.tg.Documents(tokens, np.cumsum(counts) - counts, counts)
+        return docs._replace(bytes=self.pieces.counts(tokens)) if self.pieces else docs
 
     def sample(self, count: int, window: int) -> list[np.ndarray]:
         """Texts from all over the validation set, longest first, cut to half a window and up to 2.2
