@@ -230,8 +230,7 @@ class DataKnobs:
     cu_seqlens_capacity: int = knob(512, "segments a row can hold; fixed, to compile one graph", 2)
     seq_len_schedule: str = knob(
         "",
-        "longest segment from a share of the budget on, as in 0:1024,0.1:2048,0.7:3072 (PR #2014);"
-        " empty: TRAIN_SEQ_LEN",
+        "longest segments by share of the budget, as in 0:1024,0.1:2048,0.7:3072 (PR #2014)",
     )
 
     @property
@@ -1244,8 +1243,8 @@ PR1855 = dict(
     ttt_warm_start_a=True,
     ttt_beta2=0.99,
     phased_ttt_num_phases=3,
-    # The 289 chunks from which its last phase learnt.
-    phased_ttt_prefix_tokens=289 * 32768,
+    # The 289 chunks of 32,768 targets from which its last phase learnt.
+    phased_ttt_prefix_tokens=9_470_000,
     ttt_lr=0.001,
 )
 
