@@ -5790,7 +5790,7 @@ def score_documents(
     scorer.log(f"ttt_lora:docs:{num_docs} {settings}")
     if cfg.ttt_warm_start_a or cfg.phased_ttt_num_phases:
         scorer.log(
-            "ttt_lora:a document's score also depends on earlier documents of the stream"
+            "ttt_lora:a document's score depends on earlier documents of the stream"
             f" (TTT_WARM_START_A={int(cfg.ttt_warm_start_a)},"
             f" PHASED_TTT_NUM_PHASES={cfg.phased_ttt_num_phases})"
         )
