@@ -1327,7 +1327,7 @@ SHRINK = {name: CPU[name] for name in SHRUNK_AS_CPU} | dict(
     ttt_epochs=1,
     seq_len_schedule="0:128,0.1:256,0.7:384",
     ttt_lora_alpha=14.4,
-    ttt_short_chunks="32:8,250:16",
+    ttt_short_chunks="32:8,128:16",
     phased_ttt_prefix_tokens=16384,
 )
 
