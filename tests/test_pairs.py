@@ -10,7 +10,7 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "tools"))
 
-from sweep_pairs import PairedRun, pair_cells, compare_pairs, parse_baseline
+from sweep_pairs import PairedRun, compare_pairs, pair_cells, parse_baseline
 from sweep_space import Knob
 
 KNOBS = [Knob.parse(text) for text in ("SEED=0,1,2", "MATRIX_LR=0.01,0.02", "MIN_LR=0,0.1")]
