@@ -2,13 +2,13 @@
 
 Both have the same weights, batch, dtype, threads and attention function. This is written for PR
 #1530 of openai/parameter-golf (samacqua; records/track_10min_16mb/2026-04-10_VarLenAttn/
-train_gpt.py) and scripts of its family with the same names. The file stays where it is; nothing of
-it is kept here. It expects CUDA, Triton and FlashAttention 3. What a machine lacks, and only that,
-is replaced from outside:
+train_gpt.py) and scripts of its family with the same names; bench/agreement.py also ran on those of
+PR #1855, #2014 and #2135. The file stays where it is; nothing of it is kept here. It expects CUDA,
+Triton and FlashAttention 3. What a machine lacks, and only that, is replaced from outside:
 
 - `flash_attn_interface` becomes `train_gpt.attention` with our backend, unless that is FA3 itself.
-- On a CPU `triton` does nothing, and the function that launches the script's Triton kernel is
-  written in PyTorch's operators, with the same roundings.
+- On a CPU `triton` does nothing, and the function that launches the script's Triton kernel of the
+  MLP is written in PyTorch's operators, with the same roundings; a fused loss is turned off.
 - On a CPU `torch.autocast("cuda", ..)` means the CPU, and the waits of `torch.cuda` do nothing.
 - Without COMPILE, `torch.compile` returns its argument, as ours is then not compiled either.
 
@@ -50,14 +50,18 @@ MAPPED = {
     "up_bank": "mlp_up_bank",
     "down_bank": "mlp_down_bank",
     "tok_emb": "tok_emb.weight",
+    "smear_proj": "smear_gate.weight",
 }
 # Parameters that are a row a layer in ours, and belong to the script's blocks -> name in a block.
 PER_LAYER = {
     "q_gain": "attn.q_gain",
+    "attn_gate": "attn.attn_gate_w",
     "attn_scale": "attn_scale",
     "mlp_scale": "mlp_scale",
     "resid_mix": "resid_mix",
 }
+# Knobs of later scripts that this program does not have. PR #2135 reads the first in its forward.
+SCRIPTS_OWN = {"SMEAR_GATE_BOS_FIX": "1", "ASYM_LOGIT_RESCALE": "0"}
 TRITON_MODULES = [
     "triton",
     "triton.language",
@@ -187,6 +191,8 @@ class Reference:
         if on_cpu:
             self.module.torch = OnCPU(cfg.dtype, cfg.compile)
             self.module.linear_leaky_relu_square = linear_leaky_relu_square
+        # The mask of SmearGate compares with it; the script's loader would set it.
+        self.module.BOS_ID = tg.BOS_ID
         self.h = self.module.Hyperparameters()
 
     def execute(self, replaced: Mapping[str, Any]) -> None:
@@ -207,7 +213,10 @@ class Reference:
         text = {}
         for field, value in vars(self.cfg).items():
             text[field.upper()] = str(int(value) if isinstance(value, bool) else value)
-        return text | {"EMBEDDING_DIM": text["MODEL_DIM"], "RUN_ID": f"bench-{uuid.uuid4()}"}
+        text |= {"EMBEDDING_DIM": text["MODEL_DIM"], "RUN_ID": f"bench-{uuid.uuid4()}"}
+        # Names and forms that only the scripts have.
+        text |= {"FUSED_CE_ENABLED": str(int(self.device.type == "cuda" and self.cfg.fused_ce))}
+        return text | SCRIPTS_OWN
 
     def autocast(self) -> torch.autocast:
         """Autocast to bf16 on the device, if that is the compute dtype."""

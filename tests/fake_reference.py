@@ -38,7 +38,12 @@ class Hyperparameters:
     parallel_start_layer = int(os.environ["PARALLEL_START_LAYER"])
     loop_start = int(os.environ["LOOP_START"])
     loop_stop = int(os.environ["LOOP_END"]) + 1
+    num_loops = int(os.environ["NUM_LOOPS"])
     gates = bool(int(os.environ["SKIP_GATES_ENABLED"]))
+    attn_gate = bool(int(os.environ["SPARSE_ATTN_GATE_ENABLED"]))
+    attn_gate_scale = float(os.environ["SPARSE_ATTN_GATE_SCALE"])
+    smear = bool(int(os.environ["SMEAR_GATE_ENABLED"]))
+    gate_window = int(os.environ["GATE_WINDOW"])
     run_id = os.environ["RUN_ID"]
     rank = os.environ.get("RANK")
     lr = float(os.environ["MATRIX_LR"])
@@ -84,6 +89,8 @@ class Attention(nn.Module):
     def __init__(self, h):
         super().__init__()
         self.q_gain = nn.Parameter(torch.ones(h.num_heads))
+        if h.attn_gate:
+            self.attn_gate_w = nn.Parameter(torch.zeros(h.num_heads, h.gate_window))
 
 
 class Block(nn.Module):
@@ -124,6 +131,9 @@ class Block(nn.Module):
         )
         unit_value = F.normalize(v, dim=-1).repeat_interleave(h.num_heads // h.num_kv_heads, 1)
         y = y - (y * unit_value).sum(-1, keepdim=True) * unit_value
+        if h.attn_gate:
+            gate = x[:, : h.gate_window] @ self.attn.attn_gate_w.to(x.dtype).T
+            y = y * (h.attn_gate_scale * gate).sigmoid()[:, :, None]
         w_out = model.qo_bank[h.layers + self.layer].to(x.dtype)
         return self.attn_scale.to(x.dtype) * (y.flatten(1) @ w_out.T)
 
@@ -142,7 +152,7 @@ class GPT(nn.Module):
         self.h = h
         self.looping_active = False
         # Half of the visits when the loop is on.
-        num_skips = (h.layers + h.loop_stop - h.loop_start) // 2
+        num_skips = (h.layers + h.num_loops * (h.loop_stop - h.loop_start)) // 2
         shapes = {
             "qo_bank": (2 * h.layers, h.width, h.width),
             "kv_bank": (2 * h.layers, h.head_dim * h.num_kv_heads, h.width),
@@ -156,6 +166,9 @@ class GPT(nn.Module):
         for name, shape in shapes.items():
             self.register_parameter(name, nn.Parameter(torch.ones(shape)))
         self.tok_emb = nn.Embedding(h.vocab_size, h.width)
+        if h.smear:
+            self.smear_gate = nn.Linear(h.gate_window, 1, bias=False)
+            self.smear_lambda = nn.Parameter(torch.zeros(1))
         self.blocks = nn.ModuleList(Block(h, layer) for layer in range(h.layers))
 
     def order(self) -> list[int]:
@@ -163,8 +176,17 @@ class GPT(nn.Module):
         h = self.h
         if not self.looping_active:
             return list(range(h.layers))
-        loop = range(h.loop_start, h.loop_stop)
-        return [*range(h.loop_stop), *loop, *range(h.loop_stop, h.layers)]
+        loop = [*range(h.loop_start, h.loop_stop)]
+        return [*range(h.loop_stop), *loop * h.num_loops, *range(h.loop_stop, h.layers)]
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """The normed embedding, with a gated share of the token before unless it is a BOS."""
+        x = self.tok_emb(ids)
+        if self.h.smear:
+            gate = self.smear_lambda * self.smear_gate(x[1:, : self.h.gate_window]).sigmoid()
+            smeared = x[1:] + gate * x[:-1] * (ids[1:] != BOS_ID)[:, None]
+            x = torch.cat([x[:1], smeared])
+        return norm(x)
 
     def merge_lanes(self, layer, lanes, attn, mlp):
         """Writes the outputs of attention and MLP to both lanes."""
@@ -180,7 +202,7 @@ class GPT(nn.Module):
         """The mean loss of a row."""
         order = self.order()
         half = len(order) // 2
-        x = x0 = norm(self.tok_emb(input_ids[0]))
+        x = x0 = self.embed(input_ids[0])
         lane = None
         skips = []
         for number, layer in enumerate(order):

@@ -43,6 +43,7 @@ class Config:
     val_loss_every: int = knob(0)
     eval_only_path: str = knob("")
     checkpoint_every: float = knob(0.0)
+    max_wallclock_seconds: float = knob(0.0)
 
     @classmethod
     def from_env(cls, env: dict, has_cuda: bool) -> tuple:

@@ -51,17 +51,18 @@ def compared(
 def test_each_system_has_a_row_with_what_it_is_what_was_published_and_what_was_measured(
     tmp_path, capsys
 ) -> None:
-    presets = ["pr605", "pr473", "pr1413", "pr1560", "pr1530"]
+    presets = ["pr2135", "pr605", "pr473", "pr1413", "pr1560", "pr1530"]
     rows, notes = compared(
         capsys, logs(tmp_path, *({"preset": p, "seed": 0, "val_bpb": 1.9} for p in presets))
     )
-    assert [row["system"] for row in rows] == ["#1530", "#1560", "#1413", "#473", "#605"]
+    assert [row["system"] for row in rows] == ["#1530", "#1560", "#1413", "#473", "#605", "#2135"]
     assert [row["published"] for row in rows] == [
         "1.07336",
         "1.07406",
         "1.08279",
         "1.12139",
         "about 1.15, legal form",
+        "1.05651, with CaseOps and token tilt",
     ]
     assert all(row["what it has"] for row in rows)
     measured = {
@@ -222,7 +223,8 @@ def test_make_compare_prepares_its_data_sweeps_the_systems_and_prints_the_table(
     assert "prepare_data" not in done  # other data is there already
     assert re.search(
         r'DATASET="other_sp8192" DATA_DIR="/d" VAL_DOC_FRACTION="0.1" \\\s+\S+ tools/sweep.py '
-        r'"compare-other_sp8192-\d+" PRESET="pr1530,pr1560,pr1413,pr473,pr605" SHRINK="1"',
+        r'"compare-other_sp8192-\d+" PRESET="pr1530,pr1560,pr1413,pr473,pr605,pr1855,pr2014,pr2135"'
+        r' SHRINK="1"',
         done,
     )
     assert 'VAL_DOC_FRACTION="1" ' in lines("VAL_DOC_FRACTION=1")

@@ -298,6 +298,66 @@ PR605 = SEEDS | dict(
     # The legal form: the published run's temperature was chosen by validation scores.
     logit_temperature=1,
 )
+# The commands of their READMEs and, where those are silent, the defaults of their scripts. What the
+# presets change on purpose is in docs/presets.md.
+PR1855 = PUBLISHED | dict(
+    min_lr=0.1,
+    matrix_lr=0.026,
+    warmdown_frac=0.85,
+    beta2=0.99,
+    muon_coeffs="polar",
+    sparse_attn_gate_enabled=True,
+    sparse_attn_gate_scale=0.5,
+    smear_gate_enabled=True,
+    gate_window=12,
+    val_loss_every=0,
+    gptq_reserve_seconds=-1,
+    gptq_calibration_batches=16,
+    quantizer="gptq",
+    embed_bits=7,
+    mlp_clip_sigmas=11.5,
+    attn_clip_sigmas=13,
+    embed_clip_sigmas=14,
+    compressor="ans",
+    ttt_chunk_size=48,
+    ttt_lora_rank=80,
+    ttt_lora_alpha=144,
+    ttt_warm_start_a=True,
+    ttt_beta2=0.99,
+    ttt_q_lora=True,
+    ttt_v_lora=True,
+    phased_ttt_num_phases=3,
+    phased_ttt_prefix_tokens=9_470_000,
+    ttt_lr=0.001,
+    ttt_momentum=0.9,
+    ttt_epochs=1,
+    ttt_chunk_tokens=32768,
+    ttt_batch_seqs=32,
+    ttt_grad_clip=1,
+)
+PR2014 = PR1855 | dict(
+    train_seq_len=3072,
+    seq_len_schedule="0:1024,0.1:2048,0.7:3072",
+    qk_gain_init=5.25,
+    eval_seq_len=3072,
+    ttt_eval_seq_len=3072,
+    ttt_batch_size=24,
+    ttt_short_chunks="256:8,2000:24",
+    ttt_lora_lr=0.75e-4,
+    ttt_q_lora=False,
+    ttt_v_lora=False,
+    phased_ttt_num_phases=1,
+)
+PR2135 = PR1855 | dict(
+    matrix_lr=0.028,
+    eval_seq_len=2560,
+    ttt_eval_seq_len=2560,
+    ttt_lora_lr=8e-5,
+    ttt_weight_decay=2,
+    ttt_k_lora=False,
+    phased_ttt_num_phases=1,
+    gptq_calibration_batches=32,
+)
 
 
 @pytest.mark.parametrize(
@@ -309,6 +369,9 @@ PR605 = SEEDS | dict(
         ("pr473", PR473),
         ("pr1413", PR1413),
         ("pr605", PR605),
+        ("pr1855", PR1855),
+        ("pr2014", PR2014),
+        ("pr2135", PR2135),
     ],
 )
 def test_presets_hold_the_published_values(name, expected):
@@ -337,6 +400,7 @@ def test_every_preset_is_valid(name):
         ("pr1413", {}, 35_943_512),
         ("pr605", {}, 26_829_913),
         ("record", {}, 35_944_602),
+        ("pr1855", {}, 35_945_671),
     ],
 )
 def test_networks_have_as_many_parameters_as_the_published_logs_say(name, changed, count):
@@ -419,8 +483,9 @@ def test_text_of_the_wrong_kind_is_refused(kind, texts, expected):
 
 
 def test_bools_are_0_and_1():
-    # LN_SCALE and BRANCH_SCALE exclude each other.
-    names = [f.name for f in FIELDS if type(f.default) is bool and f.name != "ln_scale"]
+    # LN_SCALE and BRANCH_SCALE exclude each other, and so do the two smears.
+    others = ("ln_scale", "smear_gate_enabled")
+    names = [f.name for f in FIELDS if type(f.default) is bool and f.name not in others]
     fine = {"PRESET": "cpu", "LN_SCALE": "0", "VE_LAYERS": "1"}
     for text, value in (("0", False), ("1", True)):
         given = {name.upper(): text for name in names}
@@ -629,6 +694,16 @@ RULES = [
     (dict(train_batch_tokens=500), "TRAIN_BATCH_TOKENS"),
     (dict(train_seq_len=129), "TRAIN_SEQ_LEN"),
     (dict(cu_seqlens_capacity=5), "CU_SEQLENS_CAPACITY"),
+    (dict(cu_seqlens_capacity=9, seq_len_schedule="0:32,0.5:64"), "CU_SEQLENS_CAPACITY"),
+    (dict(seq_len_schedule="0.1:64"), "SEQ_LEN_SCHEDULE"),
+    (dict(seq_len_schedule="0:32;0.5:64"), "SEQ_LEN_SCHEDULE"),
+    (dict(seq_len_schedule="0:32,0.5:65"), "SEQ_LEN_SCHEDULE"),
+    (dict(seq_len_schedule="0:1,0.5:64"), "SEQ_LEN_SCHEDULE"),
+    (dict(seq_len_schedule="0:16,0.5:32,0.5:64"), "SEQ_LEN_SCHEDULE"),
+    (dict(seq_len_schedule="0:32,1.5:64"), "SEQ_LEN_SCHEDULE"),
+    (dict(seq_len_schedule="0:32,0.5:64", data_loader="shuffled"), "SEQ_LEN_SCHEDULE"),
+    (dict(sparse_attn_gate_enabled=True, gate_window=33), "GATE_WINDOW"),
+    (dict(smear_gate_enabled=True, smear_enabled=True), "SMEAR_GATE_ENABLED"),
     (dict(val_batch_tokens=511), "VAL_BATCH_TOKENS"),
     (dict(eval_stride=65), "EVAL_STRIDE"),
     (dict(tilt_hedge="1,,2"), "TILT_HEDGE"),

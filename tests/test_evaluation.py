@@ -462,6 +462,45 @@ def test_phases_beyond_the_documents_score_them_all(learnt):
     assert all(half.issuperset(place.tolist()) for place, *_ in learnt)
 
 
+def test_prefix_in_targets_ends_with_the_document_that_reaches_it():
+    counts = np.array([30, 5, 40, 25, 60, 40])  # ends: 30 35 75 100 160 200
+    stops = {
+        (1, 75): [3],
+        (1, 76): [4],
+        (2, 100): [3, 4],
+        (3, 200): [3, 5, 6],
+        (2, 10**7): [4, 6],
+        (0, 100): [],
+    }
+    for (phases, tokens), wanted in stops.items():
+        cfg = tiny_config(phased_ttt_num_phases=phases, phased_ttt_prefix_tokens=tokens)
+        assert tg.phase_stops(counts, cfg) == wanted, (phases, tokens)
+
+
+def test_prefix_in_targets_is_of_one_size_in_any_order_and_knows_nothing_of_what_follows():
+    cfg = tiny_config(phased_ttt_num_phases=1, phased_ttt_prefix_tokens=400)
+    counts = np.array(MANY)
+    for order in (counts, np.sort(counts), np.sort(counts)[::-1]):
+        (stop,) = tg.phase_stops(order, cfg)
+        assert order[: stop - 1].sum() < 400 <= order[:stop].sum()
+        later = np.concatenate([order[:stop], order[stop:][::-1], [999]])
+        assert tg.phase_stops(later, cfg) == [stop]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [({}, False), (dict(ttt_warm_start_a=True), True), (PHASES, True)],
+)
+def test_log_says_where_a_score_depends_on_other_documents(settings, said, monkeypatch):
+    monkeypatch.setattr(tg, "adapt_documents", lambda *_: None)
+    docs = documents(20, 20)
+    model = model_for(2, **settings)
+    lines = []
+    scorer = scorer_for(model, docs)._replace(log=lines.append)
+    next(tg.score_documents(adaptation(model), scorer, tg.Deadline(1e9)))
+    assert any("depends on earlier documents" in line for line in lines) == said
+
+
 def test_epochs_and_batches_make_as_many_steps(monkeypatch):
     steps = []
     monkeypatch.setattr(torch.optim.SGD, "step", lambda self: steps.append(1))

@@ -16,6 +16,7 @@ import train_gpt as tg
 
 CPU = torch.device("cpu")
 LENGTHS = (1, 7, 30, 2, 16, 16)  # of the documents of a row
+GATES = dict(sparse_attn_gate_enabled=True, smear_gate_enabled=True)
 DEEPER = dict(num_layers=5, loop_end=2, xsa_last_n=5)  # 0 1 2 1 2 3 4, two lanes from 3 on
 RECORD = tg.Config.from_env({"PRESET": "record", "COMPUTE_DTYPE": "fp32"}, has_cuda=True)[0]
 
@@ -121,6 +122,9 @@ class Reference:
             if i >= L - cfg.xsa_last_n:
                 unit = vh / vh.norm(dim=1, keepdim=True).clamp_min(1e-12)
                 y = y - (y * unit).sum(1, keepdim=True) * unit
+            if cfg.sparse_attn_gate_enabled:
+                z = n[:, : cfg.gate_window] @ w["attn_gate"][i, h]
+                y = y * torch.sigmoid(cfg.sparse_attn_gate_scale * z)[:, None]
             heads.append(y)
         y = torch.cat(heads, 1) @ w["qo_bank"][L + i].T
         return w["attn_scale"][i] * self.adapted(y, n, "o", slot)
@@ -137,7 +141,12 @@ class Reference:
         full = list(
             zip(full_decoder, reversed(full_encoder), strict=False)
         )  # (receiver, source) of each row
-        x = x0 = rms(w["tok_emb"][ids])
+        x = w["tok_emb"][ids]
+        if cfg.smear_gate_enabled:
+            gate = w["smear_lambda"] * torch.sigmoid(x[:, : cfg.gate_window] @ w["smear_proj"].T)
+            before = torch.cat([torch.zeros_like(x[:1]), x[:-1]])
+            x = x + gate * before * (ids != tg.BOS_ID)[:, None]
+        x = x0 = rms(x)
         skips, lanes = [], None
         for slot, i in enumerate(encoder + decoder):
             c = 1 / math.sqrt(i + 1) if cfg.ln_scale else 1.0
@@ -235,6 +244,9 @@ def agree(cfg: tg.Config, looped: bool, lengths: tuple[int, ...], adapted: bool 
         dict(parallel_final_lane="mlp"),
         dict(parallel_final_lane="attn", num_kv_heads=2),
         dict(num_layers=6, num_loops=2, parallel_start_layer=4, logit_softcap=5.0),
+        dict(sparse_attn_gate_enabled=True),
+        dict(smear_gate_enabled=True),
+        dict(GATES, gate_window=5, sparse_attn_gate_scale=1.5, xsa_last_n=2),
     ],
     ids=lambda changes: ",".join(f"{k}={v}" for k, v in changes.items()) or "default",
 )
@@ -250,6 +262,7 @@ def test_forward_and_gradients_are_those_of_the_specification(changes, looped):
         dict(ttt_lora_alpha=12.0),
         dict(ttt_q_lora=False, ttt_v_lora=False),
         dict(ttt_k_lora=False, ttt_o_lora=False, ttt_mlp_lora=False),
+        dict(GATES, ttt_k_lora=False),
     ],
 )
 def test_adapters_and_their_gradients_are_those_of_the_specification(looped, changes):
@@ -298,6 +311,7 @@ def test_last_visit_at_selected_positions_only_gives_the_same_nats_and_gradients
         dict(ttt_k_lora=False, ttt_v_lora=False),
         dict(ttt_q_lora=False, ttt_k_lora=False, ttt_v_lora=False, ttt_o_lora=False),
         dict(parallel_start_layer=0),
+        GATES,
     ],
     ids=str,
 )

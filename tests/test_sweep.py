@@ -520,3 +520,29 @@ def test_a_real_run_under_torchrun_is_scored_and_a_real_refusal_told(
     assert (tmp_path / "runs/sweeps/real/0000/final_model.int6.ptz").exists()
     assert refused.user_attrs["outcome"] == "refused"
     assert "absent: holds no *_val_*.bin" in refused.user_attrs["reason"]
+
+
+# --- Pairs ----------------------------------------------------------------------------------------
+def test_paired_sweep_prints_each_setting_against_the_baseline(place: Path):
+    args = ("pairs", "SEED=0,1,2", "MATRIX_LR=0.01,0.02", "--paired", "MATRIX_LR=0.02")
+    done = sweep(place, *args)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (row,) = [line for line in done.stdout.splitlines() if line.startswith("| 0.01 ")]
+    assert row.split(" | ")[1:3] == ["3", "+0.10000"]
+
+
+def test_pairs_that_cannot_be_are_refused_before_a_run(place: Path):
+    grid = ("pairs", "SEED=0,1", "MATRIX_LR=0.01,0.02")
+    for args, env, said in (
+        ((*grid, "--paired", "MATRIX_LR=3"), {}, "MATRIX_LR must be one of 0.01, 0.02"),
+        (("pairs", "MATRIX_LR=0.01,0.02", "--paired", "MATRIX_LR=0.01"), {}, "needs SEED"),
+        (
+            (*grid, "--paired", "MATRIX_LR=0.01"),
+            {"MAX_WALLCLOCK_SECONDS": "60"},
+            "MAX_WALLCLOCK_SECONDS=60: must be 0 with --paired",
+        ),
+    ):
+        done = sweep(place, *args, **env)
+        assert done.returncode == 2
+        assert said in done.stderr
+    assert not ran(place, "start")

@@ -162,6 +162,7 @@ class Case:
             "ttt_chunk_tokens": max(cfg.eval_seq_len, min(cfg.ttt_chunk_tokens, quarter)),
             "ttt_batch_size": min(cfg.ttt_batch_size, max(2, len(texts) // 8)),
             "phased_ttt_prefix_docs": min(cfg.phased_ttt_prefix_docs, max(1, 3 * len(texts) // 4)),
+            "phased_ttt_prefix_tokens": min(cfg.phased_ttt_prefix_tokens, 3 * quarter),
         }
         subject.change_config(**changes)
         return Prepared(subject, texts, subject.stream(texts), changes)

@@ -429,6 +429,7 @@ def every_target(case: Case, name: str, prefix: np.ndarray) -> Copies:
         if cfg.phased_ttt_num_phases:
             warm_up = case.texts[: max(1, len(case.texts) // 2)]
             changes |= {"phased_ttt_num_phases": 1, "phased_ttt_prefix_docs": len(warm_up)}
+            changes["phased_ttt_prefix_tokens"] = 0
     docs = subject.stream([*warm_up, *block])
     return Copies(docs, changes, docs.starts[-cfg.vocab_size :] + len(prefix))
 

@@ -9,6 +9,9 @@
         four values of a range, spaced evenly in the logarithm
     sweep.py ttt SEED=0,1 TTT_LORA_LR=5e-5,1e-4,2e-4 --eval-only final_model.int6.ptz
         adaptation alone
+    MAX_WALLCLOCK_SECONDS=0 ITERATIONS=900 sweep.py decay SEED=0,1,2 MUON_WD=0.05,0.095 \\
+            --paired MUON_WD=0.095
+        each setting against the baseline, seed by seed: equal data order, equal steps
     MAX_WALLCLOCK_SECONDS=60 sweep.py quick ...
         the environment holds for every run
     sweep.py big ... --storage postgresql://user@host/optuna
@@ -58,6 +61,7 @@ import scripts  # noqa: E402
 from keeper import Job, read_exit, write_json  # noqa: E402
 from launchers import Launcher, Local, Slurm  # noqa: E402
 from run_statistics import mean_and_sd  # noqa: E402
+from sweep_pairs import HEAD, PairedRun, compare_pairs, pair_cells, parse_baseline  # noqa: E402
 from sweep_space import SET_BY_SWEEP, Knob, Refused, Space  # noqa: E402
 from sweep_study import (  # noqa: E402
     RUNS_AGAIN,
@@ -125,6 +129,7 @@ class SettingRow:
 
     setting: dict[str, str]
     scores: dict[str, float] = field(default_factory=dict)  # by seed
+    runs: dict[str, PairedRun] = field(default_factory=dict)  # by seed
     seconds: list[float] = field(default_factory=list)
     others: Counter[str] = field(default_factory=Counter)  # how many did not come through, by kind
 
@@ -430,6 +435,10 @@ class Sweep:
             kind = trial.user_attrs.get("outcome", trial.state.name.lower())
             if trial.state.name == "COMPLETE":
                 row.scores[key.seed] = trial.value
+                attributes = trial.user_attrs
+                row.runs[key.seed] = PairedRun(
+                    trial.value, attributes.get("steps", 0), attributes.get("train s", 0.0)
+                )
                 row.seconds.append(trial.user_attrs["seconds"])
             elif kind not in ("fail", *RUNS_AGAIN):
                 row.others[kind] += 1
@@ -498,6 +507,17 @@ def all_columns(rows: list[SettingRow]) -> list[str]:
 def note(rows: list[SettingRow]) -> str:
     """The table of settings in Markdown."""
     return markdown_table(all_columns(rows), all_cells(rows))
+
+
+def table_of_pairs(rows: list[SettingRow], baseline: dict[str, str]) -> str:
+    """Every other setting against the baseline, seed by seed, in Markdown."""
+    runs_of_baseline = next((row.runs for row in rows if row.setting == baseline), {})
+    table = []
+    for row in rows:
+        if row.setting != baseline:
+            result = compare_pairs(row.runs, runs_of_baseline)
+            table.append([*row.setting.values(), *pair_cells(result)])
+    return markdown_table([*baseline, *HEAD], table)
 
 
 class View:
@@ -648,6 +668,12 @@ def add_search_options(parser: argparse.ArgumentParser) -> None:
         "(default: with tpe, not in a grid)",
     )
     parser.add_argument(
+        "--paired",
+        metavar="NAME=value,..",
+        help="one setting of the grid: compare every other with it, seed by seed; needs SEED, "
+        "ITERATIONS and MAX_WALLCLOCK_SECONDS=0",
+    )
+    parser.add_argument(
         "--script",
         type=Path,
         default=SCRIPT,
@@ -763,10 +789,28 @@ def option_problems(args: argparse.Namespace, knobs: list[Knob]) -> list[str]:
         problems.append("--nproc, --timeout, --budget: must not be negative")
     if any("=" not in pair for pair in args.slurm):
         problems.append("--slurm: must be KEY=VALUE")
+    problems += pairing_problems(args, knobs)
     if args.prune and sweeps_batch_size(knobs):
         problems.append(
             "--prune: steps of another TRAIN_BATCH_TOKENS cannot be compared; sweep it without"
         )
+    return problems
+
+
+def pairing_problems(args: argparse.Namespace, knobs: list[Knob]) -> list[str]:
+    """What is wrong with --paired; sets `args.baseline`, the setting that it names."""
+    args.baseline = None
+    if not args.paired:
+        return []
+    problems = []
+    if args.search == "tpe":
+        problems.append("--paired: needs a grid, in which every setting has every seed")
+    if not any(knob.name == "SEED" for knob in knobs):
+        problems.append("--paired: needs SEED=a,b,c, which the pairs are made of")
+    try:
+        args.baseline = parse_baseline(args.paired, knobs)
+    except ValueError as error:
+        problems.append(f"--paired {args.paired}: {error}")
     return problems
 
 
@@ -833,6 +877,11 @@ def prepare(args: argparse.Namespace, view: View) -> Sweep:
     runs_in_slurm = args.launcher == "slurm" and "cluster=local" not in args.slurm
     space = Space(script, knobs, base, has_cuda=bool(gpus) or runs_in_slurm)
     config = space.check()
+    if args.paired and config.max_wallclock_seconds and not args.eval_only:
+        raise Refused(
+            f"MAX_WALLCLOCK_SECONDS={config.max_wallclock_seconds:g}: must be 0 with --paired, so "
+            "that runs make equal steps; set ITERATIONS"
+        )
     choose_processes(args, gpus)
     choose_pruning(args, knobs, has_scores=bool(config.val_loss_every))
     description = {
@@ -881,6 +930,8 @@ def main(argv: list[str] | None = None) -> int:
     with view.live or contextlib.nullcontext():
         sweep.go(view.refresh)
     view.console.print(view.picture(live=False))
+    if args.baseline:
+        view.say(table_of_pairs(sweep.rows(), args.baseline))
     Path(args.lock.name).unlink(missing_ok=True)
     if sweep.is_leaving:
         view.say("interrupted; the same command goes on")

@@ -54,6 +54,23 @@ SYSTEMS = {
         "adapts a LoRA and biases per document, one pass",
         "about 1.15, legal form",
     ),
+    "pr1855": System(
+        "#1855",
+        "#1530 with gates on attention and embedding, Polar Express, finer GPTQ; "
+        "adapts a LoRA per document with warm start, all weights in three phases",
+        "1.06108, with CaseOps",
+    ),
+    "pr2014": System(
+        "#2014",
+        "#1855 with segments and windows that grow to 3,072, short chunks, no adapters on q and v; "
+        "one phase",
+        "1.05759, with CaseOps",
+    ),
+    "pr2135": System(
+        "#2135",
+        "#1855 with windows of 2,560, no adapters on k, more calibration; one phase",
+        "1.05651, with CaseOps and token tilt",
+    ),
 }
 PUBLISHED_WITH = (
     "published: FineWeb, 8 x H100, 600 s of training, mean of three seeds, "
