@@ -28,7 +28,7 @@ run: install
 
 # FineWeb and the full run on all GPUs of this machine.
 record: install
-	$(BIN)/python tools/prepare_data.py fineweb --variant sp8192 --train-shards 128
+	$(BIN)/python tools/prepare_data.py fineweb --variant sp8192_caseops --train-shards 80
 	PRESET=record $(BIN)/torchrun --standalone --nproc_per_node=$(GPUS) train_gpt.py
 
 # The kept logs as a table and as runs/report.html, a page to open in a browser; LOGS chooses others.

@@ -1090,7 +1090,7 @@ def can_be_written(path: Path, is_file: bool = False) -> bool:
     return os.access(existing, os.W_OK) and existing.is_dir() == needs_folder
 
 
-# --- Presets: what differs from the defaults, which are those of `record` ---
+# --- Presets: what differs from the defaults ---
 # The published system: parallel lanes, loops, GPTQ, a LoRA per document.
 PR1530 = dict(
     warmdown_frac=0.72,
@@ -1251,8 +1251,9 @@ CPU = dict(
 )
 
 # The accepted records of April and May 2026, as far as their maths keeps the rules; docs/presets.md
-# lists what differs. This is the place for what they have beyond it: CaseOps data, token tilt.
+# lists what differs.
 PR1855 = dict(
+    dataset="fineweb10B_sp8192_lossless_caps_caseops_v1_reserved",
     sparse_attn_gate_enabled=True,
     smear_gate_enabled=True,
     warmdown_frac=0.85,
@@ -1263,7 +1264,7 @@ PR1855 = dict(
     mlp_clip_sigmas=11.5,
     attn_clip_sigmas=13.0,
     embed_clip_sigmas=14.0,
-    compressor="ans",
+    column_scales=False,
     ttt_lora_rank=80,
     ttt_lora_alpha=144.0,
     ttt_warm_start_a=True,
@@ -1301,10 +1302,19 @@ PR2135 = dict(
     ttt_weight_decay=2.0,
     ttt_k_lora=False,
     phased_ttt_num_phases=1,
+    tilt_order=16,
+)
+
+# The last accepted record with this file's own quantiser: steps by what an error of a row and of a
+# column costs. EXPERIMENTS.md has the evidence.
+RECORD = dict(
+    PR2135,
+    quantizer="allocated",
+    column_scales=True,
 )
 
 PRESETS = {
-    "record": {},
+    "record": RECORD,
     "pr1530": PR1530,
     "pr1560": PR1560,
     "pr1413": PR1413,

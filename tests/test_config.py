@@ -120,17 +120,6 @@ PUBLISHED = dict(
 )
 # PR #1530's script with these settings.
 PR1560 = PUBLISHED | dict(warmdown_frac=0.75, ttt_chunk_size=48)
-RECORD = PR1560 | dict(
-    min_lr=0.1,
-    matrix_lr=0.026,
-    gptq_reserve_seconds=-1,
-    embed_bits=7,
-    embed_clip_sigmas=15,
-    compressor="ans",
-    gptq_calibration_batches=16,
-)
-
-
 # What the published runs of PR #473, #1413 and #605 have in common, by their logs.
 SEEDS = dict(
     num_layers=11,
@@ -307,6 +296,7 @@ PR1855 = PUBLISHED | dict(
     beta2=0.99,
     muon_coeffs="polar",
     sparse_attn_gate_enabled=True,
+    dataset="fineweb10B_sp8192_lossless_caps_caseops_v1_reserved",
     sparse_attn_gate_scale=0.5,
     smear_gate_enabled=True,
     gate_window=12,
@@ -314,6 +304,7 @@ PR1855 = PUBLISHED | dict(
     gptq_reserve_seconds=-1,
     gptq_calibration_batches=16,
     quantizer="gptq",
+    column_scales=False,
     embed_bits=7,
     mlp_clip_sigmas=11.5,
     attn_clip_sigmas=13,
@@ -357,7 +348,13 @@ PR2135 = PR1855 | dict(
     ttt_k_lora=False,
     phased_ttt_num_phases=1,
     gptq_calibration_batches=32,
+    tilt_order=16,
+    tilt_threshold=0.8,
+    tilt_beta=2.625,
+    tilt_gamma=0,
+    tilt_hedge="",
 )
+RECORD = PR2135 | dict(quantizer="allocated", column_scales=True)
 
 
 @pytest.mark.parametrize(
@@ -399,7 +396,8 @@ def test_every_preset_is_valid(name):
         ("pr473", {"bigram_vocab_size": 2048}, 26_993_756),
         ("pr1413", {}, 35_943_512),
         ("pr605", {}, 26_829_913),
-        ("record", {}, 35_944_602),
+        ("pr1530", {}, 35_944_602),
+        ("record", {}, 35_945_671),
         ("pr1855", {}, 35_945_671),
     ],
 )

@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 LENGTHS = (1, 7, 30, 2, 16, 16)  # of the documents of a row
 GATES = dict(sparse_attn_gate_enabled=True, smear_gate_enabled=True)
 DEEPER = dict(num_layers=5, loop_end=2, xsa_last_n=5)  # 0 1 2 1 2 3 4, two lanes from 3 on
-RECORD = tg.Config.from_env({"PRESET": "record", "COMPUTE_DTYPE": "fp32"}, has_cuda=True)[0]
+RECORD = tg.Config.from_env({"PRESET": "pr1530", "COMPUTE_DTYPE": "fp32"}, has_cuda=True)[0]
 
 
 def draw(cfg: tg.Config, seed: int = 0) -> tg.GPT:
