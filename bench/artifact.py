@@ -392,12 +392,12 @@ def measure_curve(point: Checkpoint, way: Quantising) -> list[Measured]:
 def loss_at(curve: list[Measured], size: float) -> float | None:
     """Nats lost at a size in bytes, between the measured ones on a logarithmic scale of losses.
 
-    None beyond them, or where a loss is too small to have a logarithm.
+    None beyond them. Sizes at which the network seems to have lost nothing are left out.
     """
-    curve = sorted(curve)
+    curve = sorted(measured for measured in curve if measured.lost > 0)
     sizes = [measured.size for measured in curve]
     losses = [measured.lost for measured in curve]
-    if min(losses) <= 0 or not sizes[0] <= size <= sizes[-1]:
+    if not sizes or not sizes[0] <= size <= sizes[-1]:
         return None
     return math.exp(np.interp(size, sizes, np.log(losses)))
 
