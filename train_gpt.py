@@ -3847,6 +3847,14 @@ class Trainer:
         run.log(f"{step}/{self.cfg.iterations} val_loss: {loss:.4f} val_bpb: {bpb:.4f}")
         run.log.scalars(step, {"val_bpb": bpb})
 
+    def rounds_weights(self, lr_scale: float) -> bool:
+        """Whether the next step rounds its weights (LATE_QAT); remembers and logs the beginning."""
+        state = self.state
+        if self.cfg.late_qat and lr_scale < self.cfg.late_qat_threshold and not state.rounded:
+            self.run.log(f"late_qat:enabled step:{state.step} lr_scale:{lr_scale:.3f}")
+            state.rounded = True
+        return state.rounded
+
     def longest_segment(self, frac: float) -> int:
         """The longest segment of the next step by SEQ_LEN_SCHEDULE; remembers and logs a change."""
         state = self.state
@@ -3942,11 +3950,7 @@ def train(run: Run, reserve: float) -> bool:
         loader.longest = trainer.longest_segment(frac)
         rows, num_targets = next(steps)
         lr_scale = lr_scale_at(frac, cfg, step)
-        if cfg.late_qat and lr_scale < cfg.late_qat_threshold and not state.rounded:
-            run.log(f"late_qat:enabled step:{step} lr_scale:{lr_scale:.3f}")
-            state.rounded = True
-
-        model.set_rounding(state.rounded)
+        model.set_rounding(trainer.rounds_weights(lr_scale))
         loss = accumulate_gradients(run.forward, plan, rows, num_targets, run.graphs)
         model.set_rounding(False)
 
