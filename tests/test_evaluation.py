@@ -573,7 +573,11 @@ def test_a_ten_thousandth_may_differ_from_the_fields_counts(
     run = Session(tiny_data, val_doc_fraction=share)
     figures = {"val_loss": 1.0, "val_bpb": 2.0, "tokens": 3, "bytes": 4}
     ledger = SimpleNamespace(
-        problems=lambda decoded: [], result=lambda: figures, num_not_learnt_from=0, by_document=dict
+        problems=lambda decoded: [],
+        result=lambda: figures,
+        num_not_learnt_from=0,
+        by_document=dict,
+        tilt=None,
     )
     # The number of tokens is not known.
     totals = tg.DatasetTotals(documents=len(run.docs.starts), tokens=0, bytes=1_000_000)

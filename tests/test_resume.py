@@ -567,7 +567,8 @@ def test_a_line_in_place_waits_until_the_last_one_has_rested(tmp_path, monkeypat
 
 @pytest.mark.parametrize("sd", [0.02, 1.0])
 def test_the_expected_bytes_are_the_entropy_of_gaussian_weights(sd):
-    cfg = tg.Config(**{**tg.PRESETS["cpu"], "preset": "cpu", "quantizer": "gptq"})
+    changed = dict(preset="cpu", quantizer="gptq", artifact_limit_bytes=0)
+    cfg = tg.Config(**{**tg.PRESETS["cpu"], **changed})
     codes = tg.CODE_BYTES
     for role in tg.parameter_table(cfg).values():
         if role.packing == "float":

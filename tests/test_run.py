@@ -200,7 +200,7 @@ def test_lines_keep_the_published_templates_and_a_table_of_phases_closes(first_r
         r"layer_loop:enabled step:\d frac:0\.\d{3} .*",
     ]
     lines += [
-        r"Total submission size quantized\+zstd: \d+ bytes",
+        r"Total submission size quantized\+ans: \d+ bytes",
         r"model_params:\d+",
         "ttt_lora:docs:12 rank:4 .*",
     ]

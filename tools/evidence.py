@@ -68,7 +68,7 @@ def system_runs(has_corpus: bool) -> list[PlannedRun]:
     """The eight systems with equal budgets on one data set."""
     data = {"DATASET": "pydocs_sp1024", "VOCAB_SIZE": "1024", "VAL_DOC_FRACTION": "0.1"}
     if has_corpus:
-        data = {"DATASET": "corpus_sp8192", "VOCAB_SIZE": "8192", "VAL_DOC_FRACTION": "0.05"}
+        data = {"DATASET": "corpus_sp8192", "VOCAB_SIZE": "8192", "VAL_DOC_FRACTION": "0.02"}
     budget = {"SHRINK": "1", "MAX_WALLCLOCK_SECONDS": str(SYSTEM_SECONDS)}
     text = "corpus" if has_corpus else "pydocs"
     return [
