@@ -54,7 +54,7 @@ compare: dev
 	$(BIN)/python tools/report.py --compare logs/"$(COMPARE)"-????.txt
 
 # Three seeds of `make run` and the eight systems, run anew on this source; their logs, and every
-# figure of README.md, EXPERIMENTS.md and submission.json. Half an hour on 2 cores; after a kill the
+# figure of README.md, EXPERIMENTS.md and submission.json. Forty minutes on 2 cores; after a kill the
 # same command goes on. The systems run on English documents if CORPUS is there, else on docstrings.
 CORPUS ?= ../shared/corpus
 CORPUS_TOKENIZER ?= ../shared/tokenizers/fineweb_8192_bpe.model

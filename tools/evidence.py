@@ -194,7 +194,7 @@ def experiment_block(seeds: list[Path], systems: list[Path]) -> list[str]:
         "",
         *figures_of("Three seeds of `make run`", seeds, "seed"),
         "",
-        *figures_of(f"Eight systems, SHRINK=1, {SYSTEM_SECONDS} s each", systems, "preset"),
+        *figures_of(f"Systems side by side, SHRINK=1, {SYSTEM_SECONDS} s each", systems, "preset"),
         "",
         "Verdict: every phase of every system works on this source. Training is stopped by the",
         "clock, so steps, and with them scores, follow the speed of the machine at the hour.",
