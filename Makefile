@@ -6,7 +6,7 @@ GPUS := $(shell nvidia-smi -L 2>/dev/null | wc -l)
 
 BENCHES := $(filter-out bench/reference.py bench/fake_hopper.py,$(wildcard bench/*.py))
 
-.PHONY: run record report compare evidence pack bench test lint gpu gpu-systems install dev
+.PHONY: run record report compare evidence pack bench test lint gpu gpu-systems gpu-frontier install dev
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -85,3 +85,7 @@ gpu:
 # The eight systems at full size on one GPU, 90 s of training each, as one table. SYSTEMS="pr1413 pr473" runs some.
 gpu-systems:
 	bash bench/gpu.sh "$(PYTHON)" systems
+
+# The accepted records of April and May, and ours, likewise.
+gpu-frontier:
+	SYSTEMS="pr1855 pr2014 pr2135 record" bash bench/gpu.sh "$(PYTHON)" systems

@@ -2,7 +2,7 @@
 # What only a GPU can say. Each part writes a file to bench/results/ as it goes, and one to $OUT if
 # that is set:
 #   tests       the tests marked gpu
-#   step        speed of a training step, beside the public script REFERENCE=FILE if set
+#   step        speed of a training step, beside REFERENCE=FILE, the script of PR #1530, if set
 #   evaluation  speed of test-time training, beside the same script
 #   run         the record preset on one GPU: GPU_SECONDS (default 60) of training, then GPU_DOCS
 #               (default 0.01) of the documents
@@ -74,12 +74,15 @@ part() {
 }
 
 export VAL_LOSS_EVERY=0
+# REFERENCE is the script of PR #1530, so it is timed beside the same system.
+BENCHED=${REFERENCE:+pr1560}
+BENCHED=${BENCHED:-record}
 for name in $PARTS; do
   case $name in
     tests) part tests "${TESTS_SECONDS:-120}" "$PYTHON" -m pytest -q -m gpu ;;
-    step) PRESET=record part step "${STEP_SECONDS:-140}" \
+    step) PRESET=$BENCHED part step "${STEP_SECONDS:-140}" \
       "$PYTHON" -u bench/step.py --rounds 5 ${REFERENCE:+--reference "$REFERENCE"} ;;
-    evaluation) PRESET=record part evaluation "${EVALUATION_SECONDS:-120}" \
+    evaluation) PRESET=$BENCHED part evaluation "${EVALUATION_SECONDS:-120}" \
       "$PYTHON" -u bench/evaluation.py --batches 2 ${REFERENCE:+--reference "$REFERENCE"} ;;
     run) PRESET=record DATASET=$TEXT RUN_ID="gpu_$STAMP" MAX_WALLCLOCK_SECONDS=${GPU_SECONDS:-60} \
       VAL_DOC_FRACTION=${GPU_DOCS:-0.01} WARMUP_STEPS=2 \

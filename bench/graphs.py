@@ -1,7 +1,7 @@
 """What the compiler makes of a run's graphs on Hopper, without a GPU.
 
-    PRESET=record python bench/graphs.py [--reference FILE] [--out bench/results/graphs_sm90.md]
-                                         [--sources FOLDER]
+    python bench/graphs.py [--reference FILE] [--out bench/results/graphs_sm90.md]
+                           [--sources FOLDER]
 
 Every compiled graph (training with and without loops, scoring, a step of adaptation, the passes of
 the optimisers) is traced on fake CUDA tensors and lowered by Inductor to its Triton source for
@@ -12,8 +12,8 @@ from these: the larger of FLOPs / 650 TFLOP/s and bytes / 2.85 TB/s, plus 1.5 us
 is library code, the same for all systems: 2.09 ms a visit. A model is no measurement: bench/step.py
 measures. Copies from the host are listed.
 
-With --reference also the public script's training graphs (see bench/reference.py), in the same
-process. Needs a CPU build of PyTorch (written for 2.13), Triton and g++. The last line is `bench `
+The system is PRESET=record, or pr1560 beside a public script, PR #1530's, whose training graphs
+--reference adds (see bench/reference.py), in the same process. Needs a CPU build of PyTorch (written for 2.13), Triton and g++. The last line is `bench `
 and one JSON object; null is what was not counted.
 """
 
@@ -742,7 +742,8 @@ def main(argv: list[str]) -> int:
         print('bench {"target": "sm_90", "host": null}')
         return 0
     try:
-        figures = run(args, {"PRESET": "record", **os.environ})
+        preset = "pr1560" if args.reference else "record"
+        figures = run(args, {"PRESET": preset, **os.environ})
     except tg.UsageError as error:
         print(f"bench/graphs.py: {error}", file=sys.stderr)
         return 2
