@@ -13,8 +13,9 @@ is library code, the same for all systems: 2.09 ms a visit. A model is no measur
 measures. Copies from the host are listed.
 
 The system is PRESET=record, or pr1560 beside a public script, PR #1530's, whose training graphs
---reference adds (see bench/reference.py), in the same process. Needs a CPU build of PyTorch (written for 2.13), Triton and g++. The last line is `bench `
-and one JSON object; null is what was not counted.
+--reference adds (see bench/reference.py), in the same process. Needs a CPU build of PyTorch
+(written for 2.13), Triton and g++. The last line is `bench ` and one JSON object; null is what was
+not counted.
 """
 
 from __future__ import annotations
