@@ -415,7 +415,8 @@ print(json.dumps(figures))
 
 def lower(command: list[str], **env: str) -> str:
     """The output of Python with this command line; these knobs are its environment."""
-    env |= base_environment() | {"OMP_NUM_THREADS": "1"}
+    # A pool of compiling processes takes longer to start than the compilers take.
+    env |= base_environment() | {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     command = [sys.executable, *command]
     done = subprocess.run(
         command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900, check=False
