@@ -358,6 +358,47 @@ def test_column_scales_save_the_bits_of_the_closed_form_at_equal_loss():
     assert abs(saved - closed_form) < 0.1
 
 
+def test_a_column_that_costs_most_stays_in_range_and_leaves_the_others_their_bits():
+    cfg = tiny_config(quantizer="allocated")
+    model, hessians, sensitivities = calibrated(cfg)
+    size = torch.ones(cfg.model_dim)
+    size[3] = 300
+    hessians["mlp_in", 1] *= size[:, None] * size
+    quantizer = tg.Quantizer(model, hessians, sensitivities, ONE)
+    num_weights = sum(math.prod(shape) for shape in quantizer.shapes.values())
+    losses = []
+    for bits in (2, 3, 4):
+        quantised = quantizer.solve(quantizer.theta_for(bits * num_weights / 8))
+        assert quantised.codes["up_bank"][1].abs().max() < 127
+        losses.append(loss_of_rounding(model, quantised, hessians, sensitivities))
+    # One more bit a weight leaves a quarter of the loss.
+    assert all(more > 3 * less for more, less in zip(losses, losses[1:], strict=False))
+
+
+def test_predicted_bits_count_the_errors_that_the_solver_makes_up_for():
+    weight, hessian = correlated(1, 512, 96)
+    ones = torch.ones(1, 96)
+    solver = tg.GptqSolver.prepare(weight, hessian)
+    _, feedback = solver.error_power(ones)
+    power = weight.square().mean(-1)
+    step = power.sqrt()
+    rows = tg.BankRows(
+        published_step=step,
+        power=power,
+        column_power=tg.by_column_group(ones, ones),
+        feedback=tg.by_column_group(ones, feedback),
+        largest=weight.abs().amax(-1),
+        cost=None,
+        qmax=127,
+    )
+    q = solver.solve(step, ones, 127)
+    entropy = sum(tg.code_entropy_bytes([q[0, :, j].numpy()]) for j in range(96))
+    bits = 8 * entropy / q.numel()
+    without = rows._replace(feedback=torch.zeros_like(rows.feedback))
+    assert abs(float(rows.entropy_bits(step).mean()) - bits) < 0.05
+    assert float(without.entropy_bits(step).mean()) < bits - 0.1
+
+
 def test_allocation_over_rows_and_columns_costs_less_than_over_rows_at_equal_bytes():
     model, hessians, sensitivities = fitting_model()
     hessians = {key: uneven_inputs(hessian, 1.0) for key, hessian in hessians.items()}
