@@ -262,7 +262,7 @@ class DataKnobs:
         return [length for share, length in self.seq_len_stages if share <= frac][-1]
 
     def rules(self) -> Iterator[Rule]:
-        """What is wrong with the sizes of rows and steps."""
+        """What is wrong with rows and steps, and with the schedule of their segments."""
         yield from self.rules_of_rows()
         if not self.seq_len_schedule:
             return
@@ -2489,10 +2489,8 @@ class GPT(nn.Module):
         x: raw embeddings (T, C). A BOS takes nothing, so no document sees another one (PR #1851),
         and neither does the first token of a segment: its predecessor is not in the window.
         """
-        narrow = x[:, : self.cfg.gate_window]
-        gate = (
-            self.smear_lambda.to(x.dtype) * F.linear(narrow, self.smear_proj.to(x.dtype)).sigmoid()
-        )
+        logits = F.linear(x[:, : self.cfg.gate_window], self.smear_proj.to(x.dtype))  # (T, 1)
+        gate = self.smear_lambda.to(x.dtype) * logits.sigmoid()
         starts = (positions == 0) | (ids == BOS_ID)
         return x + (gate * ~starts[:, None]) * x.roll(1, 0)
 
@@ -4028,12 +4026,12 @@ def check_bytes(
     or if all of them differ from the manifest. Documents with a side-car get no table, so that no
     score can mix both; their bytes are then the side-car's, which `check_sidecar` has checked.
     """
+    own_spans = list(docs.spans())[ranks.rank :: ranks.world_size]
     if docs.bytes is not None:
-        own_spans = list(docs.spans())[ranks.rank :: ranks.world_size]
         return None, sum(int(docs.bytes[start + 1 : end + 1].sum()) for start, end in own_spans)
     table = ByteTable.from_sentencepiece(tokenizer.model)
     decoded = 0
-    for start, end in list(docs.spans())[ranks.rank :: ranks.world_size]:
+    for start, end in own_spans:
         # The last target is the next document's BOS, which has no text, except at the very end.
         if end == len(docs.tokens) - 1:
             end += 1
@@ -4820,6 +4818,16 @@ class GptqSolver(NamedTuple):
         feedback = (squares.sum(2) - diagonal) / diagonal
         return diagonal.mean(-1), torch.empty_like(feedback).scatter_(1, self.order, feedback)
 
+    def column_exponents(self) -> Tensor:
+        """Exponents of the scales 1 / L_jj, int8 (n, cols), in the order of the inputs.
+
+        The geometric mean of the scales of a matrix is 1.
+        """
+        octaves = self.upper.diagonal(dim1=1, dim2=2).log2()
+        octaves = octaves.mean(1, keepdim=True) - octaves
+        k = (SCALES_PER_OCTAVE * octaves).round().clamp(-127, 127).to(torch.int8)
+        return torch.empty_like(k).scatter_(1, self.order, k)
+
     def solve(self, step: Tensor, column_scale: Tensor, qmax: int) -> Tensor:
         """Codes int8 (n, rows, cols) in [-qmax, qmax] with W ~ codes * step * column_scale.
 
@@ -4900,24 +4908,6 @@ def bank_exponents(cfg: Config, exponents: Mapping) -> dict[str, np.ndarray]:
         keys = [matrix.input_key for matrix in matrices_of(cfg, bank)]
         stacks[bank] = np.stack([np.asarray(exponents[key]) for key in keys])
     return stacks
-
-
-def find_column_exponents(cfg: Config, hessians: Hessians, ranks: Ranks) -> ColumnExponents:
-    """Exponents of the scales 1 / L_jj, whose geometric mean over the columns is 1.
-
-    Each rank factors some of the Hessians. All ranks must call it; all get the same exponents,
-    which they might not if each factored all of them. Raises BadMatrix.
-    """
-    exponents = {}
-    for i, (key, (cols,)) in enumerate(column_shapes(cfg).items()):
-        k = torch.zeros(cols, dtype=torch.int8, device=ranks.device)
-        if i % ranks.world_size == ranks.rank:
-            factor = InputFactor.of(hessians[key])
-            octaves = factor.lower.diagonal().log2()
-            octaves = octaves.mean() - octaves
-            k[factor.order] = (SCALES_PER_OCTAVE * octaves).round().clamp(-127, 127).to(torch.int8)
-        exponents[key] = ranks.sum(k).cpu()
-    return exponents
 
 
 # --- Step sizes -----------------------------------------------------------------------------------
@@ -5130,15 +5120,11 @@ class Quantizer:
             bank: model.get_parameter(bank).detach().view(shape)
             for bank, shape in self.shapes.items()
         }
-        self.has_columns = self.cfg.column_scales and hessians is not None
-        if self.has_columns:
-            self.columns = find_column_exponents(self.cfg, hessians, ranks)
-        else:
-            shapes = column_shapes(self.cfg)
-            self.columns = {key: torch.zeros(n, dtype=torch.int8) for key, n in shapes.items()}
         self.solvers: dict[str, GptqSolver] = {}
         for bank in self.shapes:
             self.add_solver(bank, hessians)
+        self.has_columns = self.cfg.column_scales and hessians is not None
+        self.columns = self.find_columns()
         self.rows: dict[str, BankRows] = {}
         for bank, scale in self.bank_scales(self.columns).items():
             self.add_rows(bank, scale, hessians is not None, sensitivities)
@@ -5150,6 +5136,22 @@ class Quantizer:
         if sensitivities is not None:
             steps = {bank: rows.published_step for bank, rows in self.rows.items()}
             self.default_theta = self.theta_for(self.entropy_bytes(steps))
+
+    def find_columns(self) -> ColumnExponents:
+        """The exponents of all columns; zeros, for scales of 1, where there are none.
+
+        Matrices of equal inputs share those of the first. Each rank knows its own matrices, and all
+        get the same. All ranks must call it.
+        """
+        exponents = {}
+        for bank, (n, _, cols) in self.shapes.items():
+            k = torch.zeros(n, cols, dtype=torch.int8, device=self.ranks.device)
+            if self.has_columns and bank in self.solvers:
+                k[self.owned_matrices] = self.solvers[bank].column_exponents()
+            k = self.ranks.sum(k).cpu()
+            for matrix in matrices_of(self.cfg, bank):
+                exponents.setdefault(matrix.input_key, k[matrix.index])
+        return exponents
 
     def bank_scales(self, exponents: ColumnExponents) -> dict[str, Tensor]:
         """The column scales of every bank, fp32 (n, cols)."""
@@ -5191,7 +5193,8 @@ class Quantizer:
         feedback = self.ranks.sum(feedback)
 
         weight = self.weights[bank] / column_scale[:, None]
-        column_power = weight.square().mean(1)
+        squares = weight.square()
+        column_power = squares.mean(1)
         column_power /= column_power.mean(1, keepdim=True).clamp_min(1e-20)
         largest = weight.abs()
         if self.has_columns:
@@ -5199,7 +5202,7 @@ class Quantizer:
         allocates = sensitivities is not None
         self.rows[bank] = BankRows(
             published_step=published_steps(self.cfg, bank, weight, has_hessians).float(),
-            power=weight.square().mean(-1).clamp_min(1e-20),
+            power=squares.mean(-1).clamp_min(1e-20),
             column_power=by_column_group(column_power, column_power),
             feedback=by_column_group(column_power, feedback),
             largest=largest.amax(-1),
@@ -5294,9 +5297,9 @@ def fit_artifact(
     """The artifact with the finest steps that keep the model under `fitted_bytes`.
 
     It is at most FIT_SLACK_BYTES smaller, or no step can be finer. Without a limit the size is that
-    of the published steps. `rounds` limits the attempts. A call with
-    rounds=1 is a rehearsal: it may return b"" on rank 0. All ranks must call it; rank 0 gets the
-    file, the others b"". Raises UsageError if the model cannot fit.
+    of the published steps. `rounds` limits the attempts. A call with rounds=1 is a rehearsal: it
+    may return b"" on rank 0. All ranks must call it; rank 0 gets the file, the others b"". Raises
+    UsageError if the model cannot fit.
     """
     cfg = model.cfg
     is_main = quantizer.ranks.is_main

@@ -301,11 +301,11 @@ def test_column_scales_are_the_roots_of_two_rounded_to_fp32():
 
 def test_exponents_even_out_the_factor_and_inputs_without_correlation_get_none():
     cfg = tiny_config()
-    _, hessians, _ = calibrated(cfg)
+    model, hessians, _ = calibrated(cfg)
     # The third input of a layer was never active; a table that is looked up has the identity.
     hessians["mlp_in", 1][2] = hessians["mlp_in", 1][:, 2] = 0
     hessians["head_in", 0] = torch.eye(cfg.model_dim)
-    exponents = tg.find_column_exponents(cfg, hessians, ONE)
+    exponents = tg.Quantizer(model, hessians, None, ONE).columns
     assert list(exponents) == list(tg.column_shapes(cfg))
     assert not exponents["head_in", 0].any()
     for key, k in exponents.items():
@@ -325,7 +325,7 @@ def test_column_scales_of_one_change_no_code(monkeypatch):
     ones = {
         key: torch.zeros(shape, dtype=torch.int8) for key, shape in tg.column_shapes(cfg).items()
     }
-    monkeypatch.setattr(tg, "find_column_exponents", lambda *_: ones)
+    monkeypatch.setattr(tg.Quantizer, "find_columns", lambda self: ones)
     model.cfg = dataclasses.replace(cfg, column_scales=True)
     for part, other in zip(expected, quantize(model, hessians, ONE, sensitivities), strict=True):
         for key, values in part.items():

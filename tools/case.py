@@ -22,6 +22,8 @@ import torch
 from probe import StateWatch, Subject, scratch_folder
 from scripts import load_script
 
+from train_gpt import shard_paths
+
 EXACT_NATS = 1e-6  # same shapes on both sides; or twice the difference that T0 finds
 
 
@@ -296,8 +298,7 @@ class Case:
 
     def shards(self, split: str) -> list[Path]:
         """The shards of a split, in order. The side-car of `val` is the split `val_bytes`."""
-        paths = sorted(self.subject.run.cfg.dataset_dir.glob(f"*_{split}_*.bin"))
-        return [path for path in paths if f"_{split}_bytes_" not in path.name]
+        return shard_paths(self.subject.run.cfg.dataset_dir, split)
 
     def log_text(self) -> str:
         """The run's log. Raises NotRun if there is none."""
