@@ -879,7 +879,7 @@ def test_the_terminal_shows_every_run_and_what_it_spent(tmp_path, capsys) -> Non
         "51.0 / 60 s",
         "5.0 / 600 s",
         "0.30000",
-        "mean: val_bpb 1.85000 ± 0.07071",
+        "mean: val_bpb 1.850 ± 0.071",
     ):
         assert word in out
     assert "over the limit: train 70.0 s of 60" in out
@@ -895,7 +895,7 @@ def test_markdown_is_rewritten_between_its_markers_only(tmp_path, capsys) -> Non
         assert text.startswith(f"# Title\n{report.BEGIN}\n| run | seed |")
         assert text.endswith(f"{report.END}\nrest\n")
         assert text.count("| 1.80000 |") == 1
-        assert "mean: val_bpb 1.85000 ± 0.07071" in text
+        assert "mean: val_bpb 1.850 ± 0.071" in text
         assert "old" not in text
     page.write_text("# Title\n")
     assert "report:begin" in refusal(capsys, *logs, "--markdown", str(page))

@@ -47,6 +47,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(ROOT))
 import runlog  # noqa: E402
+import terminal  # noqa: E402
 from digests import file_sha256  # noqa: E402
 from legality import (  # noqa: E402
     TESTS,
@@ -268,4 +269,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(terminal.run(main))

@@ -53,6 +53,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 import charts  # noqa: E402
 import submission  # noqa: E402
 import systems  # noqa: E402
+import terminal  # noqa: E402
 from claims import (  # noqa: E402
     broken_limits,
     check_claim,
@@ -61,7 +62,7 @@ from claims import (  # noqa: E402
     read_finished,
     score_problems,
 )
-from comparison import compare, count, mean_sentence, summarise, verdict  # noqa: E402
+from comparison import compare, count, mean_sentence, summarise, verdict, visible_sentence  # noqa: E402
 from run_documents import read_documents  # noqa: E402
 from runlog import STAGES, Run  # noqa: E402
 from tables import DASH, MarksError, markdown_table, replace_block, show  # noqa: E402
@@ -119,6 +120,9 @@ class Report:
         sentences = [mean_sentence("mean", self.summary)]
         for name, summary in self.groups().items():
             sentences.append(mean_sentence(f"mean of {name}", summary))
+        visible = visible_sentence(self.summary)
+        if visible and not self.mixed:
+            sentences.append(visible)
         if self.comparison:
             sentences.append(mean_sentence("mean of the baseline", self.base_summary))
             sentences += verdict(self.comparison, len(self.runs), len(self.baseline))
@@ -141,7 +145,7 @@ def name_runs(runs: list[Run]) -> None:
 
 def run_warnings(runs: list[Run]) -> list[str]:
     """Broken limits, losses of another score, and scores below the one that counts."""
-    warnings = []
+    warnings = [f"{run.label}: {text}" for run in runs for text in run.warnings]
     for run in runs:
         warnings += [f"{run.label}: over the limit: {text}" for text in broken_limits(run)]
     for run in runs:
@@ -222,9 +226,7 @@ def is_bad(run: Run) -> bool:
 
 def print_report(report: Report) -> None:
     """Prints tables of runs and phases, differences, statements and problems."""
-    from rich.console import Console
-
-    console = Console() if sys.stdout.isatty() else Console(width=200)
+    console = terminal.console()
     for title, runs in (("runs", report.runs), ("baseline", report.baseline)):
         if runs:
             print_runs(console, title, runs)
@@ -583,6 +585,8 @@ def main(argv: list[str]) -> int:
         if args.date is not None and not is_day(args.date):
             raise UsageError(f"--date {args.date}: must be a day, YYYY-MM-DD")
         return compare_systems(args) if args.compare else report_runs(args)
+    except BrokenPipeError:
+        raise
     except (UsageError, OSError) as error:
         print(f"report.py: {error}", file=sys.stderr)
         return 2
@@ -596,4 +600,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(terminal.run(main))
