@@ -31,10 +31,11 @@ record: install
 	$(BIN)/python tools/prepare_data.py fineweb --variant sp8192_caseops --train-shards 80
 	PRESET=record $(BIN)/torchrun --standalone --nproc_per_node=$(GPUS) train_gpt.py
 
-# The kept logs as a table and as runs/report.html, a page to open in a browser; LOGS chooses others.
-LOGS ?= $(wildcard logs/????-??-??_*_seed*.txt)
+# Every run so far as a table and as runs/report.html, a page to open in a browser: newest first, by
+# configuration. LOGS chooses others.
+LOGS ?= $(wildcard logs/*.txt)
 report: dev
-	$(BIN)/python tools/report.py $(LOGS) --html runs/report.html
+	$(BIN)/python tools/report.py --history $(LOGS) --html runs/report.html
 
 # Eight systems on the same data with the same budget, small enough for a CPU (SHRINK=1, a tenth of the documents), as one
 # table. Killed, it goes on when typed again. For spread SEED=0,1,2 VAL_DOC_FRACTION=1, since a seed draws its own sample; at

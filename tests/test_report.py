@@ -892,7 +892,7 @@ def test_markdown_is_rewritten_between_its_markers_only(tmp_path, capsys) -> Non
     for _ in range(2):
         assert report.main([*logs, "--markdown", str(page)]) == 0
         text = page.read_text()
-        assert text.startswith(f"# Title\n{report.BEGIN}\n| run | seed |")
+        assert text.startswith(f"# Title\n{report.BEGIN}\n| run | val_bpb | seed |")
         assert text.endswith(f"{report.END}\nrest\n")
         assert text.count("| 1.80000 |") == 1
         assert "mean: val_bpb 1.850 ± 0.071" in text

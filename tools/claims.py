@@ -8,6 +8,7 @@ scores of different validation texts.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import itertools
 import math
 from pathlib import Path
@@ -127,6 +128,49 @@ def check_claim(runs: list[Run], mixed: bool) -> dict[str, list[str]]:
             words.append(f"{shown_name}={values[i]}")
         run.group = " ".join(words)
     return differing
+
+
+def group_by_configuration(runs: list[Run]) -> list[list[Run]]:
+    """The runs of each code and configuration, newest first, and within it the newest run first.
+
+    Names each run's group: its preset and the knobs that its user had set, and the code or what
+    else differs where that does not tell two groups apart.
+    """
+    differing = differences(runs)
+    groups: dict[tuple[str, ...], list[Run]] = {}
+    for run in sorted(runs, key=age_order, reverse=True):
+        key = tuple(comparable_value(run, name) for name in differing)
+        groups.setdefault(key, []).append(run)
+    names = [configuration_name(members[0]) for members in groups.values()]
+    for name, (key, members) in zip(names, groups.items(), strict=True):
+        full_name = name
+        if names.count(name) > 1:
+            values = dict(zip(differing, key, strict=True))
+            full_name = f"{name} {distinction(values)}"
+        for run in members:
+            run.group = full_name
+    return list(groups.values())
+
+
+def age_order(run: Run) -> str:
+    """Sorts runs by age, those that tell none by the time of their file."""
+    written = datetime.datetime.fromtimestamp(run.path.stat().st_mtime)
+    return run.started or written.strftime("%Y-%m-%d %H:%M")
+
+
+def configuration_name(run: Run) -> str:
+    """Preset and data of a run and the knobs that its user had set."""
+    words = [str(run.facts.get("preset", "")), str(run.facts.get("dataset", ""))]
+    for name in sorted(run.given - NOT_OF_THE_CLAIM - {"preset", "dataset"}):
+        words.append(f"{name.upper()}={run.config[name]}")
+    return " ".join(filter(None, words)) or "unknown"
+
+
+def distinction(values: dict[str, str]) -> str:
+    """What tells a group from others of its name: its code, and else the first knobs."""
+    if "code_sha256" in values:
+        return f"code {values['code_sha256'][:7]}"
+    return " ".join(f"{name}={value}" for name, value in list(values.items())[:3])
 
 
 def refuse_equal_logs(runs: list[Run]) -> None:

@@ -103,3 +103,25 @@ def loss_by_position(arrays: dict[str, np.ndarray]) -> Profile | None:
         y=losses.tolist(),
         n=counts[used].astype(int).tolist(),
     )
+
+
+class Document(NamedTuple):
+    """A document and what it costs."""
+
+    number: int  # in the order of the validation set, from 1
+    bpb: float  # its own bits per byte
+    num_bytes: int
+    share: float  # of the bits of all documents
+
+
+def worst_documents(arrays: dict[str, np.ndarray], most: int = 5) -> list[Document]:
+    """The documents with most bits per byte; [] without losses per document."""
+    if not arrays:
+        return []
+    bits = arrays["doc_nats"].astype(np.float64) / math.log(2)
+    sizes = arrays["doc_bytes"].astype(np.int64)
+    bpb = bits / np.maximum(sizes, 1)
+    return [
+        Document(int(i) + 1, float(bpb[i]), int(sizes[i]), float(bits[i] / bits.sum()))
+        for i in np.argsort(-bpb, kind="stable")[:most]
+    ]

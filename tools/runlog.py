@@ -340,6 +340,19 @@ class Run:
         return f"{self.path} (run {self.part})" if self.part else str(self.path)
 
     @property
+    def started(self) -> str:
+        """When the run began, as `YYYY-MM-DD HH:MM`, or its day; "" where nothing tells it.
+
+        The name of the run begins with it or, of a kept log, that of the file.
+        """
+        for name in (str(self.final.get("run_id", "")), self.path.name):
+            match = STARTED.match(name)
+            if match:
+                year, month, day, hour, minute = match.groups()
+                return f"{year}-{month}-{day}" + (f" {hour}:{minute}" if hour else "")
+        return ""
+
+    @property
     def results(self) -> tuple:
         """What two readings of one run have in common, and two runs do not."""
         return (self.seed, self.steps, self.train_seconds, [score[1:3] for score in self.scores])
@@ -366,6 +379,9 @@ class Run:
         """Seconds spent on a budget; None if the log has no phase of it."""
         seconds = [phase.seconds for phase in self.phases if phase.budget == budget]
         return sum(seconds) if seconds else None
+
+
+STARTED = re.compile(r"(\d{4})-?(\d\d)-?(\d\d)(?:-(\d\d)(\d\d)\d\d)?(?=_|-|\.|$)")
 
 
 def read_runs(path: Path) -> list[Run]:
