@@ -47,7 +47,6 @@ import collections
 import json
 import math
 import os
-import re
 import sys
 import time
 from pathlib import Path
@@ -519,19 +518,12 @@ def make_submission(report: Report, args: argparse.Namespace) -> dict[str, Any]:
         github_id=args.github_id,
         name=args.name,
         blurb=args.blurb,
-        date=args.date or day_of(runs[0]),
-        track=args.track,
+        date=args.date or submission.day_of(runs[0]),
+        track=args.track.removeprefix("track_"),
     )
     compliance = submission.read_compliance(runs, args.audit)
-    return submission.build_submission(runs, claimant, compliance=compliance)
-
-
-def day_of(run: Run) -> str:
-    """The day with which the run's name begins. Raises UsageError if it does not."""
-    stamp = re.match(r"(\d{4})(\d\d)(\d\d)-", str(run.final.get("run_id", "")))
-    if not stamp:
-        raise UsageError("--date: the logs do not name the day, so this must (YYYY-MM-DD)")
-    return "-".join(stamp.groups())
+    counted = submission.counted_by_logs(runs)
+    return submission.build_submission(runs, claimant, counted, compliance, report.baseline)
 
 
 # === Command line =================================================================================

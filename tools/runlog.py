@@ -390,7 +390,11 @@ def read_runs(path: Path) -> list[Run]:
     A run that a file holds twice, as of its terminal and of its own log, is one run. The first run
     has a warning for every run that was left out.
     """
-    text = read_text(path)
+    return runs_of_text(path, read_text(path))
+
+
+def runs_of_text(path: Path, text: str) -> list[Run]:
+    """The finished runs of a log's text, as `read_runs` gives them; `path` is where it is from."""
     parts = split_runs(plain_lines(text))
     if len(parts) == 1:
         return [run_of_lines(path, parts[0])]
