@@ -1692,8 +1692,8 @@ MAX_LOG_BYTES = 2**30
 MAX_WEIGHTS_BYTES = 2**34
 
 
-def open_regular(path: Path) -> io.BufferedReader:
-    """Opens a file for reading.
+def open_regular(path: Path, max_bytes: float = math.inf) -> io.BufferedReader:
+    """Opens a file of at most `max_bytes` for reading.
 
     Raises OSError at once for all that is no file: a folder, a device, a link to nothing, or a
     FIFO, which would make the program wait.
@@ -1707,16 +1707,18 @@ def open_regular(path: Path) -> io.BufferedReader:
     if kind != stat.S_IFREG:
         reason = f"is {FILE_KINDS.get(kind, 'something else')}, not a file"
         raise OSError(errno.EINVAL, reason, str(path))
-    return open(path, "rb")
+    file = open(path, "rb")  # noqa: SIM115
+    size = os.fstat(file.fileno()).st_size
+    if size > max_bytes:
+        file.close()
+        reason = f"holds {size} bytes, at most {max_bytes} are read"
+        raise OSError(errno.EFBIG, reason, str(path))
+    return file
 
 
 def read_regular(path: Path, max_bytes: int) -> bytes:
-    """The content of a file. Raises OSError as `open_regular`, and beyond `max_bytes`."""
-    with open_regular(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        if size > max_bytes:
-            reason = f"holds {size} bytes, at most {max_bytes} are read"
-            raise OSError(errno.EFBIG, reason, str(path))
+    """The content of a file. Raises OSError as `open_regular`."""
+    with open_regular(path, max_bytes) as file:
         return file.read(max_bytes)
 
 

@@ -50,7 +50,18 @@ from runlog import LogError, Run  # noqa: E402
 from submission import Claimant, CountedFiles  # noqa: E402
 from tables import markdown_table  # noqa: E402
 
-from train_gpt import LIMIT_BYTES, UsageError, write_atomic  # noqa: E402
+from train_gpt import (  # noqa: E402
+    LIMIT_BYTES,
+    MAX_ARTIFACT_BYTES,
+    MAX_JSON_BYTES,
+    MAX_LOG_BYTES,
+    TEXT_LINE,
+    UsageError,
+    fault_in,
+    read_regular,
+    reason_of,
+    write_atomic,
+)
 
 __all__ = ["packed_size"]  # for callers that only want to know the size
 
@@ -169,7 +180,7 @@ def find_logs(run_dir: Path, given: list[Path]) -> list[ReadLog]:
         raise UsageError(f"{run_dir}: its log is not {own}; --log must name it")
     logs = []
     for path in paths:
-        content = path.read_bytes()
+        content = read_regular(path, MAX_LOG_BYTES)
         try:
             logs.append(ReadLog(path, content, read_log(str(path), content)))
         except LogError as error:
@@ -191,7 +202,8 @@ class Origin(NamedTuple):
 
 def find_artifact(run_dir: Path, logs: list[ReadLog]) -> Origin:
     """The artifact in a run's folder that a log names. Raises UsageError if there is none."""
-    path_of_hash = {sha256(path.read_bytes()): path for path in sorted(run_dir.glob("*.ptz"))}
+    paths = sorted(run_dir.glob("*.ptz"))
+    path_of_hash = {sha256(read_regular(path, MAX_ARTIFACT_BYTES)): path for path in paths}
     for log in logs:
         path = path_of_hash.get(log.run.final["artifact_sha256"])
         if path:
@@ -204,7 +216,7 @@ def find_source(given: Path | None, log: ReadLog) -> bytes:
     """The readable code of a run: the text at the head of its log, or a file. Raises UsageError."""
     path = given or ROOT / PACKED
     wanted = log.run.final["code_sha256"]
-    for source in (runlog.source_at_head(log.content), path.read_bytes()):
+    for source in (runlog.source_at_head(log.content), read_regular(path, MAX_LOG_BYTES)):
         if source is not None and sha256(source) == wanted:
             return source
     reason = f"is not the code of the run (code_sha256 {wanted[:12]}..)"
@@ -224,7 +236,7 @@ def build(args: argparse.Namespace) -> Files:
         PACKED: pack_code(source),
         READABLE: source,
         artifact: origin.artifact.read_bytes(),
-        REQUIREMENTS: args.requirements.read_bytes(),
+        REQUIREMENTS: read_regular(args.requirements, MAX_JSON_BYTES),
     }
     for log in logs:
         files[log_name(log.run)] = log.content
@@ -269,7 +281,7 @@ def load(folder: Path) -> Folder:
         if path.is_symlink() or not path.is_file():
             problems.append(f"{path.name}: only regular files belong here, no folder and no link")
         else:
-            files[path.name] = path.read_bytes()
+            files[path.name] = read_regular(path, MAX_LOG_BYTES)
     return Folder(files, problems)
 
 
@@ -445,9 +457,11 @@ def check_claim(contents: Contents) -> Iterator[str]:
     try:
         claim = json.loads(contents.files[CLAIM])
         claimant = Claimant(**{field: claim.get(field, "") for field in Claimant._fields})
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         yield f"{CLAIM}: is no JSON object"
         return
+    if fault := fault_in(claimant._asdict(), dict.fromkeys(Claimant._fields, TEXT_LINE)):
+        yield f"{CLAIM}: {fault}"
     runs = list(contents.runs.values())
     real = make_claim(contents.files[PACKED], contents.artifacts[0], runs, claimant)
     for key in sorted(real.keys() | claim.keys()):
@@ -595,7 +609,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def write_code(source: Path, out: Path) -> None:
     """Writes the packed code of a readable source."""
-    readable = source.read_bytes()
+    readable = read_regular(source, MAX_LOG_BYTES)
     packed = pack_code(readable)
     write_atomic(out, packed)
     print(f"{out}: {len(packed):,} bytes, from {len(readable):,} readable ones")
@@ -647,7 +661,7 @@ def main(argv: list[str]) -> int:
     except UsageError as error:
         return report_problems(str(error))
     except OSError as error:
-        return report_problems(f"{error.filename}: {error.strerror}")
+        return report_problems(reason_of(error))
     return 0
 
 

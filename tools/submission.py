@@ -14,7 +14,7 @@ from run_documents import run_folder
 from run_statistics import mean_and_sd
 from runlog import Run
 
-from train_gpt import LIMIT_BYTES, UsageError
+from train_gpt import LIMIT_BYTES, NUMBER, TEXT_LINE, Entry, UsageError, read_json, reason_of
 
 # Kind of a score -> its name in submission.json.
 SCORE_NAMES = {
@@ -141,6 +141,14 @@ def as_bytes(submission: dict[str, Any]) -> bytes:
 # === Compliance: what audits have shown ===========================================================
 
 
+VERDICT = Entry("true, false or null", lambda v: v is None or type(v) is bool)
+EVIDENCE = Entry("a text or a number", lambda v: TEXT_LINE.fits(v) or NUMBER.fits(v))
+AUDIT = {
+    "artifact_sha256?": TEXT_LINE,
+    "properties": {"*": {"passed?": VERDICT, "evidence?": EVIDENCE}},
+}
+
+
 def read_compliance(runs: list[Run], audits: list[Path]) -> Compliance:
     """Flags of the properties that an audit of every run's artifact has looked at, and no others.
 
@@ -177,8 +185,9 @@ def audit_of_run(run: Run) -> Path | None:
 def read_audit(path: Path) -> tuple[str | None, dict[str, dict[str, Any]]]:
     """(hash of the artifact, properties) of an audit. Raises UsageError if it cannot be read."""
     try:
-        audit = json.loads(path.read_text(encoding="utf-8"))
-        properties = {name: dict(value) for name, value in audit["properties"].items()}
-        return audit.get("artifact_sha256"), properties
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"{path}: is no audit with `properties` ({error})") from error
+        audit = read_json(path, AUDIT)
+    except OSError as error:
+        raise UsageError(reason_of(error)) from error
+    except UsageError as error:
+        raise UsageError(f"{error}: is no audit with `properties`") from error
+    return audit.get("artifact_sha256"), audit["properties"]
