@@ -62,6 +62,7 @@ import copy
 import dataclasses
 import difflib
 import enum
+import errno
 import hashlib
 import importlib.util
 import inspect
@@ -75,8 +76,11 @@ import random
 import re
 import shutil
 import signal
+import stat
 import sys
 import time
+import warnings
+import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -131,6 +135,10 @@ class UsageError(ValueError):
 
 class RunStopped(RuntimeError):
     """The run reached a limit that the user has set. One line, exit status 3."""
+
+
+class ForeignValue(TypeError):
+    """A file holds a value that no run writes. The message, one line, does not name the file."""
 
 
 class BadMatrix(FloatingPointError):
@@ -938,9 +946,15 @@ def network_config(cfg: Config) -> dict[str, Any]:
 
 
 def read_network_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """All of the network's fields, from those a model file holds. KeyError if one is missing."""
+    """All of the network's fields, from those a model file holds.
+
+    Raises KeyError if one is missing, ForeignValue if one has another type than its knob.
+    """
     defaults = {name: FIELDS[name].default for name in OPTIONAL_NETWORK_FIELDS}
     values = defaults | config
+    for name in NETWORK_FIELDS:
+        if type(values[name]) is not type(FIELDS[name].default):
+            raise ForeignValue(f"its config holds {name}={values[name]!a}")
     return {name: values[name] for name in NETWORK_FIELDS}
 
 
@@ -1059,12 +1073,28 @@ def check_paths(cfg: Config) -> None:
         raise UsageError("\n".join(problems))
 
 
+# The files that a run writes to its folder.
+OUTPUTS = (
+    "checkpoint.0.pt",
+    "checkpoint.1.pt",
+    "final_model.pt",
+    "final_model.int6.ptz",
+    "scores.json",
+    "documents.npz",
+)
+
+
 def rules_of_paths(cfg: Config) -> Iterator[Rule]:
     """The rules about files, folders and installed packages that are broken."""
     if not can_be_written(Path("logs", f"{cfg.run_id}.txt"), is_file=True):
         yield Rule("run_id", "the name of a file that can be written in logs")
-    if not can_be_written(Path(cfg.artifact_dir or f"runs/{cfg.run_id}")):
+    folder = Path(cfg.artifact_dir or f"runs/{cfg.run_id}")
+    if not can_be_written(folder):
         yield Rule("artifact_dir", "a folder that can be written")
+    for name in OUTPUTS:
+        # Without RUN_ID the folder will be a new one.
+        if (cfg.artifact_dir or cfg.run_id) and (folder / name).is_dir():
+            yield Rule("artifact_dir", f"a place where {folder / name} is no folder")
     if cfg.tensorboard_dir:
         if importlib.util.find_spec("tensorboard") is None:
             yield Rule("tensorboard_dir", "empty, or tensorboard must be installed")
@@ -1079,16 +1109,17 @@ def can_be_written(path: Path, is_file: bool = False) -> bool:
     """Whether a folder (or file) can be written or, if there is none, made."""
     path = Path.cwd() / path
     existing = path
-    while not os.path.exists(existing):
+    while not os.path.lexists(existing):
         # A name may have 255 bytes; four are left free, because a log's name may get .old.
         if len(os.fsencode(existing.name)) > 251:
             return False
         existing = existing.parent
 
     is_there = existing == path
-    # Whatever is not there yet is made in the nearest folder above it.
+    # Whatever is not there yet is made in the nearest folder above it. A link to nothing is there.
     needs_folder = not (is_file and is_there)
-    return os.access(existing, os.W_OK) and existing.is_dir() == needs_folder
+    is_right = existing.is_dir() if needs_folder else existing.is_file()
+    return is_right and os.access(existing, os.W_OK)
 
 
 # --- Presets: what differs from the defaults ---
@@ -1539,7 +1570,7 @@ class Log:
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.exists():
                 # A killed run may have left half a line.
-                os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+                os.truncate(path, read_regular(path, MAX_LOG_BYTES).rfind(b"\n") + 1)
             self.file = path.open("a", encoding="utf-8")
 
     def __call__(self, line: str, terminal: bool = True) -> None:
@@ -1645,6 +1676,142 @@ def torch_bytes(contents: dict[str, Any]) -> bytes:
     return buffer.getvalue()
 
 
+# --- Reading files: nothing is believed ---
+FILE_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+# The largest of each kind that is read whole.
+MAX_JSON_BYTES = 2**24
+MAX_TOKENIZER_BYTES = 2**26
+MAX_ARTIFACT_BYTES = 2**28
+MAX_LOG_BYTES = 2**30
+MAX_WEIGHTS_BYTES = 2**34
+
+
+def open_regular(path: Path, max_bytes: float = math.inf) -> io.BufferedReader:
+    """Opens a file of at most `max_bytes` for reading.
+
+    Raises OSError at once for all that is no file: a folder, a device, a link to nothing, or a
+    FIFO, which would make the program wait.
+    """
+    try:
+        kind = stat.S_IFMT(os.stat(path).st_mode)
+    except FileNotFoundError as error:
+        if not os.path.islink(path):
+            raise
+        raise OSError(error.errno, "is a link to nothing", str(path)) from error
+    if kind != stat.S_IFREG:
+        reason = f"is {FILE_KINDS.get(kind, 'something else')}, not a file"
+        raise OSError(errno.EINVAL, reason, str(path))
+    file = open(path, "rb")  # noqa: SIM115
+    size = os.fstat(file.fileno()).st_size
+    if size > max_bytes:
+        file.close()
+        reason = f"holds {size} bytes, at most {max_bytes} are read"
+        raise OSError(errno.EFBIG, reason, str(path))
+    return file
+
+
+def read_regular(path: Path, max_bytes: int) -> bytes:
+    """The content of a file. Raises OSError as `open_regular`."""
+    with open_regular(path, max_bytes) as file:
+        return file.read(max_bytes)
+
+
+def reason_of(error: OSError) -> str:
+    """The file that an error is about, and what is wrong with it, in one line."""
+    reason = error.strerror or str(error)
+    return f"{error.filename}: {reason}" if error.filename else reason
+
+
+class Entry(NamedTuple):
+    """What a value in a file of JSON must be."""
+
+    words: str
+    fits: Callable[[Any], bool]
+
+
+WHOLE = Entry("a whole number from 0 to 2^63", lambda v: type(v) is int and 0 <= v <= 2**63)
+NUMBER = Entry("a number", lambda v: type(v) in (int, float) and abs(v) < 1e300)
+TEXT_LINE = Entry("a text of one line", lambda v: type(v) is str and v.isprintable())
+
+
+def fault_in(value: Any, schema: Any, where: str = "its content") -> str:
+    """What is wrong with a value read from JSON, in one line; empty if it fits the schema.
+
+    schema: an Entry; [schema] for a list of such values; or a dict for an object. There a key that
+    ends with "?" may be missing, "*" stands for all keys, and keys that are not named are free.
+    """
+    if isinstance(schema, Entry):
+        return "" if schema.fits(value) else f"{where} must be {schema.words}"
+    if not isinstance(value, type(schema)):
+        return f"{where} must be {'a list' if isinstance(schema, list) else 'an object'}"
+    if isinstance(schema, list):
+        pairs = [(f"{where}[{i}]", item, schema[0]) for i, item in enumerate(value)]
+    else:
+        prefix = "" if where == "its content" else f"{where}."
+        pairs = []
+        for key, part in schema.items():
+            name = key.removesuffix("?")
+            if key == "*":
+                pairs += [(f"{prefix}{k!a}", item, part) for k, item in value.items()]
+            elif name in value:
+                pairs.append((prefix + name, value[name], part))
+            elif name == key:
+                return f"{prefix}{name} is missing"
+    return next(
+        (fault for place, item, part in pairs if (fault := fault_in(item, part, place))), ""
+    )
+
+
+def read_json(path: Path, schema: Any) -> Any:
+    """The value in a file of JSON. Raises UsageError if it does not fit the schema (`fault_in`).
+
+    Raises OSError as `read_regular`.
+    """
+    try:
+        value = json.loads(read_regular(path, MAX_JSON_BYTES))
+    except (ValueError, RecursionError) as error:
+        reason = str(error) if isinstance(error, json.JSONDecodeError) else "is no JSON"
+        raise UsageError(f"{path}: {reason}") from error
+    if fault := fault_in(value, schema):
+        raise UsageError(f"{path}: {fault}")
+    return value
+
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def check_plain(name: str, value: Any, dtypes: tuple[torch.dtype, ...]) -> None:
+    """Raises ForeignValue unless all tensors in nested dicts and lists are plain ones on the CPU.
+
+    name: stands for the value in the message.
+    """
+    if isinstance(value, dict):
+        for key, item in value.items():
+            check_plain(f"{name}[{key!a}]", item, dtypes)
+    elif isinstance(value, (list, tuple)):
+        for i, item in enumerate(value):
+            check_plain(f"{name}[{i}]", item, dtypes)
+    elif isinstance(value, Tensor):
+        # A subclass need not behave like a tensor.
+        is_plain = type(value) in (Tensor, nn.Parameter) and value.layout == torch.strided
+        if not is_plain or value.device.type != "cpu" or value.dtype not in dtypes:
+            raise ForeignValue(f"{name} is no plain tensor of numbers")
+
+
+def check_weights(weights: dict[str, Tensor]) -> None:
+    """Raises ForeignValue unless all are plain tensors of finite floats on the CPU."""
+    check_plain("weights", weights, FLOATS)
+    for name, weight in weights.items():
+        if not weight.isfinite().all():
+            raise ForeignValue(f"weights[{name!a}] holds a number that is not finite")
+
+
 # === 3. Data: shards of uint16 tokens -> rows of packed documents ===
 SHARD_HEADER = [20240520, 1]  # magic, version; then the token count; 256 int32 in all
 
@@ -1662,8 +1829,9 @@ def read_shard(path: Path) -> np.ndarray:
 
     Raises UsageError for another kind of file, another version, a wrong length or an empty shard.
     """
-    size = path.stat().st_size
-    header = np.fromfile(path, dtype="<i4", count=256)
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        header = np.frombuffer(file.read(1024)[: size // 4 * 4], dtype="<i4")
     if len(header) < 256 or header[:2].tolist() != SHARD_HEADER:
         raise UsageError(f"{path}: starts with {header[:2].tolist()}, a shard with {SHARD_HEADER}")
     num_tokens = int(header[2])
@@ -1941,21 +2109,27 @@ class Documents(NamedTuple):
         return np.concatenate([np.arange(0), *pieces])
 
 
+# What a run reads of the files of JSON beside the shards.
+FILE_ENTRY = {"name": TEXT_LINE, "tokens": WHOLE}
+MANIFEST = {
+    "tokenizer": {"file": TEXT_LINE, "sha256": TEXT_LINE},
+    "splits?": {"*": {"tokens?": WHOLE, "bytes?": WHOLE, "files": [FILE_ENTRY]}},
+}
+DOCTOR_VERDICT = {"files": {"*": [WHOLE]}, "errors": [TEXT_LINE]}
+
+
 def load_manifest(cfg: Config) -> tuple[dict[str, Any], str, str | None]:
     """The data set's manifest, the name of its tokenizer's file and that file's SHA-256.
 
     Without a manifest these are {}, the challenge's name, and None. That name ends like the data
-    set's. Raises UsageError if the manifest does not name a tokenizer.
+    set's. Raises UsageError if the manifest does not fit MANIFEST, OSError if it cannot be read.
     """
     path = cfg.dataset_dir / "manifest.json"
-    if not path.is_file():
+    if not os.path.lexists(path):
         ending = cfg.dataset_dir.name.partition(f"_sp{cfg.vocab_size}")[2]
         return {}, f"fineweb_{cfg.vocab_size}_bpe{ending}.model", None
-    try:
-        manifest = json.loads(path.read_text())
-        return manifest, manifest["tokenizer"]["file"], manifest["tokenizer"]["sha256"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{path}: not a manifest of tools/prepare_data.py") from error
+    manifest = read_json(path, MANIFEST)
+    return manifest, manifest["tokenizer"]["file"], manifest["tokenizer"]["sha256"]
 
 
 # Title, all capitals, next letter, escape. They stand for capitals and have no bytes (PR #1729);
@@ -1985,10 +2159,10 @@ class Tokenizer(NamedTuple):
         manifest, default_name, wanted_sha256 = load_manifest(cfg)
         path = Path(cfg.tokenizer_path or Path(cfg.data_dir) / "tokenizers" / default_name)
         try:
-            data = path.read_bytes()
+            data = read_regular(path, MAX_TOKENIZER_BYTES)
             model = sentencepiece.SentencePieceProcessor(model_proto=data)
         except (OSError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
+            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
             raise UsageError(f"TOKENIZER_PATH={path}: no SentencePiece model ({reason})") from error
         sha256 = hashlib.sha256(data).hexdigest()
         loaded = cls(path, model, model.bos_id(), sha256, manifest)
@@ -2017,21 +2191,27 @@ class Tokenizer(NamedTuple):
 
 
 def check_doctor_verdict(cfg: Config, tokenizer: Tokenizer) -> None:
-    """Raises UsageError if `tools/prepare_data.py doctor` found an error in these very files."""
-    files = [
-        tokenizer.path,
-        *cfg.dataset_dir.glob("*.bin"),
-        *cfg.dataset_dir.glob("manifest.json"),
-    ]
-    error = None
-    # A missing or foreign verdict, or one without errors, is no reason to refuse the data.
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-        verdict = json.loads((cfg.dataset_dir / "doctor.json").read_text())
-        sizes_and_times = {f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in files}
-        # If these differ, a file has changed since the doctor looked, and its verdict is void.
-        if verdict["files"] == sizes_and_times:
-            error = verdict["errors"][0]
-    if error:
+    """Raises UsageError if `tools/prepare_data.py doctor` found an error in these very files.
+
+    Likewise if doctor.json is there but holds no verdict. Without one, nothing is checked.
+    """
+    path = cfg.dataset_dir / "doctor.json"
+    if not os.path.lexists(path):
+        return
+    try:
+        verdict = read_json(path, DOCTOR_VERDICT)
+    except UsageError as error:
+        remedy = "tools/prepare_data.py doctor writes it anew"
+        raise UsageError(f"{error}; {remedy}") from error
+    shards = cfg.dataset_dir.glob("*.bin")
+    manifest = cfg.dataset_dir.glob("manifest.json")
+    sizes_and_times = {}
+    for file in (tokenizer.path, *shards, *manifest):
+        status = os.stat(file)
+        sizes_and_times[file.name] = [status.st_size, status.st_mtime_ns]
+    # If these differ, a file has changed since the doctor looked, and its verdict is void.
+    if verdict["files"] == sizes_and_times and verdict["errors"]:
+        error = verdict["errors"][0]
         raise UsageError(f"{cfg.dataset_dir}: {error}; found by tools/prepare_data.py doctor")
 
 
@@ -5794,9 +5974,6 @@ def config_of_header(header: dict[str, Any]) -> Config:
     fields = read_network_config(header["config"])
     # Rules that have nothing to do with the network are switched off.
     defaults = Config(artifact_limit_bytes=0, fused_ce=False)
-    for name, value in fields.items():
-        if type(value) is not type(getattr(defaults, name)):
-            raise ValueError("a field of another type")
     cfg = dataclasses.replace(defaults, **fields)
     # The rules may rely on every value being in its range.
     for rule in list(cfg.out_of_range()) or cfg.rules():
@@ -5890,7 +6067,7 @@ def open_artifact(data: bytes, path: Path) -> tuple[dict[str, Any], ArtifactArra
     # Each codec has its own errors, and a hostile file may provoke any of them.
     except Exception as error:
         reason = type(error).__name__
-        if type(error) is ValueError:
+        if type(error) in (ValueError, ForeignValue):
             reason = " ".join(str(error).splitlines()[:1])
         raise UsageError(f"{path}: damaged: {reason}") from error
 
@@ -6586,11 +6763,34 @@ def learn_weights(
 FOREIGN_FILE_ERRORS = (
     OSError,
     RuntimeError,
-    KeyError,
+    LookupError,
     TypeError,
+    ValueError,
     AttributeError,
+    NotImplementedError,
+    MemoryError,
+    RecursionError,
+    OverflowError,
     pickle.UnpicklingError,
+    zipfile.BadZipFile,
 )
+
+
+def load_torch(data: bytes) -> dict[str, Any]:
+    """The dict in a file that torch.save has written. Raises one of FOREIGN_FILE_ERRORS.
+
+    torch.save never compresses, so what is small cannot become large.
+    """
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        if sum(entry.file_size for entry in archive.infolist()) > len(data):
+            raise ForeignValue("is compressed")
+    with warnings.catch_warnings():
+        # Torch warns of kinds of tensors that are refused anyway.
+        warnings.simplefilter("ignore")
+        saved = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    if type(saved) is not dict:
+        raise ForeignValue("holds no dict")
+    return saved
 
 
 def read_model_file(path: Path) -> dict[str, Any]:
@@ -6600,11 +6800,12 @@ def read_model_file(path: Path) -> dict[str, Any]:
     which only read_checkpoint reads. Raises UsageError for a file that is neither or is a damaged
     artifact, and one of FOREIGN_FILE_ERRORS for what torch.load refuses.
     """
-    data = path.read_bytes()
-    # A weights file is a zip file; a run's own checkpoint begins with its SHA-256.
-    if data[:2] == b"PK":
-        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    header, arrays = open_artifact(data, path)
+    with open_regular(path) as file:
+        # A weights file is a zip file; a run's own checkpoint begins with its SHA-256.
+        is_zip = file.read(2) == b"PK"
+    if is_zip:
+        return load_torch(read_regular(path, MAX_WEIGHTS_BYTES))
+    header, arrays = open_artifact(read_regular(path, MAX_ARTIFACT_BYTES), path)
     return {**header, "arrays": arrays}
 
 
@@ -6646,12 +6847,17 @@ def load_model_file(cfg: Config, origin: dict[str, str]) -> tuple[Config, dict[s
         has_both = "weights" in saved and "arrays" in saved
         if has_both or type(saved.get("looped", True)) is not bool:
             raise TypeError("fields that no run writes")
+        check_weights(saved.get("weights", {}))
         file_cfg = dataclasses.replace(cfg, **read_network_config(saved["config"]))
         reasons = reasons_to_refuse(name, file_cfg, cfg, origin, saved)
+    except UsageError:
+        raise
     except FOREIGN_FILE_ERRORS as error:
         reason = "neither an artifact nor a weights file of train_gpt.py"
         if isinstance(error, OSError) and error.strerror:
             reason = error.strerror
+        elif isinstance(error, ForeignValue):
+            reason = str(error)
         raise UsageError(f"{name}: {reason}") from error
     if reasons:
         raise UsageError("\n".join(reasons))
@@ -6740,22 +6946,58 @@ def read_checkpoint(path: Path, made_with: dict[str, Any]) -> tuple[dict[str, An
     It is refused if it is damaged or was made with other values than `made_with`; otherwise the
     reason is empty.
     """
-    data = path.read_bytes()
-    checksum = data[:32]
-    body = data[32:]
-    if hashlib.sha256(body).digest() != checksum:
-        return {}, "damaged"
-    saved = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
+    try:
+        data = read_regular(path, MAX_WEIGHTS_BYTES)
+        if hashlib.sha256(data[32:]).digest() != data[:32]:
+            return {}, "damaged"
+        saved = load_torch(data[32:])
+        check_checkpoint(saved)
+    except FOREIGN_FILE_ERRORS as error:
+        if isinstance(error, (OSError, ForeignValue)):
+            return {}, getattr(error, "strerror", None) or str(error)
+        return {}, "holds what no run writes"
     differences = []
-    for key, value in saved["made_with"].items():
-        if made_with.get(key, value) != value:
+    for key in sorted(saved["made_with"].keys() | made_with.keys()):
+        value = saved["made_with"].get(key)
+        if made_with.get(key) != value:
             differences.append(f"made with {key}={value}")
     return saved, ", ".join(differences)
 
 
+CHECKPOINT = {
+    "number": WHOLE,
+    "made_with": {},
+    "start": {"stage": Entry("a stage", lambda v: v in list(Stage))},
+    "final": {"*": Entry("a number or a text", lambda v: NUMBER.fits(v) or type(v) is str)},
+}
+
+
+def check_checkpoint(saved: dict[str, Any]) -> None:
+    """Raises ForeignValue unless a checkpoint has the fields and types that a run writes."""
+    if fault := fault_in(saved, CHECKPOINT):
+        raise ForeignValue(fault)
+    for name, budget, seconds in saved["phases"]:
+        if not (type(name) is type(budget) is str and NUMBER.fits(seconds)):
+            raise ForeignValue(f"phases holds {name!a}")
+    start = Start(**saved["start"])
+    check_weights(start.weights or {})
+    if start.looped not in (None, False, True):
+        raise ForeignValue("looped must be a truth value")
+    if start.training is not None:
+        check_plain("training", start.training, (*FLOATS, torch.int64, torch.int32, torch.uint8))
+        for key, value in TrainState(**start.training["state"]).__dict__.items():
+            # Only two fields are truth values.
+            wanted = (bool,) if key in ("looped", "rounded") else (int, float)
+            if type(value) not in wanted:
+                raise ForeignValue(f"state.{key} is {value!a}")
+
+
 def has_final_line(log: Path) -> bool:
     """Whether a log holds a run's result."""
-    return log.exists() and re.search(rb"^final .*\n", log.read_bytes(), re.M) is not None
+    if not log.exists():
+        return False
+    with open_regular(log) as file:
+        return any(line.startswith(b"final ") and line.endswith(b"\n") for line in file)
 
 
 # The labels of scores in the log, as PR #1530's script has them, by the keys of the final line. The
@@ -6833,10 +7075,15 @@ class Run:
             lines = self.check(origin)
         except UsageError as error:
             problem = str(error)
+        except OSError as error:
+            problem = reason_of(error)
         for message in self.ranks.gather(problem):
             if message:
                 raise UsageError(message)
         self.decoded = sum(self.ranks.gather(self.decoded))
+        if not self.decoded:
+            path = self.streams["val"].paths[0]
+            raise UsageError(f"{path}: the validation documents hold no text to score")
         return lines
 
     def check(self, origin: dict[str, str]) -> list[str]:
@@ -7293,7 +7540,7 @@ class Run:
 
         Rank 0's file counts. All ranks must call it. Raises UsageError if the file is damaged.
         """
-        own_data = path.read_bytes() if self.ranks.is_main else None
+        own_data = read_regular(path, MAX_ARTIFACT_BYTES) if self.ranks.is_main else None
         data = self.ranks.gather(own_data)[0]
         header, arrays = open_artifact(data, path)
         load_artifact(self.model, arrays)
@@ -7459,8 +7706,10 @@ class Run:
     def log_gzip(self) -> None:
         """Logs how well gzip compresses the validation text, if the manifest knows."""
         val = self.tokenizer.manifest.get("splits", {}).get("val", {})
-        if val.get("gzip_bytes"):
-            self.final["gzip_bpb"] = 8 * val["gzip_bytes"] / val["bytes"]
+        # Only for show: a manifest that says something odd here ends no run.
+        gzip_bytes, size = val.get("gzip_bytes"), val.get("bytes")
+        if WHOLE.fits(gzip_bytes) and gzip_bytes and size:
+            self.final["gzip_bpb"] = 8 * gzip_bytes / size
             self.log(f"for scale, gzip -9 of each document: val_bpb:{self.final['gzip_bpb']:.4f}")
 
 

@@ -563,7 +563,7 @@ FORGED = {  # (change, after which SHA256SUMS is renewed; what the problems must
     ),
     "figure that is none": (
         edited(LOG, sub(b'"val_loss": 3.0', b'"val_loss": "3"')),
-        [f"{LOG}: its final line has no number as val_loss"],
+        [f"{LOG}: its final line is no JSON object of a run (val_loss must be a number)"],
     ),
     "unfinished log": (edited(LOG, sub(b"final {", b"{")), [f"{LOG}: has 0 final lines"]),
     "log of two runs": (edited(LOG, lambda data: data + data), [f"{LOG}: has 2 final lines"]),

@@ -59,7 +59,18 @@ from runlog import LogError, Run  # noqa: E402
 from submission import Claimant, Compliance, CountedFiles  # noqa: E402
 from submission_page import make_readme  # noqa: E402
 
-from train_gpt import LIMIT_BYTES, UsageError, write_atomic  # noqa: E402
+from train_gpt import (  # noqa: E402
+    LIMIT_BYTES,
+    MAX_ARTIFACT_BYTES,
+    MAX_JSON_BYTES,
+    MAX_LOG_BYTES,
+    TEXT_LINE,
+    UsageError,
+    fault_in,
+    read_regular,
+    reason_of,
+    write_atomic,
+)
 
 __all__ = ["packed_size"]  # for callers that only want to know the size
 
@@ -143,7 +154,7 @@ def find_logs(run_dir: Path, given: list[Path]) -> list[ReadLog]:
         raise UsageError(f"{run_dir}: its log is not {own}; --log must name it")
     logs = []
     for path in paths:
-        content = path.read_bytes()
+        content = read_regular(path, MAX_LOG_BYTES)
         try:
             logs.append(ReadLog(path, content, read_log(str(path), content)))
         except LogError as error:
@@ -165,7 +176,8 @@ class Origin(NamedTuple):
 
 def find_artifact(run_dir: Path, logs: list[ReadLog]) -> Origin:
     """The artifact in a run's folder that a log names. Raises UsageError if there is none."""
-    path_of_hash = {sha256(path.read_bytes()): path for path in sorted(run_dir.glob("*.ptz"))}
+    paths = sorted(run_dir.glob("*.ptz"))
+    path_of_hash = {sha256(read_regular(path, MAX_ARTIFACT_BYTES)): path for path in paths}
     for log in logs:
         path = path_of_hash.get(log.run.final["artifact_sha256"])
         if path:
@@ -196,7 +208,7 @@ def build(args: argparse.Namespace) -> Files:
     files = {
         PACKED: submission.packed(source),
         READABLE: source,
-        REQUIREMENTS: args.requirements.read_bytes(),
+        REQUIREMENTS: read_regular(args.requirements, MAX_JSON_BYTES),
     }
     if args.weights or not args.records:
         files[origin.artifact.name] = origin.artifact.read_bytes()
@@ -304,7 +316,7 @@ def load(folder: Path) -> Folder:
         elif path.is_dir():
             entries += sorted(path.iterdir())
         elif path.is_file():
-            files[name] = path.read_bytes()
+            files[name] = read_regular(path, MAX_LOG_BYTES)
         else:
             problems.append(f"{name}: is no regular file")
     return Folder(files, problems)
@@ -360,7 +372,7 @@ class Contents:
         """The content of submission.json, None where it is no JSON object."""
         try:
             claim = json.loads(self.files[CLAIM])
-        except (KeyError, ValueError):
+        except (KeyError, ValueError, RecursionError):
             return None
         return claim if isinstance(claim, dict) else None
 
@@ -579,6 +591,9 @@ def check_claim(contents: Contents) -> Iterator[str]:
 
 def check_claimant(claim: dict[str, Any]) -> Iterator[str]:
     """What every claim must say of itself."""
+    given = {name: claim[name] for name in Claimant._fields if claim.get(name) is not None}
+    if fault := fault_in(given, dict.fromkeys(given, TEXT_LINE)):
+        yield f"{CLAIM}: {fault}"
     if not str(claim.get("name") or claim.get("run_name") or "").strip():
         yield f"{CLAIM}: name is empty"
     day = str(claim.get("date", ""))
@@ -872,7 +887,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def write_code(source: Path, out: Path) -> None:
     """Writes the packed code of a readable source."""
-    readable = source.read_bytes()
+    readable = read_regular(source, MAX_LOG_BYTES)
     packed = pack_code(readable)
     write_atomic(out, packed)
     print(f"{out}: {len(packed):,} bytes, from {len(readable):,} readable ones")
@@ -938,7 +953,7 @@ def main(argv: list[str]) -> int:
     except BrokenPipeError:
         raise
     except OSError as error:
-        return report_problems(f"{error.filename}: {error.strerror}")
+        return report_problems(reason_of(error))
     return 0
 
 

@@ -64,7 +64,19 @@ import caseops  # noqa: E402
 import doctor  # noqa: E402
 from digests import file_sha256, sha256  # noqa: E402
 
-from train_gpt import ByteTable, UsageError, read_shard, shard_paths, write_atomic, write_shard  # noqa: E402
+from train_gpt import (  # noqa: E402
+    MAX_JSON_BYTES,
+    MAX_TOKENIZER_BYTES,
+    ByteTable,
+    UsageError,
+    open_regular,
+    read_regular,
+    read_shard,
+    reason_of,
+    shard_paths,
+    write_atomic,
+    write_shard,
+)
 
 # Bytes of training text that a tokenizer is trained on; more changes little.
 TOKENIZER_SAMPLE_BYTES = 64_000_000
@@ -405,7 +417,9 @@ def write_dataset(target: Target, splits: dict[str, Iterable[str]], force: bool)
     Raises UsageError rather than replace the tokenizer of other data sets, unless `force` is given.
     A tokenizer that was trained here belongs to this data set alone and may be replaced.
     """
-    occupied = target.tokenizer.exists() and target.tokenizer.read_bytes() != target.model
+    occupied = target.tokenizer.exists()
+    if occupied:
+        occupied = read_regular(target.tokenizer, MAX_TOKENIZER_BYTES) != target.model
     if occupied and not force and not target.lossless:
         raise UsageError(f"{target.tokenizer} exists with other content; --force replaces it")
     staging = target.folder.with_name(f".{target.dataset}.part")
@@ -477,10 +491,10 @@ def is_prepared(args: argparse.Namespace, dataset: str, inputs: str) -> bool:
     if args.force or not folder.exists():
         return False
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest = json.loads(read_regular(folder / "manifest.json", MAX_JSON_BYTES))
         files = prepared_files(args.data_dir, folder, manifest)
         made_from = manifest.get("inputs")
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         text = f"{folder} exists without a usable manifest.json; --force replaces it"
         raise UsageError(text) from None
     if made_from != inputs:
@@ -745,6 +759,8 @@ class Line(NamedTuple):
 def open_input(path: Path) -> BinaryIO:
     """Decompressed bytes of a file. Raises UsageError for an unknown suffix."""
     kind = path.suffix
+    # Files are read more than once, which nothing but a file allows.
+    open_regular(path).close()
     if kind in (".zst", ".gz"):
         kind = "".join(path.suffixes[-2:])
     if kind in (".txt", ".jsonl"):
@@ -911,7 +927,7 @@ def run_text(args: argparse.Namespace) -> None:
     model = b""
     vocab_size = args.vocab_size
     if args.tokenizer:
-        model = args.tokenizer.read_bytes()
+        model = read_regular(args.tokenizer, MAX_TOKENIZER_BYTES)
         sp = load_tokenizer(model, args.tokenizer)
         vocab_size = sp.vocab_size()
         if bool(args.caseops) != bool(caseops.operator_ids(sp)):
@@ -1282,7 +1298,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"prepare_data.py: {error}", file=sys.stderr)
         return 2
     except OSError as error:  # a missing file, a folder, no permission, a full disk
-        print(f"prepare_data.py: {error.filename}: {error.strerror}", file=sys.stderr)
+        print(f"prepare_data.py: {reason_of(error)}", file=sys.stderr)
         return 2
 
 

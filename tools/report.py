@@ -80,7 +80,7 @@ from run_documents import read_documents, worst_documents  # noqa: E402
 from runlog import STAGES, STARTED, Run  # noqa: E402
 from tables import DASH, MarksError, markdown_table, replace_block, show  # noqa: E402
 
-from train_gpt import UsageError, write_atomic  # noqa: E402
+from train_gpt import MAX_LOG_BYTES, UsageError, open_regular, write_atomic  # noqa: E402
 
 # Runs of a history that the charts show at first; a click on its name shows another.
 MOST_SHOWN = 6
@@ -684,6 +684,9 @@ def main(argv: list[str]) -> int:
     """Runs the command line and returns its exit status."""
     args = parse(argv)
     try:
+        for path in (*args.logs, *args.baseline):
+            # What is no file, or an endless one, is named before it is read.
+            open_regular(path, MAX_LOG_BYTES).close()
         if args.date is not None and not is_day(args.date):
             raise UsageError(f"--date {args.date}: must be a day, YYYY-MM-DD")
         return compare_systems(args) if args.compare else report_runs(args)

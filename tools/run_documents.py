@@ -6,6 +6,7 @@ and sums by position in the document: `pos_nats`, `pos_tokens` and the bins' sta
 
 from __future__ import annotations
 
+import io
 import math
 import zipfile
 from pathlib import Path
@@ -15,7 +16,9 @@ import numpy as np
 from canonical import BYTES_TOLERANCE
 from runlog import Run
 
-from train_gpt import UsageError
+from train_gpt import UsageError, read_regular, reason_of
+
+MAX_ARRAYS_BYTES = 2**30
 
 
 class DocumentLosses(NamedTuple):
@@ -63,10 +66,31 @@ def read_documents(run: Run) -> DocumentLosses:
 def load_arrays(path: Path) -> dict[str, np.ndarray]:
     """All arrays of an .npz file. Raises UsageError if it cannot be read."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
-    except (ValueError, zipfile.BadZipFile) as error:
-        raise UsageError(f"{path}: cannot be read ({error})") from error
+        content = io.BytesIO(read_regular(path, MAX_ARRAYS_BYTES))
+        with zipfile.ZipFile(content) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > MAX_ARRAYS_BYTES:
+                raise ValueError("its arrays are too large")
+        content.seek(0)
+        with np.load(content, allow_pickle=False) as arrays:
+            loaded = {name: arrays[name] for name in arrays.files}
+        check_arrays(loaded)
+        return loaded
+    # A damaged archive may raise any error, each kind of compression its own.
+    except Exception as error:
+        reason = reason_of(error) if isinstance(error, OSError) else f"{path}: {error}"
+        raise UsageError(f"{reason}: cannot be read") from error
+
+
+def check_arrays(arrays: dict[str, np.ndarray]) -> None:
+    """Raises ValueError unless all arrays are lists of finite numbers, and lengths agree."""
+    lengths: dict[str, set[int]] = {}
+    for name, array in arrays.items():
+        is_list = array.ndim == 1 and array.dtype.kind in "iuf"
+        if not is_list or not np.isfinite(array).all():
+            raise ValueError(f"{name} is no list of finite numbers")
+        lengths.setdefault(name.split("_")[0], set()).add(len(array))
+    if len(lengths.get("doc", ())) > 1:
+        raise ValueError("its lists of documents are not equally long")
 
 
 def length_unit(arrays: dict[str, np.ndarray]) -> str:

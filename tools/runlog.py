@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from figures import read_figures
 from logtext import LogError, plain_lines, read_text, split_runs
 
 LIMIT_SECONDS = 600.0  # of training and, apart from it, of evaluation
@@ -59,13 +59,13 @@ KIND_OF_WORD = {
 
 
 def final_lines(text: str) -> list[dict[str, Any]]:
-    """The figures of every line `final {json}`, in order; lines that are no JSON are left out."""
+    """The figures of every line `final {json}`, in order; what no run writes is left out."""
     figures = []
     for line in plain_lines(text):
         if not line.startswith("final {"):
             continue
         try:
-            figures.append(json.loads(line.removeprefix("final ")))
+            figures.append(read_figures(line))
         except ValueError:
             continue
     return figures
@@ -77,9 +77,9 @@ def read_final(text: str) -> dict[str, Any]:
     if len(lines) != 1:
         raise LogError(f"has {len(lines)} final lines, the log of a finished run has one")
     try:
-        return json.loads(lines[0].removeprefix("final "))
+        return read_figures(lines[0])
     except ValueError as error:
-        raise LogError(f"its final line is no JSON object ({error})") from error
+        raise LogError(f"its final line is no JSON object of a run ({error})") from error
 
 
 def source_at_head(log: bytes) -> bytes | None:
@@ -210,8 +210,8 @@ class BudgetTotal(NamedTuple):
     is_over: bool
 
 
-PHASE = re.compile(r"^(\S.*?) +([\d.]+)  (train|eval|none)$")
-TOTAL = re.compile(r"^all of (train|eval) +([\d.]+)  of (\d+)(, OVER)?")
+PHASE = re.compile(r"^(\S.*?) +(\d+(?:\.\d+)?)  (train|eval|none)$")
+TOTAL = re.compile(r"^all of (train|eval) +(\d+(?:\.\d+)?)  of (\d+)(, OVER)?")
 
 
 def read_phase_table(text: str) -> list[Phase]:

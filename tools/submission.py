@@ -20,7 +20,18 @@ from run_documents import run_folder
 from run_statistics import mean_and_sd
 from runlog import LIMIT_SECONDS, LogError, Run, source_at_head
 
-from train_gpt import LIMIT_BYTES, UsageError
+from train_gpt import (
+    LIMIT_BYTES,
+    MAX_LOG_BYTES,
+    NUMBER,
+    TEXT_LINE,
+    Entry,
+    UsageError,
+    fault_in,
+    read_json,
+    read_regular,
+    reason_of,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 ARTIFACT = "final_model.int6.ptz"
@@ -207,7 +218,7 @@ def source_of(log: bytes, code_sha256: str | None, *paths: Path) -> bytes | None
     if at_head is not None and sha256(at_head) == code_sha256:
         return at_head
     for path in paths or (ROOT / PACKED,):
-        source = path.read_bytes()
+        source = read_regular(path, MAX_LOG_BYTES)
         if sha256(source) == code_sha256:
             return source
     return None
@@ -259,6 +270,14 @@ def proved_by_audits(runs: list[Run], compliance: Compliance) -> dict[str, bool]
     return flags | compliance.flags
 
 
+VERDICT = Entry("true, false or null", lambda v: v is None or type(v) is bool)
+EVIDENCE = Entry("a text or a number", lambda v: TEXT_LINE.fits(v) or NUMBER.fits(v))
+AUDIT = {
+    "artifact_sha256?": TEXT_LINE,
+    "properties": {"*": {"passed?": VERDICT, "evidence?": EVIDENCE}},
+}
+
+
 def read_compliance(runs: list[Run], audits: list[Path]) -> Compliance:
     """Flags of the properties that an audit of every run's artifact has looked at, and no others.
 
@@ -302,16 +321,20 @@ def audit_of_run(run: Run) -> Path | None:
 def read_audit(path: Path) -> tuple[str | None, dict[str, dict[str, Any]]]:
     """(hash of the artifact, properties) of an audit. Raises UsageError if it cannot be read."""
     try:
-        return audit_of_text(path.read_text(encoding="utf-8"))
-    except LogError as error:
-        raise UsageError(f"{path}: {error}") from error
+        audit = read_json(path, AUDIT)
+    except OSError as error:
+        raise UsageError(reason_of(error)) from error
+    except UsageError as error:
+        raise UsageError(f"{error}: is no audit with `properties`") from error
+    return audit.get("artifact_sha256"), audit["properties"]
 
 
 def audit_of_text(text: str) -> tuple[str | None, dict[str, dict[str, Any]]]:
     """(hash of the artifact, properties) of an audit's text. Raises LogError if it is none."""
     try:
         audit = json.loads(text)
-        properties = {name: dict(value) for name, value in audit["properties"].items()}
-        return audit.get("artifact_sha256"), properties
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise LogError(f"is no audit with `properties` ({error})") from error
+    except (ValueError, RecursionError) as error:
+        raise LogError(f"is no JSON ({error})") from error
+    if fault := fault_in(audit, AUDIT):
+        raise LogError(f"is no audit with `properties`: {fault}")
+    return audit.get("artifact_sha256"), audit["properties"]
