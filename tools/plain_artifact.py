@@ -161,3 +161,42 @@ def skip_pairs(c: dict, loops: int) -> list[tuple[int, int]]:
     order = unrolled(c, loops)
     half = len(order) // 2
     return list(zip(order[half:], reversed(order[:half]), strict=False))
+
+
+def visits(c: dict) -> list[tuple[int, list[int] | None]]:
+    """The layers in order, each with the rows of skip_weights whose mean its skip uses."""
+    loops = c["num_loops"] if c["looped"] else 0
+    rows = skip_pairs(c, c["num_loops"])
+    skips = []
+    for position, pair in enumerate(skip_pairs(c, loops)):
+        same = [row for row, known in enumerate(rows) if known == pair]
+        skips.append([position] if c["looped"] or not same else same)
+    order = unrolled(c, loops)
+    return list(zip(order, [None] * (len(order) // 2) + skips + [None], strict=False))
+
+
+def windows(count: int, length: int, stride: int) -> list[tuple[int, int, int]]:
+    """(start, first scored, end) of windows that score `count` targets once."""
+    found = []
+    for start in range(0, max(count - length, 0) + stride, stride):
+        found.append((start, start + length - stride if start else 0, min(start + length, count)))
+    return found
+
+
+# === Settings =====================================================================================
+def number(value: object) -> object:
+    """A setting as a log prints it, as a number or a truth value where it is one."""
+    if value in ("True", "False"):
+        return value == "True"
+    for kind in (int, float):
+        try:
+            return value if isinstance(value, bool) else kind(str(value))
+        except ValueError:
+            continue
+    return value
+
+
+def pairs(text: object) -> list[tuple[str, float]]:
+    """The pairs of a setting as q:0.5,v:1.5."""
+    split = [pair.split(":") for pair in str(text).split(",") if pair]
+    return [(name, float(value)) for name, value in split]

@@ -2,14 +2,12 @@
 
 It shares no code with train_gpt.py. It scores one document at a time in fp32, without caches,
 batches or kernels; tools/plain_artifact.py reads the file.
-
     model = Model(Path("final_model.int6.ptz").read_bytes(), settings)
-    model.plain(ids)              # nats of the targets ids[1:]: a document and the next BOS
-    model.adapted(ids, start)     # the same with TTT_MODE=document; start: its place in the stream
-    model.chunks(stream)          # TTT_MODE=chunk, over the whole stream
-
+    model.plain(ids)           # nats of the targets ids[1:]: a document and the next BOS
+    model.adapted(ids, start)  # the same with TTT_MODE=document; start: its place in the stream
+    model.chunks(stream)       # TTT_MODE=chunk, over the whole stream
 `settings` has the knobs by field name, as the Hyperparameters of a log. What this file does not
-know raises NotImplementedError: phases, warm start, tilt, value embeddings, SGD of adapters.
+know raises NotImplementedError: phases, warm start, tilt, value embeddings, other optimisers.
 """
 
 import math
@@ -17,35 +15,15 @@ import math
 import numpy as np
 import torch
 import torch.nn.functional as F
-from plain_artifact import read_artifact, skip_pairs, unrolled
+from plain_artifact import number, pairs, read_artifact, visits, windows
 from torch import Tensor
 
 UNKNOWN = ("ttt_warm_start_a", "ttt_freeze_blocks", "phased_ttt_num_phases", "tilt_order")
 
 
-def number(value: object) -> object:
-    """A setting as a log prints it, as a number or a truth value where it is one."""
-    if value in ("True", "False"):
-        return value == "True"
-    for kind in (int, float):
-        try:
-            return value if isinstance(value, bool) else kind(str(value))
-        except ValueError:
-            continue
-    return value
-
-
 def norm(x: Tensor) -> Tensor:
     """x over its root mean square along the last axis."""
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps)
-
-
-def windows(count: int, length: int, stride: int) -> list[tuple[int, int, int]]:
-    """(start, first scored, end) of windows that score `count` targets once."""
-    found = []
-    for start in range(0, max(count - length, 0) + stride, stride):
-        found.append((start, start + length - stride if start else 0, min(start + length, count)))
-    return found
 
 
 class Adapter:
@@ -66,8 +44,7 @@ class Adapter:
         self.b = {site: torch.zeros(widths[site[0]], ranks[site[0]]) for site in sites}
         self.bias = torch.zeros(slots, C)
         self.scale = s["ttt_lora_alpha"] / s["ttt_lora_rank"] if s["ttt_lora_alpha"] else 1.0
-        pairs = [pair.split(":") for pair in str(s["ttt_lr_factors"]).split(",") if pair]
-        factors = {name: float(value) for name, value in pairs}
+        factors = dict(pairs(s["ttt_lr_factors"]))
         self.s, self.updates = s, 0
         # (tensor, factor of the rate, first moment, second moment)
         self.leaves = []
@@ -109,21 +86,13 @@ class Model:
         self.c, self.w = read_artifact(artifact)
         self.s = {name: number(value) for name, value in settings.items()}
         unknown = [name for name in UNKNOWN if self.s[name]]
-        if unknown or self.c["ve_enabled"] or self.s["ttt_optimizer"] != "adam":
-            raise NotImplementedError(f"not known here: {unknown or 've_enabled, ttt_optimizer'}")
-        c, L = self.c, self.c["num_layers"]
-        loops = c["num_loops"] if c["looped"] else 0
-        rows = skip_pairs(c, c["num_loops"])
-        skips = []
-        for position, pair in enumerate(skip_pairs(c, loops)):
-            same = [row for row, known in enumerate(rows) if known == pair]
-            skips.append([position] if c["looped"] or not same else same)
-        half = len(unrolled(c, loops)) // 2
-        self.plan = list(zip(unrolled(c, loops), [None] * half + skips + [None], strict=False))
-        self.half, self.dim = half, c["model_dim"] // c["num_heads"]
-        self.depth = torch.ones(L)
-        if c["branch_scale"]:
-            self.depth = torch.arange(1, L + 1).rsqrt()
+        optimisers = (self.s["ttt_optimizer"], self.s["ttt_chunk_optimizer"])
+        if unknown or self.c["ve_enabled"] or optimisers != ("adam", "sgd"):
+            raise NotImplementedError(f"not known here: {unknown or 've_enabled, optimisers'}")
+        self.plan, self.dim = visits(self.c), self.c["model_dim"] // self.c["num_heads"]
+        self.depth = torch.ones(self.c["num_layers"])
+        if self.c["branch_scale"]:
+            self.depth = torch.arange(1, self.c["num_layers"] + 1).rsqrt()
 
     def embed(self, ids: Tensor) -> Tensor:
         """x0 (T, C) of one window."""
@@ -209,7 +178,7 @@ class Model:
                 x = keep[0] * x + post[0, 0] * attn + post[1, 0] * mlp
                 lanes = keep[1] * lanes + post[0, 1] * attn + post[1, 1] * mlp
             x = x + adapter.bias[slot] if adapter else x
-            if slot < self.half:
+            if slot < len(self.plan) // 2:
                 stored.append(x)
         if lanes is not None:
             x = {"mean": (x + lanes) / 2, "mlp": lanes, "attn": x}[c["parallel_final_lane"]]
@@ -233,8 +202,7 @@ class Model:
         """Nats of a document's targets; its adapter learns from a chunk after the score."""
         s, ids, found, done = self.s, torch.as_tensor(ids).long(), [], 0
         adapter = Adapter(self.c, s, len(self.plan), start)
-        pairs = [pair.split(":") for pair in str(s["ttt_short_chunks"]).split(",") if pair]
-        limits = sorted((int(limit), int(size)) for limit, size in pairs)
+        limits = sorted((int(limit), int(size)) for limit, size in pairs(s["ttt_short_chunks"]))
         while done < len(ids) - 1:
             size = next((size for limit, size in limits if done < limit), s["ttt_chunk_size"])
             end = done + size
@@ -252,15 +220,12 @@ class Model:
 
     def chunks(self, stream: np.ndarray, world_size: int = 1) -> np.ndarray:
         """Nats of all targets of a stream; all weights learn from a chunk after its score."""
-        s, ids, length = self.s, torch.as_tensor(stream).long(), self.s["eval_seq_len"]
-        size, total, found = s["ttt_chunk_tokens"], len(stream) - 1, []
+        s, ids, length, found = self.s, torch.as_tensor(stream).long(), self.s["eval_seq_len"], []
+        size, total = s["ttt_chunk_tokens"], len(stream) - 1
         stride = s["eval_stride"] if s["sliding_window_enabled"] else length
         saved = {name: w.clone() for name, w in self.w.items()}
         weights = [w.requires_grad_() for w in self.w.values()]
-        kinds = {"sgd": lambda: torch.optim.SGD(weights, momentum=s["ttt_momentum"])}
-        betas = (s["beta1"], s["beta2"])
-        kinds["adam"] = lambda: torch.optim.AdamW(weights, betas=betas, weight_decay=0)
-        optimizer = kinds[s["ttt_chunk_optimizer"]]()
+        optimizer = torch.optim.SGD(weights, momentum=s["ttt_momentum"])
         last = (total - 1) // size
         for k in range(last + 1):
             end_of_chunk = min((k + 1) * size, total)
@@ -272,9 +237,8 @@ class Model:
             begins = range(k * size, end_of_chunk - length + 1, length)
             per_step = s["ttt_batch_seqs"] * world_size
             steps = [begins[i : i + per_step] for i in range(0, len(begins), per_step)]
-            optimizer.param_groups[0]["lr"] = (
-                0.5 * s["ttt_lr"] * (1 + math.cos(math.pi * k / max(last, 1)))
-            )
+            share = k / max(last, 1)
+            optimizer.param_groups[0]["lr"] = 0.5 * s["ttt_lr"] * (1 + math.cos(math.pi * share))
             for step in steps * s["ttt_epochs"] if k < last else []:
                 optimizer.zero_grad()
                 for begin in step:
