@@ -77,6 +77,7 @@ import re
 import shutil
 import signal
 import stat
+import struct
 import sys
 import time
 import warnings
@@ -124,6 +125,7 @@ else:
     CODE_SHA256 = hashlib.sha256(SOURCE).hexdigest()
 
 COMPRESSORS = ("zstd", "ans", "lzma", "brotli")
+MAX_VISITS = 1024  # of layers, loops unrolled
 
 
 class UsageError(ValueError):
@@ -419,6 +421,11 @@ class ModelKnobs:
 
     def rules(self) -> Iterator[Rule]:
         """What is wrong with the network."""
+        # First, because the rules below unroll the depth: 256 layers with 64 loops took 19 s.
+        if self.num_layers * (1 + self.num_loops) > MAX_VISITS:
+            most = MAX_VISITS // self.num_layers - 1
+            yield Rule("num_loops", f"at most {most} with NUM_LAYERS={self.num_layers}")
+            return
         yield from self.rules_of_widths()
         yield from self.rules_of_layers()
 
@@ -460,8 +467,6 @@ class ModelKnobs:
             yield Rule("branch_scale", "0 with LN_SCALE=1")
         if self.ve_enabled and not self.ve_layers_are_valid():
             yield Rule("ve_layers", f"as in 9,10, each below NUM_LAYERS={layers}")
-        if layers * (1 + self.num_loops) > 1024:
-            yield Rule("num_loops", f"at most {1024 // layers - 1} with NUM_LAYERS={layers}")
         if self.num_loops and self.loop_start > self.loop_end:
             yield Rule("loop_start", f"at most LOOP_END={self.loop_end}")
         if self.num_loops and self.loop_end >= layers:
@@ -3603,6 +3608,14 @@ def synthetic_row(cfg: Config, shape: RowShape, device: torch.device) -> Batch:
     return pack_row(ids[:n], ids[1 : n + 1], starts[:most], shape, device)
 
 
+def weights_sha256(model: nn.Module) -> str:
+    """The SHA-256 of all parameters in fp32, little-endian, end to end in the model's order."""
+    digest = hashlib.sha256()
+    for parameter in model.parameters():
+        digest.update(parameter.detach().cpu().float().numpy().astype("<f4").tobytes())
+    return digest.hexdigest()
+
+
 @contextlib.contextmanager
 def state_restored(model: nn.Module, optimizers: Optimizers) -> Iterator[None]:
     """Restores the training state after its body, PyTorch's random state included.
@@ -4586,6 +4599,22 @@ class Ledger:
         if self.tilt is not None:
             problems += self.tilt.problems()
         return problems
+
+
+def commitment(documents: Mapping[str, np.ndarray]) -> str:
+    """The hash that commits a run to the score of every document, as `Ledger.by_document` has it.
+
+    A document's record is its number, nats, bytes and targets, little-endian u64, fp64, u64, u64.
+    The commitment is the SHA-256 of all records' SHA-256, end to end in the order of the stream: so
+    the score of a document can be shown without those of the others.
+    """
+    columns = [np.arange(len(documents["doc_nats"]))]
+    columns += [documents[name] for name in ("doc_nats", "doc_bytes", "doc_tokens")]
+    hashes = hashlib.sha256()
+    for number, nats, num_bytes, targets in zip(*columns, strict=True):
+        record = struct.pack("<QdQQ", int(number), nats, int(num_bytes), int(targets))
+        hashes.update(hashlib.sha256(record).digest())
+    return hashes.hexdigest()
 
 
 # The inputs start .. end - 1 are read; the targets of first_scored .. end - 1 are scored.
@@ -5729,6 +5758,7 @@ def ans_decode(
     table = np.frombuffer(tables, "<u2").astype(np.int64).reshape(NUM_CONTEXTS, NUM_SYMBOLS)
     if (table.sum(1) != FREQUENCY_SUM).any():
         raise ValueError("a table of frequencies does not add up")
+    counts = np.zeros(NUM_CONTEXTS * NUM_SYMBOLS, np.int64)
     frequency = table.ravel()
     start = range_starts(table)
     # In each context, as many slots name a symbol as its frequency says: (contexts, 2^14).
@@ -5744,6 +5774,7 @@ def ans_decode(
         slot = x & SLOT_MASK
         symbol = symbol_of_slot[context.ravel(), slot].astype(np.int64)
         index = context.ravel() * NUM_SYMBOLS + symbol
+        np.add.at(counts, index, 1)
         x[:] = frequency[index] * (x >> ANS_BITS) + slot - start[index]
         low = np.flatnonzero(x < STATE_MIN)
         x[low] = (x[low] << WORD_BITS) + words[num_read : num_read + len(low)]
@@ -5751,6 +5782,9 @@ def ans_decode(
         q[:] = (symbol - ZERO_SYMBOL).reshape(q.shape) * sign
     if num_read != len(words) or (states != STATE_MIN).any():
         raise ValueError("words are left over")
+    # Otherwise tables that nothing uses could hold 31 kB of something else.
+    if (frequency_table(counts.reshape(-1, NUM_SYMBOLS)) != table).any():
+        raise ValueError("a table of frequencies is not that of the codes")
     return codes
 
 
@@ -5789,24 +5823,41 @@ def compress(codec: str, data: bytes) -> bytes:
 
 
 def decompress(codec: str, data: bytes, size: int) -> bytes:
-    """The first `size` bytes of a stream, which is not trusted: this takes little memory besides.
+    """A stream of `size` bytes, which is not trusted: this takes little memory besides.
 
-    Raises ValueError if the stream holds fewer, or any error of the codec's library.
+    Raises ValueError unless the stream ends there and nothing stands behind it, or any error of the
+    codec's library.
     """
     if codec == "lzma":
-        raw = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=LZMA_FILTERS).decompress(data, size)
+        decoder = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=LZMA_FILTERS)
+        raw = decoder.decompress(data, size + 1)
+        is_whole = decoder.eof and not decoder.unused_data
     elif codec == "brotli":
         import brotli
 
-        raw = brotli.Decompressor().process(data, size)
+        decoder = brotli.Decompressor()
+        raw = decoder.process(data, size + 1)
+        # The library itself refuses what stands behind the end.
+        is_whole = decoder.is_finished()
     else:
-        import zstandard
-
-        decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 20)
-        raw = decompressor.stream_reader(data, read_across_frames=False).read(size)
-    if len(raw) != size:
-        raise ValueError("a stream is shorter than its header says")
+        raw, is_whole = decompress_zstd(data, size)
+    if len(raw) != size or not is_whole:
+        raise ValueError("a stream is not as long as its header says")
     return raw
+
+
+def decompress_zstd(data: bytes, size: int) -> tuple[bytes, bool]:
+    """The first frame, up to little more than `size` bytes of it; whether it is all of `data`."""
+    import zstandard
+
+    decoder = zstandard.ZstdDecompressor(max_window_size=1 << 20).decompressobj()
+    raw = bytearray()
+    # A block of 4 bytes may stand for 128 KiB, so the input comes in small pieces.
+    for first in range(0, len(data), 256):
+        if decoder.eof or len(raw) > size:
+            return bytes(raw), False
+        raw += decoder.decompress(data[first : first + 256])
+    return bytes(raw), decoder.eof and not decoder.unused_data
 
 
 def order_of_size(levels: np.ndarray, exponents: np.ndarray) -> np.ndarray:
@@ -5864,7 +5915,7 @@ def unpack_codes(
 
 # --- Container: writing ---------------------------------------------------------------------------
 #
-# The file is a header and five streams, laid out as `pack_artifact` says. Its bytes follow from the
+# The file is a header and five streams, laid out as `pack_arrays` says. Its bytes follow from the
 # weights and the config alone: no time and no path goes into it.
 
 ARTIFACT_MAGIC = b"PGLM"
@@ -5872,6 +5923,8 @@ ARTIFACT_VERSION = 3
 HEADER_START = 13  # after magic, version, length and CRC-32 of the header
 MAX_HEADER_BYTES = 1 << 16  # of JSON
 MAX_STREAM_BYTES = 1 << 27  # of all streams, decompressed
+MAX_EXPANSION = 16  # decompressed bytes for each byte of the file, beyond the next line's
+SMALL_STREAM_BYTES = 1 << 20
 
 
 class StreamSizes(NamedTuple):
@@ -5898,16 +5951,33 @@ def stream_sizes(cfg: Config) -> StreamSizes:
     )
 
 
-def fp16_bytes(tensors: Iterable[Tensor]) -> bytes:
-    """All values of the tensors, one after the other, as little-endian fp16."""
-    flat = torch.cat([tensor.detach().flatten().half() for tensor in tensors])
-    return flat.cpu().numpy().astype("<f2").tobytes()
+def fp16_array(tensor: Tensor) -> np.ndarray:
+    """The values of a tensor as little-endian fp16."""
+    return tensor.detach().half().cpu().numpy().astype("<f2")
 
 
 def pack_artifact(model: GPT, quantised: Quantised, meta: dict[str, Any]) -> bytes:
     """The artifact file of quantised banks and tables and of the model's other parameters.
 
     `meta` joins the header.
+    """
+    cfg = model.cfg
+    codes = {name: q.numpy() for name, q in quantised.codes.items()}
+    floats = {}
+    for name, shape in float_shapes(cfg).items():
+        floats[name] = fp16_array(model.get_parameter(name)[-shape[0] :])
+    arrays = ArtifactArrays(
+        codes=codes,
+        levels={name: row_levels(q) for name, q in codes.items()},
+        scales={name: fp16_array(scale) for name, scale in quantised.scales.items()},
+        columns={key: k.numpy() for key, k in quantised.columns.items()},
+        floats=floats,
+    )
+    return pack_arrays(cfg, arrays, meta)
+
+
+def pack_arrays(cfg: Config, arrays: ArtifactArrays, meta: dict[str, Any]) -> bytes:
+    """The artifact file that holds these arrays; `meta` joins the header.
 
     Its layout, all numbers little-endian:
 
@@ -5921,39 +5991,36 @@ def pack_artifact(model: GPT, quantised: Quantised, meta: dict[str, Any]) -> byt
             columns  int8, k of the column scales 2^(k/4) of every Matrix.input_key, in LZMA
             floats   fp16, without the rows that nothing reads, in LZMA
     """
-    cfg = model.cfg
-    codes = [q.numpy() for q in quantised.codes.values()]
-    levels = [row_levels(q) for q in codes]
-    columns = list(bank_exponents(cfg, quantised.columns).values())
-    floats = []
-    for name, shape in float_shapes(cfg).items():
-        floats.append(model.get_parameter(name)[-shape[0] :])
-
-    streams = [
-        pack_codes(cfg.compressor, codes, levels, columns),
-        compress("lzma", b"".join(level.tobytes() for level in levels)),
-        compress("lzma", fp16_bytes(quantised.scales.values())),
-        compress("lzma", torch.cat(list(quantised.columns.values())).numpy().tobytes()),
-        compress("lzma", fp16_bytes(floats)),
-    ]
+    bank_columns = list(bank_exponents(cfg, arrays.columns).values())
+    codes, levels = list(arrays.codes.values()), list(arrays.levels.values())
+    streams = [pack_codes(cfg.compressor, codes, levels, bank_columns)]
+    for part in arrays[1:]:
+        streams.append(compress("lzma", b"".join(array.tobytes() for array in part.values())))
     header = {"config": network_config(cfg), "compressor": cfg.compressor, **meta}
     header["streams"] = []
     for size, stream in zip(stream_sizes(cfg), streams, strict=True):
         header["streams"].append([size, len(stream), zlib.crc32(stream)])
-    head = zlib.compress(json.dumps(header, sort_keys=True).encode(), 9)
+    head = zlib.compress(header_text(header), 9)
     length = len(head).to_bytes(4, "little")
     checksum = zlib.crc32(head).to_bytes(4, "little")
     start = ARTIFACT_MAGIC + bytes([ARTIFACT_VERSION]) + length + checksum
     return start + head + b"".join(streams)
 
 
+def header_text(header: dict[str, Any]) -> bytes:
+    """The one spelling of a header."""
+    return json.dumps(header, sort_keys=True).encode()
+
+
 # --- Container: reading ---------------------------------------------------------------------------
 #
 # Nothing that is read is executed: the file holds JSON and arrays of numbers. The config in the
 # header says how large each stream must be. Before anything is allocated, the config and the stated
-# sizes are checked: however the file was forged, it unpacks to at most 64 KiB of header and 2^27
-# bytes of streams. A damaged file may raise any error in the functions below; open_artifact turns
-# it into one line.
+# sizes are checked: however the file was forged, it unpacks to at most 64 KiB of header and, of
+# streams, to 2^27 bytes and little more than 16 times its own size. Nothing hides in it: header and
+# levels have one spelling, every stream ends where it should, and nothing stands behind it. (Codecs
+# may still spell a stream in several ways; tools/container.py compares with their own way.) A
+# damaged file may raise any error in the functions below; open_artifact turns it into one line.
 
 
 class ArtifactArrays(NamedTuple):
@@ -5979,16 +6046,31 @@ def config_of_header(header: dict[str, Any]) -> Config:
     for rule in list(cfg.out_of_range()) or cfg.rules():
         if rule.field in fields:
             raise ValueError("a field out of range")
+    if network_config(cfg) != header["config"]:
+        raise ValueError("a field that no run writes")
     return cfg
 
 
 def read_header(data: bytes) -> tuple[dict[str, Any], int]:
-    """Header of an artifact and offset of its first stream."""
+    """Header of an artifact and offset of its first stream.
+
+    Raises ValueError for a header that `pack_arrays` would spell otherwise.
+    """
     end = HEADER_START + int.from_bytes(data[5:9], "little")
     head = data[HEADER_START:end]
     if len(data) < end or zlib.crc32(head).to_bytes(4, "little") != data[9:HEADER_START]:
         raise ValueError("its header does not match its checksum")
-    return json.loads(zlib.decompressobj().decompress(head, MAX_HEADER_BYTES)), end
+    decoder = zlib.decompressobj()
+    text = decoder.decompress(head, MAX_HEADER_BYTES)
+    header = json.loads(text)
+    if not decoder.eof or decoder.unused_data or header_text(header) != text:
+        raise ValueError("its header has another spelling than its own")
+    unknown = set(header) - {"config", "compressor", "streams", "looped", "tokenizer"}
+    digest = header.get("tokenizer", "0" * 64)
+    is_known = type(header.get("looped", True)) is bool and re.fullmatch("[0-9a-f]{64}", digest)
+    if unknown or not is_known:
+        raise ValueError("its header has fields that no run writes")
+    return header, end
 
 
 def stored_streams(data: bytes, header: dict[str, Any], start: int, cfg: Config) -> list[bytes]:
@@ -5998,6 +6080,9 @@ def stored_streams(data: bytes, header: dict[str, Any], start: int, cfg: Config)
     is_expected = sizes == expected and sum(expected) <= MAX_STREAM_BYTES
     if not is_expected or header["compressor"] not in COMPRESSORS:
         raise ValueError("its streams are not those of its network, or of an unknown compressor")
+    # Half a bit a weight: no run comes near it, and no small file makes much work.
+    if sum(expected) > MAX_EXPANSION * len(data) + SMALL_STREAM_BYTES:
+        raise ValueError("its streams are too short for its network")
     streams = []
     for length, checksum in zip(lengths, checksums, strict=True):
         stream = data[start : start + length]
@@ -6037,6 +6122,9 @@ def unpack_streams(streams: list[bytes], compressor: str, cfg: Config) -> Artifa
         list(levels.values()),
         list(bank_exponents(cfg, columns).values()),
     )
+    for level, q in zip(levels.values(), codes, strict=True):
+        if (level != row_levels(q)).any():
+            raise ValueError("levels are not those of the codes")
     return ArtifactArrays(
         codes=dict(zip(shapes, codes, strict=True)),
         levels=levels,
@@ -7357,7 +7445,12 @@ class Run:
         self.log(f"model_params:{sum(p.numel() for p in self.model.parameters())}")
 
     def run_training(self, reserve: float) -> None:
-        """Trains, keeping `reserve` seconds of the budget for compression."""
+        """Trains, keeping `reserve` seconds of the budget for compression.
+
+        The hash of the weights before the first step shows that warm-up has taught them nothing.
+        """
+        self.final["first_weights_sha256"] = weights_sha256(self.model)
+        self.log(f"weights before step 1: sha256 {self.final['first_weights_sha256']}")
         with self.phase("train", budget="train"):
             self.looped = train(self, reserve)
         weights = self.model.state_dict()
@@ -7643,8 +7736,10 @@ class Run:
         self.final["val_bpb"] = bpb
         self.final["val_tokens"] = result["tokens"]
         self.final["val_bytes"] = result["bytes"]
+        documents = ledger.by_document()
+        self.final["documents_sha256"] = commitment(documents)
         if self.ranks.is_main:
-            self.save_scores(ledger)
+            self.save_scores(documents)
 
     def broken_rules(self, ledger: Ledger) -> list[str]:
         """Why an evaluation has no score; empty if it has one.
@@ -7666,12 +7761,12 @@ class Run:
                 break
         return problems
 
-    def save_scores(self, ledger: Ledger) -> None:
-        """Saves all figures so far, and the newest evaluation's nats and bytes of each document."""
+    def save_scores(self, documents: dict[str, np.ndarray]) -> None:
+        """Saves all figures so far, and the newest evaluation's scores of `documents`."""
         figures = json.dumps(self.final, indent=1)
         write_atomic(self.folder / "scores.json", figures.encode())
         buffer = io.BytesIO()
-        np.savez(buffer, **ledger.by_document())
+        np.savez(buffer, **documents)
         write_atomic(self.folder / "documents.npz", buffer.getvalue())
 
     # --- Report ---
