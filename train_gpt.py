@@ -1957,9 +1957,49 @@ def read_shard(path: Path) -> np.ndarray:
     if len(header) < 256 or header[:2].tolist() != SHARD_HEADER:
         raise UsageError(f"{path}: starts with {header[:2].tolist()}, a shard with {SHARD_HEADER}")
     num_tokens = int(header[2])
-    if size != 1024 + 2 * num_tokens or not num_tokens:
-        raise UsageError(f"{path}: holds {size} bytes, its header promises 1024 + 2 * {num_tokens}")
+    if num_tokens <= 0:
+        raise UsageError(f"{path}: is empty, its header promises {num_tokens} tokens; delete it")
+    promised = 1024 + 2 * num_tokens
+    if size != promised:
+        fault = "cut short" if size < promised else "too long"
+        raise UsageError(
+            f"{path}: {fault}: {size:,} of {promised:,} bytes; delete it and download again"
+        )
     return np.memmap(path, dtype="<u2", mode="r", offset=1024, shape=(num_tokens,))
+
+
+def allow_open_files(count: int) -> None:
+    """Raises the soft limit of open files for `count` shards: each stays open while it is mapped.
+
+    Raises UsageError if the hard limit is too low.
+    """
+    try:
+        import resource
+    except ImportError:
+        # Windows has no such limit.
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # Libraries, sockets and pipes need some, too.
+    wanted = count + 512
+    if soft == resource.RLIM_INFINITY or wanted <= soft:
+        return
+    if hard != resource.RLIM_INFINITY and wanted > hard:
+        raise UsageError(
+            f"{count} shards: the limit of open files is {hard}; raise it: ulimit -Hn {wanted}"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def how_to_get(folder: Path) -> str:
+    """The command that makes a data set of this name."""
+    name = folder.name
+    if name.startswith("pydocs"):
+        source = "pydocs"
+    elif match := re.fullmatch(r"fineweb10B_(sp\d+)(\w*caseops\w*)?", name):
+        source = f"fineweb --variant {match[1]}" + ("_caseops" if match[2] else "")
+    else:
+        source = "text TRAIN.jsonl --val VAL.jsonl"
+    return f"Get it: python tools/prepare_data.py {source}; or set DATASET, DATA_DIR"
 
 
 def shard_paths(folder: Path, split: str) -> list[Path]:
@@ -1979,10 +2019,10 @@ class TokenStream:
     def __init__(self, folder: Path, split: str):
         self.paths = shard_paths(folder, split)
         if not self.paths:
-            raise UsageError(
-                f"{folder}: holds no *_{split}_*.bin; "
-                "run tools/prepare_data.py or set DATASET, DATA_DIR"
-            )
+            fault = f"holds no *_{split}_*.bin" if folder.is_dir() else "does not exist"
+            raise UsageError(f"{folder}: {fault}. {how_to_get(folder)}")
+        # Those of the other splits and of side-cars will be open as well.
+        allow_open_files(sum(1 for _ in folder.glob("*.bin")))
         self.shards = [read_shard(path) for path in self.paths]
         self.starts = np.cumsum([0] + [len(shard) for shard in self.shards])
         self.size = int(self.starts[-1])

@@ -552,7 +552,7 @@ BAD = {
         damage=edit_bytes("manifest.json", lambda b: re.sub(rb'"sha256": "\w', b'"sha256": "x', b)),
     ),
     "no data set": Bad(
-        "nowhere: holds no *_val_*.bin", {"DATASET": "nowhere", "TOKENIZER_PATH": "none"}
+        "nowhere: does not exist. Get it: ", {"DATASET": "nowhere", "TOKENIZER_PATH": "none"}
     ),
     "missing split": Bad("train", damage=remove("*train*")),
     "empty shard": Bad(VAL, damage=edit_bytes(VAL, lambda b: b[:8] + bytes(4) + b[12:1024])),
