@@ -1737,7 +1737,7 @@ class Ranks:
         self.rank, self.world_size, local_rank = launch_numbers(environ)
         self.is_main = self.rank == 0
         # Someone may be watching rank 0's terminal.
-        self.live = self.is_main and sys.stdout.isatty() and "CI" not in environ
+        self.live = self.is_main and is_terminal(sys.stdout) and "CI" not in environ
         self.num_queues = 0
         self.device = torch.device("cpu")
         if torch.cuda.is_available():
@@ -1810,8 +1810,33 @@ class Ranks:
 ERASE_LINE = "\r\033[K"
 
 
+def is_terminal(stream: Any) -> bool:
+    """Whether a stream is a terminal. sys.stdout is None if the program began without one."""
+    return stream is not None and stream.isatty()
+
+
+def print_while_open(text: str, end: str = "\n") -> None:
+    """Prints to stdout. If nobody reads it any more, all later output goes nowhere."""
+    try:
+        print(text, end=end, flush=True)
+    except OSError:
+        # The descriptor is replaced, so that Python's last flush finds no broken pipe.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def prepare_output() -> None:
+    """Makes stdout take any text, and exist, so that no file gets its descriptor.
+
+    What the encoding of stdout lacks becomes a question mark.
+    """
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")
+
+
 class Log:
-    """Lines for people: rank 0 writes them to a file and to the terminal, other ranks do nothing.
+    """Lines for people: rank 0 writes them to a file and to stdout, other ranks do nothing.
 
     A live log also shows a line on the terminal that is rewritten in place. `prefix` begins every
     line. `tensorboard_dir`, if not empty, receives the numbers given to `scalars`.
@@ -1840,7 +1865,7 @@ class Log:
         print(self.prefix + line, file=self.file, flush=True)
         if terminal:
             erase = ERASE_LINE if self.live else ""
-            print(erase + self.prefix + line, flush=True)
+            print_while_open(erase + self.prefix + line)
 
     def due(self) -> bool:
         """Whether 8 s have passed since the last line, so that a long loop should show progress."""
@@ -1851,7 +1876,7 @@ class Log:
         if self.live and time.monotonic() - self.last_shown_time >= min_interval_s:
             self.last_shown_time = time.monotonic()
             width = shutil.get_terminal_size().columns - 1
-            print(ERASE_LINE + line[:width], end="", flush=True)
+            print_while_open(ERASE_LINE + line[:width], end="")
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Adds numbers to TensorBoard at a training step, by name."""
@@ -4635,6 +4660,8 @@ class Ledger:
         self.num_read_early = torch.zeros((), dtype=torch.int64, device=device)
         # Documents, or chunks of the stream, that were not learnt from because of the deadline.
         self.num_not_learnt_from = 0
+        # Those documents, all or the rest of which was scored without adaptation.
+        self.num_not_adapted = 0
         self.tilt = Tilt(docs, self.tokens, cfg) if cfg and cfg.tilt_order else None
 
     def hints_of(self, index: Tensor, size: int) -> Tensor | None:
@@ -4685,6 +4712,7 @@ class Ledger:
         A target that two ranks scored counts as scored twice.
         """
         self.num_not_learnt_from = sum(ranks.gather(self.num_not_learnt_from))
+        self.num_not_adapted = sum(ranks.gather(self.num_not_adapted))
         for t in (self.nats, self.times_scored, self.num_read_early):
             ranks.sum(t)
         if self.tilt is not None:
@@ -6644,6 +6672,7 @@ def score_rest(scorer: Scorer, batch: np.ndarray, num_scored: int) -> None:
         start, count = docs.starts[document], docs.counts[document]
         if count > num_scored:
             scorer.ledger.num_not_learnt_from += 1
+            scorer.ledger.num_not_adapted += 1
         windows += scorer.text_windows(start, count, stride=0, first=start + num_scored)
     scorer.score_windows(windows, shared=False)
 
@@ -7737,7 +7766,8 @@ class Run:
         result = ledger.result()
         loss, bpb = result["val_loss"], result["val_bpb"]
         time_ms = 1000 * self.phases[-1].seconds
-        self.log(f"{label} val_loss:{loss:.8f} val_bpb:{bpb:.8f} eval_time:{time_ms:.0f}ms")
+        scores = f"val_loss:{loss:.8f} val_bpb:{bpb:.8f} eval_time:{time_ms:.0f}ms"
+        self.log(f"{label} {scores}{self.note_deadline(ledger)}")
         self.log.scalars(self.final.get("steps", 0), {f"val_bpb/{key}": bpb})
         if ledger.tilt is not None:
             gains = ledger.tilt.gains.double()
@@ -7745,8 +7775,6 @@ class Run:
             num_hits = int((gains > 0).sum())
             self.log(f"tilt: hints:{len(gains)} hits:{num_hits} gain_bpb:{gain_bpb:.8f}")
             self.final[f"{key}_tilt_gain"] = gain_bpb
-        if count := ledger.num_not_learnt_from:
-            self.log(f"deadline: {count} documents or chunks were scored but not learnt from")
         self.final[f"{key}_loss"] = loss
         self.final[f"{key}_bpb"] = bpb
         self.final["val_loss"] = loss
@@ -7755,6 +7783,20 @@ class Run:
         self.final["val_bytes"] = result["bytes"]
         if self.ranks.is_main:
             self.save_scores(ledger)
+
+    def note_deadline(self, ledger: Ledger) -> str:
+        """What the deadline left without learning, for the line of a score; also in the figures."""
+        documents = ledger.num_not_adapted
+        chunks = ledger.num_not_learnt_from - documents
+        notes = ""
+        if documents:
+            self.final["documents_not_adapted"] = documents
+            total = len(ledger.docs.counts)
+            notes += f", {documents} of {total} documents were scored without adaptation"
+        if chunks:
+            self.final["chunks_not_learnt_from"] = chunks
+            notes += f", {chunks} chunks were not learnt from"
+        return notes
 
     def broken_rules(self, ledger: Ledger) -> list[str]:
         """Why an evaluation has no score; empty if it has one.
@@ -9226,7 +9268,8 @@ def is_lost_peer(error: RuntimeError) -> bool:
 def complain(message: str) -> None:
     """Writes the program's one line of error, if there is a message."""
     if message:
-        print(f"train_gpt.py: {message}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):
+            print(f"train_gpt.py: {message}", file=sys.stderr, flush=True)
 
 
 def main(argv: list[str]) -> int:
@@ -9248,6 +9291,7 @@ def main(argv: list[str]) -> int:
             raise UsageError(
                 f"{argv[0]}: knobs are environment variables; the only argument is --knobs"
             )
+        prepare_output()
         handle_signals(raise_stopped)
         cfg, origin = Config.from_env(os.environ, torch.cuda.is_available())
         Run(cfg, origin, Ranks(os.environ), warnings_of_names(os.environ)).go()
