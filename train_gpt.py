@@ -63,6 +63,7 @@ import dataclasses
 import difflib
 import enum
 import errno
+import fnmatch
 import hashlib
 import importlib.util
 import inspect
@@ -135,12 +136,20 @@ class UsageError(ValueError):
     """
 
 
+class NoDevice(UsageError):
+    """A rank has no GPU. Only that rank knows; all but the first such rank give no message."""
+
+
 class RunStopped(RuntimeError):
     """The run reached a limit that the user has set. One line, exit status 3."""
 
 
 class ForeignValue(TypeError):
     """A file holds a value that no run writes. The message, one line, does not name the file."""
+
+
+class OutOfMemory(RuntimeError):
+    """Memory has run out. One line, which names the knob that helps; exit status 1."""
 
 
 class BadMatrix(FloatingPointError):
@@ -249,6 +258,11 @@ class DataKnobs:
         """The folder of the shards."""
         name = self.dataset or f"fineweb10B_sp{self.vocab_size}"
         return Path(self.data_dir) / "datasets" / name
+
+    @property
+    def reads_caseops(self) -> bool:
+        """Whether the data set is CaseOps by its name."""
+        return "caseops" in self.dataset_dir.name
 
     @property
     def rows_per_step(self) -> int:
@@ -840,6 +854,7 @@ class Config(
 
         cfg = cls(**values)
         problems += problems_of_aliases(environ)
+        problems += problems_of_switches(environ, cfg)
         if cfg.warmdown_iters and origin["warmdown_frac"] == "env":
             problems.append(
                 f"WARMDOWN_FRAC={cfg.warmdown_frac:g}: not with WARMDOWN_ITERS={cfg.warmdown_iters}"
@@ -851,7 +866,7 @@ class Config(
 
     def problems(self) -> list[str]:
         """A line for each value out of range or, if there is none, for each rule that is broken."""
-        broken = list(self.out_of_range()) or list(self.rules())
+        broken = list(self.out_of_range()) or list(self.rules()) or list(self.rules_of_storage())
         return [self.message(rule) for rule in broken]
 
     def message(self, rule: Rule) -> str:
@@ -878,6 +893,22 @@ class Config(
         """The rules between knobs that are broken, of all groups."""
         for group in GROUPS:
             yield from group.rules(self)
+
+    def rules_of_storage(self) -> Iterator[Rule]:
+        """The knobs that change the network, but that no model file would hold.
+
+        Without this rule the run would find out only when it reads its artifact back.
+        """
+        if shapes_and_plans(self) == shapes_and_plans(stored_network(self)):
+            return
+        for name, field in FIELDS.items():
+            if name in NETWORK_FIELDS or getattr(self, name) == field.default:
+                continue
+            without = dataclasses.replace(self, **{name: field.default})
+            if shapes_and_plans(without) != shapes_and_plans(self):
+                yield Rule(
+                    name, f"{field.default}, or a knob with network=True: it changes the network"
+                )
 
     def warnings(self) -> Iterator[str]:
         """A sentence for each setting that others have tried and found harmful."""
@@ -924,6 +955,66 @@ class Config(
                 " 1.12070: PR #533)"
             )
 
+    def idle_knobs(self) -> Iterator[tuple[str, str]]:
+        """Patterns of knobs that have no effect, and the setting that is the reason."""
+        if not self.num_loops:
+            yield "loop_* enable_looping_at", "NUM_LOOPS=0"
+        if not self.parallel_start_layer:
+            yield "parallel_final_lane", "PARALLEL_START_LAYER=0"
+        if not self.bigram_vocab_size:
+            yield "bigram_dim", "BIGRAM_VOCAB_SIZE=0"
+        if not self.ve_enabled:
+            yield "ve_dim ve_layers", "VE_ENABLED=0"
+        if not self.sparse_attn_gate_enabled:
+            yield "sparse_attn_gate_scale", "SPARSE_ATTN_GATE_ENABLED=0"
+            if not self.smear_gate_enabled:
+                yield "gate_window", "SPARSE_ATTN_GATE_ENABLED=0 SMEAR_GATE_ENABLED=0"
+        if self.export_weights != "swa":
+            yield "swa_*", f"EXPORT_WEIGHTS={self.export_weights}"
+        if self.export_weights == "raw":
+            yield "ema_*", "EXPORT_WEIGHTS=raw"
+        if not self.late_qat:
+            yield "late_qat_threshold", "LATE_QAT=0"
+        if self.no_hessians:
+            yield "column_scales gptq_calibration_batches", f"QUANTIZER={self.quantizer}"
+        else:
+            yield "clip_floor", f"QUANTIZER={self.quantizer}"
+        yield from self.idle_knobs_of_evaluation()
+
+    def idle_knobs_of_evaluation(self) -> Iterator[tuple[str, str]]:
+        """The same for scoring and adaptation."""
+        if not self.sliding_window_enabled:
+            yield "eval_stride", "SLIDING_WINDOW_ENABLED=0"
+        if not self.tilt_order:
+            yield "tilt_*", "TILT_ORDER=0"
+        if not self.ttt_enabled:
+            yield "ttt_* phased_ttt_*", "TTT_ENABLED=0"
+            return
+        if self.ttt_mode == "chunk":
+            yield (
+                "ttt_lora_* ttt_*_lora ttt_lm_rank ttt_bias_tune ttt_lr_factors ttt_cosine_chunks"
+                " ttt_m??_doc_len ttt_warm_start_a ttt_chunk_size ttt_short_chunks ttt_batch_size"
+                " ttt_grad_steps ttt_weight_decay ttt_beta? ttt_optimizer",
+                "TTT_MODE=chunk",
+            )
+        if not self.learns_by_chunks:
+            yield (
+                "phased_ttt_prefix_* ttt_chunk_optimizer ttt_lr ttt_momentum ttt_epochs"
+                " ttt_chunk_tokens ttt_batch_seqs ttt_grad_clip ttt_freeze_blocks",
+                "TTT_MODE=document PHASED_TTT_NUM_PHASES=0",
+            )
+
+    def warnings_of_idle_knobs(self, origin: Mapping[str, str]) -> Iterator[str]:
+        """A line for each setting that leaves knobs of the environment without effect."""
+        switches = ("num_loops", "ttt_enabled", "tilt_order")
+        for patterns, reason in self.idle_knobs():
+            idle = []
+            for name in FIELDS:
+                if origin[name] == "env" and name not in switches and is_named(name, patterns):
+                    idle.append(name.upper())
+            if idle:
+                yield f"{', '.join(idle)}: no effect with {reason}"
+
 
 GROUPS = Config.__bases__[::-1]
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
@@ -963,6 +1054,16 @@ def read_network_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: values[name] for name in NETWORK_FIELDS}
 
 
+def stored_network(cfg: Config) -> Config:
+    """The config that a reader of the model file of `cfg` would have."""
+    return Config(**read_network_config(network_config(cfg)))
+
+
+def shapes_and_plans(cfg: Config) -> tuple[Any, ...]:
+    """The shapes of all parameters, and the orders of layers."""
+    return {name: role.shape for name, role in parameter_table(cfg).items()}, cfg.plans
+
+
 # --- Names of variables ---
 # Spellings of other programs for knobs of this one.
 ALIASES = {
@@ -975,6 +1076,36 @@ ALIASES = {
     "GLOBAL_TTT_BATCH_SEQS": "TTT_BATCH_SEQS",
     "GLOBAL_TTT_GRAD_CLIP": "TTT_GRAD_CLIP",
     "FUSED_CE_ENABLED": "FUSED_CE",
+    "MUON_WEIGHT_DECAY": "MUON_WD",
+    "ADAM_WEIGHT_DECAY": "ADAM_WD",
+    "MUON_EQ_R": "MUON_ROW_NORMALIZE",
+    "NEGATIVE_SLOPE": "LEAKY_SLOPE",
+    "SWA_START_FRAC": "SWA_THRESHOLD",
+    "QAT_THRESHOLD": "LATE_QAT_THRESHOLD",
+    "WARMDOWN_FRACTION": "WARMDOWN_FRAC",
+    "BIGRAM_BUCKETS": "BIGRAM_VOCAB_SIZE",
+    "BIGRAM_HASH_BUCKETS": "BIGRAM_VOCAB_SIZE",
+    "BIGRAM_HASH_DIM": "BIGRAM_DIM",
+    "SMEAR_GATE": "SMEAR_GATE_ENABLED",
+    "SMEAR_GATE_WIDTH": "GATE_WINDOW",
+    "SLIDING_EVAL": "SLIDING_WINDOW_ENABLED",
+    "SLIDING_EVAL_STRIDE": "EVAL_STRIDE",
+    "EVAL_TEMP": "LOGIT_TEMPERATURE",
+    "EVAL_TEMPERATURE": "LOGIT_TEMPERATURE",
+    "EVAL_ONLY_QUANTIZED_PATH": "EVAL_ONLY_PATH",
+    "QUANT_BITS": "MATRIX_BITS",
+    "QUANT_BITS_EMBED": "EMBED_BITS",
+    "GPTQ_EMBED_CLIP_SIGMAS": "EMBED_CLIP_SIGMAS",
+}
+
+# Switches of the published scripts: a field or property of Config that is not 0 where the switch is
+# on, and how to make it so. A switch that agrees is accepted.
+SWITCHES = {
+    "CASEOPS_ENABLED": ("reads_caseops", "set DATASET"),
+    "PHASED_TTT_ENABLED": ("phased_ttt_num_phases", "set PHASED_TTT_NUM_PHASES"),
+    "PARALLEL_RESIDUAL": ("parallel_start_layer", "set PARALLEL_START_LAYER"),
+    "BIGRAM_HASH": ("bigram_vocab_size", "set BIGRAM_VOCAB_SIZE"),
+    "USE_BIGRAM_HASH": ("bigram_vocab_size", "set BIGRAM_VOCAB_SIZE"),
 }
 
 # Knobs of the published scripts that are refused here, each with the reason. Silently ignoring one
@@ -995,8 +1126,12 @@ SET_ELSEWHERE = {
     "TTT_SHORT_SCORE_FIRST_STEPS": "set TTT_SHORT_CHUNKS, which go by position",
     "TTT_LOCAL_LR_MULT": "set TTT_LORA_LR",
     "TTT_MASK": "set TTT_Q_LORA, TTT_V_LORA",
-    "LQER_ENABLED": "QUANTIZER=allocated gives those rows finer steps",
-    "AWQ_LITE_ENABLED": "QUANTIZER=allocated gives those rows finer steps",
+    "TRAIN_BATCH_SIZE": "set TRAIN_BATCH_TOKENS",
+    "GRAD_ACCUM_STEPS": "set MICRO_BATCH_TOKENS, the tokens of a row",
+    "GPTQ_RESERVE_MS": "set GPTQ_RESERVE_SECONDS",
+    "GPTQ_CLIP_SIGMAS": "set MATRIX_CLIP_SIGMAS and QUANTIZER=gptq",
+    "TARGET_MB": "set ARTIFACT_LIMIT_BYTES",
+    "PARALLEL_RESIDUAL_START": "set PARALLEL_START_LAYER, which begins two lanes (PR #1530)",
 }
 AGAINST_THE_RULES = {
     "TTT_TEMP_RESCALE": "a factor on the nats is no probability (ruling on PR #605);"
@@ -1021,6 +1156,88 @@ WITHOUT_EFFECT = {
 }
 REJECTED_NAMES = SET_ELSEWHERE | AGAINST_THE_RULES | WITHOUT_EFFECT
 
+# What to say of names that belong to parts of public scripts which are not here; * stands for any
+# text. They are refused unless their value, one of OFF, switches the part off.
+OFF = ("", "0", "0.0", "-1", "none", "false")
+ABSENT = {
+    "QUANTIZER=allocated gives those rows finer steps (PR #1797)": "LQER_* AWQ_*",
+    "set SPARSE_ATTN_GATE_ENABLED, the later form (PR #1787)": """
+        ATTN_OUT_GATE* GATED_ATTN* GATED_ATTENTION GATE_ATTN_* GATE_MLP_OUT GATE_WIDTH
+        SPARSE_ATTN_GATE_INIT_STD""",
+    "set NUM_LOOPS, LOOP_START, LOOP_END, ENABLE_LOOPING_AT (PR #1394)": """
+        RECUR_* LOOP_PHASE2_AT *_DEPTH_RECURRENCE EFFECTIVE_DEPTH NUM_UNIQUE_BLOCKS
+        DEPTH_LORA_RANK""",
+    "off or dropped since (PR #1204, #1412)": """
+        *UNTIE_LOOP_MLPS *UNTIE_MLP* UNTIE_AT_FRACTION BANK_SPLIT MATRIX_LR_EARLY MATRIX_LR_LATE
+        CANON_AC_LAYERS DISABLE_LAYER0_ATTN PARALLEL_START_LAYER_IS_PHYSICAL""",
+    "off in every record, dropped in PR #1218": "VALUE_RESIDUAL DTG_ENABLED MTP_* TRIGRAM",
+    "set TILT_ORDER (PR #2135)": "NGRAM_*",
+    "it learns from what it then scores (PR #1209)": "SLOT_ENABLED SLOT_LR SLOT_STEPS ETLB_*",
+    "set LOGIT_TEMPERATURE, chosen beforehand (PR #640)": "TEMP_SCALING TEMP_CALIB",
+    "no rate depends on the loss (PR #1412)": "TTT_ENTROPY_* TTT_NS_STEPS",
+    "set PHASED_TTT_NUM_PHASES (PR #1626)": """
+        GLOBAL_TTT_WARMUP_* GLOBAL_TTT_RESPECT_* GLOBAL_TTT_DOC_LIMIT TTT_DOC_LIMIT""",
+    "set EVAL_ONLY_PATH": """
+        PREQUANT_ONLY TTT_ONLY TTT_ONLY_EVAL TTT_EVAL_ONLY SKIP_POST_TRAIN_EVAL
+        POST_GPTQ_EVAL_ONLY SWEEP_MODE""",
+    "set MUON_COEFFS=polar (PR #1787)": "POLAR_EXPRESS USE_POLAR_EXPRESS USE_GRAM_NS",
+    "set SMEAR_ENABLED (PR #162) or SMEAR_GATE_ENABLED (PR #1667)": "USE_SMEARGATE SMEAR",
+    "set COMPRESSOR": "USE_ZSTD USE_LZMA USE_BROTLI ZSTD_LEVEL",
+    "set QUANTIZER, MATRIX_BITS and CLIP_SIGMAS (PR #1394)": """
+        USE_GPTQ USE_INT6 GPTQ_ENABLED GPTQ_LITE QAT_INT6 QUANT_BITS_MLP QUANT_CLIP_RANGE
+        QUANT_CONFIG INT4_* INT5_* INT6_* N_INT6_LAYERS MIXED_QUANT HESSIAN_CLIP_LAMBDA CLIP_MULT_*
+        LOOP_LAYER_* FP_STORAGE SCALE_STORAGE""",
+    "set TABLES_FP16": "FP16_EMBED_EXPORT",
+    "set PRUNE_FRAC": "PRUNE_RATIO",
+    "set LATE_QAT, LATE_QAT_THRESHOLD": "QAT_FRACTION QAT_START_FRAC QAT_AFTER_STEP QAT_BITS",
+    "set GPTQ_CALIBRATION_BATCHES, rows of training text (PR #1019: of its own text)": """
+        GPTQ_AR_SELFGEN GPTQ_GEN_* GPTQ_TEMPERATURE GPTQ_NUM_SEQS GPTQ_BATCH_SIZE GPTQ_CALIB_*""",
+    "set ROPE_TRAIN_SEQ_LEN, ROPE_BASE": "EVAL_NTK_ALPHA YARN_MAX_LEN ROPE_TYPE",
+    "set VAL_DOC_FRACTION; every target is scored": "VAL_MAX_* EVAL_OVERLAP EVAL_STATE_RESET",
+    "set SEQ_LEN_SCHEDULE (PR #2014)": """
+        SEQ_LEN_START SEQ_SCHEDULE_FRACTION BATCH_TOKENS_START BATCH_SCHEDULE_FRACTION""",
+    "set EXPORT_WEIGHTS": "LAWA_* SWA_DECAY EMA_START_FRACTION",
+    "set MUON_WD, which is constant (PR #1729: falling)": "WD_TAPER_* CAUTIOUS_WD",
+    "set WARMDOWN_FRAC, MIN_LR": """
+        WARMDOWN_SHAPE LR_SCHEDULE LR_START LR_WARMUP_STEPS MUON_COOLDOWN_*""",
+    "no later record has it (PR #86, #640)": "BLOCK_LARS_* ASYMMETRIC_LOGIT MATRIX_OPTIMIZER",
+    "a network of PR #1371": "GDN_*",
+    "a network of PR #1644": "MAMBA3_* NUM_ATTN_LAYERS USE_ORTHO_INIT",
+    "a network of PR #903, #1443": """
+        JEPA_* SIGREG_* PROJECTOR_TYPE PREDICTOR_HIDDEN_MULT CE_PURE_FRAC CE_WEIGHT DETACH_TARGETS
+        MLP_EVERY""",
+    "a network of PR #1104": "HNET_* OUTER_LAYERS RATIO_LOSS_WEIGHT TARGET_AVG_CHUNK_LEN",
+    "a network of PR #1337": """
+        LEGENDRE_* COEFF_LR_* INDEPENDENT_LR NUM_VIRTUAL_LAYERS EMBED_INNER_DIM USE_WRAP
+        WRAP_INIT_SCALE SKIP_TOKENS""",
+    "a network of PR #542, #640": """
+        ATTN_VARIANT ATTN_PROJ_TYPE ATTN_RES BLOCK_TYPE LATENT_KV_DIM NUM_LIGHT_BLOCKS DIFF_ATTN""",
+    "a network of PR #640, #1388": """
+        BITNET_* XNOR_* TVERSKY_* EGGROLL_* REFINER* CHURN_LOG_EVERY CORR_WEIGHT_LR SOFTCAP_TYPE
+        LOGIT_HEAD_TYPE SIGN_COMPRESS_REG BINARIZE_ACTIVATIONS FITNESS_SHAPING POP_SIZE
+        MLP_GROUPS""",
+    "a network of PR #2058": "MLP_RANK",
+}
+# The same for names that are only warned of: they change no score, or others may set them, too.
+WARNED = {
+    "set MATRIX_LR, SCALAR_LR, TIED_EMBED_LR": "LEARNING_RATE ADAM_LR",
+    "set MUON_WD, ADAM_WD, EMBED_WD": "WEIGHT_DECAY",
+    "set DATA_DIR, DATASET": """
+        DATASETS DATASETS_DIR DATASET_DIR DATASET_PATH TRAIN_FILES VAL_FILES TOKENIZER""",
+    "set ARTIFACT_DIR": "MODEL_DIR OUT_DIR MODEL_SAVE_PATH CHECKPOINT_DIR",
+    "set CHECKPOINT_EVERY and RUN_ID": "RESUME_FROM",
+    "set VAL_BATCH_TOKENS": "EVAL_BATCH_* SW_EVAL_BATCH SLIDING_BATCH_SIZE",
+    "set TABLES_FP16": "FP16_*_PATTERNS INT8_*_PATTERNS",
+    "set EVAL_STRIDE": "STRIDE",
+    "set EXPORT_WEIGHTS": "EMA",
+    "set LATE_QAT": "QAT",
+    "set TTT_LORA_RANK, TTT_LORA_LR": "LORA_RANK LORA_LR",
+    "set COMPILE": "USE_COMPILE COMPILE_MODE COMPILE_MODEL",
+    "nothing reads it": "MODE ACTIVATION EMBED_DIM D_STATE D_CONV EXPAND",
+    "it changes no score": """
+        GPTQ_DAMP GPTQ_BLOCK_SIZE TTT_HEARTBEAT_SECONDS LOGIT_CHUNK_TOKENS MLX_* USE_*_KERNEL""",
+}
+
 
 def canonical_names(environ: Mapping[str, str]) -> dict[str, str]:
     """`environ` with every alias replaced by its knob's name. A knob's own spelling wins."""
@@ -1029,11 +1246,46 @@ def canonical_names(environ: Mapping[str, str]) -> dict[str, str]:
     return renamed | others
 
 
+def is_named(name: str, patterns: str) -> bool:
+    """Whether a name matches one of several patterns with spaces between them."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns.split())
+
+
+def reason_in(table: Mapping[str, str], name: str) -> str:
+    """What ABSENT or WARNED says of a name; empty if the name is not in that table."""
+    return next((reason for reason, names in table.items() if is_named(name, names)), "")
+
+
+def could_be(name: str, text: str) -> bool:
+    """Whether a knob could have this value, so that a name like the knob's may be a slip."""
+    field = FIELDS[name.lower()]
+    if isinstance(field.default, str):
+        return "/" not in text or name.endswith(("_DIR", "_PATH"))
+    with contextlib.suppress(ValueError):
+        parse_knob(field, text)
+        return True
+    return False
+
+
+def warnings_of_names(environ: Mapping[str, str]) -> Iterator[str]:
+    """A line for each variable that a public script reads and this program ignores."""
+    for name, text in sorted(environ.items()):
+        if reason := reason_in(WARNED, name):
+            yield f"{name}={text}: not a knob of this program; {reason}"
+
+
 def problems_of_names(given: Mapping[str, str]) -> Iterator[str]:
-    """A line for each variable that looks like a knob of this program but is none."""
+    """A line for each variable that this program lacks, or that looks like one of its knobs."""
     knobs = {name.upper() for name in FIELDS}
     other_names = [*ALIASES, *REJECTED_NAMES]
-    for name in sorted(given.keys() - knobs):
+    for name in sorted(given.keys() - knobs - SWITCHES.keys()):
+        text = given[name]
+        if reason_in(WARNED, name):
+            continue
+        if reason := REJECTED_NAMES.get(name) or reason_in(ABSENT, name):
+            if name in REJECTED_NAMES or text.lower() not in OFF:
+                yield f"{name}={text}: not a knob of this program; {reason}"
+            continue
         # Names of other scripts must be closer: a cluster may set DATASET_PATH, unlike DATA_PATH.
         nearest = difflib.get_close_matches(name, other_names, n=1, cutoff=0.9)
         if not nearest:
@@ -1042,9 +1294,16 @@ def problems_of_names(given: Mapping[str, str]) -> Iterator[str]:
             continue
         if nearest[0] in REJECTED_NAMES:
             reason = REJECTED_NAMES[nearest[0]]
-            yield f"{name}={given[name]}: not a knob of this program; {reason}"
-        else:
-            yield f"{name}={given[name]}: not a knob; did you mean {nearest[0]}?"
+            yield f"{name}={text}: not a knob of this program; {reason}"
+        elif could_be(ALIASES.get(nearest[0], nearest[0]), text):
+            yield f"{name}={text}: not a knob; did you mean {nearest[0]}?"
+
+
+def problems_of_switches(environ: Mapping[str, str], cfg: Config) -> Iterator[str]:
+    """A line for each switch of a public script that does not agree with the config."""
+    for name, (field, remedy) in SWITCHES.items():
+        if name in environ and bool(getattr(cfg, field)) == (environ[name].lower() in OFF):
+            yield f"{name}={environ[name]}: not a knob of this program; {remedy}"
 
 
 def problems_of_aliases(environ: Mapping[str, str]) -> Iterator[str]:
@@ -1074,6 +1333,8 @@ def check_paths(cfg: Config) -> None:
     Raises UsageError, one line per problem.
     """
     problems = [cfg.message(rule) for rule in rules_of_paths(cfg)]
+    if not can_be_written(Path("logs", "x"), is_file=True):
+        problems.append("logs: cannot be written; mend its permissions, or run in another folder")
     if problems:
         raise UsageError("\n".join(problems))
 
@@ -1091,7 +1352,8 @@ OUTPUTS = (
 
 def rules_of_paths(cfg: Config) -> Iterator[Rule]:
     """The rules about files, folders and installed packages that are broken."""
-    if not can_be_written(Path("logs", f"{cfg.run_id}.txt"), is_file=True):
+    name_is_bad = not can_be_written(Path("logs", f"{cfg.run_id}.txt"), is_file=True)
+    if cfg.run_id and name_is_bad and can_be_written(Path("logs", "x"), is_file=True):
         yield Rule("run_id", "the name of a file that can be written in logs")
     folder = Path(cfg.artifact_dir or f"runs/{cfg.run_id}")
     if not can_be_written(folder):
@@ -1474,6 +1736,30 @@ class PendingRead:
         return self.host.tolist(), self.time
 
 
+def launch_numbers(environ: Mapping[str, str]) -> tuple[int, int, int]:
+    """RANK, WORLD_SIZE and LOCAL_RANK as torchrun sets them; (0, 1, LOCAL_RANK) without RANK.
+
+    Raises UsageError if they cannot be right.
+    """
+    numbers = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
+    remedy = "start with torchrun, which sets it, or unset RANK"
+    for name in numbers:
+        text = environ.get(name, numbers[name])
+        try:
+            numbers[name] = int(text)
+        except ValueError:
+            raise UsageError(f"{name}={text}: must be a whole number; {remedy}") from None
+    rank, world_size, local_rank = numbers.values()
+    if "RANK" not in environ:
+        return 0, 1, local_rank
+    for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        if name not in environ:
+            raise UsageError(f"RANK={rank}: needs {name}; {remedy}")
+    if not 0 <= rank < world_size:
+        raise UsageError(f"RANK={rank}: must be below WORLD_SIZE={world_size}; {remedy}")
+    return rank, world_size, local_rank
+
+
 class Ranks:
     """This process among its peers, as torchrun's variables describe them.
 
@@ -1482,19 +1768,23 @@ class Ranks:
     """
 
     def __init__(self, environ: Mapping[str, str]):
-        self.distributed = "RANK" in environ
-        self.rank = int(environ.get("RANK", 0))
-        self.world_size = 1
         # Without RANK, WORLD_SIZE means nothing: clusters may set it for any process.
-        if self.distributed:
-            self.world_size = int(environ.get("WORLD_SIZE", 1))
+        self.distributed = "RANK" in environ
+        self.rank, self.world_size, local_rank = launch_numbers(environ)
         self.is_main = self.rank == 0
         # Someone may be watching rank 0's terminal.
-        self.live = self.is_main and sys.stdout.isatty() and "CI" not in environ
+        self.live = self.is_main and is_terminal(sys.stdout) and "CI" not in environ
         self.num_queues = 0
         self.device = torch.device("cpu")
         if torch.cuda.is_available():
-            self.device = torch.device("cuda", int(environ.get("LOCAL_RANK", 0)))
+            count = torch.cuda.device_count()
+            if local_rank >= count:
+                message = (
+                    f"LOCAL_RANK={local_rank}: this machine has {count} GPUs; start torchrun with"
+                    f" --nproc_per_node={count}"
+                )
+                raise NoDevice(message if local_rank == count else "")
+            self.device = torch.device("cuda", local_rank)
             torch.cuda.set_device(self.device)
         if self.distributed:
             self._join_group(environ.get("TORCHELASTIC_RESTART_COUNT", 0))
@@ -1556,8 +1846,33 @@ class Ranks:
 ERASE_LINE = "\r\033[K"
 
 
+def is_terminal(stream: Any) -> bool:
+    """Whether a stream is a terminal. sys.stdout is None if the program began without one."""
+    return stream is not None and stream.isatty()
+
+
+def print_while_open(text: str, end: str = "\n") -> None:
+    """Prints to stdout. If nobody reads it any more, all later output goes nowhere."""
+    try:
+        print(text, end=end, flush=True)
+    except OSError:
+        # The descriptor is replaced, so that Python's last flush finds no broken pipe.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def prepare_output() -> None:
+    """Makes stdout take any text, and exist, so that no file gets its descriptor.
+
+    What the encoding of stdout lacks becomes a question mark.
+    """
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")
+
+
 class Log:
-    """Lines for people: rank 0 writes them to a file and to the terminal, other ranks do nothing.
+    """Lines for people: rank 0 writes them to a file and to stdout, other ranks do nothing.
 
     A live log also shows a line on the terminal that is rewritten in place. `prefix` begins every
     line. `tensorboard_dir`, if not empty, receives the numbers given to `scalars`.
@@ -1586,7 +1901,7 @@ class Log:
         print(self.prefix + line, file=self.file, flush=True)
         if terminal:
             erase = ERASE_LINE if self.live else ""
-            print(erase + self.prefix + line, flush=True)
+            print_while_open(erase + self.prefix + line)
 
     def due(self) -> bool:
         """Whether 8 s have passed since the last line, so that a long loop should show progress."""
@@ -1597,7 +1912,7 @@ class Log:
         if self.live and time.monotonic() - self.last_shown_time >= min_interval_s:
             self.last_shown_time = time.monotonic()
             width = shutil.get_terminal_size().columns - 1
-            print(ERASE_LINE + line[:width], end="", flush=True)
+            print_while_open(ERASE_LINE + line[:width], end="")
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Adds numbers to TensorBoard at a training step, by name."""
@@ -1840,9 +2155,49 @@ def read_shard(path: Path) -> np.ndarray:
     if len(header) < 256 or header[:2].tolist() != SHARD_HEADER:
         raise UsageError(f"{path}: starts with {header[:2].tolist()}, a shard with {SHARD_HEADER}")
     num_tokens = int(header[2])
-    if size != 1024 + 2 * num_tokens or not num_tokens:
-        raise UsageError(f"{path}: holds {size} bytes, its header promises 1024 + 2 * {num_tokens}")
+    if num_tokens <= 0:
+        raise UsageError(f"{path}: is empty, its header promises {num_tokens} tokens; delete it")
+    promised = 1024 + 2 * num_tokens
+    if size != promised:
+        fault = "cut short" if size < promised else "too long"
+        raise UsageError(
+            f"{path}: {fault}: {size:,} of {promised:,} bytes; delete it and download again"
+        )
     return np.memmap(path, dtype="<u2", mode="r", offset=1024, shape=(num_tokens,))
+
+
+def allow_open_files(count: int) -> None:
+    """Raises the soft limit of open files for `count` shards: each stays open while it is mapped.
+
+    Raises UsageError if the hard limit is too low.
+    """
+    try:
+        import resource
+    except ImportError:
+        # Windows has no such limit.
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # Libraries, sockets and pipes need some, too.
+    wanted = count + 512
+    if soft == resource.RLIM_INFINITY or wanted <= soft:
+        return
+    if hard != resource.RLIM_INFINITY and wanted > hard:
+        raise UsageError(
+            f"{count} shards: the limit of open files is {hard}; raise it: ulimit -Hn {wanted}"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def how_to_get(folder: Path) -> str:
+    """The command that makes a data set of this name."""
+    name = folder.name
+    if name.startswith("pydocs"):
+        source = "pydocs"
+    elif match := re.fullmatch(r"fineweb10B_(sp\d+)(\w*caseops\w*)?", name):
+        source = f"fineweb --variant {match[1]}" + ("_caseops" if match[2] else "")
+    else:
+        source = "text TRAIN.jsonl --val VAL.jsonl"
+    return f"Get it: python tools/prepare_data.py {source}; or set DATASET, DATA_DIR"
 
 
 def shard_paths(folder: Path, split: str) -> list[Path]:
@@ -1862,10 +2217,10 @@ class TokenStream:
     def __init__(self, folder: Path, split: str):
         self.paths = shard_paths(folder, split)
         if not self.paths:
-            raise UsageError(
-                f"{folder}: holds no *_{split}_*.bin; "
-                "run tools/prepare_data.py or set DATASET, DATA_DIR"
-            )
+            fault = f"holds no *_{split}_*.bin" if folder.is_dir() else "does not exist"
+            raise UsageError(f"{folder}: {fault}. {how_to_get(folder)}")
+        # Those of the other splits and of side-cars will be open as well.
+        allow_open_files(sum(1 for _ in folder.glob("*.bin")))
         self.shards = [read_shard(path) for path in self.paths]
         self.starts = np.cumsum([0] + [len(shard) for shard in self.shards])
         self.size = int(self.starts[-1])
@@ -4498,6 +4853,8 @@ class Ledger:
         self.num_read_early = torch.zeros((), dtype=torch.int64, device=device)
         # Documents, or chunks of the stream, that were not learnt from because of the deadline.
         self.num_not_learnt_from = 0
+        # Those documents, all or the rest of which was scored without adaptation.
+        self.num_not_adapted = 0
         self.tilt = Tilt(docs, self.tokens, cfg) if cfg and cfg.tilt_order else None
 
     def hints_of(self, index: Tensor, size: int) -> Tensor | None:
@@ -4548,6 +4905,7 @@ class Ledger:
         A target that two ranks scored counts as scored twice.
         """
         self.num_not_learnt_from = sum(ranks.gather(self.num_not_learnt_from))
+        self.num_not_adapted = sum(ranks.gather(self.num_not_adapted))
         for t in (self.nats, self.times_scored, self.num_read_early):
             ranks.sum(t)
         if self.tilt is not None:
@@ -6579,6 +6937,7 @@ def score_rest(scorer: Scorer, batch: np.ndarray, num_scored: int) -> None:
         start, count = docs.starts[document], docs.counts[document]
         if count > num_scored:
             scorer.ledger.num_not_learnt_from += 1
+            scorer.ledger.num_not_adapted += 1
         windows += scorer.text_windows(start, count, stride=0, first=start + num_scored)
     scorer.score_windows(windows, shared=False)
 
@@ -7107,10 +7466,13 @@ class Run:
     `build_model` sets model, forwards and optimizers.
     """
 
-    def __init__(self, cfg: Config, origin: dict[str, str], ranks: Ranks):
+    def __init__(
+        self, cfg: Config, origin: dict[str, str], ranks: Ranks, warnings: Iterable[str] = ()
+    ):
         """Raises UsageError on all ranks if one of them finds something wrong.
 
-        origin: where each field of `cfg` comes from, as Config.from_env returns it.
+        origin: where each field of `cfg` comes from, as Config.from_env returns it. warnings: for
+        the log, before those of the config.
         """
         self.cfg = cfg
         self.ranks = ranks
@@ -7143,7 +7505,7 @@ class Run:
         board = f"{cfg.tensorboard_dir}/{run_id}" if cfg.tensorboard_dir else ""
         self.log = Log(log_path, ranks.is_main, ranks.live, board)
         self.compilation_counter = CompilationCounter(self.log)
-        self.log_settings(origin, lines)
+        self.log_settings(origin, lines, warnings)
 
     @property
     def plan(self) -> tuple[Visit, ...]:
@@ -7250,7 +7612,9 @@ class Run:
             **sidecar,
         }
 
-    def log_settings(self, origin: dict[str, str], lines: list[str]) -> None:
+    def log_settings(
+        self, origin: dict[str, str], lines: list[str], warnings: Iterable[str]
+    ) -> None:
         """Begins the log with the source, all settings, the facts, `lines` and warnings.
 
         A resumed run's log has the source already.
@@ -7266,7 +7630,8 @@ class Run:
                 "tilt: the conditional of a target is a function of the artifact and of the"
                 " targets before it in the stream; scores of documents depend on earlier documents"
             )
-        for warning in self.cfg.warnings():
+        idle = self.cfg.warnings_of_idle_knobs(origin)
+        for warning in (*warnings, *idle, *self.cfg.warnings()):
             self.log(f"warning: {warning}")
 
     # --- Checkpoints ---
@@ -7393,10 +7758,31 @@ class Run:
         # The check comes before there is a log.
         if name != "check":
             self.log.show(f"{name} ..")
-        yield
+        try:
+            yield
+        except RuntimeError as error:
+            if not is_lack_of_memory(error):
+                raise
+            raise OutOfMemory(self.memory_advice(name, error)) from error
         seconds = self.ranks.now() - start
         self.phases.append(Phase(name, budget, seconds - self.excluded_seconds))
         self.excluded_seconds = outer_excluded + seconds
+
+    def memory_advice(self, phase: str, error: RuntimeError) -> str:
+        """The line for the user when memory has run out in a phase: which knob to lower."""
+        cfg = self.cfg
+        advice = f"lower MICRO_BATCH_TOKENS={cfg.micro_batch_tokens}, the tokens of a row"
+        if phase == "score quantized_ttt_lora":
+            advice = f"lower TTT_BATCH_SIZE={cfg.ttt_batch_size}"
+            if cfg.learns_by_chunks:
+                advice += f" or TTT_BATCH_SEQS={cfg.ttt_batch_seqs}"
+        elif phase.startswith(("score", "validate")):
+            advice = f"lower VAL_BATCH_TOKENS={cfg.val_batch_tokens}"
+        elif phase == "warm-up":
+            advice += f", VAL_BATCH_TOKENS={cfg.val_batch_tokens}"
+            advice += f" or TTT_BATCH_SIZE={cfg.ttt_batch_size}"
+        reason = str(error).splitlines()[0]
+        return f"rank {self.ranks.rank}: out of memory in {phase}; {advice} ({reason[:200]})"
 
     def go(self) -> dict[str, Any]:
         """Goes through the phases that are still to do; returns the figures of the final line."""
@@ -7720,7 +8106,8 @@ class Run:
         result = ledger.result()
         loss, bpb = result["val_loss"], result["val_bpb"]
         time_ms = 1000 * self.phases[-1].seconds
-        self.log(f"{label} val_loss:{loss:.8f} val_bpb:{bpb:.8f} eval_time:{time_ms:.0f}ms")
+        scores = f"val_loss:{loss:.8f} val_bpb:{bpb:.8f} eval_time:{time_ms:.0f}ms"
+        self.log(f"{label} {scores}{self.note_deadline(ledger)}")
         self.log.scalars(self.final.get("steps", 0), {f"val_bpb/{key}": bpb})
         if ledger.tilt is not None:
             gains = ledger.tilt.gains.double()
@@ -7728,8 +8115,6 @@ class Run:
             num_hits = int((gains > 0).sum())
             self.log(f"tilt: hints:{len(gains)} hits:{num_hits} gain_bpb:{gain_bpb:.8f}")
             self.final[f"{key}_tilt_gain"] = gain_bpb
-        if count := ledger.num_not_learnt_from:
-            self.log(f"deadline: {count} documents or chunks were scored but not learnt from")
         self.final[f"{key}_loss"] = loss
         self.final[f"{key}_bpb"] = bpb
         self.final["val_loss"] = loss
@@ -7740,6 +8125,20 @@ class Run:
         self.final["documents_sha256"] = commitment(documents)
         if self.ranks.is_main:
             self.save_scores(documents)
+
+    def note_deadline(self, ledger: Ledger) -> str:
+        """What the deadline left without learning, for the line of a score; also in the figures."""
+        documents = ledger.num_not_adapted
+        chunks = ledger.num_not_learnt_from - documents
+        notes = ""
+        if documents:
+            self.final["documents_not_adapted"] = documents
+            total = len(ledger.docs.counts)
+            notes += f", {documents} of {total} documents were scored without adaptation"
+        if chunks:
+            self.final["chunks_not_learnt_from"] = chunks
+            notes += f", {chunks} chunks were not learnt from"
+        return notes
 
     def broken_rules(self, ledger: Ledger) -> list[str]:
         """Why an evaluation has no score; empty if it has one.
@@ -9199,6 +9598,11 @@ def message_and_status(error: BaseException) -> tuple[str, int]:
     return str(error), status
 
 
+def is_lack_of_memory(error: RuntimeError) -> bool:
+    """Whether a GPU, or the host, had no memory left."""
+    return isinstance(error, torch.OutOfMemoryError) or "t allocate memory" in str(error)
+
+
 def is_lost_peer(error: RuntimeError) -> bool:
     """Whether a collective failed because another rank has gone."""
     # gloo writes "Connection", NCCL "connection".
@@ -9206,8 +9610,10 @@ def is_lost_peer(error: RuntimeError) -> bool:
 
 
 def complain(message: str) -> None:
-    """Writes the program's one line of error."""
-    print(f"train_gpt.py: {message}", file=sys.stderr, flush=True)
+    """Writes the program's one line of error, if there is a message."""
+    if message:
+        with contextlib.suppress(OSError):
+            print(f"train_gpt.py: {message}", file=sys.stderr, flush=True)
 
 
 def main(argv: list[str]) -> int:
@@ -9229,17 +9635,22 @@ def main(argv: list[str]) -> int:
             raise UsageError(
                 f"{argv[0]}: knobs are environment variables; the only argument is --knobs"
             )
+        prepare_output()
         handle_signals(raise_stopped)
         cfg, origin = Config.from_env(os.environ, torch.cuda.is_available())
-        Run(cfg, origin, Ranks(os.environ)).go()
+        Run(cfg, origin, Ranks(os.environ), warnings_of_names(os.environ)).go()
         ends_together = True
     except (UsageError, RunStopped, KeyboardInterrupt, FloatingPointError, InvalidScore) as error:
         ends_together = isinstance(error, (UsageError, RunStopped, InvalidScore))
         message, status = message_and_status(error)
-        # Rank 0 speaks for all. But a bad matrix is known only to the rank that quantises it.
-        if isinstance(error, BadMatrix) or os.environ.get("RANK", "0") == "0":
+        # Rank 0 speaks for all. But some errors are known only to the rank that they happen to.
+        if isinstance(error, (BadMatrix, NoDevice)) or os.environ.get("RANK", "0") == "0":
             complain(message)
         return status
+    except OutOfMemory as error:
+        # Only the rank that it happened to knows.
+        complain(str(error))
+        return 1
     except RuntimeError as error:
         if not is_lost_peer(error):
             raise

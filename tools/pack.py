@@ -888,6 +888,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def write_code(source: Path, out: Path) -> None:
     """Writes the packed code of a readable source."""
     readable = read_regular(source, MAX_LOG_BYTES)
+    if out.exists() and out.samefile(source):
+        raise UsageError(f"{out}: is the readable source; name another file: --code packed.py")
     packed = pack_code(readable)
     write_atomic(out, packed)
     print(f"{out}: {len(packed):,} bytes, from {len(readable):,} readable ones")
