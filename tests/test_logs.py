@@ -174,6 +174,23 @@ def test_a_refusal_names_the_cause(tmp_path, text: str | bytes, words: str) -> N
     assert words in reason(tmp_path, text)
 
 
+# === What a deadline left =========================================================================
+def test_report_and_audit_say_what_the_deadline_left(tmp_path, capsys) -> None:
+    left = "65 of 100 documents were scored without adaptation"
+    path = Path(ours(tmp_path, {"documents_not_adapted": 65, "val_docs": 100})[0])
+    assert figures_of(capsys, str(path))["warnings"] == [f"run0: {left}"]
+    assert legality.implied_bytes(path).evidence.endswith(left)
+    cut = log(tmp_path, path.read_text().splitlines()[-1] + "\n", "cut.log")
+    assert runlog.read_run(cut).left_by_deadline == [left]
+
+
+def test_what_the_deadline_left_is_read_from_the_line_of_the_score(tmp_path) -> None:
+    score = "quantized_ttt val_loss:1.9637 val_bpb:1.1630 eval_time:9ms"
+    left = ["3 of 9 documents were scored without adaptation", "2 chunks were not learnt from"]
+    run = read(tmp_path, f"{HEAD}{score}, {left[0]}, {left[1]}\n")
+    assert run.left_by_deadline == left
+
+
 # === Several runs in one file =====================================================================
 def test_a_run_that_died_behind_a_finished_one_is_left_out_with_a_word(tmp_path, capsys) -> None:
     second = HEAD.replace("1337", "42").splitlines()[:3]

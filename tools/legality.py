@@ -809,6 +809,8 @@ def implied_bytes(path: Path) -> Finding:
     run, verdict = runs[number], verdicts[number]
     passed = verdict.passed
     evidence = f"run {run.part}: {verdict.evidence}" if run.part else verdict.evidence
+    for note in run.left_by_deadline:
+        evidence += f"; {note}"
     if passed and run.sizes.get("val_tokens") == canonical.WITHDRAWN_TARGETS:
         passed = False
         evidence += "; that split was withdrawn"

@@ -180,7 +180,9 @@ def distinct_names(runs: list[Run]) -> list[str]:
 
 def run_warnings(runs: list[Run]) -> list[str]:
     """Broken limits, losses of another score, and scores below the one that counts."""
-    warnings = [f"{run.label}: {text}" for run in runs for text in run.warnings]
+    warnings = [
+        f"{run.label}: {text}" for run in runs for text in run.left_by_deadline + run.warnings
+    ]
     for run in runs:
         warnings += [f"{run.label}: over the limit: {text}" for text in broken_limits(run)]
     for run in runs:

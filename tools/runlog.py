@@ -314,6 +314,7 @@ class Run:
     points: list[dict[str, float]]  # step, train_loss, val_bpb, seconds, lr_scale of step lines
     final: dict[str, Any]  # the figures of our final line, {} of a published log
     digest: str  # of the run's lines: two runs with one digest are the same run
+    left_by_deadline: list[str] = field(default_factory=list)  # in words, by the last score
     warnings: list[str] = field(default_factory=list)  # what the log shows but nothing can use
     part: int = 0  # the number of the run in its file, from 1; 0 where the file holds one run
     label: str = ""  # tells it from the other runs of a report
@@ -457,6 +458,7 @@ def run_of_lines(path: Path, lines: list[str]) -> Run:
         points=points,
         final=final,
         digest=hashlib.sha256(text.encode()).hexdigest(),
+        left_by_deadline=deadline_notes(lines, final),
         warnings=[] if final else warnings_of(path, lines, settings, scores, points),
     )
 
@@ -495,6 +497,23 @@ def refuse_bad_scores(
     if step:
         raise LogError(f"holds no score: it ends at step {step}")
     raise LogError("holds no score: no log of a finished run")
+
+
+# What our score line says where the deadline of the evaluation left something undone.
+LEFT_BY_DEADLINE = re.compile(
+    r"\d+ of \d+ documents were scored without adaptation|\d+ chunks were not learnt from"
+)
+
+
+def deadline_notes(lines: list[str], final: dict[str, Any]) -> list[str]:
+    """What the deadline of the last score left without adaptation, by its line or the final one."""
+    scored = [line for line in lines if SCORE.match(line) and not STEP.match(line)]
+    notes = LEFT_BY_DEADLINE.findall(scored[-1]) if scored else []
+    documents = final.get("documents_not_adapted")
+    if not notes and documents:
+        total = final.get("val_docs", "?")
+        notes = [f"{documents} of {total} documents were scored without adaptation"]
+    return notes
 
 
 def warnings_of(

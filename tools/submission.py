@@ -167,6 +167,8 @@ def seed_result(run: Run, sizes: dict[str, int]) -> dict[str, Any]:
             result[f"{budget}_time_s"] = round(seconds, 3)
     result["seconds"] = {phase.name: round(phase.seconds, 3) for phase in run.phases}
     result["artifact_sha256"] = run.final.get("artifact_sha256")
+    if run.left_by_deadline:
+        result["left_by_deadline"] = run.left_by_deadline
     return result
 
 
