@@ -16,6 +16,7 @@ pytest.importorskip("rich")
 pytest.importorskip("scipy")
 sys.path.insert(0, str(ROOT / "tools"))
 import report
+from charts import smoothed
 from comparison import spread_text
 from run_documents import worst_documents
 from test_report import figures_of, ours
@@ -160,3 +161,44 @@ def test_the_smallest_difference_that_can_be_seen_is_told(tmp_path, capsys) -> N
     logs = ours(tmp_path, *({"val_bpb": 1.8 + i / 10} for i in range(4)))
     statements = figures_of(capsys, *logs)["statements"]
     assert statements[1].startswith("with 4 runs a side, differences above 0.29 bpb are detectable")
+
+
+# === Noise, samples ===============================================================================
+def test_a_smooth_line_leaves_a_straight_one_and_quiets_noise() -> None:
+    steps = np.arange(0.0, 400.0, 4.0)
+    straight = 6.0 - steps / 100
+    assert np.allclose(smoothed(steps, straight), straight)
+    noise = np.random.default_rng(0).normal(0, 0.2, len(steps))
+    line = np.array(smoothed(steps, straight + noise))
+    assert np.abs(line - straight).mean() < 0.5 * np.abs(noise).mean()
+    assert smoothed([1, 2], [3.0, 4.0]) == []
+
+
+def test_the_page_draws_a_noisy_loss_smooth_and_leaves_out_what_is_nan(tmp_path) -> None:
+    path = Path(kept(tmp_path, "run0"))
+    steps = [
+        f"step:{i}/70 train_loss:{9 - i / 20 + i % 2:.4f} train_time:{i}ms" for i in range(2, 19)
+    ]
+    lines = "\n".join([*steps, "step:19/70 train_loss:nan train_time:19ms"])
+    path.write_text(path.read_text().replace("step:1/70", f"{lines}\nstep:1/70", 1))
+    path.write_text(re.sub(r"(?m)^step:1/70.*\n", "", path.read_text()))
+    page = tmp_path / "report.html"
+    report.main([str(path), "--html", str(page)])
+    curve = page_data(page)["runs"][0]["curves"]["train_loss"]
+    assert len(curve["smooth"]) == len(curve["y"]) >= 17
+    jumps = [float(np.abs(np.diff(curve[key][2:12])).mean()) for key in ("y", "smooth")]
+    assert jumps[1] < 0.3 * jumps[0]
+
+
+def test_the_page_shows_what_the_artifact_writes(tmp_path, capsys) -> None:
+    log = kept(tmp_path, "run0")
+    folder = tmp_path / "runs" / "run0"
+    folder.mkdir(parents=True)
+    texts = {"prompt": "Return", "greedy": " the", "sampled": " a", "document": " nothing"}
+    (folder / "samples.json").write_text(json.dumps([{"number": 7, **texts}]))
+    page = tmp_path / "report.html"
+    assert report.main([log, "--html", str(page)]) == 0
+    assert page_data(page)["tables"][1]["rows"] == [["Return", " the", " a", " nothing"]]
+    (folder / "samples.json").write_text("[1]")
+    assert report.main([log, "--html", str(page)]) == 2
+    assert "samples.json: its content[0] must be an object" in capsys.readouterr().err

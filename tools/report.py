@@ -76,7 +76,7 @@ from comparison import (  # noqa: E402
     verdict,
     visible_sentence,
 )
-from run_documents import read_documents, worst_documents  # noqa: E402
+from run_documents import read_documents, read_samples, worst_documents  # noqa: E402
 from runlog import STAGES, STARTED, Run  # noqa: E402
 from tables import DASH, MarksError, markdown_table, replace_block, show  # noqa: E402
 
@@ -414,7 +414,10 @@ def page_data(report: Report, path: Path) -> dict[str, Any]:
         for title, runs in (("Runs", report.runs), ("Baseline", report.baseline))
         if runs
     ]
-    tables += [table for table in (worst_table(run) for run in report.runs[:1]) if table]
+    for of_run in (worst_table, samples_table):
+        table = of_run(report.runs[0])
+        if table:
+            tables.append(table)
 
     differences = []
     labels = [run.label for run in report.runs]
@@ -472,6 +475,18 @@ def worst_table(run: Run) -> dict[str, Any] | None:
     ]
     head = ["document", "bits per byte", "bytes", "of all bits"]
     return page_table(f"Worst documents of {run.label}", head, rows, [False] * len(rows))
+
+
+def samples_table(run: Run) -> dict[str, Any] | None:
+    """What the artifact makes of some prompts, None where the run's folder does not hold it."""
+    samples = read_samples(run)
+    if not samples:
+        return None
+    keys = ("prompt", "greedy", "sampled", "document")
+    rows = [[sample[key] for key in keys] for sample in samples]
+    head = ["prompt", "most likely", "sampled", "how it really goes on"]
+    table = page_table(f"What {run.label} writes", head, rows, [False] * len(rows))
+    return table | {"is_text": True}
 
 
 def page_table(
