@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 import sys
 
+import numpy as np
 import pytest
 from conftest import ROOT
 
+stats = pytest.importorskip("scipy").stats
 sys.path.insert(0, str(ROOT / "tools"))
 
-from sweep_pairs import PairedRun, compare_pairs, pair_cells, parse_baseline
+from run_statistics import pairs_needed
+from sweep_pairs import PairedRun, closing_sentence, compare_pairs, pair_cells, parse_baseline
 from sweep_space import Knob
 
 KNOBS = [Knob.parse(text) for text in ("SEED=0,1,2", "MATRIX_LR=0.01,0.02", "MIN_LR=0,0.1")]
@@ -76,3 +79,54 @@ def test_baseline_must_be_one_setting_of_the_grid(text, said):
 def test_baseline_is_a_setting():
     wanted = {"MIN_LR": "0.1", "MATRIX_LR": "0.02"}
     assert parse_baseline("MIN_LR=0.1,MATRIX_LR=0.02", KNOBS) == wanted
+
+
+# === The sentence at the end of a sweep ===========================================================
+def by_seed(*scores: float) -> dict[str, float]:
+    return {str(seed): score for seed, score in enumerate(scores)}
+
+
+def test_a_sweep_ends_in_a_sentence_with_p_and_the_seeds_it_takes():
+    scores = {"A=1": by_seed(2.00, 2.03, 2.01), "A=2": by_seed(2.01, 2.03, 2.04)}
+    leads = np.array([0.01, 0.0, 0.03])
+    p = stats.ttest_1samp(leads, 0, alternative="greater").pvalue
+    needed = pairs_needed(leads.mean(), leads.std(ddof=1))
+    assert closing_sentence(scores) == (
+        f"A=1 is best, +0.01333 bpb ahead of A=2: p {p:.2g} (3 seeds, paired, one-sided), "
+        f"not shown at 0.01; {needed} seeds a setting would show it"
+    )
+
+
+def test_the_best_of_many_settings_needs_a_smaller_p():
+    scores = {f"A={i}": by_seed(2 + i, 2.02 + i, 2.01 + i * 1.01) for i in range(5)}
+    text = closing_sentence(scores)
+    p = stats.ttest_1samp([1, 1, 1.01], 0, alternative="greater").pvalue
+    assert f"p {4 * p:.2g} (3 seeds, paired, one-sided, times 4 settings" in text
+    assert text.endswith("shown at 0.01")
+
+
+def test_a_baseline_takes_the_place_of_the_second_best():
+    scores = {"A=1": by_seed(1, 1.1), "A=2": by_seed(2, 2.2), "A=3": by_seed(3, 3.3)}
+    assert "ahead of A=3: " in closing_sentence(scores, "A=3")
+    assert "ahead of A=2: " in closing_sentence(scores, "A=1")
+
+
+@pytest.mark.parametrize(
+    ("scores", "words"),
+    [
+        ({"A=1": {"0": 1.0}, "A=2": {"0": 2.0}}, "one run a setting shows no p: add seeds"),
+        ({"A=1": by_seed(1, 2), "A=2": {}}, "A=1 came through: there is nothing to compare"),
+        ({"A=1": by_seed(1, 2), "A=2": by_seed(2, 3)}, "in all of 2 seeds alike: no spread"),
+    ],
+)
+def test_what_a_sweep_cannot_show_is_said(scores, words):
+    assert words in closing_sentence(scores)
+
+
+def test_the_pairs_needed_have_the_power_they_promise():
+    effect, sd = 0.013, 0.015
+    pairs = pairs_needed(effect, sd)
+    draws = np.random.default_rng(0).normal(effect, sd, (4000, pairs))
+    shown = stats.ttest_1samp(draws, 0, axis=1, alternative="greater").pvalue < 0.01
+    assert 0.78 < shown.mean() < 0.9
+    assert pairs_needed(0, sd) is None

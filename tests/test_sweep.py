@@ -64,9 +64,12 @@ def begin(place: Path, *args: str, fake: bool = True, **env: str) -> subprocess.
     )
 
 
-def trials(place: Path, name: str, storage: str = "") -> list[optuna.trial.FrozenTrial]:
+def trials(
+    place: Path, study: str, storage: str = "", name: str = ""
+) -> list[optuna.trial.FrozenTrial]:
+    """The trials of a sweep's study, or of the one called `name` in its database."""
     return optuna.load_study(
-        study_name=name, storage=storage or f"sqlite:///{place}/runs/sweeps/{name}.db"
+        study_name=name or study, storage=storage or f"sqlite:///{place}/runs/sweeps/{study}.db"
     ).trials
 
 
@@ -132,12 +135,17 @@ def test_a_grid_runs_every_combination_once_and_gives_mean_and_deviation_over_se
     }
     assert done[3].user_attrs.items() >= {**kept, "train s": 1.5, "val_bpb": 1.001}.items()
     assert (place / "runs/sweeps/grid/0003/output.txt").read_text().count("final {") == 1
+    assert "MATRIX_LR=0.02 is best, +0.10000 bpb ahead of MATRIX_LR=0.01" in first.stdout
+    by_setting = trials(place, "grid", name="grid-settings")
+    assert [t.params for t in by_setting] == [{"MATRIX_LR": 0.01}, {"MATRIX_LR": 0.02}]
+    assert [t.value for t in by_setting] == pytest.approx([1.101, 1.001])
     again = sweep(place, *args)
     assert again.returncode == 0
     assert "starts" not in again.stdout
     more = sweep(place, "grid", "SEED=0,1,2,3", "MATRIX_LR=0.01,0.02")
     assert more.stdout.count("starts") == 2, more.stdout + more.stderr
     assert sum(ran(place, "start").values()) == 8
+    assert [t.user_attrs["runs"] for t in trials(place, "grid", name="grid-settings")] == [4, 4]
     code = sweep(place, *args, MIN_LR="0.2")
     assert code.returncode == 2
     assert 'environment {}, now {"MIN_LR": "0.2"}' in code.stderr

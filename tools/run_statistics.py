@@ -60,6 +60,26 @@ def runs_needed(
     return int(runs[is_enough.argmax()]) if is_enough.any() else None
 
 
+def pairs_needed(
+    effect: float, sd: float, alpha: float = ALPHA, power: float = POWER
+) -> int | None:
+    """Pairs with which a one-sided t-test of differences shows a true mean `effect`.
+
+    `sd` is the deviation of a difference. None if that takes more than MOST_RUNS, or if the effect
+    is not positive.
+    """
+    from scipy import stats
+
+    if effect <= 0:
+        return None
+    if sd == 0:
+        return 2
+    pairs = np.arange(2, MOST_RUNS + 1)
+    critical = stats.t.isf(alpha, pairs - 1)
+    is_enough = stats.nct.sf(critical, pairs - 1, effect * np.sqrt(pairs) / sd) >= power
+    return int(pairs[is_enough.argmax()]) if is_enough.any() else None
+
+
 def welch(new: Sequence[float], old: Sequence[float], bar: float) -> dict[str, Any] | None:
     """Welch's test of both one-sided hypotheses on `old - new`: above 0, and above `bar`.
 

@@ -30,6 +30,10 @@ mean over all its seeds, by TPE too. Look at a study, running or finished, with
 
     optuna-dashboard sqlite:///runs/sweeps/NAME.db
 
+There NAME has a trial per run, and NAME-settings a trial per setting, the mean over its seeds. The
+sweep ends in a sentence: what the best setting is ahead by, with what p, and how many seeds it
+takes.
+
 Exit status: 0 every run finished, 1 some failed or did not fit the budget, 2 wrong usage, 130
 interrupted.
 """
@@ -61,7 +65,7 @@ import scripts  # noqa: E402
 from keeper import Job, read_exit, write_json  # noqa: E402
 from launchers import Launcher, Local, Slurm  # noqa: E402
 from run_statistics import mean_and_sd  # noqa: E402
-from sweep_pairs import HEAD, PairedRun, compare_pairs, pair_cells, parse_baseline  # noqa: E402
+from sweep_pairs import HEAD, PairedRun, closing_sentence, compare_pairs, pair_cells, parse_baseline  # noqa: E402
 from sweep_space import SET_BY_SWEEP, Knob, Refused, Space  # noqa: E402
 from sweep_study import (  # noqa: E402
     RUNS_AGAIN,
@@ -392,11 +396,13 @@ class Sweep:
         return False
 
     def save_note(self) -> None:
-        """Keeps the table as the note that optuna-dashboard shows with the study."""
+        """Keeps what optuna-dashboard shows: a trial per setting, and the table as a note."""
+        by_setting = self.study.write_settings()
         with contextlib.suppress(ImportError):
             import optuna_dashboard
 
-            optuna_dashboard.save_note(self.study.study, note(self.rows()))
+            for study in (self.study.study, by_setting):
+                optuna_dashboard.save_note(study, note(self.rows()))
 
     # --- Figures ---
 
@@ -518,6 +524,12 @@ def table_of_pairs(rows: list[SettingRow], baseline: dict[str, str]) -> str:
             result = compare_pairs(row.runs, runs_of_baseline)
             table.append([*row.setting.values(), *pair_cells(result)])
     return markdown_table([*baseline, *HEAD], table)
+
+
+def conclusion(rows: list[SettingRow], baseline: dict[str, str] | None) -> str:
+    """What the sweep has shown, in a sentence."""
+    scores = {describe(row.setting): row.scores for row in rows}
+    return closing_sentence(scores, describe(baseline) if baseline else "")
 
 
 class View:
@@ -925,13 +937,15 @@ def main(argv: list[str] | None = None) -> int:
         signal.signal(number, sweep.leave)
     view.say(
         f"{args.name}: {sweep.total()} runs of {args.script.name}, {args.parallel} at once; "
-        f"optuna-dashboard {sweep.study.url.render_as_string()}"
+        f"optuna-dashboard {sweep.study.url.render_as_string()} shows a trial per setting in "
+        f"{sweep.study.name_of_settings}, a trial per run in {args.name}"
     )
     with view.live or contextlib.nullcontext():
         sweep.go(view.refresh)
     view.console.print(view.picture(live=False))
     if args.baseline:
         view.say(table_of_pairs(sweep.rows(), args.baseline))
+    view.say(conclusion(sweep.rows(), args.baseline))
     Path(args.lock.name).unlink(missing_ok=True)
     if sweep.is_leaving:
         view.say("interrupted; the same command goes on")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from run_statistics import paired
+from run_statistics import ALPHA, paired, pairs_needed
 from sweep_space import Knob
 
 LEAST_PAIRS = 3
@@ -78,6 +78,40 @@ def compare_pairs(
     else:
         verdict = "better" if mean < 0 else "worse"
     return PairedResult(len(pairs), mean, error, verdict, ratio)
+
+
+def closing_sentence(scores: Mapping[str, Mapping[str, float]], baseline: str = "") -> str:
+    """What a sweep has shown: the best setting, p of its lead, and the seeds that would show it.
+
+    scores: setting in words -> val_bpb by seed, the best mean first. The lead is over `baseline`
+    or, without one, over the second best. p is multiplied by the number of settings that the best
+    one was chosen among (Bonferroni), because the best of many leads by chance.
+    """
+    scored = {name: by_seed for name, by_seed in scores.items() if by_seed}
+    if len(scored) < 2:
+        names = ", ".join(scored) or "no setting"
+        return f"{names} came through: there is nothing to compare"
+    best, second = list(scored)[:2]
+    other = baseline if baseline in scored and baseline != best else second
+    seeds = scored[best].keys() & scored[other].keys()
+    leads = np.array([scored[other][seed] - scored[best][seed] for seed in sorted(seeds)])
+    if len(leads) < 2:
+        return f"{best} has the best score, but one run a setting shows no p: add seeds, SEED=0,1,2"
+    test = paired(leads)
+    head = f"{best} is best, {leads.mean():+.5f} bpb ahead of {other}"
+    if "p_better" not in test:
+        return f"{head} in all of {len(leads)} seeds alike: no spread, no p"
+    chosen_among = len(scored) - 1
+    p = min(1.0, test["p_better"] * chosen_among)
+    needed = pairs_needed(test["mean"], test["sd"], ALPHA / chosen_among)
+    if p < ALPHA:
+        verdict = f"shown at {ALPHA}"
+    elif needed:
+        verdict = f"not shown at {ALPHA}; {needed} seeds a setting would show it"
+    else:
+        verdict = f"not shown at {ALPHA}; no number of seeds would show it"
+    among = f", times {chosen_among} settings it was chosen among" if chosen_among > 1 else ""
+    return f"{head}: p {p:.2g} ({len(leads)} seeds, paired, one-sided{among}), {verdict}"
 
 
 def time_per_step(runs: list[PairedRun]) -> float:

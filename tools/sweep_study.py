@@ -367,6 +367,69 @@ class Study:
             for seed in self.space.seeds or ("",):
                 self.queue(with_seed(setting, seed))
 
+    # --- A trial per setting ---
+
+    @property
+    def name_of_settings(self) -> str:
+        """The name of the study with a trial per setting."""
+        return f"{self.args.name}-settings"
+
+    def write_settings(self) -> Any:
+        """Brings the study that has a trial per setting up to date, and returns it.
+
+        A setting is there once all its runs are over, with the mean over its seeds. A trial that is
+        over never changes, so where a setting has got more runs all are written anew.
+        """
+        groups: dict[str, list[Any]] = {}
+        for trial in self.trials():
+            groups.setdefault(trial.user_attrs["setting"], []).append(trial)
+        unfinished = (self.states.RUNNING, self.states.WAITING)
+        over = {
+            setting: trials
+            for setting, trials in groups.items()
+            if not any(trial.state in unfinished for trial in trials)
+        }
+        with self.alone():
+            study = self.open_settings()
+            written = {t.user_attrs["setting"]: t.user_attrs["trials"] for t in study.trials}
+            if any(number != len(over.get(name, ())) for name, number in written.items()):
+                self.optuna.delete_study(study_name=study.study_name, storage=self.storage)
+                study = self.open_settings()
+                written = {}
+            for setting, trials in over.items():
+                if setting not in written:
+                    study.add_trial(self.trial_of_setting(setting, trials))
+        return study
+
+    def open_settings(self) -> Any:
+        """The study with a trial per setting, made where it is not there."""
+        study = self.optuna.create_study(
+            storage=self.storage,
+            study_name=self.name_of_settings,
+            direction="minimize",
+            load_if_exists=True,
+        )
+        if not study.metric_names:
+            study.set_metric_names(["mean val_bpb"])
+        return study
+
+    def trial_of_setting(self, setting: str, trials: list[Any]) -> Any:
+        """One trial for all runs of a setting: the mean of those that came through, or failed."""
+        scores = [trial.value for trial in trials if trial.state == self.states.COMPLETE]
+        parameters, distributions = self.space.shown(trials[0].user_attrs["env"])
+        parameters.pop("SEED", None)
+        distributions.pop("SEED", None)
+        attributes = {"setting": setting, "trials": len(trials), "runs": len(scores)}
+        if len(scores) > 1:
+            attributes["sd"] = statistics.stdev(scores)
+        return self.optuna.trial.create_trial(
+            state=self.states.COMPLETE if scores else self.states.FAIL,
+            value=statistics.fmean(scores) if scores else None,
+            params=parameters,
+            distributions=distributions,
+            user_attrs=attributes,
+        )
+
     def mean_of_setting(self, trials: list[Any]) -> float | None:
         """Mean score of a setting's trials: None while none is done, inf where all have failed."""
         done = [trial.value for trial in trials if trial.state == self.states.COMPLETE]
