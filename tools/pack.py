@@ -38,6 +38,7 @@ import functools
 import json
 import os
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -610,24 +611,32 @@ def baseline_of(contents: Contents) -> list[Run] | None:
     return runs or None
 
 
-def compare_claims(claim: dict[str, Any], real: dict[str, Any], free: set[str]) -> Iterator[str]:
+# By how many units of its last digit a figure may be off: half of one, or one where a mean was taken
+# of rounded figures.
+ROUNDED = 0.51
+ROUNDED_TWICE = 1.01
+
+
+def compare_claims(
+    claim: dict[str, Any], real: dict[str, Any], free: set[str], units: float = ROUNDED
+) -> Iterator[str]:
     """Yields a line for each field that logs and files contradict."""
     for key in sorted(real.keys() - free):
-        if key in claim and not agrees(claim[key], real[key]):
+        if key in claim and not agrees(claim[key], real[key], units):
             yield f"{CLAIM}: {key} is not what logs and files say"
     if "val_bpb" not in claim:
         yield f"{CLAIM}: val_bpb is missing"
 
 
-def agrees(claimed: Any, real: Any) -> bool:
+def agrees(claimed: Any, real: Any, units: float = ROUNDED) -> bool:
     """Whether a claimed value is the real one, as far as it goes: the digits and fields it has."""
     if isinstance(real, dict):
         return isinstance(claimed, dict) and all(
-            agrees(value, real[key]) for key, value in claimed.items() if key in real
+            agrees(value, real[key], units) for key, value in claimed.items() if key in real
         )
     if isinstance(real, float) and type(claimed) in (int, float):
         digits = max(0, -decimal.Decimal(repr(claimed)).as_tuple().exponent)
-        return abs(claimed - real) <= 0.51 * 10.0**-digits
+        return abs(claimed - real) <= units * 10.0**-digits
     return claimed == real
 
 
@@ -682,8 +691,9 @@ def check_other_runs(contents: Contents) -> Iterator[str]:
     for run in chosen:
         for problem in claims.score_problems(run):
             yield f"{run.path}: {problem}"
-        for budget, limit in run.limits.items() if is_timed else ():
-            seconds = run.budget_seconds(budget) or 0
+        spent = {"train": run.train_seconds or 0, "eval": run.budget_seconds("eval") or 0}
+        for budget, seconds in spent.items() if is_timed else ():
+            limit = run.limits[budget]
             if seconds > limit + STEP_SECONDS:
                 yield f"{run.path}: {budget} took {seconds:.1f} s of {limit:g}, OVER"
         total = run.sizes.get("artifact_bytes", 0)
@@ -691,7 +701,8 @@ def check_other_runs(contents: Contents) -> Iterator[str]:
             yield f"{run.path}: code and model take {total} bytes, {over_limit(total)}"
     if len(chosen) > 1:
         for knob, values in claims.differences(chosen).items():
-            if knob != "code_size":
+            # A knob that one log does not tell may have had any value there.
+            if knob != "code_size" and "-" not in values:
                 shown = ", ".join(dict.fromkeys(values))
                 yield f"{knob.upper()}: differs between the logs: {shown}"
 
@@ -699,15 +710,26 @@ def check_other_runs(contents: Contents) -> Iterator[str]:
 def claimed_runs(contents: Contents) -> list[Run]:
     """The runs of the seeds that a claim names, else all; of several of a seed the claimed one."""
     runs = [run for runs in contents.other_runs.values() for run in runs]
-    results = results_by_seed(contents.claim or {})
+    claim = contents.claim or {}
+    results = results_by_seed(claim)
     if not results:
-        return list({run.digest: run for run in runs}.values())
+        runs = list({run.digest: run for run in runs}.values())
+        # The claim may be of one run, which the others support.
+        return [run for run in runs if is_score_of(claim.get("val_bpb"), run)] or runs
     chosen = []
     for seed, result in results.items():
         of_seed = [run for run in runs if str(run.seed) == seed]
         agreeing = [run for run in of_seed if agrees(result.get("val_bpb"), run.score.bpb)]
         chosen += (agreeing or of_seed)[:1]
     return chosen
+
+
+def is_score_of(claimed: Any, run: Run) -> bool:
+    """Whether a run's last score is claimed, or a complete one that is not better."""
+    return any(
+        score.kind != "before" and score.bpb >= run.score.bpb and agrees(claimed, score.bpb)
+        for score in run.scores
+    )
 
 
 def results_by_seed(claim: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -737,11 +759,16 @@ def check_other_claim(contents: Contents) -> Iterator[str]:
     results = results_by_seed(claim)
     for seed in sorted(results.keys() - {str(run.seed) for run in chosen}):
         yield f"{CLAIM}: no log is of seed {seed}"
-    scores = [run.score.bpb for run in chosen]
-    # Where no seeds are named, the claim may be of one run and the others may support it.
-    figures = {key: real[key] for key in ("val_bpb_std", "val_loss_std") if len(chosen) > 1}
-    if results or not any(agrees(claim.get("val_bpb"), score) for score in scores):
+    figures: dict[str, Any] = {}
+    if not any(is_score_of(claim.get("val_bpb"), run) for run in chosen):
         figures |= {"val_bpb": real["val_bpb"], "val_loss": real["val_loss"]}
+    for name, unit in (("val_bpb_std", "bpb"), ("val_loss_std", "loss")):
+        values = [getattr(run.score, unit) for run in chosen]
+        # Both deviations are in use, by n - 1 and by n.
+        if len(chosen) > 1 and not agrees(
+            claim.get(name), statistics.pstdev(values), ROUNDED_TWICE
+        ):
+            figures[name] = real[name]
     # Whoever timed or compared otherwise than we do may claim so.
     figures["seed_results"] = {
         seed: {name: result[name] for name in SEED_FIGURES if name in result}
@@ -749,10 +776,11 @@ def check_other_claim(contents: Contents) -> Iterator[str]:
     }
     sizes = [run.sizes["artifact_bytes"] for run in chosen if "artifact_bytes" in run.sizes]
     total = claim.get("bytes_total")
-    if sizes and type(total) is int and total not in sizes:
-        yield f"{CLAIM}: bytes_total is that of no log: {', '.join(map(str, sizes))}"
+    # Of several seeds the largest, the mean or the best one is given.
+    if sizes and type(total) is int and not min(sizes) <= total <= max(sizes):
+        yield f"{CLAIM}: bytes_total is not that of the logs: {', '.join(map(str, sizes))}"
     stated = {name: value for name, value in claim.items() if value is not None}
-    yield from compare_claims(stated, figures, free=set())
+    yield from compare_claims(stated, figures, set(), ROUNDED_TWICE)
 
 
 OTHER_CHECKS = (check_other_names, check_other_runs, check_audit, check_other_claim)
