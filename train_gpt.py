@@ -3923,9 +3923,11 @@ class TrainState:
 
     # The mean clock at the last checkpoint.
     checkpoint_s: float = 0.0
-    # This rank's clock and the targets at the last log line.
+    # This rank's clock and the targets at the last log line, and the losses and steps since.
     logged_s: float = 0.0
     logged_tokens: int = 0
+    unlogged_loss: float = 0.0
+    unlogged_steps: int = 0
     # The mean clock and the visits at the end of the first step, which is not representative.
     first_step_s: float = 0.0
     first_step_visits: int = 0
@@ -4096,6 +4098,8 @@ class StepReporter:
     def report(self, numbers: StepNumbers) -> None:
         """Reports one step. Raises RunStopped if POD_SPEEDGATE_MS is set and steps take longer."""
         state, step = self.state, numbers.step
+        state.unlogged_loss += numbers.loss
+        state.unlogged_steps += 1
         if step == 1:
             state.first_step_s = state.elapsed_s
             state.first_step_visits = state.timed_visits
@@ -4134,15 +4138,18 @@ class StepReporter:
             )
 
     def log_step(self, numbers: StepNumbers) -> None:
-        """Writes a step's line; its tok/s is the mean since the previous line."""
+        """Writes a step's line; its train_loss and tok/s are means since the previous line."""
         state = self.state
         seconds = max(state.rank_s - state.logged_s, 1e-9)
         tokens_per_s = (state.tokens - state.logged_tokens) / seconds
         state.logged_s = state.rank_s
         state.logged_tokens = state.tokens
+        loss = state.unlogged_loss / state.unlogged_steps
+        state.unlogged_loss = 0.0
+        state.unlogged_steps = 0
         time_ms = 1000 * state.rank_s
         self.log(
-            f"step:{numbers.step}/{self.cfg.iterations} train_loss:{numbers.loss:.4f} "
+            f"step:{numbers.step}/{self.cfg.iterations} train_loss:{loss:.4f} "
             f"train_time:{time_ms:.0f}ms step_avg:{time_ms / numbers.step:.2f}ms "
             f"tok/s:{tokens_per_s:.0f} lr_scale:{numbers.lr_scale:.3f}",
             terminal=not self.log.live,
@@ -4785,11 +4792,32 @@ class Ledger:
             "doc_nats": sum_documents(self.nats[:-1]),
             "doc_bytes": sum_documents(self.bytes),
             "doc_tokens": self.docs.counts,
+            **self.by_position(),
         }
         if self.tilt is not None:
             arrays["tilt_index"] = self.tilt.index.cpu().numpy()
             arrays["tilt_gains"] = self.tilt.gains.cpu().numpy()
         return arrays
+
+    def by_position(self) -> dict[str, np.ndarray]:
+        """Nats and targets by position in the document, (bins,) each, and where each bin begins.
+
+        Bins are about an eighth of an octave wide, and at least one position.
+        """
+        longest = max(int(self.docs.counts.max()), 1)
+        octaves = longest.bit_length()
+        edges = np.unique(np.rint(np.geomspace(1, longest + 1, 8 * octaves + 1)))[:-1] - 1
+        edges = edges.astype(np.int64)
+        index = self.docs.target_indices()
+        position = index - np.repeat(self.docs.starts, self.docs.counts)
+        nats = self.nats.cpu().double().numpy()[index]
+        nats = np.bincount(position, weights=nats, minlength=longest)
+        tokens = np.bincount(position, minlength=longest)
+        return {
+            "pos_edges": edges,
+            "pos_nats": np.add.reduceat(nats, edges),
+            "pos_tokens": np.add.reduceat(tokens, edges),
+        }
 
     def problems(self, decoded_bytes: int) -> list[str]:
         """The rules that a joined ledger breaks, in words.

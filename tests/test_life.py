@@ -12,12 +12,14 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+import torch
 import warm_process
 from conftest import ROOT, TINY, final_line
 
 import train_gpt as tg
 
 sys.path.insert(0, str(ROOT / "tools"))
+import run_documents
 import runlog
 
 SHORT = {**TINY, "ITERATIONS": "2", "RUN_ID": "short", "OMP_NUM_THREADS": "1"}
@@ -28,6 +30,7 @@ class Piped(NamedTuple):
 
     result: subprocess.CompletedProcess[str]
     log: str
+    cwd: Path
 
 
 def run_with_stdout(change: str, cwd: Path, **env: str) -> Piped:
@@ -38,7 +41,7 @@ def run_with_stdout(change: str, cwd: Path, **env: str) -> Piped:
     (cwd / "piped.py").write_text(code)
     result = warm_process.run([str(cwd / "piped.py")], {**SHORT, **env}, cwd, 120)
     (log,) = (cwd / "logs").glob("*.txt")
-    return Piped(result, log.read_text(encoding="utf-8"))
+    return Piped(result, log.read_text(encoding="utf-8"), cwd)
 
 
 # What `| head -1` leaves behind, and what `>&-` does.
@@ -222,3 +225,43 @@ def test_on_a_terminal_the_final_line_goes_to_the_log_alone(tmp_path, capsys):
         run.report()
         assert ("final {" in capsys.readouterr().out) == (not live)
         assert (tmp_path / f"{live}.txt").read_text().count("final {") == 1
+
+
+# --- What a run stores ---
+def test_nats_by_position_are_sums_over_documents_and_the_report_reads_them():
+    counts = np.array([3, 1, 40])
+    starts = np.array([5, 8, 9])
+    docs = tg.Documents(np.zeros(50, dtype=np.int64), starts, counts)
+    ledger = object.__new__(tg.Ledger)
+    ledger.docs = docs
+    ledger.nats = torch.arange(50).float()
+    found = ledger.by_position()
+    edges, nats, tokens = (found[f"pos_{name}"] for name in ("edges", "nats", "tokens"))
+    assert edges[:3].tolist() == [0, 1, 2]
+    assert nats[:3].tolist() == [5 + 8 + 9, 6 + 10, 7 + 11]
+    assert tokens[:3].tolist() == [3, 2, 2]
+    assert (tokens.sum(), nats.sum()) == (44, 5 + 6 + 7 + 8 + sum(range(9, 49)))
+    wide = np.diff(np.append(edges, 40)) / (edges + 1)
+    assert wide.max() <= 1 and wide[edges > 16].max() < 0.2
+    profile = run_documents.loss_by_position(found)
+    assert profile.x[0] == 0 and profile.y[0] == pytest.approx(22 / 3)
+
+
+def test_run_keeps_nats_by_position_that_add_up_to_its_score(late_run):
+    kept = np.load(late_run.cwd / "runs" / "short" / "documents.npz")
+    final = final_line(late_run.log)
+    assert kept["pos_tokens"].sum() == final["val_tokens"]
+    assert kept["pos_nats"].sum() / final["val_tokens"] == pytest.approx(final["val_loss"])
+
+
+def test_log_lines_carry_the_mean_loss_since_the_line_before(tmp_path, capsys):
+    state = tg.TrainState(0.1, expected_steps=9)
+    reporter = object.__new__(tg.StepReporter)
+    reporter.cfg = tg.Config(iterations=9, train_log_every=4)
+    reporter.state, reporter.budget_s = state, math.inf
+    reporter.log = tg.Log(tmp_path / "log.txt", is_main=True)
+    for step in range(1, 9):
+        reporter.report(tg.StepNumbers(step, float(step), 1.0, 1.0, 0, 0, 0.25))
+    losses = re.findall(r"step:(\d)/9 train_loss:(\S+)", capsys.readouterr().out)
+    means = [("1", "1.0000"), ("2", "2.0000"), ("3", "3.0000"), ("4", "4.0000"), ("8", "6.5000")]
+    assert losses == means
