@@ -214,6 +214,9 @@ class RunKnobs:
     tensorboard_dir: str = knob(
         "", "parent folder of the run's TensorBoard folder; empty: none", free_on_resume=True
     )
+    wandb_project: str = knob(
+        "", "project of Weights & Biases for the run's curves; empty: none", free_on_resume=True
+    )
     eval_only_path: str = knob(
         "", "final_model.pt to quantise and score, or artifact to score, instead of training"
     )
@@ -625,6 +628,12 @@ class ScoringKnobs:
     eval_stride: int = knob(64, "tokens scored by each sliding window but the first", 1)
     logit_temperature: float = knob(1.0, "divisor of scored logits; choose it beforehand", 0.01)
     sliding_window_enabled: bool = knob(False, "score with sliding windows as well")
+    sample_tokens: int = knob(
+        0,
+        "tokens of each text that the artifact writes at the end, off the clock; 0: none",
+        0,
+        4096,
+    )
     val_doc_fraction: float = knob(1.0, "share of the validation documents, drawn by SEED", 1e-9, 1)
     eval_deadline_seconds: float = knob(580.0, "seconds for all scores; learning stops in time")
     tilt_order: int = knob(
@@ -1201,22 +1210,14 @@ ABSENT = {
     "set WARMDOWN_FRAC, MIN_LR": """
         WARMDOWN_SHAPE LR_SCHEDULE LR_START LR_WARMUP_STEPS MUON_COOLDOWN_*""",
     "no later record has it (PR #86, #640)": "BLOCK_LARS_* ASYMMETRIC_LOGIT MATRIX_OPTIMIZER",
-    "a network of PR #1371": "GDN_*",
-    "a network of PR #1644": "MAMBA3_* NUM_ATTN_LAYERS USE_ORTHO_INIT",
-    "a network of PR #903, #1443": """
-        JEPA_* SIGREG_* PROJECTOR_TYPE PREDICTOR_HIDDEN_MULT CE_PURE_FRAC CE_WEIGHT DETACH_TARGETS
-        MLP_EVERY""",
-    "a network of PR #1104": "HNET_* OUTER_LAYERS RATIO_LOSS_WEIGHT TARGET_AVG_CHUNK_LEN",
-    "a network of PR #1337": """
-        LEGENDRE_* COEFF_LR_* INDEPENDENT_LR NUM_VIRTUAL_LAYERS EMBED_INNER_DIM USE_WRAP
-        WRAP_INIT_SCALE SKIP_TOKENS""",
-    "a network of PR #542, #640": """
-        ATTN_VARIANT ATTN_PROJ_TYPE ATTN_RES BLOCK_TYPE LATENT_KV_DIM NUM_LIGHT_BLOCKS DIFF_ATTN""",
-    "a network of PR #640, #1388": """
-        BITNET_* XNOR_* TVERSKY_* EGGROLL_* REFINER* CHURN_LOG_EVERY CORR_WEIGHT_LR SOFTCAP_TYPE
-        LOGIT_HEAD_TYPE SIGN_COMPRESS_REG BINARIZE_ACTIVATIONS FITNESS_SHAPING POP_SIZE
-        MLP_GROUPS""",
-    "a network of PR #2058": "MLP_RANK",
+    "another network (PR #542, #640, #903, #1104, #1337, #1371, #1388, #1443, #1644, #2058)": """
+        ATTN_VARIANT ATTN_PROJ_TYPE ATTN_RES BINARIZE_ACTIVATIONS BITNET_* BLOCK_TYPE CE_PURE_FRAC
+        CE_WEIGHT CHURN_LOG_EVERY COEFF_LR_* CORR_WEIGHT_LR DETACH_TARGETS DIFF_ATTN EGGROLL_*
+        EMBED_INNER_DIM FITNESS_SHAPING GDN_* HNET_* INDEPENDENT_LR JEPA_* LATENT_KV_DIM LEGENDRE_*
+        LOGIT_HEAD_TYPE MAMBA3_* MLP_EVERY MLP_GROUPS MLP_RANK NUM_ATTN_LAYERS NUM_LIGHT_BLOCKS
+        NUM_VIRTUAL_LAYERS OUTER_LAYERS POP_SIZE PREDICTOR_* PROJECTOR_* RATIO_LOSS_WEIGHT REFINER*
+        SIGN_COMPRESS_REG SIGREG_* SKIP_TOKENS SOFTCAP_TYPE TARGET_AVG_CHUNK_LEN TVERSKY_*
+        USE_ORTHO_INIT USE_WRAP WRAP_INIT_SCALE XNOR_*""",
 }
 # The same for names that are only warned of: they change no score, or others may set them, too.
 WARNED = {
@@ -1367,6 +1368,8 @@ def rules_of_paths(cfg: Config) -> Iterator[Rule]:
             yield Rule("tensorboard_dir", "empty, or tensorboard must be installed")
         elif not can_be_written(Path(cfg.tensorboard_dir, cfg.run_id)):
             yield Rule("tensorboard_dir", "empty or a folder that can be written")
+    if cfg.wandb_project and importlib.util.find_spec("wandb") is None:
+        yield Rule("wandb_project", "empty, or wandb must be installed")
     package = {"zstd": "zstandard", "brotli": "brotli"}.get(cfg.compressor)
     if package and importlib.util.find_spec(package) is None:
         yield Rule("compressor", f"ans or lzma, or {package} must be installed")
@@ -1540,6 +1543,7 @@ CPU = dict(
     ema_decay=0.98,
     val_batch_tokens=65536,
     eval_seq_len=512,
+    sample_tokens=48,
     ttt_lora_rank=8,
     ttt_lora_lr=3e-3,
     ttt_chunk_size=128,
@@ -1882,8 +1886,11 @@ class Log:
         self.is_main = is_main
         self.live = live
         self.prefix = ""
+        self.path = path
+        self.phase_start = time.monotonic()
         self.tensorboard_dir = tensorboard_dir
         self.tensorboard = None  # SummaryWriter, made with the first numbers
+        self.wandb = None  # the run at Weights & Biases, see open_wandb
         self.last_line_time = time.monotonic()
         self.last_shown_time = 0.0
         if is_main:
@@ -1914,8 +1921,43 @@ class Log:
             width = shutil.get_terminal_size().columns - 1
             print_while_open(ERASE_LINE + line[:width], end="")
 
+    def begin_phase(self, name: str) -> None:
+        """Shows that a phase has begun; `seconds_left` counts from here."""
+        self.phase_start = time.monotonic()
+        self.show(f"{name} ..")
+
+    def seconds_left(self, share: float) -> float:
+        """The time that the phase will take if a share of it, above 0, is done."""
+        return (time.monotonic() - self.phase_start) * (1 / max(share, 1e-9) - 1)
+
+    def wants_progress(self) -> bool:
+        """Whether a long loop should show how far it is, on the live line or as a line."""
+        return self.due() or (self.live and time.monotonic() - self.last_shown_time >= 1)
+
+    def progress(self, line: str, live_line: str) -> None:
+        """Shows how far a long loop is: as a line each 8 s, and on the live line."""
+        if self.due():
+            self(line, terminal=not self.live)
+        self.show(live_line)
+
+    def open_wandb(self, project: str, run_id: str, settings: dict[str, Any]) -> str:
+        """Begins a run at Weights & Biases, or goes on with it. Returns why it cannot, or ""."""
+        if not self.is_main or not project:
+            return ""
+        import wandb
+
+        names = dict(project=project, name=run_id, id=re.sub(r"[^\w.-]", "-", run_id))
+        try:
+            self.wandb = wandb.init(**names, resume="allow", config=settings)
+        except wandb.Error as error:
+            reason = str(error).splitlines()[0]
+            return f"WANDB_PROJECT={project}: {reason}; WANDB_MODE=offline needs no network"
+        return ""
+
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        """Adds numbers to TensorBoard at a training step, by name."""
+        """Adds numbers to TensorBoard and W&B at a training step, by name."""
+        if self.wandb is not None:
+            self.wandb.log(values, step=step)
         if not self.is_main or not self.tensorboard_dir:
             return
         if self.tensorboard is None:
@@ -1927,9 +1969,11 @@ class Log:
             self.tensorboard.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Writes what TensorBoard has not written yet; the text is always written at once."""
+        """Writes what the boards have not written yet; the text is always written at once."""
         if self.tensorboard is not None:
             self.tensorboard.close()
+        if self.wandb is not None:
+            self.wandb.finish()
 
 
 def raise_stopped(number: int, _: Any = None, after: str = "") -> None:
@@ -4072,9 +4116,11 @@ class TrainState:
 
     # The mean clock at the last checkpoint.
     checkpoint_s: float = 0.0
-    # This rank's clock and the targets at the last log line.
+    # This rank's clock and the targets at the last log line, and the losses and steps since.
     logged_s: float = 0.0
     logged_tokens: int = 0
+    unlogged_loss: float = 0.0
+    unlogged_steps: int = 0
     # The mean clock and the visits at the end of the first step, which is not representative.
     first_step_s: float = 0.0
     first_step_visits: int = 0
@@ -4245,6 +4291,8 @@ class StepReporter:
     def report(self, numbers: StepNumbers) -> None:
         """Reports one step. Raises RunStopped if POD_SPEEDGATE_MS is set and steps take longer."""
         state, step = self.state, numbers.step
+        state.unlogged_loss += numbers.loss
+        state.unlogged_steps += 1
         if step == 1:
             state.first_step_s = state.elapsed_s
             state.first_step_visits = state.timed_visits
@@ -4283,15 +4331,18 @@ class StepReporter:
             )
 
     def log_step(self, numbers: StepNumbers) -> None:
-        """Writes a step's line; its tok/s is the mean since the previous line."""
+        """Writes a step's line; its train_loss and tok/s are means since the previous line."""
         state = self.state
         seconds = max(state.rank_s - state.logged_s, 1e-9)
         tokens_per_s = (state.tokens - state.logged_tokens) / seconds
         state.logged_s = state.rank_s
         state.logged_tokens = state.tokens
+        loss = state.unlogged_loss / state.unlogged_steps
+        state.unlogged_loss = 0.0
+        state.unlogged_steps = 0
         time_ms = 1000 * state.rank_s
         self.log(
-            f"step:{numbers.step}/{self.cfg.iterations} train_loss:{numbers.loss:.4f} "
+            f"step:{numbers.step}/{self.cfg.iterations} train_loss:{loss:.4f} "
             f"train_time:{time_ms:.0f}ms step_avg:{time_ms / numbers.step:.2f}ms "
             f"tok/s:{tokens_per_s:.0f} lr_scale:{numbers.lr_scale:.3f}",
             terminal=not self.log.live,
@@ -4302,10 +4353,15 @@ class StepReporter:
         state, step = self.state, numbers.step
         iterations_s = (self.cfg.iterations - step) * state.rank_s / step
         left_s = min(self.budget_s - state.rank_s, iterations_s)
+        # The speed is known from step 22 on. Without a budget the number of steps is known.
+        steps = f"step {step}, measuring speed"
+        if step >= 22 or self.budget_s == math.inf:
+            steps = f"step {step} of about {state.expected_steps:.0f}"
+        # A narrow terminal cuts the line, so what matters most comes first.
         parts = [
-            f"train: step {step} of about {state.expected_steps:.0f}",
+            f"train: loss {numbers.loss:.4f}",
             f"{left_s:.0f} s left",
-            f"loss {numbers.loss:.4f}",
+            steps,
             f"{1000 * numbers.seconds:.0f} ms/step",
             f"{tokens_per_s:.0f} tok/s",
         ]
@@ -4929,11 +4985,32 @@ class Ledger:
             "doc_nats": sum_documents(self.nats[:-1]),
             "doc_bytes": sum_documents(self.bytes),
             "doc_tokens": self.docs.counts,
+            **self.by_position(),
         }
         if self.tilt is not None:
             arrays["tilt_index"] = self.tilt.index.cpu().numpy()
             arrays["tilt_gains"] = self.tilt.gains.cpu().numpy()
         return arrays
+
+    def by_position(self) -> dict[str, np.ndarray]:
+        """Nats and targets by position in the document, (bins,) each, and where each bin begins.
+
+        Bins are about an eighth of an octave wide, and at least one position.
+        """
+        longest = max(int(self.docs.counts.max()), 1)
+        octaves = longest.bit_length()
+        edges = np.unique(np.rint(np.geomspace(1, longest + 1, 8 * octaves + 1)))[:-1] - 1
+        edges = edges.astype(np.int64)
+        index = self.docs.target_indices()
+        position = index - np.repeat(self.docs.starts, self.docs.counts)
+        nats = self.nats.cpu().double().numpy()[index]
+        nats = np.bincount(position, weights=nats, minlength=longest)
+        tokens = np.bincount(position, minlength=longest)
+        return {
+            "pos_edges": edges,
+            "pos_nats": np.add.reduceat(nats, edges),
+            "pos_tokens": np.add.reduceat(tokens, edges),
+        }
 
     def problems(self, decoded_bytes: int) -> list[str]:
         """The rules that a joined ledger breaks, in words.
@@ -5042,11 +5119,25 @@ class Scorer(NamedTuple):
             rows = rows[self.ranks.rank :: self.ranks.world_size]
         for row in rows:
             self.score_row(row)
-            if self.log.due():
-                result = self.ledger.result()
-                self.log(
-                    f"eval_progress: {result['tokens']} targets running_bpb:{result['val_bpb']:.4f}"
-                )
+            self.show_progress("eval_progress", "score")
+
+    def show_progress(self, label: str, live_label: str, at_most_s: float = math.inf) -> None:
+        """Shows targets done of all, the time left (but at most `at_most_s`) and the score so far.
+
+        Every rank is taken to have done as many as this one.
+        """
+        if not self.log.wants_progress():
+            return
+        result = self.ledger.result()
+        total = int(self.ledger.docs.counts.sum())
+        done = min(result["tokens"] * self.ranks.world_size, total)
+        left_s = min(self.log.seconds_left(done / total), at_most_s)
+        loss, bpb = result["val_loss"], result["val_bpb"]
+        self.log.progress(
+            f"{label}: targets:{done}/{total} left:{left_s:.0f}s"
+            f" running_loss:{loss:.4f} running_bpb:{bpb:.4f}",
+            f"{live_label}: bpb {bpb:.4f}, {left_s:.0f} s left, {done} of {total} targets",
+        )
 
     def pack_windows(self, windows: Iterable[Window]) -> list[list[Window]]:
         """The windows of each row, in order. No score depends on the other windows of its row."""
@@ -5178,7 +5269,7 @@ Sensitivities = dict[str, Tensor]  # by bank, (n, rows) fp32
 
 @torch.no_grad()
 def collect_hessians(
-    model: GPT, plan: tuple[Visit, ...], rows: list[Batch], ranks: Ranks
+    model: GPT, plan: tuple[Visit, ...], rows: Iterable[Batch], ranks: Ranks
 ) -> Hessians:
     """H of each site and layer: the mean of x x^T per token, summed over visits, over all rows.
 
@@ -5203,11 +5294,12 @@ def collect_hessians(
 
     # The forward is needed up to the head's inputs, so one target is enough.
     select = torch.zeros(1, dtype=torch.long, device=ranks.device)
+    num_rows = torch.zeros((), device=ranks.device)
     for row in rows:
         model(row, plan, tap=tap, select=select)
+        num_rows += 1
 
-    num_rows = ranks.sum(torch.tensor(float(len(rows)), device=ranks.device))
-    count = num_rows * model.cfg.micro_batch_tokens
+    count = ranks.sum(num_rows) * model.cfg.micro_batch_tokens
     means = {key: ranks.sum(total) / count for key, total in sums.items()}
     return means | lookups
 
@@ -5216,7 +5308,7 @@ def collect_sensitivities(
     forward: Callable,
     model: GPT,
     plan: tuple[Visit, ...],
-    rows: list[Batch],
+    rows: Iterable[Batch],
     hessians: Hessians,
     ranks: Ranks,
 ) -> Sensitivities:
@@ -6571,6 +6663,10 @@ class Deadline:
         self.seconds_per_target = 0.0  # of plain scoring on one rank; set once it is measured
         self.late = False
 
+    def seconds_left(self) -> float:
+        """Seconds until the end."""
+        return max(self.end - time.monotonic(), 0.0)
+
     def near(self, targets: float, ranks: Ranks | None = None) -> bool:
         """Whether learning must stop, with `targets` left for this rank. Call it before each step.
 
@@ -6970,10 +7066,7 @@ def adapt_documents(
                 in_batch = (counts[batch] - done).clip(0).sum()
                 if deadline.near(in_batch + left_after[number] / ranks.world_size):
                     break
-                if scorer.log.due():
-                    running = "running_loss:{val_loss:.4f} running_bpb:{val_bpb:.4f}"
-                    running = running.format(**ledger.result())
-                    scorer.log(f"ttt_progress: batch {number + 1}/{len(batches)} {running}")
+                scorer.show_progress("ttt_progress", "adapt", deadline.seconds_left())
         if deadline.late:
             score_rest(scorer, batch, done)
 
@@ -7203,6 +7296,69 @@ def learn_weights(
         optimizer.step()
         model.zero_grad(set_to_none=True)
     model.requires_grad_(False)
+
+
+# --- What the model writes ------------------------------------------------------------------------
+#
+# Beginnings of validation documents, continued by the artifact. They show what was trained and
+# count for nothing: all scores are there by then, and no budget is running.
+NUM_PROMPTS = 3
+PROMPT_TOKENS = 24
+SAMPLE_TEMPERATURE = 0.8
+
+
+def choose_prompts(docs: Documents) -> np.ndarray:
+    """Documents (n,) for the prompts, evenly spaced among those that go on after their prompt."""
+    long_enough = np.flatnonzero(docs.counts > PROMPT_TOKENS)
+    places = np.arange(NUM_PROMPTS) * len(long_enough) // NUM_PROMPTS
+    return long_enough[np.unique(places)] if len(long_enough) else long_enough
+
+
+@torch.no_grad()
+def continue_prompts(
+    model: GPT, plan: tuple[Visit, ...], prompts: np.ndarray, num_tokens: int, device: torch.device
+) -> np.ndarray:
+    """Continues each prompt, ids (n, P), greedily and by sampling: ids (2, n, num_tokens).
+
+    The texts are the segments of one row. Its shape never changes, because no position of a causal
+    model depends on what stands behind it. A sample depends on SEED alone.
+    """
+    cfg = model.cfg
+    num_prompts, prompt_tokens = prompts.shape
+    length = prompt_tokens + num_tokens
+    ids = torch.zeros(2 * num_prompts, length, dtype=torch.long)
+    ids[:, :prompt_tokens] = torch.from_numpy(np.concatenate([prompts, prompts]))
+    starts = np.arange(0, ids.numel(), length)
+    shape = RowShape(ids.numel(), len(ids), length)
+    no_targets = np.full(ids.numel(), -1)
+    generator = torch.Generator().manual_seed(cfg.seed)
+    head_inputs: list[Tensor] = []
+
+    def tap(site: str, layer: int, x: Tensor) -> None:
+        if site == "head_in":
+            head_inputs.append(x)
+
+    # The forward is needed up to the head's inputs, so one target is enough.
+    select = torch.zeros(1, dtype=torch.long, device=device)
+    for end in range(prompt_tokens, length):
+        batch = pack_row(ids.flatten().numpy(), no_targets, starts, shape, device)
+        model(batch, plan, tap=tap, select=select)
+        x = head_inputs.pop()[starts + end - 1].float()
+        logits = cfg.logit_softcap * torch.tanh(x @ model.tok_emb.float().T / cfg.logit_softcap)
+        probabilities = (logits / SAMPLE_TEMPERATURE).softmax(-1).cpu()
+        ids[:num_prompts, end] = probabilities[:num_prompts].argmax(-1)
+        drawn = torch.multinomial(probabilities[num_prompts:], 1, generator=generator)
+        ids[num_prompts:, end] = drawn[:, 0]
+    return ids[:, prompt_tokens:].view(2, num_prompts, num_tokens).numpy()
+
+
+def readable_text(tokenizer: Tokenizer, ids: np.ndarray) -> str:
+    """The text of tokens (n,) up to a BOS. Operators of CaseOps are applied, roughly."""
+    until_bos = takewhile(lambda token: token != tokenizer.bos_id, ids.tolist())
+    text = tokenizer.model.decode(list(until_bos))
+    text = re.sub("\ue002([a-z]+)", lambda match: match[1].upper(), text)
+    text = re.sub("[\ue001\ue003](.)", lambda match: match[1].upper(), text)
+    return re.sub(f"[{CASE_OPERATORS}]", "", text)
 
 
 # === 11. Run: its phases in order, each leaving a file ============================================
@@ -7493,6 +7649,7 @@ class Run:
         default_id = f"{time.strftime('%Y%m%d-%H%M%S')}_{cfg.preset}_seed{cfg.seed}"
         run_id = ranks.gather(cfg.run_id or default_id)[0]
         self.folder = Path(cfg.artifact_dir or f"runs/{run_id}")
+        self.artifact = self.folder / "final_model.int6.ptz"
         log_path = Path(f"logs/{run_id}.txt")
         self.facts = self.describe(run_id)
         self.made_with = self.checkpoint_identity()
@@ -7506,6 +7663,9 @@ class Run:
         self.log = Log(log_path, ranks.is_main, ranks.live, board)
         self.compilation_counter = CompilationCounter(self.log)
         self.log_settings(origin, lines, warnings)
+        problem = self.log.open_wandb(cfg.wandb_project, run_id, dataclasses.asdict(cfg))
+        if problem := ranks.gather(problem)[0]:
+            raise UsageError(problem)
 
     @property
     def plan(self) -> tuple[Visit, ...]:
@@ -7757,7 +7917,7 @@ class Run:
         start = self.ranks.now()
         # The check comes before there is a log.
         if name != "check":
-            self.log.show(f"{name} ..")
+            self.log.begin_phase(name)
         try:
             yield
         except RuntimeError as error:
@@ -7797,18 +7957,21 @@ class Run:
         elif start.stage == Stage.NOTHING:
             self.run_training(reserve)
 
-        path = self.folder / "final_model.int6.ptz"
+        path = self.artifact
         if start.stage < Stage.PACKED:
             self.compress(path)
         if start.is_artifact:
             # The check has read this file already, so that a damaged one ends the run before its
             # warm-up. It is read again below, because the file of rank 0 counts for all ranks.
-            path = Path(self.cfg.eval_only_path)
+            path = self.artifact = Path(self.cfg.eval_only_path)
         else:
             self.run_evaluation("pre_quantization", self.evaluate, budget="none")
 
         self.load_artifact_file(path)
         self.evaluate_artifact()
+        if self.cfg.sample_tokens and self.ranks.is_main:
+            with self.phase("sample", budget="none"):
+                self.write_samples()
         figures = self.report()
         self.log.close()
         return figures
@@ -7881,6 +8044,7 @@ class Run:
         if not (trains or calibrates):
             return
         for step in range(cfg.warmup_steps):
+            self.log.show(f"warm-up: step {step + 1} of {cfg.warmup_steps}")
             for plan in plans:
                 accumulate_gradients(self.forward, plan, [row], cfg.micro_batch_tokens)
                 if trains:
@@ -7893,6 +8057,7 @@ class Run:
         They include a margin: one second, and a quarter of what was measured.
         """
         cfg, ranks = self.cfg, self.ranks
+        self.log.show("warm-up: compression")
         # The first time compiles; the second is measured.
         for _ in range(2):
             start = ranks.now()
@@ -7923,6 +8088,7 @@ class Run:
         num_bytes = np.zeros_like(tokens) if self.table is None else None
         docs = Documents(tokens, starts, np.full(len(starts), length), num_bytes)
 
+        self.log.show("warm-up: scoring and adaptation")
         # What is scored here must not look like a score.
         self.log.prefix = "warmup: "
         *earlier_plans, last_plan = plans
@@ -7984,10 +8150,19 @@ class Run:
         hessians = None
         sensitivities = None
         if not cfg.no_hessians:
-            hessians = collect_hessians(model, plan, rows, ranks)
+            hessians = collect_hessians(model, plan, self.shown(rows, "Hessians"), ranks)
         if cfg.quantizer == "allocated":
-            sensitivities = collect_sensitivities(self.forward, model, plan, rows, hessians, ranks)
+            shown = self.shown(rows, "sensitivities")
+            sensitivities = collect_sensitivities(self.forward, model, plan, shown, hessians, ranks)
         return hessians, sensitivities
+
+    def shown(self, rows: list[Batch], what: str) -> Iterator[Batch]:
+        """The rows, one by one; the log shows how many of them are done."""
+        for done, row in enumerate(rows):
+            if self.log.wants_progress():
+                line = f"{what}: {done} of {len(rows)} rows"
+                self.log.progress(f"calibrate: {line}", f"calibrate: {line}")
+            yield row
 
     def compress(self, path: Path) -> None:
         """Calibrates on the first training rows, quantises, and writes the artifact to `path`."""
@@ -8168,6 +8343,35 @@ class Run:
         np.savez(buffer, **documents)
         write_atomic(self.folder / "documents.npz", buffer.getvalue())
 
+    def write_samples(self) -> None:
+        """Logs and saves (samples.json) what the artifact makes of some documents' beginnings."""
+        chosen = choose_prompts(self.docs)
+        if not len(chosen):
+            return
+        beginnings = self.docs.starts[chosen, None] + np.arange(PROMPT_TOKENS)
+        prompts = self.docs.tokens[beginnings]
+        count = min(self.cfg.sample_tokens, max(self.cfg.eval_seq_len - PROMPT_TOKENS, 1))
+        device = self.ranks.device
+        written = continue_prompts(self.model, self.plan, prompts, count, device)
+        self.log(f"samples: what the artifact writes; sampled at temperature {SAMPLE_TEMPERATURE}")
+        samples = []
+        for i, document in enumerate(chosen):
+            after = self.docs.starts[document] + PROMPT_TOKENS
+            end = self.docs.starts[document] + self.docs.counts[document]
+            # A prompt begins with BOS.
+            ids = {
+                "prompt": prompts[i, 1:],
+                "greedy": written[0, i],
+                "sampled": written[1, i],
+                "document": self.docs.tokens[after : min(after + count, end)],
+            }
+            texts = {name: readable_text(self.tokenizer, part) for name, part in ids.items()}
+            for name in ("prompt", "greedy", "sampled"):
+                self.log(f"  {name:<8} {json.dumps(texts[name], ensure_ascii=False)}")
+            samples.append({"number": int(document), **texts})
+        text = json.dumps(samples, indent=1, ensure_ascii=False)
+        write_atomic(self.folder / "samples.json", text.encode())
+
     # --- Report ---
     def report(self) -> dict[str, Any]:
         """Logs the table of phases, then the line that starts with `final`; returns its figures."""
@@ -8183,7 +8387,9 @@ class Run:
             seconds[phase.name] = seconds.get(phase.name, 0) + phase.seconds
         self.final |= self.facts
         self.final["seconds"] = {name: round(s, 3) for name, s in seconds.items()}
-        self.log("final " + json.dumps(self.final, sort_keys=True))
+        self.log_ending()
+        # On a terminal it would hide the lines above.
+        self.log("final " + json.dumps(self.final, sort_keys=True), terminal=not self.log.live)
         return self.final
 
     def log_phases(self) -> None:
@@ -8205,6 +8411,22 @@ class Run:
         if WHOLE.fits(gzip_bytes) and gzip_bytes and size:
             self.final["gzip_bpb"] = 8 * gzip_bytes / size
             self.log(f"for scale, gzip -9 of each document: val_bpb:{self.final['gzip_bpb']:.4f}")
+
+    def log_ending(self) -> None:
+        """Logs what people look for: the score, the size, where the files are, and what is next."""
+        final = self.final
+        if "val_bpb" not in final:
+            return
+        scale = ""
+        if "gzip_bpb" in final:
+            scale = f" (gzip -9: {final['gzip_bpb']:.4f})"
+        share = 100 * final["artifact_bytes"] / LIMIT_BYTES
+        self.log(f"score     {final['val_bpb']:.4f} bits per byte, lower is better{scale}")
+        self.log(f"size      {final['artifact_bytes']:,} of {LIMIT_BYTES:,} bytes ({share:.1f} %)")
+        self.log(f"log       {self.log.path}")
+        self.log(f"artifact  {self.artifact}")
+        if Path(__file__).with_name("tools").is_dir():
+            self.log(f"next      make report LOGS={self.log.path}")
 
 
 # === 12. Kernels: MLP, cross-entropy, norm and RoPE, XSA, each beside a plain reference ===
