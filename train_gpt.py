@@ -57,8 +57,10 @@ quantiser of its own.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import copy
+import ctypes
 import dataclasses
 import difflib
 import enum
@@ -73,6 +75,7 @@ import lzma
 import math
 import os
 import pickle
+import platform
 import random
 import re
 import shutil
@@ -91,11 +94,27 @@ from itertools import groupby, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+if __name__ == "__main__":
+
+    def leave(number: int, _: Any) -> None:
+        """Ends the program in one line, also while PyTorch is imported, which takes seconds."""
+        if os.environ.get("RANK", "0") == "0":
+            os.write(2, b"train_gpt.py: SIGINT: the run is stopped\n")
+        os._exit(128 + number)
+
+    signal.signal(signal.SIGINT, leave)
+
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+# Windows has no such locks.
+try:
+    import fcntl
+except ImportError:
+    fcntl = None
 
 # Without Triton (macOS, Windows) the plain reference beside each kernel runs instead.
 try:
@@ -138,6 +157,10 @@ class UsageError(ValueError):
 
 class NoDevice(UsageError):
     """A rank has no GPU. Only that rank knows; all but the first such rank give no message."""
+
+
+class FilesNotWritten(OSError):
+    """A run went on to its end without files that could not be written. One line, exit status 1."""
 
 
 class RunStopped(RuntimeError):
@@ -1764,6 +1787,12 @@ def launch_numbers(environ: Mapping[str, str]) -> tuple[int, int, int]:
     return rank, world_size, local_rank
 
 
+def end_with_parent() -> None:
+    """Asks Linux for SIGTERM when the parent ends: torchrun may be killed, or end by SIGUSR1."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, int(signal.SIGTERM), 0, 0, 0)  # PR_SET_PDEATHSIG
+
+
 class Ranks:
     """This process among its peers, as torchrun's variables describe them.
 
@@ -1791,6 +1820,8 @@ class Ranks:
             self.device = torch.device("cuda", local_rank)
             torch.cuda.set_device(self.device)
         if self.distributed:
+            if "TORCHELASTIC_RUN_ID" in environ:
+                end_with_parent()
             self._join_group(environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
     def _join_group(self, restart_count: int | str) -> None:
@@ -1898,17 +1929,36 @@ class Log:
             if path.exists():
                 # A killed run may have left half a line.
                 os.truncate(path, read_regular(path, MAX_LOG_BYTES).rfind(b"\n") + 1)
-            self.file = path.open("a", encoding="utf-8")
+            self.file = path.open("ab", buffering=0)
+        # Bytes of lines that could not be written yet, and a line for each file that was not.
+        self.pending = b""
+        self.failures: list[str] = []
 
     def __call__(self, line: str, terminal: bool = True) -> None:
         """Writes a line to the file and, with `terminal`, to the terminal."""
         self.last_line_time = time.monotonic()
         if not self.is_main:
             return
-        print(self.prefix + line, file=self.file, flush=True)
+        self.write(f"{self.prefix}{line}\n".encode(errors="replace"))
         if terminal:
             erase = ERASE_LINE if self.live else ""
             print_while_open(erase + self.prefix + line)
+
+    def write(self, data: bytes) -> None:
+        """Adds to the file. A full disk ends no run: the rest waits for the next line."""
+        self.pending += data
+        try:
+            while self.pending:
+                count = self.file.write(self.pending)
+                self.pending = self.pending[count:]
+        except OSError as error:
+            self.note_failure(f"{self.file.name}: {error.strerror}")
+
+    def note_failure(self, reason: str) -> None:
+        """Remembers that a file could not be written, and says so once."""
+        if reason not in self.failures:
+            self.failures.append(reason)
+            complain(f"warning: not written, the run goes on: {reason}")
 
     def due(self) -> bool:
         """Whether 8 s have passed since the last line, so that a long loop should show progress."""
@@ -1983,13 +2033,17 @@ def raise_stopped(number: int, _: Any = None, after: str = "") -> None:
 
 
 def handle_signals(handler: Callable[[int, Any], Any]) -> None:
-    """Sets the handler of SIGINT and SIGTERM.
+    """Sets the handler of SIGINT, SIGTERM, SIGHUP (the terminal is gone) and SIGUSR1 (by Slurm).
 
     In training the handler is Trainer.note_signal, with which the run ends after its step.
     Otherwise it is raise_stopped, which ends the run at once.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, handler)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
+        # Windows lacks the last two.
+        number = getattr(signal, name, signal.SIGTERM)
+        # nohup ignores SIGHUP, and so does the run then.
+        if name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 class CompilationCounter:
@@ -2023,14 +2077,82 @@ class CompilationCounter:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Writes a file by way of a temporary one, so that a kill leaves the old file or the new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Writes a file by way of a temporary one, so that a kill leaves the old file or the new.
+
+    Raises OSError naming the file. Then the old file is as it was, and no temporary one is left.
+    """
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    with part.open("wb") as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(part, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+
+
+class FileLock:
+    """A lock that only one process at a time can hold, and that ends with its process.
+
+    The kernel keeps it (fcntl.lockf), on NFS the server; processes that are forked from the holder
+    do not have it. The file says who holds it. It is removed in the end; after a kill it stays, and
+    means nothing.
+    """
+
+    def __init__(self, path: Path):
+        # A program may change its working folder.
+        self.path = path.absolute()
+        self.file: io.FileIO | None = None
+        # Who holds it, if not this process; why there are no locks here.
+        self.holder = ""
+        self.reason = ""
+
+    def take(self, wait: bool = False) -> bool:
+        """Whether this process holds the lock now; with `wait` it waits for the other to end.
+
+        True also where the file system has no locks; then `reason` says so. Raises OSError.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NONBLOCK", 0)
+            file = io.FileIO(os.open(self.path, flags, 0o644), "r+")
+            try:
+                if fcntl is None:
+                    raise OSError(errno.ENOTSUP, "this system has none")
+                fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except (BlockingIOError, PermissionError):
+                self.holder = file.read(200).decode(errors="replace").strip()
+                file.close()
+                return False
+            except OSError as error:
+                self.reason = f"{self.path.parent}: has no locks ({error.strerror})"
+            # The holder before may have removed the file after it was opened here.
+            if os.path.exists(self.path) and os.path.samestat(
+                os.fstat(file.fileno()), os.stat(self.path)
+            ):
+                break
+            file.close()
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}\n".encode())
+        self.file = file
+        atexit.register(self.release)
+        return True
+
+    def release(self) -> None:
+        """Lets go of the lock, if it is held."""
+        if self.file is not None:
+            # In this order: whoever opens the file from now on makes a new one.
+            with contextlib.suppress(OSError):
+                self.path.unlink()
+            self.file.close()
+            self.file = None
+        atexit.unregister(self.release)
 
 
 def torch_bytes(contents: dict[str, Any]) -> bytes:
@@ -7636,6 +7758,8 @@ class Run:
         # The figures of the final line, and the phases that are over.
         self.final: dict[str, Any] = {}
         self.phases: list[Phase] = []
+        # The artifact, if its file could not be written.
+        self.unsaved_artifact: bytes | None = None
         # Seconds that do not count against the phase that is running.
         self.excluded_seconds = 0.0
         # CUDA graphs of the training, by plan.
@@ -7646,8 +7770,7 @@ class Run:
             lines = self.check_together(origin)
 
         cfg = self.cfg
-        default_id = f"{time.strftime('%Y%m%d-%H%M%S')}_{cfg.preset}_seed{cfg.seed}"
-        run_id = ranks.gather(cfg.run_id or default_id)[0]
+        run_id = self.claim_names(lines)
         self.folder = Path(cfg.artifact_dir or f"runs/{run_id}")
         self.artifact = self.folder / "final_model.int6.ptz"
         log_path = Path(f"logs/{run_id}.txt")
@@ -7673,6 +7796,61 @@ class Run:
         return self.cfg.plans[self.looped]
 
     # --- Before the phases ---
+    def claim_names(self, lines: list[str]) -> str:
+        """The run's name; no other process can use it or write to its folder until this run ends.
+
+        Adds to the lines for the log. Raises UsageError if another process uses them. All ranks
+        must call it.
+        """
+        self.locks: list[FileLock] = []
+        run_id = problem = ""
+        if self.ranks.is_main:
+            try:
+                run_id = self.lock_names()
+            except UsageError as error:
+                problem = str(error)
+            except OSError as error:
+                problem = reason_of(error)
+        lines += [f"warning: {lock.reason}" for lock in self.locks if lock.reason]
+        run_id, problem = self.ranks.gather((run_id, problem))[0]
+        if problem:
+            raise UsageError(problem)
+        return run_id
+
+    def lock_names(self) -> str:
+        """Locks name and folder of the run on rank 0; returns the name.
+
+        Without RUN_ID it is date, preset and seed, with a number if another run has that name.
+        """
+        cfg = self.cfg
+        run_id = default_id = f"{time.strftime('%Y%m%d-%H%M%S')}_{cfg.preset}_seed{cfg.seed}"
+        run_id = cfg.run_id or default_id
+        number = 1
+        while not self.lock(Path(f"logs/{run_id}.lock")) or (
+            not cfg.run_id and os.path.lexists(f"logs/{run_id}.txt")
+        ):
+            if cfg.run_id:
+                raise UsageError(f"RUN_ID={run_id}: {self.locks[-1].holder} is running it")
+            self.locks.pop().release()
+            number += 1
+            run_id = f"{default_id}_{number}"
+        folder = Path(cfg.artifact_dir or f"runs/{run_id}")
+        if not self.lock(folder / "run.lock"):
+            holder = self.locks[-1].holder
+            self.release_locks()
+            raise UsageError(f"ARTIFACT_DIR={cfg.artifact_dir}: {holder} writes to {folder}")
+        return run_id
+
+    def lock(self, path: Path) -> bool:
+        """Adds a lock to those of this run; whether it was free."""
+        self.locks.append(FileLock(path))
+        return self.locks[-1].take()
+
+    def release_locks(self) -> None:
+        """Lets another run have the name and the folder."""
+        for lock in self.locks:
+            lock.release()
+
     def check_together(self, origin: dict[str, str]) -> list[str]:
         """Calls `check` on all ranks; if one raises UsageError, all do.
 
@@ -7876,7 +8054,8 @@ class Run:
 
         All ranks must call it.
         """
-        if not self.cfg.checkpoint_every:
+        is_incomplete = stage == Stage.PACKED and self.unsaved_artifact is not None
+        if not self.cfg.checkpoint_every or is_incomplete:
             return
         self.checkpoint_number += 1
         if self.ranks.is_main:
@@ -7889,7 +8068,7 @@ class Run:
             }
             body = torch_bytes(saved)
             path = self.folder / f"checkpoint.{self.checkpoint_number % 2}.pt"
-            write_atomic(path, hashlib.sha256(body).digest() + body)
+            self.save(path, hashlib.sha256(body).digest() + body)
 
     def save_weights(self, name: str, weights: dict[str, Tensor], step: int, looped: bool) -> None:
         """Saves full weights and their network's config in the run's folder, for EVAL_ONLY_PATH.
@@ -7905,8 +8084,21 @@ class Run:
         }
         if self.ranks.is_main:
             data = torch_bytes(saved)
-            write_atomic(self.folder / name, data)
+            if not self.save(self.folder / name, data):
+                return
             self.log(f"Serialized model: {len(data)} bytes in {self.folder / name}")
+
+    def save(self, path: Path, data: bytes) -> bool:
+        """Writes a file of the run; whether that was possible. The run goes on without it.
+
+        Its exit status tells in the end.
+        """
+        try:
+            write_atomic(path, data)
+        except OSError as error:
+            self.log.note_failure(reason_of(error))
+            return False
+        return True
 
     # --- The phases ---
     @contextlib.contextmanager
@@ -7974,6 +8166,9 @@ class Run:
                 self.write_samples()
         figures = self.report()
         self.log.close()
+        self.release_locks()
+        if failures := self.ranks.gather(self.log.failures)[0]:
+            raise FilesNotWritten(f"not written: {'; '.join(failures)}")
         return figures
 
     def build_model(self) -> None:
@@ -8185,8 +8380,8 @@ class Run:
         with self.phase("pack", budget=budget):
             meta = {"looped": self.looped, "tokenizer": self.tokenizer.sha256}
             data = fit_artifact(quantizer, model, meta, self.log)
-            if ranks.is_main:
-                write_atomic(path, data)
+            if ranks.is_main and not self.save(path, data):
+                self.unsaved_artifact = data
         self.save_checkpoint(Stage.PACKED, weights=model.state_dict(), looped=self.looped)
 
     def load_artifact_file(self, path: Path) -> None:
@@ -8194,7 +8389,9 @@ class Run:
 
         Rank 0's file counts. All ranks must call it. Raises UsageError if the file is damaged.
         """
-        own_data = read_regular(path, MAX_ARTIFACT_BYTES) if self.ranks.is_main else None
+        own_data = self.unsaved_artifact
+        if self.ranks.is_main and own_data is None:
+            own_data = read_regular(path, MAX_ARTIFACT_BYTES)
         data = self.ranks.gather(own_data)[0]
         header, arrays = open_artifact(data, path)
         load_artifact(self.model, arrays)
@@ -8338,10 +8535,10 @@ class Run:
     def save_scores(self, documents: dict[str, np.ndarray]) -> None:
         """Saves all figures so far, and the newest evaluation's scores of `documents`."""
         figures = json.dumps(self.final, indent=1)
-        write_atomic(self.folder / "scores.json", figures.encode())
+        self.save(self.folder / "scores.json", figures.encode())
         buffer = io.BytesIO()
         np.savez(buffer, **documents)
-        write_atomic(self.folder / "documents.npz", buffer.getvalue())
+        self.save(self.folder / "documents.npz", buffer.getvalue())
 
     def write_samples(self) -> None:
         """Logs and saves (samples.json) what the artifact makes of some documents' beginnings."""
@@ -9877,6 +10074,11 @@ def main(argv: list[str]) -> int:
         if not is_lost_peer(error):
             raise
         complain(f"rank {dist.get_rank()} lost a peer: {str(error).splitlines()[0]}")
+        return 1
+    except OSError as error:
+        ends_together = isinstance(error, FilesNotWritten)
+        if not ends_together or os.environ.get("RANK", "0") == "0":
+            complain(reason_of(error))
         return 1
     finally:
         # NCCL waits for all ranks when its group is destroyed. A rank that fails by itself would
