@@ -5,6 +5,7 @@ How to run it:
     python train_gpt.py                                      # one process, on any device
     torchrun --standalone --nproc_per_node=8 train_gpt.py    # 8 GPUs over FineWeb shards
     python train_gpt.py --knobs                              # every knob, meaning and defaults
+    python train_gpt.py --plan                               # what a run will need, in seconds
 
 The run, and what each phase leaves behind (files without a folder lie in runs/<RUN_ID>/):
 
@@ -75,6 +76,7 @@ import random
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import time
 import zlib
@@ -8866,6 +8868,17 @@ def complain(message: str) -> None:
     print(f"train_gpt.py: {message}", file=sys.stderr, flush=True)
 
 
+def print_plan() -> int:
+    """Prints what a run will need, and returns the exit status. Raises UsageError without tools/.
+
+    It is a process of its own, because the program there imports this file.
+    """
+    path = Path(__file__).resolve().parent / "tools" / "plan.py"
+    if not path.is_file():
+        raise UsageError(f"--plan: needs {path}, which comes with the repository")
+    return subprocess.run([sys.executable, str(path)]).returncode
+
+
 def main(argv: list[str]) -> int:
     """Runs the program. Returns its exit status.
 
@@ -8881,9 +8894,11 @@ def main(argv: list[str]) -> int:
             signal.signal(getattr(signal, "SIGPIPE", signal.SIGTERM), signal.SIG_DFL)
             print_knobs()
             return 0
+        if argv == ["--plan"]:
+            return print_plan()
         if argv:
             raise UsageError(
-                f"{argv[0]}: knobs are environment variables; the only argument is --knobs"
+                f"{argv[0]}: knobs are environment variables; the arguments are --knobs and --plan"
             )
         handle_signals(raise_stopped)
         cfg, origin = Config.from_env(os.environ, torch.cuda.is_available())
