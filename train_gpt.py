@@ -8303,12 +8303,19 @@ def norm_rope(
 # --- XSA ------------------------------------------------------------------------------------------
 #
 # From each head of y (T, H, D), its component along the token's own value v (T, Hkv, D) is removed:
-# y - (y . u) u with u = v / |v| (PR #1530). The reference of the forward is remove_own_value in
+# y - (y . u) u with u = v / |v| (PR #1530). The plain form of the forward is remove_own_value in
 # section 4.
+
+
+def xsa_reference(y: Tensor, v: Tensor) -> Tensor:
+    """remove_own_value, whose result is as dense as the kernel's."""
+    return remove_own_value(y.contiguous(), v)
 
 
 def xsa_backward_reference(y: Tensor, v: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of y and v. A value of length 0 removes nothing, so its gradient is 0."""
+    y = y.contiguous()
+    grad = grad.contiguous()
     wide = torch.promote_types(y.dtype, torch.float32)
     KV = v.size(1)
     g = grad.to(wide).unflatten(1, (KV, -1))  # (T, Hkv, H / Hkv, D)
@@ -8421,7 +8428,7 @@ def xsa_backward_cuda(
     return dy, dv
 
 
-xsa = define_operator("xsa", remove_own_value, xsa_cuda)
+xsa = define_operator("xsa", xsa_reference, xsa_cuda)
 xsa_backward = define_operator("xsa_backward", xsa_backward_reference, xsa_backward_cuda)
 
 
