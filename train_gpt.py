@@ -8715,10 +8715,33 @@ def load_attention(backend: str) -> Callable[..., Tensor]:
     if backend == "torch":
         return adapt_torch_varlen(function)
 
+    return adapt_flash_varlen(function)
+
+
+def adapt_flash_varlen(function: Callable) -> Callable[..., Tensor]:
+    """flash_attn_varlen_func of FA2, FA3 or FA4 with the signature of sdpa_varlen.
+
+    FA4 has no lengths before 2026-01 and takes them from the offsets. FA3 of 2025-01 demands the
+    used lengths of segments, of which None means all. Raises TypeError for any other signature.
+    """
+    signature = inspect.signature(function)
+    known = signature.parameters
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values())
+    length_names = ["max_seqlen_q", "max_seqlen_k"]
+    if not takes_any:
+        length_names = [name for name in length_names if name in known]
+    options: dict[str, Any] = {"causal": True}
+    for name in ("seqused_q", "seqused_k"):
+        if name in known and known[name].default is inspect.Parameter.empty:
+            options[name] = None
+    # This error names the parameter; that of torch.compile would not.
+    given = dict.fromkeys(["cu_seqlens_q", "cu_seqlens_k", *length_names])
+    signature.bind(None, None, None, **given, **options)
+
     def flash(q, k, v, cu_queries, cu_seqlens, max_seqlen):
         offsets = {"cu_seqlens_q": cu_queries, "cu_seqlens_k": cu_seqlens}
-        lengths = {"max_seqlen_q": max_seqlen, "max_seqlen_k": max_seqlen}
-        return function(q, k, v, **offsets, **lengths, causal=True)
+        lengths = dict.fromkeys(length_names, max_seqlen)
+        return function(q, k, v, **offsets, **lengths, **options)
 
     return flash
 
