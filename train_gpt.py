@@ -5,6 +5,7 @@ How to run it:
     python train_gpt.py                                      # one process, on any device
     torchrun --standalone --nproc_per_node=8 train_gpt.py    # 8 GPUs over FineWeb shards
     python train_gpt.py --knobs                              # every knob, meaning and defaults
+    python train_gpt.py --plan                               # what a run will need, in seconds
 
 The run, and what each phase leaves behind (files without a folder lie in runs/<RUN_ID>/):
 
@@ -82,6 +83,7 @@ import shutil
 import signal
 import stat
 import struct
+import subprocess
 import sys
 import time
 import warnings
@@ -9463,12 +9465,19 @@ def norm_rope(
 # --- XSA ------------------------------------------------------------------------------------------
 #
 # From each head of y (T, H, D), its component along the token's own value v (T, Hkv, D) is removed:
-# y - (y . u) u with u = v / |v| (PR #1530). The reference of the forward is remove_own_value in
+# y - (y . u) u with u = v / |v| (PR #1530). The plain form of the forward is remove_own_value in
 # section 4.
+
+
+def xsa_reference(y: Tensor, v: Tensor) -> Tensor:
+    """remove_own_value, whose result is as dense as the kernel's."""
+    return remove_own_value(y.contiguous(), v)
 
 
 def xsa_backward_reference(y: Tensor, v: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of y and v. A value of length 0 removes nothing, so its gradient is 0."""
+    y = y.contiguous()
+    grad = grad.contiguous()
     wide = torch.promote_types(y.dtype, torch.float32)
     KV = v.size(1)
     g = grad.to(wide).unflatten(1, (KV, -1))  # (T, Hkv, H / Hkv, D)
@@ -9581,7 +9590,7 @@ def xsa_backward_cuda(
     return dy, dv
 
 
-xsa = define_operator("xsa", remove_own_value, xsa_cuda)
+xsa = define_operator("xsa", xsa_reference, xsa_cuda)
 xsa_backward = define_operator("xsa_backward", xsa_backward_reference, xsa_backward_cuda)
 
 
@@ -9868,10 +9877,33 @@ def load_attention(backend: str) -> Callable[..., Tensor]:
     if backend == "torch":
         return adapt_torch_varlen(function)
 
+    return adapt_flash_varlen(function)
+
+
+def adapt_flash_varlen(function: Callable) -> Callable[..., Tensor]:
+    """flash_attn_varlen_func of FA2, FA3 or FA4 with the signature of sdpa_varlen.
+
+    FA4 has no lengths before 2026-01 and takes them from the offsets. FA3 of 2025-01 demands the
+    used lengths of segments, of which None means all. Raises TypeError for any other signature.
+    """
+    signature = inspect.signature(function)
+    known = signature.parameters
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values())
+    length_names = ["max_seqlen_q", "max_seqlen_k"]
+    if not takes_any:
+        length_names = [name for name in length_names if name in known]
+    options: dict[str, Any] = {"causal": True}
+    for name in ("seqused_q", "seqused_k"):
+        if name in known and known[name].default is inspect.Parameter.empty:
+            options[name] = None
+    # This error names the parameter; that of torch.compile would not.
+    given = dict.fromkeys(["cu_seqlens_q", "cu_seqlens_k", *length_names])
+    signature.bind(None, None, None, **given, **options)
+
     def flash(q, k, v, cu_queries, cu_seqlens, max_seqlen):
         offsets = {"cu_seqlens_q": cu_queries, "cu_seqlens_k": cu_seqlens}
-        lengths = {"max_seqlen_q": max_seqlen, "max_seqlen_k": max_seqlen}
-        return function(q, k, v, **offsets, **lengths, causal=True)
+        lengths = dict.fromkeys(length_names, max_seqlen)
+        return function(q, k, v, **offsets, **lengths, **options)
 
     return flash
 
@@ -10035,6 +10067,17 @@ def complain(message: str) -> None:
             print(f"train_gpt.py: {message}", file=sys.stderr, flush=True)
 
 
+def print_plan() -> int:
+    """Prints what a run will need, and returns the exit status. Raises UsageError without tools/.
+
+    It is a process of its own, because the program there imports this file.
+    """
+    path = Path(__file__).resolve().parent / "tools" / "plan.py"
+    if not path.is_file():
+        raise UsageError(f"--plan: needs {path}, which comes with the repository")
+    return subprocess.run([sys.executable, str(path)]).returncode
+
+
 def main(argv: list[str]) -> int:
     """Runs the program. Returns its exit status.
 
@@ -10050,9 +10093,11 @@ def main(argv: list[str]) -> int:
             signal.signal(getattr(signal, "SIGPIPE", signal.SIGTERM), signal.SIG_DFL)
             print_knobs()
             return 0
+        if argv == ["--plan"]:
+            return print_plan()
         if argv:
             raise UsageError(
-                f"{argv[0]}: knobs are environment variables; the only argument is --knobs"
+                f"{argv[0]}: knobs are environment variables; the arguments are --knobs and --plan"
             )
         prepare_output()
         handle_signals(raise_stopped)
