@@ -5,6 +5,7 @@ How to run it:
     python train_gpt.py                                      # one process, on any device
     torchrun --standalone --nproc_per_node=8 train_gpt.py    # 8 GPUs over FineWeb shards
     python train_gpt.py --knobs                              # every knob, meaning and defaults
+    python train_gpt.py --plan                               # what a run will need, in seconds
 
 The run, and what each phase leaves behind (files without a folder lie in runs/<RUN_ID>/):
 
@@ -57,8 +58,10 @@ quantiser of its own.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import copy
+import ctypes
 import dataclasses
 import difflib
 import enum
@@ -73,12 +76,14 @@ import lzma
 import math
 import os
 import pickle
+import platform
 import random
 import re
 import shutil
 import signal
 import stat
 import struct
+import subprocess
 import sys
 import time
 import warnings
@@ -91,11 +96,27 @@ from itertools import groupby, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+if __name__ == "__main__":
+
+    def leave(number: int, _: Any) -> None:
+        """Ends the program in one line, also while PyTorch is imported, which takes seconds."""
+        if os.environ.get("RANK", "0") == "0":
+            os.write(2, b"train_gpt.py: SIGINT: the run is stopped\n")
+        os._exit(128 + number)
+
+    signal.signal(signal.SIGINT, leave)
+
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+# Windows has no such locks.
+try:
+    import fcntl
+except ImportError:
+    fcntl = None
 
 # Without Triton (macOS, Windows) the plain reference beside each kernel runs instead.
 try:
@@ -138,6 +159,10 @@ class UsageError(ValueError):
 
 class NoDevice(UsageError):
     """A rank has no GPU. Only that rank knows; all but the first such rank give no message."""
+
+
+class FilesNotWritten(OSError):
+    """A run went on to its end without files that could not be written. One line, exit status 1."""
 
 
 class RunStopped(RuntimeError):
@@ -213,6 +238,9 @@ class RunKnobs:
     )
     tensorboard_dir: str = knob(
         "", "parent folder of the run's TensorBoard folder; empty: none", free_on_resume=True
+    )
+    wandb_project: str = knob(
+        "", "project of Weights & Biases for the run's curves; empty: none", free_on_resume=True
     )
     eval_only_path: str = knob(
         "", "final_model.pt to quantise and score, or artifact to score, instead of training"
@@ -625,6 +653,12 @@ class ScoringKnobs:
     eval_stride: int = knob(64, "tokens scored by each sliding window but the first", 1)
     logit_temperature: float = knob(1.0, "divisor of scored logits; choose it beforehand", 0.01)
     sliding_window_enabled: bool = knob(False, "score with sliding windows as well")
+    sample_tokens: int = knob(
+        0,
+        "tokens of each text that the artifact writes at the end, off the clock; 0: none",
+        0,
+        4096,
+    )
     val_doc_fraction: float = knob(1.0, "share of the validation documents, drawn by SEED", 1e-9, 1)
     eval_deadline_seconds: float = knob(580.0, "seconds for all scores; learning stops in time")
     tilt_order: int = knob(
@@ -1201,22 +1235,14 @@ ABSENT = {
     "set WARMDOWN_FRAC, MIN_LR": """
         WARMDOWN_SHAPE LR_SCHEDULE LR_START LR_WARMUP_STEPS MUON_COOLDOWN_*""",
     "no later record has it (PR #86, #640)": "BLOCK_LARS_* ASYMMETRIC_LOGIT MATRIX_OPTIMIZER",
-    "a network of PR #1371": "GDN_*",
-    "a network of PR #1644": "MAMBA3_* NUM_ATTN_LAYERS USE_ORTHO_INIT",
-    "a network of PR #903, #1443": """
-        JEPA_* SIGREG_* PROJECTOR_TYPE PREDICTOR_HIDDEN_MULT CE_PURE_FRAC CE_WEIGHT DETACH_TARGETS
-        MLP_EVERY""",
-    "a network of PR #1104": "HNET_* OUTER_LAYERS RATIO_LOSS_WEIGHT TARGET_AVG_CHUNK_LEN",
-    "a network of PR #1337": """
-        LEGENDRE_* COEFF_LR_* INDEPENDENT_LR NUM_VIRTUAL_LAYERS EMBED_INNER_DIM USE_WRAP
-        WRAP_INIT_SCALE SKIP_TOKENS""",
-    "a network of PR #542, #640": """
-        ATTN_VARIANT ATTN_PROJ_TYPE ATTN_RES BLOCK_TYPE LATENT_KV_DIM NUM_LIGHT_BLOCKS DIFF_ATTN""",
-    "a network of PR #640, #1388": """
-        BITNET_* XNOR_* TVERSKY_* EGGROLL_* REFINER* CHURN_LOG_EVERY CORR_WEIGHT_LR SOFTCAP_TYPE
-        LOGIT_HEAD_TYPE SIGN_COMPRESS_REG BINARIZE_ACTIVATIONS FITNESS_SHAPING POP_SIZE
-        MLP_GROUPS""",
-    "a network of PR #2058": "MLP_RANK",
+    "another network (PR #542, #640, #903, #1104, #1337, #1371, #1388, #1443, #1644, #2058)": """
+        ATTN_VARIANT ATTN_PROJ_TYPE ATTN_RES BINARIZE_ACTIVATIONS BITNET_* BLOCK_TYPE CE_PURE_FRAC
+        CE_WEIGHT CHURN_LOG_EVERY COEFF_LR_* CORR_WEIGHT_LR DETACH_TARGETS DIFF_ATTN EGGROLL_*
+        EMBED_INNER_DIM FITNESS_SHAPING GDN_* HNET_* INDEPENDENT_LR JEPA_* LATENT_KV_DIM LEGENDRE_*
+        LOGIT_HEAD_TYPE MAMBA3_* MLP_EVERY MLP_GROUPS MLP_RANK NUM_ATTN_LAYERS NUM_LIGHT_BLOCKS
+        NUM_VIRTUAL_LAYERS OUTER_LAYERS POP_SIZE PREDICTOR_* PROJECTOR_* RATIO_LOSS_WEIGHT REFINER*
+        SIGN_COMPRESS_REG SIGREG_* SKIP_TOKENS SOFTCAP_TYPE TARGET_AVG_CHUNK_LEN TVERSKY_*
+        USE_ORTHO_INIT USE_WRAP WRAP_INIT_SCALE XNOR_*""",
 }
 # The same for names that are only warned of: they change no score, or others may set them, too.
 WARNED = {
@@ -1367,6 +1393,8 @@ def rules_of_paths(cfg: Config) -> Iterator[Rule]:
             yield Rule("tensorboard_dir", "empty, or tensorboard must be installed")
         elif not can_be_written(Path(cfg.tensorboard_dir, cfg.run_id)):
             yield Rule("tensorboard_dir", "empty or a folder that can be written")
+    if cfg.wandb_project and importlib.util.find_spec("wandb") is None:
+        yield Rule("wandb_project", "empty, or wandb must be installed")
     package = {"zstd": "zstandard", "brotli": "brotli"}.get(cfg.compressor)
     if package and importlib.util.find_spec(package) is None:
         yield Rule("compressor", f"ans or lzma, or {package} must be installed")
@@ -1540,6 +1568,7 @@ CPU = dict(
     ema_decay=0.98,
     val_batch_tokens=65536,
     eval_seq_len=512,
+    sample_tokens=48,
     ttt_lora_rank=8,
     ttt_lora_lr=3e-3,
     ttt_chunk_size=128,
@@ -1760,6 +1789,12 @@ def launch_numbers(environ: Mapping[str, str]) -> tuple[int, int, int]:
     return rank, world_size, local_rank
 
 
+def end_with_parent() -> None:
+    """Asks Linux for SIGTERM when the parent ends: torchrun may be killed, or end by SIGUSR1."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, int(signal.SIGTERM), 0, 0, 0)  # PR_SET_PDEATHSIG
+
+
 class Ranks:
     """This process among its peers, as torchrun's variables describe them.
 
@@ -1787,6 +1822,8 @@ class Ranks:
             self.device = torch.device("cuda", local_rank)
             torch.cuda.set_device(self.device)
         if self.distributed:
+            if "TORCHELASTIC_RUN_ID" in environ:
+                end_with_parent()
             self._join_group(environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
     def _join_group(self, restart_count: int | str) -> None:
@@ -1882,8 +1919,11 @@ class Log:
         self.is_main = is_main
         self.live = live
         self.prefix = ""
+        self.path = path
+        self.phase_start = time.monotonic()
         self.tensorboard_dir = tensorboard_dir
         self.tensorboard = None  # SummaryWriter, made with the first numbers
+        self.wandb = None  # the run at Weights & Biases, see open_wandb
         self.last_line_time = time.monotonic()
         self.last_shown_time = 0.0
         if is_main:
@@ -1891,17 +1931,36 @@ class Log:
             if path.exists():
                 # A killed run may have left half a line.
                 os.truncate(path, read_regular(path, MAX_LOG_BYTES).rfind(b"\n") + 1)
-            self.file = path.open("a", encoding="utf-8")
+            self.file = path.open("ab", buffering=0)
+        # Bytes of lines that could not be written yet, and a line for each file that was not.
+        self.pending = b""
+        self.failures: list[str] = []
 
     def __call__(self, line: str, terminal: bool = True) -> None:
         """Writes a line to the file and, with `terminal`, to the terminal."""
         self.last_line_time = time.monotonic()
         if not self.is_main:
             return
-        print(self.prefix + line, file=self.file, flush=True)
+        self.write(f"{self.prefix}{line}\n".encode(errors="replace"))
         if terminal:
             erase = ERASE_LINE if self.live else ""
             print_while_open(erase + self.prefix + line)
+
+    def write(self, data: bytes) -> None:
+        """Adds to the file. A full disk ends no run: the rest waits for the next line."""
+        self.pending += data
+        try:
+            while self.pending:
+                count = self.file.write(self.pending)
+                self.pending = self.pending[count:]
+        except OSError as error:
+            self.note_failure(f"{self.file.name}: {error.strerror}")
+
+    def note_failure(self, reason: str) -> None:
+        """Remembers that a file could not be written, and says so once."""
+        if reason not in self.failures:
+            self.failures.append(reason)
+            complain(f"warning: not written, the run goes on: {reason}")
 
     def due(self) -> bool:
         """Whether 8 s have passed since the last line, so that a long loop should show progress."""
@@ -1914,8 +1973,43 @@ class Log:
             width = shutil.get_terminal_size().columns - 1
             print_while_open(ERASE_LINE + line[:width], end="")
 
+    def begin_phase(self, name: str) -> None:
+        """Shows that a phase has begun; `seconds_left` counts from here."""
+        self.phase_start = time.monotonic()
+        self.show(f"{name} ..")
+
+    def seconds_left(self, share: float) -> float:
+        """The time that the phase will take if a share of it, above 0, is done."""
+        return (time.monotonic() - self.phase_start) * (1 / max(share, 1e-9) - 1)
+
+    def wants_progress(self) -> bool:
+        """Whether a long loop should show how far it is, on the live line or as a line."""
+        return self.due() or (self.live and time.monotonic() - self.last_shown_time >= 1)
+
+    def progress(self, line: str, live_line: str) -> None:
+        """Shows how far a long loop is: as a line each 8 s, and on the live line."""
+        if self.due():
+            self(line, terminal=not self.live)
+        self.show(live_line)
+
+    def open_wandb(self, project: str, run_id: str, settings: dict[str, Any]) -> str:
+        """Begins a run at Weights & Biases, or goes on with it. Returns why it cannot, or ""."""
+        if not self.is_main or not project:
+            return ""
+        import wandb
+
+        names = dict(project=project, name=run_id, id=re.sub(r"[^\w.-]", "-", run_id))
+        try:
+            self.wandb = wandb.init(**names, resume="allow", config=settings)
+        except wandb.Error as error:
+            reason = str(error).splitlines()[0]
+            return f"WANDB_PROJECT={project}: {reason}; WANDB_MODE=offline needs no network"
+        return ""
+
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        """Adds numbers to TensorBoard at a training step, by name."""
+        """Adds numbers to TensorBoard and W&B at a training step, by name."""
+        if self.wandb is not None:
+            self.wandb.log(values, step=step)
         if not self.is_main or not self.tensorboard_dir:
             return
         if self.tensorboard is None:
@@ -1927,9 +2021,11 @@ class Log:
             self.tensorboard.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Writes what TensorBoard has not written yet; the text is always written at once."""
+        """Writes what the boards have not written yet; the text is always written at once."""
         if self.tensorboard is not None:
             self.tensorboard.close()
+        if self.wandb is not None:
+            self.wandb.finish()
 
 
 def raise_stopped(number: int, _: Any = None, after: str = "") -> None:
@@ -1939,13 +2035,17 @@ def raise_stopped(number: int, _: Any = None, after: str = "") -> None:
 
 
 def handle_signals(handler: Callable[[int, Any], Any]) -> None:
-    """Sets the handler of SIGINT and SIGTERM.
+    """Sets the handler of SIGINT, SIGTERM, SIGHUP (the terminal is gone) and SIGUSR1 (by Slurm).
 
     In training the handler is Trainer.note_signal, with which the run ends after its step.
     Otherwise it is raise_stopped, which ends the run at once.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, handler)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
+        # Windows lacks the last two.
+        number = getattr(signal, name, signal.SIGTERM)
+        # nohup ignores SIGHUP, and so does the run then.
+        if name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 class CompilationCounter:
@@ -1979,14 +2079,82 @@ class CompilationCounter:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Writes a file by way of a temporary one, so that a kill leaves the old file or the new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Writes a file by way of a temporary one, so that a kill leaves the old file or the new.
+
+    Raises OSError naming the file. Then the old file is as it was, and no temporary one is left.
+    """
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    with part.open("wb") as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(part, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+
+
+class FileLock:
+    """A lock that only one process at a time can hold, and that ends with its process.
+
+    The kernel keeps it (fcntl.lockf), on NFS the server; processes that are forked from the holder
+    do not have it. The file says who holds it. It is removed in the end; after a kill it stays, and
+    means nothing.
+    """
+
+    def __init__(self, path: Path):
+        # A program may change its working folder.
+        self.path = path.absolute()
+        self.file: io.FileIO | None = None
+        # Who holds it, if not this process; why there are no locks here.
+        self.holder = ""
+        self.reason = ""
+
+    def take(self, wait: bool = False) -> bool:
+        """Whether this process holds the lock now; with `wait` it waits for the other to end.
+
+        True also where the file system has no locks; then `reason` says so. Raises OSError.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NONBLOCK", 0)
+            file = io.FileIO(os.open(self.path, flags, 0o644), "r+")
+            try:
+                if fcntl is None:
+                    raise OSError(errno.ENOTSUP, "this system has none")
+                fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except (BlockingIOError, PermissionError):
+                self.holder = file.read(200).decode(errors="replace").strip()
+                file.close()
+                return False
+            except OSError as error:
+                self.reason = f"{self.path.parent}: has no locks ({error.strerror})"
+            # The holder before may have removed the file after it was opened here.
+            if os.path.exists(self.path) and os.path.samestat(
+                os.fstat(file.fileno()), os.stat(self.path)
+            ):
+                break
+            file.close()
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}\n".encode())
+        self.file = file
+        atexit.register(self.release)
+        return True
+
+    def release(self) -> None:
+        """Lets go of the lock, if it is held."""
+        if self.file is not None:
+            # In this order: whoever opens the file from now on makes a new one.
+            with contextlib.suppress(OSError):
+                self.path.unlink()
+            self.file.close()
+            self.file = None
+        atexit.unregister(self.release)
 
 
 def torch_bytes(contents: dict[str, Any]) -> bytes:
@@ -4072,9 +4240,11 @@ class TrainState:
 
     # The mean clock at the last checkpoint.
     checkpoint_s: float = 0.0
-    # This rank's clock and the targets at the last log line.
+    # This rank's clock and the targets at the last log line, and the losses and steps since.
     logged_s: float = 0.0
     logged_tokens: int = 0
+    unlogged_loss: float = 0.0
+    unlogged_steps: int = 0
     # The mean clock and the visits at the end of the first step, which is not representative.
     first_step_s: float = 0.0
     first_step_visits: int = 0
@@ -4245,6 +4415,8 @@ class StepReporter:
     def report(self, numbers: StepNumbers) -> None:
         """Reports one step. Raises RunStopped if POD_SPEEDGATE_MS is set and steps take longer."""
         state, step = self.state, numbers.step
+        state.unlogged_loss += numbers.loss
+        state.unlogged_steps += 1
         if step == 1:
             state.first_step_s = state.elapsed_s
             state.first_step_visits = state.timed_visits
@@ -4283,15 +4455,18 @@ class StepReporter:
             )
 
     def log_step(self, numbers: StepNumbers) -> None:
-        """Writes a step's line; its tok/s is the mean since the previous line."""
+        """Writes a step's line; its train_loss and tok/s are means since the previous line."""
         state = self.state
         seconds = max(state.rank_s - state.logged_s, 1e-9)
         tokens_per_s = (state.tokens - state.logged_tokens) / seconds
         state.logged_s = state.rank_s
         state.logged_tokens = state.tokens
+        loss = state.unlogged_loss / state.unlogged_steps
+        state.unlogged_loss = 0.0
+        state.unlogged_steps = 0
         time_ms = 1000 * state.rank_s
         self.log(
-            f"step:{numbers.step}/{self.cfg.iterations} train_loss:{numbers.loss:.4f} "
+            f"step:{numbers.step}/{self.cfg.iterations} train_loss:{loss:.4f} "
             f"train_time:{time_ms:.0f}ms step_avg:{time_ms / numbers.step:.2f}ms "
             f"tok/s:{tokens_per_s:.0f} lr_scale:{numbers.lr_scale:.3f}",
             terminal=not self.log.live,
@@ -4302,10 +4477,15 @@ class StepReporter:
         state, step = self.state, numbers.step
         iterations_s = (self.cfg.iterations - step) * state.rank_s / step
         left_s = min(self.budget_s - state.rank_s, iterations_s)
+        # The speed is known from step 22 on. Without a budget the number of steps is known.
+        steps = f"step {step}, measuring speed"
+        if step >= 22 or self.budget_s == math.inf:
+            steps = f"step {step} of about {state.expected_steps:.0f}"
+        # A narrow terminal cuts the line, so what matters most comes first.
         parts = [
-            f"train: step {step} of about {state.expected_steps:.0f}",
+            f"train: loss {numbers.loss:.4f}",
             f"{left_s:.0f} s left",
-            f"loss {numbers.loss:.4f}",
+            steps,
             f"{1000 * numbers.seconds:.0f} ms/step",
             f"{tokens_per_s:.0f} tok/s",
         ]
@@ -4929,11 +5109,32 @@ class Ledger:
             "doc_nats": sum_documents(self.nats[:-1]),
             "doc_bytes": sum_documents(self.bytes),
             "doc_tokens": self.docs.counts,
+            **self.by_position(),
         }
         if self.tilt is not None:
             arrays["tilt_index"] = self.tilt.index.cpu().numpy()
             arrays["tilt_gains"] = self.tilt.gains.cpu().numpy()
         return arrays
+
+    def by_position(self) -> dict[str, np.ndarray]:
+        """Nats and targets by position in the document, (bins,) each, and where each bin begins.
+
+        Bins are about an eighth of an octave wide, and at least one position.
+        """
+        longest = max(int(self.docs.counts.max()), 1)
+        octaves = longest.bit_length()
+        edges = np.unique(np.rint(np.geomspace(1, longest + 1, 8 * octaves + 1)))[:-1] - 1
+        edges = edges.astype(np.int64)
+        index = self.docs.target_indices()
+        position = index - np.repeat(self.docs.starts, self.docs.counts)
+        nats = self.nats.cpu().double().numpy()[index]
+        nats = np.bincount(position, weights=nats, minlength=longest)
+        tokens = np.bincount(position, minlength=longest)
+        return {
+            "pos_edges": edges,
+            "pos_nats": np.add.reduceat(nats, edges),
+            "pos_tokens": np.add.reduceat(tokens, edges),
+        }
 
     def problems(self, decoded_bytes: int) -> list[str]:
         """The rules that a joined ledger breaks, in words.
@@ -5042,11 +5243,25 @@ class Scorer(NamedTuple):
             rows = rows[self.ranks.rank :: self.ranks.world_size]
         for row in rows:
             self.score_row(row)
-            if self.log.due():
-                result = self.ledger.result()
-                self.log(
-                    f"eval_progress: {result['tokens']} targets running_bpb:{result['val_bpb']:.4f}"
-                )
+            self.show_progress("eval_progress", "score")
+
+    def show_progress(self, label: str, live_label: str, at_most_s: float = math.inf) -> None:
+        """Shows targets done of all, the time left (but at most `at_most_s`) and the score so far.
+
+        Every rank is taken to have done as many as this one.
+        """
+        if not self.log.wants_progress():
+            return
+        result = self.ledger.result()
+        total = int(self.ledger.docs.counts.sum())
+        done = min(result["tokens"] * self.ranks.world_size, total)
+        left_s = min(self.log.seconds_left(done / total), at_most_s)
+        loss, bpb = result["val_loss"], result["val_bpb"]
+        self.log.progress(
+            f"{label}: targets:{done}/{total} left:{left_s:.0f}s"
+            f" running_loss:{loss:.4f} running_bpb:{bpb:.4f}",
+            f"{live_label}: bpb {bpb:.4f}, {left_s:.0f} s left, {done} of {total} targets",
+        )
 
     def pack_windows(self, windows: Iterable[Window]) -> list[list[Window]]:
         """The windows of each row, in order. No score depends on the other windows of its row."""
@@ -5178,7 +5393,7 @@ Sensitivities = dict[str, Tensor]  # by bank, (n, rows) fp32
 
 @torch.no_grad()
 def collect_hessians(
-    model: GPT, plan: tuple[Visit, ...], rows: list[Batch], ranks: Ranks
+    model: GPT, plan: tuple[Visit, ...], rows: Iterable[Batch], ranks: Ranks
 ) -> Hessians:
     """H of each site and layer: the mean of x x^T per token, summed over visits, over all rows.
 
@@ -5203,11 +5418,12 @@ def collect_hessians(
 
     # The forward is needed up to the head's inputs, so one target is enough.
     select = torch.zeros(1, dtype=torch.long, device=ranks.device)
+    num_rows = torch.zeros((), device=ranks.device)
     for row in rows:
         model(row, plan, tap=tap, select=select)
+        num_rows += 1
 
-    num_rows = ranks.sum(torch.tensor(float(len(rows)), device=ranks.device))
-    count = num_rows * model.cfg.micro_batch_tokens
+    count = ranks.sum(num_rows) * model.cfg.micro_batch_tokens
     means = {key: ranks.sum(total) / count for key, total in sums.items()}
     return means | lookups
 
@@ -5216,7 +5432,7 @@ def collect_sensitivities(
     forward: Callable,
     model: GPT,
     plan: tuple[Visit, ...],
-    rows: list[Batch],
+    rows: Iterable[Batch],
     hessians: Hessians,
     ranks: Ranks,
 ) -> Sensitivities:
@@ -6571,6 +6787,10 @@ class Deadline:
         self.seconds_per_target = 0.0  # of plain scoring on one rank; set once it is measured
         self.late = False
 
+    def seconds_left(self) -> float:
+        """Seconds until the end."""
+        return max(self.end - time.monotonic(), 0.0)
+
     def near(self, targets: float, ranks: Ranks | None = None) -> bool:
         """Whether learning must stop, with `targets` left for this rank. Call it before each step.
 
@@ -6970,10 +7190,7 @@ def adapt_documents(
                 in_batch = (counts[batch] - done).clip(0).sum()
                 if deadline.near(in_batch + left_after[number] / ranks.world_size):
                     break
-                if scorer.log.due():
-                    running = "running_loss:{val_loss:.4f} running_bpb:{val_bpb:.4f}"
-                    running = running.format(**ledger.result())
-                    scorer.log(f"ttt_progress: batch {number + 1}/{len(batches)} {running}")
+                scorer.show_progress("ttt_progress", "adapt", deadline.seconds_left())
         if deadline.late:
             score_rest(scorer, batch, done)
 
@@ -7203,6 +7420,69 @@ def learn_weights(
         optimizer.step()
         model.zero_grad(set_to_none=True)
     model.requires_grad_(False)
+
+
+# --- What the model writes ------------------------------------------------------------------------
+#
+# Beginnings of validation documents, continued by the artifact. They show what was trained and
+# count for nothing: all scores are there by then, and no budget is running.
+NUM_PROMPTS = 3
+PROMPT_TOKENS = 24
+SAMPLE_TEMPERATURE = 0.8
+
+
+def choose_prompts(docs: Documents) -> np.ndarray:
+    """Documents (n,) for the prompts, evenly spaced among those that go on after their prompt."""
+    long_enough = np.flatnonzero(docs.counts > PROMPT_TOKENS)
+    places = np.arange(NUM_PROMPTS) * len(long_enough) // NUM_PROMPTS
+    return long_enough[np.unique(places)] if len(long_enough) else long_enough
+
+
+@torch.no_grad()
+def continue_prompts(
+    model: GPT, plan: tuple[Visit, ...], prompts: np.ndarray, num_tokens: int, device: torch.device
+) -> np.ndarray:
+    """Continues each prompt, ids (n, P), greedily and by sampling: ids (2, n, num_tokens).
+
+    The texts are the segments of one row. Its shape never changes, because no position of a causal
+    model depends on what stands behind it. A sample depends on SEED alone.
+    """
+    cfg = model.cfg
+    num_prompts, prompt_tokens = prompts.shape
+    length = prompt_tokens + num_tokens
+    ids = torch.zeros(2 * num_prompts, length, dtype=torch.long)
+    ids[:, :prompt_tokens] = torch.from_numpy(np.concatenate([prompts, prompts]))
+    starts = np.arange(0, ids.numel(), length)
+    shape = RowShape(ids.numel(), len(ids), length)
+    no_targets = np.full(ids.numel(), -1)
+    generator = torch.Generator().manual_seed(cfg.seed)
+    head_inputs: list[Tensor] = []
+
+    def tap(site: str, layer: int, x: Tensor) -> None:
+        if site == "head_in":
+            head_inputs.append(x)
+
+    # The forward is needed up to the head's inputs, so one target is enough.
+    select = torch.zeros(1, dtype=torch.long, device=device)
+    for end in range(prompt_tokens, length):
+        batch = pack_row(ids.flatten().numpy(), no_targets, starts, shape, device)
+        model(batch, plan, tap=tap, select=select)
+        x = head_inputs.pop()[starts + end - 1].float()
+        logits = cfg.logit_softcap * torch.tanh(x @ model.tok_emb.float().T / cfg.logit_softcap)
+        probabilities = (logits / SAMPLE_TEMPERATURE).softmax(-1).cpu()
+        ids[:num_prompts, end] = probabilities[:num_prompts].argmax(-1)
+        drawn = torch.multinomial(probabilities[num_prompts:], 1, generator=generator)
+        ids[num_prompts:, end] = drawn[:, 0]
+    return ids[:, prompt_tokens:].view(2, num_prompts, num_tokens).numpy()
+
+
+def readable_text(tokenizer: Tokenizer, ids: np.ndarray) -> str:
+    """The text of tokens (n,) up to a BOS. Operators of CaseOps are applied, roughly."""
+    until_bos = takewhile(lambda token: token != tokenizer.bos_id, ids.tolist())
+    text = tokenizer.model.decode(list(until_bos))
+    text = re.sub("\ue002([a-z]+)", lambda match: match[1].upper(), text)
+    text = re.sub("[\ue001\ue003](.)", lambda match: match[1].upper(), text)
+    return re.sub(f"[{CASE_OPERATORS}]", "", text)
 
 
 # === 11. Run: its phases in order, each leaving a file ============================================
@@ -7480,6 +7760,8 @@ class Run:
         # The figures of the final line, and the phases that are over.
         self.final: dict[str, Any] = {}
         self.phases: list[Phase] = []
+        # The artifact, if its file could not be written.
+        self.unsaved_artifact: bytes | None = None
         # Seconds that do not count against the phase that is running.
         self.excluded_seconds = 0.0
         # CUDA graphs of the training, by plan.
@@ -7490,9 +7772,9 @@ class Run:
             lines = self.check_together(origin)
 
         cfg = self.cfg
-        default_id = f"{time.strftime('%Y%m%d-%H%M%S')}_{cfg.preset}_seed{cfg.seed}"
-        run_id = ranks.gather(cfg.run_id or default_id)[0]
+        run_id = self.claim_names(lines)
         self.folder = Path(cfg.artifact_dir or f"runs/{run_id}")
+        self.artifact = self.folder / "final_model.int6.ptz"
         log_path = Path(f"logs/{run_id}.txt")
         self.facts = self.describe(run_id)
         self.made_with = self.checkpoint_identity()
@@ -7506,6 +7788,9 @@ class Run:
         self.log = Log(log_path, ranks.is_main, ranks.live, board)
         self.compilation_counter = CompilationCounter(self.log)
         self.log_settings(origin, lines, warnings)
+        problem = self.log.open_wandb(cfg.wandb_project, run_id, dataclasses.asdict(cfg))
+        if problem := ranks.gather(problem)[0]:
+            raise UsageError(problem)
 
     @property
     def plan(self) -> tuple[Visit, ...]:
@@ -7513,6 +7798,61 @@ class Run:
         return self.cfg.plans[self.looped]
 
     # --- Before the phases ---
+    def claim_names(self, lines: list[str]) -> str:
+        """The run's name; no other process can use it or write to its folder until this run ends.
+
+        Adds to the lines for the log. Raises UsageError if another process uses them. All ranks
+        must call it.
+        """
+        self.locks: list[FileLock] = []
+        run_id = problem = ""
+        if self.ranks.is_main:
+            try:
+                run_id = self.lock_names()
+            except UsageError as error:
+                problem = str(error)
+            except OSError as error:
+                problem = reason_of(error)
+        lines += [f"warning: {lock.reason}" for lock in self.locks if lock.reason]
+        run_id, problem = self.ranks.gather((run_id, problem))[0]
+        if problem:
+            raise UsageError(problem)
+        return run_id
+
+    def lock_names(self) -> str:
+        """Locks name and folder of the run on rank 0; returns the name.
+
+        Without RUN_ID it is date, preset and seed, with a number if another run has that name.
+        """
+        cfg = self.cfg
+        run_id = default_id = f"{time.strftime('%Y%m%d-%H%M%S')}_{cfg.preset}_seed{cfg.seed}"
+        run_id = cfg.run_id or default_id
+        number = 1
+        while not self.lock(Path(f"logs/{run_id}.lock")) or (
+            not cfg.run_id and os.path.lexists(f"logs/{run_id}.txt")
+        ):
+            if cfg.run_id:
+                raise UsageError(f"RUN_ID={run_id}: {self.locks[-1].holder} is running it")
+            self.locks.pop().release()
+            number += 1
+            run_id = f"{default_id}_{number}"
+        folder = Path(cfg.artifact_dir or f"runs/{run_id}")
+        if not self.lock(folder / "run.lock"):
+            holder = self.locks[-1].holder
+            self.release_locks()
+            raise UsageError(f"ARTIFACT_DIR={cfg.artifact_dir}: {holder} writes to {folder}")
+        return run_id
+
+    def lock(self, path: Path) -> bool:
+        """Adds a lock to those of this run; whether it was free."""
+        self.locks.append(FileLock(path))
+        return self.locks[-1].take()
+
+    def release_locks(self) -> None:
+        """Lets another run have the name and the folder."""
+        for lock in self.locks:
+            lock.release()
+
     def check_together(self, origin: dict[str, str]) -> list[str]:
         """Calls `check` on all ranks; if one raises UsageError, all do.
 
@@ -7716,7 +8056,8 @@ class Run:
 
         All ranks must call it.
         """
-        if not self.cfg.checkpoint_every:
+        is_incomplete = stage == Stage.PACKED and self.unsaved_artifact is not None
+        if not self.cfg.checkpoint_every or is_incomplete:
             return
         self.checkpoint_number += 1
         if self.ranks.is_main:
@@ -7729,7 +8070,7 @@ class Run:
             }
             body = torch_bytes(saved)
             path = self.folder / f"checkpoint.{self.checkpoint_number % 2}.pt"
-            write_atomic(path, hashlib.sha256(body).digest() + body)
+            self.save(path, hashlib.sha256(body).digest() + body)
 
     def save_weights(self, name: str, weights: dict[str, Tensor], step: int, looped: bool) -> None:
         """Saves full weights and their network's config in the run's folder, for EVAL_ONLY_PATH.
@@ -7745,8 +8086,21 @@ class Run:
         }
         if self.ranks.is_main:
             data = torch_bytes(saved)
-            write_atomic(self.folder / name, data)
+            if not self.save(self.folder / name, data):
+                return
             self.log(f"Serialized model: {len(data)} bytes in {self.folder / name}")
+
+    def save(self, path: Path, data: bytes) -> bool:
+        """Writes a file of the run; whether that was possible. The run goes on without it.
+
+        Its exit status tells in the end.
+        """
+        try:
+            write_atomic(path, data)
+        except OSError as error:
+            self.log.note_failure(reason_of(error))
+            return False
+        return True
 
     # --- The phases ---
     @contextlib.contextmanager
@@ -7757,7 +8111,7 @@ class Run:
         start = self.ranks.now()
         # The check comes before there is a log.
         if name != "check":
-            self.log.show(f"{name} ..")
+            self.log.begin_phase(name)
         try:
             yield
         except RuntimeError as error:
@@ -7797,20 +8151,26 @@ class Run:
         elif start.stage == Stage.NOTHING:
             self.run_training(reserve)
 
-        path = self.folder / "final_model.int6.ptz"
+        path = self.artifact
         if start.stage < Stage.PACKED:
             self.compress(path)
         if start.is_artifact:
             # The check has read this file already, so that a damaged one ends the run before its
             # warm-up. It is read again below, because the file of rank 0 counts for all ranks.
-            path = Path(self.cfg.eval_only_path)
+            path = self.artifact = Path(self.cfg.eval_only_path)
         else:
             self.run_evaluation("pre_quantization", self.evaluate, budget="none")
 
         self.load_artifact_file(path)
         self.evaluate_artifact()
+        if self.cfg.sample_tokens and self.ranks.is_main:
+            with self.phase("sample", budget="none"):
+                self.write_samples()
         figures = self.report()
         self.log.close()
+        self.release_locks()
+        if failures := self.ranks.gather(self.log.failures)[0]:
+            raise FilesNotWritten(f"not written: {'; '.join(failures)}")
         return figures
 
     def build_model(self) -> None:
@@ -7881,6 +8241,7 @@ class Run:
         if not (trains or calibrates):
             return
         for step in range(cfg.warmup_steps):
+            self.log.show(f"warm-up: step {step + 1} of {cfg.warmup_steps}")
             for plan in plans:
                 accumulate_gradients(self.forward, plan, [row], cfg.micro_batch_tokens)
                 if trains:
@@ -7893,6 +8254,7 @@ class Run:
         They include a margin: one second, and a quarter of what was measured.
         """
         cfg, ranks = self.cfg, self.ranks
+        self.log.show("warm-up: compression")
         # The first time compiles; the second is measured.
         for _ in range(2):
             start = ranks.now()
@@ -7923,6 +8285,7 @@ class Run:
         num_bytes = np.zeros_like(tokens) if self.table is None else None
         docs = Documents(tokens, starts, np.full(len(starts), length), num_bytes)
 
+        self.log.show("warm-up: scoring and adaptation")
         # What is scored here must not look like a score.
         self.log.prefix = "warmup: "
         *earlier_plans, last_plan = plans
@@ -7984,10 +8347,19 @@ class Run:
         hessians = None
         sensitivities = None
         if not cfg.no_hessians:
-            hessians = collect_hessians(model, plan, rows, ranks)
+            hessians = collect_hessians(model, plan, self.shown(rows, "Hessians"), ranks)
         if cfg.quantizer == "allocated":
-            sensitivities = collect_sensitivities(self.forward, model, plan, rows, hessians, ranks)
+            shown = self.shown(rows, "sensitivities")
+            sensitivities = collect_sensitivities(self.forward, model, plan, shown, hessians, ranks)
         return hessians, sensitivities
+
+    def shown(self, rows: list[Batch], what: str) -> Iterator[Batch]:
+        """The rows, one by one; the log shows how many of them are done."""
+        for done, row in enumerate(rows):
+            if self.log.wants_progress():
+                line = f"{what}: {done} of {len(rows)} rows"
+                self.log.progress(f"calibrate: {line}", f"calibrate: {line}")
+            yield row
 
     def compress(self, path: Path) -> None:
         """Calibrates on the first training rows, quantises, and writes the artifact to `path`."""
@@ -8010,8 +8382,8 @@ class Run:
         with self.phase("pack", budget=budget):
             meta = {"looped": self.looped, "tokenizer": self.tokenizer.sha256}
             data = fit_artifact(quantizer, model, meta, self.log)
-            if ranks.is_main:
-                write_atomic(path, data)
+            if ranks.is_main and not self.save(path, data):
+                self.unsaved_artifact = data
         self.save_checkpoint(Stage.PACKED, weights=model.state_dict(), looped=self.looped)
 
     def load_artifact_file(self, path: Path) -> None:
@@ -8019,7 +8391,9 @@ class Run:
 
         Rank 0's file counts. All ranks must call it. Raises UsageError if the file is damaged.
         """
-        own_data = read_regular(path, MAX_ARTIFACT_BYTES) if self.ranks.is_main else None
+        own_data = self.unsaved_artifact
+        if self.ranks.is_main and own_data is None:
+            own_data = read_regular(path, MAX_ARTIFACT_BYTES)
         data = self.ranks.gather(own_data)[0]
         header, arrays = open_artifact(data, path)
         load_artifact(self.model, arrays)
@@ -8163,10 +8537,39 @@ class Run:
     def save_scores(self, documents: dict[str, np.ndarray]) -> None:
         """Saves all figures so far, and the newest evaluation's scores of `documents`."""
         figures = json.dumps(self.final, indent=1)
-        write_atomic(self.folder / "scores.json", figures.encode())
+        self.save(self.folder / "scores.json", figures.encode())
         buffer = io.BytesIO()
         np.savez(buffer, **documents)
-        write_atomic(self.folder / "documents.npz", buffer.getvalue())
+        self.save(self.folder / "documents.npz", buffer.getvalue())
+
+    def write_samples(self) -> None:
+        """Logs and saves (samples.json) what the artifact makes of some documents' beginnings."""
+        chosen = choose_prompts(self.docs)
+        if not len(chosen):
+            return
+        beginnings = self.docs.starts[chosen, None] + np.arange(PROMPT_TOKENS)
+        prompts = self.docs.tokens[beginnings]
+        count = min(self.cfg.sample_tokens, max(self.cfg.eval_seq_len - PROMPT_TOKENS, 1))
+        device = self.ranks.device
+        written = continue_prompts(self.model, self.plan, prompts, count, device)
+        self.log(f"samples: what the artifact writes; sampled at temperature {SAMPLE_TEMPERATURE}")
+        samples = []
+        for i, document in enumerate(chosen):
+            after = self.docs.starts[document] + PROMPT_TOKENS
+            end = self.docs.starts[document] + self.docs.counts[document]
+            # A prompt begins with BOS.
+            ids = {
+                "prompt": prompts[i, 1:],
+                "greedy": written[0, i],
+                "sampled": written[1, i],
+                "document": self.docs.tokens[after : min(after + count, end)],
+            }
+            texts = {name: readable_text(self.tokenizer, part) for name, part in ids.items()}
+            for name in ("prompt", "greedy", "sampled"):
+                self.log(f"  {name:<8} {json.dumps(texts[name], ensure_ascii=False)}")
+            samples.append({"number": int(document), **texts})
+        text = json.dumps(samples, indent=1, ensure_ascii=False)
+        write_atomic(self.folder / "samples.json", text.encode())
 
     # --- Report ---
     def report(self) -> dict[str, Any]:
@@ -8183,7 +8586,9 @@ class Run:
             seconds[phase.name] = seconds.get(phase.name, 0) + phase.seconds
         self.final |= self.facts
         self.final["seconds"] = {name: round(s, 3) for name, s in seconds.items()}
-        self.log("final " + json.dumps(self.final, sort_keys=True))
+        self.log_ending()
+        # On a terminal it would hide the lines above.
+        self.log("final " + json.dumps(self.final, sort_keys=True), terminal=not self.log.live)
         return self.final
 
     def log_phases(self) -> None:
@@ -8205,6 +8610,22 @@ class Run:
         if WHOLE.fits(gzip_bytes) and gzip_bytes and size:
             self.final["gzip_bpb"] = 8 * gzip_bytes / size
             self.log(f"for scale, gzip -9 of each document: val_bpb:{self.final['gzip_bpb']:.4f}")
+
+    def log_ending(self) -> None:
+        """Logs what people look for: the score, the size, where the files are, and what is next."""
+        final = self.final
+        if "val_bpb" not in final:
+            return
+        scale = ""
+        if "gzip_bpb" in final:
+            scale = f" (gzip -9: {final['gzip_bpb']:.4f})"
+        share = 100 * final["artifact_bytes"] / LIMIT_BYTES
+        self.log(f"score     {final['val_bpb']:.4f} bits per byte, lower is better{scale}")
+        self.log(f"size      {final['artifact_bytes']:,} of {LIMIT_BYTES:,} bytes ({share:.1f} %)")
+        self.log(f"log       {self.log.path}")
+        self.log(f"artifact  {self.artifact}")
+        if Path(__file__).with_name("tools").is_dir():
+            self.log(f"next      make report LOGS={self.log.path}")
 
 
 # === 12. Kernels: MLP, cross-entropy, norm and RoPE, XSA, each beside a plain reference ===
@@ -9044,12 +9465,19 @@ def norm_rope(
 # --- XSA ------------------------------------------------------------------------------------------
 #
 # From each head of y (T, H, D), its component along the token's own value v (T, Hkv, D) is removed:
-# y - (y . u) u with u = v / |v| (PR #1530). The reference of the forward is remove_own_value in
+# y - (y . u) u with u = v / |v| (PR #1530). The plain form of the forward is remove_own_value in
 # section 4.
+
+
+def xsa_reference(y: Tensor, v: Tensor) -> Tensor:
+    """remove_own_value, whose result is as dense as the kernel's."""
+    return remove_own_value(y.contiguous(), v)
 
 
 def xsa_backward_reference(y: Tensor, v: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of y and v. A value of length 0 removes nothing, so its gradient is 0."""
+    y = y.contiguous()
+    grad = grad.contiguous()
     wide = torch.promote_types(y.dtype, torch.float32)
     KV = v.size(1)
     g = grad.to(wide).unflatten(1, (KV, -1))  # (T, Hkv, H / Hkv, D)
@@ -9162,7 +9590,7 @@ def xsa_backward_cuda(
     return dy, dv
 
 
-xsa = define_operator("xsa", remove_own_value, xsa_cuda)
+xsa = define_operator("xsa", xsa_reference, xsa_cuda)
 xsa_backward = define_operator("xsa_backward", xsa_backward_reference, xsa_backward_cuda)
 
 
@@ -9449,10 +9877,33 @@ def load_attention(backend: str) -> Callable[..., Tensor]:
     if backend == "torch":
         return adapt_torch_varlen(function)
 
+    return adapt_flash_varlen(function)
+
+
+def adapt_flash_varlen(function: Callable) -> Callable[..., Tensor]:
+    """flash_attn_varlen_func of FA2, FA3 or FA4 with the signature of sdpa_varlen.
+
+    FA4 has no lengths before 2026-01 and takes them from the offsets. FA3 of 2025-01 demands the
+    used lengths of segments, of which None means all. Raises TypeError for any other signature.
+    """
+    signature = inspect.signature(function)
+    known = signature.parameters
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values())
+    length_names = ["max_seqlen_q", "max_seqlen_k"]
+    if not takes_any:
+        length_names = [name for name in length_names if name in known]
+    options: dict[str, Any] = {"causal": True}
+    for name in ("seqused_q", "seqused_k"):
+        if name in known and known[name].default is inspect.Parameter.empty:
+            options[name] = None
+    # This error names the parameter; that of torch.compile would not.
+    given = dict.fromkeys(["cu_seqlens_q", "cu_seqlens_k", *length_names])
+    signature.bind(None, None, None, **given, **options)
+
     def flash(q, k, v, cu_queries, cu_seqlens, max_seqlen):
         offsets = {"cu_seqlens_q": cu_queries, "cu_seqlens_k": cu_seqlens}
-        lengths = {"max_seqlen_q": max_seqlen, "max_seqlen_k": max_seqlen}
-        return function(q, k, v, **offsets, **lengths, causal=True)
+        lengths = dict.fromkeys(length_names, max_seqlen)
+        return function(q, k, v, **offsets, **lengths, **options)
 
     return flash
 
@@ -9616,6 +10067,17 @@ def complain(message: str) -> None:
             print(f"train_gpt.py: {message}", file=sys.stderr, flush=True)
 
 
+def print_plan() -> int:
+    """Prints what a run will need, and returns the exit status. Raises UsageError without tools/.
+
+    It is a process of its own, because the program there imports this file.
+    """
+    path = Path(__file__).resolve().parent / "tools" / "plan.py"
+    if not path.is_file():
+        raise UsageError(f"--plan: needs {path}, which comes with the repository")
+    return subprocess.run([sys.executable, str(path)]).returncode
+
+
 def main(argv: list[str]) -> int:
     """Runs the program. Returns its exit status.
 
@@ -9631,9 +10093,11 @@ def main(argv: list[str]) -> int:
             signal.signal(getattr(signal, "SIGPIPE", signal.SIGTERM), signal.SIG_DFL)
             print_knobs()
             return 0
+        if argv == ["--plan"]:
+            return print_plan()
         if argv:
             raise UsageError(
-                f"{argv[0]}: knobs are environment variables; the only argument is --knobs"
+                f"{argv[0]}: knobs are environment variables; the arguments are --knobs and --plan"
             )
         prepare_output()
         handle_signals(raise_stopped)
@@ -9655,6 +10119,11 @@ def main(argv: list[str]) -> int:
         if not is_lost_peer(error):
             raise
         complain(f"rank {dist.get_rank()} lost a peer: {str(error).splitlines()[0]}")
+        return 1
+    except OSError as error:
+        ends_together = isinstance(error, FilesNotWritten)
+        if not ends_together or os.environ.get("RANK", "0") == "0":
+            complain(reason_of(error))
         return 1
     finally:
         # NCCL waits for all ranks when its group is destroyed. A rank that fails by itself would

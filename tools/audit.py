@@ -3,6 +3,8 @@
     python tools/audit.py runs/<RUN_ID>/final_model.int6.ptz          # with the knobs of its log
     python tools/audit.py ARTIFACT --tests T1,T3 --docs 4 --markdown  # some tests, README's table
     python tools/audit.py --log train_seed42.log ...                  # T13 alone, on any logs
+    python tools/audit.py replay LOG ARTIFACT --documents 50          # the claim itself, blind
+    python tools/audit.py training LOG --steps 4                      # the first steps of training
 
 Nothing is judged by reading code. Every test looks at scores, states or files while the script's
 own evaluations run, and all evaluations that a run makes of an artifact are tested. The conditions
@@ -47,8 +49,10 @@ from typing import Any, NoReturn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(ROOT))
+import replay_command  # noqa: E402
 import runlog  # noqa: E402
 import terminal  # noqa: E402
+import training_replay  # noqa: E402
 from digests import file_sha256  # noqa: E402
 from legality import (  # noqa: E402
     TESTS,
@@ -273,6 +277,10 @@ def judge_artifact(args: argparse.Namespace, environ: dict[str, str]) -> int:
 
 def main(argv: list[str]) -> int:
     """Returns the exit status: 0 no violation, 1 violations, 2 wrong usage, 3 machine failed."""
+    if argv[:1] == ["replay"]:
+        return replay_command.main(argv[1:])
+    if argv[:1] == ["training"]:
+        return training_replay.main(argv[1:])
     args = parse(argv)
     if args.log:
         return judge_logs(args.log)

@@ -140,7 +140,8 @@ def read_artifact(data: bytes) -> tuple[dict, dict[str, torch.Tensor]]:
         weights[name] = q * step * (2.0 ** (k[name][:, None] / 4)).astype("f4")
     for name in tables:
         weights[name] = weights[name][0]
-    return c, {name: torch.tensor(w) for name, w in weights.items()}
+    dtype = torch.get_default_dtype()
+    return c, {name: torch.tensor(w, dtype=dtype) for name, w in weights.items()}
 
 
 def split(data: bytes, kind: str, shapes: dict) -> dict[str, np.ndarray]:

@@ -32,20 +32,20 @@ class Adapter:
     def __init__(self, c: dict, s: dict, slots: int, start: int):
         """A is uniform, by the seed and the document's place in the stream; B and bias are 0."""
         C, kv = c["model_dim"], c["num_kv_heads"] * (c["model_dim"] // c["num_heads"])
-        widths = {"q": C, "k": kv, "v": kv, "o": C, "mlp": C}
-        sites = [(n, t) for t in range(slots) for n in widths if s[f"ttt_{n}_lora"]] + [("head", 0)]
+        widths = {"q": C, "k": kv, "v": kv, "o": C, "mlp": C, "head": c["vocab_size"]}
+        on = [name for name in widths if name != "head" and s[f"ttt_{name}_lora"]]
+        sites = [(name, slot) for slot in range(slots) for name in on] + [("head", 0)]
         ranks = dict.fromkeys(widths, s["ttt_lora_rank"])
         ranks["head"] = s["ttt_lm_rank"] or s["ttt_lora_rank"]
         generator = torch.Generator().manual_seed(s["seed"] * 1_000_000_007 + start)
-        drawn = torch.empty(len(sites), max(ranks[n] for n, _ in sites), C)
+        drawn = torch.empty(len(sites), max(ranks[n] for n, _ in sites), C, dtype=torch.float32)
         drawn.uniform_(-(C**-0.5), C**-0.5, generator=generator)
-        widths["head"] = c["vocab_size"]
+        drawn = drawn.to(torch.get_default_dtype())
         self.a = {site: a[: ranks[site[0]]].clone() for site, a in zip(sites, drawn, strict=True)}
         self.b = {site: torch.zeros(widths[site[0]], ranks[site[0]]) for site in sites}
-        self.bias = torch.zeros(slots, C)
         self.scale = s["ttt_lora_alpha"] / s["ttt_lora_rank"] if s["ttt_lora_alpha"] else 1.0
         factors = dict(pairs(s["ttt_lr_factors"]))
-        self.s, self.updates = s, 0
+        self.s, self.updates, self.bias = s, 0, torch.zeros(slots, C)
         # (tensor, factor of the rate, first moment, second moment)
         self.leaves = []
         for tensors in (self.a, self.b):

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import dataclasses
 import gzip
 import hashlib
@@ -39,6 +40,7 @@ import json
 import os
 import platform
 import random
+import re
 import shutil
 import sys
 import sysconfig
@@ -68,6 +70,7 @@ from train_gpt import (  # noqa: E402
     MAX_JSON_BYTES,
     MAX_TOKENIZER_BYTES,
     ByteTable,
+    FileLock,
     UsageError,
     open_regular,
     read_regular,
@@ -422,8 +425,7 @@ def write_dataset(target: Target, splits: dict[str, Iterable[str]], force: bool)
         occupied = read_regular(target.tokenizer, MAX_TOKENIZER_BYTES) != target.model
     if occupied and not force and not target.lossless:
         raise UsageError(f"{target.tokenizer} exists with other content; --force replaces it")
-    staging = target.folder.with_name(f".{target.dataset}.part")
-    shutil.rmtree(staging, ignore_errors=True)
+    staging = target.folder.with_name(f".{target.dataset}.{os.getpid()}.part")
     try:
         staging.mkdir(parents=True)
         entries = {}
@@ -431,11 +433,52 @@ def write_dataset(target: Target, splits: dict[str, Iterable[str]], force: bool)
             entries[split] = write_split(target, staging, split, documents)
         write_manifest(target, staging, entries)
         write_atomic(target.tokenizer, target.model)
-        shutil.rmtree(target.folder, ignore_errors=True)
-        staging.rename(target.folder)
+        put_in_place(staging, target.folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     print(f"wrote {target.folder}")
+
+
+# === Two at once ==================================================================================
+def lock_dataset(args: argparse.Namespace, dataset: str) -> None:
+    """Waits until no other process prepares this data set, and keeps others waiting until the end.
+
+    Then tidies up after a process that was killed.
+    """
+    folder = args.data_dir / "datasets" / dataset
+    lock = FileLock(folder.with_name(f".{dataset}.lock"))
+    try:
+        if not lock.take():
+            print(f"{folder}: waiting for {lock.holder}", file=sys.stderr)
+            lock.take(wait=True)
+    except OSError:
+        # Where nothing can be written, nothing can be lost: the data set is there or is not.
+        return
+    args.locks.callback(lock.release)
+    if lock.reason:
+        print(f"{lock.reason}; do not prepare {dataset} twice at once", file=sys.stderr)
+        return
+    for path in folder.parent.iterdir():
+        if re.fullmatch(rf"\.{re.escape(dataset)}\.\d+\.part", path.name):
+            shutil.rmtree(path, ignore_errors=True)
+    aside = aside_of(folder)
+    if aside.exists() and not folder.exists():
+        aside.rename(folder)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def aside_of(folder: Path) -> Path:
+    """Where a data set stays until the new one is in its place."""
+    return folder.with_name(f".{folder.name}.old")
+
+
+def put_in_place(staging: Path, folder: Path) -> None:
+    """Replaces a data set by a new one, so that a kill leaves the old one or the new."""
+    aside = aside_of(folder)
+    if folder.exists():
+        folder.rename(aside)
+    staging.rename(folder)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def transform_of(args: argparse.Namespace) -> caseops.Transform | None:
@@ -487,6 +530,7 @@ def is_prepared(args: argparse.Namespace, dataset: str, inputs: str) -> bool:
     Raises UsageError if the folder holds anything else: nothing of value is overwritten without
     --force.
     """
+    lock_dataset(args, dataset)
     folder = args.data_dir / "datasets" / dataset
     if args.force or not folder.exists():
         return False
@@ -1176,6 +1220,7 @@ def run_fineweb(args: argparse.Namespace) -> None:
     manifest.
     """
     dataset = published_name(args)
+    lock_dataset(args, dataset)
     folder = args.data_dir / "datasets" / dataset
     staging = folder.with_name(f".{dataset}.part")  # stays after a failure, so a download can go on
     try:
@@ -1346,7 +1391,8 @@ def main(argv: list[str] | None = None) -> int:
         if "/" in name:
             text = "must be a name; --data-dir says where the data set goes"
             raise UsageError(f"--name {name}: {text}")
-        return args.run(args) or 0
+        with contextlib.ExitStack() as args.locks:
+            return args.run(args) or 0
     except UsageError as error:
         print(f"prepare_data.py: {error}", file=sys.stderr)
         return 2
