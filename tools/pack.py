@@ -611,8 +611,8 @@ def baseline_of(contents: Contents) -> list[Run] | None:
     return runs or None
 
 
-# By how many units of its last digit a figure may be off: half of one, or one where a mean was taken
-# of rounded figures.
+# By how many units of its last digit a figure may be off: half of one, or one where a mean was
+# taken of rounded figures.
 ROUNDED = 0.51
 ROUNDED_TWICE = 1.01
 
@@ -714,8 +714,11 @@ def claimed_runs(contents: Contents) -> list[Run]:
     results = results_by_seed(claim)
     if not results:
         runs = list({run.digest: run for run in runs}.values())
-        # The claim may be of one run, which the others support.
-        return [run for run in runs if is_score_of(claim.get("val_bpb"), run)] or runs
+        claimed = claim.get("val_bpb")
+        if not runs or agrees(claimed, statistics.fmean(run.score.bpb for run in runs)):
+            return runs
+        # Else the claim may be of one run, which the others support.
+        return [run for run in runs if is_score_of(claimed, run)] or runs
     chosen = []
     for seed, result in results.items():
         of_seed = [run for run in runs if str(run.seed) == seed]
