@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 import report
 from charts import smoothed
 from comparison import spread_text
-from run_documents import worst_documents
+from run_documents import loss_by_position, worst_documents
 from test_report import figures_of, ours
 
 
@@ -202,3 +202,9 @@ def test_the_page_shows_what_the_artifact_writes(tmp_path, capsys) -> None:
     (folder / "samples.json").write_text("[1]")
     assert report.main([log, "--html", str(page)]) == 2
     assert "samples.json: its content[0] must be an object" in capsys.readouterr().err
+
+
+def test_loss_by_position_counts_from_one() -> None:
+    sums = {"pos_nats": np.array([8.0, 6.0, 0.0]), "pos_tokens": np.array([2, 3, 0])}
+    profile = loss_by_position({**sums, "pos_edges": np.array([0, 1, 4])})
+    assert (profile.x, profile.y, profile.n) == ([1.0, 2.0], [4.0, 2.0], [2, 3])

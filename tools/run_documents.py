@@ -133,11 +133,16 @@ def loss_by_length(arrays: dict[str, np.ndarray]) -> Profile | None:
 
 
 def loss_by_position(arrays: dict[str, np.ndarray]) -> Profile | None:
-    """Nats per token by position in the document, where the file has the sums."""
+    """Nats per token by position in the document, where the file has the sums.
+
+    Positions count from 1, as a logarithmic axis needs it; files may count them from 0.
+    """
     if not {"pos_nats", "pos_tokens"} <= set(arrays):
         return None
     counts = arrays["pos_tokens"].astype(np.float64)
     starts = arrays.get("pos_edges", np.arange(len(counts)))[: len(counts)]
+    if len(starts) and starts[0] == 0:
+        starts = starts + 1
     used = counts > 0
     losses = arrays["pos_nats"][used] / counts[used]
     return Profile(
