@@ -42,6 +42,7 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(ROOT))
+import commitment  # noqa: E402
 import runlog  # noqa: E402
 import submission  # noqa: E402
 from digests import sha256  # noqa: E402
@@ -417,6 +418,13 @@ def check_facts(contents: Contents) -> Iterator[str]:
             yield f"{key}: differs between the logs: {', '.join(sorted(values))}"
 
 
+def check_samples(contents: Contents) -> Iterator[str]:
+    """Logs of a sample of the validation documents, which claim nothing."""
+    for name, run in contents.runs.items():
+        if reason := commitment.no_claim(run.settings):
+            yield f"{name}: {reason}"
+
+
 def check_artifact(contents: Contents) -> Iterator[str]:
     """Whether the artifact is that of a log, the audit is of it, and its size is right."""
     if len(contents.artifacts) != 1 or not contents.runs or not contents.has(PACKED):
@@ -462,6 +470,7 @@ CHECKS = (
     check_log_names,
     check_logs,
     check_facts,
+    check_samples,
     check_artifact,
     check_claim,
 )

@@ -31,8 +31,6 @@ import math
 import os
 import secrets
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Mapping
@@ -41,6 +39,7 @@ from typing import Any, NamedTuple
 
 import caseops
 import commitment
+import enclosure
 import fresh_process
 import numpy as np
 import runlog
@@ -86,16 +85,15 @@ def draw_documents(held: HeldData, count: int, entropy: int, may_replace: bool) 
         for number in np.setdiff1d(np.arange(total), drawn).tolist():
             kind = DECOY_KINDS[rng.integers(len(DECOY_KINDS))]
             decoys[number] = kind
-            start, length = held.starts[number] + 1, held.counts[number] - 1
-            tokens[start : start + length] = whole_characters(held, decoy(held, number, kind, rng))
+            tokens[held.text_span(number)] = whole_characters(held, decoy(held, number, kind, rng))
     return Draw(entropy, drawn, longest, tokens, decoys)
 
 
 def decoy(held: HeldData, number: int, kind: str, rng: np.random.Generator) -> np.ndarray:
     """Ids that replace a document's, equally many and without a BOS."""
-    own = held.ids(number)[1:-1]
-    other = held.ids(int(rng.integers(len(held.counts))))[1:]
-    other = np.resize(other[other != held.bos], len(own)) if len(other) > 1 else own
+    own = held.tokens[held.text_span(number)]
+    other = held.tokens[held.text_span(int(rng.integers(len(held.counts))))]
+    other = np.resize(other, len(own)) if len(other) else own
     if kind == "another text":
         return other
     if kind == "an altered copy":
@@ -196,15 +194,13 @@ def score_alone(claim: Claim, script: Path, tokens: np.ndarray, **changes: str) 
             "EVAL_DEADLINE_SECONDS": "1e9",
             **changes,
         }
-        command = [sys.executable, "train_gpt.py"]
+        command = ["train_gpt.py"]
         ranks = int(claim.final.get("world_size", 1))
         if ranks > 1:
             launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-            command[1:1] = launcher
+            command = [*launcher, *command]
         start = time.monotonic()
-        done = subprocess.run(
-            command, cwd=folder, env=environ, capture_output=True, text=True, check=False
-        )
+        done = enclosure.run(command, folder, environ, has_network=ranks > 1)
         seconds = time.monotonic() - start
         said = done.stderr.strip().splitlines() or ["no output"]
         if reason := fresh_process.failure_of_machine(done.returncode, said[-1]):
@@ -439,6 +435,8 @@ def replay(
             )
     faults += faults_of_clock(claim, trusted_seconds)
     notes += known_too_well(claim, beside)
+    if reason := enclosure.reason_not_to():
+        notes.append(f"files outside the folder could be reached: {reason}")
     facts = facts_of(claim, script, draw, allowed, seconds)
     return Verdict(facts, comparisons, faults, notes)
 
