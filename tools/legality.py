@@ -1,4 +1,4 @@
-"""The tests of the audit, T0 to T21, and the properties of an evaluation that they show.
+"""The tests of the audit, T0 to T23, and the properties of an evaluation that they show.
 
 A test is a function under `whole_run` or `each_evaluation`, which carry its number, its title and
 the properties. The first paragraph of its docstring is what tools/audit.py prints about it. All
