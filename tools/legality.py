@@ -1201,9 +1201,11 @@ def container(case: Case) -> Finding:
     """Packing what the artifact holds gives the artifact again, byte for byte: nothing hides in
     it.
     """
-    reason = canonical_container.difference(case.artifact.read_bytes())
-    size = case.artifact.stat().st_size
-    text = f"{size:,} bytes, " + (reason or "the same when packed again")
+    data = case.artifact.read_bytes()
+    reason = canonical_container.difference(data)
+    text = f"{len(data):,} bytes, " + (reason or "the same when packed again")
+    if "differs from byte" in reason and canonical_container.is_of_another_library(data):
+        return Finding(None, f"{text}; another version of its codec, or a message in the codes")
     return Finding(not reason, text)
 
 

@@ -212,7 +212,8 @@ def score_alone(claim: Claim, script: Path, tokens: np.ndarray, **changes: str) 
             nats, targets = arrays["doc_nats"], arrays["doc_tokens"]
         if not np.array_equal(targets, claim.held.counts):
             raise ReplayError("it has scored other documents than the shard holds")
-        finals = runlog.final_lines(done.stdout)
+        log = folder / "logs" / f"{environ['RUN_ID']}.txt"
+        finals = runlog.final_lines(log.read_text(encoding="utf-8", errors="replace"))
         return Scores(nats / targets, seconds, evaluation_seconds(finals[-1] if finals else {}))
 
 
@@ -254,26 +255,23 @@ def score_plainly(claim: Claim, tokens: np.ndarray, numbers: np.ndarray) -> Scor
     return Scores(nats, time.monotonic() - start_time)
 
 
-def measure_floor(claim: Claim, draw: Draw) -> float:
+def measure_floor(claim: Claim, draw: Draw, single: np.ndarray) -> float:
     """Nats a token by which rounding alone may move a document's score.
 
-    The plain evaluator scores the longest and a few other documents in fp32 and in fp64. Where the
-    run computes in less than fp32, so does the trusted script, and its distance counts, too.
+    The plain evaluator scores a few documents of middling length in fp64, too. single: its scores
+    (docs,) in fp32.
     """
-    adapts = claim.settings["ttt_enabled"] == "True"
-    if adapts and claim.settings["ttt_mode"] == "chunk":
+    if claim.settings["ttt_enabled"] == "True" and claim.settings["ttt_mode"] == "chunk":
         return EXACT_NATS
-    short = np.argsort(claim.held.counts[draw.drawn])[: FLOOR_DOCUMENTS - 1]
-    numbers = np.append(draw.drawn[short], draw.longest)
-    worst = 0.0
-    single = score_plainly(claim, draw.tokens, numbers)
+    by_length = draw.drawn[np.argsort(claim.held.counts[draw.drawn], kind="stable")]
+    first = max(0, (len(by_length) - FLOOR_DOCUMENTS) // 2)
+    numbers = by_length[first : first + FLOOR_DOCUMENTS]
     torch.set_default_dtype(torch.float64)
     try:
-        double = score_plainly(claim, draw.tokens, numbers)
+        double = score_plainly(claim, draw.tokens, numbers).nats
     finally:
         torch.set_default_dtype(torch.float32)
-    worst = float(np.nanmax(abs(single.nats - double.nats)))
-    return max(EXACT_NATS, 3 * worst)
+    return max(EXACT_NATS, 3 * float(np.max(abs(single[numbers] - double[numbers]))))
 
 
 # === The verdict ==================================================================================
@@ -418,7 +416,7 @@ def replay(
         decoys = np.array(sorted(draw.decoys), dtype=np.int64)[:PLAIN_DECOYS]
         numbers = np.append(draw.drawn, decoys)
         scores["plain"], seconds["plain"], _ = score_plainly(claim, draw.tokens, numbers)
-        allowed = measure_floor(claim, draw)
+        allowed = measure_floor(claim, draw, scores["plain"])
     except NotImplementedError as error:
         notes.append(f"the plain evaluator was not run: {error}")
     comparisons = []

@@ -102,8 +102,8 @@ def train_alone(
         artifact = folder / "runs" / "first_steps" / "final_model.int6.ptz"
         if done.returncode or not artifact.is_file():
             raise ReplayError(f"exit status {done.returncode}: {said[-1]}")
-        final = runlog.read_final(done.stdout)
-        return Training(file_sha256(artifact), final, first_losses(done.stdout))
+        log = (folder / "logs" / "first_steps.txt").read_text(encoding="utf-8")
+        return Training(file_sha256(artifact), runlog.read_final(log), first_losses(log))
 
 
 def noise_of(held: HeldData, seed: int) -> np.ndarray:
