@@ -62,9 +62,13 @@ def scored(honest: Path) -> Iterator[dict]:
 def cached(scored: dict, monkeypatch: pytest.MonkeyPatch) -> dict:
     """The evaluations do not run again; a test may change what they give."""
     copy = {name: one._replace(nats=one.nats.copy()) for name, one in scored.items()}
-    monkeypatch.setattr(replay, "score_alone", lambda *_: copy["submitted"])
+    monkeypatch.setattr(replay, "score_alone", lambda *_, **changes: copy[changes_name(changes)])
     monkeypatch.setattr(replay, "score_plainly", lambda *_: copy["plain"])
     return copy
+
+
+def changes_name(changes: dict[str, str]) -> str:
+    return "fp32" if changes else "submitted"
 
 
 def read(folder: Path) -> replay.Claim:
@@ -123,6 +127,22 @@ def test_one_document_that_an_evaluation_scores_otherwise_is_found(honest, cache
     cached["submitted"].nats[decoy] -= 0.01  # a cache that knows more than the drawn ones
     verdict = replay.replay(claim, SCRIPT, SCRIPT, 5, int(ENTROPY, 16))
     assert any(fault.startswith("submitted and plain disagree") for fault in verdict.faults)
+
+
+def test_a_run_in_bf16_may_differ_from_fp32_as_the_trusted_script_does(honest, cached):
+    """And no more: the distance is that of trusted code in both precisions."""
+    claim = read(honest)
+    settings = {**claim.settings, "compute_dtype": "bf16"}
+    rounded = claim.documents["doc_nats"] + 1e-3 * claim.documents["doc_tokens"]
+    documents = {**claim.documents, "doc_nats": rounded}
+    claim = claim._replace(settings=settings, documents=documents)
+    cached["fp32"] = cached["submitted"]._replace(nats=cached["submitted"].nats.copy())
+    for shift, agrees in ((1e-3, True), (0.4e-3, False)):
+        cached["submitted"] = cached["fp32"]._replace(nats=cached["fp32"].nats + shift)
+        verdict = replay.replay(claim, SCRIPT, SCRIPT, 5, int(ENTROPY, 16))
+        pairs = {(one.first, one.second): one for one in verdict.comparisons}
+        assert pairs["claim", "plain"].agrees is agrees, verdict.faults
+        assert pairs["fp32", "plain"].agrees and pairs["fp32", "plain"].allowed < 2e-4
 
 
 def test_files_that_do_not_belong_together_are_found_without_running(honest, tmp_path):

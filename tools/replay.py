@@ -15,6 +15,7 @@ Four evaluations must agree on every drawn document within the measured floor:
     submitted  the script of the log, on the blind shard
     reference  the reviewer's own train_gpt.py (--reference), on the same shard
     plain      tools/plain_evaluator.py: one document at a time, no cache, fp32
+    fp32       the reference in fp32, where the run computes in less
 
 The decoys have no claim, but the last three must agree on them, too. If one document in 67 were
 false, 200 drawn ones would show it with 95 %: the bound is said with the result.
@@ -282,6 +283,7 @@ class Comparison(NamedTuple):
     second: str
     documents: int
     decoys: int
+    allowed: float  # nats a token
     worst: float  # nats a token
     worst_document: int
     disagreeing: list[int]  # numbers of documents
@@ -317,6 +319,7 @@ def compare(
         *names,
         documents=int(is_drawn.sum()),
         decoys=int((used & ~is_drawn).sum()),
+        allowed=allowed,
         worst=float(apart[worst]),
         worst_document=worst,
         disagreeing=wrong.tolist(),
@@ -379,6 +382,62 @@ def find_tokenizer(data_dir: Path, sha256: str) -> Path:
     raise runlog.LogError(f"its tokenizer ({sha256[:12]}..) is not in {data_dir}/tokenizers")
 
 
+@dataclasses.dataclass
+class Evaluations:
+    """The scores of a draw by everything that can score it."""
+
+    nats: dict[str, np.ndarray]  # name -> (docs,) a token
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    trusted_seconds: float = 0.0  # of the evaluations, by the trusted script's own clock
+    floor: float = EXACT_NATS  # in fp32
+    rounding: float = 0.0  # by which the run's precision differs from fp32, in trusted hands
+    faults: list[str] = dataclasses.field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+    def allowed(self, first: str, second: str) -> float:
+        """Nats a token by which two of them may differ."""
+        if self.rounding and not {first, second} <= {"plain", "fp32"}:
+            return max(self.floor, self.rounding)
+        return self.floor
+
+
+def evaluate(claim: Claim, script: Path, reference: Path, draw: Draw) -> Evaluations:
+    """Scores the draw by the submitted and the trusted script and by the plain evaluator.
+
+    Where the run computes in less than fp32, the trusted script also does it in fp32: what that
+    changes is how far the claim may be from the plain evaluator.
+    """
+    claimed = claim.documents["doc_nats"] / claim.documents["doc_tokens"]
+    found = Evaluations({"claim": claimed})
+    trusted = "reference"
+    scripts = {"submitted": (script, {}), "reference": (reference, {})}
+    if file_sha256(script) == file_sha256(reference):
+        trusted = "submitted"
+        del scripts["reference"]
+        found.notes.append("the submitted code is the reference, so it ran once")
+    if claim.settings["compute_dtype"] != "fp32":
+        scripts["fp32"] = (reference, {"COMPUTE_DTYPE": "fp32"})
+    for name, (path, changes) in scripts.items():
+        try:
+            made = score_alone(claim, path, draw.tokens, **changes)
+        except ReplayError as error:
+            found.faults.append(f"{name}: no scores: {error}")
+            continue
+        found.nats[name], found.seconds[name] = made.nats, made.seconds
+        if name == trusted:
+            found.trusted_seconds = made.timed
+    if {trusted, "fp32"} <= set(found.nats):
+        found.rounding = 2 * float(np.max(abs(found.nats[trusted] - found.nats["fp32"])))
+    try:
+        decoys = np.array(sorted(draw.decoys), dtype=np.int64)[:PLAIN_DECOYS]
+        plain = score_plainly(claim, draw.tokens, np.append(draw.drawn, decoys))
+        found.nats["plain"], found.seconds["plain"] = plain.nats, plain.seconds
+        found.floor = measure_floor(claim, draw, plain.nats)
+    except NotImplementedError as error:
+        found.notes.append(f"the plain evaluator was not run: {error}")
+    return found
+
+
 def replay(
     claim: Claim,
     script: Path,
@@ -389,54 +448,31 @@ def replay(
 ) -> Verdict:
     """Scores drawn documents again and compares. beside: as in known_too_well."""
     faults = list(faults_of_commitment(claim, script))
-    notes: list[str] = []
     draw = draw_documents(claim.held, count, entropy, not claim.crosses_documents)
     if not np.array_equal(claim.documents["doc_tokens"], claim.held.counts):
-        facts = facts_of(claim, script, draw, EXACT_NATS, {})
+        facts = facts_of(claim, script, draw, Evaluations({}))
         return Verdict(facts, [], faults, ["nothing was scored: there is no such claim"])
-    if claim.crosses_documents:
-        notes.append("documents use earlier ones by declaration, so none was replaced by a decoy")
-    claimed = claim.documents["doc_nats"] / claim.documents["doc_tokens"]
-    scores = {"claim": claimed}
-    seconds = {}
-    trusted_seconds = 0.0
-    scripts = {"submitted": script, "reference": reference}
-    if file_sha256(script) == file_sha256(reference):
-        del scripts["reference"]
-        notes.append("the submitted code is the reference, so it ran once")
-    for name, path in scripts.items():
-        try:
-            scores[name], seconds[name], timed = score_alone(claim, path, draw.tokens)
-            if file_sha256(path) == file_sha256(reference):
-                trusted_seconds = timed
-        except ReplayError as error:
-            faults.append(f"{name}: no scores: {error}")
-    allowed = EXACT_NATS
-    try:
-        decoys = np.array(sorted(draw.decoys), dtype=np.int64)[:PLAIN_DECOYS]
-        numbers = np.append(draw.drawn, decoys)
-        scores["plain"], seconds["plain"], _ = score_plainly(claim, draw.tokens, numbers)
-        allowed = measure_floor(claim, draw, scores["plain"])
-    except NotImplementedError as error:
-        notes.append(f"the plain evaluator was not run: {error}")
+    found = evaluate(claim, script, reference, draw)
+    faults += found.faults
     comparisons = []
-    for first, second in pairs_of(list(scores)):
-        with_decoys = first != "claim"
-        pair = (scores[first], scores[second])
-        comparisons.append(compare((first, second), pair, draw, allowed, with_decoys))
-    for one in comparisons:
+    for pair in pairs_of(list(found.nats)):
+        allowed = found.allowed(*pair)
+        scores = (found.nats[pair[0]], found.nats[pair[1]])
+        one = compare(pair, scores, draw, allowed, with_decoys=pair[0] != "claim")
+        comparisons.append(one)
         if not one.agrees:
             listed = ", ".join(map(str, one.disagreeing[:5]))
             faults.append(
                 f"{one.first} and {one.second} disagree on {len(one.disagreeing)} documents "
                 f"({listed}), by up to {one.worst:.2e} nats a token (allowed {allowed:.1e})"
             )
-    faults += faults_of_clock(claim, trusted_seconds)
-    notes += known_too_well(claim, beside)
+    faults += faults_of_clock(claim, found.trusted_seconds)
+    notes = [*found.notes, *known_too_well(claim, beside)]
+    if claim.crosses_documents:
+        notes.append("documents use earlier ones by declaration, so none was replaced by a decoy")
     if reason := enclosure.reason_not_to():
         notes.append(f"files outside the folder could be reached: {reason}")
-    facts = facts_of(claim, script, draw, allowed, seconds)
-    return Verdict(facts, comparisons, faults, notes)
+    return Verdict(facts_of(claim, script, draw, found), comparisons, faults, notes)
 
 
 def pairs_of(names: list[str]) -> list[tuple[str, str]]:
@@ -522,9 +558,7 @@ def known_too_well(claim: Claim, beside: Path | None) -> list[str]:
     ]
 
 
-def facts_of(
-    claim: Claim, script: Path, draw: Draw, allowed: float, seconds: dict[str, float]
-) -> dict[str, Any]:
+def facts_of(claim: Claim, script: Path, draw: Draw, found: Evaluations) -> dict[str, Any]:
     """What was looked at."""
     by_chance = len(draw.drawn) - 1
     total = len(claim.held.counts)
@@ -541,9 +575,10 @@ def facts_of(
         "drawn": len(draw.drawn),
         "decoys": len(draw.decoys),
         "targets": int(claim.held.counts[draw.drawn].sum()),
-        "allowed_nats": allowed,
+        "floor_nats": found.floor,
+        "rounding_nats": found.rounding,
         "excluded_share": excluded_share(by_chance, total - 1) if total > 1 else 0.0,
-        "seconds": {name: round(value, 1) for name, value in seconds.items()},
+        "seconds": {name: round(value, 1) for name, value in found.seconds.items()},
     }
 
 
@@ -570,7 +605,7 @@ def as_text(verdict: Verdict) -> str:
         lines.append(
             f"{one.first:<10}{one.second:<10}{'agree' if one.agrees else 'DISAGREE':<9}"
             f"{one.documents} documents{decoys}, at most {one.worst:.1e} nats a token apart "
-            f"(allowed {facts['allowed_nats']:.1e})"
+            f"(allowed {one.allowed:.1e})"
         )
     times = ", ".join(f"{name} {value:.0f} s" for name, value in facts["seconds"].items())
     lines.append(f"timed from outside: {times}")
