@@ -51,6 +51,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(ROOT))
 import replay_command  # noqa: E402
 import runlog  # noqa: E402
+import terminal  # noqa: E402
 import training_replay  # noqa: E402
 from digests import file_sha256  # noqa: E402
 from legality import (  # noqa: E402
@@ -292,4 +293,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(terminal.run(main))

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import canonical
 import caseops
+import claims
 import commitment
 import container as canonical_container
 import numpy as np
@@ -825,54 +826,26 @@ def implied_bytes_of_run(case: Case) -> Finding:
 
 
 def implied_bytes(path: Path) -> Finding:
-    """T13 on a log of this script or of a public record: val_loss / ln 2 * tokens / val_bpb of its
-    last score.
-
-    The score is the last of those that are printed with most digits.
+    """T13 on a log of this script or of a public record, by the rule of report.py: val_loss / ln 2
+    * tokens / val_bpb of the last score. Of several runs in one file the last one that fails, or
+    else the last one, is told.
     """
-    text = path.read_text(encoding="utf-8", errors="replace")
-    targets = runlog.validation_targets(text)
-    scores = runlog.printed_scores(text)
-    if not targets or not scores:
-        reason = "no line with val_loss and val_bpb, or no number of validation tokens"
-        return Finding(None, f"not run: {reason}")
-    most_digits = max(score.decimals for score in scores)
-    score = [score for score in scores if score.decimals == most_digits][-1]
-    implied = runlog.implied_bytes_per_token(score) * targets
-    known = known_text(targets, runlog.final_lines(text))
-    if known is None:
-        found = f"{targets:,} validation tokens: none of the known sets"
-        return Finding(False, f"{found}; {implied:,.0f} bytes implied")
-    ratio = implied / known.bytes
-    slack = runlog.rounding_of_implied_bytes(score)
-    passed = abs(ratio - 1) <= canonical.BYTES_TOLERANCE + slack
-    evidence = f"val_bpb {score.bpb} implies {implied:,.0f} bytes, {known.bytes:,.0f} by "
-    evidence += f"{known.name}: factor {ratio:.6f} (+- {slack:.0e})"
-    if passed and targets == canonical.WITHDRAWN_TARGETS:
+    try:
+        runs = runlog.read_runs(path)
+    except runlog.LogError as error:
+        return Finding(None, f"not run: {error}")
+    verdicts = [claims.judge_bytes(run) for run in runs]
+    failed = [number for number, verdict in enumerate(verdicts) if verdict.passed is False]
+    number = failed[-1] if failed else -1
+    run, verdict = runs[number], verdicts[number]
+    passed = verdict.passed
+    evidence = f"run {run.part}: {verdict.evidence}" if run.part else verdict.evidence
+    for note in run.left_by_deadline:
+        evidence += f"; {note}"
+    if passed and run.sizes.get("val_tokens") == canonical.WITHDRAWN_TARGETS:
         passed = False
         evidence += "; that split was withdrawn"
-    return Finding(passed, evidence, {"implied_bytes": implied, "ratio": ratio})
-
-
-class KnownText(NamedTuple):
-    """The bytes that some targets should decode to."""
-
-    name: str
-    bytes: float
-
-
-def known_text(targets: int, finals: list[dict[str, Any]]) -> KnownText | None:
-    """The published set with about as many targets, or else what the log itself says; None if
-    neither is there.
-    """
-    complete = (canonical.COMPLETE_SP8192, canonical.COMPLETE_CASEOPS)
-    sets = (*canonical.PUBLISHED_SETS, *complete)
-    nearest = canonical.nearest_set(targets, sets)
-    if abs(nearest.targets / targets - 1) < canonical.TOKENS_TOLERANCE:
-        return KnownText(nearest.name, nearest.bytes_per_token * targets)
-    if finals and "val_bytes" in finals[-1]:
-        return KnownText("its own val_bytes", finals[-1]["val_bytes"])
-    return None
+    return Finding(passed, evidence, {"implied_bytes": verdict.implied, "ratio": verdict.ratio})
 
 
 @whole_run(14, "coverage", "lossless")

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import dataclasses
 import gzip
 import hashlib
@@ -39,6 +40,7 @@ import json
 import os
 import platform
 import random
+import re
 import shutil
 import sys
 import sysconfig
@@ -64,7 +66,20 @@ import caseops  # noqa: E402
 import doctor  # noqa: E402
 from digests import file_sha256, sha256  # noqa: E402
 
-from train_gpt import ByteTable, UsageError, read_shard, shard_paths, write_atomic, write_shard  # noqa: E402
+from train_gpt import (  # noqa: E402
+    MAX_JSON_BYTES,
+    MAX_TOKENIZER_BYTES,
+    ByteTable,
+    FileLock,
+    UsageError,
+    open_regular,
+    read_regular,
+    read_shard,
+    reason_of,
+    shard_paths,
+    write_atomic,
+    write_shard,
+)
 
 # Bytes of training text that a tokenizer is trained on; more changes little.
 TOKENIZER_SAMPLE_BYTES = 64_000_000
@@ -405,11 +420,12 @@ def write_dataset(target: Target, splits: dict[str, Iterable[str]], force: bool)
     Raises UsageError rather than replace the tokenizer of other data sets, unless `force` is given.
     A tokenizer that was trained here belongs to this data set alone and may be replaced.
     """
-    occupied = target.tokenizer.exists() and target.tokenizer.read_bytes() != target.model
+    occupied = target.tokenizer.exists()
+    if occupied:
+        occupied = read_regular(target.tokenizer, MAX_TOKENIZER_BYTES) != target.model
     if occupied and not force and not target.lossless:
         raise UsageError(f"{target.tokenizer} exists with other content; --force replaces it")
-    staging = target.folder.with_name(f".{target.dataset}.part")
-    shutil.rmtree(staging, ignore_errors=True)
+    staging = target.folder.with_name(f".{target.dataset}.{os.getpid()}.part")
     try:
         staging.mkdir(parents=True)
         entries = {}
@@ -417,11 +433,52 @@ def write_dataset(target: Target, splits: dict[str, Iterable[str]], force: bool)
             entries[split] = write_split(target, staging, split, documents)
         write_manifest(target, staging, entries)
         write_atomic(target.tokenizer, target.model)
-        shutil.rmtree(target.folder, ignore_errors=True)
-        staging.rename(target.folder)
+        put_in_place(staging, target.folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     print(f"wrote {target.folder}")
+
+
+# === Two at once ==================================================================================
+def lock_dataset(args: argparse.Namespace, dataset: str) -> None:
+    """Waits until no other process prepares this data set, and keeps others waiting until the end.
+
+    Then tidies up after a process that was killed.
+    """
+    folder = args.data_dir / "datasets" / dataset
+    lock = FileLock(folder.with_name(f".{dataset}.lock"))
+    try:
+        if not lock.take():
+            print(f"{folder}: waiting for {lock.holder}", file=sys.stderr)
+            lock.take(wait=True)
+    except OSError:
+        # Where nothing can be written, nothing can be lost: the data set is there or is not.
+        return
+    args.locks.callback(lock.release)
+    if lock.reason:
+        print(f"{lock.reason}; do not prepare {dataset} twice at once", file=sys.stderr)
+        return
+    for path in folder.parent.iterdir():
+        if re.fullmatch(rf"\.{re.escape(dataset)}\.\d+\.part", path.name):
+            shutil.rmtree(path, ignore_errors=True)
+    aside = aside_of(folder)
+    if aside.exists() and not folder.exists():
+        aside.rename(folder)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def aside_of(folder: Path) -> Path:
+    """Where a data set stays until the new one is in its place."""
+    return folder.with_name(f".{folder.name}.old")
+
+
+def put_in_place(staging: Path, folder: Path) -> None:
+    """Replaces a data set by a new one, so that a kill leaves the old one or the new."""
+    aside = aside_of(folder)
+    if folder.exists():
+        folder.rename(aside)
+    staging.rename(folder)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def transform_of(args: argparse.Namespace) -> caseops.Transform | None:
@@ -473,14 +530,15 @@ def is_prepared(args: argparse.Namespace, dataset: str, inputs: str) -> bool:
     Raises UsageError if the folder holds anything else: nothing of value is overwritten without
     --force.
     """
+    lock_dataset(args, dataset)
     folder = args.data_dir / "datasets" / dataset
     if args.force or not folder.exists():
         return False
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest = json.loads(read_regular(folder / "manifest.json", MAX_JSON_BYTES))
         files = prepared_files(args.data_dir, folder, manifest)
         made_from = manifest.get("inputs")
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         text = f"{folder} exists without a usable manifest.json; --force replaces it"
         raise UsageError(text) from None
     if made_from != inputs:
@@ -745,6 +803,8 @@ class Line(NamedTuple):
 def open_input(path: Path) -> BinaryIO:
     """Decompressed bytes of a file. Raises UsageError for an unknown suffix."""
     kind = path.suffix
+    # Files are read more than once, which nothing but a file allows.
+    open_regular(path).close()
     if kind in (".zst", ".gz"):
         kind = "".join(path.suffixes[-2:])
     if kind in (".txt", ".jsonl"):
@@ -911,7 +971,7 @@ def run_text(args: argparse.Namespace) -> None:
     model = b""
     vocab_size = args.vocab_size
     if args.tokenizer:
-        model = args.tokenizer.read_bytes()
+        model = read_regular(args.tokenizer, MAX_TOKENIZER_BYTES)
         sp = load_tokenizer(model, args.tokenizer)
         vocab_size = sp.vocab_size()
         if bool(args.caseops) != bool(caseops.operator_ids(sp)):
@@ -956,8 +1016,9 @@ class Hub:
             from huggingface_hub.errors import HfHubHTTPError
         except ImportError:
             raise UsageError("fineweb needs the huggingface_hub package") from None
-        # The bases of the hub's own error hold the HTTP library's error.
-        self.failures = (OSError, ValueError, *HfHubHTTPError.__bases__)
+        # The bases of the hub's own error hold the HTTP library's error. ImportError: a proxy of a
+        # kind that the HTTP library needs another package for.
+        self.failures = (OSError, ValueError, ImportError, *HfHubHTTPError.__bases__)
         self.repo = repo
         self.staging = staging
         self.api = huggingface_hub.HfApi()
@@ -971,7 +1032,8 @@ class Hub:
             return function(*args, **options)
         except self.failures as error:
             reason = " ".join(str(error).split())[:300]
-            raise UsageError(f"{self.repo}: {type(error).__name__}: {reason}") from None
+            message = f"{self.repo}: {type(error).__name__}: {reason}"
+            raise UsageError(f"{message}{remedy_of(error)}") from None
 
     def look_up(self, paths: list[str]) -> None:
         """Asks for size and checksum of each path. Raises UsageError if one is missing there."""
@@ -983,6 +1045,25 @@ class Hub:
         for path in paths:
             if path not in self.published:
                 raise UsageError(f"{self.repo} has no {path}")
+
+    def check_space(self, files: dict[str, Path]) -> None:
+        """Tells the size of what is missing. Raises UsageError if the disk cannot hold it.
+
+        files: path in the repository -> path here.
+        """
+        missing = {remote: local for remote, local in files.items() if not local.is_file()}
+        size = sum(self.published[remote].size for remote in missing)
+        if not size:
+            return
+        folder = self.staging.parent
+        folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder).free
+        print(f"{len(missing)} files, {size / 1e9:.1f} GB to download; {free / 1e9:.1f} GB free")
+        if size > free:
+            raise UsageError(
+                f"{folder}: {size / 1e9:.1f} GB do not fit into {free / 1e9:.1f} GB; free some,"
+                " lower --train-shards, or set --data-dir"
+            )
 
     def problem(self, remote: str, path: Path) -> str:
         """What is wrong with a local copy of a published file, or an empty string."""
@@ -1016,6 +1097,31 @@ class Hub:
             raise UsageError(f"{self.repo}: {remote} arrived damaged: {problem}")
         local.parent.mkdir(parents=True, exist_ok=True)
         arrived.replace(local)
+
+
+def remedy_of(error: Exception) -> str:
+    """What helps against a failure of the connection; empty for others."""
+    if isinstance(error, ImportError):
+        return "; pip install socksio PySocks, or unset ALL_PROXY, HTTPS_PROXY"
+    if os.environ.get("HF_HUB_OFFLINE", "0").lower() not in ("", "0", "false", "no", "off"):
+        return "; unset HF_HUB_OFFLINE"
+    if isinstance(error, ConnectionError) or "Connect" in type(error).__name__:
+        return "; no network? Behind a proxy set HTTPS_PROXY, for a mirror HF_ENDPOINT"
+    return ""
+
+
+def is_downloaded(args: argparse.Namespace, dataset: str) -> bool:
+    """Whether an earlier download has left all files that are asked for, each of them intact."""
+    folder = args.data_dir / "datasets" / dataset
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        files = prepared_files(args.data_dir, folder, manifest)
+        num_shards = len(manifest["splits"]["train"]["files"])
+        has_revision = args.revision in ("main", manifest["inputs"])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return False
+    enough = has_revision and num_shards >= args.train_shards
+    return enough and all(file.is_intact() for file in files)
 
 
 def git_hash(path: Path) -> str:
@@ -1114,10 +1220,17 @@ def run_fineweb(args: argparse.Namespace) -> None:
     manifest.
     """
     dataset = published_name(args)
+    lock_dataset(args, dataset)
     folder = args.data_dir / "datasets" / dataset
     staging = folder.with_name(f".{dataset}.part")  # stays after a failure, so a download can go on
-    hub = Hub(args.repo or default_repository(args.variant), args.revision, staging)
-    hub.look_up([f"{args.root}/manifest.json"])
+    try:
+        hub = Hub(args.repo or default_repository(args.variant), args.revision, staging)
+        hub.look_up([f"{args.root}/manifest.json"])
+    except UsageError as error:
+        if not is_downloaded(args, dataset):
+            raise
+        print(f"{folder} is there and intact; the hub was not asked ({error})")
+        return
     hub.fetch(f"{args.root}/manifest.json", staging / "published.json")
     export = published_export(staging / "published.json", dataset)
     if args.train_shards > export.num_train_files:
@@ -1134,6 +1247,7 @@ def run_fineweb(args: argparse.Namespace) -> None:
     for name in names:
         files[f"{args.root}/datasets/{dataset}/{name}"] = folder / name
     hub.look_up(list(files))
+    hub.check_space(files)
     for remote, local in tqdm(files.items(), desc="downloading", unit="file", disable=None):
         hub.fetch(remote, local)
 
@@ -1277,12 +1391,13 @@ def main(argv: list[str] | None = None) -> int:
         if "/" in name:
             text = "must be a name; --data-dir says where the data set goes"
             raise UsageError(f"--name {name}: {text}")
-        return args.run(args) or 0
+        with contextlib.ExitStack() as args.locks:
+            return args.run(args) or 0
     except UsageError as error:
         print(f"prepare_data.py: {error}", file=sys.stderr)
         return 2
     except OSError as error:  # a missing file, a folder, no permission, a full disk
-        print(f"prepare_data.py: {error.filename}: {error.strerror}", file=sys.stderr)
+        print(f"prepare_data.py: {reason_of(error)}", file=sys.stderr)
         return 2
 
 
