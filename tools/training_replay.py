@@ -48,7 +48,7 @@ class Training(NamedTuple):
 def first_losses(text: str) -> dict[int, float]:
     """Step -> training loss of the first steps of a log."""
     losses = {}
-    for line in runlog.without_timestamps(text):
+    for line in text.splitlines():
         match = runlog.STEP.match(line)
         if match and int(match[1]) <= FIRST_STEPS:
             figures = {name: value for name, value, _ in runlog.STEP_FIGURE.findall(line)}
