@@ -63,6 +63,20 @@ def test_the_fuzz_finds_a_loader_that_does_not_look_behind_streams(files, monkey
     assert behind and all(one.is_refused for one in behind)  # by packing again alone
 
 
+def test_codes_spelt_by_another_version_of_a_codec_are_told_from_other_forgery(files):
+    zstandard = pytest.importorskip("zstandard")
+    parts = container.Parts.of(files["zstd"])
+    raw = tg.decompress("zstd", parts.streams[0], parts.header["streams"][0][0])
+    other = container.with_stream(parts, 0, zstandard.ZstdCompressor(level=19).compress(raw))
+    assert "differs from byte" in container.difference(other)
+    assert container.is_of_another_library(other)
+    raw = tg.decompress("lzma", parts.streams[4], parts.header["streams"][4][0])
+    filters = [{**tg.LZMA_FILTERS[0], "mode": tg.lzma.MODE_FAST, "nice_len": 5}]
+    stream = tg.lzma.compress(raw, tg.lzma.FORMAT_RAW, filters=filters)
+    forged = container.with_stream(parts, 4, stream)
+    assert stream != parts.streams[4] and not container.is_of_another_library(forged)
+
+
 def test_what_was_accepted_once_is_refused(files):
     """Unused header fields, 40 kB behind a stream, skippable frames, unused ANS tables."""
     parts = container.Parts.of(files["zstd"])

@@ -176,6 +176,15 @@ class Case:
         """The subject, with the settings of the run."""
         return self.prepared.subject
 
+    @functools.cached_property
+    def whole_docs(self) -> Any:
+        """The longest validation document and two others, whole, as a stream."""
+        held = self.held
+        rng = np.random.default_rng(self.subject.cfg.seed)
+        others = rng.permutation(np.delete(np.arange(len(held.counts)), held.counts.argmax()))
+        numbers = [int(held.counts.argmax()), *others[:2].tolist()]
+        return self.subject.stream([held.tokens[held.text_span(n)].astype(int) for n in numbers])
+
     @property
     def texts(self) -> list[np.ndarray]:
         """The sample: ids of documents without BOS."""

@@ -79,13 +79,17 @@ class HeldData:
         start = self.starts[document]
         return self.tokens[start : start + self.counts[document] + 1]
 
+    def text_span(self, document: int) -> slice:
+        """Where a document's text lies in the stream, its BOS left out."""
+        ends = np.append(self.starts[1:], len(self.tokens))
+        return slice(int(self.starts[document]) + 1, int(ends[document]))
+
     def bytes_of(self, document: int) -> int:
         """Bytes of a document's text."""
-        start, count = self.starts[document], self.counts[document]
+        span = self.text_span(document)
         if self.token_bytes is not None:
-            return int(self.token_bytes[start + 1 : start + count + 1].sum(dtype=np.int64))
-        ids = self.tokens[start + 1 : start + count + 1]
-        return len(self.model.decode(ids[ids != self.bos].tolist()).encode())
+            return int(self.token_bytes[span].sum(dtype=np.int64))
+        return len(self.model.decode(self.tokens[span].tolist()).encode())
 
     @functools.cached_property
     def sha256(self) -> str:

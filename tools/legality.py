@@ -1,4 +1,4 @@
-"""The tests of the audit, T0 to T21, and the properties of an evaluation that they show.
+"""The tests of the audit, T0 to T23, and the properties of an evaluation that they show.
 
 A test is a function under `whole_run` or `each_evaluation`, which carry its number, its title and
 the properties. The first paragraph of its docstring is what tools/audit.py prints about it. All
@@ -39,11 +39,13 @@ from held import DataError, read_shard
 from probe import BlindWatch, CannotObserve, Watch, join_positions, largest_difference, worst_of
 
 CLOSE_NATS = 1e-3  # other shapes in fp32, and adaptation that enlarges their rounding
+BLIND_NATS = 1e-5  # the same forward in fp32, another sum over the vocabulary; on a CPU
 MAX_LOG_E = math.log(1e6)  # honest scorers get there with probability 1e-6
 MAX_SUBMISSION_BYTES = 16_000_000
 MAX_BUDGET_SECONDS = 600
 EVIDENCE_LENGTH = 300  # characters of an error
 HINTED_PLACES = 8  # with a hint, that T2 and T21 look at
+DEEP_PLACES = 4  # of every whole document that T2 looks at
 MAX_TRAIN_TOKENS = 400_000_000  # more are a job for the doctor, on all cores
 
 # The properties in the order in which they are reported.
@@ -341,17 +343,49 @@ def earlier_end(case: Case, name: str, middle: int) -> float:
 @each_evaluation(2, "target", "causal", "normalised")
 def target(case: Case, name: str) -> Measured:
     """p(.) with the target and all after it withheld, computed outside the scorer, gives the same
-    nats. With the token tilt, hints are withheld targets', too, and p(.) is tilted here.
+    nats, in the sample and deep in whole documents. With the token tilt, hints are withheld
+    targets', too, and p(.) is tilted here.
     """
     exact = case.fp32_subject
     docs = case.docs
     rng = np.random.default_rng(2)
-    wanted = set()
-    for start, count in zip(docs.starts, docs.counts, strict=True):
-        wanted |= {int(start + offset) for offset in rng.integers(count - 1, size=2)}
+    wanted = places_of(docs, 2, rng)
     if exact.tilts:
         hinted = np.flatnonzero(exact.hints(docs) >= 0)
         wanted |= set(rng.permutation(hinted)[:HINTED_PLACES].tolist())
+    sample = blind_difference(case, name, docs, wanted)
+    whole = case.whole_docs
+    deep = blind_difference(case, name, whole, places_of(whole, DEEP_PLACES, rng))
+    worst = worst_of(sample.worst, deep.worst)
+    places = f"{sample.places} places whose target and future were withheld"
+    if exact.tilts:
+        places += f", {sample.hinted} of them with a hint"
+    text = f"{sample.worst:.1e} nats at {places}; {deep.worst:.1e} at {deep.places} places of "
+    text += f"{len(whole.counts)} whole documents, the longest of {whole.counts.max()} targets"
+    allowed = BLIND_NATS if exact.run.ranks.device.type == "cpu" else CLOSE_NATS
+    return Measured(worst, allowed, text)
+
+
+def places_of(docs: Any, number: int, rng: np.random.Generator) -> set[int]:
+    """Some targets of every document, by stream index, without its last one."""
+    wanted = set()
+    for start, count in zip(docs.starts, docs.counts, strict=True):
+        if count > 1:
+            wanted |= {int(start + offset) for offset in rng.integers(count - 1, size=number)}
+    return wanted
+
+
+class Blind(NamedTuple):
+    """By how many nats scores differ from a distribution that did not know their targets."""
+
+    worst: float
+    places: int
+    hinted: int  # of them with a hint
+
+
+def blind_difference(case: Case, name: str, docs: Any, wanted: set[int]) -> Blind:
+    """Scores documents, and computes p(.) at the wanted targets with them and the rest withheld."""
+    exact = case.fp32_subject
     watch = BlindWatch(exact, wanted)
     ledger = exact.evaluate(name, docs, watch)
     if not watch.log_p:
@@ -363,10 +397,7 @@ def target(case: Case, name: str) -> Measured:
             log_p = tilted(log_p, watch.hints[index], exact.run.cfg, weights)
         outside = -float(log_p[docs.tokens[index + 1]])
         worst = worst_of(worst, abs(float(ledger.nats[index]) - outside))
-    places = f"{len(watch.log_p)} places whose target and future were withheld"
-    if exact.tilts:
-        places += f", {sum(hint >= 0 for hint in watch.hints.values())} of them with a hint"
-    return Measured(worst, CLOSE_NATS, f"{worst:.1e} nats at {places}")
+    return Blind(worst, len(watch.log_p), sum(hint >= 0 for hint in watch.hints.values()))
 
 
 def tilted(log_p: torch.Tensor, hint: int, cfg: Any, weights: torch.Tensor) -> torch.Tensor:
@@ -1143,9 +1174,11 @@ def container(case: Case) -> Finding:
     """Packing what the artifact holds gives the artifact again, byte for byte: nothing hides in
     it.
     """
-    reason = canonical_container.difference(case.artifact.read_bytes())
-    size = case.artifact.stat().st_size
-    text = f"{size:,} bytes, " + (reason or "the same when packed again")
+    data = case.artifact.read_bytes()
+    reason = canonical_container.difference(data)
+    text = f"{len(data):,} bytes, " + (reason or "the same when packed again")
+    if "differs from byte" in reason and canonical_container.is_of_another_library(data):
+        return Finding(None, f"{text}; another version of its codec, or a message in the codes")
     return Finding(not reason, text)
 
 

@@ -50,6 +50,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(ROOT))
 import claims  # noqa: E402
+import commitment  # noqa: E402
 import logtext  # noqa: E402
 import runlog  # noqa: E402
 import submission  # noqa: E402
@@ -550,6 +551,13 @@ def check_audit(contents: Contents) -> Iterator[str]:
             yield f"{CLAIM}: compliance says that {name} does not hold"
 
 
+def check_samples(contents: Contents) -> Iterator[str]:
+    """Logs of a sample of the validation documents, which claim nothing."""
+    for name, run in contents.runs.items():
+        if reason := commitment.no_claim(run.settings):
+            yield f"{name}: {reason}"
+
+
 def check_artifact(contents: Contents) -> Iterator[str]:
     """Whether the artifact is that of a log, the audit is of it, and its size is right."""
     if len(contents.artifacts) != 1 or not contents.runs or not contents.has(PACKED):
@@ -648,6 +656,7 @@ CHECKS = (
     check_logs,
     check_budgets,
     check_facts,
+    check_samples,
     check_audit,
     check_artifact,
     check_claim,

@@ -8,6 +8,7 @@ import json
 import lzma
 import math
 import zlib
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -73,21 +74,22 @@ def decode_ans(data: bytes, shapes: list, levels: list, columns: list) -> list[n
     return banks
 
 
-def read_artifact(data: bytes) -> tuple[dict, dict[str, torch.Tensor]]:
-    """The network's settings, with `looped`, and all of its weights in fp32."""
-    assert data[:5] == b"PGLM\3", "not an artifact of container version 3"
-    end = 13 + int.from_bytes(data[5:9], "little")
-    header = json.loads(zlib.decompress(data[13:end]))
-    c = DEFAULTS | header["config"] | {"looped": header["looped"]}
-    streams = []
-    for size, stored, _ in header["streams"]:
-        streams.append((data[end : end + stored], size))
-        end += stored
+class Shapes(NamedTuple):
+    """The parts of a network by name, in the order of the file."""
+
+    banks: dict[str, tuple]  # integers, tables among them unless they are fp16
+    tables: dict[str, tuple]  # (1, rows, columns)
+    floats: dict[str, tuple]
+    inputs: dict[str, tuple]  # column scales by input
+
+
+def shapes_of(c: dict) -> Shapes:
+    """The shapes of all weights."""
     L, C, V, H = c["num_layers"], c["model_dim"], c["vocab_size"], c["num_heads"]
     mlp, kv = int(c["mlp_mult"] * C), c["num_kv_heads"] * (C // H)
     skips = len(skip_pairs(c, c["num_loops"]))
-    shapes = {"qo_bank": (2 * L, C, C), "kv_bank": (2 * L, kv, C)}
-    shapes |= {"up_bank": (L, mlp, C), "down_bank": (L, C, mlp)}
+    banks = {"qo_bank": (2 * L, C, C), "kv_bank": (2 * L, kv, C)}
+    banks |= {"up_bank": (L, mlp, C), "down_bank": (L, C, mlp)}
     tables = {"tok_emb": (1, V, C)}
     floats = {"skip_weights": (skips, C), "attn_scale": (L, C), "mlp_scale": (L, C)}
     floats |= {"resid_mix": (L, 2, C), "q_gain": (L, H)}
@@ -110,38 +112,57 @@ def read_artifact(data: bytes) -> tuple[dict, dict[str, torch.Tensor]]:
     if c["tables_fp16"]:
         floats = {"tok_emb": tables["tok_emb"], **floats}
     else:
-        shapes |= tables
+        banks |= tables
     inputs = {"attn_in": (L, C), "attn_out": (L, C), "mlp_in": (L, C), "mlp_mid": (L, mlp)}
-    inputs |= {name: shape[::2] for name, shape in tables.items() if name in shapes}
-    codec = header["compressor"]
-    parts = [split(unpack("lzma", *streams[1]), "u1", {n: s[:2] for n, s in shapes.items()})]
-    parts.append(split(unpack("lzma", *streams[2]), "<f2", {n: s[:2] for n, s in shapes.items()}))
-    parts.append(split(unpack("lzma", *streams[3]), "i1", inputs))
-    levels, scales, by_input = parts
+    inputs |= {name: shape[::2] for name, shape in tables.items() if name in banks}
+    return Shapes(banks, tables, floats, inputs)
+
+
+def read_artifact(data: bytes) -> tuple[dict, dict[str, torch.Tensor]]:
+    """The network's settings, with `looped`, and all of its weights in the default dtype."""
+    assert data[:5] == b"PGLM\3", "not an artifact of container version 3"
+    end = 13 + int.from_bytes(data[5:9], "little")
+    header = json.loads(zlib.decompress(data[13:end]))
+    c = DEFAULTS | header["config"] | {"looped": header["looped"]}
+    shapes = shapes_of(c)
+    stored = []
+    for size, length, _ in header["streams"]:
+        stored.append((data[end : end + length], size))
+        end += length
+    rows = {name: shape[:2] for name, shape in shapes.banks.items()}
+    levels = split(unpack("lzma", *stored[1]), "u1", rows)
+    scales = split(unpack("lzma", *stored[2]), "<f2", rows)
+    by_input = split(unpack("lzma", *stored[3]), "i1", shapes.inputs)
     k = {"qo_bank": np.concatenate([by_input["attn_in"], by_input["attn_out"]])}
     k |= {"kv_bank": np.tile(by_input["attn_in"], (2, 1)), "up_bank": by_input["mlp_in"]}
     k |= {**by_input, "down_bank": by_input["mlp_mid"]}
-    if codec == "ans":
-        args = (list(shapes.values()), list(levels.values()), [k[name] for name in shapes])
-        codes = dict(zip(shapes, decode_ans(streams[0][0], *args), strict=True))
-    else:
-        codes = split(unpack(codec, *streams[0]), "i1", shapes)
-        for name, flat in codes.items():  # sorted by the size to expect
-            size = levels[name][:, :, None].astype(int) - 2 * k[name][:, None].astype(int)
-            q = np.empty(flat.size, np.int8)
-            q[size.argsort(axis=None, kind="stable")] = flat.ravel()
-            codes[name] = q.reshape(flat.shape)
-    weights = {
-        name: w.astype("f4")
-        for name, w in split(unpack("lzma", *streams[4]), "<f2", floats).items()
-    }
+    weights = {}
+    for name, values in split(unpack("lzma", *stored[4]), "<f2", shapes.floats).items():
+        weights[name] = values.astype("f4")
+    codes = decode(header["compressor"], *stored[0], shapes.banks, levels, k)
     for name, q in codes.items():
         step = scales[name].astype("f4")[..., None]
         weights[name] = q * step * (2.0 ** (k[name][:, None] / 4)).astype("f4")
-    for name in tables:
+    for name in shapes.tables:
         weights[name] = weights[name][0]
     dtype = torch.get_default_dtype()
     return c, {name: torch.tensor(w, dtype=dtype) for name, w in weights.items()}
+
+
+def decode(
+    codec: str, data: bytes, size: int, shapes: dict, levels: dict, k: dict
+) -> dict[str, np.ndarray]:
+    """The codes of all banks. k: exponents of the column scales by bank."""
+    if codec == "ans":
+        args = (list(shapes.values()), list(levels.values()), [k[name] for name in shapes])
+        return dict(zip(shapes, decode_ans(data, *args), strict=True))
+    codes = split(unpack(codec, data, size), "i1", shapes)
+    for name, flat in codes.items():  # sorted by the size to expect
+        expected = levels[name][:, :, None].astype(int) - 2 * k[name][:, None].astype(int)
+        q = np.empty(flat.size, np.int8)
+        q[expected.argsort(axis=None, kind="stable")] = flat.ravel()
+        codes[name] = q.reshape(flat.shape)
+    return codes
 
 
 def split(data: bytes, kind: str, shapes: dict) -> dict[str, np.ndarray]:

@@ -15,6 +15,7 @@ Four evaluations must agree on every drawn document within the measured floor:
     submitted  the script of the log, on the blind shard
     reference  the reviewer's own train_gpt.py (--reference), on the same shard
     plain      tools/plain_evaluator.py: one document at a time, no cache, fp32
+    fp32       the reference in fp32, where the run computes in less
 
 The decoys have no claim, but the last three must agree on them, too. If one document in 67 were
 false, 200 drawn ones would show it with 95 %: the bound is said with the result.
@@ -31,8 +32,6 @@ import math
 import os
 import secrets
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Mapping
@@ -41,6 +40,7 @@ from typing import Any, NamedTuple
 
 import caseops
 import commitment
+import enclosure
 import fresh_process
 import numpy as np
 import runlog
@@ -86,16 +86,15 @@ def draw_documents(held: HeldData, count: int, entropy: int, may_replace: bool) 
         for number in np.setdiff1d(np.arange(total), drawn).tolist():
             kind = DECOY_KINDS[rng.integers(len(DECOY_KINDS))]
             decoys[number] = kind
-            start, length = held.starts[number] + 1, held.counts[number] - 1
-            tokens[start : start + length] = whole_characters(held, decoy(held, number, kind, rng))
+            tokens[held.text_span(number)] = whole_characters(held, decoy(held, number, kind, rng))
     return Draw(entropy, drawn, longest, tokens, decoys)
 
 
 def decoy(held: HeldData, number: int, kind: str, rng: np.random.Generator) -> np.ndarray:
     """Ids that replace a document's, equally many and without a BOS."""
-    own = held.ids(number)[1:-1]
-    other = held.ids(int(rng.integers(len(held.counts))))[1:]
-    other = np.resize(other[other != held.bos], len(own)) if len(other) > 1 else own
+    own = held.tokens[held.text_span(number)]
+    other = held.tokens[held.text_span(int(rng.integers(len(held.counts))))]
+    other = np.resize(other, len(own)) if len(other) else own
     if kind == "another text":
         return other
     if kind == "an altered copy":
@@ -196,15 +195,13 @@ def score_alone(claim: Claim, script: Path, tokens: np.ndarray, **changes: str) 
             "EVAL_DEADLINE_SECONDS": "1e9",
             **changes,
         }
-        command = [sys.executable, "train_gpt.py"]
+        command = ["train_gpt.py"]
         ranks = int(claim.final.get("world_size", 1))
         if ranks > 1:
             launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-            command[1:1] = launcher
+            command = [*launcher, *command]
         start = time.monotonic()
-        done = subprocess.run(
-            command, cwd=folder, env=environ, capture_output=True, text=True, check=False
-        )
+        done = enclosure.run(command, folder, environ, has_network=ranks > 1)
         seconds = time.monotonic() - start
         said = done.stderr.strip().splitlines() or ["no output"]
         if reason := fresh_process.failure_of_machine(done.returncode, said[-1]):
@@ -216,7 +213,8 @@ def score_alone(claim: Claim, script: Path, tokens: np.ndarray, **changes: str) 
             nats, targets = arrays["doc_nats"], arrays["doc_tokens"]
         if not np.array_equal(targets, claim.held.counts):
             raise ReplayError("it has scored other documents than the shard holds")
-        finals = runlog.final_lines(done.stdout)
+        log = folder / "logs" / f"{environ['RUN_ID']}.txt"
+        finals = runlog.final_lines(log.read_text(encoding="utf-8", errors="replace"))
         return Scores(nats / targets, seconds, evaluation_seconds(finals[-1] if finals else {}))
 
 
@@ -258,26 +256,23 @@ def score_plainly(claim: Claim, tokens: np.ndarray, numbers: np.ndarray) -> Scor
     return Scores(nats, time.monotonic() - start_time)
 
 
-def measure_floor(claim: Claim, draw: Draw) -> float:
+def measure_floor(claim: Claim, draw: Draw, single: np.ndarray) -> float:
     """Nats a token by which rounding alone may move a document's score.
 
-    The plain evaluator scores the longest and a few other documents in fp32 and in fp64. Where the
-    run computes in less than fp32, so does the trusted script, and its distance counts, too.
+    The plain evaluator scores a few documents of middling length in fp64, too. single: its scores
+    (docs,) in fp32.
     """
-    adapts = claim.settings["ttt_enabled"] == "True"
-    if adapts and claim.settings["ttt_mode"] == "chunk":
+    if claim.settings["ttt_enabled"] == "True" and claim.settings["ttt_mode"] == "chunk":
         return EXACT_NATS
-    short = np.argsort(claim.held.counts[draw.drawn])[: FLOOR_DOCUMENTS - 1]
-    numbers = np.append(draw.drawn[short], draw.longest)
-    worst = 0.0
-    single = score_plainly(claim, draw.tokens, numbers)
+    by_length = draw.drawn[np.argsort(claim.held.counts[draw.drawn], kind="stable")]
+    first = max(0, (len(by_length) - FLOOR_DOCUMENTS) // 2)
+    numbers = by_length[first : first + FLOOR_DOCUMENTS]
     torch.set_default_dtype(torch.float64)
     try:
-        double = score_plainly(claim, draw.tokens, numbers)
+        double = score_plainly(claim, draw.tokens, numbers).nats
     finally:
         torch.set_default_dtype(torch.float32)
-    worst = float(np.nanmax(abs(single.nats - double.nats)))
-    return max(EXACT_NATS, 3 * worst)
+    return max(EXACT_NATS, 3 * float(np.max(abs(single[numbers] - double[numbers]))))
 
 
 # === The verdict ==================================================================================
@@ -288,6 +283,7 @@ class Comparison(NamedTuple):
     second: str
     documents: int
     decoys: int
+    allowed: float  # nats a token
     worst: float  # nats a token
     worst_document: int
     disagreeing: list[int]  # numbers of documents
@@ -323,6 +319,7 @@ def compare(
         *names,
         documents=int(is_drawn.sum()),
         decoys=int((used & ~is_drawn).sum()),
+        allowed=allowed,
         worst=float(apart[worst]),
         worst_document=worst,
         disagreeing=wrong.tolist(),
@@ -385,6 +382,62 @@ def find_tokenizer(data_dir: Path, sha256: str) -> Path:
     raise runlog.LogError(f"its tokenizer ({sha256[:12]}..) is not in {data_dir}/tokenizers")
 
 
+@dataclasses.dataclass
+class Evaluations:
+    """The scores of a draw by everything that can score it."""
+
+    nats: dict[str, np.ndarray]  # name -> (docs,) a token
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    trusted_seconds: float = 0.0  # of the evaluations, by the trusted script's own clock
+    floor: float = EXACT_NATS  # in fp32
+    rounding: float = 0.0  # by which the run's precision differs from fp32, in trusted hands
+    faults: list[str] = dataclasses.field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+    def allowed(self, first: str, second: str) -> float:
+        """Nats a token by which two of them may differ."""
+        if self.rounding and not {first, second} <= {"plain", "fp32"}:
+            return max(self.floor, self.rounding)
+        return self.floor
+
+
+def evaluate(claim: Claim, script: Path, reference: Path, draw: Draw) -> Evaluations:
+    """Scores the draw by the submitted and the trusted script and by the plain evaluator.
+
+    Where the run computes in less than fp32, the trusted script also does it in fp32: what that
+    changes is how far the claim may be from the plain evaluator.
+    """
+    claimed = claim.documents["doc_nats"] / claim.documents["doc_tokens"]
+    found = Evaluations({"claim": claimed})
+    trusted = "reference"
+    scripts = {"submitted": (script, {}), "reference": (reference, {})}
+    if file_sha256(script) == file_sha256(reference):
+        trusted = "submitted"
+        del scripts["reference"]
+        found.notes.append("the submitted code is the reference, so it ran once")
+    if claim.settings["compute_dtype"] != "fp32":
+        scripts["fp32"] = (reference, {"COMPUTE_DTYPE": "fp32"})
+    for name, (path, changes) in scripts.items():
+        try:
+            made = score_alone(claim, path, draw.tokens, **changes)
+        except ReplayError as error:
+            found.faults.append(f"{name}: no scores: {error}")
+            continue
+        found.nats[name], found.seconds[name] = made.nats, made.seconds
+        if name == trusted:
+            found.trusted_seconds = made.timed
+    if {trusted, "fp32"} <= set(found.nats):
+        found.rounding = 2 * float(np.max(abs(found.nats[trusted] - found.nats["fp32"])))
+    try:
+        decoys = np.array(sorted(draw.decoys), dtype=np.int64)[:PLAIN_DECOYS]
+        plain = score_plainly(claim, draw.tokens, np.append(draw.drawn, decoys))
+        found.nats["plain"], found.seconds["plain"] = plain.nats, plain.seconds
+        found.floor = measure_floor(claim, draw, plain.nats)
+    except NotImplementedError as error:
+        found.notes.append(f"the plain evaluator was not run: {error}")
+    return found
+
+
 def replay(
     claim: Claim,
     script: Path,
@@ -395,52 +448,31 @@ def replay(
 ) -> Verdict:
     """Scores drawn documents again and compares. beside: as in known_too_well."""
     faults = list(faults_of_commitment(claim, script))
-    notes: list[str] = []
     draw = draw_documents(claim.held, count, entropy, not claim.crosses_documents)
     if not np.array_equal(claim.documents["doc_tokens"], claim.held.counts):
-        facts = facts_of(claim, script, draw, EXACT_NATS, {})
+        facts = facts_of(claim, script, draw, Evaluations({}))
         return Verdict(facts, [], faults, ["nothing was scored: there is no such claim"])
-    if claim.crosses_documents:
-        notes.append("documents use earlier ones by declaration, so none was replaced by a decoy")
-    claimed = claim.documents["doc_nats"] / claim.documents["doc_tokens"]
-    scores = {"claim": claimed}
-    seconds = {}
-    trusted_seconds = 0.0
-    scripts = {"submitted": script, "reference": reference}
-    if file_sha256(script) == file_sha256(reference):
-        del scripts["reference"]
-        notes.append("the submitted code is the reference, so it ran once")
-    for name, path in scripts.items():
-        try:
-            scores[name], seconds[name], timed = score_alone(claim, path, draw.tokens)
-            if file_sha256(path) == file_sha256(reference):
-                trusted_seconds = timed
-        except ReplayError as error:
-            faults.append(f"{name}: no scores: {error}")
-    allowed = EXACT_NATS
-    try:
-        decoys = np.array(sorted(draw.decoys), dtype=np.int64)[:PLAIN_DECOYS]
-        numbers = np.append(draw.drawn, decoys)
-        scores["plain"], seconds["plain"], _ = score_plainly(claim, draw.tokens, numbers)
-        allowed = measure_floor(claim, draw)
-    except NotImplementedError as error:
-        notes.append(f"the plain evaluator was not run: {error}")
+    found = evaluate(claim, script, reference, draw)
+    faults += found.faults
     comparisons = []
-    for first, second in pairs_of(list(scores)):
-        with_decoys = first != "claim"
-        pair = (scores[first], scores[second])
-        comparisons.append(compare((first, second), pair, draw, allowed, with_decoys))
-    for one in comparisons:
+    for pair in pairs_of(list(found.nats)):
+        allowed = found.allowed(*pair)
+        scores = (found.nats[pair[0]], found.nats[pair[1]])
+        one = compare(pair, scores, draw, allowed, with_decoys=pair[0] != "claim")
+        comparisons.append(one)
         if not one.agrees:
             listed = ", ".join(map(str, one.disagreeing[:5]))
             faults.append(
                 f"{one.first} and {one.second} disagree on {len(one.disagreeing)} documents "
                 f"({listed}), by up to {one.worst:.2e} nats a token (allowed {allowed:.1e})"
             )
-    faults += faults_of_clock(claim, trusted_seconds)
-    notes += known_too_well(claim, beside)
-    facts = facts_of(claim, script, draw, allowed, seconds)
-    return Verdict(facts, comparisons, faults, notes)
+    faults += faults_of_clock(claim, found.trusted_seconds)
+    notes = [*found.notes, *known_too_well(claim, beside)]
+    if claim.crosses_documents:
+        notes.append("documents use earlier ones by declaration, so none was replaced by a decoy")
+    if reason := enclosure.reason_not_to():
+        notes.append(f"files outside the folder could be reached: {reason}")
+    return Verdict(facts_of(claim, script, draw, found), comparisons, faults, notes)
 
 
 def pairs_of(names: list[str]) -> list[tuple[str, str]]:
@@ -526,9 +558,7 @@ def known_too_well(claim: Claim, beside: Path | None) -> list[str]:
     ]
 
 
-def facts_of(
-    claim: Claim, script: Path, draw: Draw, allowed: float, seconds: dict[str, float]
-) -> dict[str, Any]:
+def facts_of(claim: Claim, script: Path, draw: Draw, found: Evaluations) -> dict[str, Any]:
     """What was looked at."""
     by_chance = len(draw.drawn) - 1
     total = len(claim.held.counts)
@@ -545,9 +575,10 @@ def facts_of(
         "drawn": len(draw.drawn),
         "decoys": len(draw.decoys),
         "targets": int(claim.held.counts[draw.drawn].sum()),
-        "allowed_nats": allowed,
+        "floor_nats": found.floor,
+        "rounding_nats": found.rounding,
         "excluded_share": excluded_share(by_chance, total - 1) if total > 1 else 0.0,
-        "seconds": {name: round(value, 1) for name, value in seconds.items()},
+        "seconds": {name: round(value, 1) for name, value in found.seconds.items()},
     }
 
 
@@ -574,7 +605,7 @@ def as_text(verdict: Verdict) -> str:
         lines.append(
             f"{one.first:<10}{one.second:<10}{'agree' if one.agrees else 'DISAGREE':<9}"
             f"{one.documents} documents{decoys}, at most {one.worst:.1e} nats a token apart "
-            f"(allowed {facts['allowed_nats']:.1e})"
+            f"(allowed {one.allowed:.1e})"
         )
     times = ", ".join(f"{name} {value:.0f} s" for name, value in facts["seconds"].items())
     lines.append(f"timed from outside: {times}")

@@ -48,7 +48,7 @@ class Training(NamedTuple):
 def first_losses(text: str) -> dict[int, float]:
     """Step -> training loss of the first steps of a log."""
     losses = {}
-    for line in runlog.without_timestamps(text):
+    for line in text.splitlines():
         match = runlog.STEP.match(line)
         if match and int(match[1]) <= FIRST_STEPS:
             figures = {name: value for name, value, _ in runlog.STEP_FIGURE.findall(line)}
@@ -102,8 +102,8 @@ def train_alone(
         artifact = folder / "runs" / "first_steps" / "final_model.int6.ptz"
         if done.returncode or not artifact.is_file():
             raise ReplayError(f"exit status {done.returncode}: {said[-1]}")
-        final = runlog.read_final(done.stdout)
-        return Training(file_sha256(artifact), final, first_losses(done.stdout))
+        log = (folder / "logs" / "first_steps.txt").read_text(encoding="utf-8")
+        return Training(file_sha256(artifact), runlog.read_final(log), first_losses(log))
 
 
 def noise_of(held: HeldData, seed: int) -> np.ndarray:

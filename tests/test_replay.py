@@ -1,0 +1,298 @@
+"""The replay of a claim: honest claims agree, false ones do not, whatever they were edited into."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import replay_cheats
+from conftest import ROOT, TINY, run_script
+
+sys.path.insert(0, str(ROOT / "tools"))
+import audit
+import code_changes
+import commitment
+import replay
+import runlog
+import training_replay
+from held import HeldData
+
+SCRIPT = ROOT / "train_gpt.py"
+ENTROPY = "1f"
+DOCUMENTS = "5"
+
+
+@pytest.fixture(scope="module")
+def data_dir(tiny_data: Path) -> Iterator[None]:
+    """DATA_DIR for the commands, which run here."""
+    os.environ["DATA_DIR"] = str(tiny_data)
+    yield
+    del os.environ["DATA_DIR"]
+
+
+@pytest.fixture(scope="module")
+def honest(tiny_data: Path, data_dir: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a run: logs/a.txt, runs/a/final_model.int6.ptz."""
+    folder = tmp_path_factory.mktemp("claims")
+    done = run_script({**TINY, "DATA_DIR": str(tiny_data), "RUN_ID": "a"}, folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def scored(honest: Path) -> Iterator[dict]:
+    """What the two evaluations of the honest claim give, each made once."""
+    claim = read(honest)
+    draw = replay.draw_documents(claim.held, int(DOCUMENTS), int(ENTROPY, 16), True)
+    numbers = np.append(draw.drawn, sorted(draw.decoys)[: replay.PLAIN_DECOYS])
+    yield {
+        "submitted": replay.score_alone(claim, SCRIPT, draw.tokens),
+        "plain": replay.score_plainly(claim, draw.tokens, numbers),
+    }
+
+
+@pytest.fixture
+def cached(scored: dict, monkeypatch: pytest.MonkeyPatch) -> dict:
+    """The evaluations do not run again; a test may change what they give."""
+    copy = {name: one._replace(nats=one.nats.copy()) for name, one in scored.items()}
+    monkeypatch.setattr(replay, "score_alone", lambda *_, **changes: copy[changes_name(changes)])
+    monkeypatch.setattr(replay, "score_plainly", lambda *_: copy["plain"])
+    return copy
+
+
+def changes_name(changes: dict[str, str]) -> str:
+    return "fp32" if changes else "submitted"
+
+
+def read(folder: Path) -> replay.Claim:
+    """The claim of a folder."""
+    artifact = folder / "runs" / "a" / "final_model.int6.ptz"
+    return replay.read_claim(folder / "logs" / "a.txt", artifact, os.environ)
+
+
+def command(folder: Path, *options: str) -> int:
+    """The exit status of the command for the claim of a folder."""
+    log, artifact = folder / "logs" / "a.txt", folder / "runs" / "a" / "final_model.int6.ptz"
+    drawn = ["--documents", DOCUMENTS, "--entropy", ENTROPY]
+    return audit.main(["replay", str(log), str(artifact), *drawn, *options])
+
+
+def test_an_honest_claim_agrees_with_every_evaluation(honest, scored, cached, tmp_path, capsys):
+    assert command(honest, "--page", str(tmp_path / "page")) == 0
+    said = capsys.readouterr().out
+    assert "claim     submitted agree" in said and "submitted plain     agree" in said
+    assert "5 documents and 4 decoys" in said and "entropy 0000" in said
+    claimed = read(honest).documents
+    apart = abs(scored["submitted"].nats - claimed["doc_nats"] / claimed["doc_tokens"])
+    draw = replay.draw_documents(read(honest).held, int(DOCUMENTS), int(ENTROPY, 16), True)
+    assert apart[draw.drawn].max() < 1e-6  # the same places and batches
+    # Other text, though a copy may happen to be cut at its end.
+    assert (apart[list(draw.decoys)] > 1e-3).sum() > len(draw.decoys) / 2
+    kept = json.loads((honest / "runs" / "a" / "replay.json").read_text())
+    assert kept["passed"] and kept["facts"]["drawn"] == 5 and kept["facts"]["decoys"] == 7
+    for ending in ("md", "html"):
+        page = (tmp_path / f"page.{ending}").read_text()
+        assert "Nothing speaks against the claim" in page and "Not tested" in page
+        assert "the released file" in page and "viewport" in page or ending == "md"
+
+
+def test_a_log_that_was_edited_consistently_is_found(honest, cached, tmp_path, capsys):
+    shutil.copytree(honest, tmp_path / "copy")
+    run = tmp_path / "copy"
+    replay_cheats.edit_consistently(run / "logs" / "a.txt", run / "runs" / "a" / "documents.npz")
+    assert replay.faults_of_commitment(read(run), SCRIPT) == []  # nothing but a replay can tell
+    assert command(run) == 1
+    said = capsys.readouterr().out
+    assert "VIOLATION: claim and submitted disagree on 5 documents" in said
+
+
+def test_one_document_that_an_evaluation_scores_otherwise_is_found(honest, cached):
+    claim = read(honest)
+    draw = replay.draw_documents(claim.held, 5, int(ENTROPY, 16), True)
+    for name, number in (("submitted", draw.drawn[1]), ("plain", draw.drawn[2])):
+        for change in (-0.01, math.nan):
+            before = cached[name].nats[number]
+            cached[name].nats[number] += change
+            verdict = replay.replay(claim, SCRIPT, SCRIPT, 5, int(ENTROPY, 16))
+            assert not verdict.passed and f"({number})" in verdict.faults[0], verdict.faults
+            cached[name].nats[number] = before
+    decoy = sorted(draw.decoys)[0]
+    cached["submitted"].nats[decoy] -= 0.01  # a cache that knows more than the drawn ones
+    verdict = replay.replay(claim, SCRIPT, SCRIPT, 5, int(ENTROPY, 16))
+    assert any(fault.startswith("submitted and plain disagree") for fault in verdict.faults)
+
+
+def test_a_run_in_bf16_may_differ_from_fp32_as_the_trusted_script_does(honest, cached):
+    """And no more: the distance is that of trusted code in both precisions."""
+    claim = read(honest)
+    settings = {**claim.settings, "compute_dtype": "bf16"}
+    rounded = claim.documents["doc_nats"] + 1e-3 * claim.documents["doc_tokens"]
+    documents = {**claim.documents, "doc_nats": rounded}
+    claim = claim._replace(settings=settings, documents=documents)
+    cached["fp32"] = cached["submitted"]._replace(nats=cached["submitted"].nats.copy())
+    for shift, agrees in ((1e-3, True), (0.4e-3, False)):
+        cached["submitted"] = cached["fp32"]._replace(nats=cached["fp32"].nats + shift)
+        verdict = replay.replay(claim, SCRIPT, SCRIPT, 5, int(ENTROPY, 16))
+        pairs = {(one.first, one.second): one for one in verdict.comparisons}
+        assert pairs["claim", "plain"].agrees is agrees, verdict.faults
+        assert pairs["fp32", "plain"].agrees and pairs["fp32", "plain"].allowed < 2e-4
+
+
+def test_files_that_do_not_belong_together_are_found_without_running(honest, tmp_path):
+    claim = read(honest)
+    assert replay.faults_of_commitment(claim, SCRIPT) == []
+    other = tmp_path / "train_gpt.py"
+    other.write_text(SCRIPT.read_text() + "\n")
+    assert "code_sha256" in replay.faults_of_commitment(claim, other)[0]
+    worse = claim._replace(final={**claim.final, "artifact_sha256": "0" * 64})
+    assert "artifact_sha256" in replay.faults_of_commitment(worse, SCRIPT)[0]
+    sample = claim._replace(settings={**claim.settings, "val_doc_fraction": "0.5"})
+    assert "no claim" in replay.faults_of_commitment(sample, SCRIPT)[0]
+
+
+def test_a_slow_clock_is_found_by_the_trusted_script(honest, cached):
+    claim = read(honest)
+    said = replay.evaluation_seconds(claim.final)
+    assert replay.faults_of_clock(claim, max(said, 1.1)) == []
+    assert "trusted script takes" in replay.faults_of_clock(claim, 10 * said + 1)[0]
+    elsewhere = claim._replace(final={**claim.final, "device": "another machine"})
+    assert replay.faults_of_clock(elsewhere, 10 * said + 1) == []
+
+
+def test_nothing_but_the_text_tells_a_decoy_from_a_document(honest):
+    held = read(honest).held
+    draws = [replay.draw_documents(held, 5, entropy, True) for entropy in range(6)]
+    kinds = set()
+    for draw in draws:
+        assert draw.longest in draw.drawn and len(draw.drawn) == 5
+        assert np.array_equal(np.flatnonzero(draw.tokens == held.bos), held.starts)
+        kinds |= set(draw.decoys.values())
+        for number in range(len(held.counts)):
+            ids = draw.tokens[held.text_span(number)]
+            same = np.array_equal(ids, held.tokens[held.text_span(number)])
+            assert same or number in draw.decoys
+            # No piece of a character is alone, which check_bytes would see.
+            assert "\ufffd" not in held.model.decode(ids.tolist())
+    assert kinds == set(replay.DECOY_KINDS)
+    assert len({tuple(draw.drawn) for draw in draws}) > 1
+    kept = replay.draw_documents(held, 5, 0, False)
+    assert np.array_equal(kept.tokens, held.tokens) and not kept.decoys
+
+
+def test_agreeing_documents_bound_the_share_of_false_ones():
+    assert round(100 * replay.excluded_share(200, 50_000), 1) == 1.5
+    assert replay.excluded_share(12, 12) == 1 / 12  # one false document would have shown
+    for drawn, total in ((5, 40), (20, 100)):
+        false = round(replay.excluded_share(drawn, total) * total)
+        missed = math.comb(total - false, drawn) / math.comb(total, drawn)
+        missed_before = math.comb(total - false + 1, drawn) / math.comb(total, drawn)
+        assert missed < 0.05 <= missed_before
+
+
+def test_settings_by_which_documents_use_earlier_ones_leave_no_decoys(honest):
+    claim = read(honest)
+    assert not claim.crosses_documents
+    for change in (
+        {"ttt_warm_start_a": "True"},
+        {"phased_ttt_num_phases": "1"},
+        {"tilt_order": "4"},
+        {"ttt_mode": "chunk"},
+        {"ttt_enabled": "False", "data_loader": "rows"},
+    ):
+        assert claim._replace(settings={**claim.settings, **change}).crosses_documents, change
+
+
+def test_a_memorised_document_stands_out_beside_an_independent_model(honest, tmp_path):
+    claim = read(honest)
+    rng = np.random.default_rng(0)
+    documents = claim.documents
+    noise = np.exp(rng.normal(0, 0.02, len(documents["doc_nats"])))
+    other = tmp_path / "other.npz"
+    np.savez(other, **{**documents, "doc_nats": documents["doc_nats"] * noise})
+    assert "no document is" in replay.known_too_well(claim, other)[0]
+    known = {**documents, "doc_nats": documents["doc_nats"].copy()}
+    known["doc_nats"][3] *= 0.3
+    note = replay.known_too_well(claim._replace(documents=known), other)[0]
+    assert note.startswith("LOOK: 1 documents") and " 3 (0.3" in note
+    assert "not looked for" in replay.known_too_well(claim, None)[0]
+
+
+def test_changed_code_is_shown_by_section(tmp_path):
+    assert code_changes.sentence(SCRIPT).endswith("the released file")
+    changed = tmp_path / "train_gpt.py"
+    text = SCRIPT.read_text()
+    changed.write_text(text.replace("NUM_BANDS = 64", "NUM_BANDS = 63\n# more"))
+    (change,) = code_changes.changes(changed)
+    assert (change.number, change.added, change.removed) == (9, 2, 1)
+    assert "self_contained" in code_changes.describe(change)
+    assert "sections 9" in code_changes.sentence(changed)
+    assert set(code_changes.sections(text)) == set(code_changes.RESTS_ON)
+
+
+def test_noise_keeps_documents_and_first_losses_are_read(honest):
+    held = read(honest).held
+    noise = training_replay.noise_of(held, 1)
+    assert np.array_equal(np.flatnonzero(noise == held.bos), held.starts)
+    assert (noise != held.tokens).mean() > 0.8
+    losses = training_replay.first_losses((honest / "logs" / "a.txt").read_text())
+    assert 1 in losses and set(losses) <= {1, 2}
+
+
+def test_forged_files_of_the_table_are_refused(honest):
+    data = (honest / "runs" / "a" / "final_model.int6.ptz").read_bytes()
+    forged = list(replay_cheats.forged_files(data))
+    assert len(forged) == 4
+    for _, _, file in forged:
+        assert "damaged" in replay_cheats.container.difference(file)
+
+
+def test_every_false_claim_can_be_planted(tmp_path):
+    for registry in (replay_cheats.CLAIMS, replay_cheats.TRAINING):
+        for name, false in registry.items():
+            text = replay_cheats.plant(false, tmp_path).read_text()
+            compile(text, name, "exec")
+            assert text.count(f"{name}(sys.modules[__name__])") == 1 and false.plant.__doc__
+
+
+@pytest.mark.parametrize(
+    "arguments,word",
+    [
+        (["{a}/none.txt", "{a}/none.ptz"], "no such file"),
+        (["{log}", "{art}", "--documents", "1"], "at least 2"),
+        (["{log}", "{art}", "--entropy", "xyz"], "hexadecimal"),
+        (["{log}", "{art}", "--json", "/nope/x"], "cannot be written"),
+    ],
+)
+def test_wrong_usage_is_one_line(honest, capsys, arguments, word):
+    names = {"a": honest, "log": honest / "logs/a.txt"}
+    names["art"] = honest / "runs/a/final_model.int6.ptz"
+    with pytest.raises(SystemExit) as ended:
+        audit.main(["replay", *[argument.format(**names) for argument in arguments]])
+    said = capsys.readouterr()
+    assert ended.value.code == 2 and word in said.err and said.err.count("\n") == 1
+
+
+def test_a_log_without_a_result_is_wrong_usage(honest, tmp_path, capsys):
+    log = tmp_path / "a.txt"
+    log.write_text("step:1/2 train_loss:3.0\n")
+    artifact = honest / "runs/a/final_model.int6.ptz"
+    assert audit.main(["replay", str(log), str(artifact)]) == 2
+    assert audit.main(["training", str(log)]) == 2
+    assert capsys.readouterr().err.count("\n") == 2
+
+
+def test_data_that_the_audit_reads_by_itself_are_those_of_the_script(honest, tiny_data):
+    held = read(honest).held
+    documents = read(honest).documents
+    assert np.array_equal(documents["doc_bytes"], [held.bytes_of(n) for n in range(12)])
+    final = runlog.read_final((honest / "logs" / "a.txt").read_text())
+    assert held.sha256 == final["val_sha256"]
+    assert commitment.totals(documents).bytes == final["val_bytes"]
+    assert isinstance(held, HeldData)
