@@ -21,10 +21,12 @@ $(VENV)/developer: $(VENV)/installed requirements-tools.txt
 install: $(VENV)/installed
 dev: $(VENV)/developer
 
-# The embedded default: docstrings and help topics of the installed packages, the miniature, about six minutes on 2 cores.
+# The embedded default: docstrings and help topics of the installed packages, the miniature, about five minutes on 2 cores,
+# then what the model writes and a picture of the run.
 run: install
 	$(BIN)/python tools/prepare_data.py pydocs
 	PRESET=cpu DATASET=pydocs_sp1024 $(BIN)/python train_gpt.py
+	$(BIN)/python tools/picture.py
 
 # FineWeb and the full run on all GPUs of this machine.
 record: install
