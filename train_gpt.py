@@ -4,7 +4,8 @@ How to run it:
 
     python train_gpt.py                                      # one process, on any device
     torchrun --standalone --nproc_per_node=8 train_gpt.py    # 8 GPUs over FineWeb shards
-    python train_gpt.py --knobs                              # every knob, meaning and defaults
+    python train_gpt.py --knobs [WORD]                       # knobs, meanings and defaults
+    PRESET=cpu SEED=42 python train_gpt.py                   # knobs are environment variables
 
 The run, and what each phase leaves behind (files without a folder lie in runs/<RUN_ID>/):
 
@@ -77,6 +78,7 @@ import re
 import shutil
 import signal
 import sys
+import textwrap
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -86,11 +88,19 @@ from itertools import groupby, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor, nn
+try:
+    import numpy as np
+    import torch
+    import torch.distributed as dist
+    import torch.nn.functional as F
+    from torch import Tensor, nn
+except ImportError as error:
+    print(
+        f"train_gpt.py: {error}; with Python 3.10 to 3.13: make install, then"
+        f" .venv/bin/python train_gpt.py (this is Python {sys.version.split()[0]})",
+        file=sys.stderr,
+    )
+    sys.exit(2)
 
 # Without Triton (macOS, Windows) the plain reference beside each kernel runs instead.
 try:
@@ -1655,17 +1665,29 @@ def preset_values(preset: str, shrink: bool) -> dict[str, Any]:
     return values
 
 
-def print_knobs() -> None:
-    """Print a line per knob: its variable, its default in every preset, its meaning."""
-    print(f"{'variable':28}" + "".join(f"{preset:>14}" for preset in PRESETS) + "  meaning")
+def print_knobs(word: str) -> None:
+    """Print each knob whose name or meaning has `word`, in lines of at most 100 columns.
+
+    A variable stands with its default in the preset `record` and in those that differ, then its
+    meaning. Raises UsageError if there is none.
+    """
+    wrap = partial(textwrap.fill, width=100, break_on_hyphens=False)
+    is_known = False
     for name, field in FIELDS.items():
-        cells = []
+        meaning = " ".join([field.metadata["doc"], " | ".join(field.metadata["choices"])]).strip()
+        if word.lower() not in f"{name} {meaning}".lower():
+            continue
+        is_known = True
+        cells = {}
         for preset in PRESETS:
             value = preset_values(preset, shrink=False).get(name, field.default)
-            cell = f"{value:g}" if isinstance(value, (int, float)) else value or "-"
-            cells.append(f" {cell:>13}")
-        choices = " | ".join(field.metadata["choices"])
-        print(f"{name.upper():28}{''.join(cells)}  {field.metadata['doc']} {choices}")
+            cells[preset] = f"{value:g}" if isinstance(value, (int, float)) else value or "-"
+        usual = cells.pop("record")
+        others = " ".join(f"{preset}={cell}" for preset, cell in cells.items() if cell != usual)
+        print(wrap(f"{name.upper()}={usual}  {others}".strip(), subsequent_indent=" " * 8))
+        print(wrap(meaning, initial_indent=" " * 4, subsequent_indent=" " * 4))
+    if not is_known:
+        raise UsageError(f"--knobs {word}: no knob has this word in its name or meaning")
 
 
 # === 2. Runtime: ranks, log, clock ===
@@ -2381,7 +2403,10 @@ class Tokenizer(NamedTuple):
         bytes, or is not the tokenizer that the manifest names.
         """
         # Imported here, because benchmarks that use this file without text need no such package.
-        import sentencepiece
+        try:
+            import sentencepiece
+        except ImportError as error:
+            raise UsageError(f"{error}: make install, or pip install sentencepiece") from error
 
         manifest, default_name, wanted_sha256 = load_manifest(cfg)
         path = Path(cfg.tokenizer_path or Path(cfg.data_dir) / "tokenizers" / default_name)
@@ -9505,15 +9530,19 @@ def main(argv: list[str]) -> int:
     # Whether every rank is on its way to this same end.
     ends_together = False
     try:
-        if argv == ["--knobs"]:
+        if argv in (["--help"], ["-h"]):
+            # The packed file has no docstrings, but it holds the readable source.
+            print(TEXT.split('"""')[1])
+            return 0
+        if argv[:1] == ["--knobs"] and len(argv) <= 2:
             # A pipe that closes early, as that to `head`, ends the program in silence. Windows has
             # no SIGPIPE; there the default of SIGTERM is set again, which changes nothing.
             signal.signal(getattr(signal, "SIGPIPE", signal.SIGTERM), signal.SIG_DFL)
-            print_knobs()
+            print_knobs(argv[1] if len(argv) == 2 else "")
             return 0
         if argv:
             raise UsageError(
-                f"{argv[0]}: knobs are environment variables; the only argument is --knobs"
+                f"{argv[0]}: knobs are environment variables; arguments are --knobs [WORD], --help"
             )
         prepare_output()
         handle_signals(raise_stopped)
