@@ -5,6 +5,7 @@ How to run it:
     python train_gpt.py                                      # one process, on any device
     torchrun --standalone --nproc_per_node=8 train_gpt.py    # 8 GPUs over FineWeb shards
     python train_gpt.py --knobs [WORD]                       # knobs, meanings and defaults
+    python train_gpt.py --plan                               # what a run will need, in seconds
     PRESET=cpu SEED=42 python train_gpt.py                   # knobs are environment variables
 
 The run, and what each phase leaves behind (files without a folder lie in runs/<RUN_ID>/):
@@ -58,11 +59,14 @@ quantiser of its own.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import copy
+import ctypes
 import dataclasses
 import difflib
 import enum
+import errno
 import fnmatch
 import hashlib
 import importlib.util
@@ -73,13 +77,19 @@ import lzma
 import math
 import os
 import pickle
+import platform
 import random
 import re
 import shutil
 import signal
+import stat
+import struct
+import subprocess
 import sys
 import textwrap
 import time
+import warnings
+import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -87,6 +97,16 @@ from functools import cached_property, partial
 from itertools import groupby, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
+
+if __name__ == "__main__":
+
+    def leave(number: int, _: Any) -> None:
+        """Ends the program in one line, also while PyTorch is imported, which takes seconds."""
+        if os.environ.get("RANK", "0") == "0":
+            os.write(2, b"train_gpt.py: SIGINT: the run is stopped\n")
+        os._exit(128 + number)
+
+    signal.signal(signal.SIGINT, leave)
 
 try:
     import numpy as np
@@ -101,6 +121,12 @@ except ImportError as error:
         file=sys.stderr,
     )
     sys.exit(2)
+
+# Windows has no such locks.
+try:
+    import fcntl
+except ImportError:
+    fcntl = None
 
 # Without Triton (macOS, Windows) the plain reference beside each kernel runs instead.
 try:
@@ -131,6 +157,7 @@ else:
     CODE_SHA256 = hashlib.sha256(SOURCE).hexdigest()
 
 COMPRESSORS = ("zstd", "ans", "lzma", "brotli")
+MAX_VISITS = 1024  # of layers, loops unrolled
 
 
 class UsageError(ValueError):
@@ -144,8 +171,16 @@ class NoDevice(UsageError):
     """A rank has no GPU. Only that rank knows; all but the first such rank give no message."""
 
 
+class FilesNotWritten(OSError):
+    """A run went on to its end without files that could not be written. One line, exit status 1."""
+
+
 class RunStopped(RuntimeError):
     """The run reached a limit that the user has set. One line, exit status 3."""
+
+
+class ForeignValue(TypeError):
+    """A file holds a value that no run writes. The message, one line, does not name the file."""
 
 
 class OutOfMemory(RuntimeError):
@@ -438,6 +473,11 @@ class ModelKnobs:
 
     def rules(self) -> Iterator[Rule]:
         """What is wrong with the network."""
+        # First, because the rules below unroll the depth: 256 layers with 64 loops took 19 s.
+        if self.num_layers * (1 + self.num_loops) > MAX_VISITS:
+            most = MAX_VISITS // self.num_layers - 1
+            yield Rule("num_loops", f"at most {most} with NUM_LAYERS={self.num_layers}")
+            return
         yield from self.rules_of_widths()
         yield from self.rules_of_layers()
 
@@ -479,8 +519,6 @@ class ModelKnobs:
             yield Rule("branch_scale", "0 with LN_SCALE=1")
         if self.ve_enabled and not self.ve_layers_are_valid():
             yield Rule("ve_layers", f"as in 9,10, each below NUM_LAYERS={layers}")
-        if layers * (1 + self.num_loops) > 1024:
-            yield Rule("num_loops", f"at most {1024 // layers - 1} with NUM_LAYERS={layers}")
         if self.num_loops and self.loop_start > self.loop_end:
             yield Rule("loop_start", f"at most LOOP_END={self.loop_end}")
         if self.num_loops and self.loop_end >= layers:
@@ -1048,9 +1086,15 @@ def network_config(cfg: Config) -> dict[str, Any]:
 
 
 def read_network_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """All of the network's fields, from those a model file holds. KeyError if one is missing."""
+    """All of the network's fields, from those a model file holds.
+
+    Raises KeyError if one is missing, ForeignValue if one has another type than its knob.
+    """
     defaults = {name: FIELDS[name].default for name in OPTIONAL_NETWORK_FIELDS}
     values = defaults | config
+    for name in NETWORK_FIELDS:
+        if type(values[name]) is not type(FIELDS[name].default):
+            raise ForeignValue(f"its config holds {name}={values[name]!a}")
     return {name: values[name] for name in NETWORK_FIELDS}
 
 
@@ -1331,13 +1375,29 @@ def check_paths(cfg: Config) -> None:
         raise UsageError("\n".join(problems))
 
 
+# The files that a run writes to its folder.
+OUTPUTS = (
+    "checkpoint.0.pt",
+    "checkpoint.1.pt",
+    "final_model.pt",
+    "final_model.int6.ptz",
+    "scores.json",
+    "documents.npz",
+)
+
+
 def rules_of_paths(cfg: Config) -> Iterator[Rule]:
     """The rules about files, folders and installed packages that are broken."""
     name_is_bad = not can_be_written(Path("logs", f"{cfg.run_id}.txt"), is_file=True)
     if cfg.run_id and name_is_bad and can_be_written(Path("logs", "x"), is_file=True):
         yield Rule("run_id", "the name of a file that can be written in logs")
-    if not can_be_written(Path(cfg.artifact_dir or f"runs/{cfg.run_id}")):
+    folder = Path(cfg.artifact_dir or f"runs/{cfg.run_id}")
+    if not can_be_written(folder):
         yield Rule("artifact_dir", "a folder that can be written")
+    for name in OUTPUTS:
+        # Without RUN_ID the folder will be a new one.
+        if (cfg.artifact_dir or cfg.run_id) and (folder / name).is_dir():
+            yield Rule("artifact_dir", f"a place where {folder / name} is no folder")
     if cfg.tensorboard_dir:
         if importlib.util.find_spec("tensorboard") is None:
             yield Rule("tensorboard_dir", "empty, or tensorboard must be installed")
@@ -1354,16 +1414,17 @@ def can_be_written(path: Path, is_file: bool = False) -> bool:
     """Whether a folder (or file) can be written or, if there is none, made."""
     path = Path.cwd() / path
     existing = path
-    while not os.path.exists(existing):
+    while not os.path.lexists(existing):
         # A name may have 255 bytes; four are left free, because a log's name may get .old.
         if len(os.fsencode(existing.name)) > 251:
             return False
         existing = existing.parent
 
     is_there = existing == path
-    # Whatever is not there yet is made in the nearest folder above it.
+    # Whatever is not there yet is made in the nearest folder above it. A link to nothing is there.
     needs_folder = not (is_file and is_there)
-    return os.access(existing, os.W_OK) and existing.is_dir() == needs_folder
+    is_right = existing.is_dir() if needs_folder else existing.is_file()
+    return is_right and os.access(existing, os.W_OK)
 
 
 # --- Presets: what differs from the defaults ---
@@ -1752,6 +1813,12 @@ def launch_numbers(environ: Mapping[str, str]) -> tuple[int, int, int]:
     return rank, world_size, local_rank
 
 
+def end_with_parent() -> None:
+    """Asks Linux for SIGTERM when the parent ends: torchrun may be killed, or end by SIGUSR1."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, int(signal.SIGTERM), 0, 0, 0)  # PR_SET_PDEATHSIG
+
+
 class Ranks:
     """This process among its peers, as torchrun's variables describe them.
 
@@ -1779,6 +1846,8 @@ class Ranks:
             self.device = torch.device("cuda", local_rank)
             torch.cuda.set_device(self.device)
         if self.distributed:
+            if "TORCHELASTIC_RUN_ID" in environ:
+                end_with_parent()
             self._join_group(environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
     def _join_group(self, restart_count: int | str) -> None:
@@ -1885,18 +1954,37 @@ class Log:
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.exists():
                 # A killed run may have left half a line.
-                os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
-            self.file = path.open("a", encoding="utf-8")
+                os.truncate(path, read_regular(path, MAX_LOG_BYTES).rfind(b"\n") + 1)
+            self.file = path.open("ab", buffering=0)
+        # Bytes of lines that could not be written yet, and a line for each file that was not.
+        self.pending = b""
+        self.failures: list[str] = []
 
     def __call__(self, line: str, terminal: bool = True) -> None:
         """Writes a line to the file and, with `terminal`, to the terminal."""
         self.last_line_time = time.monotonic()
         if not self.is_main:
             return
-        print(self.prefix + line, file=self.file, flush=True)
+        self.write(f"{self.prefix}{line}\n".encode(errors="replace"))
         if terminal:
             erase = ERASE_LINE if self.live else ""
             print_while_open(erase + self.prefix + line)
+
+    def write(self, data: bytes) -> None:
+        """Adds to the file. A full disk ends no run: the rest waits for the next line."""
+        self.pending += data
+        try:
+            while self.pending:
+                count = self.file.write(self.pending)
+                self.pending = self.pending[count:]
+        except OSError as error:
+            self.note_failure(f"{self.file.name}: {error.strerror}")
+
+    def note_failure(self, reason: str) -> None:
+        """Remembers that a file could not be written, and says so once."""
+        if reason not in self.failures:
+            self.failures.append(reason)
+            complain(f"warning: not written, the run goes on: {reason}")
 
     def due(self) -> bool:
         """Whether 8 s have passed since the last line, so that a long loop should show progress."""
@@ -1971,13 +2059,17 @@ def raise_stopped(number: int, _: Any = None, after: str = "") -> None:
 
 
 def handle_signals(handler: Callable[[int, Any], Any]) -> None:
-    """Sets the handler of SIGINT and SIGTERM.
+    """Sets the handler of SIGINT, SIGTERM, SIGHUP (the terminal is gone) and SIGUSR1 (by Slurm).
 
     In training the handler is Trainer.note_signal, with which the run ends after its step.
     Otherwise it is raise_stopped, which ends the run at once.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, handler)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
+        # Windows lacks the last two.
+        number = getattr(signal, name, signal.SIGTERM)
+        # nohup ignores SIGHUP, and so does the run then.
+        if name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 class CompilationCounter:
@@ -2011,14 +2103,82 @@ class CompilationCounter:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Writes a file by way of a temporary one, so that a kill leaves the old file or the new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Writes a file by way of a temporary one, so that a kill leaves the old file or the new.
+
+    Raises OSError naming the file. Then the old file is as it was, and no temporary one is left.
+    """
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    with part.open("wb") as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(part, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+
+
+class FileLock:
+    """A lock that only one process at a time can hold, and that ends with its process.
+
+    The kernel keeps it (fcntl.lockf), on NFS the server; processes that are forked from the holder
+    do not have it. The file says who holds it. It is removed in the end; after a kill it stays, and
+    means nothing.
+    """
+
+    def __init__(self, path: Path):
+        # A program may change its working folder.
+        self.path = path.absolute()
+        self.file: io.FileIO | None = None
+        # Who holds it, if not this process; why there are no locks here.
+        self.holder = ""
+        self.reason = ""
+
+    def take(self, wait: bool = False) -> bool:
+        """Whether this process holds the lock now; with `wait` it waits for the other to end.
+
+        True also where the file system has no locks; then `reason` says so. Raises OSError.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NONBLOCK", 0)
+            file = io.FileIO(os.open(self.path, flags, 0o644), "r+")
+            try:
+                if fcntl is None:
+                    raise OSError(errno.ENOTSUP, "this system has none")
+                fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except (BlockingIOError, PermissionError):
+                self.holder = file.read(200).decode(errors="replace").strip()
+                file.close()
+                return False
+            except OSError as error:
+                self.reason = f"{self.path.parent}: has no locks ({error.strerror})"
+            # The holder before may have removed the file after it was opened here.
+            if os.path.exists(self.path) and os.path.samestat(
+                os.fstat(file.fileno()), os.stat(self.path)
+            ):
+                break
+            file.close()
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}\n".encode())
+        self.file = file
+        atexit.register(self.release)
+        return True
+
+    def release(self) -> None:
+        """Lets go of the lock, if it is held."""
+        if self.file is not None:
+            # In this order: whoever opens the file from now on makes a new one.
+            with contextlib.suppress(OSError):
+                self.path.unlink()
+            self.file.close()
+            self.file = None
+        atexit.unregister(self.release)
 
 
 def torch_bytes(contents: dict[str, Any]) -> bytes:
@@ -2026,6 +2186,142 @@ def torch_bytes(contents: dict[str, Any]) -> bytes:
     buffer = io.BytesIO()
     torch.save(contents, buffer)
     return buffer.getvalue()
+
+
+# --- Reading files: nothing is believed ---
+FILE_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+# The largest of each kind that is read whole.
+MAX_JSON_BYTES = 2**24
+MAX_TOKENIZER_BYTES = 2**26
+MAX_ARTIFACT_BYTES = 2**28
+MAX_LOG_BYTES = 2**30
+MAX_WEIGHTS_BYTES = 2**34
+
+
+def open_regular(path: Path, max_bytes: float = math.inf) -> io.BufferedReader:
+    """Opens a file of at most `max_bytes` for reading.
+
+    Raises OSError at once for all that is no file: a folder, a device, a link to nothing, or a
+    FIFO, which would make the program wait.
+    """
+    try:
+        kind = stat.S_IFMT(os.stat(path).st_mode)
+    except FileNotFoundError as error:
+        if not os.path.islink(path):
+            raise
+        raise OSError(error.errno, "is a link to nothing", str(path)) from error
+    if kind != stat.S_IFREG:
+        reason = f"is {FILE_KINDS.get(kind, 'something else')}, not a file"
+        raise OSError(errno.EINVAL, reason, str(path))
+    file = open(path, "rb")  # noqa: SIM115
+    size = os.fstat(file.fileno()).st_size
+    if size > max_bytes:
+        file.close()
+        reason = f"holds {size} bytes, at most {max_bytes} are read"
+        raise OSError(errno.EFBIG, reason, str(path))
+    return file
+
+
+def read_regular(path: Path, max_bytes: int) -> bytes:
+    """The content of a file. Raises OSError as `open_regular`."""
+    with open_regular(path, max_bytes) as file:
+        return file.read(max_bytes)
+
+
+def reason_of(error: OSError) -> str:
+    """The file that an error is about, and what is wrong with it, in one line."""
+    reason = error.strerror or str(error)
+    return f"{error.filename}: {reason}" if error.filename else reason
+
+
+class Entry(NamedTuple):
+    """What a value in a file of JSON must be."""
+
+    words: str
+    fits: Callable[[Any], bool]
+
+
+WHOLE = Entry("a whole number from 0 to 2^63", lambda v: type(v) is int and 0 <= v <= 2**63)
+NUMBER = Entry("a number", lambda v: type(v) in (int, float) and abs(v) < 1e300)
+TEXT_LINE = Entry("a text of one line", lambda v: type(v) is str and v.isprintable())
+
+
+def fault_in(value: Any, schema: Any, where: str = "its content") -> str:
+    """What is wrong with a value read from JSON, in one line; empty if it fits the schema.
+
+    schema: an Entry; [schema] for a list of such values; or a dict for an object. There a key that
+    ends with "?" may be missing, "*" stands for all keys, and keys that are not named are free.
+    """
+    if isinstance(schema, Entry):
+        return "" if schema.fits(value) else f"{where} must be {schema.words}"
+    if not isinstance(value, type(schema)):
+        return f"{where} must be {'a list' if isinstance(schema, list) else 'an object'}"
+    if isinstance(schema, list):
+        pairs = [(f"{where}[{i}]", item, schema[0]) for i, item in enumerate(value)]
+    else:
+        prefix = "" if where == "its content" else f"{where}."
+        pairs = []
+        for key, part in schema.items():
+            name = key.removesuffix("?")
+            if key == "*":
+                pairs += [(f"{prefix}{k!a}", item, part) for k, item in value.items()]
+            elif name in value:
+                pairs.append((prefix + name, value[name], part))
+            elif name == key:
+                return f"{prefix}{name} is missing"
+    return next(
+        (fault for place, item, part in pairs if (fault := fault_in(item, part, place))), ""
+    )
+
+
+def read_json(path: Path, schema: Any) -> Any:
+    """The value in a file of JSON. Raises UsageError if it does not fit the schema (`fault_in`).
+
+    Raises OSError as `read_regular`.
+    """
+    try:
+        value = json.loads(read_regular(path, MAX_JSON_BYTES))
+    except (ValueError, RecursionError) as error:
+        reason = str(error) if isinstance(error, json.JSONDecodeError) else "is no JSON"
+        raise UsageError(f"{path}: {reason}") from error
+    if fault := fault_in(value, schema):
+        raise UsageError(f"{path}: {fault}")
+    return value
+
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def check_plain(name: str, value: Any, dtypes: tuple[torch.dtype, ...]) -> None:
+    """Raises ForeignValue unless all tensors in nested dicts and lists are plain ones on the CPU.
+
+    name: stands for the value in the message.
+    """
+    if isinstance(value, dict):
+        for key, item in value.items():
+            check_plain(f"{name}[{key!a}]", item, dtypes)
+    elif isinstance(value, (list, tuple)):
+        for i, item in enumerate(value):
+            check_plain(f"{name}[{i}]", item, dtypes)
+    elif isinstance(value, Tensor):
+        # A subclass need not behave like a tensor.
+        is_plain = type(value) in (Tensor, nn.Parameter) and value.layout == torch.strided
+        if not is_plain or value.device.type != "cpu" or value.dtype not in dtypes:
+            raise ForeignValue(f"{name} is no plain tensor of numbers")
+
+
+def check_weights(weights: dict[str, Tensor]) -> None:
+    """Raises ForeignValue unless all are plain tensors of finite floats on the CPU."""
+    check_plain("weights", weights, FLOATS)
+    for name, weight in weights.items():
+        if not weight.isfinite().all():
+            raise ForeignValue(f"weights[{name!a}] holds a number that is not finite")
 
 
 # === 3. Data: shards of uint16 tokens -> rows of packed documents ===
@@ -2045,8 +2341,9 @@ def read_shard(path: Path) -> np.ndarray:
 
     Raises UsageError for another kind of file, another version, a wrong length or an empty shard.
     """
-    size = path.stat().st_size
-    header = np.fromfile(path, dtype="<i4", count=256)
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        header = np.frombuffer(file.read(1024)[: size // 4 * 4], dtype="<i4")
     if len(header) < 256 or header[:2].tolist() != SHARD_HEADER:
         raise UsageError(f"{path}: starts with {header[:2].tolist()}, a shard with {SHARD_HEADER}")
     num_tokens = int(header[2])
@@ -2364,21 +2661,27 @@ class Documents(NamedTuple):
         return np.concatenate([np.arange(0), *pieces])
 
 
+# What a run reads of the files of JSON beside the shards.
+FILE_ENTRY = {"name": TEXT_LINE, "tokens": WHOLE}
+MANIFEST = {
+    "tokenizer": {"file": TEXT_LINE, "sha256": TEXT_LINE},
+    "splits?": {"*": {"tokens?": WHOLE, "bytes?": WHOLE, "files": [FILE_ENTRY]}},
+}
+DOCTOR_VERDICT = {"files": {"*": [WHOLE]}, "errors": [TEXT_LINE]}
+
+
 def load_manifest(cfg: Config) -> tuple[dict[str, Any], str, str | None]:
     """The data set's manifest, the name of its tokenizer's file and that file's SHA-256.
 
     Without a manifest these are {}, the challenge's name, and None. That name ends like the data
-    set's. Raises UsageError if the manifest does not name a tokenizer.
+    set's. Raises UsageError if the manifest does not fit MANIFEST, OSError if it cannot be read.
     """
     path = cfg.dataset_dir / "manifest.json"
-    if not path.is_file():
+    if not os.path.lexists(path):
         ending = cfg.dataset_dir.name.partition(f"_sp{cfg.vocab_size}")[2]
         return {}, f"fineweb_{cfg.vocab_size}_bpe{ending}.model", None
-    try:
-        manifest = json.loads(path.read_text())
-        return manifest, manifest["tokenizer"]["file"], manifest["tokenizer"]["sha256"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{path}: not a manifest of tools/prepare_data.py") from error
+    manifest = read_json(path, MANIFEST)
+    return manifest, manifest["tokenizer"]["file"], manifest["tokenizer"]["sha256"]
 
 
 # Title, all capitals, next letter, escape. They stand for capitals and have no bytes (PR #1729);
@@ -2411,10 +2714,10 @@ class Tokenizer(NamedTuple):
         manifest, default_name, wanted_sha256 = load_manifest(cfg)
         path = Path(cfg.tokenizer_path or Path(cfg.data_dir) / "tokenizers" / default_name)
         try:
-            data = path.read_bytes()
+            data = read_regular(path, MAX_TOKENIZER_BYTES)
             model = sentencepiece.SentencePieceProcessor(model_proto=data)
         except (OSError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
+            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
             raise UsageError(f"TOKENIZER_PATH={path}: no SentencePiece model ({reason})") from error
         sha256 = hashlib.sha256(data).hexdigest()
         loaded = cls(path, model, model.bos_id(), sha256, manifest)
@@ -2443,21 +2746,27 @@ class Tokenizer(NamedTuple):
 
 
 def check_doctor_verdict(cfg: Config, tokenizer: Tokenizer) -> None:
-    """Raises UsageError if `tools/prepare_data.py doctor` found an error in these very files."""
-    files = [
-        tokenizer.path,
-        *cfg.dataset_dir.glob("*.bin"),
-        *cfg.dataset_dir.glob("manifest.json"),
-    ]
-    error = None
-    # A missing or foreign verdict, or one without errors, is no reason to refuse the data.
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-        verdict = json.loads((cfg.dataset_dir / "doctor.json").read_text())
-        sizes_and_times = {f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in files}
-        # If these differ, a file has changed since the doctor looked, and its verdict is void.
-        if verdict["files"] == sizes_and_times:
-            error = verdict["errors"][0]
-    if error:
+    """Raises UsageError if `tools/prepare_data.py doctor` found an error in these very files.
+
+    Likewise if doctor.json is there but holds no verdict. Without one, nothing is checked.
+    """
+    path = cfg.dataset_dir / "doctor.json"
+    if not os.path.lexists(path):
+        return
+    try:
+        verdict = read_json(path, DOCTOR_VERDICT)
+    except UsageError as error:
+        remedy = "tools/prepare_data.py doctor writes it anew"
+        raise UsageError(f"{error}; {remedy}") from error
+    shards = cfg.dataset_dir.glob("*.bin")
+    manifest = cfg.dataset_dir.glob("manifest.json")
+    sizes_and_times = {}
+    for file in (tokenizer.path, *shards, *manifest):
+        status = os.stat(file)
+        sizes_and_times[file.name] = [status.st_size, status.st_mtime_ns]
+    # If these differ, a file has changed since the doctor looked, and its verdict is void.
+    if verdict["files"] == sizes_and_times and verdict["errors"]:
+        error = verdict["errors"][0]
         raise UsageError(f"{cfg.dataset_dir}: {error}; found by tools/prepare_data.py doctor")
 
 
@@ -3849,6 +4158,14 @@ def synthetic_row(cfg: Config, shape: RowShape, device: torch.device) -> Batch:
     return pack_row(ids[:n], ids[1 : n + 1], starts[:most], shape, device)
 
 
+def weights_sha256(model: nn.Module) -> str:
+    """The SHA-256 of all parameters in fp32, little-endian, end to end in the model's order."""
+    digest = hashlib.sha256()
+    for parameter in model.parameters():
+        digest.update(parameter.detach().cpu().float().numpy().astype("<f4").tobytes())
+    return digest.hexdigest()
+
+
 @contextlib.contextmanager
 def state_restored(model: nn.Module, optimizers: Optimizers) -> Iterator[None]:
     """Restores the training state after its body, PyTorch's random state included.
@@ -4868,6 +5185,22 @@ class Ledger:
         if self.tilt is not None:
             problems += self.tilt.problems()
         return problems
+
+
+def commitment(documents: Mapping[str, np.ndarray]) -> str:
+    """The hash that commits a run to the score of every document, as `Ledger.by_document` has it.
+
+    A document's record is its number, nats, bytes and targets, little-endian u64, fp64, u64, u64.
+    The commitment is the SHA-256 of all records' SHA-256, end to end in the order of the stream: so
+    the score of a document can be shown without those of the others.
+    """
+    columns = [np.arange(len(documents["doc_nats"]))]
+    columns += [documents[name] for name in ("doc_nats", "doc_bytes", "doc_tokens")]
+    hashes = hashlib.sha256()
+    for number, nats, num_bytes, targets in zip(*columns, strict=True):
+        record = struct.pack("<QdQQ", int(number), nats, int(num_bytes), int(targets))
+        hashes.update(hashlib.sha256(record).digest())
+    return hashes.hexdigest()
 
 
 # The inputs start .. end - 1 are read; the targets of first_scored .. end - 1 are scored.
@@ -6026,6 +6359,7 @@ def ans_decode(
     table = np.frombuffer(tables, "<u2").astype(np.int64).reshape(NUM_CONTEXTS, NUM_SYMBOLS)
     if (table.sum(1) != FREQUENCY_SUM).any():
         raise ValueError("a table of frequencies does not add up")
+    counts = np.zeros(NUM_CONTEXTS * NUM_SYMBOLS, np.int64)
     frequency = table.ravel()
     start = range_starts(table)
     # In each context, as many slots name a symbol as its frequency says: (contexts, 2^14).
@@ -6041,6 +6375,7 @@ def ans_decode(
         slot = x & SLOT_MASK
         symbol = symbol_of_slot[context.ravel(), slot].astype(np.int64)
         index = context.ravel() * NUM_SYMBOLS + symbol
+        np.add.at(counts, index, 1)
         x[:] = frequency[index] * (x >> ANS_BITS) + slot - start[index]
         low = np.flatnonzero(x < STATE_MIN)
         x[low] = (x[low] << WORD_BITS) + words[num_read : num_read + len(low)]
@@ -6048,6 +6383,9 @@ def ans_decode(
         q[:] = (symbol - ZERO_SYMBOL).reshape(q.shape) * sign
     if num_read != len(words) or (states != STATE_MIN).any():
         raise ValueError("words are left over")
+    # Otherwise tables that nothing uses could hold 31 kB of something else.
+    if (frequency_table(counts.reshape(-1, NUM_SYMBOLS)) != table).any():
+        raise ValueError("a table of frequencies is not that of the codes")
     return codes
 
 
@@ -6086,24 +6424,41 @@ def compress(codec: str, data: bytes) -> bytes:
 
 
 def decompress(codec: str, data: bytes, size: int) -> bytes:
-    """The first `size` bytes of a stream, which is not trusted: this takes little memory besides.
+    """A stream of `size` bytes, which is not trusted: this takes little memory besides.
 
-    Raises ValueError if the stream holds fewer, or any error of the codec's library.
+    Raises ValueError unless the stream ends there and nothing stands behind it, or any error of the
+    codec's library.
     """
     if codec == "lzma":
-        raw = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=LZMA_FILTERS).decompress(data, size)
+        decoder = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=LZMA_FILTERS)
+        raw = decoder.decompress(data, size + 1)
+        is_whole = decoder.eof and not decoder.unused_data
     elif codec == "brotli":
         import brotli
 
-        raw = brotli.Decompressor().process(data, size)
+        decoder = brotli.Decompressor()
+        raw = decoder.process(data, size + 1)
+        # The library itself refuses what stands behind the end.
+        is_whole = decoder.is_finished()
     else:
-        import zstandard
-
-        decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 20)
-        raw = decompressor.stream_reader(data, read_across_frames=False).read(size)
-    if len(raw) != size:
-        raise ValueError("a stream is shorter than its header says")
+        raw, is_whole = decompress_zstd(data, size)
+    if len(raw) != size or not is_whole:
+        raise ValueError("a stream is not as long as its header says")
     return raw
+
+
+def decompress_zstd(data: bytes, size: int) -> tuple[bytes, bool]:
+    """The first frame, up to little more than `size` bytes of it; whether it is all of `data`."""
+    import zstandard
+
+    decoder = zstandard.ZstdDecompressor(max_window_size=1 << 20).decompressobj()
+    raw = bytearray()
+    # A block of 4 bytes may stand for 128 KiB, so the input comes in small pieces.
+    for first in range(0, len(data), 256):
+        if decoder.eof or len(raw) > size:
+            return bytes(raw), False
+        raw += decoder.decompress(data[first : first + 256])
+    return bytes(raw), decoder.eof and not decoder.unused_data
 
 
 def order_of_size(levels: np.ndarray, exponents: np.ndarray) -> np.ndarray:
@@ -6161,7 +6516,7 @@ def unpack_codes(
 
 # --- Container: writing ---------------------------------------------------------------------------
 #
-# The file is a header and five streams, laid out as `pack_artifact` says. Its bytes follow from the
+# The file is a header and five streams, laid out as `pack_arrays` says. Its bytes follow from the
 # weights and the config alone: no time and no path goes into it.
 
 ARTIFACT_MAGIC = b"PGLM"
@@ -6169,6 +6524,8 @@ ARTIFACT_VERSION = 3
 HEADER_START = 13  # after magic, version, length and CRC-32 of the header
 MAX_HEADER_BYTES = 1 << 16  # of JSON
 MAX_STREAM_BYTES = 1 << 27  # of all streams, decompressed
+MAX_EXPANSION = 16  # decompressed bytes for each byte of the file, beyond the next line's
+SMALL_STREAM_BYTES = 1 << 20
 
 
 class StreamSizes(NamedTuple):
@@ -6195,16 +6552,33 @@ def stream_sizes(cfg: Config) -> StreamSizes:
     )
 
 
-def fp16_bytes(tensors: Iterable[Tensor]) -> bytes:
-    """All values of the tensors, one after the other, as little-endian fp16."""
-    flat = torch.cat([tensor.detach().flatten().half() for tensor in tensors])
-    return flat.cpu().numpy().astype("<f2").tobytes()
+def fp16_array(tensor: Tensor) -> np.ndarray:
+    """The values of a tensor as little-endian fp16."""
+    return tensor.detach().half().cpu().numpy().astype("<f2")
 
 
 def pack_artifact(model: GPT, quantised: Quantised, meta: dict[str, Any]) -> bytes:
     """The artifact file of quantised banks and tables and of the model's other parameters.
 
     `meta` joins the header.
+    """
+    cfg = model.cfg
+    codes = {name: q.numpy() for name, q in quantised.codes.items()}
+    floats = {}
+    for name, shape in float_shapes(cfg).items():
+        floats[name] = fp16_array(model.get_parameter(name)[-shape[0] :])
+    arrays = ArtifactArrays(
+        codes=codes,
+        levels={name: row_levels(q) for name, q in codes.items()},
+        scales={name: fp16_array(scale) for name, scale in quantised.scales.items()},
+        columns={key: k.numpy() for key, k in quantised.columns.items()},
+        floats=floats,
+    )
+    return pack_arrays(cfg, arrays, meta)
+
+
+def pack_arrays(cfg: Config, arrays: ArtifactArrays, meta: dict[str, Any]) -> bytes:
+    """The artifact file that holds these arrays; `meta` joins the header.
 
     Its layout, all numbers little-endian:
 
@@ -6218,39 +6592,36 @@ def pack_artifact(model: GPT, quantised: Quantised, meta: dict[str, Any]) -> byt
             columns  int8, k of the column scales 2^(k/4) of every Matrix.input_key, in LZMA
             floats   fp16, without the rows that nothing reads, in LZMA
     """
-    cfg = model.cfg
-    codes = [q.numpy() for q in quantised.codes.values()]
-    levels = [row_levels(q) for q in codes]
-    columns = list(bank_exponents(cfg, quantised.columns).values())
-    floats = []
-    for name, shape in float_shapes(cfg).items():
-        floats.append(model.get_parameter(name)[-shape[0] :])
-
-    streams = [
-        pack_codes(cfg.compressor, codes, levels, columns),
-        compress("lzma", b"".join(level.tobytes() for level in levels)),
-        compress("lzma", fp16_bytes(quantised.scales.values())),
-        compress("lzma", torch.cat(list(quantised.columns.values())).numpy().tobytes()),
-        compress("lzma", fp16_bytes(floats)),
-    ]
+    bank_columns = list(bank_exponents(cfg, arrays.columns).values())
+    codes, levels = list(arrays.codes.values()), list(arrays.levels.values())
+    streams = [pack_codes(cfg.compressor, codes, levels, bank_columns)]
+    for part in arrays[1:]:
+        streams.append(compress("lzma", b"".join(array.tobytes() for array in part.values())))
     header = {"config": network_config(cfg), "compressor": cfg.compressor, **meta}
     header["streams"] = []
     for size, stream in zip(stream_sizes(cfg), streams, strict=True):
         header["streams"].append([size, len(stream), zlib.crc32(stream)])
-    head = zlib.compress(json.dumps(header, sort_keys=True).encode(), 9)
+    head = zlib.compress(header_text(header), 9)
     length = len(head).to_bytes(4, "little")
     checksum = zlib.crc32(head).to_bytes(4, "little")
     start = ARTIFACT_MAGIC + bytes([ARTIFACT_VERSION]) + length + checksum
     return start + head + b"".join(streams)
 
 
+def header_text(header: dict[str, Any]) -> bytes:
+    """The one spelling of a header."""
+    return json.dumps(header, sort_keys=True).encode()
+
+
 # --- Container: reading ---------------------------------------------------------------------------
 #
 # Nothing that is read is executed: the file holds JSON and arrays of numbers. The config in the
 # header says how large each stream must be. Before anything is allocated, the config and the stated
-# sizes are checked: however the file was forged, it unpacks to at most 64 KiB of header and 2^27
-# bytes of streams. A damaged file may raise any error in the functions below; open_artifact turns
-# it into one line.
+# sizes are checked: however the file was forged, it unpacks to at most 64 KiB of header and, of
+# streams, to 2^27 bytes and little more than 16 times its own size. Nothing hides in it: header and
+# levels have one spelling, every stream ends where it should, and nothing stands behind it. (Codecs
+# may still spell a stream in several ways; tools/container.py compares with their own way.) A
+# damaged file may raise any error in the functions below; open_artifact turns it into one line.
 
 
 class ArtifactArrays(NamedTuple):
@@ -6271,24 +6642,36 @@ def config_of_header(header: dict[str, Any]) -> Config:
     fields = read_network_config(header["config"])
     # Rules that have nothing to do with the network are switched off.
     defaults = Config(artifact_limit_bytes=0, fused_ce=False)
-    for name, value in fields.items():
-        if type(value) is not type(getattr(defaults, name)):
-            raise ValueError("a field of another type")
     cfg = dataclasses.replace(defaults, **fields)
     # The rules may rely on every value being in its range.
     for rule in list(cfg.out_of_range()) or cfg.rules():
         if rule.field in fields:
             raise ValueError("a field out of range")
+    if network_config(cfg) != header["config"]:
+        raise ValueError("a field that no run writes")
     return cfg
 
 
 def read_header(data: bytes) -> tuple[dict[str, Any], int]:
-    """Header of an artifact and offset of its first stream."""
+    """Header of an artifact and offset of its first stream.
+
+    Raises ValueError for a header that `pack_arrays` would spell otherwise.
+    """
     end = HEADER_START + int.from_bytes(data[5:9], "little")
     head = data[HEADER_START:end]
     if len(data) < end or zlib.crc32(head).to_bytes(4, "little") != data[9:HEADER_START]:
         raise ValueError("its header does not match its checksum")
-    return json.loads(zlib.decompressobj().decompress(head, MAX_HEADER_BYTES)), end
+    decoder = zlib.decompressobj()
+    text = decoder.decompress(head, MAX_HEADER_BYTES)
+    header = json.loads(text)
+    if not decoder.eof or decoder.unused_data or header_text(header) != text:
+        raise ValueError("its header has another spelling than its own")
+    unknown = set(header) - {"config", "compressor", "streams", "looped", "tokenizer"}
+    digest = header.get("tokenizer", "0" * 64)
+    is_known = type(header.get("looped", True)) is bool and re.fullmatch("[0-9a-f]{64}", digest)
+    if unknown or not is_known:
+        raise ValueError("its header has fields that no run writes")
+    return header, end
 
 
 def stored_streams(data: bytes, header: dict[str, Any], start: int, cfg: Config) -> list[bytes]:
@@ -6298,6 +6681,9 @@ def stored_streams(data: bytes, header: dict[str, Any], start: int, cfg: Config)
     is_expected = sizes == expected and sum(expected) <= MAX_STREAM_BYTES
     if not is_expected or header["compressor"] not in COMPRESSORS:
         raise ValueError("its streams are not those of its network, or of an unknown compressor")
+    # Half a bit a weight: no run comes near it, and no small file makes much work.
+    if sum(expected) > MAX_EXPANSION * len(data) + SMALL_STREAM_BYTES:
+        raise ValueError("its streams are too short for its network")
     streams = []
     for length, checksum in zip(lengths, checksums, strict=True):
         stream = data[start : start + length]
@@ -6337,6 +6723,9 @@ def unpack_streams(streams: list[bytes], compressor: str, cfg: Config) -> Artifa
         list(levels.values()),
         list(bank_exponents(cfg, columns).values()),
     )
+    for level, q in zip(levels.values(), codes, strict=True):
+        if (level != row_levels(q)).any():
+            raise ValueError("levels are not those of the codes")
     return ArtifactArrays(
         codes=dict(zip(shapes, codes, strict=True)),
         levels=levels,
@@ -6367,7 +6756,7 @@ def open_artifact(data: bytes, path: Path) -> tuple[dict[str, Any], ArtifactArra
     # Each codec has its own errors, and a hostile file may provoke any of them.
     except Exception as error:
         reason = type(error).__name__
-        if type(error) is ValueError:
+        if type(error) in (ValueError, ForeignValue):
             reason = " ".join(str(error).splitlines()[:1])
         raise UsageError(f"{path}: damaged: {reason}") from error
 
@@ -7128,11 +7517,34 @@ def readable_text(tokenizer: Tokenizer, ids: np.ndarray) -> str:
 FOREIGN_FILE_ERRORS = (
     OSError,
     RuntimeError,
-    KeyError,
+    LookupError,
     TypeError,
+    ValueError,
     AttributeError,
+    NotImplementedError,
+    MemoryError,
+    RecursionError,
+    OverflowError,
     pickle.UnpicklingError,
+    zipfile.BadZipFile,
 )
+
+
+def load_torch(data: bytes) -> dict[str, Any]:
+    """The dict in a file that torch.save has written. Raises one of FOREIGN_FILE_ERRORS.
+
+    torch.save never compresses, so what is small cannot become large.
+    """
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        if sum(entry.file_size for entry in archive.infolist()) > len(data):
+            raise ForeignValue("is compressed")
+    with warnings.catch_warnings():
+        # Torch warns of kinds of tensors that are refused anyway.
+        warnings.simplefilter("ignore")
+        saved = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    if type(saved) is not dict:
+        raise ForeignValue("holds no dict")
+    return saved
 
 
 def read_model_file(path: Path) -> dict[str, Any]:
@@ -7142,11 +7554,12 @@ def read_model_file(path: Path) -> dict[str, Any]:
     which only read_checkpoint reads. Raises UsageError for a file that is neither or is a damaged
     artifact, and one of FOREIGN_FILE_ERRORS for what torch.load refuses.
     """
-    data = path.read_bytes()
-    # A weights file is a zip file; a run's own checkpoint begins with its SHA-256.
-    if data[:2] == b"PK":
-        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    header, arrays = open_artifact(data, path)
+    with open_regular(path) as file:
+        # A weights file is a zip file; a run's own checkpoint begins with its SHA-256.
+        is_zip = file.read(2) == b"PK"
+    if is_zip:
+        return load_torch(read_regular(path, MAX_WEIGHTS_BYTES))
+    header, arrays = open_artifact(read_regular(path, MAX_ARTIFACT_BYTES), path)
     return {**header, "arrays": arrays}
 
 
@@ -7188,12 +7601,17 @@ def load_model_file(cfg: Config, origin: dict[str, str]) -> tuple[Config, dict[s
         has_both = "weights" in saved and "arrays" in saved
         if has_both or type(saved.get("looped", True)) is not bool:
             raise TypeError("fields that no run writes")
+        check_weights(saved.get("weights", {}))
         file_cfg = dataclasses.replace(cfg, **read_network_config(saved["config"]))
         reasons = reasons_to_refuse(name, file_cfg, cfg, origin, saved)
+    except UsageError:
+        raise
     except FOREIGN_FILE_ERRORS as error:
         reason = "neither an artifact nor a weights file of train_gpt.py"
         if isinstance(error, OSError) and error.strerror:
             reason = error.strerror
+        elif isinstance(error, ForeignValue):
+            reason = str(error)
         raise UsageError(f"{name}: {reason}") from error
     if reasons:
         raise UsageError("\n".join(reasons))
@@ -7282,22 +7700,58 @@ def read_checkpoint(path: Path, made_with: dict[str, Any]) -> tuple[dict[str, An
     It is refused if it is damaged or was made with other values than `made_with`; otherwise the
     reason is empty.
     """
-    data = path.read_bytes()
-    checksum = data[:32]
-    body = data[32:]
-    if hashlib.sha256(body).digest() != checksum:
-        return {}, "damaged"
-    saved = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
+    try:
+        data = read_regular(path, MAX_WEIGHTS_BYTES)
+        if hashlib.sha256(data[32:]).digest() != data[:32]:
+            return {}, "damaged"
+        saved = load_torch(data[32:])
+        check_checkpoint(saved)
+    except FOREIGN_FILE_ERRORS as error:
+        if isinstance(error, (OSError, ForeignValue)):
+            return {}, getattr(error, "strerror", None) or str(error)
+        return {}, "holds what no run writes"
     differences = []
-    for key, value in saved["made_with"].items():
-        if made_with.get(key, value) != value:
+    for key in sorted(saved["made_with"].keys() | made_with.keys()):
+        value = saved["made_with"].get(key)
+        if made_with.get(key) != value:
             differences.append(f"made with {key}={value}")
     return saved, ", ".join(differences)
 
 
+CHECKPOINT = {
+    "number": WHOLE,
+    "made_with": {},
+    "start": {"stage": Entry("a stage", lambda v: v in list(Stage))},
+    "final": {"*": Entry("a number or a text", lambda v: NUMBER.fits(v) or type(v) is str)},
+}
+
+
+def check_checkpoint(saved: dict[str, Any]) -> None:
+    """Raises ForeignValue unless a checkpoint has the fields and types that a run writes."""
+    if fault := fault_in(saved, CHECKPOINT):
+        raise ForeignValue(fault)
+    for name, budget, seconds in saved["phases"]:
+        if not (type(name) is type(budget) is str and NUMBER.fits(seconds)):
+            raise ForeignValue(f"phases holds {name!a}")
+    start = Start(**saved["start"])
+    check_weights(start.weights or {})
+    if start.looped not in (None, False, True):
+        raise ForeignValue("looped must be a truth value")
+    if start.training is not None:
+        check_plain("training", start.training, (*FLOATS, torch.int64, torch.int32, torch.uint8))
+        for key, value in TrainState(**start.training["state"]).__dict__.items():
+            # Only two fields are truth values.
+            wanted = (bool,) if key in ("looped", "rounded") else (int, float)
+            if type(value) not in wanted:
+                raise ForeignValue(f"state.{key} is {value!a}")
+
+
 def has_final_line(log: Path) -> bool:
     """Whether a log holds a run's result."""
-    return log.exists() and re.search(rb"^final .*\n", log.read_bytes(), re.M) is not None
+    if not log.exists():
+        return False
+    with open_regular(log) as file:
+        return any(line.startswith(b"final ") and line.endswith(b"\n") for line in file)
 
 
 # The labels of scores in the log, as PR #1530's script has them, by the keys of the final line. The
@@ -7333,6 +7787,8 @@ class Run:
         # The figures of the final line, and the phases that are over.
         self.final: dict[str, Any] = {}
         self.phases: list[Phase] = []
+        # The artifact, if its file could not be written.
+        self.unsaved_artifact: bytes | None = None
         # Seconds that do not count against the phase that is running.
         self.excluded_seconds = 0.0
         # CUDA graphs of the training, by plan.
@@ -7343,8 +7799,7 @@ class Run:
             lines = self.check_together(origin)
 
         cfg = self.cfg
-        default_id = f"{time.strftime('%Y%m%d-%H%M%S')}_{cfg.preset}_seed{cfg.seed}"
-        run_id = ranks.gather(cfg.run_id or default_id)[0]
+        run_id = self.claim_names(lines)
         self.folder = Path(cfg.artifact_dir or f"runs/{run_id}")
         self.artifact = self.folder / "final_model.int6.ptz"
         log_path = Path(f"logs/{run_id}.txt")
@@ -7370,6 +7825,61 @@ class Run:
         return self.cfg.plans[self.looped]
 
     # --- Before the phases ---
+    def claim_names(self, lines: list[str]) -> str:
+        """The run's name; no other process can use it or write to its folder until this run ends.
+
+        Adds to the lines for the log. Raises UsageError if another process uses them. All ranks
+        must call it.
+        """
+        self.locks: list[FileLock] = []
+        run_id = problem = ""
+        if self.ranks.is_main:
+            try:
+                run_id = self.lock_names()
+            except UsageError as error:
+                problem = str(error)
+            except OSError as error:
+                problem = reason_of(error)
+        lines += [f"warning: {lock.reason}" for lock in self.locks if lock.reason]
+        run_id, problem = self.ranks.gather((run_id, problem))[0]
+        if problem:
+            raise UsageError(problem)
+        return run_id
+
+    def lock_names(self) -> str:
+        """Locks name and folder of the run on rank 0; returns the name.
+
+        Without RUN_ID it is date, preset and seed, with a number if another run has that name.
+        """
+        cfg = self.cfg
+        run_id = default_id = f"{time.strftime('%Y%m%d-%H%M%S')}_{cfg.preset}_seed{cfg.seed}"
+        run_id = cfg.run_id or default_id
+        number = 1
+        while not self.lock(Path(f"logs/{run_id}.lock")) or (
+            not cfg.run_id and os.path.lexists(f"logs/{run_id}.txt")
+        ):
+            if cfg.run_id:
+                raise UsageError(f"RUN_ID={run_id}: {self.locks[-1].holder} is running it")
+            self.locks.pop().release()
+            number += 1
+            run_id = f"{default_id}_{number}"
+        folder = Path(cfg.artifact_dir or f"runs/{run_id}")
+        if not self.lock(folder / "run.lock"):
+            holder = self.locks[-1].holder
+            self.release_locks()
+            raise UsageError(f"ARTIFACT_DIR={cfg.artifact_dir}: {holder} writes to {folder}")
+        return run_id
+
+    def lock(self, path: Path) -> bool:
+        """Adds a lock to those of this run; whether it was free."""
+        self.locks.append(FileLock(path))
+        return self.locks[-1].take()
+
+    def release_locks(self) -> None:
+        """Lets another run have the name and the folder."""
+        for lock in self.locks:
+            lock.release()
+
     def check_together(self, origin: dict[str, str]) -> list[str]:
         """Calls `check` on all ranks; if one raises UsageError, all do.
 
@@ -7382,10 +7892,15 @@ class Run:
             lines = self.check(origin)
         except UsageError as error:
             problem = str(error)
+        except OSError as error:
+            problem = reason_of(error)
         for message in self.ranks.gather(problem):
             if message:
                 raise UsageError(message)
         self.decoded = sum(self.ranks.gather(self.decoded))
+        if not self.decoded:
+            path = self.streams["val"].paths[0]
+            raise UsageError(f"{path}: the validation documents hold no text to score")
         return lines
 
     def check(self, origin: dict[str, str]) -> list[str]:
@@ -7568,7 +8083,8 @@ class Run:
 
         All ranks must call it.
         """
-        if not self.cfg.checkpoint_every:
+        is_incomplete = stage == Stage.PACKED and self.unsaved_artifact is not None
+        if not self.cfg.checkpoint_every or is_incomplete:
             return
         self.checkpoint_number += 1
         if self.ranks.is_main:
@@ -7581,7 +8097,7 @@ class Run:
             }
             body = torch_bytes(saved)
             path = self.folder / f"checkpoint.{self.checkpoint_number % 2}.pt"
-            write_atomic(path, hashlib.sha256(body).digest() + body)
+            self.save(path, hashlib.sha256(body).digest() + body)
 
     def save_weights(self, name: str, weights: dict[str, Tensor], step: int, looped: bool) -> None:
         """Saves full weights and their network's config in the run's folder, for EVAL_ONLY_PATH.
@@ -7597,8 +8113,21 @@ class Run:
         }
         if self.ranks.is_main:
             data = torch_bytes(saved)
-            write_atomic(self.folder / name, data)
+            if not self.save(self.folder / name, data):
+                return
             self.log(f"Serialized model: {len(data)} bytes in {self.folder / name}")
+
+    def save(self, path: Path, data: bytes) -> bool:
+        """Writes a file of the run; whether that was possible. The run goes on without it.
+
+        Its exit status tells in the end.
+        """
+        try:
+            write_atomic(path, data)
+        except OSError as error:
+            self.log.note_failure(reason_of(error))
+            return False
+        return True
 
     # --- The phases ---
     @contextlib.contextmanager
@@ -7666,6 +8195,9 @@ class Run:
                 self.write_samples()
         figures = self.report()
         self.log.close()
+        self.release_locks()
+        if failures := self.ranks.gather(self.log.failures)[0]:
+            raise FilesNotWritten(f"not written: {'; '.join(failures)}")
         return figures
 
     def build_model(self) -> None:
@@ -7686,7 +8218,12 @@ class Run:
         self.log(f"model_params:{sum(p.numel() for p in self.model.parameters())}")
 
     def run_training(self, reserve: float) -> None:
-        """Trains, keeping `reserve` seconds of the budget for compression."""
+        """Trains, keeping `reserve` seconds of the budget for compression.
+
+        The hash of the weights before the first step shows that warm-up has taught them nothing.
+        """
+        self.final["first_weights_sha256"] = weights_sha256(self.model)
+        self.log(f"weights before step 1: sha256 {self.final['first_weights_sha256']}")
         with self.phase("train", budget="train"):
             self.looped = train(self, reserve)
         weights = self.model.state_dict()
@@ -7872,8 +8409,8 @@ class Run:
         with self.phase("pack", budget=budget):
             meta = {"looped": self.looped, "tokenizer": self.tokenizer.sha256}
             data = fit_artifact(quantizer, model, meta, self.log)
-            if ranks.is_main:
-                write_atomic(path, data)
+            if ranks.is_main and not self.save(path, data):
+                self.unsaved_artifact = data
         self.save_checkpoint(Stage.PACKED, weights=model.state_dict(), looped=self.looped)
 
     def load_artifact_file(self, path: Path) -> None:
@@ -7881,7 +8418,9 @@ class Run:
 
         Rank 0's file counts. All ranks must call it. Raises UsageError if the file is damaged.
         """
-        own_data = path.read_bytes() if self.ranks.is_main else None
+        own_data = self.unsaved_artifact
+        if self.ranks.is_main and own_data is None:
+            own_data = read_regular(path, MAX_ARTIFACT_BYTES)
         data = self.ranks.gather(own_data)[0]
         header, arrays = open_artifact(data, path)
         load_artifact(self.model, arrays)
@@ -7983,8 +8522,10 @@ class Run:
         self.final["val_bpb"] = bpb
         self.final["val_tokens"] = result["tokens"]
         self.final["val_bytes"] = result["bytes"]
+        documents = ledger.by_document()
+        self.final["documents_sha256"] = commitment(documents)
         if self.ranks.is_main:
-            self.save_scores(ledger)
+            self.save_scores(documents)
 
     def note_deadline(self, ledger: Ledger) -> str:
         """What the deadline left without learning, for the line of a score; also in the figures."""
@@ -8020,13 +8561,13 @@ class Run:
                 break
         return problems
 
-    def save_scores(self, ledger: Ledger) -> None:
-        """Saves all figures so far, and the newest evaluation's nats and bytes of each document."""
+    def save_scores(self, documents: dict[str, np.ndarray]) -> None:
+        """Saves all figures so far, and the newest evaluation's scores of `documents`."""
         figures = json.dumps(self.final, indent=1)
-        write_atomic(self.folder / "scores.json", figures.encode())
+        self.save(self.folder / "scores.json", figures.encode())
         buffer = io.BytesIO()
-        np.savez(buffer, **ledger.by_document())
-        write_atomic(self.folder / "documents.npz", buffer.getvalue())
+        np.savez(buffer, **documents)
+        self.save(self.folder / "documents.npz", buffer.getvalue())
 
     def write_samples(self) -> None:
         """Logs and saves (samples.json) what the artifact makes of some documents' beginnings."""
@@ -8091,8 +8632,10 @@ class Run:
     def log_gzip(self) -> None:
         """Logs how well gzip compresses the validation text, if the manifest knows."""
         val = self.tokenizer.manifest.get("splits", {}).get("val", {})
-        if val.get("gzip_bytes"):
-            self.final["gzip_bpb"] = 8 * val["gzip_bytes"] / val["bytes"]
+        # Only for show: a manifest that says something odd here ends no run.
+        gzip_bytes, size = val.get("gzip_bytes"), val.get("bytes")
+        if WHOLE.fits(gzip_bytes) and gzip_bytes and size:
+            self.final["gzip_bpb"] = 8 * gzip_bytes / size
             self.log(f"for scale, gzip -9 of each document: val_bpb:{self.final['gzip_bpb']:.4f}")
 
     def log_ending(self) -> None:
@@ -8949,12 +9492,19 @@ def norm_rope(
 # --- XSA ------------------------------------------------------------------------------------------
 #
 # From each head of y (T, H, D), its component along the token's own value v (T, Hkv, D) is removed:
-# y - (y . u) u with u = v / |v| (PR #1530). The reference of the forward is remove_own_value in
+# y - (y . u) u with u = v / |v| (PR #1530). The plain form of the forward is remove_own_value in
 # section 4.
+
+
+def xsa_reference(y: Tensor, v: Tensor) -> Tensor:
+    """remove_own_value, whose result is as dense as the kernel's."""
+    return remove_own_value(y.contiguous(), v)
 
 
 def xsa_backward_reference(y: Tensor, v: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of y and v. A value of length 0 removes nothing, so its gradient is 0."""
+    y = y.contiguous()
+    grad = grad.contiguous()
     wide = torch.promote_types(y.dtype, torch.float32)
     KV = v.size(1)
     g = grad.to(wide).unflatten(1, (KV, -1))  # (T, Hkv, H / Hkv, D)
@@ -9067,7 +9617,7 @@ def xsa_backward_cuda(
     return dy, dv
 
 
-xsa = define_operator("xsa", remove_own_value, xsa_cuda)
+xsa = define_operator("xsa", xsa_reference, xsa_cuda)
 xsa_backward = define_operator("xsa_backward", xsa_backward_reference, xsa_backward_cuda)
 
 
@@ -9354,10 +9904,33 @@ def load_attention(backend: str) -> Callable[..., Tensor]:
     if backend == "torch":
         return adapt_torch_varlen(function)
 
+    return adapt_flash_varlen(function)
+
+
+def adapt_flash_varlen(function: Callable) -> Callable[..., Tensor]:
+    """flash_attn_varlen_func of FA2, FA3 or FA4 with the signature of sdpa_varlen.
+
+    FA4 has no lengths before 2026-01 and takes them from the offsets. FA3 of 2025-01 demands the
+    used lengths of segments, of which None means all. Raises TypeError for any other signature.
+    """
+    signature = inspect.signature(function)
+    known = signature.parameters
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values())
+    length_names = ["max_seqlen_q", "max_seqlen_k"]
+    if not takes_any:
+        length_names = [name for name in length_names if name in known]
+    options: dict[str, Any] = {"causal": True}
+    for name in ("seqused_q", "seqused_k"):
+        if name in known and known[name].default is inspect.Parameter.empty:
+            options[name] = None
+    # This error names the parameter; that of torch.compile would not.
+    given = dict.fromkeys(["cu_seqlens_q", "cu_seqlens_k", *length_names])
+    signature.bind(None, None, None, **given, **options)
+
     def flash(q, k, v, cu_queries, cu_seqlens, max_seqlen):
         offsets = {"cu_seqlens_q": cu_queries, "cu_seqlens_k": cu_seqlens}
-        lengths = {"max_seqlen_q": max_seqlen, "max_seqlen_k": max_seqlen}
-        return function(q, k, v, **offsets, **lengths, causal=True)
+        lengths = dict.fromkeys(length_names, max_seqlen)
+        return function(q, k, v, **offsets, **lengths, **options)
 
     return flash
 
@@ -9521,6 +10094,17 @@ def complain(message: str) -> None:
             print(f"train_gpt.py: {message}", file=sys.stderr, flush=True)
 
 
+def print_plan() -> int:
+    """Prints what a run will need, and returns the exit status. Raises UsageError without tools/.
+
+    It is a process of its own, because the program there imports this file.
+    """
+    path = Path(__file__).resolve().parent / "tools" / "plan.py"
+    if not path.is_file():
+        raise UsageError(f"--plan: needs {path}, which comes with the repository")
+    return subprocess.run([sys.executable, str(path)]).returncode
+
+
 def main(argv: list[str]) -> int:
     """Runs the program. Returns its exit status.
 
@@ -9540,9 +10124,12 @@ def main(argv: list[str]) -> int:
             signal.signal(getattr(signal, "SIGPIPE", signal.SIGTERM), signal.SIG_DFL)
             print_knobs(argv[1] if len(argv) == 2 else "")
             return 0
+        if argv == ["--plan"]:
+            return print_plan()
         if argv:
             raise UsageError(
-                f"{argv[0]}: knobs are environment variables; arguments are --knobs [WORD], --help"
+                f"{argv[0]}: knobs are environment variables; arguments are --knobs [WORD], --plan,"
+                " --help"
             )
         prepare_output()
         handle_signals(raise_stopped)
@@ -9564,6 +10151,11 @@ def main(argv: list[str]) -> int:
         if not is_lost_peer(error):
             raise
         complain(f"rank {dist.get_rank()} lost a peer: {str(error).splitlines()[0]}")
+        return 1
+    except OSError as error:
+        ends_together = isinstance(error, FilesNotWritten)
+        if not ends_together or os.environ.get("RANK", "0") == "0":
+            complain(reason_of(error))
         return 1
     finally:
         # NCCL waits for all ranks when its group is destroyed. A rank that fails by itself would

@@ -653,7 +653,8 @@ def test_a_verdict_counts_only_for_the_very_files(root, capsys):
     extra.unlink()
     for damaged in ("", "[]", '{"errors": ["x"]}', verdict[:-30]):
         (folder_of(root) / "doctor.json").write_text(damaged)
-        opened(tiny_config(data_dir=root))
+        with pytest.raises(tg.UsageError, match=r"doctor.json: .*; .* doctor writes it anew$"):
+            opened(tiny_config(data_dir=root))
     (folder_of(root) / "doctor.json").write_text(verdict)
     refused()
 

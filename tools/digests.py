@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 from pathlib import Path
 
@@ -12,7 +13,12 @@ def sha256(data: bytes) -> str:
 
 
 def file_sha256(path: Path) -> str:
-    """The SHA-256 of a file, read in blocks of 1 MiB because shards are large."""
+    """The SHA-256 of a file, read in blocks of 1 MiB because shards are large.
+
+    Raises OSError for what is no file, as a FIFO, which would make the program wait.
+    """
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "is not a file", str(path))
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

@@ -50,7 +50,18 @@ import sidecar  # noqa: E402
 from digests import sha256  # noqa: E402
 from overlap import PartScan, Shared, ShingleIndex  # noqa: E402
 
-from train_gpt import SHARD_HEADER, ByteTable, UsageError, read_shard, shard_paths, write_atomic  # noqa: E402
+from train_gpt import (  # noqa: E402
+    MAX_JSON_BYTES,
+    MAX_TOKENIZER_BYTES,
+    MAX_WEIGHTS_BYTES,
+    SHARD_HEADER,
+    ByteTable,
+    UsageError,
+    read_regular,
+    read_shard,
+    shard_paths,
+    write_atomic,
+)
 
 HEADER_BYTES = 1024
 BLOCK = 1 << 20  # ids looked at together where a whole shard would take too much memory
@@ -161,7 +172,7 @@ def first_position(tokens: np.ndarray, wanted: int) -> int:
 
 def examine_shard(path: Path, vocab_size: int, bos_id: int) -> Shard:
     """Hash, header, length, id range and byte order of one file."""
-    data = path.read_bytes()
+    data = read_regular(path, MAX_WEIGHTS_BYTES)
     digest = sha256(data)
     if fault := header_fault(path.name, data):
         return Shard(path, digest, 0, -1, [fault])
@@ -200,12 +211,12 @@ def is_manifest(manifest: Any) -> bool:
 def read_manifest(folder: Path, faults: list[Fault]) -> dict[str, Any]:
     """The manifest; {} and a fault if there is none or if prepare_data.py did not write it."""
     path = folder / "manifest.json"
-    if not path.exists():
+    if not os.path.lexists(path):
         text = "there is none, so totals and hashes are not checked"
         faults.append(warning("manifest", path.name, text))
         return {}
-    with contextlib.suppress(ValueError):
-        manifest = json.loads(path.read_text())
+    with contextlib.suppress(ValueError, RecursionError):
+        manifest = json.loads(read_regular(path, MAX_JSON_BYTES))
         if is_manifest(manifest):
             return manifest
     faults.append(error("manifest", path.name, "is not one of tools/prepare_data.py"))
@@ -228,7 +239,7 @@ def load_tokenizer(path: Path, manifest: dict[str, Any], faults: list[Fault]) ->
     apart with it.
     """
     try:
-        data = path.read_bytes()
+        data = read_regular(path, MAX_TOKENIZER_BYTES)
         sp = spm.SentencePieceProcessor(model_proto=data)
     except (OSError, RuntimeError) as reason:
         text = f"no SentencePiece model at {path} ({type(reason).__name__})"

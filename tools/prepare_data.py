@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import dataclasses
 import gzip
 import hashlib
@@ -39,6 +40,7 @@ import json
 import os
 import platform
 import random
+import re
 import shutil
 import sys
 import sysconfig
@@ -68,7 +70,20 @@ import caseops  # noqa: E402
 import doctor  # noqa: E402
 from digests import file_sha256, sha256  # noqa: E402
 
-from train_gpt import ByteTable, UsageError, read_shard, shard_paths, write_atomic, write_shard  # noqa: E402
+from train_gpt import (  # noqa: E402
+    MAX_JSON_BYTES,
+    MAX_TOKENIZER_BYTES,
+    ByteTable,
+    FileLock,
+    UsageError,
+    open_regular,
+    read_regular,
+    read_shard,
+    reason_of,
+    shard_paths,
+    write_atomic,
+    write_shard,
+)
 
 # Bytes of training text that a tokenizer is trained on; more changes little.
 TOKENIZER_SAMPLE_BYTES = 64_000_000
@@ -409,11 +424,12 @@ def write_dataset(target: Target, splits: dict[str, Iterable[str]], force: bool)
     Raises UsageError rather than replace the tokenizer of other data sets, unless `force` is given.
     A tokenizer that was trained here belongs to this data set alone and may be replaced.
     """
-    occupied = target.tokenizer.exists() and target.tokenizer.read_bytes() != target.model
+    occupied = target.tokenizer.exists()
+    if occupied:
+        occupied = read_regular(target.tokenizer, MAX_TOKENIZER_BYTES) != target.model
     if occupied and not force and not target.lossless:
         raise UsageError(f"{target.tokenizer} exists with other content; --force replaces it")
-    staging = target.folder.with_name(f".{target.dataset}.part")
-    shutil.rmtree(staging, ignore_errors=True)
+    staging = target.folder.with_name(f".{target.dataset}.{os.getpid()}.part")
     try:
         staging.mkdir(parents=True)
         entries = {}
@@ -421,11 +437,52 @@ def write_dataset(target: Target, splits: dict[str, Iterable[str]], force: bool)
             entries[split] = write_split(target, staging, split, documents)
         write_manifest(target, staging, entries)
         write_atomic(target.tokenizer, target.model)
-        shutil.rmtree(target.folder, ignore_errors=True)
-        staging.rename(target.folder)
+        put_in_place(staging, target.folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     print(f"wrote {target.folder}")
+
+
+# === Two at once ==================================================================================
+def lock_dataset(args: argparse.Namespace, dataset: str) -> None:
+    """Waits until no other process prepares this data set, and keeps others waiting until the end.
+
+    Then tidies up after a process that was killed.
+    """
+    folder = args.data_dir / "datasets" / dataset
+    lock = FileLock(folder.with_name(f".{dataset}.lock"))
+    try:
+        if not lock.take():
+            print(f"{folder}: waiting for {lock.holder}", file=sys.stderr)
+            lock.take(wait=True)
+    except OSError:
+        # Where nothing can be written, nothing can be lost: the data set is there or is not.
+        return
+    args.locks.callback(lock.release)
+    if lock.reason:
+        print(f"{lock.reason}; do not prepare {dataset} twice at once", file=sys.stderr)
+        return
+    for path in folder.parent.iterdir():
+        if re.fullmatch(rf"\.{re.escape(dataset)}\.\d+\.part", path.name):
+            shutil.rmtree(path, ignore_errors=True)
+    aside = aside_of(folder)
+    if aside.exists() and not folder.exists():
+        aside.rename(folder)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def aside_of(folder: Path) -> Path:
+    """Where a data set stays until the new one is in its place."""
+    return folder.with_name(f".{folder.name}.old")
+
+
+def put_in_place(staging: Path, folder: Path) -> None:
+    """Replaces a data set by a new one, so that a kill leaves the old one or the new."""
+    aside = aside_of(folder)
+    if folder.exists():
+        folder.rename(aside)
+    staging.rename(folder)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def transform_of(args: argparse.Namespace) -> caseops.Transform | None:
@@ -477,14 +534,15 @@ def is_prepared(args: argparse.Namespace, dataset: str, inputs: str) -> bool:
     Raises UsageError if the folder holds anything else: nothing of value is overwritten without
     --force.
     """
+    lock_dataset(args, dataset)
     folder = args.data_dir / "datasets" / dataset
     if args.force or not folder.exists():
         return False
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest = json.loads(read_regular(folder / "manifest.json", MAX_JSON_BYTES))
         files = prepared_files(args.data_dir, folder, manifest)
         made_from = manifest.get("inputs")
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         text = f"{folder} exists without a usable manifest.json; --force replaces it"
         raise UsageError(text) from None
     if made_from != inputs:
@@ -749,6 +807,8 @@ class Line(NamedTuple):
 def open_input(path: Path) -> BinaryIO:
     """Decompressed bytes of a file. Raises UsageError for an unknown suffix."""
     kind = path.suffix
+    # Files are read more than once, which nothing but a file allows.
+    open_regular(path).close()
     if kind in (".zst", ".gz"):
         kind = "".join(path.suffixes[-2:])
     if kind in (".txt", ".jsonl"):
@@ -915,7 +975,7 @@ def run_text(args: argparse.Namespace) -> None:
     model = b""
     vocab_size = args.vocab_size
     if args.tokenizer:
-        model = args.tokenizer.read_bytes()
+        model = read_regular(args.tokenizer, MAX_TOKENIZER_BYTES)
         sp = load_tokenizer(model, args.tokenizer)
         vocab_size = sp.vocab_size()
         if bool(args.caseops) != bool(caseops.operator_ids(sp)):
@@ -1164,6 +1224,7 @@ def run_fineweb(args: argparse.Namespace) -> None:
     manifest.
     """
     dataset = published_name(args)
+    lock_dataset(args, dataset)
     folder = args.data_dir / "datasets" / dataset
     staging = folder.with_name(f".{dataset}.part")  # stays after a failure, so a download can go on
     try:
@@ -1334,12 +1395,13 @@ def main(argv: list[str] | None = None) -> int:
         if "/" in name:
             text = "must be a name; --data-dir says where the data set goes"
             raise UsageError(f"--name {name}: {text}")
-        return args.run(args) or 0
+        with contextlib.ExitStack() as args.locks:
+            return args.run(args) or 0
     except UsageError as error:
         print(f"prepare_data.py: {error}", file=sys.stderr)
         return 2
     except OSError as error:  # a missing file, a folder, no permission, a full disk
-        print(f"prepare_data.py: {error.filename}: {error.strerror}", file=sys.stderr)
+        print(f"prepare_data.py: {reason_of(error)}", file=sys.stderr)
         return 2
 
 
