@@ -32,6 +32,7 @@ dev: $(VENV)/developer
 run: install
 	$(BIN)/python tools/prepare_data.py pydocs
 	PRESET=cpu DATASET=pydocs_sp1024 $(BIN)/python train_gpt.py
+	$(BIN)/python tools/samples.py
 	$(BIN)/python tools/picture.py
 
 # FineWeb and the full run on all GPUs of this machine.

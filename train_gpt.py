@@ -663,12 +663,6 @@ class ScoringKnobs:
     eval_stride: int = knob(64, "tokens scored by each sliding window but the first", 1)
     logit_temperature: float = knob(1.0, "divisor of scored logits; choose it beforehand", 0.01)
     sliding_window_enabled: bool = knob(False, "score with sliding windows as well")
-    sample_tokens: int = knob(
-        0,
-        "tokens of each text that the artifact writes at the end, off the clock; 0: none",
-        0,
-        4096,
-    )
     val_doc_fraction: float = knob(1.0, "share of the validation documents, drawn by SEED", 1e-9, 1)
     eval_deadline_seconds: float = knob(580.0, "seconds for all scores; learning stops in time")
     tilt_order: int = knob(
@@ -1201,7 +1195,8 @@ WITHOUT_EFFECT = {
 REJECTED_NAMES = SET_ELSEWHERE | AGAINST_THE_RULES | WITHOUT_EFFECT
 
 # What to say of names that belong to parts of public scripts which are not here; * stands for any
-# text. They are refused unless their value, one of OFF, switches the part off.
+# text. They are refused unless their value, one of OFF, switches the part off. This table and the
+# next stay behind when the file is packed.
 OFF = ("", "0", "0.0", "-1", "none", "false")
 ABSENT = {
     "QUANTIZER=allocated gives those rows finer steps (PR #1797)": "LQER_* AWQ_*",
@@ -1580,7 +1575,6 @@ CPU = dict(
     eval_seq_len=512,
     # On two idle cores the evaluation takes 95 s; on busy ones this bounds it.
     eval_deadline_seconds=150.0,
-    sample_tokens=48,
     ttt_lora_rank=8,
     ttt_lora_lr=3e-3,
     ttt_chunk_size=128,
@@ -7449,69 +7443,6 @@ def learn_weights(
     model.requires_grad_(False)
 
 
-# --- What the model writes ------------------------------------------------------------------------
-#
-# Beginnings of validation documents, continued by the artifact. They show what was trained and
-# count for nothing: all scores are there by then, and no budget is running.
-NUM_PROMPTS = 3
-PROMPT_TOKENS = 24
-SAMPLE_TEMPERATURE = 0.8
-
-
-def choose_prompts(docs: Documents) -> np.ndarray:
-    """Documents (n,) for the prompts, evenly spaced among those that go on after their prompt."""
-    long_enough = np.flatnonzero(docs.counts > PROMPT_TOKENS)
-    places = np.arange(NUM_PROMPTS) * len(long_enough) // NUM_PROMPTS
-    return long_enough[np.unique(places)] if len(long_enough) else long_enough
-
-
-@torch.no_grad()
-def continue_prompts(
-    model: GPT, plan: tuple[Visit, ...], prompts: np.ndarray, num_tokens: int, device: torch.device
-) -> np.ndarray:
-    """Continues each prompt, ids (n, P), greedily and by sampling: ids (2, n, num_tokens).
-
-    The texts are the segments of one row. Its shape never changes, because no position of a causal
-    model depends on what stands behind it. A sample depends on SEED alone.
-    """
-    cfg = model.cfg
-    num_prompts, prompt_tokens = prompts.shape
-    length = prompt_tokens + num_tokens
-    ids = torch.zeros(2 * num_prompts, length, dtype=torch.long)
-    ids[:, :prompt_tokens] = torch.from_numpy(np.concatenate([prompts, prompts]))
-    starts = np.arange(0, ids.numel(), length)
-    shape = RowShape(ids.numel(), len(ids), length)
-    no_targets = np.full(ids.numel(), -1)
-    generator = torch.Generator().manual_seed(cfg.seed)
-    head_inputs: list[Tensor] = []
-
-    def tap(site: str, layer: int, x: Tensor) -> None:
-        if site == "head_in":
-            head_inputs.append(x)
-
-    # The forward is needed up to the head's inputs, so one target is enough.
-    select = torch.zeros(1, dtype=torch.long, device=device)
-    for end in range(prompt_tokens, length):
-        batch = pack_row(ids.flatten().numpy(), no_targets, starts, shape, device)
-        model(batch, plan, tap=tap, select=select)
-        x = head_inputs.pop()[starts + end - 1].float()
-        logits = cfg.logit_softcap * torch.tanh(x @ model.tok_emb.float().T / cfg.logit_softcap)
-        probabilities = (logits / SAMPLE_TEMPERATURE).softmax(-1).cpu()
-        ids[:num_prompts, end] = probabilities[:num_prompts].argmax(-1)
-        drawn = torch.multinomial(probabilities[num_prompts:], 1, generator=generator)
-        ids[num_prompts:, end] = drawn[:, 0]
-    return ids[:, prompt_tokens:].view(2, num_prompts, num_tokens).numpy()
-
-
-def readable_text(tokenizer: Tokenizer, ids: np.ndarray) -> str:
-    """The text of tokens (n,) up to a BOS. Operators of CaseOps are applied, roughly."""
-    until_bos = takewhile(lambda token: token != tokenizer.bos_id, ids.tolist())
-    text = tokenizer.model.decode(list(until_bos))
-    text = re.sub("\ue002([a-z]+)", lambda match: match[1].upper(), text)
-    text = re.sub("[\ue001\ue003](.)", lambda match: match[1].upper(), text)
-    return re.sub(f"[{CASE_OPERATORS}]", "", text)
-
-
 # === 11. Run: its phases in order, each leaving a file ============================================
 # Errors from reading a file that no run of this program wrote.
 FOREIGN_FILE_ERRORS = (
@@ -8190,9 +8121,6 @@ class Run:
 
         self.load_artifact_file(path)
         self.evaluate_artifact()
-        if self.cfg.sample_tokens and self.ranks.is_main:
-            with self.phase("sample", budget="none"):
-                self.write_samples()
         figures = self.report()
         self.log.close()
         self.release_locks()
@@ -8568,35 +8496,6 @@ class Run:
         buffer = io.BytesIO()
         np.savez(buffer, **documents)
         self.save(self.folder / "documents.npz", buffer.getvalue())
-
-    def write_samples(self) -> None:
-        """Logs and saves (samples.json) what the artifact makes of some documents' beginnings."""
-        chosen = choose_prompts(self.docs)
-        if not len(chosen):
-            return
-        beginnings = self.docs.starts[chosen, None] + np.arange(PROMPT_TOKENS)
-        prompts = self.docs.tokens[beginnings]
-        count = min(self.cfg.sample_tokens, max(self.cfg.eval_seq_len - PROMPT_TOKENS, 1))
-        device = self.ranks.device
-        written = continue_prompts(self.model, self.plan, prompts, count, device)
-        self.log(f"samples: what the artifact writes; sampled at temperature {SAMPLE_TEMPERATURE}")
-        samples = []
-        for i, document in enumerate(chosen):
-            after = self.docs.starts[document] + PROMPT_TOKENS
-            end = self.docs.starts[document] + self.docs.counts[document]
-            # A prompt begins with BOS.
-            ids = {
-                "prompt": prompts[i, 1:],
-                "greedy": written[0, i],
-                "sampled": written[1, i],
-                "document": self.docs.tokens[after : min(after + count, end)],
-            }
-            texts = {name: readable_text(self.tokenizer, part) for name, part in ids.items()}
-            for name in ("prompt", "greedy", "sampled"):
-                self.log(f"  {name:<8} {json.dumps(texts[name], ensure_ascii=False)}")
-            samples.append({"number": int(document), **texts})
-        text = json.dumps(samples, indent=1, ensure_ascii=False)
-        write_atomic(self.folder / "samples.json", text.encode())
 
     # --- Report ---
     def report(self) -> dict[str, Any]:
@@ -10115,8 +10014,9 @@ def main(argv: list[str]) -> int:
     ends_together = False
     try:
         if argv in (["--help"], ["-h"]):
-            # The packed file has no docstrings, but it holds the readable source.
-            print(TEXT.split('"""')[1])
+            # The packed file has no docstrings.
+            usage = "python train_gpt.py [--knobs [WORD] | --plan]; knobs are environment variables"
+            print(TEXT.split('"""')[1] if TEXT.startswith('"""') else usage)
             return 0
         if argv[:1] == ["--knobs"] and len(argv) <= 2:
             # A pipe that closes early, as that to `head`, ends the program in silence. Windows has

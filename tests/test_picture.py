@@ -60,10 +60,11 @@ def test_without_a_finished_run_there_is_one_line_and_status_2(log, capsys, tmp_
     assert second == "picture.py: logs: holds no log; make run writes one"
 
 
-def test_make_run_ends_with_the_picture():
+def test_make_run_ends_with_samples_and_picture():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     recipe = makefile.split("\nrun: install\n")[1].split("\n\n")[0]
-    assert recipe.splitlines()[-1] == "\t$(BIN)/python tools/picture.py"
+    last = [f"\t$(BIN)/python tools/{name}.py" for name in ("samples", "picture")]
+    assert recipe.splitlines()[-2:] == last
     needed = (ROOT / "requirements.txt").read_text(encoding="utf-8")
     assert "\nmatplotlib\n" in needed
 
