@@ -9,9 +9,15 @@ BENCHES := $(filter-out bench/reference.py bench/fake_hopper.py,$(wildcard bench
 .PHONY: run record report compare evidence pack bench test lint gpu gpu-systems gpu-frontier install dev
 
 $(VENV)/installed: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' || { \
+	  echo "make: $(PYTHON) is not Python 3.10 to 3.13; choose one: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' || { \
+	  echo "make: $(PYTHON) cannot make environments: apt-get install python3-venv"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet -r requirements.txt
+	@echo "installing torch and a few packages into $(VENV): about 3 GB on Linux, minutes"
+	@$(BIN)/pip install --quiet --upgrade pip && $(BIN)/pip install --quiet -r requirements.txt || { \
+	  echo "make: pip failed. No network? Behind a proxy set HTTPS_PROXY, for a mirror PIP_INDEX_URL;" \
+	    "without CUDA: PIP_EXTRA_INDEX_URL of PyTorch's CPU builds. Then type make again"; exit 1; }
 	touch $@
 
 $(VENV)/developer: $(VENV)/installed requirements-tools.txt
@@ -21,10 +27,13 @@ $(VENV)/developer: $(VENV)/installed requirements-tools.txt
 install: $(VENV)/installed
 dev: $(VENV)/developer
 
-# The embedded default: docstrings and help topics of the installed packages, the miniature, about six minutes on 2 cores.
+# The embedded default: docstrings and help topics of the installed packages, the miniature, about five minutes on 2 cores,
+# then what the model writes and a picture of the run.
 run: install
 	$(BIN)/python tools/prepare_data.py pydocs
 	PRESET=cpu DATASET=pydocs_sp1024 $(BIN)/python train_gpt.py
+	$(BIN)/python tools/samples.py
+	$(BIN)/python tools/picture.py
 
 # FineWeb and the full run on all GPUs of this machine.
 record: install

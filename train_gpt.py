@@ -4,8 +4,9 @@ How to run it:
 
     python train_gpt.py                                      # one process, on any device
     torchrun --standalone --nproc_per_node=8 train_gpt.py    # 8 GPUs over FineWeb shards
-    python train_gpt.py --knobs                              # every knob, meaning and defaults
+    python train_gpt.py --knobs [WORD]                       # knobs, meanings and defaults
     python train_gpt.py --plan                               # what a run will need, in seconds
+    PRESET=cpu SEED=42 python train_gpt.py                   # knobs are environment variables
 
 The run, and what each phase leaves behind (files without a folder lie in runs/<RUN_ID>/):
 
@@ -85,6 +86,7 @@ import stat
 import struct
 import subprocess
 import sys
+import textwrap
 import time
 import warnings
 import zipfile
@@ -106,11 +108,19 @@ if __name__ == "__main__":
 
     signal.signal(signal.SIGINT, leave)
 
-import numpy as np
-import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor, nn
+try:
+    import numpy as np
+    import torch
+    import torch.distributed as dist
+    import torch.nn.functional as F
+    from torch import Tensor, nn
+except ImportError as error:
+    print(
+        f"train_gpt.py: {error}; with Python 3.10 to 3.13: make install, then"
+        f" .venv/bin/python train_gpt.py (this is Python {sys.version.split()[0]})",
+        file=sys.stderr,
+    )
+    sys.exit(2)
 
 # Windows has no such locks.
 try:
@@ -653,12 +663,6 @@ class ScoringKnobs:
     eval_stride: int = knob(64, "tokens scored by each sliding window but the first", 1)
     logit_temperature: float = knob(1.0, "divisor of scored logits; choose it beforehand", 0.01)
     sliding_window_enabled: bool = knob(False, "score with sliding windows as well")
-    sample_tokens: int = knob(
-        0,
-        "tokens of each text that the artifact writes at the end, off the clock; 0: none",
-        0,
-        4096,
-    )
     val_doc_fraction: float = knob(1.0, "share of the validation documents, drawn by SEED", 1e-9, 1)
     eval_deadline_seconds: float = knob(580.0, "seconds for all scores; learning stops in time")
     tilt_order: int = knob(
@@ -1191,7 +1195,8 @@ WITHOUT_EFFECT = {
 REJECTED_NAMES = SET_ELSEWHERE | AGAINST_THE_RULES | WITHOUT_EFFECT
 
 # What to say of names that belong to parts of public scripts which are not here; * stands for any
-# text. They are refused unless their value, one of OFF, switches the part off.
+# text. They are refused unless their value, one of OFF, switches the part off. This table and the
+# next stay behind when the file is packed.
 OFF = ("", "0", "0.0", "-1", "none", "false")
 ABSENT = {
     "QUANTIZER=allocated gives those rows finer steps (PR #1797)": "LQER_* AWQ_*",
@@ -1568,7 +1573,8 @@ CPU = dict(
     ema_decay=0.98,
     val_batch_tokens=65536,
     eval_seq_len=512,
-    sample_tokens=48,
+    # On two idle cores the evaluation takes 95 s; on busy ones this bounds it.
+    eval_deadline_seconds=150.0,
     ttt_lora_rank=8,
     ttt_lora_lr=3e-3,
     ttt_chunk_size=128,
@@ -1714,17 +1720,29 @@ def preset_values(preset: str, shrink: bool) -> dict[str, Any]:
     return values
 
 
-def print_knobs() -> None:
-    """Print a line per knob: its variable, its default in every preset, its meaning."""
-    print(f"{'variable':28}" + "".join(f"{preset:>14}" for preset in PRESETS) + "  meaning")
+def print_knobs(word: str) -> None:
+    """Print each knob whose name or meaning has `word`, in lines of at most 100 columns.
+
+    A variable stands with its default in the preset `record` and in those that differ, then its
+    meaning. Raises UsageError if there is none.
+    """
+    wrap = partial(textwrap.fill, width=100, break_on_hyphens=False)
+    is_known = False
     for name, field in FIELDS.items():
-        cells = []
+        meaning = " ".join([field.metadata["doc"], " | ".join(field.metadata["choices"])]).strip()
+        if word.lower() not in f"{name} {meaning}".lower():
+            continue
+        is_known = True
+        cells = {}
         for preset in PRESETS:
             value = preset_values(preset, shrink=False).get(name, field.default)
-            cell = f"{value:g}" if isinstance(value, (int, float)) else value or "-"
-            cells.append(f" {cell:>13}")
-        choices = " | ".join(field.metadata["choices"])
-        print(f"{name.upper():28}{''.join(cells)}  {field.metadata['doc']} {choices}")
+            cells[preset] = f"{value:g}" if isinstance(value, (int, float)) else value or "-"
+        usual = cells.pop("record")
+        others = " ".join(f"{preset}={cell}" for preset, cell in cells.items() if cell != usual)
+        print(wrap(f"{name.upper()}={usual}  {others}".strip(), subsequent_indent=" " * 8))
+        print(wrap(meaning, initial_indent=" " * 4, subsequent_indent=" " * 4))
+    if not is_known:
+        raise UsageError(f"--knobs {word}: no knob has this word in its name or meaning")
 
 
 # === 2. Runtime: ranks, log, clock ===
@@ -2682,7 +2700,10 @@ class Tokenizer(NamedTuple):
         bytes, or is not the tokenizer that the manifest names.
         """
         # Imported here, because benchmarks that use this file without text need no such package.
-        import sentencepiece
+        try:
+            import sentencepiece
+        except ImportError as error:
+            raise UsageError(f"{error}: make install, or pip install sentencepiece") from error
 
         manifest, default_name, wanted_sha256 = load_manifest(cfg)
         path = Path(cfg.tokenizer_path or Path(cfg.data_dir) / "tokenizers" / default_name)
@@ -7422,69 +7443,6 @@ def learn_weights(
     model.requires_grad_(False)
 
 
-# --- What the model writes ------------------------------------------------------------------------
-#
-# Beginnings of validation documents, continued by the artifact. They show what was trained and
-# count for nothing: all scores are there by then, and no budget is running.
-NUM_PROMPTS = 3
-PROMPT_TOKENS = 24
-SAMPLE_TEMPERATURE = 0.8
-
-
-def choose_prompts(docs: Documents) -> np.ndarray:
-    """Documents (n,) for the prompts, evenly spaced among those that go on after their prompt."""
-    long_enough = np.flatnonzero(docs.counts > PROMPT_TOKENS)
-    places = np.arange(NUM_PROMPTS) * len(long_enough) // NUM_PROMPTS
-    return long_enough[np.unique(places)] if len(long_enough) else long_enough
-
-
-@torch.no_grad()
-def continue_prompts(
-    model: GPT, plan: tuple[Visit, ...], prompts: np.ndarray, num_tokens: int, device: torch.device
-) -> np.ndarray:
-    """Continues each prompt, ids (n, P), greedily and by sampling: ids (2, n, num_tokens).
-
-    The texts are the segments of one row. Its shape never changes, because no position of a causal
-    model depends on what stands behind it. A sample depends on SEED alone.
-    """
-    cfg = model.cfg
-    num_prompts, prompt_tokens = prompts.shape
-    length = prompt_tokens + num_tokens
-    ids = torch.zeros(2 * num_prompts, length, dtype=torch.long)
-    ids[:, :prompt_tokens] = torch.from_numpy(np.concatenate([prompts, prompts]))
-    starts = np.arange(0, ids.numel(), length)
-    shape = RowShape(ids.numel(), len(ids), length)
-    no_targets = np.full(ids.numel(), -1)
-    generator = torch.Generator().manual_seed(cfg.seed)
-    head_inputs: list[Tensor] = []
-
-    def tap(site: str, layer: int, x: Tensor) -> None:
-        if site == "head_in":
-            head_inputs.append(x)
-
-    # The forward is needed up to the head's inputs, so one target is enough.
-    select = torch.zeros(1, dtype=torch.long, device=device)
-    for end in range(prompt_tokens, length):
-        batch = pack_row(ids.flatten().numpy(), no_targets, starts, shape, device)
-        model(batch, plan, tap=tap, select=select)
-        x = head_inputs.pop()[starts + end - 1].float()
-        logits = cfg.logit_softcap * torch.tanh(x @ model.tok_emb.float().T / cfg.logit_softcap)
-        probabilities = (logits / SAMPLE_TEMPERATURE).softmax(-1).cpu()
-        ids[:num_prompts, end] = probabilities[:num_prompts].argmax(-1)
-        drawn = torch.multinomial(probabilities[num_prompts:], 1, generator=generator)
-        ids[num_prompts:, end] = drawn[:, 0]
-    return ids[:, prompt_tokens:].view(2, num_prompts, num_tokens).numpy()
-
-
-def readable_text(tokenizer: Tokenizer, ids: np.ndarray) -> str:
-    """The text of tokens (n,) up to a BOS. Operators of CaseOps are applied, roughly."""
-    until_bos = takewhile(lambda token: token != tokenizer.bos_id, ids.tolist())
-    text = tokenizer.model.decode(list(until_bos))
-    text = re.sub("\ue002([a-z]+)", lambda match: match[1].upper(), text)
-    text = re.sub("[\ue001\ue003](.)", lambda match: match[1].upper(), text)
-    return re.sub(f"[{CASE_OPERATORS}]", "", text)
-
-
 # === 11. Run: its phases in order, each leaving a file ============================================
 # Errors from reading a file that no run of this program wrote.
 FOREIGN_FILE_ERRORS = (
@@ -8163,9 +8121,6 @@ class Run:
 
         self.load_artifact_file(path)
         self.evaluate_artifact()
-        if self.cfg.sample_tokens and self.ranks.is_main:
-            with self.phase("sample", budget="none"):
-                self.write_samples()
         figures = self.report()
         self.log.close()
         self.release_locks()
@@ -8541,35 +8496,6 @@ class Run:
         buffer = io.BytesIO()
         np.savez(buffer, **documents)
         self.save(self.folder / "documents.npz", buffer.getvalue())
-
-    def write_samples(self) -> None:
-        """Logs and saves (samples.json) what the artifact makes of some documents' beginnings."""
-        chosen = choose_prompts(self.docs)
-        if not len(chosen):
-            return
-        beginnings = self.docs.starts[chosen, None] + np.arange(PROMPT_TOKENS)
-        prompts = self.docs.tokens[beginnings]
-        count = min(self.cfg.sample_tokens, max(self.cfg.eval_seq_len - PROMPT_TOKENS, 1))
-        device = self.ranks.device
-        written = continue_prompts(self.model, self.plan, prompts, count, device)
-        self.log(f"samples: what the artifact writes; sampled at temperature {SAMPLE_TEMPERATURE}")
-        samples = []
-        for i, document in enumerate(chosen):
-            after = self.docs.starts[document] + PROMPT_TOKENS
-            end = self.docs.starts[document] + self.docs.counts[document]
-            # A prompt begins with BOS.
-            ids = {
-                "prompt": prompts[i, 1:],
-                "greedy": written[0, i],
-                "sampled": written[1, i],
-                "document": self.docs.tokens[after : min(after + count, end)],
-            }
-            texts = {name: readable_text(self.tokenizer, part) for name, part in ids.items()}
-            for name in ("prompt", "greedy", "sampled"):
-                self.log(f"  {name:<8} {json.dumps(texts[name], ensure_ascii=False)}")
-            samples.append({"number": int(document), **texts})
-        text = json.dumps(samples, indent=1, ensure_ascii=False)
-        write_atomic(self.folder / "samples.json", text.encode())
 
     # --- Report ---
     def report(self) -> dict[str, Any]:
@@ -10087,17 +10013,23 @@ def main(argv: list[str]) -> int:
     # Whether every rank is on its way to this same end.
     ends_together = False
     try:
-        if argv == ["--knobs"]:
+        if argv in (["--help"], ["-h"]):
+            # The packed file has no docstrings.
+            usage = "python train_gpt.py [--knobs [WORD] | --plan]; knobs are environment variables"
+            print(TEXT.split('"""')[1] if TEXT.startswith('"""') else usage)
+            return 0
+        if argv[:1] == ["--knobs"] and len(argv) <= 2:
             # A pipe that closes early, as that to `head`, ends the program in silence. Windows has
             # no SIGPIPE; there the default of SIGTERM is set again, which changes nothing.
             signal.signal(getattr(signal, "SIGPIPE", signal.SIGTERM), signal.SIG_DFL)
-            print_knobs()
+            print_knobs(argv[1] if len(argv) == 2 else "")
             return 0
         if argv == ["--plan"]:
             return print_plan()
         if argv:
             raise UsageError(
-                f"{argv[0]}: knobs are environment variables; the arguments are --knobs and --plan"
+                f"{argv[0]}: knobs are environment variables; arguments are --knobs [WORD], --plan,"
+                " --help"
             )
         prepare_output()
         handle_signals(raise_stopped)

@@ -858,17 +858,45 @@ def test_knobs_option_prints_every_knob_with_its_default_per_preset(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert list(tmp_path.iterdir()) == []
-    head, *lines = done.stdout.splitlines()
-    assert head.split() == ["variable", *tg.PRESETS, "meaning"]
-    assert [line.split()[0] for line in lines] == [f.name.upper() for f in FIELDS]
-    for line, f in zip(lines, FIELDS, strict=True):
-        cells = line.split()[1 : 1 + len(tg.PRESETS)]
-        expected = [getattr(preset(p), f.name) for p in tg.PRESETS]
-        if type(f.default) is str:
-            assert cells == [value or "-" for value in expected], line
-        else:
-            assert [float(cell) for cell in cells] == expected, line
-        assert f.metadata["doc"] in line
+    lines = done.stdout.splitlines()
+    assert max(map(len, lines)) <= 100
+    blocks = re.split(r"\n(?=[A-Z])", done.stdout.rstrip("\n"))
+    for block, f in zip(blocks, FIELDS, strict=True):
+        words = " ".join(block.split())
+        usual, *others = words[: words.index(f.metadata["doc"])].split()
+        cells = dict.fromkeys(tg.PRESETS, usual.removeprefix(f"{f.name.upper()}="))
+        cells |= dict(cell.split("=") for cell in others)
+        for name, cell in cells.items():
+            value = getattr(preset(name), f.name)
+            if type(f.default) is str:
+                assert cell == (value or "-"), block
+            else:
+                assert float(cell) == value, block
+
+
+def test_knobs_with_a_word_prints_those_that_have_it(capsys):
+    assert tg.main(["--knobs", "tilt"]) == 0
+    names = re.findall(r"^([A-Z_\d]+)=", capsys.readouterr().out, re.M)
+    assert names == [f.name.upper() for f in FIELDS if f.name.startswith("tilt")]
+    assert tg.main(["--knobs", "zebra"]) == 2
+    assert capsys.readouterr().err.startswith("train_gpt.py: --knobs zebra: no knob has this word")
+
+
+def test_help_prints_how_to_run_it_and_ends_with_0(capsys):
+    for option in ("--help", "-h"):
+        assert tg.main([option]) == 0
+        text = capsys.readouterr().out
+        assert "How to run it:" in text and "torchrun" in text and len(text.splitlines()) > 50
+
+
+def test_missing_package_ends_in_one_line_with_the_remedy(tmp_path):
+    script = str(ROOT / "train_gpt.py")
+    code = f"import runpy, sys; sys.modules['torch'] = None; runpy.run_path({script!r})"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert done.stderr.startswith("train_gpt.py: ") and "make install" in done.stderr
 
 
 def test_knobs_into_a_pipe_that_closes_end_in_silence(tmp_path):

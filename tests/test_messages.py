@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -233,3 +234,29 @@ def test_packed_code_never_overwrites_its_source(tmp_path, capsys):
         assert pack.main(["--code", str(target), "--source", str(source)]) == 2
         assert "is the readable source; name another file" in capsys.readouterr().err
     assert source.read_text() == "print(1)\n"
+
+
+# --- Installation ---
+def test_wrong_python_ends_make_install_in_one_line_with_the_remedy(tmp_path):
+    for name in ("Makefile", "requirements.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    old = tmp_path / "old-python"
+    old.write_text("#!/bin/sh\nexit 1\n")
+    old.chmod(0o755)
+    command = ["make", "install", f"PYTHON={old}"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    expected = f"make: {old} is not Python 3.10 to 3.13; choose one: make PYTHON=python3.12\n"
+    assert result.stdout == expected
+    assert not (tmp_path / ".venv").exists()
+
+
+def test_missing_package_of_the_data_tool_ends_in_one_line(tmp_path):
+    script = str(ROOT / "tools" / "prepare_data.py")
+    (tmp_path / "run.py").write_text(
+        f"import runpy, sys\nsys.modules['tqdm'] = None\nsys.argv = ['x', 'pydocs']\n"
+        f"runpy.run_path({script!r}, run_name='__main__')\n"
+    )
+    result = warm_process.run([str(tmp_path / "run.py")], {"PATH": "/usr/bin:/bin"}, tmp_path, 60)
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert result.stderr.startswith("prepare_data.py: ") and "make install" in result.stderr

@@ -206,7 +206,8 @@ def test_lines_keep_the_published_templates_and_a_table_of_phases_closes(first_r
     ]
     for line in lines:
         assert len(re.findall(rf"^{line}$", output, re.M)) == 1, line
-    table = output[output.index("\nphase ") :].splitlines()[2:-1]
+    ending = output[output.index("\nphase ") : output.index("\nscore     ")]
+    table = ending.splitlines()[2:]
     rows = {
         name: (float(seconds), counts)
         for name, seconds, counts in (re.split(r"  +", row) for row in table)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import re
 import sys
@@ -16,6 +18,9 @@ import warm_process
 from conftest import ROOT, TINY, final_line, tiny_config
 
 import train_gpt as tg
+
+sys.path.insert(0, str(ROOT / "tools"))
+import samples
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +39,7 @@ PROMPTS = np.random.default_rng(0).integers(4, 320, (3, 10))
 def written(model: tg.GPT, prompts: np.ndarray = PROMPTS, count: int = 6) -> np.ndarray:
     """The continuations of the prompts."""
     plan = model.cfg.plans[1]
-    return tg.continue_prompts(model, plan, prompts, count, torch.device("cpu"))
+    return samples.continue_prompts(model, plan, prompts, count, torch.device("cpu"))
 
 
 def next_token(model: tg.GPT, ids: np.ndarray) -> int:
@@ -74,16 +79,16 @@ def test_sample_depends_on_the_seed_alone(model):
 def test_prompts_are_spread_over_documents_that_go_on():
     counts = np.array([10, 30, 24, 40, 50, 25, 60, 99])
     docs = SimpleNamespace(counts=counts)
-    assert tg.choose_prompts(docs).tolist() == [1, 4, 6]
-    assert tg.choose_prompts(SimpleNamespace(counts=np.array([5, 30]))).tolist() == [1]
-    assert tg.choose_prompts(SimpleNamespace(counts=np.array([5]))).tolist() == []
+    assert samples.choose_prompts(docs).tolist() == [1, 4, 6]
+    assert samples.choose_prompts(SimpleNamespace(counts=np.array([5, 30]))).tolist() == [1]
+    assert samples.choose_prompts(SimpleNamespace(counts=np.array([5]))).tolist() == []
 
 
 def test_text_of_caseops_is_readable_and_ends_with_its_document():
     pieces = {3: "\ue001the ", 4: "\ue002nasa ", 5: "mc\ue003donald", 6: "\ue004"}
     model = SimpleNamespace(decode=lambda ids: "".join(pieces[i] for i in ids))
     tokenizer = SimpleNamespace(bos_id=1, model=model)
-    assert tg.readable_text(tokenizer, np.array([3, 4, 5, 6, 1, 3])) == "The NASA mcDonald"
+    assert samples.readable_text(tokenizer, np.array([3, 4, 5, 6, 1, 3])) == "The NASA mcDonald"
 
 
 # --- In a run ---
@@ -123,37 +128,49 @@ def run(tiny_data, tmp_path_factory) -> SimpleNamespace:
         f"runpy.run_path({script!r}, run_name='__main__')\n"
     )
     env = {**TINY, "DATA_DIR": str(tiny_data), "RUN_ID": "a.b c", "ITERATIONS": "3"}
-    env |= {"SAMPLE_TOKENS": "12", "TTT_ENABLED": "0", "WANDB_PROJECT": "golf"}
+    env |= {"TTT_ENABLED": "0", "WANDB_PROJECT": "golf"}
     env |= {"WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
     # The folder of the script, with the stand-in, is the first in which modules are looked for.
     result = warm_process.run([str(cwd / "run.py")], env, cwd, 120)
     assert result.returncode == 0, result.stderr
     calls = [json.loads(line) for line in (cwd / "wandb.jsonl").read_text().splitlines()]
-    return SimpleNamespace(cwd=cwd, result=result, calls=calls)
+    return SimpleNamespace(cwd=cwd, result=result, calls=calls, data_dir=str(tiny_data))
 
 
-def test_run_ends_with_three_prompts_and_their_continuations(run):
-    block = run.result.stdout.split("samples: what the artifact writes; ")[1].splitlines()[1:10]
+@pytest.fixture(scope="module")
+def printed(run) -> str:
+    """What the tool prints of that run, which is the newest."""
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
+        patch.chdir(run.cwd)
+        patch.setenv("DATA_DIR", run.data_dir)
+        assert samples.main(["--tokens", "12"]) == 0
+    return out.getvalue()
+
+
+def test_artifact_continues_three_prompts(printed):
+    block = printed.splitlines()[1:10]
     names = [re.fullmatch(r'  (\w+) +(".*")', line).groups() for line in block]
     assert [name for name, _ in names] == ["prompt", "greedy", "sampled"] * 3
     assert all(isinstance(json.loads(text), str) for _, text in names)
     assert json.loads(names[0][1])
 
 
-def test_samples_are_kept_with_the_text_of_the_document(run):
-    samples = json.loads((run.cwd / "runs/a.b c/samples.json").read_text(encoding="utf-8"))
-    assert len(samples) == 3
-    assert {*samples[0]} == {"number", "prompt", "greedy", "sampled", "document"}
+def test_samples_are_kept_with_the_text_of_the_document(run, printed):
+    kept = json.loads((run.cwd / "runs/a.b c/samples.json").read_text(encoding="utf-8"))
+    assert len(kept) == 3
+    assert {*kept[0]} == {"number", "prompt", "greedy", "sampled", "document"}
 
 
-def test_samples_count_against_no_budget(run):
-    assert re.search(r"^sample +\d+\.\d  none$", run.result.stdout, re.M)
-    assert "sample" in final_line(run.result.stdout)["seconds"]
+def test_samples_leave_log_and_scores_of_the_run_as_they_are(run, printed):
+    assert sorted(path.name for path in (run.cwd / "logs").glob("*")) == ["a.b c.txt"]
+    assert final_line((run.cwd / "logs/a.b c.txt").read_text())["steps"] == 3
 
 
-def test_without_sample_tokens_nothing_is_written(tiny_data, tmp_path):
-    assert tg.Config().sample_tokens == 0
-    assert tg.CPU["sample_tokens"] > 0
+def test_without_an_artifact_there_is_one_line_and_status_2(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert samples.main([]) == 2
+    expected = "samples.py: runs: holds no run with an artifact; make run makes one\n"
+    assert capsys.readouterr().err == expected
 
 
 def test_wandb_gets_the_project_the_run_and_its_settings(run):

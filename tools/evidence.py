@@ -178,7 +178,8 @@ def ending_block(log: Path) -> list[str]:
     text = log.read_text(encoding="utf-8")
     scores = re.findall(r"^(?:diagnostic|quantized_ttt_lora) .*val_bpb:.*$", text, re.MULTILINE)
     table = re.search(r"^phase  .*\n(?:.*\n)*?all of eval.*$", text, re.MULTILINE)
-    return ["```", *scores, table[0], f"final {final}", "```"]
+    closing = re.findall(r"^(?:score|size|log|artifact|next) {3,}\S.*$", text, re.MULTILINE)
+    return ["```", *scores, table[0], *closing, f"final {final}", "```"]
 
 
 def experiment_block(seeds: list[Path], systems: list[Path]) -> list[str]:

@@ -19,13 +19,47 @@ HEAD = """# Knobs
 Written by `python tools/knobs.py` from train_gpt.py; edit the meaning of a knob there. Every knob
 is an environment variable. `PRESET` chooses a column, single variables override it; booleans are 0
 or 1. A value out of range, a combination that cannot work or a misspelt name ends the run at once
-with a line that says so.
+with a line that says so. `python train_gpt.py --knobs TTT` prints those with a word in name or
+meaning.
 """
 
 
+# Those that people change, in the order in which they need them.
+FIFTEEN = (
+    "preset",
+    "seed",
+    "run_id",
+    "dataset",
+    "data_dir",
+    "max_wallclock_seconds",
+    "iterations",
+    "train_batch_tokens",
+    "micro_batch_tokens",
+    "num_layers",
+    "model_dim",
+    "matrix_lr",
+    "ttt_enabled",
+    "val_doc_fraction",
+    "eval_only_path",
+)
+
+
 def reference() -> str:
-    """The text of docs/knobs.md: a table for each group of knobs."""
-    return "\n".join([HEAD, *(line for group in tg.GROUPS for line in table(group))])
+    """The text of docs/knobs.md: the fifteen that matter, then a table for each group of knobs."""
+    groups = [line for group in tg.GROUPS for line in table(group)]
+    return "\n".join([HEAD, *short_table(), *groups])
+
+
+def short_table() -> Iterator[str]:
+    """The lines of the table of FIFTEEN."""
+    yield "## The fifteen that matter\n"
+    yield "| variable | record | cpu | meaning |"
+    yield "|---|---|---|---|"
+    for name in FIFTEEN:
+        field = tg.FIELDS[name]
+        cells = " | ".join(default_cell(preset, field) for preset in ("record", "cpu"))
+        yield f"| `{name.upper()}` | {cells} | {meaning_cell(field)} |"
+    yield ""
 
 
 def table(group: type) -> Iterator[str]:
@@ -37,9 +71,14 @@ def table(group: type) -> Iterator[str]:
     yield "|---" * (len(tg.PRESETS) + 3) + "|"
     for field in dataclasses.fields(group):
         cells = " | ".join(default_cell(preset, field) for preset in tg.PRESETS)
-        meaning = field.metadata["doc"].replace("|", "/").replace("<", "&lt;")
-        yield f"| `{field.name.upper()}` | {cells} | {allowed_values(field)} | {meaning} |"
+        values = allowed_values(field)
+        yield f"| `{field.name.upper()}` | {cells} | {values} | {meaning_cell(field)} |"
     yield ""
+
+
+def meaning_cell(field: dataclasses.Field) -> str:
+    """The meaning of a field, as it stands in a table."""
+    return field.metadata["doc"].replace("|", "/").replace("<", "&lt;")
 
 
 def default_cell(preset: str, field: dataclasses.Field) -> str:

@@ -1,10 +1,10 @@
 """Packs a Python source so small that it counts for little, and takes it out again.
 
 The packed file is Python that unpacks itself with the standard library. The text inside is the
-readable source without comments, docstrings, the texts of knobs, annotations that nothing reads and
-definitions that nothing uses, and with short names for local variables. `pack_code` proves that by
-comparing syntax trees. `unpack_code` gives text and hash of the source back without running
-anything.
+readable source without comments, docstrings, the texts of knobs, what it says of the names of other
+programs, annotations that nothing reads and definitions that nothing uses, and with short names for
+local variables. `pack_code` proves that by comparing syntax trees. `unpack_code` gives text and
+hash of the source back without running anything.
 """
 
 from __future__ import annotations
@@ -37,6 +37,9 @@ PLAIN_DECORATORS = {
     "contextlib.contextmanager",
     "torch.no_grad()",
 }
+
+# Tables of train_gpt.py whose contents stay behind.
+TABLES_OF_NAMES = {"ABSENT", "WARNED"}
 
 
 # === Leaving out what nothing needs ===============================================================
@@ -104,9 +107,9 @@ class Stripper(ast.NodeVisitor):
     """Takes what does not travel out of a source's syntax tree, and notes the same cuts of its
     text.
 
-    That is docstrings, the texts of knobs, annotations that nothing reads, and top-level
-    definitions that nothing mentions. Fields of classes keep their annotations. So do functions
-    under any decorator but a plain one, and functions of which torch.library makes a schema.
+    That is docstrings, the texts of knobs, TABLES_OF_NAMES, annotations that nothing reads, and
+    top-level definitions that nothing mentions. Fields of classes keep their annotations. So do
+    functions under any decorator but a plain one, and those of which torch.library makes a schema.
     """
 
     def __init__(self, source: bytes):
@@ -179,6 +182,14 @@ class Stripper(ast.NodeVisitor):
         if called_name(node) == KNOB:
             self.cut(node.args[1], b'""')
             node.args[1] = ast.Constant("")
+        self.generic_visit(node)
+
+    def visit_Assign(self, node: ast.Assign) -> None:
+        """Empties the tables of other programs' names, which only help people to set knobs."""
+        names = {target.id for target in node.targets if isinstance(target, ast.Name)}
+        if names & TABLES_OF_NAMES:
+            self.cut(node.value, b"{}")
+            node.value = ast.Dict([], [])
         self.generic_visit(node)
 
     def text(self) -> str:

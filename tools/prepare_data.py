@@ -51,9 +51,13 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-import numpy as np
-import sentencepiece as spm
-from tqdm import tqdm
+try:
+    import numpy as np
+    import sentencepiece as spm
+    from tqdm import tqdm
+except ImportError as error:
+    print(f"prepare_data.py: {error}; make install brings it into .venv", file=sys.stderr)
+    sys.exit(2)
 
 try:
     import zstandard
