@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import shutil
@@ -148,10 +149,16 @@ def downloaded(root: Path) -> argparse.Namespace:
     return prepare_data.build_parser().parse_args(words)
 
 
+def prepare(args: argparse.Namespace) -> None:
+    """Does what the arguments ask for, as the tool's main does."""
+    with contextlib.ExitStack() as args.locks:
+        prepare_data.run_fineweb(args)
+
+
 def test_without_a_connection_complete_data_are_enough(tmp_path, monkeypatch, capsys):
     args = downloaded(tmp_path)
     monkeypatch.setattr(prepare_data, "Hub", FailingHub)
-    prepare_data.run_fineweb(args)
+    prepare(args)
     assert "is there and intact; the hub was not asked" in capsys.readouterr().out
 
 
@@ -163,7 +170,7 @@ def test_without_a_connection_other_data_are_not_enough(tmp_path, monkeypatch, n
     setattr(args, name, value)
     monkeypatch.setattr(prepare_data, "Hub", FailingHub)
     with pytest.raises(tg.UsageError, match="no route"):
-        prepare_data.run_fineweb(args)
+        prepare(args)
 
 
 def test_without_a_connection_a_damaged_file_is_not_enough(tmp_path, monkeypatch):
@@ -171,7 +178,7 @@ def test_without_a_connection_a_damaged_file_is_not_enough(tmp_path, monkeypatch
     (tmp_path / "tokenizers" / "a.model").write_bytes(b"other")
     monkeypatch.setattr(prepare_data, "Hub", FailingHub)
     with pytest.raises(tg.UsageError, match="no route"):
-        prepare_data.run_fineweb(args)
+        prepare(args)
 
 
 @pytest.mark.parametrize(

@@ -172,7 +172,7 @@ def test_published_spelling_sets_the_knob(theirs, text, field, value):
         ("GPTQ_RESERVE_MS", "set GPTQ_RESERVE_SECONDS"),
         ("CASEOPS_ENABLED", "set DATASET"),
         ("LQER_FACTOR_BITS", "PR #1797"),
-        ("MAMBA3_NEW_KNOB", "PR #1644"),
+        ("MAMBA3_NEW_KNOB", "#1644"),
         ("SLOT_STEPS", "PR #1209"),
     ],
 )
