@@ -927,8 +927,15 @@ def main(argv: list[str] | None = None) -> int:
         f"{args.name}: {sweep.total()} runs of {args.script.name}, {args.parallel} at once; "
         f"optuna-dashboard {sweep.study.url.render_as_string()}"
     )
-    with view.live or contextlib.nullcontext():
-        sweep.go(view.refresh)
+    try:
+        with view.live or contextlib.nullcontext():
+            sweep.go(view.refresh)
+    except (sweep.study.optuna.exceptions.StorageInternalError, OSError) as error:
+        # A full disk, for instance. Runs under way are ended by their keepers.
+        url = sweep.study.url.render_as_string()
+        cause = str(error.__cause__ or error).splitlines()[0]
+        print(f"sweep.py: {url}: {cause}; the same command goes on", file=sys.stderr)
+        return 1
     view.console.print(view.picture(live=False))
     if args.baseline:
         view.say(table_of_pairs(sweep.rows(), args.baseline))
