@@ -31,10 +31,11 @@ record: install
 	$(BIN)/python tools/prepare_data.py fineweb --variant sp8192_caseops --train-shards 80
 	PRESET=record $(BIN)/torchrun --standalone --nproc_per_node=$(GPUS) train_gpt.py
 
-# The kept logs as a table and as runs/report.html, a page to open in a browser; LOGS chooses others.
-LOGS ?= $(wildcard logs/????-??-??_*_seed*.txt)
+# Every run so far as a table and as runs/report.html, a page to open in a browser: newest first, by
+# configuration. LOGS chooses others.
+LOGS ?= $(wildcard logs/*.txt)
 report: dev
-	$(BIN)/python tools/report.py $(LOGS) --html runs/report.html
+	$(BIN)/python tools/report.py --history $(LOGS) --html runs/report.html
 
 # Eight systems on the same data with the same budget, small enough for a CPU (SHRINK=1, a tenth of the documents), as one
 # table. Killed, it goes on when typed again. For spread SEED=0,1,2 VAL_DOC_FRACTION=1, since a seed draws its own sample; at
@@ -62,9 +63,15 @@ evidence: dev
 	$(BIN)/python tools/evidence.py \
 	  $(if $(wildcard $(CORPUS)),--corpus "$(CORPUS)" --tokenizer "$(CORPUS_TOKENIZER)")
 
-# The submission folder of a finished run, checked: make pack RUN=runs/<RUN_ID>
+# The submission of a finished run, checked, as the challenge keeps it: records/TRACK/<day>_NAME/
+#   make pack NAME="Loops and gates" AUTHOR="A. Nother" TRACK=track_10min_16mb
+# RUN= names another run than the newest, LOGS= more seeds, BASELINE= logs to compare with, WEIGHTS=1
+# adds the artifact, DATE= is the day where the log does not say it. Without NAME: RUN/submission, with the artifact.
 pack: install
-	$(BIN)/python tools/pack.py "$(RUN)" "$(RUN)/submission"
+	$(BIN)/python tools/pack.py $(if $(RUN),"$(RUN)") $(if $(NAME)$(AUTHOR)$(TRACK),$(RECORD),"$(RUN)/submission")$(MORE)
+MORE = $(if $(filter file,$(origin LOGS)),, --log $(LOGS))
+RECORD = --records records --name "$(NAME)" --author "$(AUTHOR)" --track "$(TRACK)" \
+  --github-id "$(GITHUB_ID)" --blurb "$(BLURB)" --date "$(DATE)" $(if $(WEIGHTS),--weights) $(if $(BASELINE),--baseline $(BASELINE))
 
 test: dev
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder

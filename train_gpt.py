@@ -5,6 +5,7 @@ How to run it:
     python train_gpt.py                                      # one process, on any device
     torchrun --standalone --nproc_per_node=8 train_gpt.py    # 8 GPUs over FineWeb shards
     python train_gpt.py --knobs                              # every knob, meaning and defaults
+    python train_gpt.py --plan                               # what a run will need, in seconds
 
 The run, and what each phase leaves behind (files without a folder lie in runs/<RUN_ID>/):
 
@@ -65,6 +66,7 @@ import dataclasses
 import difflib
 import enum
 import errno
+import fnmatch
 import hashlib
 import importlib.util
 import inspect
@@ -80,6 +82,8 @@ import re
 import shutil
 import signal
 import stat
+import struct
+import subprocess
 import sys
 import threading
 import time
@@ -144,6 +148,7 @@ else:
     CODE_SHA256 = hashlib.sha256(SOURCE).hexdigest()
 
 COMPRESSORS = ("zstd", "ans", "lzma", "brotli")
+MAX_VISITS = 1024  # of layers, loops unrolled
 
 
 class UsageError(ValueError):
@@ -151,6 +156,10 @@ class UsageError(ValueError):
 
     The message is all that the user sees, one line per problem. Exit status 2.
     """
+
+
+class NoDevice(UsageError):
+    """A rank has no GPU. Only that rank knows; all but the first such rank give no message."""
 
 
 class FilesNotWritten(OSError):
@@ -163,6 +172,10 @@ class RunStopped(RuntimeError):
 
 class ForeignValue(TypeError):
     """A file holds a value that no run writes. The message, one line, does not name the file."""
+
+
+class OutOfMemory(RuntimeError):
+    """Memory has run out. One line, which names the knob that helps; exit status 1."""
 
 
 class BadMatrix(FloatingPointError):
@@ -227,6 +240,9 @@ class RunKnobs:
     tensorboard_dir: str = knob(
         "", "parent folder of the run's TensorBoard folder; empty: none", free_on_resume=True
     )
+    wandb_project: str = knob(
+        "", "project of Weights & Biases for the run's curves; empty: none", free_on_resume=True
+    )
     eval_only_path: str = knob(
         "", "final_model.pt to quantise and score, or artifact to score, instead of training"
     )
@@ -271,6 +287,11 @@ class DataKnobs:
         """The folder of the shards."""
         name = self.dataset or f"fineweb10B_sp{self.vocab_size}"
         return Path(self.data_dir) / "datasets" / name
+
+    @property
+    def reads_caseops(self) -> bool:
+        """Whether the data set is CaseOps by its name."""
+        return "caseops" in self.dataset_dir.name
 
     @property
     def rows_per_step(self) -> int:
@@ -443,6 +464,11 @@ class ModelKnobs:
 
     def rules(self) -> Iterator[Rule]:
         """What is wrong with the network."""
+        # First, because the rules below unroll the depth: 256 layers with 64 loops took 19 s.
+        if self.num_layers * (1 + self.num_loops) > MAX_VISITS:
+            most = MAX_VISITS // self.num_layers - 1
+            yield Rule("num_loops", f"at most {most} with NUM_LAYERS={self.num_layers}")
+            return
         yield from self.rules_of_widths()
         yield from self.rules_of_layers()
 
@@ -484,8 +510,6 @@ class ModelKnobs:
             yield Rule("branch_scale", "0 with LN_SCALE=1")
         if self.ve_enabled and not self.ve_layers_are_valid():
             yield Rule("ve_layers", f"as in 9,10, each below NUM_LAYERS={layers}")
-        if layers * (1 + self.num_loops) > 1024:
-            yield Rule("num_loops", f"at most {1024 // layers - 1} with NUM_LAYERS={layers}")
         if self.num_loops and self.loop_start > self.loop_end:
             yield Rule("loop_start", f"at most LOOP_END={self.loop_end}")
         if self.num_loops and self.loop_end >= layers:
@@ -630,6 +654,12 @@ class ScoringKnobs:
     eval_stride: int = knob(64, "tokens scored by each sliding window but the first", 1)
     logit_temperature: float = knob(1.0, "divisor of scored logits; choose it beforehand", 0.01)
     sliding_window_enabled: bool = knob(False, "score with sliding windows as well")
+    sample_tokens: int = knob(
+        0,
+        "tokens of each text that the artifact writes at the end, off the clock; 0: none",
+        0,
+        4096,
+    )
     val_doc_fraction: float = knob(1.0, "share of the validation documents, drawn by SEED", 1e-9, 1)
     eval_deadline_seconds: float = knob(580.0, "seconds for all scores; learning stops in time")
     tilt_order: int = knob(
@@ -859,6 +889,7 @@ class Config(
 
         cfg = cls(**values)
         problems += problems_of_aliases(environ)
+        problems += problems_of_switches(environ, cfg)
         if cfg.warmdown_iters and origin["warmdown_frac"] == "env":
             problems.append(
                 f"WARMDOWN_FRAC={cfg.warmdown_frac:g}: not with WARMDOWN_ITERS={cfg.warmdown_iters}"
@@ -870,7 +901,7 @@ class Config(
 
     def problems(self) -> list[str]:
         """A line for each value out of range or, if there is none, for each rule that is broken."""
-        broken = list(self.out_of_range()) or list(self.rules())
+        broken = list(self.out_of_range()) or list(self.rules()) or list(self.rules_of_storage())
         return [self.message(rule) for rule in broken]
 
     def message(self, rule: Rule) -> str:
@@ -897,6 +928,22 @@ class Config(
         """The rules between knobs that are broken, of all groups."""
         for group in GROUPS:
             yield from group.rules(self)
+
+    def rules_of_storage(self) -> Iterator[Rule]:
+        """The knobs that change the network, but that no model file would hold.
+
+        Without this rule the run would find out only when it reads its artifact back.
+        """
+        if shapes_and_plans(self) == shapes_and_plans(stored_network(self)):
+            return
+        for name, field in FIELDS.items():
+            if name in NETWORK_FIELDS or getattr(self, name) == field.default:
+                continue
+            without = dataclasses.replace(self, **{name: field.default})
+            if shapes_and_plans(without) != shapes_and_plans(self):
+                yield Rule(
+                    name, f"{field.default}, or a knob with network=True: it changes the network"
+                )
 
     def warnings(self) -> Iterator[str]:
         """A sentence for each setting that others have tried and found harmful."""
@@ -943,6 +990,66 @@ class Config(
                 " 1.12070: PR #533)"
             )
 
+    def idle_knobs(self) -> Iterator[tuple[str, str]]:
+        """Patterns of knobs that have no effect, and the setting that is the reason."""
+        if not self.num_loops:
+            yield "loop_* enable_looping_at", "NUM_LOOPS=0"
+        if not self.parallel_start_layer:
+            yield "parallel_final_lane", "PARALLEL_START_LAYER=0"
+        if not self.bigram_vocab_size:
+            yield "bigram_dim", "BIGRAM_VOCAB_SIZE=0"
+        if not self.ve_enabled:
+            yield "ve_dim ve_layers", "VE_ENABLED=0"
+        if not self.sparse_attn_gate_enabled:
+            yield "sparse_attn_gate_scale", "SPARSE_ATTN_GATE_ENABLED=0"
+            if not self.smear_gate_enabled:
+                yield "gate_window", "SPARSE_ATTN_GATE_ENABLED=0 SMEAR_GATE_ENABLED=0"
+        if self.export_weights != "swa":
+            yield "swa_*", f"EXPORT_WEIGHTS={self.export_weights}"
+        if self.export_weights == "raw":
+            yield "ema_*", "EXPORT_WEIGHTS=raw"
+        if not self.late_qat:
+            yield "late_qat_threshold", "LATE_QAT=0"
+        if self.no_hessians:
+            yield "column_scales gptq_calibration_batches", f"QUANTIZER={self.quantizer}"
+        else:
+            yield "clip_floor", f"QUANTIZER={self.quantizer}"
+        yield from self.idle_knobs_of_evaluation()
+
+    def idle_knobs_of_evaluation(self) -> Iterator[tuple[str, str]]:
+        """The same for scoring and adaptation."""
+        if not self.sliding_window_enabled:
+            yield "eval_stride", "SLIDING_WINDOW_ENABLED=0"
+        if not self.tilt_order:
+            yield "tilt_*", "TILT_ORDER=0"
+        if not self.ttt_enabled:
+            yield "ttt_* phased_ttt_*", "TTT_ENABLED=0"
+            return
+        if self.ttt_mode == "chunk":
+            yield (
+                "ttt_lora_* ttt_*_lora ttt_lm_rank ttt_bias_tune ttt_lr_factors ttt_cosine_chunks"
+                " ttt_m??_doc_len ttt_warm_start_a ttt_chunk_size ttt_short_chunks ttt_batch_size"
+                " ttt_grad_steps ttt_weight_decay ttt_beta? ttt_optimizer",
+                "TTT_MODE=chunk",
+            )
+        if not self.learns_by_chunks:
+            yield (
+                "phased_ttt_prefix_* ttt_chunk_optimizer ttt_lr ttt_momentum ttt_epochs"
+                " ttt_chunk_tokens ttt_batch_seqs ttt_grad_clip ttt_freeze_blocks",
+                "TTT_MODE=document PHASED_TTT_NUM_PHASES=0",
+            )
+
+    def warnings_of_idle_knobs(self, origin: Mapping[str, str]) -> Iterator[str]:
+        """A line for each setting that leaves knobs of the environment without effect."""
+        switches = ("num_loops", "ttt_enabled", "tilt_order")
+        for patterns, reason in self.idle_knobs():
+            idle = []
+            for name in FIELDS:
+                if origin[name] == "env" and name not in switches and is_named(name, patterns):
+                    idle.append(name.upper())
+            if idle:
+                yield f"{', '.join(idle)}: no effect with {reason}"
+
 
 GROUPS = Config.__bases__[::-1]
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
@@ -982,6 +1089,16 @@ def read_network_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: values[name] for name in NETWORK_FIELDS}
 
 
+def stored_network(cfg: Config) -> Config:
+    """The config that a reader of the model file of `cfg` would have."""
+    return Config(**read_network_config(network_config(cfg)))
+
+
+def shapes_and_plans(cfg: Config) -> tuple[Any, ...]:
+    """The shapes of all parameters, and the orders of layers."""
+    return {name: role.shape for name, role in parameter_table(cfg).items()}, cfg.plans
+
+
 # --- Names of variables ---
 # Spellings of other programs for knobs of this one.
 ALIASES = {
@@ -994,6 +1111,36 @@ ALIASES = {
     "GLOBAL_TTT_BATCH_SEQS": "TTT_BATCH_SEQS",
     "GLOBAL_TTT_GRAD_CLIP": "TTT_GRAD_CLIP",
     "FUSED_CE_ENABLED": "FUSED_CE",
+    "MUON_WEIGHT_DECAY": "MUON_WD",
+    "ADAM_WEIGHT_DECAY": "ADAM_WD",
+    "MUON_EQ_R": "MUON_ROW_NORMALIZE",
+    "NEGATIVE_SLOPE": "LEAKY_SLOPE",
+    "SWA_START_FRAC": "SWA_THRESHOLD",
+    "QAT_THRESHOLD": "LATE_QAT_THRESHOLD",
+    "WARMDOWN_FRACTION": "WARMDOWN_FRAC",
+    "BIGRAM_BUCKETS": "BIGRAM_VOCAB_SIZE",
+    "BIGRAM_HASH_BUCKETS": "BIGRAM_VOCAB_SIZE",
+    "BIGRAM_HASH_DIM": "BIGRAM_DIM",
+    "SMEAR_GATE": "SMEAR_GATE_ENABLED",
+    "SMEAR_GATE_WIDTH": "GATE_WINDOW",
+    "SLIDING_EVAL": "SLIDING_WINDOW_ENABLED",
+    "SLIDING_EVAL_STRIDE": "EVAL_STRIDE",
+    "EVAL_TEMP": "LOGIT_TEMPERATURE",
+    "EVAL_TEMPERATURE": "LOGIT_TEMPERATURE",
+    "EVAL_ONLY_QUANTIZED_PATH": "EVAL_ONLY_PATH",
+    "QUANT_BITS": "MATRIX_BITS",
+    "QUANT_BITS_EMBED": "EMBED_BITS",
+    "GPTQ_EMBED_CLIP_SIGMAS": "EMBED_CLIP_SIGMAS",
+}
+
+# Switches of the published scripts: a field or property of Config that is not 0 where the switch is
+# on, and how to make it so. A switch that agrees is accepted.
+SWITCHES = {
+    "CASEOPS_ENABLED": ("reads_caseops", "set DATASET"),
+    "PHASED_TTT_ENABLED": ("phased_ttt_num_phases", "set PHASED_TTT_NUM_PHASES"),
+    "PARALLEL_RESIDUAL": ("parallel_start_layer", "set PARALLEL_START_LAYER"),
+    "BIGRAM_HASH": ("bigram_vocab_size", "set BIGRAM_VOCAB_SIZE"),
+    "USE_BIGRAM_HASH": ("bigram_vocab_size", "set BIGRAM_VOCAB_SIZE"),
 }
 
 # Knobs of the published scripts that are refused here, each with the reason. Silently ignoring one
@@ -1014,8 +1161,12 @@ SET_ELSEWHERE = {
     "TTT_SHORT_SCORE_FIRST_STEPS": "set TTT_SHORT_CHUNKS, which go by position",
     "TTT_LOCAL_LR_MULT": "set TTT_LORA_LR",
     "TTT_MASK": "set TTT_Q_LORA, TTT_V_LORA",
-    "LQER_ENABLED": "QUANTIZER=allocated gives those rows finer steps",
-    "AWQ_LITE_ENABLED": "QUANTIZER=allocated gives those rows finer steps",
+    "TRAIN_BATCH_SIZE": "set TRAIN_BATCH_TOKENS",
+    "GRAD_ACCUM_STEPS": "set MICRO_BATCH_TOKENS, the tokens of a row",
+    "GPTQ_RESERVE_MS": "set GPTQ_RESERVE_SECONDS",
+    "GPTQ_CLIP_SIGMAS": "set MATRIX_CLIP_SIGMAS and QUANTIZER=gptq",
+    "TARGET_MB": "set ARTIFACT_LIMIT_BYTES",
+    "PARALLEL_RESIDUAL_START": "set PARALLEL_START_LAYER, which begins two lanes (PR #1530)",
 }
 AGAINST_THE_RULES = {
     "TTT_TEMP_RESCALE": "a factor on the nats is no probability (ruling on PR #605);"
@@ -1040,6 +1191,80 @@ WITHOUT_EFFECT = {
 }
 REJECTED_NAMES = SET_ELSEWHERE | AGAINST_THE_RULES | WITHOUT_EFFECT
 
+# What to say of names that belong to parts of public scripts which are not here; * stands for any
+# text. They are refused unless their value, one of OFF, switches the part off.
+OFF = ("", "0", "0.0", "-1", "none", "false")
+ABSENT = {
+    "QUANTIZER=allocated gives those rows finer steps (PR #1797)": "LQER_* AWQ_*",
+    "set SPARSE_ATTN_GATE_ENABLED, the later form (PR #1787)": """
+        ATTN_OUT_GATE* GATED_ATTN* GATED_ATTENTION GATE_ATTN_* GATE_MLP_OUT GATE_WIDTH
+        SPARSE_ATTN_GATE_INIT_STD""",
+    "set NUM_LOOPS, LOOP_START, LOOP_END, ENABLE_LOOPING_AT (PR #1394)": """
+        RECUR_* LOOP_PHASE2_AT *_DEPTH_RECURRENCE EFFECTIVE_DEPTH NUM_UNIQUE_BLOCKS
+        DEPTH_LORA_RANK""",
+    "off or dropped since (PR #1204, #1412)": """
+        *UNTIE_LOOP_MLPS *UNTIE_MLP* UNTIE_AT_FRACTION BANK_SPLIT MATRIX_LR_EARLY MATRIX_LR_LATE
+        CANON_AC_LAYERS DISABLE_LAYER0_ATTN PARALLEL_START_LAYER_IS_PHYSICAL""",
+    "off in every record, dropped in PR #1218": "VALUE_RESIDUAL DTG_ENABLED MTP_* TRIGRAM",
+    "set TILT_ORDER (PR #2135)": "NGRAM_*",
+    "it learns from what it then scores (PR #1209)": "SLOT_ENABLED SLOT_LR SLOT_STEPS ETLB_*",
+    "set LOGIT_TEMPERATURE, chosen beforehand (PR #640)": "TEMP_SCALING TEMP_CALIB",
+    "no rate depends on the loss (PR #1412)": "TTT_ENTROPY_* TTT_NS_STEPS",
+    "set PHASED_TTT_NUM_PHASES (PR #1626)": """
+        GLOBAL_TTT_WARMUP_* GLOBAL_TTT_RESPECT_* GLOBAL_TTT_DOC_LIMIT TTT_DOC_LIMIT""",
+    "set EVAL_ONLY_PATH": """
+        PREQUANT_ONLY TTT_ONLY TTT_ONLY_EVAL TTT_EVAL_ONLY SKIP_POST_TRAIN_EVAL
+        POST_GPTQ_EVAL_ONLY SWEEP_MODE""",
+    "set MUON_COEFFS=polar (PR #1787)": "POLAR_EXPRESS USE_POLAR_EXPRESS USE_GRAM_NS",
+    "set SMEAR_ENABLED (PR #162) or SMEAR_GATE_ENABLED (PR #1667)": "USE_SMEARGATE SMEAR",
+    "set COMPRESSOR": "USE_ZSTD USE_LZMA USE_BROTLI ZSTD_LEVEL",
+    "set QUANTIZER, MATRIX_BITS and CLIP_SIGMAS (PR #1394)": """
+        USE_GPTQ USE_INT6 GPTQ_ENABLED GPTQ_LITE QAT_INT6 QUANT_BITS_MLP QUANT_CLIP_RANGE
+        QUANT_CONFIG INT4_* INT5_* INT6_* N_INT6_LAYERS MIXED_QUANT HESSIAN_CLIP_LAMBDA CLIP_MULT_*
+        LOOP_LAYER_* FP_STORAGE SCALE_STORAGE""",
+    "set TABLES_FP16": "FP16_EMBED_EXPORT",
+    "set PRUNE_FRAC": "PRUNE_RATIO",
+    "set LATE_QAT, LATE_QAT_THRESHOLD": "QAT_FRACTION QAT_START_FRAC QAT_AFTER_STEP QAT_BITS",
+    "set GPTQ_CALIBRATION_BATCHES, rows of training text (PR #1019: of its own text)": """
+        GPTQ_AR_SELFGEN GPTQ_GEN_* GPTQ_TEMPERATURE GPTQ_NUM_SEQS GPTQ_BATCH_SIZE GPTQ_CALIB_*""",
+    "set ROPE_TRAIN_SEQ_LEN, ROPE_BASE": "EVAL_NTK_ALPHA YARN_MAX_LEN ROPE_TYPE",
+    "set VAL_DOC_FRACTION; every target is scored": "VAL_MAX_* EVAL_OVERLAP EVAL_STATE_RESET",
+    "set SEQ_LEN_SCHEDULE (PR #2014)": """
+        SEQ_LEN_START SEQ_SCHEDULE_FRACTION BATCH_TOKENS_START BATCH_SCHEDULE_FRACTION""",
+    "set EXPORT_WEIGHTS": "LAWA_* SWA_DECAY EMA_START_FRACTION",
+    "set MUON_WD, which is constant (PR #1729: falling)": "WD_TAPER_* CAUTIOUS_WD",
+    "set WARMDOWN_FRAC, MIN_LR": """
+        WARMDOWN_SHAPE LR_SCHEDULE LR_START LR_WARMUP_STEPS MUON_COOLDOWN_*""",
+    "no later record has it (PR #86, #640)": "BLOCK_LARS_* ASYMMETRIC_LOGIT MATRIX_OPTIMIZER",
+    "another network (PR #542, #640, #903, #1104, #1337, #1371, #1388, #1443, #1644, #2058)": """
+        ATTN_VARIANT ATTN_PROJ_TYPE ATTN_RES BINARIZE_ACTIVATIONS BITNET_* BLOCK_TYPE CE_PURE_FRAC
+        CE_WEIGHT CHURN_LOG_EVERY COEFF_LR_* CORR_WEIGHT_LR DETACH_TARGETS DIFF_ATTN EGGROLL_*
+        EMBED_INNER_DIM FITNESS_SHAPING GDN_* HNET_* INDEPENDENT_LR JEPA_* LATENT_KV_DIM LEGENDRE_*
+        LOGIT_HEAD_TYPE MAMBA3_* MLP_EVERY MLP_GROUPS MLP_RANK NUM_ATTN_LAYERS NUM_LIGHT_BLOCKS
+        NUM_VIRTUAL_LAYERS OUTER_LAYERS POP_SIZE PREDICTOR_* PROJECTOR_* RATIO_LOSS_WEIGHT REFINER*
+        SIGN_COMPRESS_REG SIGREG_* SKIP_TOKENS SOFTCAP_TYPE TARGET_AVG_CHUNK_LEN TVERSKY_*
+        USE_ORTHO_INIT USE_WRAP WRAP_INIT_SCALE XNOR_*""",
+}
+# The same for names that are only warned of: they change no score, or others may set them, too.
+WARNED = {
+    "set MATRIX_LR, SCALAR_LR, TIED_EMBED_LR": "LEARNING_RATE ADAM_LR",
+    "set MUON_WD, ADAM_WD, EMBED_WD": "WEIGHT_DECAY",
+    "set DATA_DIR, DATASET": """
+        DATASETS DATASETS_DIR DATASET_DIR DATASET_PATH TRAIN_FILES VAL_FILES TOKENIZER""",
+    "set ARTIFACT_DIR": "MODEL_DIR OUT_DIR MODEL_SAVE_PATH CHECKPOINT_DIR",
+    "set CHECKPOINT_EVERY and RUN_ID": "RESUME_FROM",
+    "set VAL_BATCH_TOKENS": "EVAL_BATCH_* SW_EVAL_BATCH SLIDING_BATCH_SIZE",
+    "set TABLES_FP16": "FP16_*_PATTERNS INT8_*_PATTERNS",
+    "set EVAL_STRIDE": "STRIDE",
+    "set EXPORT_WEIGHTS": "EMA",
+    "set LATE_QAT": "QAT",
+    "set TTT_LORA_RANK, TTT_LORA_LR": "LORA_RANK LORA_LR",
+    "set COMPILE": "USE_COMPILE COMPILE_MODE COMPILE_MODEL",
+    "nothing reads it": "MODE ACTIVATION EMBED_DIM D_STATE D_CONV EXPAND",
+    "it changes no score": """
+        GPTQ_DAMP GPTQ_BLOCK_SIZE TTT_HEARTBEAT_SECONDS LOGIT_CHUNK_TOKENS MLX_* USE_*_KERNEL""",
+}
+
 
 def canonical_names(environ: Mapping[str, str]) -> dict[str, str]:
     """`environ` with every alias replaced by its knob's name. A knob's own spelling wins."""
@@ -1048,11 +1273,46 @@ def canonical_names(environ: Mapping[str, str]) -> dict[str, str]:
     return renamed | others
 
 
+def is_named(name: str, patterns: str) -> bool:
+    """Whether a name matches one of several patterns with spaces between them."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns.split())
+
+
+def reason_in(table: Mapping[str, str], name: str) -> str:
+    """What ABSENT or WARNED says of a name; empty if the name is not in that table."""
+    return next((reason for reason, names in table.items() if is_named(name, names)), "")
+
+
+def could_be(name: str, text: str) -> bool:
+    """Whether a knob could have this value, so that a name like the knob's may be a slip."""
+    field = FIELDS[name.lower()]
+    if isinstance(field.default, str):
+        return "/" not in text or name.endswith(("_DIR", "_PATH"))
+    with contextlib.suppress(ValueError):
+        parse_knob(field, text)
+        return True
+    return False
+
+
+def warnings_of_names(environ: Mapping[str, str]) -> Iterator[str]:
+    """A line for each variable that a public script reads and this program ignores."""
+    for name, text in sorted(environ.items()):
+        if reason := reason_in(WARNED, name):
+            yield f"{name}={text}: not a knob of this program; {reason}"
+
+
 def problems_of_names(given: Mapping[str, str]) -> Iterator[str]:
-    """A line for each variable that looks like a knob of this program but is none."""
+    """A line for each variable that this program lacks, or that looks like one of its knobs."""
     knobs = {name.upper() for name in FIELDS}
     other_names = [*ALIASES, *REJECTED_NAMES]
-    for name in sorted(given.keys() - knobs):
+    for name in sorted(given.keys() - knobs - SWITCHES.keys()):
+        text = given[name]
+        if reason_in(WARNED, name):
+            continue
+        if reason := REJECTED_NAMES.get(name) or reason_in(ABSENT, name):
+            if name in REJECTED_NAMES or text.lower() not in OFF:
+                yield f"{name}={text}: not a knob of this program; {reason}"
+            continue
         # Names of other scripts must be closer: a cluster may set DATASET_PATH, unlike DATA_PATH.
         nearest = difflib.get_close_matches(name, other_names, n=1, cutoff=0.9)
         if not nearest:
@@ -1061,9 +1321,16 @@ def problems_of_names(given: Mapping[str, str]) -> Iterator[str]:
             continue
         if nearest[0] in REJECTED_NAMES:
             reason = REJECTED_NAMES[nearest[0]]
-            yield f"{name}={given[name]}: not a knob of this program; {reason}"
-        else:
-            yield f"{name}={given[name]}: not a knob; did you mean {nearest[0]}?"
+            yield f"{name}={text}: not a knob of this program; {reason}"
+        elif could_be(ALIASES.get(nearest[0], nearest[0]), text):
+            yield f"{name}={text}: not a knob; did you mean {nearest[0]}?"
+
+
+def problems_of_switches(environ: Mapping[str, str], cfg: Config) -> Iterator[str]:
+    """A line for each switch of a public script that does not agree with the config."""
+    for name, (field, remedy) in SWITCHES.items():
+        if name in environ and bool(getattr(cfg, field)) == (environ[name].lower() in OFF):
+            yield f"{name}={environ[name]}: not a knob of this program; {remedy}"
 
 
 def problems_of_aliases(environ: Mapping[str, str]) -> Iterator[str]:
@@ -1093,6 +1360,8 @@ def check_paths(cfg: Config) -> None:
     Raises UsageError, one line per problem.
     """
     problems = [cfg.message(rule) for rule in rules_of_paths(cfg)]
+    if not can_be_written(Path("logs", "x"), is_file=True):
+        problems.append("logs: cannot be written; mend its permissions, or run in another folder")
     if problems:
         raise UsageError("\n".join(problems))
 
@@ -1110,7 +1379,8 @@ OUTPUTS = (
 
 def rules_of_paths(cfg: Config) -> Iterator[Rule]:
     """The rules about files, folders and installed packages that are broken."""
-    if not can_be_written(Path("logs", f"{cfg.run_id}.txt"), is_file=True):
+    name_is_bad = not can_be_written(Path("logs", f"{cfg.run_id}.txt"), is_file=True)
+    if cfg.run_id and name_is_bad and can_be_written(Path("logs", "x"), is_file=True):
         yield Rule("run_id", "the name of a file that can be written in logs")
     folder = Path(cfg.artifact_dir or f"runs/{cfg.run_id}")
     if not can_be_written(folder):
@@ -1124,6 +1394,8 @@ def rules_of_paths(cfg: Config) -> Iterator[Rule]:
             yield Rule("tensorboard_dir", "empty, or tensorboard must be installed")
         elif not can_be_written(Path(cfg.tensorboard_dir, cfg.run_id)):
             yield Rule("tensorboard_dir", "empty or a folder that can be written")
+    if cfg.wandb_project and importlib.util.find_spec("wandb") is None:
+        yield Rule("wandb_project", "empty, or wandb must be installed")
     package = {"zstd": "zstandard", "brotli": "brotli"}.get(cfg.compressor)
     if package and importlib.util.find_spec(package) is None:
         yield Rule("compressor", f"ans or lzma, or {package} must be installed")
@@ -1297,6 +1569,7 @@ CPU = dict(
     ema_decay=0.98,
     val_batch_tokens=65536,
     eval_seq_len=512,
+    sample_tokens=48,
     ttt_lora_rank=8,
     ttt_lora_lr=3e-3,
     ttt_chunk_size=128,
@@ -1545,6 +1818,30 @@ def describe_lost_peers() -> str:
     return "; ".join(lost)
 
 
+def launch_numbers(environ: Mapping[str, str]) -> tuple[int, int, int]:
+    """RANK, WORLD_SIZE and LOCAL_RANK as torchrun sets them; (0, 1, LOCAL_RANK) without RANK.
+
+    Raises UsageError if they cannot be right.
+    """
+    numbers = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
+    remedy = "start with torchrun, which sets it, or unset RANK"
+    for name in numbers:
+        text = environ.get(name, numbers[name])
+        try:
+            numbers[name] = int(text)
+        except ValueError:
+            raise UsageError(f"{name}={text}: must be a whole number; {remedy}") from None
+    rank, world_size, local_rank = numbers.values()
+    if "RANK" not in environ:
+        return 0, 1, local_rank
+    for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        if name not in environ:
+            raise UsageError(f"RANK={rank}: needs {name}; {remedy}")
+    if not 0 <= rank < world_size:
+        raise UsageError(f"RANK={rank}: must be below WORLD_SIZE={world_size}; {remedy}")
+    return rank, world_size, local_rank
+
+
 def end_with_parent() -> None:
     """Asks Linux for SIGTERM when the parent ends: torchrun may be killed, or end by SIGUSR1."""
     with contextlib.suppress(OSError, AttributeError):
@@ -1559,21 +1856,25 @@ class Ranks:
     """
 
     def __init__(self, environ: Mapping[str, str]):
-        self.distributed = "RANK" in environ
-        self.rank = int(environ.get("RANK", 0))
-        self.world_size = 1
         # Without RANK, WORLD_SIZE means nothing: clusters may set it for any process.
-        if self.distributed:
-            self.world_size = int(environ.get("WORLD_SIZE", 1))
+        self.distributed = "RANK" in environ
+        self.rank, self.world_size, local_rank = launch_numbers(environ)
         self.is_main = self.rank == 0
         # Someone may be watching rank 0's terminal.
-        self.live = self.is_main and sys.stdout.isatty() and "CI" not in environ
+        self.live = self.is_main and is_terminal(sys.stdout) and "CI" not in environ
         self.num_queues = 0
         # Set when the run is over and peers may end.
         self.finished = threading.Event()
         self.device = torch.device("cpu")
         if torch.cuda.is_available():
-            self.device = torch.device("cuda", int(environ.get("LOCAL_RANK", 0)))
+            count = torch.cuda.device_count()
+            if local_rank >= count:
+                message = (
+                    f"LOCAL_RANK={local_rank}: this machine has {count} GPUs; start torchrun with"
+                    f" --nproc_per_node={count}"
+                )
+                raise NoDevice(message if local_rank == count else "")
+            self.device = torch.device("cuda", local_rank)
             torch.cuda.set_device(self.device)
         if self.distributed:
             if "TORCHELASTIC_RUN_ID" in environ:
@@ -1668,8 +1969,33 @@ class Ranks:
 ERASE_LINE = "\r\033[K"
 
 
+def is_terminal(stream: Any) -> bool:
+    """Whether a stream is a terminal. sys.stdout is None if the program began without one."""
+    return stream is not None and stream.isatty()
+
+
+def print_while_open(text: str, end: str = "\n") -> None:
+    """Prints to stdout. If nobody reads it any more, all later output goes nowhere."""
+    try:
+        print(text, end=end, flush=True)
+    except OSError:
+        # The descriptor is replaced, so that Python's last flush finds no broken pipe.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def prepare_output() -> None:
+    """Makes stdout take any text, and exist, so that no file gets its descriptor.
+
+    What the encoding of stdout lacks becomes a question mark.
+    """
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")
+
+
 class Log:
-    """Lines for people: rank 0 writes them to a file and to the terminal, other ranks do nothing.
+    """Lines for people: rank 0 writes them to a file and to stdout, other ranks do nothing.
 
     A live log also shows a line on the terminal that is rewritten in place. `prefix` begins every
     line. `tensorboard_dir`, if not empty, receives the numbers given to `scalars`.
@@ -1679,8 +2005,11 @@ class Log:
         self.is_main = is_main
         self.live = live
         self.prefix = ""
+        self.path = path
+        self.phase_start = time.monotonic()
         self.tensorboard_dir = tensorboard_dir
         self.tensorboard = None  # SummaryWriter, made with the first numbers
+        self.wandb = None  # the run at Weights & Biases, see open_wandb
         self.last_line_time = time.monotonic()
         self.last_shown_time = 0.0
         if is_main:
@@ -1701,7 +2030,7 @@ class Log:
         self.write(f"{self.prefix}{line}\n".encode(errors="replace"))
         if terminal:
             erase = ERASE_LINE if self.live else ""
-            print(erase + self.prefix + line, flush=True)
+            print_while_open(erase + self.prefix + line)
 
     def write(self, data: bytes) -> None:
         """Adds to the file. A full disk ends no run: the rest waits for the next line."""
@@ -1728,10 +2057,45 @@ class Log:
         if self.live and time.monotonic() - self.last_shown_time >= min_interval_s:
             self.last_shown_time = time.monotonic()
             width = shutil.get_terminal_size().columns - 1
-            print(ERASE_LINE + line[:width], end="", flush=True)
+            print_while_open(ERASE_LINE + line[:width], end="")
+
+    def begin_phase(self, name: str) -> None:
+        """Shows that a phase has begun; `seconds_left` counts from here."""
+        self.phase_start = time.monotonic()
+        self.show(f"{name} ..")
+
+    def seconds_left(self, share: float) -> float:
+        """The time that the phase will take if a share of it, above 0, is done."""
+        return (time.monotonic() - self.phase_start) * (1 / max(share, 1e-9) - 1)
+
+    def wants_progress(self) -> bool:
+        """Whether a long loop should show how far it is, on the live line or as a line."""
+        return self.due() or (self.live and time.monotonic() - self.last_shown_time >= 1)
+
+    def progress(self, line: str, live_line: str) -> None:
+        """Shows how far a long loop is: as a line each 8 s, and on the live line."""
+        if self.due():
+            self(line, terminal=not self.live)
+        self.show(live_line)
+
+    def open_wandb(self, project: str, run_id: str, settings: dict[str, Any]) -> str:
+        """Begins a run at Weights & Biases, or goes on with it. Returns why it cannot, or ""."""
+        if not self.is_main or not project:
+            return ""
+        import wandb
+
+        names = dict(project=project, name=run_id, id=re.sub(r"[^\w.-]", "-", run_id))
+        try:
+            self.wandb = wandb.init(**names, resume="allow", config=settings)
+        except wandb.Error as error:
+            reason = str(error).splitlines()[0]
+            return f"WANDB_PROJECT={project}: {reason}; WANDB_MODE=offline needs no network"
+        return ""
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        """Adds numbers to TensorBoard at a training step, by name."""
+        """Adds numbers to TensorBoard and W&B at a training step, by name."""
+        if self.wandb is not None:
+            self.wandb.log(values, step=step)
         if not self.is_main or not self.tensorboard_dir:
             return
         if self.tensorboard is None:
@@ -1743,9 +2107,11 @@ class Log:
             self.tensorboard.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Writes what TensorBoard has not written yet; the text is always written at once."""
+        """Writes what the boards have not written yet; the text is always written at once."""
         if self.tensorboard is not None:
             self.tensorboard.close()
+        if self.wandb is not None:
+            self.wandb.finish()
 
 
 def raise_stopped(number: int, _: Any = None, after: str = "") -> None:
@@ -2043,9 +2409,49 @@ def read_shard(path: Path) -> np.ndarray:
     if len(header) < 256 or header[:2].tolist() != SHARD_HEADER:
         raise UsageError(f"{path}: starts with {header[:2].tolist()}, a shard with {SHARD_HEADER}")
     num_tokens = int(header[2])
-    if size != 1024 + 2 * num_tokens or not num_tokens:
-        raise UsageError(f"{path}: holds {size} bytes, its header promises 1024 + 2 * {num_tokens}")
+    if num_tokens <= 0:
+        raise UsageError(f"{path}: is empty, its header promises {num_tokens} tokens; delete it")
+    promised = 1024 + 2 * num_tokens
+    if size != promised:
+        fault = "cut short" if size < promised else "too long"
+        raise UsageError(
+            f"{path}: {fault}: {size:,} of {promised:,} bytes; delete it and download again"
+        )
     return np.memmap(path, dtype="<u2", mode="r", offset=1024, shape=(num_tokens,))
+
+
+def allow_open_files(count: int) -> None:
+    """Raises the soft limit of open files for `count` shards: each stays open while it is mapped.
+
+    Raises UsageError if the hard limit is too low.
+    """
+    try:
+        import resource
+    except ImportError:
+        # Windows has no such limit.
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # Libraries, sockets and pipes need some, too.
+    wanted = count + 512
+    if soft == resource.RLIM_INFINITY or wanted <= soft:
+        return
+    if hard != resource.RLIM_INFINITY and wanted > hard:
+        raise UsageError(
+            f"{count} shards: the limit of open files is {hard}; raise it: ulimit -Hn {wanted}"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def how_to_get(folder: Path) -> str:
+    """The command that makes a data set of this name."""
+    name = folder.name
+    if name.startswith("pydocs"):
+        source = "pydocs"
+    elif match := re.fullmatch(r"fineweb10B_(sp\d+)(\w*caseops\w*)?", name):
+        source = f"fineweb --variant {match[1]}" + ("_caseops" if match[2] else "")
+    else:
+        source = "text TRAIN.jsonl --val VAL.jsonl"
+    return f"Get it: python tools/prepare_data.py {source}; or set DATASET, DATA_DIR"
 
 
 def shard_paths(folder: Path, split: str) -> list[Path]:
@@ -2065,10 +2471,10 @@ class TokenStream:
     def __init__(self, folder: Path, split: str):
         self.paths = shard_paths(folder, split)
         if not self.paths:
-            raise UsageError(
-                f"{folder}: holds no *_{split}_*.bin; "
-                "run tools/prepare_data.py or set DATASET, DATA_DIR"
-            )
+            fault = f"holds no *_{split}_*.bin" if folder.is_dir() else "does not exist"
+            raise UsageError(f"{folder}: {fault}. {how_to_get(folder)}")
+        # Those of the other splits and of side-cars will be open as well.
+        allow_open_files(sum(1 for _ in folder.glob("*.bin")))
         self.shards = [read_shard(path) for path in self.paths]
         self.starts = np.cumsum([0] + [len(shard) for shard in self.shards])
         self.size = int(self.starts[-1])
@@ -3811,6 +4217,14 @@ def synthetic_row(cfg: Config, shape: RowShape, device: torch.device) -> Batch:
     return pack_row(ids[:n], ids[1 : n + 1], starts[:most], shape, device)
 
 
+def weights_sha256(model: nn.Module) -> str:
+    """The SHA-256 of all parameters in fp32, little-endian, end to end in the model's order."""
+    digest = hashlib.sha256()
+    for parameter in model.parameters():
+        digest.update(parameter.detach().cpu().float().numpy().astype("<f4").tobytes())
+    return digest.hexdigest()
+
+
 @contextlib.contextmanager
 def state_restored(model: nn.Module, optimizers: Optimizers) -> Iterator[None]:
     """Restores the training state after its body, PyTorch's random state included.
@@ -3912,9 +4326,11 @@ class TrainState:
 
     # The mean clock at the last checkpoint.
     checkpoint_s: float = 0.0
-    # This rank's clock and the targets at the last log line.
+    # This rank's clock and the targets at the last log line, and the losses and steps since.
     logged_s: float = 0.0
     logged_tokens: int = 0
+    unlogged_loss: float = 0.0
+    unlogged_steps: int = 0
     # The mean clock and the visits at the end of the first step, which is not representative.
     first_step_s: float = 0.0
     first_step_visits: int = 0
@@ -4085,6 +4501,8 @@ class StepReporter:
     def report(self, numbers: StepNumbers) -> None:
         """Reports one step. Raises RunStopped if POD_SPEEDGATE_MS is set and steps take longer."""
         state, step = self.state, numbers.step
+        state.unlogged_loss += numbers.loss
+        state.unlogged_steps += 1
         if step == 1:
             state.first_step_s = state.elapsed_s
             state.first_step_visits = state.timed_visits
@@ -4123,15 +4541,18 @@ class StepReporter:
             )
 
     def log_step(self, numbers: StepNumbers) -> None:
-        """Writes a step's line; its tok/s is the mean since the previous line."""
+        """Writes a step's line; its train_loss and tok/s are means since the previous line."""
         state = self.state
         seconds = max(state.rank_s - state.logged_s, 1e-9)
         tokens_per_s = (state.tokens - state.logged_tokens) / seconds
         state.logged_s = state.rank_s
         state.logged_tokens = state.tokens
+        loss = state.unlogged_loss / state.unlogged_steps
+        state.unlogged_loss = 0.0
+        state.unlogged_steps = 0
         time_ms = 1000 * state.rank_s
         self.log(
-            f"step:{numbers.step}/{self.cfg.iterations} train_loss:{numbers.loss:.4f} "
+            f"step:{numbers.step}/{self.cfg.iterations} train_loss:{loss:.4f} "
             f"train_time:{time_ms:.0f}ms step_avg:{time_ms / numbers.step:.2f}ms "
             f"tok/s:{tokens_per_s:.0f} lr_scale:{numbers.lr_scale:.3f}",
             terminal=not self.log.live,
@@ -4142,10 +4563,15 @@ class StepReporter:
         state, step = self.state, numbers.step
         iterations_s = (self.cfg.iterations - step) * state.rank_s / step
         left_s = min(self.budget_s - state.rank_s, iterations_s)
+        # The speed is known from step 22 on. Without a budget the number of steps is known.
+        steps = f"step {step}, measuring speed"
+        if step >= 22 or self.budget_s == math.inf:
+            steps = f"step {step} of about {state.expected_steps:.0f}"
+        # A narrow terminal cuts the line, so what matters most comes first.
         parts = [
-            f"train: step {step} of about {state.expected_steps:.0f}",
+            f"train: loss {numbers.loss:.4f}",
             f"{left_s:.0f} s left",
-            f"loss {numbers.loss:.4f}",
+            steps,
             f"{1000 * numbers.seconds:.0f} ms/step",
             f"{tokens_per_s:.0f} tok/s",
         ]
@@ -4693,6 +5119,8 @@ class Ledger:
         self.num_read_early = torch.zeros((), dtype=torch.int64, device=device)
         # Documents, or chunks of the stream, that were not learnt from because of the deadline.
         self.num_not_learnt_from = 0
+        # Those documents, all or the rest of which was scored without adaptation.
+        self.num_not_adapted = 0
         self.tilt = Tilt(docs, self.tokens, cfg) if cfg and cfg.tilt_order else None
 
     def hints_of(self, index: Tensor, size: int) -> Tensor | None:
@@ -4743,6 +5171,7 @@ class Ledger:
         A target that two ranks scored counts as scored twice.
         """
         self.num_not_learnt_from = sum(ranks.gather(self.num_not_learnt_from))
+        self.num_not_adapted = sum(ranks.gather(self.num_not_adapted))
         for t in (self.nats, self.times_scored, self.num_read_early):
             ranks.sum(t)
         if self.tilt is not None:
@@ -4766,11 +5195,32 @@ class Ledger:
             "doc_nats": sum_documents(self.nats[:-1]),
             "doc_bytes": sum_documents(self.bytes),
             "doc_tokens": self.docs.counts,
+            **self.by_position(),
         }
         if self.tilt is not None:
             arrays["tilt_index"] = self.tilt.index.cpu().numpy()
             arrays["tilt_gains"] = self.tilt.gains.cpu().numpy()
         return arrays
+
+    def by_position(self) -> dict[str, np.ndarray]:
+        """Nats and targets by position in the document, (bins,) each, and where each bin begins.
+
+        Bins are about an eighth of an octave wide, and at least one position.
+        """
+        longest = max(int(self.docs.counts.max()), 1)
+        octaves = longest.bit_length()
+        edges = np.unique(np.rint(np.geomspace(1, longest + 1, 8 * octaves + 1)))[:-1] - 1
+        edges = edges.astype(np.int64)
+        index = self.docs.target_indices()
+        position = index - np.repeat(self.docs.starts, self.docs.counts)
+        nats = self.nats.cpu().double().numpy()[index]
+        nats = np.bincount(position, weights=nats, minlength=longest)
+        tokens = np.bincount(position, minlength=longest)
+        return {
+            "pos_edges": edges,
+            "pos_nats": np.add.reduceat(nats, edges),
+            "pos_tokens": np.add.reduceat(tokens, edges),
+        }
 
     def problems(self, decoded_bytes: int) -> list[str]:
         """The rules that a joined ledger breaks, in words.
@@ -4794,6 +5244,22 @@ class Ledger:
         if self.tilt is not None:
             problems += self.tilt.problems()
         return problems
+
+
+def commitment(documents: Mapping[str, np.ndarray]) -> str:
+    """The hash that commits a run to the score of every document, as `Ledger.by_document` has it.
+
+    A document's record is its number, nats, bytes and targets, little-endian u64, fp64, u64, u64.
+    The commitment is the SHA-256 of all records' SHA-256, end to end in the order of the stream: so
+    the score of a document can be shown without those of the others.
+    """
+    columns = [np.arange(len(documents["doc_nats"]))]
+    columns += [documents[name] for name in ("doc_nats", "doc_bytes", "doc_tokens")]
+    hashes = hashlib.sha256()
+    for number, nats, num_bytes, targets in zip(*columns, strict=True):
+        record = struct.pack("<QdQQ", int(number), nats, int(num_bytes), int(targets))
+        hashes.update(hashlib.sha256(record).digest())
+    return hashes.hexdigest()
 
 
 # The inputs start .. end - 1 are read; the targets of first_scored .. end - 1 are scored.
@@ -4863,11 +5329,25 @@ class Scorer(NamedTuple):
             rows = rows[self.ranks.rank :: self.ranks.world_size]
         for row in rows:
             self.score_row(row)
-            if self.log.due():
-                result = self.ledger.result()
-                self.log(
-                    f"eval_progress: {result['tokens']} targets running_bpb:{result['val_bpb']:.4f}"
-                )
+            self.show_progress("eval_progress", "score")
+
+    def show_progress(self, label: str, live_label: str, at_most_s: float = math.inf) -> None:
+        """Shows targets done of all, the time left (but at most `at_most_s`) and the score so far.
+
+        Every rank is taken to have done as many as this one.
+        """
+        if not self.log.wants_progress():
+            return
+        result = self.ledger.result()
+        total = int(self.ledger.docs.counts.sum())
+        done = min(result["tokens"] * self.ranks.world_size, total)
+        left_s = min(self.log.seconds_left(done / total), at_most_s)
+        loss, bpb = result["val_loss"], result["val_bpb"]
+        self.log.progress(
+            f"{label}: targets:{done}/{total} left:{left_s:.0f}s"
+            f" running_loss:{loss:.4f} running_bpb:{bpb:.4f}",
+            f"{live_label}: bpb {bpb:.4f}, {left_s:.0f} s left, {done} of {total} targets",
+        )
 
     def pack_windows(self, windows: Iterable[Window]) -> list[list[Window]]:
         """The windows of each row, in order. No score depends on the other windows of its row."""
@@ -4999,7 +5479,7 @@ Sensitivities = dict[str, Tensor]  # by bank, (n, rows) fp32
 
 @torch.no_grad()
 def collect_hessians(
-    model: GPT, plan: tuple[Visit, ...], rows: list[Batch], ranks: Ranks
+    model: GPT, plan: tuple[Visit, ...], rows: Iterable[Batch], ranks: Ranks
 ) -> Hessians:
     """H of each site and layer: the mean of x x^T per token, summed over visits, over all rows.
 
@@ -5024,11 +5504,12 @@ def collect_hessians(
 
     # The forward is needed up to the head's inputs, so one target is enough.
     select = torch.zeros(1, dtype=torch.long, device=ranks.device)
+    num_rows = torch.zeros((), device=ranks.device)
     for row in rows:
         model(row, plan, tap=tap, select=select)
+        num_rows += 1
 
-    num_rows = ranks.sum(torch.tensor(float(len(rows)), device=ranks.device))
-    count = num_rows * model.cfg.micro_batch_tokens
+    count = ranks.sum(num_rows) * model.cfg.micro_batch_tokens
     means = {key: ranks.sum(total) / count for key, total in sums.items()}
     return means | lookups
 
@@ -5037,7 +5518,7 @@ def collect_sensitivities(
     forward: Callable,
     model: GPT,
     plan: tuple[Visit, ...],
-    rows: list[Batch],
+    rows: Iterable[Batch],
     hessians: Hessians,
     ranks: Ranks,
 ) -> Sensitivities:
@@ -5937,6 +6418,7 @@ def ans_decode(
     table = np.frombuffer(tables, "<u2").astype(np.int64).reshape(NUM_CONTEXTS, NUM_SYMBOLS)
     if (table.sum(1) != FREQUENCY_SUM).any():
         raise ValueError("a table of frequencies does not add up")
+    counts = np.zeros(NUM_CONTEXTS * NUM_SYMBOLS, np.int64)
     frequency = table.ravel()
     start = range_starts(table)
     # In each context, as many slots name a symbol as its frequency says: (contexts, 2^14).
@@ -5952,6 +6434,7 @@ def ans_decode(
         slot = x & SLOT_MASK
         symbol = symbol_of_slot[context.ravel(), slot].astype(np.int64)
         index = context.ravel() * NUM_SYMBOLS + symbol
+        np.add.at(counts, index, 1)
         x[:] = frequency[index] * (x >> ANS_BITS) + slot - start[index]
         low = np.flatnonzero(x < STATE_MIN)
         x[low] = (x[low] << WORD_BITS) + words[num_read : num_read + len(low)]
@@ -5959,6 +6442,9 @@ def ans_decode(
         q[:] = (symbol - ZERO_SYMBOL).reshape(q.shape) * sign
     if num_read != len(words) or (states != STATE_MIN).any():
         raise ValueError("words are left over")
+    # Otherwise tables that nothing uses could hold 31 kB of something else.
+    if (frequency_table(counts.reshape(-1, NUM_SYMBOLS)) != table).any():
+        raise ValueError("a table of frequencies is not that of the codes")
     return codes
 
 
@@ -5997,24 +6483,41 @@ def compress(codec: str, data: bytes) -> bytes:
 
 
 def decompress(codec: str, data: bytes, size: int) -> bytes:
-    """The first `size` bytes of a stream, which is not trusted: this takes little memory besides.
+    """A stream of `size` bytes, which is not trusted: this takes little memory besides.
 
-    Raises ValueError if the stream holds fewer, or any error of the codec's library.
+    Raises ValueError unless the stream ends there and nothing stands behind it, or any error of the
+    codec's library.
     """
     if codec == "lzma":
-        raw = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=LZMA_FILTERS).decompress(data, size)
+        decoder = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=LZMA_FILTERS)
+        raw = decoder.decompress(data, size + 1)
+        is_whole = decoder.eof and not decoder.unused_data
     elif codec == "brotli":
         import brotli
 
-        raw = brotli.Decompressor().process(data, size)
+        decoder = brotli.Decompressor()
+        raw = decoder.process(data, size + 1)
+        # The library itself refuses what stands behind the end.
+        is_whole = decoder.is_finished()
     else:
-        import zstandard
-
-        decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 20)
-        raw = decompressor.stream_reader(data, read_across_frames=False).read(size)
-    if len(raw) != size:
-        raise ValueError("a stream is shorter than its header says")
+        raw, is_whole = decompress_zstd(data, size)
+    if len(raw) != size or not is_whole:
+        raise ValueError("a stream is not as long as its header says")
     return raw
+
+
+def decompress_zstd(data: bytes, size: int) -> tuple[bytes, bool]:
+    """The first frame, up to little more than `size` bytes of it; whether it is all of `data`."""
+    import zstandard
+
+    decoder = zstandard.ZstdDecompressor(max_window_size=1 << 20).decompressobj()
+    raw = bytearray()
+    # A block of 4 bytes may stand for 128 KiB, so the input comes in small pieces.
+    for first in range(0, len(data), 256):
+        if decoder.eof or len(raw) > size:
+            return bytes(raw), False
+        raw += decoder.decompress(data[first : first + 256])
+    return bytes(raw), decoder.eof and not decoder.unused_data
 
 
 def order_of_size(levels: np.ndarray, exponents: np.ndarray) -> np.ndarray:
@@ -6072,7 +6575,7 @@ def unpack_codes(
 
 # --- Container: writing ---------------------------------------------------------------------------
 #
-# The file is a header and five streams, laid out as `pack_artifact` says. Its bytes follow from the
+# The file is a header and five streams, laid out as `pack_arrays` says. Its bytes follow from the
 # weights and the config alone: no time and no path goes into it.
 
 ARTIFACT_MAGIC = b"PGLM"
@@ -6080,6 +6583,8 @@ ARTIFACT_VERSION = 3
 HEADER_START = 13  # after magic, version, length and CRC-32 of the header
 MAX_HEADER_BYTES = 1 << 16  # of JSON
 MAX_STREAM_BYTES = 1 << 27  # of all streams, decompressed
+MAX_EXPANSION = 16  # decompressed bytes for each byte of the file, beyond the next line's
+SMALL_STREAM_BYTES = 1 << 20
 
 
 class StreamSizes(NamedTuple):
@@ -6106,16 +6611,33 @@ def stream_sizes(cfg: Config) -> StreamSizes:
     )
 
 
-def fp16_bytes(tensors: Iterable[Tensor]) -> bytes:
-    """All values of the tensors, one after the other, as little-endian fp16."""
-    flat = torch.cat([tensor.detach().flatten().half() for tensor in tensors])
-    return flat.cpu().numpy().astype("<f2").tobytes()
+def fp16_array(tensor: Tensor) -> np.ndarray:
+    """The values of a tensor as little-endian fp16."""
+    return tensor.detach().half().cpu().numpy().astype("<f2")
 
 
 def pack_artifact(model: GPT, quantised: Quantised, meta: dict[str, Any]) -> bytes:
     """The artifact file of quantised banks and tables and of the model's other parameters.
 
     `meta` joins the header.
+    """
+    cfg = model.cfg
+    codes = {name: q.numpy() for name, q in quantised.codes.items()}
+    floats = {}
+    for name, shape in float_shapes(cfg).items():
+        floats[name] = fp16_array(model.get_parameter(name)[-shape[0] :])
+    arrays = ArtifactArrays(
+        codes=codes,
+        levels={name: row_levels(q) for name, q in codes.items()},
+        scales={name: fp16_array(scale) for name, scale in quantised.scales.items()},
+        columns={key: k.numpy() for key, k in quantised.columns.items()},
+        floats=floats,
+    )
+    return pack_arrays(cfg, arrays, meta)
+
+
+def pack_arrays(cfg: Config, arrays: ArtifactArrays, meta: dict[str, Any]) -> bytes:
+    """The artifact file that holds these arrays; `meta` joins the header.
 
     Its layout, all numbers little-endian:
 
@@ -6129,39 +6651,36 @@ def pack_artifact(model: GPT, quantised: Quantised, meta: dict[str, Any]) -> byt
             columns  int8, k of the column scales 2^(k/4) of every Matrix.input_key, in LZMA
             floats   fp16, without the rows that nothing reads, in LZMA
     """
-    cfg = model.cfg
-    codes = [q.numpy() for q in quantised.codes.values()]
-    levels = [row_levels(q) for q in codes]
-    columns = list(bank_exponents(cfg, quantised.columns).values())
-    floats = []
-    for name, shape in float_shapes(cfg).items():
-        floats.append(model.get_parameter(name)[-shape[0] :])
-
-    streams = [
-        pack_codes(cfg.compressor, codes, levels, columns),
-        compress("lzma", b"".join(level.tobytes() for level in levels)),
-        compress("lzma", fp16_bytes(quantised.scales.values())),
-        compress("lzma", torch.cat(list(quantised.columns.values())).numpy().tobytes()),
-        compress("lzma", fp16_bytes(floats)),
-    ]
+    bank_columns = list(bank_exponents(cfg, arrays.columns).values())
+    codes, levels = list(arrays.codes.values()), list(arrays.levels.values())
+    streams = [pack_codes(cfg.compressor, codes, levels, bank_columns)]
+    for part in arrays[1:]:
+        streams.append(compress("lzma", b"".join(array.tobytes() for array in part.values())))
     header = {"config": network_config(cfg), "compressor": cfg.compressor, **meta}
     header["streams"] = []
     for size, stream in zip(stream_sizes(cfg), streams, strict=True):
         header["streams"].append([size, len(stream), zlib.crc32(stream)])
-    head = zlib.compress(json.dumps(header, sort_keys=True).encode(), 9)
+    head = zlib.compress(header_text(header), 9)
     length = len(head).to_bytes(4, "little")
     checksum = zlib.crc32(head).to_bytes(4, "little")
     start = ARTIFACT_MAGIC + bytes([ARTIFACT_VERSION]) + length + checksum
     return start + head + b"".join(streams)
 
 
+def header_text(header: dict[str, Any]) -> bytes:
+    """The one spelling of a header."""
+    return json.dumps(header, sort_keys=True).encode()
+
+
 # --- Container: reading ---------------------------------------------------------------------------
 #
 # Nothing that is read is executed: the file holds JSON and arrays of numbers. The config in the
 # header says how large each stream must be. Before anything is allocated, the config and the stated
-# sizes are checked: however the file was forged, it unpacks to at most 64 KiB of header and 2^27
-# bytes of streams. A damaged file may raise any error in the functions below; open_artifact turns
-# it into one line.
+# sizes are checked: however the file was forged, it unpacks to at most 64 KiB of header and, of
+# streams, to 2^27 bytes and little more than 16 times its own size. Nothing hides in it: header and
+# levels have one spelling, every stream ends where it should, and nothing stands behind it. (Codecs
+# may still spell a stream in several ways; tools/container.py compares with their own way.) A
+# damaged file may raise any error in the functions below; open_artifact turns it into one line.
 
 
 class ArtifactArrays(NamedTuple):
@@ -6187,16 +6706,31 @@ def config_of_header(header: dict[str, Any]) -> Config:
     for rule in list(cfg.out_of_range()) or cfg.rules():
         if rule.field in fields:
             raise ValueError("a field out of range")
+    if network_config(cfg) != header["config"]:
+        raise ValueError("a field that no run writes")
     return cfg
 
 
 def read_header(data: bytes) -> tuple[dict[str, Any], int]:
-    """Header of an artifact and offset of its first stream."""
+    """Header of an artifact and offset of its first stream.
+
+    Raises ValueError for a header that `pack_arrays` would spell otherwise.
+    """
     end = HEADER_START + int.from_bytes(data[5:9], "little")
     head = data[HEADER_START:end]
     if len(data) < end or zlib.crc32(head).to_bytes(4, "little") != data[9:HEADER_START]:
         raise ValueError("its header does not match its checksum")
-    return json.loads(zlib.decompressobj().decompress(head, MAX_HEADER_BYTES)), end
+    decoder = zlib.decompressobj()
+    text = decoder.decompress(head, MAX_HEADER_BYTES)
+    header = json.loads(text)
+    if not decoder.eof or decoder.unused_data or header_text(header) != text:
+        raise ValueError("its header has another spelling than its own")
+    unknown = set(header) - {"config", "compressor", "streams", "looped", "tokenizer"}
+    digest = header.get("tokenizer", "0" * 64)
+    is_known = type(header.get("looped", True)) is bool and re.fullmatch("[0-9a-f]{64}", digest)
+    if unknown or not is_known:
+        raise ValueError("its header has fields that no run writes")
+    return header, end
 
 
 def stored_streams(data: bytes, header: dict[str, Any], start: int, cfg: Config) -> list[bytes]:
@@ -6206,6 +6740,9 @@ def stored_streams(data: bytes, header: dict[str, Any], start: int, cfg: Config)
     is_expected = sizes == expected and sum(expected) <= MAX_STREAM_BYTES
     if not is_expected or header["compressor"] not in COMPRESSORS:
         raise ValueError("its streams are not those of its network, or of an unknown compressor")
+    # Half a bit a weight: no run comes near it, and no small file makes much work.
+    if sum(expected) > MAX_EXPANSION * len(data) + SMALL_STREAM_BYTES:
+        raise ValueError("its streams are too short for its network")
     streams = []
     for length, checksum in zip(lengths, checksums, strict=True):
         stream = data[start : start + length]
@@ -6245,6 +6782,9 @@ def unpack_streams(streams: list[bytes], compressor: str, cfg: Config) -> Artifa
         list(levels.values()),
         list(bank_exponents(cfg, columns).values()),
     )
+    for level, q in zip(levels.values(), codes, strict=True):
+        if (level != row_levels(q)).any():
+            raise ValueError("levels are not those of the codes")
     return ArtifactArrays(
         codes=dict(zip(shapes, codes, strict=True)),
         levels=levels,
@@ -6332,6 +6872,10 @@ class Deadline:
         self.called_at = math.inf
         self.seconds_per_target = 0.0  # of plain scoring on one rank; set once it is measured
         self.late = False
+
+    def seconds_left(self) -> float:
+        """Seconds until the end."""
+        return max(self.end - time.monotonic(), 0.0)
 
     def near(self, targets: float, ranks: Ranks | None = None) -> bool:
         """Whether learning must stop, with `targets` left for this rank. Call it before each step.
@@ -6699,6 +7243,7 @@ def score_rest(scorer: Scorer, batch: np.ndarray, num_scored: int) -> None:
         start, count = docs.starts[document], docs.counts[document]
         if count > num_scored:
             scorer.ledger.num_not_learnt_from += 1
+            scorer.ledger.num_not_adapted += 1
         windows += scorer.text_windows(start, count, stride=0, first=start + num_scored)
     scorer.score_windows(windows, shared=False)
 
@@ -6731,10 +7276,7 @@ def adapt_documents(
                 in_batch = (counts[batch] - done).clip(0).sum()
                 if deadline.near(in_batch + left_after[number] / ranks.world_size):
                     break
-                if scorer.log.due():
-                    running = "running_loss:{val_loss:.4f} running_bpb:{val_bpb:.4f}"
-                    running = running.format(**ledger.result())
-                    scorer.log(f"ttt_progress: batch {number + 1}/{len(batches)} {running}")
+                scorer.show_progress("ttt_progress", "adapt", deadline.seconds_left())
         if deadline.late:
             score_rest(scorer, batch, done)
 
@@ -6964,6 +7506,69 @@ def learn_weights(
         optimizer.step()
         model.zero_grad(set_to_none=True)
     model.requires_grad_(False)
+
+
+# --- What the model writes ------------------------------------------------------------------------
+#
+# Beginnings of validation documents, continued by the artifact. They show what was trained and
+# count for nothing: all scores are there by then, and no budget is running.
+NUM_PROMPTS = 3
+PROMPT_TOKENS = 24
+SAMPLE_TEMPERATURE = 0.8
+
+
+def choose_prompts(docs: Documents) -> np.ndarray:
+    """Documents (n,) for the prompts, evenly spaced among those that go on after their prompt."""
+    long_enough = np.flatnonzero(docs.counts > PROMPT_TOKENS)
+    places = np.arange(NUM_PROMPTS) * len(long_enough) // NUM_PROMPTS
+    return long_enough[np.unique(places)] if len(long_enough) else long_enough
+
+
+@torch.no_grad()
+def continue_prompts(
+    model: GPT, plan: tuple[Visit, ...], prompts: np.ndarray, num_tokens: int, device: torch.device
+) -> np.ndarray:
+    """Continues each prompt, ids (n, P), greedily and by sampling: ids (2, n, num_tokens).
+
+    The texts are the segments of one row. Its shape never changes, because no position of a causal
+    model depends on what stands behind it. A sample depends on SEED alone.
+    """
+    cfg = model.cfg
+    num_prompts, prompt_tokens = prompts.shape
+    length = prompt_tokens + num_tokens
+    ids = torch.zeros(2 * num_prompts, length, dtype=torch.long)
+    ids[:, :prompt_tokens] = torch.from_numpy(np.concatenate([prompts, prompts]))
+    starts = np.arange(0, ids.numel(), length)
+    shape = RowShape(ids.numel(), len(ids), length)
+    no_targets = np.full(ids.numel(), -1)
+    generator = torch.Generator().manual_seed(cfg.seed)
+    head_inputs: list[Tensor] = []
+
+    def tap(site: str, layer: int, x: Tensor) -> None:
+        if site == "head_in":
+            head_inputs.append(x)
+
+    # The forward is needed up to the head's inputs, so one target is enough.
+    select = torch.zeros(1, dtype=torch.long, device=device)
+    for end in range(prompt_tokens, length):
+        batch = pack_row(ids.flatten().numpy(), no_targets, starts, shape, device)
+        model(batch, plan, tap=tap, select=select)
+        x = head_inputs.pop()[starts + end - 1].float()
+        logits = cfg.logit_softcap * torch.tanh(x @ model.tok_emb.float().T / cfg.logit_softcap)
+        probabilities = (logits / SAMPLE_TEMPERATURE).softmax(-1).cpu()
+        ids[:num_prompts, end] = probabilities[:num_prompts].argmax(-1)
+        drawn = torch.multinomial(probabilities[num_prompts:], 1, generator=generator)
+        ids[num_prompts:, end] = drawn[:, 0]
+    return ids[:, prompt_tokens:].view(2, num_prompts, num_tokens).numpy()
+
+
+def readable_text(tokenizer: Tokenizer, ids: np.ndarray) -> str:
+    """The text of tokens (n,) up to a BOS. Operators of CaseOps are applied, roughly."""
+    until_bos = takewhile(lambda token: token != tokenizer.bos_id, ids.tolist())
+    text = tokenizer.model.decode(list(until_bos))
+    text = re.sub("\ue002([a-z]+)", lambda match: match[1].upper(), text)
+    text = re.sub("[\ue001\ue003](.)", lambda match: match[1].upper(), text)
+    return re.sub(f"[{CASE_OPERATORS}]", "", text)
 
 
 # === 11. Run: its phases in order, each leaving a file ============================================
@@ -7227,10 +7832,13 @@ class Run:
     `build_model` sets model, forwards and optimizers.
     """
 
-    def __init__(self, cfg: Config, origin: dict[str, str], ranks: Ranks):
+    def __init__(
+        self, cfg: Config, origin: dict[str, str], ranks: Ranks, warnings: Iterable[str] = ()
+    ):
         """Raises UsageError on all ranks if one of them finds something wrong.
 
-        origin: where each field of `cfg` comes from, as Config.from_env returns it.
+        origin: where each field of `cfg` comes from, as Config.from_env returns it. warnings: for
+        the log, before those of the config.
         """
         self.cfg = cfg
         self.ranks = ranks
@@ -7252,6 +7860,7 @@ class Run:
         cfg = self.cfg
         run_id = self.claim_names(lines)
         self.folder = Path(cfg.artifact_dir or f"runs/{run_id}")
+        self.artifact = self.folder / "final_model.int6.ptz"
         log_path = Path(f"logs/{run_id}.txt")
         self.facts = self.describe(run_id)
         self.made_with = self.checkpoint_identity()
@@ -7264,7 +7873,10 @@ class Run:
         board = f"{cfg.tensorboard_dir}/{run_id}" if cfg.tensorboard_dir else ""
         self.log = Log(log_path, ranks.is_main, ranks.live, board)
         self.compilation_counter = CompilationCounter(self.log)
-        self.log_settings(origin, lines)
+        self.log_settings(origin, lines, warnings)
+        problem = self.log.open_wandb(cfg.wandb_project, run_id, dataclasses.asdict(cfg))
+        if problem := ranks.gather(problem)[0]:
+            raise UsageError(problem)
 
     @property
     def plan(self) -> tuple[Visit, ...]:
@@ -7426,7 +8038,9 @@ class Run:
             **sidecar,
         }
 
-    def log_settings(self, origin: dict[str, str], lines: list[str]) -> None:
+    def log_settings(
+        self, origin: dict[str, str], lines: list[str], warnings: Iterable[str]
+    ) -> None:
         """Begins the log with the source, all settings, the facts, `lines` and warnings.
 
         A resumed run's log has the source already.
@@ -7442,7 +8056,8 @@ class Run:
                 "tilt: the conditional of a target is a function of the artifact and of the"
                 " targets before it in the stream; scores of documents depend on earlier documents"
             )
-        for warning in self.cfg.warnings():
+        idle = self.cfg.warnings_of_idle_knobs(origin)
+        for warning in (*warnings, *idle, *self.cfg.warnings()):
             self.log(f"warning: {warning}")
 
     # --- Checkpoints ---
@@ -7582,11 +8197,32 @@ class Run:
         start = self.ranks.now()
         # The check comes before there is a log.
         if name != "check":
-            self.log.show(f"{name} ..")
-        yield
+            self.log.begin_phase(name)
+        try:
+            yield
+        except RuntimeError as error:
+            if not is_lack_of_memory(error):
+                raise
+            raise OutOfMemory(self.memory_advice(name, error)) from error
         seconds = self.ranks.now() - start
         self.phases.append(Phase(name, budget, seconds - self.excluded_seconds))
         self.excluded_seconds = outer_excluded + seconds
+
+    def memory_advice(self, phase: str, error: RuntimeError) -> str:
+        """The line for the user when memory has run out in a phase: which knob to lower."""
+        cfg = self.cfg
+        advice = f"lower MICRO_BATCH_TOKENS={cfg.micro_batch_tokens}, the tokens of a row"
+        if phase == "score quantized_ttt_lora":
+            advice = f"lower TTT_BATCH_SIZE={cfg.ttt_batch_size}"
+            if cfg.learns_by_chunks:
+                advice += f" or TTT_BATCH_SEQS={cfg.ttt_batch_seqs}"
+        elif phase.startswith(("score", "validate")):
+            advice = f"lower VAL_BATCH_TOKENS={cfg.val_batch_tokens}"
+        elif phase == "warm-up":
+            advice += f", VAL_BATCH_TOKENS={cfg.val_batch_tokens}"
+            advice += f" or TTT_BATCH_SIZE={cfg.ttt_batch_size}"
+        reason = str(error).splitlines()[0]
+        return f"rank {self.ranks.rank}: out of memory in {phase}; {advice} ({reason[:200]})"
 
     def go(self) -> dict[str, Any]:
         """Goes through the phases that are still to do; returns the figures of the final line."""
@@ -7602,18 +8238,21 @@ class Run:
         elif start.stage == Stage.NOTHING:
             self.run_training(reserve)
 
-        path = self.folder / "final_model.int6.ptz"
+        path = self.artifact
         if start.stage < Stage.PACKED:
             self.compress(path)
         if start.is_artifact:
             # The check has read this file already, so that a damaged one ends the run before its
             # warm-up. It is read again below, because the file of rank 0 counts for all ranks.
-            path = Path(self.cfg.eval_only_path)
+            path = self.artifact = Path(self.cfg.eval_only_path)
         else:
             self.run_evaluation("pre_quantization", self.evaluate, budget="none")
 
         self.load_artifact_file(path)
         self.evaluate_artifact()
+        if self.cfg.sample_tokens and self.ranks.is_main:
+            with self.phase("sample", budget="none"):
+                self.write_samples()
         figures = self.report()
         self.log.close()
         self.release_locks()
@@ -7641,7 +8280,12 @@ class Run:
         self.log(f"model_params:{sum(p.numel() for p in self.model.parameters())}")
 
     def run_training(self, reserve: float) -> None:
-        """Trains, keeping `reserve` seconds of the budget for compression."""
+        """Trains, keeping `reserve` seconds of the budget for compression.
+
+        The hash of the weights before the first step shows that warm-up has taught them nothing.
+        """
+        self.final["first_weights_sha256"] = weights_sha256(self.model)
+        self.log(f"weights before step 1: sha256 {self.final['first_weights_sha256']}")
         with self.phase("train", budget="train"):
             self.looped = train(self, reserve)
         weights = self.model.state_dict()
@@ -7686,6 +8330,7 @@ class Run:
         if not (trains or calibrates):
             return
         for step in range(cfg.warmup_steps):
+            self.log.show(f"warm-up: step {step + 1} of {cfg.warmup_steps}")
             for plan in plans:
                 accumulate_gradients(self.forward, plan, [row], cfg.micro_batch_tokens)
                 if trains:
@@ -7698,6 +8343,7 @@ class Run:
         They include a margin: one second, and a quarter of what was measured.
         """
         cfg, ranks = self.cfg, self.ranks
+        self.log.show("warm-up: compression")
         # The first time compiles; the second is measured.
         for _ in range(2):
             start = ranks.now()
@@ -7728,6 +8374,7 @@ class Run:
         num_bytes = np.zeros_like(tokens) if self.table is None else None
         docs = Documents(tokens, starts, np.full(len(starts), length), num_bytes)
 
+        self.log.show("warm-up: scoring and adaptation")
         # What is scored here must not look like a score.
         self.log.prefix = "warmup: "
         *earlier_plans, last_plan = plans
@@ -7789,10 +8436,19 @@ class Run:
         hessians = None
         sensitivities = None
         if not cfg.no_hessians:
-            hessians = collect_hessians(model, plan, rows, ranks)
+            hessians = collect_hessians(model, plan, self.shown(rows, "Hessians"), ranks)
         if cfg.quantizer == "allocated":
-            sensitivities = collect_sensitivities(self.forward, model, plan, rows, hessians, ranks)
+            shown = self.shown(rows, "sensitivities")
+            sensitivities = collect_sensitivities(self.forward, model, plan, shown, hessians, ranks)
         return hessians, sensitivities
+
+    def shown(self, rows: list[Batch], what: str) -> Iterator[Batch]:
+        """The rows, one by one; the log shows how many of them are done."""
+        for done, row in enumerate(rows):
+            if self.log.wants_progress():
+                line = f"{what}: {done} of {len(rows)} rows"
+                self.log.progress(f"calibrate: {line}", f"calibrate: {line}")
+            yield row
 
     def compress(self, path: Path) -> None:
         """Calibrates on the first training rows, quantises, and writes the artifact to `path`."""
@@ -7913,7 +8569,8 @@ class Run:
         result = ledger.result()
         loss, bpb = result["val_loss"], result["val_bpb"]
         time_ms = 1000 * self.phases[-1].seconds
-        self.log(f"{label} val_loss:{loss:.8f} val_bpb:{bpb:.8f} eval_time:{time_ms:.0f}ms")
+        scores = f"val_loss:{loss:.8f} val_bpb:{bpb:.8f} eval_time:{time_ms:.0f}ms"
+        self.log(f"{label} {scores}{self.note_deadline(ledger)}")
         self.log.scalars(self.final.get("steps", 0), {f"val_bpb/{key}": bpb})
         if ledger.tilt is not None:
             gains = ledger.tilt.gains.double()
@@ -7921,16 +8578,30 @@ class Run:
             num_hits = int((gains > 0).sum())
             self.log(f"tilt: hints:{len(gains)} hits:{num_hits} gain_bpb:{gain_bpb:.8f}")
             self.final[f"{key}_tilt_gain"] = gain_bpb
-        if count := ledger.num_not_learnt_from:
-            self.log(f"deadline: {count} documents or chunks were scored but not learnt from")
         self.final[f"{key}_loss"] = loss
         self.final[f"{key}_bpb"] = bpb
         self.final["val_loss"] = loss
         self.final["val_bpb"] = bpb
         self.final["val_tokens"] = result["tokens"]
         self.final["val_bytes"] = result["bytes"]
+        documents = ledger.by_document()
+        self.final["documents_sha256"] = commitment(documents)
         if self.ranks.is_main:
-            self.save_scores(ledger)
+            self.save_scores(documents)
+
+    def note_deadline(self, ledger: Ledger) -> str:
+        """What the deadline left without learning, for the line of a score; also in the figures."""
+        documents = ledger.num_not_adapted
+        chunks = ledger.num_not_learnt_from - documents
+        notes = ""
+        if documents:
+            self.final["documents_not_adapted"] = documents
+            total = len(ledger.docs.counts)
+            notes += f", {documents} of {total} documents were scored without adaptation"
+        if chunks:
+            self.final["chunks_not_learnt_from"] = chunks
+            notes += f", {chunks} chunks were not learnt from"
+        return notes
 
     def broken_rules(self, ledger: Ledger) -> list[str]:
         """Why an evaluation has no score; empty if it has one.
@@ -7952,13 +8623,42 @@ class Run:
                 break
         return problems
 
-    def save_scores(self, ledger: Ledger) -> None:
-        """Saves all figures so far, and the newest evaluation's nats and bytes of each document."""
+    def save_scores(self, documents: dict[str, np.ndarray]) -> None:
+        """Saves all figures so far, and the newest evaluation's scores of `documents`."""
         figures = json.dumps(self.final, indent=1)
         self.save(self.folder / "scores.json", figures.encode())
         buffer = io.BytesIO()
-        np.savez(buffer, **ledger.by_document())
+        np.savez(buffer, **documents)
         self.save(self.folder / "documents.npz", buffer.getvalue())
+
+    def write_samples(self) -> None:
+        """Logs and saves (samples.json) what the artifact makes of some documents' beginnings."""
+        chosen = choose_prompts(self.docs)
+        if not len(chosen):
+            return
+        beginnings = self.docs.starts[chosen, None] + np.arange(PROMPT_TOKENS)
+        prompts = self.docs.tokens[beginnings]
+        count = min(self.cfg.sample_tokens, max(self.cfg.eval_seq_len - PROMPT_TOKENS, 1))
+        device = self.ranks.device
+        written = continue_prompts(self.model, self.plan, prompts, count, device)
+        self.log(f"samples: what the artifact writes; sampled at temperature {SAMPLE_TEMPERATURE}")
+        samples = []
+        for i, document in enumerate(chosen):
+            after = self.docs.starts[document] + PROMPT_TOKENS
+            end = self.docs.starts[document] + self.docs.counts[document]
+            # A prompt begins with BOS.
+            ids = {
+                "prompt": prompts[i, 1:],
+                "greedy": written[0, i],
+                "sampled": written[1, i],
+                "document": self.docs.tokens[after : min(after + count, end)],
+            }
+            texts = {name: readable_text(self.tokenizer, part) for name, part in ids.items()}
+            for name in ("prompt", "greedy", "sampled"):
+                self.log(f"  {name:<8} {json.dumps(texts[name], ensure_ascii=False)}")
+            samples.append({"number": int(document), **texts})
+        text = json.dumps(samples, indent=1, ensure_ascii=False)
+        write_atomic(self.folder / "samples.json", text.encode())
 
     # --- Report ---
     def report(self) -> dict[str, Any]:
@@ -7975,7 +8675,9 @@ class Run:
             seconds[phase.name] = seconds.get(phase.name, 0) + phase.seconds
         self.final |= self.facts
         self.final["seconds"] = {name: round(s, 3) for name, s in seconds.items()}
-        self.log("final " + json.dumps(self.final, sort_keys=True))
+        self.log_ending()
+        # On a terminal it would hide the lines above.
+        self.log("final " + json.dumps(self.final, sort_keys=True), terminal=not self.log.live)
         return self.final
 
     def log_phases(self) -> None:
@@ -7997,6 +8699,22 @@ class Run:
         if WHOLE.fits(gzip_bytes) and gzip_bytes and size:
             self.final["gzip_bpb"] = 8 * gzip_bytes / size
             self.log(f"for scale, gzip -9 of each document: val_bpb:{self.final['gzip_bpb']:.4f}")
+
+    def log_ending(self) -> None:
+        """Logs what people look for: the score, the size, where the files are, and what is next."""
+        final = self.final
+        if "val_bpb" not in final:
+            return
+        scale = ""
+        if "gzip_bpb" in final:
+            scale = f" (gzip -9: {final['gzip_bpb']:.4f})"
+        share = 100 * final["artifact_bytes"] / LIMIT_BYTES
+        self.log(f"score     {final['val_bpb']:.4f} bits per byte, lower is better{scale}")
+        self.log(f"size      {final['artifact_bytes']:,} of {LIMIT_BYTES:,} bytes ({share:.1f} %)")
+        self.log(f"log       {self.log.path}")
+        self.log(f"artifact  {self.artifact}")
+        if Path(__file__).with_name("tools").is_dir():
+            self.log(f"next      make report LOGS={self.log.path}")
 
 
 # === 12. Kernels: MLP, cross-entropy, norm and RoPE, XSA, each beside a plain reference ===
@@ -8836,12 +9554,19 @@ def norm_rope(
 # --- XSA ------------------------------------------------------------------------------------------
 #
 # From each head of y (T, H, D), its component along the token's own value v (T, Hkv, D) is removed:
-# y - (y . u) u with u = v / |v| (PR #1530). The reference of the forward is remove_own_value in
+# y - (y . u) u with u = v / |v| (PR #1530). The plain form of the forward is remove_own_value in
 # section 4.
+
+
+def xsa_reference(y: Tensor, v: Tensor) -> Tensor:
+    """remove_own_value, whose result is as dense as the kernel's."""
+    return remove_own_value(y.contiguous(), v)
 
 
 def xsa_backward_reference(y: Tensor, v: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of y and v. A value of length 0 removes nothing, so its gradient is 0."""
+    y = y.contiguous()
+    grad = grad.contiguous()
     wide = torch.promote_types(y.dtype, torch.float32)
     KV = v.size(1)
     g = grad.to(wide).unflatten(1, (KV, -1))  # (T, Hkv, H / Hkv, D)
@@ -8954,7 +9679,7 @@ def xsa_backward_cuda(
     return dy, dv
 
 
-xsa = define_operator("xsa", remove_own_value, xsa_cuda)
+xsa = define_operator("xsa", xsa_reference, xsa_cuda)
 xsa_backward = define_operator("xsa_backward", xsa_backward_reference, xsa_backward_cuda)
 
 
@@ -9241,10 +9966,33 @@ def load_attention(backend: str) -> Callable[..., Tensor]:
     if backend == "torch":
         return adapt_torch_varlen(function)
 
+    return adapt_flash_varlen(function)
+
+
+def adapt_flash_varlen(function: Callable) -> Callable[..., Tensor]:
+    """flash_attn_varlen_func of FA2, FA3 or FA4 with the signature of sdpa_varlen.
+
+    FA4 has no lengths before 2026-01 and takes them from the offsets. FA3 of 2025-01 demands the
+    used lengths of segments, of which None means all. Raises TypeError for any other signature.
+    """
+    signature = inspect.signature(function)
+    known = signature.parameters
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values())
+    length_names = ["max_seqlen_q", "max_seqlen_k"]
+    if not takes_any:
+        length_names = [name for name in length_names if name in known]
+    options: dict[str, Any] = {"causal": True}
+    for name in ("seqused_q", "seqused_k"):
+        if name in known and known[name].default is inspect.Parameter.empty:
+            options[name] = None
+    # This error names the parameter; that of torch.compile would not.
+    given = dict.fromkeys(["cu_seqlens_q", "cu_seqlens_k", *length_names])
+    signature.bind(None, None, None, **given, **options)
+
     def flash(q, k, v, cu_queries, cu_seqlens, max_seqlen):
         offsets = {"cu_seqlens_q": cu_queries, "cu_seqlens_k": cu_seqlens}
-        lengths = {"max_seqlen_q": max_seqlen, "max_seqlen_k": max_seqlen}
-        return function(q, k, v, **offsets, **lengths, causal=True)
+        lengths = dict.fromkeys(length_names, max_seqlen)
+        return function(q, k, v, **offsets, **lengths, **options)
 
     return flash
 
@@ -9390,6 +10138,26 @@ def message_and_status(error: BaseException) -> tuple[str, int]:
     return str(error), status
 
 
+def is_lack_of_memory(error: RuntimeError) -> bool:
+    """Whether a GPU, or the host, had no memory left."""
+    return isinstance(error, torch.OutOfMemoryError) or "t allocate memory" in str(error)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; empty if it has none."""
+    return str(error).partition("\n")[0]
+
+
+def complain_of_lost_peers(error: RuntimeError) -> None:
+    """Says which peers were lost, by the error of the collective that failed."""
+    reason = describe_lost_peers() or first_line(error)
+    tell_peers(LOST_A_PEER)
+    if dist.get_rank() == 0:
+        # Without torchrun this rank keeps the store, and the others want to know, too.
+        time.sleep(4)
+    complain(f"rank {dist.get_rank()} lost a peer: {reason}")
+
+
 def is_lost_peer(error: RuntimeError) -> bool:
     """Whether a collective failed because another rank has gone."""
     # gloo writes "Connection", NCCL "connection".
@@ -9397,8 +10165,21 @@ def is_lost_peer(error: RuntimeError) -> bool:
 
 
 def complain(message: str) -> None:
-    """Writes the program's one line of error."""
-    print(f"train_gpt.py: {message}", file=sys.stderr, flush=True)
+    """Writes the program's one line of error, if there is a message."""
+    if message:
+        with contextlib.suppress(OSError):
+            print(f"train_gpt.py: {message}", file=sys.stderr, flush=True)
+
+
+def print_plan() -> int:
+    """Prints what a run will need, and returns the exit status. Raises UsageError without tools/.
+
+    It is a process of its own, because the program there imports this file.
+    """
+    path = Path(__file__).resolve().parent / "tools" / "plan.py"
+    if not path.is_file():
+        raise UsageError(f"--plan: needs {path}, which comes with the repository")
+    return subprocess.run([sys.executable, str(path)]).returncode
 
 
 def main(argv: list[str]) -> int:
@@ -9416,31 +10197,35 @@ def main(argv: list[str]) -> int:
             signal.signal(getattr(signal, "SIGPIPE", signal.SIGTERM), signal.SIG_DFL)
             print_knobs()
             return 0
+        if argv == ["--plan"]:
+            return print_plan()
         if argv:
             raise UsageError(
-                f"{argv[0]}: knobs are environment variables; the only argument is --knobs"
+                f"{argv[0]}: knobs are environment variables; the arguments are --knobs and --plan"
             )
+        prepare_output()
         handle_signals(raise_stopped)
         cfg, origin = Config.from_env(os.environ, torch.cuda.is_available())
-        Run(cfg, origin, Ranks(os.environ)).go()
+        Run(cfg, origin, Ranks(os.environ), warnings_of_names(os.environ)).go()
         ends_together = True
     except (UsageError, RunStopped, KeyboardInterrupt, FloatingPointError, InvalidScore) as error:
         ends_together = isinstance(error, (UsageError, RunStopped, InvalidScore))
         message, status = message_and_status(error)
-        # Rank 0 speaks for all. But a bad matrix is known only to the rank that quantises it.
-        if isinstance(error, BadMatrix) or os.environ.get("RANK", "0") == "0":
+        tell_peers(message)
+        # Rank 0 speaks for all. But some errors are known only to the rank that they happen to.
+        if isinstance(error, (BadMatrix, NoDevice)) or os.environ.get("RANK", "0") == "0":
             complain(message)
         return status
+    except OutOfMemory as error:
+        # Only the rank that it happened to knows.
+        tell_peers(first_line(error))
+        complain(str(error))
+        return 1
     except RuntimeError as error:
         if not is_lost_peer(error):
-            tell_peers(f"{type(error).__name__}: {str(error).splitlines()[0]}")
+            tell_peers(f"{type(error).__name__}: {first_line(error)}")
             raise
-        reason = describe_lost_peers() or str(error).splitlines()[0]
-        tell_peers(LOST_A_PEER)
-        if dist.get_rank() == 0:
-            # Without torchrun this rank keeps the store, and the others want to know, too.
-            time.sleep(4)
-        complain(f"rank {dist.get_rank()} lost a peer: {reason}")
+        complain_of_lost_peers(error)
         return 1
     except OSError as error:
         tell_peers(reason_of(error))
@@ -9449,7 +10234,7 @@ def main(argv: list[str]) -> int:
             complain(reason_of(error))
         return 1
     except Exception as error:
-        tell_peers(type(error).__name__)
+        tell_peers(f"{type(error).__name__}: {first_line(error)}")
         raise
     finally:
         # NCCL waits for all ranks when its group is destroyed. A rank that fails by itself would

@@ -36,45 +36,17 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tools"))
 
 import numpy as np
 import torch
+from document_lengths import fineweb_lengths
 from reference import Reference
 from step import Stopwatch, device_name, paired_ratio, print_times, random_weights, take_turns
 from torch import Tensor
 
 import train_gpt as tg
 
-# (quantile, targets) of the documents of FineWeb's validation set, read off 277 ranges of batches
-# in the logs of PR #1530; between them lengths are interpolated in logarithms. The published way
-# with chunks of 32 processes 1,124 M positions on them in 21,130 steps.
-FINEWEB = [
-    (0, 44),
-    (0.01, 86),
-    (0.05, 118),
-    (0.1, 148),
-    (0.2, 209),
-    (0.3, 278),
-    (0.4, 364),
-    (0.5, 474),
-    (0.6, 618),
-    (0.7, 807),
-    (0.8, 1084),
-    (0.9, 1595),
-    (0.92, 1811),
-    (0.9362, 2050),
-    (0.955, 2490),
-    (0.97, 3172),
-    (0.978, 3720),
-    (0.984, 4436),
-    (0.988, 5150),
-    (0.9921, 6354),
-    (0.9946, 7960),
-    (0.9958, 8996),
-    (0.9984, 14509),
-    (0.9996, 25987),
-    (1, 30000),
-]
 NUM_FINEWEB = 50_000
 # Time of this work relative to an H200, modelled from the bandwidths: 3.35 against 4.8 TB/s.
 SLOWER = {"H200": 1.0, "H100": 1.19}
@@ -87,13 +59,6 @@ class Text(NamedTuple):
     docs: tg.Documents
     table: tg.ByteTable
     bos_id: int
-
-
-def fineweb_lengths(count: int) -> np.ndarray:
-    """Targets of `count` documents, rising, distributed as in FineWeb's validation set."""
-    quantiles, lengths = np.array(FINEWEB).T
-    wanted = (np.arange(count) + 0.5) / count
-    return np.exp(np.interp(wanted, quantiles, np.log(lengths))).round().astype(np.int64)
 
 
 def join_documents(pieces: list[np.ndarray], table: tg.ByteTable, bos_id: int) -> Text:

@@ -59,6 +59,7 @@ TINY = {
     "VAL_BATCH_TOKENS": "2048",
     "EVAL_SEQ_LEN": "64",
     "EVAL_STRIDE": "16",
+    "SAMPLE_TOKENS": "0",
     "TTT_EVAL_SEQ_LEN": "64",
     "TTT_CHUNK_SIZE": "16",
     # Warm-up adapts to twice as many tokens.

@@ -713,11 +713,8 @@ def test_bombs_take_no_memory():
 
     refused(b"PGLM\3" + numbers + head)
     refused(with_stream(data, 0, zstd_bomb))  # its window is larger than any of ours
-    for i, name in ((1, "levels"), (3, "columns"), (4, "floats")):
-        # Cut off at the size that the network allows, and read as zeros.
-        _, arrays = tg.open_artifact(with_stream(data, i, lzma_bomb), Path("x"))
-        for array in getattr(arrays, name).values():
-            assert not array.any()
+    for i in (1, 2, 3, 4):
+        refused(with_stream(data, i, lzma_bomb))  # cut off one byte beyond what the network allows
 
     header, _ = parts(data)
     header["config"] |= {"vocab_size": 65536, "model_dim": 65536}

@@ -794,7 +794,6 @@ def test_rules_wait_until_every_value_is_in_range():
 
 PATHS = [
     # (changed fields, what is made beforehand, the variable to blame)
-    (dict(run_id="name"), "a file logs", "RUN_ID"),
     (dict(run_id="name"), "a folder logs/name.txt", "RUN_ID"),
     (dict(run_id="x" * 300), "", "RUN_ID"),
     (dict(run_id="é" * 200), "", "RUN_ID"),

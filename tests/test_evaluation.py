@@ -576,6 +576,7 @@ def test_a_ten_thousandth_may_differ_from_the_fields_counts(
         problems=lambda decoded: [],
         result=lambda: figures,
         num_not_learnt_from=0,
+        num_not_adapted=0,
         by_document=dict,
         tilt=None,
     )

@@ -879,7 +879,7 @@ def test_the_terminal_shows_every_run_and_what_it_spent(tmp_path, capsys) -> Non
         "51.0 / 60 s",
         "5.0 / 600 s",
         "0.30000",
-        "mean: val_bpb 1.85000 ± 0.07071",
+        "mean: val_bpb 1.850 ± 0.071",
     ):
         assert word in out
     assert "over the limit: train 70.0 s of 60" in out
@@ -892,10 +892,10 @@ def test_markdown_is_rewritten_between_its_markers_only(tmp_path, capsys) -> Non
     for _ in range(2):
         assert report.main([*logs, "--markdown", str(page)]) == 0
         text = page.read_text()
-        assert text.startswith(f"# Title\n{report.BEGIN}\n| run | seed |")
+        assert text.startswith(f"# Title\n{report.BEGIN}\n| run | val_bpb | seed |")
         assert text.endswith(f"{report.END}\nrest\n")
         assert text.count("| 1.80000 |") == 1
-        assert "mean: val_bpb 1.85000 ± 0.07071" in text
+        assert "mean: val_bpb 1.850 ± 0.071" in text
         assert "old" not in text
     page.write_text("# Title\n")
     assert "report:begin" in refusal(capsys, *logs, "--markdown", str(page))
@@ -912,6 +912,9 @@ def test_a_missing_package_is_named_with_its_remedy(
     assert error.startswith(
         f"report.py: {package.split('.')[0]}: is not installed; pip install -r requirements-tools"
     )
+
+
+PROVED_BY_LOGS = {"train_under_600s": True, "eval_under_600s": True, "artifact_under_16mb": True}
 
 
 def submit(folder: Path, logs: list[str], *more: str) -> tuple[int, Path]:
@@ -934,9 +937,9 @@ def test_the_claim_is_the_mean_and_deviation_of_its_seeds(tmp_path) -> None:
     assert (claim["bytes_total"], claim["seeds"], claim["code_sha256"]) == (1234, [3, 7], "c0")
     assert (claim["author"], claim["name"], claim["date"]) == ("a", "n", "2026-01-01")
     assert claim["seed_results"]["3"]["val_bpb"] == 2.0
-    assert claim["seed_results"]["7"]["train_seconds"] == 51.0
+    assert claim["seed_results"]["7"]["train_time_s"] == 51.0
     assert claim["seed_results"]["7"]["pre_quantization_bpb"] == 2.0
-    assert claim["compliance"] == {}  # nobody has looked
+    assert claim["compliance"] == PROVED_BY_LOGS  # nobody has looked at more
 
 
 @pytest.mark.parametrize(
@@ -978,6 +981,9 @@ def test_compliance_is_what_audits_of_these_very_artifacts_found(tmp_path) -> No
     second = audit(1, "run1", causal=True, normalised=False, clean_data=True, single_pass=False)
     claim = json.loads(submit(tmp_path, logs, "--audit", first, second)[1].read_text())
     assert claim["compliance"] == {
+        **PROVED_BY_LOGS,
+        "no_slot": True,
+        "no_ngram_cache": False,
         "causal": True,
         "normalised": False,
         "single_pass": False,
@@ -986,7 +992,7 @@ def test_compliance_is_what_audits_of_these_very_artifacts_found(tmp_path) -> No
     other = audit(1, "another", causal=True)
     assert (
         json.loads(submit(tmp_path, logs, "--audit", first, other)[1].read_text())["compliance"]
-        == {}
+        == PROVED_BY_LOGS
     )
 
 
@@ -995,7 +1001,8 @@ def test_audits_in_the_run_folders_are_found(tmp_path) -> None:
     (tmp_path / "runs" / "run0").mkdir(parents=True)
     audit = {"properties": {"causal": {"passed": True, "evidence": 0.0}}, "artifact_sha256": "run0"}
     (tmp_path / "runs" / "run0" / "audit.json").write_text(json.dumps(audit))
-    assert json.loads(submit(tmp_path, logs)[1].read_text())["compliance"] == {"causal": True}
+    compliance = json.loads(submit(tmp_path, logs)[1].read_text())["compliance"]
+    assert compliance == {**PROVED_BY_LOGS, "no_slot": True, "causal": True}
 
 
 @pytest.mark.parametrize(

@@ -532,7 +532,7 @@ def test_a_terminal_shows_one_line_in_place_and_the_file_every_step(tiny_data, t
     shown = re.findall(r"\r\x1b\[K(train: [^\r\n]*)", text.decode())
     assert len(shown) >= 3
     # No MFU, because the peak of this device is not known.
-    words = r"train: step \d+ of about \d+, \d+ s left, loss \d+\.\d{4}, "
+    words = r"train: loss \d+\.\d{4}, \d+ s left, step \d+, measuring speed, "
     words += r"\d+ ms/step, \d+ tok/s, about \d+ bytes"
     assert all(re.fullmatch(words, line) for line in shown), shown
     phases = re.findall(r"\r\x1b\[K([^\r\n]*) \.\.", text.decode())

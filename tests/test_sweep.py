@@ -519,7 +519,7 @@ def test_a_real_run_under_torchrun_is_scored_and_a_real_refusal_told(
     assert f'"val_bpb": {scored.value}' in log
     assert (tmp_path / "runs/sweeps/real/0000/final_model.int6.ptz").exists()
     assert refused.user_attrs["outcome"] == "refused"
-    assert "absent: holds no *_val_*.bin" in refused.user_attrs["reason"]
+    assert "absent: does not exist. Get it: " in refused.user_attrs["reason"]
 
 
 # --- Pairs ----------------------------------------------------------------------------------------

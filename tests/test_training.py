@@ -46,6 +46,12 @@ class Lines(list):
     def due(self) -> bool:
         return False
 
+    def wants_progress(self) -> bool:
+        return False
+
+    def begin_phase(self, name: str) -> None:
+        pass
+
     def show(self, line: str) -> None:
         pass
 

@@ -3,6 +3,8 @@
     python tools/audit.py runs/<RUN_ID>/final_model.int6.ptz          # with the knobs of its log
     python tools/audit.py ARTIFACT --tests T1,T3 --docs 4 --markdown  # some tests, README's table
     python tools/audit.py --log train_seed42.log ...                  # T13 alone, on any logs
+    python tools/audit.py replay LOG ARTIFACT --documents 50          # the claim itself, blind
+    python tools/audit.py training LOG --steps 4                      # the first steps of training
 
 Nothing is judged by reading code. Every test looks at scores, states or files while the script's
 own evaluations run, and all evaluations that a run makes of an artifact are tested. The conditions
@@ -29,7 +31,8 @@ tokens in place of the others, or no others.
 
 Knobs that the environment does not set are taken from the run's log. If all tests run, audit.json
 is written beside the artifact; otherwise only --json writes it. Exit status: 0 no violation, 1
-violations, 2 wrong usage: what is given cannot be judged, and nothing is written.
+violations, 2 wrong usage: what is given cannot be judged, and nothing is written; 3 no violation,
+but the machine has failed a test, which then says so.
 """
 
 from __future__ import annotations
@@ -46,7 +49,10 @@ from typing import Any, NoReturn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(ROOT))
+import replay_command  # noqa: E402
 import runlog  # noqa: E402
+import terminal  # noqa: E402
+import training_replay  # noqa: E402
 from digests import file_sha256  # noqa: E402
 from legality import (  # noqa: E402
     TESTS,
@@ -63,7 +69,7 @@ from scripts import load_script  # noqa: E402
 from train_gpt import write_atomic  # noqa: E402
 
 SCRIPT = ROOT / "train_gpt.py"
-MIN_DOCUMENTS = 4
+MIN_DOCUMENTS = 2
 VERDICTS = {True: "ok", False: "VIOLATION", None: "-"}
 PATH_KNOBS = ("DATA_DIR", "EVAL_ONLY_PATH", "TOKENIZER_PATH")  # they stay out of the record
 
@@ -101,7 +107,10 @@ def audit(
 
 def finding_as_json(finding: Finding) -> dict[str, Any]:
     """A finding as it stands in audit.json."""
-    return {"passed": finding.passed, "evidence": finding.evidence, **finding.figures}
+    figures = dict(finding.figures)
+    if finding.by_machine:
+        figures["by_machine"] = True
+    return {"passed": finding.passed, "evidence": finding.evidence, **figures}
 
 
 def refusal(script: Path, artifact: Path, environ: dict[str, str]) -> str | None:
@@ -208,6 +217,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
             parser.error(f"{path}: no such file")
     if args.json and not args.json.absolute().parent.is_dir():
         parser.error(f"--json {args.json}: no such folder")
+    out = args.json or (args.artifact if set(args.tests) == set(TESTS) else None)
+    if out and not os.access(out.absolute().parent, os.W_OK):
+        parser.error(f"{out.absolute().parent}: cannot be written; --json OUT chooses another file")
     return args
 
 
@@ -256,16 +268,29 @@ def judge_artifact(args: argparse.Namespace, environ: dict[str, str]) -> int:
     told += f"{', '.join(wrong) or 'no'} violation; "
     told += str(out) if out else "not all tests: nothing written without --json"
     print(told)
+    failed = [name for name, test in result["tests"].items() if test.get("by_machine")]
+    if failed and not wrong:
+        print(f"audit.py: the machine has failed {', '.join(failed)}", file=sys.stderr)
+        return 3
     return int(bool(wrong))
 
 
 def main(argv: list[str]) -> int:
-    """Returns the exit status: 0 no violation, 1 violations, 2 wrong usage."""
+    """Returns the exit status: 0 no violation, 1 violations, 2 wrong usage, 3 machine failed."""
+    if argv[:1] == ["replay"]:
+        return replay_command.main(argv[1:])
+    if argv[:1] == ["training"]:
+        return training_replay.main(argv[1:])
     args = parse(argv)
     if args.log:
         return judge_logs(args.log)
-    return judge_artifact(args, dict(os.environ))
+    try:
+        return judge_artifact(args, dict(os.environ))
+    except OSError as error:
+        reason = f"{error.filename or args.artifact}: {error.strerror}"
+        print(f"audit.py: the machine has failed: {reason}", file=sys.stderr)
+        return 3
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(terminal.run(main))

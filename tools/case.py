@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -19,7 +20,8 @@ import fresh_process
 import numpy as np
 import runlog
 import torch
-from probe import StateWatch, Subject, scratch_folder
+from held import HeldData, tokenizer_of
+from probe import StateWatch, Subject, largest_difference, scratch_folder
 from scripts import load_script
 
 from train_gpt import shard_paths
@@ -218,6 +220,25 @@ class Case:
         """Nats by which two evaluations with the same shapes may differ."""
         return max(EXACT_NATS, 2 * self.floor.get(name, 0.0))
 
+    @functools.cached_property
+    def thread_floor(self) -> float:
+        """Nats a token by which `few_docs` differ here with another number of threads.
+
+        The least that two processes may differ, at this precision and in these shapes.
+        """
+        subject = self.subject
+        last = subject.names[-1]
+        threads = torch.get_num_threads()
+        docs = self.few_docs
+        scores = []
+        try:
+            for number in (threads, 1 if threads > 1 else 2):
+                torch.set_num_threads(number)
+                scores.append(subject.evaluate(last, docs).by_document()["doc_nats"] / docs.counts)
+        finally:
+            torch.set_num_threads(threads)
+        return largest_difference(*scores)
+
     def document_ids(self, docs: Any) -> list[np.ndarray]:
         """The ids of each document without BOS."""
         texts = []
@@ -231,7 +252,7 @@ class Case:
 
         Case operators have none. What a tokenizer has folded is told by the side-car alone.
         """
-        model = self.subject.run.tokenizer.model
+        model = self.held.model
         if docs.bytes is None:
             return [len(model.decode(ids.tolist()).encode()) for ids in self.document_ids(docs)]
         if caseops.is_lossless(model):
@@ -296,9 +317,32 @@ class Case:
         self.always_on += outcome.invalid
         return outcome
 
+    @functools.cached_property
+    def held(self) -> HeldData:
+        """The validation data, read without the script."""
+        name = self.subject.run.cfg.dataset_dir.name
+        folder = Path(self.environ["DATA_DIR"]) / "datasets" / name
+        given = self.environ.get("TOKENIZER_PATH")
+        vocab_size = self.subject.cfg.vocab_size
+        return HeldData.load(folder, Path(given) if given else tokenizer_of(folder, vocab_size))
+
+    def documents_of_run(self) -> dict[str, np.ndarray] | None:
+        """The scores of the run's documents, from documents.npz beside the artifact; or None.
+
+        Raises NotRun if the file cannot be read.
+        """
+        path = self.artifact.resolve().with_name("documents.npz")
+        if not path.is_file():
+            return None
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                return {name: arrays[name] for name in arrays.files}
+        except (ValueError, zipfile.BadZipFile) as error:
+            raise NotRun(f"{path}: cannot be read ({error})") from error
+
     def shards(self, split: str) -> list[Path]:
         """The shards of a split, in order. The side-car of `val` is the split `val_bytes`."""
-        return shard_paths(self.subject.run.cfg.dataset_dir, split)
+        return shard_paths(self.held.folder, split)
 
     def log_text(self) -> str:
         """The run's log. Raises NotRun if there is none."""

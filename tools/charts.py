@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,6 +44,10 @@ PALETTE = {
 DASHES = ("solid", "dash", "dashdot", "longdash")
 BASELINE_DASH = "dot"
 
+# The loss of a batch is noisy: its line is smoothed over this share of the points, at least two.
+SMOOTH_SHARE = 0.02
+NOISY = {"train_loss", "speed"}
+
 # Training curves begin so high that the rest would look flat: their first 3 % decide no range.
 SKIPPED_SHARE = 0.03
 RANGE_MARGIN = 0.06  # of the range, above and below
@@ -58,6 +63,7 @@ class Curve(NamedTuple):
     seconds: list[float]
     tokens: list[float]
     y: list[float]
+    smooth: list[float]  # a smooth line through y, or [] of a figure without noise
 
 
 class Series(NamedTuple):
@@ -122,9 +128,9 @@ def training_curves(run: Run) -> dict[str, Curve]:
 
     curves = {}
     for name in ("train_loss", "val_bpb", "lr_scale"):
-        with_figure = [point for point in points if name in point]
+        with_figure = [point for point in points if math.isfinite(point.get(name, math.nan))]
         values = [point[name] for point in with_figure]
-        curves[name] = curve_of(with_figure, values, timed, batch_tokens)
+        curves[name] = curve_of(name, with_figure, values, timed, batch_tokens)
 
     ends = []
     speeds = []
@@ -133,23 +139,51 @@ def training_curves(run: Run) -> dict[str, Curve]:
         if batch_tokens and seconds > 0:
             ends.append(after)
             speeds.append(batch_tokens * (after["step"] - before["step"]) / seconds)
-    curves["speed"] = curve_of(ends, speeds, timed, batch_tokens)
+    curves["speed"] = curve_of("speed", ends, speeds, timed, batch_tokens)
     return curves
 
 
 def curve_of(
+    name: str,
     points: list[dict[str, float]],
     values: list[float],
     timed: list[dict[str, float]],
     batch_tokens: float,
 ) -> Curve:
-    """A curve through points, whose seconds are interpolated between those that are known."""
+    """The curve of a figure through points; seconds are interpolated between the known ones."""
     steps = [point["step"] for point in points]
     known_steps = [0.0, *(point["step"] for point in timed)]
     known_seconds = [0.0, *(point["seconds"] for point in timed)]
     seconds = np.interp(steps, known_steps, known_seconds)
     tokens = [step * batch_tokens for step in steps]
-    return Curve(steps, [float(second) for second in seconds], tokens, values)
+    smooth = smoothed(steps, values) if name in NOISY else []
+    return Curve(steps, [float(second) for second in seconds], tokens, values, smooth)
+
+
+def smoothed(steps: Sequence[float], values: Sequence[float]) -> list[float]:
+    """A smooth line through noisy values: at each step a straight line fitted to those around it.
+
+    Neighbours weigh less with their distance in points (Cleveland's local regression, with Gaussian
+    weights). A straight line stays as it is, also at both ends. [] of fewer than five values.
+    """
+    number = len(values)
+    if number < 5:
+        return []
+    width = max(2.0, SMOOTH_SHARE * number)
+    places = np.arange(number)
+    x = np.asarray(steps, np.float64)
+    y = np.asarray(values, np.float64)
+    line = []
+    for i in range(number):
+        weights = np.exp(-0.5 * ((places - i) / width) ** 2)
+        distance = x - x[i]
+        sums = [float((weights * distance**power).sum()) for power in (0, 1, 2)]
+        determinant = sums[0] * sums[2] - sums[1] ** 2
+        value = float((weights * y).sum())
+        slope = float((weights * distance * y).sum())
+        fit = (sums[2] * value - sums[1] * slope) / determinant if determinant > 0 else y[i]
+        line.append(float(fit))
+    return line
 
 
 # === Charts =======================================================================================
@@ -309,7 +343,7 @@ def write_curve(chart: Chart, axis: str, series: list[Series], folder: Path) -> 
     label, _ = CURVE_AXES[axis]
     with picture(folder / f"{chart.id}_by_{axis}.png", chart.title, label, chart.y) as axes:
         for run, curve in zip(series, curves, strict=True):
-            draw_line(axes, run, getattr(curve, axis), curve.y)
+            draw_curve(axes, run, curve, axis)
         values = [y for curve in curves for y in values_for_range(getattr(curve, axis), curve.y)]
         margin = RANGE_MARGIN * (max(values) - min(values))
         if margin:
@@ -320,6 +354,16 @@ def values_for_range(xs: list[float], ys: list[float]) -> list[float]:
     """The values that decide the vertical range: all but those of the first steps."""
     start = SKIPPED_SHARE * max(xs, default=0)
     return [y for x, y in zip(xs, ys, strict=True) if x >= start]
+
+
+def draw_curve(axes: Any, run: Series, curve: Curve, axis: str) -> None:
+    """Draws a curve: noisy values as pale points below their smooth line."""
+    xs = getattr(curve, axis)
+    if not curve.smooth:
+        draw_line(axes, run, xs, curve.y)
+        return
+    axes.plot(xs, curve.y, ".", markersize=3, alpha=0.3, color=run.colours["light"])
+    draw_line(axes, run, xs, curve.smooth)
 
 
 def draw_line(axes: Any, run: Series, xs: Sequence[Any], ys: Sequence[float]) -> None:

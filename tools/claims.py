@@ -8,19 +8,25 @@ scores of different validation texts.
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import datetime
 import itertools
 import math
 from pathlib import Path
 from typing import NamedTuple
 
-from canonical import BYTES_TOLERANCE, PUBLISHED_SETS, TOKENS_TOLERANCE, ValidationSet
+from canonical import (
+    BYTES_TOLERANCE,
+    PUBLISHED_SETS,
+    TOKENS_TOLERANCE,
+    TRUNCATED_CASEOPS_TOKENS,
+    ValidationSet,
+)
 from runlog import (
     LogError,
     Run,
     Score,
     implied_bytes_per_token,
-    read_run,
+    read_runs,
     rounding_of_implied_bytes,
 )
 
@@ -61,7 +67,7 @@ def read_finished(paths: list[Path]) -> FinishedRuns:
     left_out = []
     for path in paths:
         try:
-            runs.append(read_run(path))
+            runs += read_runs(path)
         except LogError as error:
             left_out.append(f"{path}: {error}")
     if left_out and not runs:
@@ -102,13 +108,15 @@ def check_claim(runs: list[Run], mixed: bool) -> dict[str, list[str]]:
     group by the values that differ. Returns the differences.
     """
     refuse_equal_logs(runs)
+    if not mixed:
+        refuse_unknown_settings(runs)
     differing = differences(runs)
     if differing and not mixed:
         shown = (
             f"{name}: {', '.join(dict.fromkeys(values))}" for name, values in differing.items()
         )
         raise UsageError(
-            f"not seeds of one claim, {runs[0].path} and others: {'; '.join(shown)}; "
+            f"not seeds of one claim, {runs[0].source} and others: {'; '.join(shown)}; "
             "--mixed takes them all the same"
         )
     if not mixed:
@@ -122,14 +130,69 @@ def check_claim(runs: list[Run], mixed: bool) -> dict[str, list[str]]:
     return differing
 
 
+def group_by_configuration(runs: list[Run]) -> list[list[Run]]:
+    """The runs of each code and configuration, newest first, and within it the newest run first.
+
+    Names each run's group: its preset and the knobs that its user had set, and the code or what
+    else differs where that does not tell two groups apart.
+    """
+    differing = differences(runs)
+    groups: dict[tuple[str, ...], list[Run]] = {}
+    for run in sorted(runs, key=age_order, reverse=True):
+        key = tuple(comparable_value(run, name) for name in differing)
+        groups.setdefault(key, []).append(run)
+    names = [configuration_name(members[0]) for members in groups.values()]
+    for name, (key, members) in zip(names, groups.items(), strict=True):
+        full_name = name
+        if names.count(name) > 1:
+            values = dict(zip(differing, key, strict=True))
+            full_name = f"{name} {distinction(values)}"
+        for run in members:
+            run.group = full_name
+    return list(groups.values())
+
+
+def age_order(run: Run) -> str:
+    """Sorts runs by age, those that tell none by the time of their file."""
+    written = datetime.datetime.fromtimestamp(run.path.stat().st_mtime)
+    return run.started or written.strftime("%Y-%m-%d %H:%M")
+
+
+def configuration_name(run: Run) -> str:
+    """Preset and data of a run and the knobs that its user had set."""
+    words = [str(run.facts.get("preset", "")), str(run.facts.get("dataset", ""))]
+    for name in sorted(run.given - NOT_OF_THE_CLAIM - {"preset", "dataset"}):
+        words.append(f"{name.upper()}={run.config[name]}")
+    return " ".join(filter(None, words)) or "unknown"
+
+
+def distinction(values: dict[str, str]) -> str:
+    """What tells a group from others of its name: its code, and else the first knobs."""
+    if "code_sha256" in values:
+        return f"code {values['code_sha256'][:7]}"
+    return " ".join(f"{name}={value}" for name, value in list(values.items())[:3])
+
+
 def refuse_equal_logs(runs: list[Run]) -> None:
-    """Raises UsageError if a log is given twice, which would count one run as two."""
-    path_of_digest: dict[str, Path] = {}
+    """Raises UsageError if a log is given twice, which would count one run as two.
+
+    Encoding, compression and prefixes of the lines make no other log of it.
+    """
+    source_of_digest: dict[str, str] = {}
     for run in runs:
-        digest = hashlib.sha256(run.path.read_bytes()).hexdigest()
-        if digest in path_of_digest:
-            raise UsageError(f"{run.path}: is the same log as {path_of_digest[digest]}")
-        path_of_digest[digest] = run.path
+        if run.digest in source_of_digest:
+            raise UsageError(f"{run.source}: is the same log as {source_of_digest[run.digest]}")
+        source_of_digest[run.digest] = run.source
+
+
+def refuse_unknown_settings(runs: list[Run]) -> None:
+    """Raises UsageError if a log among several tells no settings: they may have been any."""
+    for run in runs if len(runs) > 1 else []:
+        if not run.final and not run.config.keys() - NOT_OF_THE_CLAIM:
+            raise UsageError(
+                f"{run.source}: tells no settings, so nothing shows that it belongs to one claim "
+                "with the others; --mixed takes them all the same"
+            )
 
 
 def refuse_repeated_seeds(runs: list[Run]) -> None:
@@ -137,7 +200,7 @@ def refuse_repeated_seeds(runs: list[Run]) -> None:
     seeds = [run.seed for run in runs if run.seed is not None]
     for seed in seeds:
         if seeds.count(seed) > 1:
-            paths = ", ".join(str(run.path) for run in runs if run.seed == seed)
+            paths = ", ".join(run.source for run in runs if run.seed == seed)
             raise UsageError(
                 f"seed {seed}: is in more than one log ({paths}); --mixed takes them all the same"
             )
@@ -165,6 +228,7 @@ class Denominator(NamedTuple):
     implied: float
     expected: float  # nan where no set is known
     source: str  # whose figure `expected` is
+    tolerance: float = BYTES_TOLERANCE  # share by which a true figure may be off, digits aside
 
     @property
     def ratio(self) -> float:
@@ -177,7 +241,7 @@ def denominator(run: Run, score: Score) -> Denominator:
 
     A published set is known by its number of tokens or else by its name. It counts by its own
     number of tokens or by the run's, whichever fits better: some logs drop a tail, and some
-    tokenise a little differently.
+    tokenise a little differently. Where a log does not tell the number, that may be.
     """
     implied = implied_bytes_per_token(score)
     targets = run.sizes.get("val_tokens")
@@ -189,7 +253,9 @@ def denominator(run: Run, score: Score) -> Denominator:
         return Denominator(implied, expected, f"canonical {known.name}")
     if same_name:
         known = same_name[0]
-        return Denominator(implied, known.bytes_per_token, f"canonical {known.name}")
+        source = f"canonical {known.name}"
+        tolerance = BYTES_TOLERANCE if targets else TOKENS_TOLERANCE
+        return Denominator(implied, known.bytes_per_token, source, tolerance)
     if targets and run.sizes.get("val_bytes"):
         expected = run.sizes["val_bytes"] / targets
         return Denominator(implied, expected, "the run's own val_bytes")
@@ -222,7 +288,7 @@ def score_problems(run: Run) -> list[str]:
     problems = []
     for score in run.scores:
         bytes_ = denominator(run, score)
-        tolerance = BYTES_TOLERANCE + rounding_of_implied_bytes(score)
+        tolerance = bytes_.tolerance + rounding_of_implied_bytes(score)
         if abs(bytes_.ratio - 1) > tolerance:
             problems.append(
                 f"{score.label}: implies {bytes_.implied:.5f} bytes a token, "
@@ -235,11 +301,47 @@ def score_problems(run: Run) -> list[str]:
     if complete and targets and targets < complete.targets * (1 - TOKENS_TOLERANCE):
         share = targets / complete.targets
         problems.append(f"covers {targets:,} validation tokens, {share:.1%} of {dataset}")
+    if targets and abs(targets - TRUNCATED_CASEOPS_TOKENS) <= 1:
+        problems.append(
+            f"covers {targets:,} validation tokens, a copy of the set that was cut off (PR #2071)"
+        )
     if "val_bpb" in run.final and run.final["val_bpb"] != run.score.bpb:
         problems.append(
             f"final val_bpb {run.final['val_bpb']} is not that of the last score, {run.score.label}"
         )
     return problems
+
+
+class BytesVerdict(NamedTuple):
+    """Whether the last score of a run counts the right bytes, for report.py and audit.py alike."""
+
+    passed: bool | None  # None where nothing is known of the text
+    evidence: str
+    implied: float  # bytes of the whole text or, where the log tells no tokens, of one token
+    ratio: float  # implied over expected bytes; nan where nothing is known
+
+
+def judge_bytes(run: Run) -> BytesVerdict:
+    """Compares the bytes that the last score implies with those that the text has."""
+    bytes_ = denominator(run, run.score)
+    targets = run.sizes.get("val_tokens", 1)
+    unit = "bytes" if "val_tokens" in run.sizes else "bytes a token"
+    form = ",.0f" if "val_tokens" in run.sizes else ".5f"
+    implied = bytes_.implied * targets
+    evidence = f"val_bpb {run.score.bpb} implies {implied:{form}} {unit}"
+    problems = score_problems(run)
+    passed: bool | None = not problems
+    if math.isnan(bytes_.expected):
+        evidence += "; the text is none of the known sets"
+        if "val_tokens" in run.sizes:
+            evidence += f", which have other numbers of tokens than {targets:,}"
+        passed = False if problems else None
+    else:
+        slack = bytes_.tolerance + rounding_of_implied_bytes(run.score)
+        evidence += f", {bytes_.expected * targets:{form}} by {bytes_.source}: "
+        evidence += f"factor {bytes_.ratio:.6f} (+- {slack:.0e})"
+    others = [problem for problem in problems if not problem.startswith(f"{run.score.label}: ")]
+    return BytesVerdict(passed, "; ".join([evidence, *others]), implied, bytes_.ratio)
 
 
 # === One validation text ==========================================================================

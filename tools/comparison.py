@@ -31,15 +31,24 @@ def score_in(run: Run, unit: str) -> float:
 
 
 def summarise(runs: list[Run]) -> dict[str, Any]:
-    """Mean and deviation in both units, and the difference to as many such runs that shows."""
-    result: dict[str, Any] = {"runs": len(runs), "seeds": [run.seed for run in runs]}
-    for unit in UNITS:
+    """Mean and deviation in both units, and the difference to as many such runs that shows.
+
+    `nats` is None over several tokenizers, whose tokens are not the same.
+    """
+    result: dict[str, Any] = {"runs": len(runs), "seeds": [run.seed for run in runs], "nats": None}
+    for unit in UNITS if have_one_tokenizer(runs) else ("bpb",):
         spread = mean_and_sd([score_in(run, unit) for run in runs])
         resolves = None
         if spread.sd is not None:
             resolves = smallest_visible_difference(spread.sd, len(runs))
         result[unit] = {"mean": spread.mean, "sd": spread.sd, "resolves": resolves}
     return result
+
+
+def have_one_tokenizer(runs: list[Run]) -> bool:
+    """Whether a token is the same number of bytes in all runs, a lost tail aside."""
+    sizes = [run.score.loss / run.score.bpb for run in runs]
+    return max(sizes) / min(sizes) - 1 <= SAME_TOKENIZER
 
 
 # === Pairs ========================================================================================
@@ -179,15 +188,32 @@ def count(number: int, noun: str) -> str:
 
 def mean_sentence(what: str, summary: dict[str, Any]) -> str:
     """The summary of some runs as a statement."""
-    bpb = summary["bpb"]
-    nats = summary["nats"]
-    if bpb["sd"] is None:
-        return f"{what}: val_bpb {bpb['mean']:.5f}, {nats['mean']:.5f} nats (one run)"
+    parts = [f"val_bpb {spread_text(summary['bpb'])}"]
+    if summary["nats"]:
+        parts.append(f"{spread_text(summary['nats'])} nats")
+    else:
+        parts.append("several tokenizers: no mean of nats")
+    runs = "one run" if summary["runs"] == 1 else f"{summary['runs']} runs, ± is their deviation"
+    return f"{what}: {', '.join(parts)} ({runs})"
+
+
+def spread_text(spread: dict[str, float | None]) -> str:
+    """A mean and its deviation, of which two digits are shown: 2.15 ± 0.14, 1.07336 ± 0.00085."""
+    deviation = spread["sd"]
+    if not deviation:
+        return f"{spread['mean']:.5f}" + (" ± 0" if deviation == 0 else "")
+    decimals = min(max(1 - math.floor(math.log10(deviation)), 2), 8)
+    return f"{spread['mean']:.{decimals}f} ± {deviation:.{decimals}f}"
+
+
+def visible_sentence(summary: dict[str, Any]) -> str | None:
+    """The smallest difference that as many runs a side detect; None of a single run."""
+    resolves = summary["bpb"]["resolves"]
+    if resolves is None:
+        return None
     return (
-        f"{what}: val_bpb {bpb['mean']:.5f} ± {bpb['sd']:.5f}, "
-        f"{nats['mean']:.5f} ± {nats['sd']:.5f} nats "
-        f"(sd of {summary['runs']} runs; against as many, "
-        f"{bpb['resolves']:.5f} bpb would show at p < {ALPHA})"
+        f"with {summary['runs']} runs a side, differences above {resolves:.2g} bpb are detectable "
+        f"(p < {ALPHA})"
     )
 
 

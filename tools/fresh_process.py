@@ -13,6 +13,7 @@ import json
 import os
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -40,8 +41,21 @@ WATCHED_EVENTS = (
     "socket.sendto",
     "urllib.Request",
 )
-# What a process may have from its environment: compilers and devices, no data.
+# What a process may have from its environment: compilers and devices, no data. The prefixes are of
+# variables by which libraries choose their arithmetic: other choices give other roundings.
 INHERITED_VARIABLES = ("PATH", "LANG", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "CC")
+ARITHMETIC_PREFIXES = ("OMP_", "MKL_", "ATEN_", "DNNL_", "ONEDNN_", "OPENBLAS_", "KMP_")
+# What the last line of a process says if the machine has failed it.
+SIGNS_OF_THE_MACHINE = (
+    "No space left on device",
+    "Cannot allocate memory",
+    "Too many open files",
+    "Disk quota exceeded",
+    "Read-only file system",
+    "Input/output error",
+    "MemoryError",
+    "OutOfMemoryError",
+)
 SYSTEM_FOLDERS = ("/proc", "/sys", "/dev", "/etc", "/usr", "/lib")
 
 
@@ -59,6 +73,10 @@ class Judgement(NamedTuple):
 
     opened: list[str]
     violations: list[str]
+
+
+class MachineError(Exception):
+    """The machine has failed an evaluation, so nothing is known of it; the message says how."""
 
 
 class Outcome(NamedTuple):
@@ -198,11 +216,17 @@ def lay_out(folder: Path, luggage: Luggage) -> Path:
 
 def environment(folder: Path, luggage: Luggage) -> dict[str, str]:
     """The whole environment of the process."""
-    variables = {name: os.environ[name] for name in INHERITED_VARIABLES if name in os.environ}
+    variables = {}
+    for name, value in os.environ.items():
+        if name in INHERITED_VARIABLES or name.startswith(ARITHMETIC_PREFIXES):
+            variables[name] = value
     variables |= {
         "HOME": str(folder / "home"),
         "TMPDIR": str(folder / "tmp"),
-        "OMP_NUM_THREADS": "1",
+        # With another number of threads sums are rounded otherwise.
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+        # An installation without bytecode must not look like a write of the script.
+        "PYTHONDONTWRITEBYTECODE": "1",
         **luggage.variables,
         "EVAL_ONLY_PATH": "artifact",
         "DATA_DIR": "data",
@@ -220,7 +244,7 @@ def run_alone(
     """Evaluates in a fresh process that knows nothing else.
 
     `write_shard(path, tokens)` writes the validation shard in the format of the script, and with
-    `counts` its side-car.
+    `counts` its side-car. Raises MachineError if the process ended for want of memory or space.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name).resolve()
@@ -244,6 +268,8 @@ def run_alone(
         scores = folder / "runs" / "alone" / "documents.npz"
         doc_nats = np.load(scores)["doc_nats"] if scores.is_file() else None
         said = done.stderr.strip().splitlines() or ["no output"]
+        if reason := failure_of_machine(done.returncode, said[-1]):
+            raise MachineError(f"the fresh process: {reason}")
         return Outcome(
             returncode=done.returncode,
             error=said[-1].replace(str(folder), "."),
@@ -252,6 +278,18 @@ def run_alone(
             doc_nats=doc_nats,
             judgement=judge(events, folder, luggage.dataset, luggage.compiles),
         )
+
+
+def failure_of_machine(returncode: int, last_line: str) -> str:
+    """How the machine has failed a process, by its exit status and last line; "" if it has not.
+
+    SIGKILL is what the system does to a process for which there is no memory.
+    """
+    if returncode == -signal.SIGKILL:
+        return "killed by the system, as for want of memory"
+    if returncode and any(sign in last_line for sign in SIGNS_OF_THE_MACHINE):
+        return last_line
+    return ""
 
 
 if __name__ == "__main__":

@@ -2,8 +2,11 @@
 
     pack.py RUN_DIR OUT           write OUT from a finished run: packed code, readable source,
                                   artifact, logs, claim
-    pack.py --check FOLDER        verify any such folder: a line per problem and exit status 2, or
-                                  one line and 0
+    pack.py [RUN_DIR] --records records --name NAME --author AUTHOR --track TRACK
+                                  the same as records/TRACK/<day of the run>_NAME, without the
+                                  weights unless --weights; default: the newest run with an artifact
+    pack.py --check FOLDER        verify a submission of ours or in the form of the accepted
+                                  records: a line per problem and exit status 2, or one line and 0
     pack.py --evaluate FOLDER DATA_DIR=/path/to/data [NAME=value ..]
                                   score FOLDER's artifact with FOLDER's code, in a fresh process
                                   that knows nothing but the log's knobs and these variables, in an
@@ -14,27 +17,30 @@
     pack.py --seal FOLDER         after you edited README.md: renew SHA256SUMS, then check
 
 train_gpt.py and the artifact (*.ptz) count against the limit, as `wc -c` counts them; everything
-else is for readers. The packed file is the readable source without what a program does not need, as
-tools/packed_code.py makes it. --check proves that both are one program, and that code, logs,
-artifact and claim belong together. `sha256sum -c SHA256SUMS` checks the files without our tools.
+else is for readers, and more files and more fields of submission.json may lie there. The packed
+file is the readable source without what a program does not need, as tools/packed_code.py makes it.
+--check proves that both are one program, and that code, logs, artifact and claim belong together.
+`sha256sum -c SHA256SUMS` checks the files without our tools.
 
 The log of RUN_DIR is looked for in logs/ beside runs/; that of a sweep's run is called
-logs/NAME-0000.txt. --log names another, or those of further seeds of the same claim.
+logs/NAME-0000.txt. --log names another, or those of further seeds of the same claim. --baseline
+names logs to compare with, which the folder then holds.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
+import contextlib
 import dataclasses
+import decimal
 import functools
 import json
 import os
 import re
-import shlex
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,13 +48,16 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(ROOT))
+import claims  # noqa: E402
+import logtext  # noqa: E402
 import runlog  # noqa: E402
 import submission  # noqa: E402
+import terminal  # noqa: E402
 from digests import sha256  # noqa: E402
 from packed_code import PACKED, READABLE, pack_code, packed_size, same_program, unpack_code  # noqa: E402
 from runlog import LogError, Run  # noqa: E402
-from submission import Claimant, CountedFiles  # noqa: E402
-from tables import markdown_table  # noqa: E402
+from submission import Claimant, Compliance, CountedFiles  # noqa: E402
+from submission_page import make_readme  # noqa: E402
 
 from train_gpt import (  # noqa: E402
     LIMIT_BYTES,
@@ -71,8 +80,7 @@ README = "README.md"
 REQUIREMENTS = "requirements.txt"
 AUDIT = "audit.json"
 REQUIRED = (PACKED, READABLE, CLAIM, SUMS, README, REQUIREMENTS)
-# Artifact and logs: at least one of each.
-OPTIONAL = re.compile(r"[\w.-]+\.ptz|train_seed\d+\.log|audit\.json")
+BASELINE = "baseline"  # folder of the logs that the claim is compared with
 # What the final line of a log must hold beside the facts, and which of that must be numbers.
 NUMBERS = (
     "seed",
@@ -109,54 +117,20 @@ def log_name(run: Run) -> str:
     return f"train_seed{run.final['seed']}.log"
 
 
-# === Claim, list of sums, README ==================================================================
-def make_claim(packed: bytes, artifact: str, runs: list[Run], claimant: Claimant) -> dict[str, Any]:
-    """The content of submission.json, with figures from logs and counted files only."""
-    counted = CountedFiles([PACKED, artifact], len(packed))
-    return submission.build_submission(runs, claimant, counted)
+# === Claim, list of sums ==========================================================================
+def make_claim(packed: bytes, runs: list[Run], claimant: Claimant, **more: Any) -> dict[str, Any]:
+    """The content of submission.json, with figures from logs and counted files only.
+
+    `more`: compliance and baseline, as `build_submission` takes them.
+    """
+    counted = CountedFiles([PACKED, submission.ARTIFACT], len(packed))
+    return submission.build_submission(runs, claimant, counted, **more)
 
 
 def make_sums(files: Files) -> bytes:
     """The content of SHA256SUMS, in the format of sha256sum."""
     lines = [f"{sha256(files[name])}  {name}\n" for name in sorted(files) if name != SUMS]
     return "".join(lines).encode()
-
-
-def make_readme(claim: dict[str, Any], files: Files, artifact: str, log: bytes) -> bytes:
-    """A page for readers: the scores, the files that count, and the command that scores the
-    artifact.
-    """
-    rows = []
-    for seed, result in claim["seed_results"].items():
-        bpb = f"{result['val_bpb']:.5f}"
-        loss = f"{result['val_loss']:.5f}"
-        rows.append([seed, bpb, loss, f"{result['artifact_bytes']:,}"])
-    table = markdown_table(["seed", "val_bpb", "val_loss", "code + model bytes"], rows)
-    deviation = ""
-    if claim["val_bpb_std"] is not None:
-        deviation = f" (standard deviation {claim['val_bpb_std']:.5f})"
-    knobs = runlog.evaluation_variables(log.decode(errors="replace"))
-    variables = " ".join(f"{name}={shlex.quote(value)}" for name, value in knobs.items())
-    page = f"""# {claim["name"] or "Submission"}
-
-val_bpb {claim["val_bpb"]:.5f}{deviation} on {claim["dataset"]}, {claim["hardware"]}.
-
-{table}
-
-Counted: `{PACKED}` ({len(files[PACKED]):,} bytes, packed) and `{artifact}` \
-({len(files[artifact]):,} bytes).
-`{READABLE}` is the same program for readers; `tools/pack.py --check` of its repository proves it.
-Tokenizer: the SentencePiece model with SHA-256 `{claim["tokenizer_sha256"]}`.
-
-To score the artifact, in an empty directory; FOLDER is this folder, DATA holds `datasets/` and \
-`tokenizers/`:
-
-```
-env -i PATH="$PATH" {variables} DATA_DIR=DATA EVAL_ONLY_PATH=FOLDER/{artifact} \
-python FOLDER/{PACKED}
-```
-"""
-    return page.encode()
 
 
 # === A folder from a finished run =================================================================
@@ -216,9 +190,9 @@ def find_source(given: Path | None, log: ReadLog) -> bytes:
     """The readable code of a run: the text at the head of its log, or a file. Raises UsageError."""
     path = given or ROOT / PACKED
     wanted = log.run.final["code_sha256"]
-    for source in (runlog.source_at_head(log.content), read_regular(path, MAX_LOG_BYTES)):
-        if source is not None and sha256(source) == wanted:
-            return source
+    source = submission.source_of(log.content, wanted, path)
+    if source is not None:
+        return source
     reason = f"is not the code of the run (code_sha256 {wanted[:12]}..)"
     raise UsageError(f"{path}: {reason}; --source must name that")
 
@@ -230,30 +204,86 @@ def build(args: argparse.Namespace) -> Files:
     """
     logs = find_logs(args.run_dir, args.log)
     origin = find_artifact(args.run_dir, logs)
-    artifact = origin.artifact.name
     source = find_source(args.source, origin.log)
     files = {
-        PACKED: pack_code(source),
+        PACKED: submission.packed(source),
         READABLE: source,
-        artifact: origin.artifact.read_bytes(),
         REQUIREMENTS: read_regular(args.requirements, MAX_JSON_BYTES),
     }
+    if args.weights or not args.records:
+        files[origin.artifact.name] = origin.artifact.read_bytes()
     for log in logs:
         files[log_name(log.run)] = log.content
+    baseline = claims.read_finished(args.baseline).runs if args.baseline else []
+    for run in baseline:
+        files[f"{BASELINE}/{run.path.name}"] = run.path.read_bytes()
     audit = args.run_dir / AUDIT
     if audit.is_file():
         files[AUDIT] = audit.read_bytes()
-    claimant = Claimant(**{field: getattr(args, field) for field in Claimant._fields})
-    claim = make_claim(files[PACKED], artifact, [log.run for log in logs], claimant)
+    runs = sorted([log.run for log in logs], key=submission.seed_order)
+    claim = make_claim(
+        files[PACKED],
+        runs,
+        claimant_of(args, runs),
+        compliance=read_compliance(files, runs),
+        baseline=baseline,
+    )
     files[CLAIM] = submission.as_bytes(claim)
-    files[README] = make_readme(claim, files, artifact, origin.log.content)
+    files[README] = make_readme(
+        claim,
+        runs,
+        origin.artifact.name if origin.artifact.name in files else None,
+        {name: len(content) for name, content in files.items()},
+        origin.log.content.decode(errors="replace"),
+    )
     return {**files, SUMS: make_sums(files)}
+
+
+def claimant_of(args: argparse.Namespace, runs: list[Run]) -> Claimant:
+    """What the command line claims; the day is that of the first run."""
+    given = {field: getattr(args, field) for field in Claimant._fields}
+    given["date"] = given["date"] or submission.day_of(runs[0])
+    given["track"] = given["track"].removeprefix("track_")
+    given["name"] = given["name"] or str(runs[0].final.get("run_id") or args.run_dir.name)
+    return Claimant(**given)
+
+
+def read_compliance(files: Files, runs: list[Run]) -> Compliance | None:
+    """What the audit of a folder shows of its runs. None where there is no audit of properties."""
+    if AUDIT not in files:
+        return None
+    try:
+        audit = submission.audit_of_text(files[AUDIT].decode(errors="replace"))
+    except LogError:
+        return None
+    return submission.compliance_of(runs, [audit])
+
+
+def newest_run() -> Path:
+    """The folder of the newest finished run below runs/. Raises UsageError if there is none."""
+    found = [*Path("runs").glob("*/*.ptz"), *Path("runs/sweeps").glob("*/*/*.ptz")]
+    if not found:
+        raise UsageError("runs: holds no run with an artifact (*.ptz); `make run` makes one")
+    return max(found, key=lambda path: path.stat().st_mtime).parent
+
+
+def record_folder(args: argparse.Namespace) -> Path:
+    """Where the records keep a submission: TRACK/<day>_<name>. Raises UsageError without them."""
+    missing = [f"--{field}" for field in ("name", "author", "track") if not getattr(args, field)]
+    if missing:
+        raise UsageError(
+            f"{', '.join(missing)}: missing; make pack NAME=.. AUTHOR=.. TRACK=track_10min_16mb"
+        )
+    first = min((log.run for log in find_logs(args.run_dir, args.log)), key=submission.seed_order)
+    day = args.date or submission.day_of(first)
+    name = re.sub(r"[^\w.+-]+", "_", args.name).strip("_.")
+    return args.records / args.track / f"{day}_{name}"
 
 
 def write_folder(args: argparse.Namespace) -> Path:
     """Writes the folder of a run, once it has passed all checks; returns it."""
-    out = Path(args.out)
-    args.run_dir = Path(args.run_dir)
+    args.run_dir = Path(args.run_dir) if args.run_dir else newest_run()
+    out = record_folder(args) if args.records else Path(args.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out}: exists and is not an empty folder")
     files = build(args)
@@ -269,19 +299,26 @@ def write_folder(args: argparse.Namespace) -> Path:
 class Folder(NamedTuple):
     """A folder as it lies on disk."""
 
-    files: Files  # the regular ones
+    files: Files  # the regular ones, by their path within it
     problems: list[str]  # one for each other entry
 
 
 def load(folder: Path) -> Folder:
-    """Reads all files of a folder."""
+    """Reads all files of a folder and of the folders in it."""
     files = {}
     problems = []
-    for path in sorted(folder.iterdir()):
-        if path.is_symlink() or not path.is_file():
-            problems.append(f"{path.name}: only regular files belong here, no folder and no link")
+    entries = sorted(folder.iterdir())
+    while entries:
+        path = entries.pop(0)
+        name = path.relative_to(folder).as_posix()
+        if path.is_symlink():
+            problems.append(f"{name}: is a link; only regular files and folders belong here")
+        elif path.is_dir():
+            entries += sorted(path.iterdir())
+        elif path.is_file():
+            files[name] = read_regular(path, MAX_LOG_BYTES)
         else:
-            files[path.name] = read_regular(path, MAX_LOG_BYTES)
+            problems.append(f"{name}: is no regular file")
     return Folder(files, problems)
 
 
@@ -294,7 +331,12 @@ class Contents:
     @functools.cached_property
     def artifacts(self) -> list[str]:
         """The names of all artifacts."""
-        return [name for name in self.files if name.endswith(".ptz")]
+        return [name for name in self.files if name.endswith(".ptz") and "/" not in name]
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether our tools wrote the folder, so that all they write must be there."""
+        return READABLE in self.files or SUMS in self.files or bool(self.runs)
 
     @functools.cached_property
     def logs(self) -> list[str]:
@@ -312,6 +354,28 @@ class Contents:
                 continue
         return runs
 
+    @functools.cached_property
+    def other_runs(self) -> dict[str, list[Run]]:
+        """Log -> its finished runs, of all logs of other people's scripts."""
+        runs = {}
+        for name, content in self.files.items():
+            if name.endswith((".log", ".txt")) and not name.startswith(f"{BASELINE}/"):
+                try:
+                    text = logtext.decode(content)
+                    runs[name] = runlog.runs_of_text(Path(name), text)
+                except LogError:
+                    continue
+        return runs
+
+    @functools.cached_property
+    def claim(self) -> dict[str, Any] | None:
+        """The content of submission.json, None where it is no JSON object."""
+        try:
+            claim = json.loads(self.files[CLAIM])
+        except (KeyError, ValueError, RecursionError):
+            return None
+        return claim if isinstance(claim, dict) else None
+
     def has(self, *names: str) -> bool:
         """Whether all these files are there."""
         return all(name in self.files for name in names)
@@ -320,22 +384,44 @@ class Contents:
 def check(files: Files) -> Iterator[str]:
     """Yields one line per problem; a missing file is reported once."""
     contents = Contents(files)
-    for find_problems in CHECKS:
+    for find_problems in CHECKS if contents.is_ours else OTHER_CHECKS:
         yield from find_problems(contents)
 
 
 def check_names(contents: Contents) -> Iterator[str]:
-    """Files that are missing, and files that do not belong here."""
+    """Files that are missing, and code that counts but is not counted."""
     for name in REQUIRED:
         if name not in contents.files:
             yield f"{name}: missing"
-    for name in contents.files:
-        if name not in REQUIRED and not OPTIONAL.fullmatch(name):
-            yield f"{name}: not part of a submission"
-    if len(contents.artifacts) != 1:
+    if len(contents.artifacts) > 1:
         yield f"*.ptz: one artifact belongs here, not {len(contents.artifacts)}"
     if not contents.logs:
         yield "train_seed*.log: missing"
+    yield from check_imports(contents)
+
+
+def check_imports(contents: Contents) -> Iterator[str]:
+    """Modules of the folder that train_gpt.py imports: they would count against the limit."""
+    if PACKED not in contents.files:
+        return
+    text = contents.files[PACKED].decode(errors="replace")
+    with contextlib.suppress(UsageError):
+        text = unpack_code(contents.files[PACKED]).text
+    try:
+        tree = ast.parse(text)
+    except (SyntaxError, ValueError):
+        return
+    imported = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            imported.add(node.module.split(".")[0])
+    for name in contents.files:
+        stem = name.split("/")[0].removesuffix(".py")
+        if name.endswith(".py") and stem in imported:
+            size = len(contents.files[name])
+            yield f"{name}: {PACKED} imports it, but its {size} bytes are not counted"
 
 
 def check_sums(contents: Contents) -> Iterator[str]:
@@ -416,6 +502,17 @@ def check_log_code(contents: Contents, name: str, final: dict[str, Any]) -> Iter
         yield f"{name}: the file that ran (file_sha256 {ran[:12]}..) is not here"
 
 
+def check_budgets(contents: Contents) -> Iterator[str]:
+    """Logs that say that a budget of time was overrun."""
+    for name, run in contents.runs.items():
+        text = contents.files[name].decode(errors="replace")
+        for total in runlog.read_budget_totals(text):
+            if total.is_over or 0 < total.limit < total.seconds:
+                yield f"{name}: {total.budget} took {total.seconds:.1f} s of {total.limit:g}, OVER"
+        if run.final.get("over"):
+            yield f"{name}: its final line says over: {run.final['over']}"
+
+
 def over_limit(total: int) -> str:
     """By how much a size is over the limit, in words."""
     return f"{total - LIMIT_BYTES} over the limit of {LIMIT_BYTES}"
@@ -427,6 +524,29 @@ def check_facts(contents: Contents) -> Iterator[str]:
         values = {str(run.final[key]) for run in contents.runs.values()}
         if len(values) > 1:
             yield f"{key}: differs between the logs: {', '.join(sorted(values))}"
+    for knob, values in claims.differences(list(contents.runs.values())).items():
+        if knob not in runlog.FACTS:
+            shown = ", ".join(dict.fromkeys(values))
+            yield f"{knob.upper()}: differs between the logs: {shown}"
+
+
+def check_audit(contents: Contents) -> Iterator[str]:
+    """What the audit, or the claim itself, says does not hold."""
+    if AUDIT in contents.files:
+        try:
+            text = contents.files[AUDIT].decode(errors="replace")
+            _, properties = submission.audit_of_text(text)
+        except LogError:
+            properties = {}
+        for name, held in properties.items():
+            if held.get("passed") is False:
+                yield f"{AUDIT}: says that {name} does not hold"
+    flags = (contents.claim or {}).get("compliance")
+    # Of our runs the limits are judged by the logs, whose budgets may be others.
+    judged = {"train_under_600s", "eval_under_600s", "artifact_under_16mb"}
+    for name, holds in flags.items() if isinstance(flags, dict) else ():
+        if holds is False and not (contents.is_ours and name in judged):
+            yield f"{CLAIM}: compliance says that {name} does not hold"
 
 
 def check_artifact(contents: Contents) -> Iterator[str]:
@@ -451,22 +571,65 @@ def check_artifact(contents: Contents) -> Iterator[str]:
 
 
 def check_claim(contents: Contents) -> Iterator[str]:
-    """Whether submission.json says what logs and files imply."""
-    if len(contents.artifacts) != 1 or not contents.runs or not contents.has(PACKED, CLAIM):
+    """Whether submission.json says what logs and files imply; fields of its own are free."""
+    if not contents.runs or not contents.has(PACKED, CLAIM):
         return
-    try:
-        claim = json.loads(contents.files[CLAIM])
-        claimant = Claimant(**{field: claim.get(field, "") for field in Claimant._fields})
-    except (ValueError, AttributeError, RecursionError):
+    if contents.claim is None:
         yield f"{CLAIM}: is no JSON object"
         return
-    if fault := fault_in(claimant._asdict(), dict.fromkeys(Claimant._fields, TEXT_LINE)):
-        yield f"{CLAIM}: {fault}"
+    yield from check_claimant(contents.claim)
     runs = list(contents.runs.values())
-    real = make_claim(contents.files[PACKED], contents.artifacts[0], runs, claimant)
-    for key in sorted(real.keys() | claim.keys()):
-        if claim.get(key) != real.get(key):
+    real = make_claim(
+        contents.files[PACKED],
+        runs,
+        Claimant(),
+        compliance=read_compliance(contents.files, runs),
+        baseline=baseline_of(contents),
+    )
+    yield from compare_claims(contents.claim, real, free=set(Claimant._fields))
+
+
+def check_claimant(claim: dict[str, Any]) -> Iterator[str]:
+    """What every claim must say of itself."""
+    given = {name: claim[name] for name in Claimant._fields if claim.get(name) is not None}
+    if fault := fault_in(given, dict.fromkeys(given, TEXT_LINE)):
+        yield f"{CLAIM}: {fault}"
+    if not str(claim.get("name") or claim.get("run_name") or "").strip():
+        yield f"{CLAIM}: name is empty"
+    day = str(claim.get("date", ""))
+    if day and not re.match(r"\d{4}-\d\d-\d\d", day):
+        yield f"{CLAIM}: date {day!r} does not begin with YYYY-MM-DD"
+
+
+def baseline_of(contents: Contents) -> list[Run] | None:
+    """The runs that the claim is compared with, where the folder holds them."""
+    runs = []
+    for name, content in contents.files.items():
+        if name.startswith(f"{BASELINE}/"):
+            runs += runlog.runs_of_text(Path(name), logtext.decode(content))
+    return runs or None
+
+
+def compare_claims(claim: dict[str, Any], real: dict[str, Any], free: set[str]) -> Iterator[str]:
+    """Yields a line for each field that logs and files contradict."""
+    for key in sorted(real.keys() - free):
+        if key in claim and not agrees(claim[key], real[key]):
             yield f"{CLAIM}: {key} is not what logs and files say"
+    for key in ("val_bpb",):
+        if key not in claim:
+            yield f"{CLAIM}: {key} is missing"
+
+
+def agrees(claimed: Any, real: Any) -> bool:
+    """Whether a claimed value is the real one, as far as it goes: the digits and fields it has."""
+    if isinstance(real, dict):
+        return isinstance(claimed, dict) and all(
+            agrees(value, real[key]) for key, value in claimed.items() if key in real
+        )
+    if isinstance(real, float) and type(claimed) in (int, float):
+        digits = max(0, -decimal.Decimal(repr(claimed)).as_tuple().exponent)
+        return abs(claimed - real) <= 0.51 * 10.0**-digits
+    return claimed == real
 
 
 CHECKS = (
@@ -475,10 +638,118 @@ CHECKS = (
     check_code,
     check_log_names,
     check_logs,
+    check_budgets,
     check_facts,
+    check_audit,
     check_artifact,
     check_claim,
 )
+
+
+# === Submissions of other people ==================================================================
+# A clock that is looked at after each step runs over by a step.
+STEP_SECONDS = 1.0
+
+
+def check_other_names(contents: Contents) -> Iterator[str]:
+    """Files that every accepted record has."""
+    for name in (PACKED, CLAIM, README):
+        if name not in contents.files:
+            yield f"{name}: missing"
+    if not contents.other_runs:
+        yield "*.log: none is the log of a finished run"
+    for name in contents.logs:
+        if name not in contents.other_runs:
+            yield f"{name}: {why_no_run(name, contents.files[name])}"
+    yield from check_imports(contents)
+
+
+def why_no_run(name: str, content: bytes) -> str:
+    """Why a log holds no finished run."""
+    try:
+        runlog.runs_of_text(Path(name), logtext.decode(content))
+    except LogError as error:
+        return str(error)
+    return "is no log of a finished run"
+
+
+def check_other_runs(contents: Contents) -> Iterator[str]:
+    """Seeds of other configurations, wrong bytes, and broken limits, in the logs of the claim."""
+    claim = contents.claim or {}
+    chosen = claimed_runs(contents)
+    is_timed = "non" not in str(claim.get("track", ""))
+    for run in chosen:
+        for problem in claims.score_problems(run):
+            yield f"{run.path}: {problem}"
+        for budget, limit in run.limits.items() if is_timed else ():
+            seconds = run.budget_seconds(budget) or 0
+            if seconds > limit + STEP_SECONDS:
+                yield f"{run.path}: {budget} took {seconds:.1f} s of {limit:g}, OVER"
+        total = run.sizes.get("artifact_bytes", 0)
+        if total > LIMIT_BYTES:
+            yield f"{run.path}: code and model take {total} bytes, {over_limit(total)}"
+    if len(chosen) > 1:
+        for knob, values in claims.differences(chosen).items():
+            if knob != "code_size":
+                shown = ", ".join(dict.fromkeys(values))
+                yield f"{knob.upper()}: differs between the logs: {shown}"
+
+
+def claimed_runs(contents: Contents) -> list[Run]:
+    """The runs of the seeds that a claim names, else all; of several of a seed the claimed one."""
+    runs = [run for runs in contents.other_runs.values() for run in runs]
+    results = results_by_seed(contents.claim or {})
+    if not results:
+        return list({run.digest: run for run in runs}.values())
+    chosen = []
+    for seed, result in results.items():
+        of_seed = [run for run in runs if str(run.seed) == seed]
+        agreeing = [run for run in of_seed if agrees(result.get("val_bpb"), run.score.bpb)]
+        chosen += (agreeing or of_seed)[:1]
+    return chosen
+
+
+def results_by_seed(claim: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Seed -> what is claimed of it; accepted records put that into `seed_results` or `seeds`."""
+    for key in ("seed_results", "seeds"):
+        results = claim.get(key)
+        if isinstance(results, dict):
+            return {str(seed): dict(r) for seed, r in results.items() if isinstance(r, dict)}
+        if isinstance(results, list) and all(type(seed) is int for seed in results) and results:
+            return {str(seed): {} for seed in results}
+    return {}
+
+
+def check_other_claim(contents: Contents) -> Iterator[str]:
+    """Whether the figures of submission.json are those of the logs."""
+    claim = contents.claim
+    if not contents.has(CLAIM):
+        return
+    if claim is None:
+        yield f"{CLAIM}: is no JSON object"
+        return
+    yield from check_claimant(claim)
+    chosen = claimed_runs(contents)
+    if not chosen:
+        return
+    real = submission.build_submission(chosen, Claimant())
+    results = results_by_seed(claim)
+    for seed in sorted(results.keys() - {str(run.seed) for run in chosen}):
+        yield f"{CLAIM}: no log is of seed {seed}"
+    scores = [run.score.bpb for run in chosen]
+    # Where no seeds are named, the claim may be of one run and the others may support it.
+    figures = {key: real[key] for key in ("val_bpb_std", "val_loss_std") if len(chosen) > 1}
+    if results or not any(agrees(claim.get("val_bpb"), score) for score in scores):
+        figures |= {"val_bpb": real["val_bpb"], "val_loss": real["val_loss"]}
+    figures["seed_results"] = real["seed_results"]
+    sizes = [run.sizes["artifact_bytes"] for run in chosen if "artifact_bytes" in run.sizes]
+    total = claim.get("bytes_total")
+    if sizes and type(total) is int and total not in sizes:
+        yield f"{CLAIM}: bytes_total is that of no log: {', '.join(map(str, sizes))}"
+    yield from compare_claims(claim, figures, free=set())
+
+
+OTHER_CHECKS = (check_other_names, check_other_runs, check_audit, check_other_claim)
 
 
 # === Evaluation from the folder alone =============================================================
@@ -514,6 +785,8 @@ def evaluate(folder: Path, files: Files, given: dict[str, str], ranks: int) -> s
     log's.
     """
     contents = Contents(files)
+    if not contents.is_ours or not contents.artifacts:
+        raise UsageError(f"{folder}: holds no artifact of ours to score")
     log = log_of_artifact(contents)
     command = [sys.executable, str((folder / PACKED).resolve())]
     if ranks > 1:
@@ -582,10 +855,13 @@ def build_parser() -> argparse.ArgumentParser:
     requirements = ROOT / REQUIREMENTS
     requirements_help = "default: this one's"
     add("--requirements", type=Path, default=requirements, metavar="FILE", help=requirements_help)
-    defaults = Claimant(date=time.strftime("%Y-%m-%d"))
-    for name, default in defaults._asdict().items():
-        about = f"of {CLAIM}; default {default!r}"
-        add(f"--{name.replace('_', '-')}", default=default, metavar="TEXT", help=about)
+    add("--records", type=Path, metavar="FOLDER", help="write FOLDER/TRACK/<day>_<name>")
+    add("--weights", action="store_true", help="with --records: the artifact too")
+    baseline_help = "logs to compare with, kept in the folder"
+    add("--baseline", type=Path, nargs="+", default=[], metavar="FILE", help=baseline_help)
+    for name in Claimant._fields:
+        about = f"of {CLAIM}" + ("; default: the day of the run" if name == "date" else "")
+        add(f"--{name.replace('_', '-')}", default="", metavar="TEXT", help=about)
     return parser
 
 
@@ -600,6 +876,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
             if "=" not in word:
                 parser.error(f"{word}: must be NAME=value")
         return args
+    if args.records and len(words) < 2:
+        return args
     needed_words = 0 if args.check or args.seal or args.code else 2
     if len(words) != needed_words:
         ways = "RUN_DIR OUT, or one of --check, --evaluate, --seal, --code"
@@ -610,6 +888,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def write_code(source: Path, out: Path) -> None:
     """Writes the packed code of a readable source."""
     readable = read_regular(source, MAX_LOG_BYTES)
+    if out.exists() and out.samefile(source):
+        raise UsageError(f"{out}: is the readable source; name another file: --code packed.py")
     packed = pack_code(readable)
     write_atomic(out, packed)
     print(f"{out}: {len(packed):,} bytes, from {len(readable):,} readable ones")
@@ -626,17 +906,29 @@ def verify(folder: Path) -> Files:
     problems = loaded.problems + list(check(loaded.files))
     if problems:
         raise UsageError("\n".join(f"{folder}/{problem}" for problem in problems))
-    claim = json.loads(loaded.files[CLAIM])
-    model = Contents(loaded.files).artifacts[0]
-    code_bytes = len(loaded.files[PACKED])
-    model_bytes = len(loaded.files[model])
-    total = code_bytes + model_bytes
-    print(
-        f"{folder}: holds together; {PACKED} {code_bytes:,} + {model} {model_bytes:,} = "
-        f"{total:,} bytes, {LIMIT_BYTES - total:,} under the limit; "
-        f"val_bpb {claim['val_bpb']:.5f} of {claim['seeds']}"
-    )
+    print(f"{folder}: {summary_of(Contents(loaded.files))}")
     return loaded.files
+
+
+def summary_of(contents: Contents) -> str:
+    """A line on a folder that holds together."""
+    claim = contents.claim
+    code_bytes = len(contents.files[PACKED])
+    if not contents.is_ours:
+        return (
+            f"holds together, in the form of the accepted records; val_bpb {claim['val_bpb']} "
+            f"of {', '.join(str(run.path) for run in claimed_runs(contents))}"
+        )
+    score = f"val_bpb {claim['val_bpb']:.5f} of {claim['seeds']}"
+    if not contents.artifacts:
+        return f"holds together, without weights; {PACKED} {code_bytes:,} bytes; {score}"
+    model = contents.artifacts[0]
+    model_bytes = len(contents.files[model])
+    total = code_bytes + model_bytes
+    return (
+        f"holds together; {PACKED} {code_bytes:,} + {model} {model_bytes:,} = "
+        f"{total:,} bytes, {LIMIT_BYTES - total:,} under the limit; {score}"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -660,6 +952,8 @@ def main(argv: list[str]) -> int:
         run(args)
     except UsageError as error:
         return report_problems(str(error))
+    except BrokenPipeError:
+        raise
     except OSError as error:
         return report_problems(reason_of(error))
     return 0
@@ -673,4 +967,4 @@ def report_problems(text: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(terminal.run(main))

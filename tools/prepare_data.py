@@ -1016,8 +1016,9 @@ class Hub:
             from huggingface_hub.errors import HfHubHTTPError
         except ImportError:
             raise UsageError("fineweb needs the huggingface_hub package") from None
-        # The bases of the hub's own error hold the HTTP library's error.
-        self.failures = (OSError, ValueError, *HfHubHTTPError.__bases__)
+        # The bases of the hub's own error hold the HTTP library's error. ImportError: a proxy of a
+        # kind that the HTTP library needs another package for.
+        self.failures = (OSError, ValueError, ImportError, *HfHubHTTPError.__bases__)
         self.repo = repo
         self.staging = staging
         self.api = huggingface_hub.HfApi()
@@ -1031,7 +1032,8 @@ class Hub:
             return function(*args, **options)
         except self.failures as error:
             reason = " ".join(str(error).split())[:300]
-            raise UsageError(f"{self.repo}: {type(error).__name__}: {reason}") from None
+            message = f"{self.repo}: {type(error).__name__}: {reason}"
+            raise UsageError(f"{message}{remedy_of(error)}") from None
 
     def look_up(self, paths: list[str]) -> None:
         """Asks for size and checksum of each path. Raises UsageError if one is missing there."""
@@ -1043,6 +1045,25 @@ class Hub:
         for path in paths:
             if path not in self.published:
                 raise UsageError(f"{self.repo} has no {path}")
+
+    def check_space(self, files: dict[str, Path]) -> None:
+        """Tells the size of what is missing. Raises UsageError if the disk cannot hold it.
+
+        files: path in the repository -> path here.
+        """
+        missing = {remote: local for remote, local in files.items() if not local.is_file()}
+        size = sum(self.published[remote].size for remote in missing)
+        if not size:
+            return
+        folder = self.staging.parent
+        folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder).free
+        print(f"{len(missing)} files, {size / 1e9:.1f} GB to download; {free / 1e9:.1f} GB free")
+        if size > free:
+            raise UsageError(
+                f"{folder}: {size / 1e9:.1f} GB do not fit into {free / 1e9:.1f} GB; free some,"
+                " lower --train-shards, or set --data-dir"
+            )
 
     def problem(self, remote: str, path: Path) -> str:
         """What is wrong with a local copy of a published file, or an empty string."""
@@ -1076,6 +1097,31 @@ class Hub:
             raise UsageError(f"{self.repo}: {remote} arrived damaged: {problem}")
         local.parent.mkdir(parents=True, exist_ok=True)
         arrived.replace(local)
+
+
+def remedy_of(error: Exception) -> str:
+    """What helps against a failure of the connection; empty for others."""
+    if isinstance(error, ImportError):
+        return "; pip install socksio PySocks, or unset ALL_PROXY, HTTPS_PROXY"
+    if os.environ.get("HF_HUB_OFFLINE", "0").lower() not in ("", "0", "false", "no", "off"):
+        return "; unset HF_HUB_OFFLINE"
+    if isinstance(error, ConnectionError) or "Connect" in type(error).__name__:
+        return "; no network? Behind a proxy set HTTPS_PROXY, for a mirror HF_ENDPOINT"
+    return ""
+
+
+def is_downloaded(args: argparse.Namespace, dataset: str) -> bool:
+    """Whether an earlier download has left all files that are asked for, each of them intact."""
+    folder = args.data_dir / "datasets" / dataset
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        files = prepared_files(args.data_dir, folder, manifest)
+        num_shards = len(manifest["splits"]["train"]["files"])
+        has_revision = args.revision in ("main", manifest["inputs"])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return False
+    enough = has_revision and num_shards >= args.train_shards
+    return enough and all(file.is_intact() for file in files)
 
 
 def git_hash(path: Path) -> str:
@@ -1177,8 +1223,14 @@ def run_fineweb(args: argparse.Namespace) -> None:
     lock_dataset(args, dataset)
     folder = args.data_dir / "datasets" / dataset
     staging = folder.with_name(f".{dataset}.part")  # stays after a failure, so a download can go on
-    hub = Hub(args.repo or default_repository(args.variant), args.revision, staging)
-    hub.look_up([f"{args.root}/manifest.json"])
+    try:
+        hub = Hub(args.repo or default_repository(args.variant), args.revision, staging)
+        hub.look_up([f"{args.root}/manifest.json"])
+    except UsageError as error:
+        if not is_downloaded(args, dataset):
+            raise
+        print(f"{folder} is there and intact; the hub was not asked ({error})")
+        return
     hub.fetch(f"{args.root}/manifest.json", staging / "published.json")
     export = published_export(staging / "published.json", dataset)
     if args.train_shards > export.num_train_files:
@@ -1195,6 +1247,7 @@ def run_fineweb(args: argparse.Namespace) -> None:
     for name in names:
         files[f"{args.root}/datasets/{dataset}/{name}"] = folder / name
     hub.look_up(list(files))
+    hub.check_space(files)
     for remote, local in tqdm(files.items(), desc="downloading", unit="file", disable=None):
         hub.fetch(remote, local)
 

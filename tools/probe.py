@@ -121,8 +121,13 @@ def float_tensors(value: Any) -> list[Tensor]:
     return [tensor for part in parts for tensor in float_tensors(part)]
 
 
+def worst_of(*values: float) -> float:
+    """The largest value; NaN if one of them is NaN, which `max` may pass over."""
+    return float(np.max(values))
+
+
 def largest_difference(a: np.ndarray, b: np.ndarray) -> float:
-    """The largest absolute difference; 0 for empty arrays."""
+    """The largest absolute difference; 0 for empty arrays, NaN if there is one in them."""
     return float(np.abs(a - b).max(initial=0.0))
 
 
@@ -505,6 +510,10 @@ class CannotObserve(Exception):
     """The script gives no hold for an observation that a test needs."""
 
 
+class NotFinite(Exception):
+    """An evaluation has scores that are no numbers, so no test of it can pass."""
+
+
 class Subject:
     """A script and an artifact, ready to score streams of our making."""
 
@@ -626,11 +635,18 @@ class Subject:
 
     # --- Scores -----------------------------------------------------------------------------------
     def evaluate(self, name: str, docs: Any, watch: Watch | None = None) -> Any:
-        """The ledger of an evaluation of these documents; nothing is printed."""
+        """The ledger of an evaluation of these documents; nothing is printed.
+
+        Raises NotFinite for NaN and infinite scores: no comparison would find them.
+        """
         torch.manual_seed(self.cfg.seed)
         listening = watch.listening() if watch else contextlib.nullcontext()
         with listening, scratch_folder():
-            return self.run.evaluations[name](docs=docs)
+            ledger = self.run.evaluations[name](docs=docs)
+        wrong = int((~torch.isfinite(ledger.nats[:-1])).sum())
+        if wrong:
+            raise NotFinite(f"{name}: {wrong} scores are not finite")
+        return ledger
 
     def nats(self, name: str, docs: Any, watch: Watch | None = None) -> np.ndarray:
         """The scores (N - 1,) fp64 of these documents, by stream index."""

@@ -5,6 +5,7 @@
     report.py logs/*.txt --html out.html --png pictures           # curves, budgets, profiles
     report.py logs/*.txt --markdown README.md --submission submission.json --name "what was run"
     report.py --compare logs/compare-*.txt                        # presets side by side
+    report.py --history logs/*.txt --html out.html                # every run so far, newest first
 
 It reads the logs of train_gpt.py (the one `final {json}` line, the phase table, the config) and
 those of the public records (Hyperparameters or key:value headers, `LABEL val_loss:X val_bpb:Y`,
@@ -15,6 +16,9 @@ knobs that differ; --mixed takes them all the same and gives mean and deviation 
 too. A log given twice is always refused. --compare takes other presets and knobs, a row each over
 its seeds, but one code, one data set, one budget of training and one machine. Logs of runs that did
 not finish are left out and named; only --submission refuses them.
+
+--history takes every run there is, whatever it ran, and makes no claim: newest first, a mean for
+each configuration.
 
 Bytes: val_loss, val_bpb and the number of tokens imply how many bytes were counted. Every score
 line is checked against the run's own val_bytes and against the canonical validation sets; a
@@ -39,10 +43,10 @@ Exit status: 0 done, 1 a score is INVALID, 2 wrong input (one line).
 from __future__ import annotations
 
 import argparse
+import collections
 import json
 import math
 import os
-import re
 import sys
 import time
 from pathlib import Path
@@ -53,20 +57,33 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 import charts  # noqa: E402
 import submission  # noqa: E402
 import systems  # noqa: E402
+import terminal  # noqa: E402
 from claims import (  # noqa: E402
     broken_limits,
     check_claim,
     check_texts,
     denominator,
+    group_by_configuration,
     read_finished,
     score_problems,
 )
-from comparison import compare, count, mean_sentence, summarise, verdict  # noqa: E402
-from run_documents import read_documents  # noqa: E402
-from runlog import STAGES, Run  # noqa: E402
+from comparison import (  # noqa: E402
+    compare,
+    count,
+    mean_sentence,
+    spread_text,
+    summarise,
+    verdict,
+    visible_sentence,
+)
+from run_documents import read_documents, read_samples, worst_documents  # noqa: E402
+from runlog import STAGES, STARTED, Run  # noqa: E402
 from tables import DASH, MarksError, markdown_table, replace_block, show  # noqa: E402
 
 from train_gpt import MAX_LOG_BYTES, UsageError, open_regular, write_atomic  # noqa: E402
+
+# Runs of a history that the charts show at first; a click on its name shows another.
+MOST_SHOWN = 6
 
 BEGIN = "<!-- report:begin -->"
 END = "<!-- report:end -->"
@@ -84,14 +101,20 @@ class Report:
         baseline: list[Run],
         mixed: dict[str, list[str]],
         left_out: list[str],
+        history: list[list[Run]] | None = None,
     ):
-        """Names the runs. `mixed`: the differences within `runs`; `left_out`: why logs are not."""
+        """Names the runs. `mixed`: the differences within `runs`; `left_out`: why logs are not.
+
+        With a `history`, the runs of each configuration, newest first, the figures are of the first
+        configuration alone.
+        """
+        self.history = history
         self.runs = runs
         self.baseline = baseline
         self.everything = runs + baseline
         self.mixed = mixed
         name_runs(self.everything)
-        self.summary = summarise(runs)
+        self.summary = summarise(history[0] if history else runs)
         self.base_summary = summarise(baseline) if baseline else None
         self.comparison = compare(runs, baseline) if baseline else None
         self.problems = [
@@ -110,15 +133,18 @@ class Report:
     def groups(self) -> dict[str, dict[str, Any]]:
         """A summary per configuration, where several are mixed and one has several runs."""
         names = dict.fromkeys(run.group for run in self.runs)
-        if not 1 < len(names) < len(self.runs):
+        if not self.history and not 1 < len(names) < len(self.runs):
             return {}
         return {name: summarise([r for r in self.runs if r.group == name]) for name in names}
 
     def statements(self) -> list[str]:
         """What the runs say, one sentence a line."""
-        sentences = [mean_sentence("mean", self.summary)]
+        sentences = [] if self.history else [mean_sentence("mean", self.summary)]
         for name, summary in self.groups().items():
             sentences.append(mean_sentence(f"mean of {name}", summary))
+        visible = visible_sentence(self.summary)
+        if visible and (self.history or not self.mixed):
+            sentences.append(visible)
         if self.comparison:
             sentences.append(mean_sentence("mean of the baseline", self.base_summary))
             sentences += verdict(self.comparison, len(self.runs), len(self.baseline))
@@ -126,22 +152,37 @@ class Report:
 
 
 def name_runs(runs: list[Run]) -> None:
-    """Labels each run by its file's name, without what all names begin with.
+    """Labels each run by its file's name, without its date and what all names begin with.
 
-    By its whole path if two files have one name.
+    Where two files then have one name, the date tells them apart or else the whole path. A file of
+    several runs adds their number.
     """
-    names = [run.path.stem for run in runs]
-    if len(set(names)) < len(names):
-        names = [run.path.with_suffix("").as_posix() for run in runs]
-    common = os.path.commonprefix(names) if len(names) > 1 else ""
+    names = distinct_names(runs)
+    common = os.path.commonprefix(names) if len(set(names)) > 1 else ""
     start = max(common.rfind(mark) for mark in "_-. /") + 1
     for run, name in zip(runs, names, strict=True):
-        run.label = name[start:]
+        run.label = name[start:] + (f" ({run.part})" if run.part else "")
+
+
+def distinct_names(runs: list[Run]) -> list[str]:
+    """A name for each run, short and not that of another file."""
+    short = [STARTED.sub("", run.path.stem).lstrip("_-") or run.path.stem for run in runs]
+    dated = [f"{name} {run.started[5:]}" for name, run in zip(short, runs, strict=True)]
+    paths = [run.path.with_suffix("").as_posix() for run in runs]
+    files = len(set(paths))
+    if len(set(short)) == files:
+        return short
+    if len(set(dated)) == files:
+        counts = collections.Counter(short)
+        return [d if counts[s] > 1 else s for s, d in zip(short, dated, strict=True)]
+    return paths
 
 
 def run_warnings(runs: list[Run]) -> list[str]:
     """Broken limits, losses of another score, and scores below the one that counts."""
-    warnings = []
+    warnings = [
+        f"{run.label}: {text}" for run in runs for text in run.left_by_deadline + run.warnings
+    ]
     for run in runs:
         warnings += [f"{run.label}: over the limit: {text}" for text in broken_limits(run)]
     for run in runs:
@@ -166,14 +207,29 @@ def kinds_of(runs: list[Run]) -> list[str]:
     return [kind for kind in STAGES if any(run.score_of(kind) for run in runs)]
 
 
+def stages_beside_the_score(runs: list[Run]) -> list[str]:
+    """The kinds of scores that have a column: a kind that is always the last one is `val_bpb`."""
+    kinds = []
+    for kind in kinds_of(runs):
+        scores = [(run.score_of(kind), run.score) for run in runs if run.score_of(kind)]
+        if any(score != last for score, last in scores):
+            kinds.append(kind)
+    return kinds
+
+
 def column_names(runs: list[Run]) -> list[str]:
     """The head of the table of runs."""
+    dated = ["date"] if any(run.started for run in runs) else []
+    grouped = ["config"] if len({run.group for run in runs}) > 1 else []
     return [
         "run",
+        "val_bpb",
         "seed",
+        *dated,
+        *grouped,
         "steps",
         "ms/step",
-        *(STAGES[kind] for kind in kinds_of(runs)),
+        *(STAGES[kind] for kind in stages_beside_the_score(runs)),
         "gain",
         "artifact + code",
         "training",
@@ -184,10 +240,15 @@ def column_names(runs: list[Run]) -> list[str]:
 
 def row_cells(run: Run, runs: list[Run]) -> list[str]:
     """The row of a run in the table of `runs`."""
-    scores = [run.score_of(kind) for kind in kinds_of(runs)]
+    scores = [run.score_of(kind) for kind in stages_beside_the_score(runs)]
+    dated = [run.started or DASH] if any(run.started for run in runs) else []
+    grouped = [run.group] if len({run.group for run in runs}) > 1 else []
     return [
         run.label,
+        f"{run.score.bpb:.5f}",
         show(run.seed, "d"),
+        *dated,
+        *grouped,
         show(run.steps, "d"),
         show(run.step_avg_ms, ".2f"),
         *(show(score.bpb if score else None, ".5f") for score in scores),
@@ -222,9 +283,7 @@ def is_bad(run: Run) -> bool:
 
 def print_report(report: Report) -> None:
     """Prints tables of runs and phases, differences, statements and problems."""
-    from rich.console import Console
-
-    console = Console() if sys.stdout.isatty() else Console(width=200)
+    console = terminal.console()
     for title, runs in (("runs", report.runs), ("baseline", report.baseline)):
         if runs:
             print_runs(console, title, runs)
@@ -342,19 +401,23 @@ def write_html(report: Report, path: Path) -> None:
 
     page = (Path(__file__).parent / "report.html").read_text(encoding="utf-8")
     # A name in a log cannot end the script element.
-    data = json.dumps(page_data(report)).replace("<", "\\u003c")
+    data = json.dumps(page_data(report, path)).replace("<", "\\u003c")
     page = page.replace("/*DATA*/", data, 1)
     page = page.replace("/*PLOTLY*/", get_plotlyjs(), 1)
     write_atomic(path, page.encode())
 
 
-def page_data(report: Report) -> dict[str, Any]:
-    """What the page shows."""
-    tables = []
-    for title, runs in (("Runs", report.runs), ("Baseline", report.baseline)):
-        if runs:
-            rows = [row_cells(run, runs) for run in runs]
-            tables.append(page_table(title, column_names(runs), rows, list(map(is_bad, runs))))
+def page_data(report: Report, path: Path) -> dict[str, Any]:
+    """What the page at `path` shows."""
+    tables = [
+        run_table(title, runs, path)
+        for title, runs in (("Runs", report.runs), ("Baseline", report.baseline))
+        if runs
+    ]
+    for of_run in (worst_table, samples_table):
+        table = of_run(report.runs[0])
+        if table:
+            tables.append(table)
 
     differences = []
     labels = [run.label for run in report.runs]
@@ -363,19 +426,67 @@ def page_data(report: Report) -> dict[str, Any]:
     if report.changed:
         title = "Changed against the baseline"
         differences.append(difference_table(title, ["runs", "baseline"], report.changed))
-    mean = report.summary["bpb"]["mean"]
+    number = report.summary["runs"]
     return {
-        "title": f"{mean:.5f} bpb, {count(len(report.runs), 'run')}",
+        "title": f"{spread_text(report.summary['bpb'])} bpb, {count(number, 'run')}",
         "about": what_ran(report.runs[0]),
+        "score": score_card(report),
         "tables": tables,
         "differences": differences,
-        "summary": report.summary,
         "comparison": report.comparison,
         "statements": report.statements(),
         "warnings": report.warnings,
         "problems": report.problems,
+        "shown": max(number, MOST_SHOWN) if report.history else len(report.everything),
         **charts.as_json(charts.series_of(report.runs, report.baseline)),
     }
+
+
+def score_card(report: Report) -> dict[str, str]:
+    """The score of the page in large letters, and what stands below it."""
+    summary = report.summary
+    runs = "one run" if summary["runs"] == 1 else f"mean of {summary['runs']} runs"
+    words = [f"val_bpb, {runs}, lower is better"]
+    if summary["nats"]:
+        words.append(f"{spread_text(summary['nats'])} nats per token")
+    gzip = report.runs[0].final.get("gzip_bpb")
+    if gzip:
+        words.append(f"gzip -9 of each document: {gzip:.2f}")
+    return {"value": spread_text(summary["bpb"]), "words": " · ".join(words)}
+
+
+def run_table(title: str, runs: list[Run], path: Path) -> dict[str, Any]:
+    """The table of runs, whose names lead to their logs."""
+    rows = [row_cells(run, runs) for run in runs]
+    table = page_table(title, column_names(runs), rows, list(map(is_bad, runs)))
+    folder = path.absolute().parent
+    table["links"] = [Path(os.path.relpath(run.path.absolute(), folder)).as_posix() for run in runs]
+    return table
+
+
+def worst_table(run: Run) -> dict[str, Any] | None:
+    """The documents with most bits per byte, None where the run's folder does not tell them."""
+    documents = worst_documents(read_documents(run).arrays)
+    if not documents:
+        return None
+    rows = [
+        [f"{doc.number:,}", f"{doc.bpb:.4f}", f"{doc.num_bytes:,}", f"{doc.share:.2%}"]
+        for doc in documents
+    ]
+    head = ["document", "bits per byte", "bytes", "of all bits"]
+    return page_table(f"Worst documents of {run.label}", head, rows, [False] * len(rows))
+
+
+def samples_table(run: Run) -> dict[str, Any] | None:
+    """What the artifact makes of some prompts, None where the run's folder does not hold it."""
+    samples = read_samples(run)
+    if not samples:
+        return None
+    keys = ("prompt", "greedy", "sampled", "document")
+    rows = [[sample[key] for key in keys] for sample in samples]
+    head = ["prompt", "most likely", "sampled", "how it really goes on"]
+    table = page_table(f"What {run.label} writes", head, rows, [False] * len(rows))
+    return table | {"is_text": True}
 
 
 def page_table(
@@ -424,19 +535,12 @@ def make_submission(report: Report, args: argparse.Namespace) -> dict[str, Any]:
         github_id=args.github_id,
         name=args.name,
         blurb=args.blurb,
-        date=args.date or day_of(runs[0]),
-        track=args.track,
+        date=args.date or submission.day_of(runs[0]),
+        track=args.track.removeprefix("track_"),
     )
     compliance = submission.read_compliance(runs, args.audit)
-    return submission.build_submission(runs, claimant, compliance=compliance)
-
-
-def day_of(run: Run) -> str:
-    """The day with which the run's name begins. Raises UsageError if it does not."""
-    stamp = re.match(r"(\d{4})(\d\d)(\d\d)-", str(run.final.get("run_id", "")))
-    if not stamp:
-        raise UsageError("--date: the logs do not name the day, so this must (YYYY-MM-DD)")
-    return "-".join(stamp.groups())
+    counted = submission.counted_by_logs(runs)
+    return submission.build_submission(runs, claimant, counted, compliance, report.baseline)
 
 
 # === Command line =================================================================================
@@ -464,6 +568,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     ]
     if args.compare and any(others):
         parser.error("--compare goes with --markdown and --date alone")
+    if args.history and (args.compare or args.baseline or args.mixed or args.submission):
+        parser.error("--history goes with --json, --markdown, --html and --png alone")
     return args
 
 
@@ -481,6 +587,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--compare",
         action="store_true",
         help="presets side by side; with --markdown between marks of its own",
+    )
+    parser.add_argument(
+        "--history",
+        action="store_true",
+        help="every run, newest first, by configuration; no claim is made of them",
     )
     parser.add_argument(
         "--json", metavar="FILE", help="all figures; - is the terminal, in place of the table"
@@ -526,9 +637,18 @@ def is_day(text: str) -> bool:
         return False
 
 
+def without_copies(runs: list[Run]) -> list[Run]:
+    """The runs, each once: a kept log may be a copy of one that is still in logs/."""
+    return list({run.digest: run for run in runs}.values())
+
+
 def read_report(args: argparse.Namespace) -> Report:
     """Reads and checks the runs. Raises UsageError if they are no claim, or cannot be compared."""
     runs, left_out = read_finished(args.logs)
+    if args.history:
+        history = group_by_configuration(without_copies(runs))
+        newest_first = [run for group in history for run in group]
+        return Report(newest_first, [], {}, left_out, history)
     baseline, baseline_left_out = read_finished(args.baseline)
     if args.submission and left_out:
         # Whether a claim does without that log is not for this program to say.
@@ -553,6 +673,7 @@ def write_outputs(report: Report, args: argparse.Namespace) -> None:
             write_atomic(Path(args.json), f"{text}\n".encode())
     if args.html:
         write_html(report, args.html)
+        print(f"{args.html}: open it in a browser")
     if args.png:
         charts.write_pictures(charts.series_of(report.runs, report.baseline), args.png)
     if args.markdown:
@@ -586,6 +707,8 @@ def main(argv: list[str]) -> int:
         if args.date is not None and not is_day(args.date):
             raise UsageError(f"--date {args.date}: must be a day, YYYY-MM-DD")
         return compare_systems(args) if args.compare else report_runs(args)
+    except BrokenPipeError:
+        raise
     except (UsageError, OSError) as error:
         print(f"report.py: {error}", file=sys.stderr)
         return 2
@@ -599,4 +722,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(terminal.run(main))

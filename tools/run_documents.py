@@ -2,6 +2,7 @@
 
 documents.npz holds `doc_nats` and `doc_bytes`, one number per document, and may hold `doc_tokens`
 and sums by position in the document: `pos_nats`, `pos_tokens` and the bins' starts `pos_edges`.
+samples.json, beside it, holds what the artifact makes of some prompts.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ import numpy as np
 from canonical import BYTES_TOLERANCE
 from runlog import Run
 
-from train_gpt import UsageError, read_regular, reason_of
+from train_gpt import Entry, UsageError, read_json, read_regular, reason_of
 
 MAX_ARRAYS_BYTES = 2**30
+TEXT = Entry("a text", lambda value: type(value) is str)
 
 
 class DocumentLosses(NamedTuple):
@@ -93,6 +95,22 @@ def check_arrays(arrays: dict[str, np.ndarray]) -> None:
         raise ValueError("its lists of documents are not equally long")
 
 
+SAMPLES = [{"prompt": TEXT, "greedy": TEXT, "sampled": TEXT, "document": TEXT}]
+
+
+def read_samples(run: Run) -> list[dict[str, str]]:
+    """The prompts that the run's artifact has continued, [] without samples.json.
+
+    Keys: prompt, greedy, sampled, and document, how the text really goes on. Raises UsageError if
+    the file cannot be read.
+    """
+    folder = run_folder(run)
+    path = folder / "samples.json" if folder else None
+    if not path or not path.is_file():
+        return []
+    return read_json(path, SAMPLES)
+
+
 def length_unit(arrays: dict[str, np.ndarray]) -> str:
     """In what lengths of documents are given."""
     return "tokens" if "doc_tokens" in arrays else "bytes"
@@ -127,3 +145,25 @@ def loss_by_position(arrays: dict[str, np.ndarray]) -> Profile | None:
         y=losses.tolist(),
         n=counts[used].astype(int).tolist(),
     )
+
+
+class Document(NamedTuple):
+    """A document and what it costs."""
+
+    number: int  # in the order of the validation set, from 1
+    bpb: float  # its own bits per byte
+    num_bytes: int
+    share: float  # of the bits of all documents
+
+
+def worst_documents(arrays: dict[str, np.ndarray], most: int = 5) -> list[Document]:
+    """The documents with most bits per byte; [] without losses per document."""
+    if not arrays:
+        return []
+    bits = arrays["doc_nats"].astype(np.float64) / math.log(2)
+    sizes = arrays["doc_bytes"].astype(np.int64)
+    bpb = bits / np.maximum(sizes, 1)
+    return [
+        Document(int(i) + 1, float(bpb[i]), int(sizes[i]), float(bits[i] / bits.sum()))
+        for i in np.argsort(-bpb, kind="stable")[:most]
+    ]

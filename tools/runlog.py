@@ -4,21 +4,24 @@ Ours: the source, a block `Hyperparameters:`, lines of steps and scores, the pha
 last line `final {json}` with every figure. The public records print settings as such a block or as
 `key:value` words, and scores as `LABEL val_loss:X val_bpb:Y`, whatever the label.
 
-`read_run` reads a log into a `Run`. The smaller functions take a log's text and read one thing from
-it. What cannot be read raises LogError, whose message does not name the file: callers do. Standard
-library only, so that any program can import it at no cost.
+`read_runs` reads the runs of a log, each into a `Run`; logtext.py says where one begins and what a
+line is. The smaller functions take a log's text and read one thing from it. What cannot be read
+raises LogError, whose message does not name the file: callers do. Standard library only, so that
+any program can import it at no cost.
 """
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from figures import read_figures
+from logtext import LogError, plain_lines, read_text, split_runs
 
 LIMIT_SECONDS = 600.0  # of training and, apart from it, of evaluation
 SETTINGS_MARK = "Hyperparameters:"
@@ -52,17 +55,13 @@ KIND_OF_WORD = {
 }
 
 
-class LogError(ValueError):
-    """A log holds no finished run, or what it holds cannot be read. The message names no file."""
-
-
 # === One thing from the text of a log =============================================================
 
 
 def final_lines(text: str) -> list[dict[str, Any]]:
     """The figures of every line `final {json}`, in order; what no run writes is left out."""
     figures = []
-    for line in text.splitlines():
+    for line in plain_lines(text):
         if not line.startswith("final {"):
             continue
         try:
@@ -74,7 +73,7 @@ def final_lines(text: str) -> list[dict[str, Any]]:
 
 def read_final(text: str) -> dict[str, Any]:
     """The figures of a finished run. Raises LogError unless one whole final line holds them."""
-    lines = [line for line in text.splitlines() if line.startswith("final {")]
+    lines = [line for line in plain_lines(text) if line.startswith("final {")]
     if len(lines) != 1:
         raise LogError(f"has {len(lines)} final lines, the log of a finished run has one")
     try:
@@ -99,31 +98,47 @@ class Setting(NamedTuple):
     origin: str  # "default", "preset" or "env"; "" where a published log does not say
 
 
-SETTING = re.compile(r"^  (\w+): ?(.*?)(?: \(([a-z]+)\))?$")
+SETTING = re.compile(r"^ {1,4}(\w+): ?(.*?)(?: \(([a-z]+)\))?$")
 WORDS = re.compile(r"^\w+:\S+(?: \w+:\S+)*$")
-FIRST_STEP = re.compile(r"(warmup_)?step:|\d+/\d+ ")
+ASSIGNED = re.compile(r"^\w+ ?= ?\S*(?: \w+=\S*)*$")
+ASSIGNED_MARK = "--- Hyperparameters ---"
+FIRST_STEP = re.compile(r"(warmup_)?step:|warmup:|\d+/\d+ ")
+
+# A summary of the network, such as `params:73685840 L:10 d:768 h:8 kv:4 ws:8 ga:1 s:42`.
+SUMMARY = re.compile(r"^(?:\S+ \| )?params:\d+ (.*)$")
+SUMMARY_NAMES = {
+    "L": "num_layers",
+    "d": "model_dim",
+    "h": "num_heads",
+    "kv": "num_kv_heads",
+    "mlp": "mlp_mult",
+    "ga": "grad_accum_steps",
+    "s": "seed",
+}
+
+# Words of a header that are no settings: what was counted, and the kind of a loader.
+NO_SETTINGS = {"model_params", "params", "val_bpb", "val_loader", "ws", "world_size"}
 
 
 def read_settings(text: str) -> dict[str, Setting]:
-    """Field name -> setting, from the last settings block, or else from key:value words.
+    """Field name -> setting, in any of the published forms.
 
-    The words stand before the first step; a word `train_loader:dataset:NAME` names the data set.
+    These are a block of `  name: value`, lines of `name=value` below a mark, and words `name:value`
+    before the first step. The last block counts: a resumed run prints its own. The block says all;
+    a line that sums up the network only adds the seed to it.
     """
-    lines = without_timestamps(text)
+    lines = plain_lines(text)
+    words = settings_of_words(lines)
+    block = {}
     if SETTINGS_MARK in lines:
-        return settings_of_block(lines)
-
-    head = itertools.takewhile(lambda line: not FIRST_STEP.match(line), lines)
-    words = {}
-    for line in head:
-        if WORDS.match(line):
-            words |= dict(word.split(":", 1) for word in line.split(" "))
-    loader = words.pop("train_loader", "")
-    if ":" in loader:
-        words["dataset"] = loader.split(":")[1]
-    for name in ("model_params", "val_bpb", "val_loader"):
-        words.pop(name, None)
-    return {name: Setting(value, "") for name, value in words.items()}
+        block = settings_of_block(lines)
+    elif ASSIGNED_MARK in lines:
+        block = settings_of_assignments(lines)
+    if not block:
+        return words
+    if "seed" in words:
+        block.setdefault("seed", words["seed"])
+    return block
 
 
 def settings_of_block(lines: list[str]) -> dict[str, Setting]:
@@ -137,6 +152,32 @@ def settings_of_block(lines: list[str]) -> dict[str, Setting]:
         name, value, origin = match.groups(default="")
         settings[name] = Setting(value, origin)
     return settings
+
+
+def settings_of_assignments(lines: list[str]) -> dict[str, Setting]:
+    """The settings `name=value`, many or one a line, below the last mark."""
+    start = len(lines) - lines[::-1].index(ASSIGNED_MARK)
+    settings = {}
+    for line in itertools.takewhile(ASSIGNED.match, lines[start:]):
+        for name, value in re.findall(r"(\w+) ?= ?(\S*)", line):
+            settings[name] = Setting(value, "")
+    return settings
+
+
+def settings_of_words(lines: list[str]) -> dict[str, Setting]:
+    """The settings `name:value` of the header, whose `train_loader:dataset:NAME` names the data."""
+    words: dict[str, str] = {}
+    for line in itertools.takewhile(lambda line: not FIRST_STEP.match(line), lines):
+        summary = SUMMARY.match(line)
+        if summary:
+            pairs = re.findall(r"(\w+):(\S+)", summary[1])
+            words |= {SUMMARY_NAMES.get(name, name): value for name, value in pairs}
+        elif WORDS.match(line):
+            words |= dict(word.split(":", 1) for word in line.split(" "))
+    loader = words.pop("train_loader", "")
+    if ":" in loader:
+        words["dataset"] = loader.split(":")[1]
+    return {name: Setting(value, "") for name, value in words.items() if name not in NO_SETTINGS}
 
 
 def evaluation_variables(text: str) -> dict[str, str]:
@@ -176,7 +217,7 @@ TOTAL = re.compile(r"^all of (train|eval) +(\d+(?:\.\d+)?)  of (\d+)(, OVER)?")
 def read_phase_table(text: str) -> list[Phase]:
     """The rows of the phase table at the end of our log."""
     phases = []
-    for line in without_timestamps(text):
+    for line in plain_lines(text):
         match = PHASE.match(line)
         if match:
             name, seconds, budget = match.groups()
@@ -187,7 +228,7 @@ def read_phase_table(text: str) -> list[Phase]:
 def read_budget_totals(text: str) -> list[BudgetTotal]:
     """The sums below the phase table."""
     totals = []
-    for line in without_timestamps(text):
+    for line in plain_lines(text):
         match = TOTAL.match(line)
         if match:
             budget, seconds, limit, over = match.groups()
@@ -195,43 +236,15 @@ def read_budget_totals(text: str) -> list[BudgetTotal]:
     return totals
 
 
-class PrintedScore(NamedTuple):
-    """Loss and bits per byte as a line shows them."""
-
-    loss: float  # nats per token
-    bpb: float
-    decimals: int  # of the figure with fewer of them
-
-
-def implied_bytes_per_token(score: PrintedScore | Score) -> float:
+def implied_bytes_per_token(score: Score) -> float:
     """Bytes of text per token that a loss in nats per token and its bits per byte imply."""
     return score.loss / math.log(2) / score.bpb
 
 
-def rounding_of_implied_bytes(score: PrintedScore | Score) -> float:
+def rounding_of_implied_bytes(score: Score) -> float:
     """The relative error of the implied bytes that rounding of the two figures may have made."""
     half_digit = 0.5 * 10.0**-score.decimals
     return half_digit / score.loss + half_digit / score.bpb
-
-
-def printed_scores(text: str) -> list[PrintedScore]:
-    """Every pair of a positive val_loss and val_bpb with decimals, wherever it stands in a line."""
-    pattern = r"val_loss[:=] ?(\d+\.(\d+))\s+val_bpb[:=] ?(\d+\.(\d+))"
-    scores = []
-    for loss, loss_digits, bpb, bpb_digits in re.findall(pattern, text):
-        if float(loss) > 0 and float(bpb) > 0:
-            decimals = min(len(loss_digits), len(bpb_digits))
-            scores.append(PrintedScore(float(loss), float(bpb), decimals))
-    return scores
-
-
-def validation_targets(text: str) -> int | None:
-    """The number of scored tokens: by the first final line that has it, else by a line above."""
-    for final in final_lines(text):
-        if "val_tokens" in final:
-            return int(final["val_tokens"])
-    match = re.search(r"(?:val_tokens: ?|fineweb_val_\S* tokens:)(\d+)", text)
-    return int(match[1]) if match else None
 
 
 def evaluation_scores(text: str) -> list[float]:
@@ -249,11 +262,6 @@ def submission_sizes(text: str) -> list[int]:
     """Bytes of every line `Total submission size ..: N bytes`, in order."""
     sizes = re.findall(r"^Total submission size [^:]*: (\d+) bytes", text, re.MULTILINE)
     return [int(size) for size in sizes]
-
-
-def without_timestamps(text: str) -> list[str]:
-    """The lines of a log, without the seconds since 1970 that some public scripts put first."""
-    return [re.sub(r"^\d{10}\.\d+ ", "", line) for line in text.splitlines()]
 
 
 def log_of_run(folder: Path) -> Path:
@@ -305,6 +313,10 @@ class Run:
     sizes: dict[str, int]  # those of SIZES, val_bytes and val_docs, as far as they are known
     points: list[dict[str, float]]  # step, train_loss, val_bpb, seconds, lr_scale of step lines
     final: dict[str, Any]  # the figures of our final line, {} of a published log
+    digest: str  # of the run's lines: two runs with one digest are the same run
+    left_by_deadline: list[str] = field(default_factory=list)  # in words, by the last score
+    warnings: list[str] = field(default_factory=list)  # what the log shows but nothing can use
+    part: int = 0  # the number of the run in its file, from 1; 0 where the file holds one run
     label: str = ""  # tells it from the other runs of a report
     group: str = ""  # the knobs that differ, where a report mixes configurations
 
@@ -322,6 +334,29 @@ class Run:
     def score(self) -> Score:
         """The last score, which is the one that counts."""
         return self.scores[-1]
+
+    @property
+    def source(self) -> str:
+        """The file that the run was read from, and which of its runs this is."""
+        return f"{self.path} (run {self.part})" if self.part else str(self.path)
+
+    @property
+    def started(self) -> str:
+        """When the run began, as `YYYY-MM-DD HH:MM`, or its day; "" where nothing tells it.
+
+        The name of the run begins with it or, of a kept log, that of the file.
+        """
+        for name in (str(self.final.get("run_id", "")), self.path.name):
+            match = STARTED.match(name)
+            if match:
+                year, month, day, hour, minute = match.groups()
+                return f"{year}-{month}-{day}" + (f" {hour}:{minute}" if hour else "")
+        return ""
+
+    @property
+    def results(self) -> tuple:
+        """What two readings of one run have in common, and two runs do not."""
+        return (self.seed, self.steps, self.train_seconds, [score[1:3] for score in self.scores])
 
     @property
     def step_avg_ms(self) -> float | None:
@@ -347,27 +382,66 @@ class Run:
         return sum(seconds) if seconds else None
 
 
+STARTED = re.compile(r"(\d{4})-?(\d\d)-?(\d\d)(?:-(\d\d)(\d\d)\d\d)?(?=_|-|\.|$)")
+
+
+def read_runs(path: Path) -> list[Run]:
+    """The finished runs of a log file, in order. Raises LogError if it holds none.
+
+    A run that a file holds twice, as of its terminal and of its own log, is one run. The first run
+    has a warning for every run that was left out.
+    """
+    return runs_of_text(path, read_text(path))
+
+
+def runs_of_text(path: Path, text: str) -> list[Run]:
+    """The finished runs of a log's text, as `read_runs` gives them; `path` is where it is from."""
+    parts = split_runs(plain_lines(text))
+    if len(parts) == 1:
+        return [run_of_lines(path, parts[0])]
+    runs = []
+    reasons = []
+    for number, lines in enumerate(parts, start=1):
+        try:
+            run = run_of_lines(path, lines)
+        except LogError as error:
+            reasons.append(f"run {number} of the {len(parts)} in this file {error}")
+            continue
+        if any(run.results == other.results for other in runs):
+            continue
+        run.part = number
+        runs.append(run)
+    if not runs:
+        raise LogError(f"holds {len(parts)} runs and none that finished: {reasons[-1]}")
+    runs[0].warnings += [f"left out: {reason}" for reason in reasons]
+    if len(runs) == 1 and not reasons:
+        runs[0].part = 0
+    return runs
+
+
 def read_run(path: Path) -> Run:
     """The run of a log file. Raises LogError if it is not the log of one finished run."""
-    return run_of_text(path, path.read_text(encoding="utf-8", errors="replace"))
+    runs = read_runs(path)
+    if len(runs) > 1:
+        raise LogError(f"holds {len(runs)} finished runs, not one")
+    return runs[0]
 
 
 def run_of_text(path: Path, text: str) -> Run:
     """The run of a log's text; `path` is where it came from. Raises LogError as `read_run` does."""
-    lines = without_timestamps(text)
-    text = "\n".join(lines)
+    return run_of_lines(path, plain_lines(text))
 
+
+def run_of_lines(path: Path, lines: list[str]) -> Run:
+    """The run that some lines of a log are about. Raises LogError if it did not finish."""
+    text = "\n".join(lines)
     is_ours = any(line.startswith(("code_sha256: ", "final {")) for line in lines)
     final = read_final(text) if is_ours else {}
     settings = read_settings(text)
+    points = read_points(lines, number_of(settings, "train_batch_tokens") or 0)
     scores = read_scores(lines, final)
-    if not scores or not all(is_positive(score) for score in scores):
-        raise LogError(
-            "holds no score, or one that is not a positive number: no log of a finished run"
-        )
+    refuse_bad_scores(scores, lines, points)
 
-    batch_tokens = float(settings.get("train_batch_tokens", Setting("", "")).value or 0)
-    points = read_points(lines, batch_tokens)
     steps, train_seconds = read_training(lines, final, points)
     totals = {total.budget: total.limit for total in read_budget_totals(text)}
     return Run(
@@ -383,7 +457,101 @@ def run_of_text(path: Path, text: str) -> Run:
         sizes=read_sizes(lines, final),
         points=points,
         final=final,
+        digest=hashlib.sha256(text.encode()).hexdigest(),
+        left_by_deadline=deadline_notes(lines, final),
+        warnings=[] if final else warnings_of(path, lines, settings, scores, points),
     )
+
+
+# === What is no score, and why ====================================================================
+
+ERROR = re.compile(r"^(?:\S*(?:Error|Exception|Interrupt)\b(?::| at )?.*|Killed|Aborted.*)$")
+
+
+def refuse_bad_scores(
+    scores: list[Score], lines: list[str], points: list[dict[str, float]]
+) -> None:
+    """Raises LogError, which says why, unless there is a score and all of them are numbers."""
+    for score in reversed(scores):
+        if not is_positive(score):
+            raise LogError(
+                f"has the score {score.label} val_loss:{score.loss} val_bpb:{score.bpb}, "
+                "which is not a positive number"
+            )
+    if scores:
+        return
+    if not any(lines):
+        raise LogError("is empty")
+    step = int(max((point["step"] for point in points), default=0))
+    errors = [line for line in lines[-200:] if ERROR.match(line)]
+    if errors:
+        place = f"after step {step}" if step else "before its first step"
+        raise LogError(f"holds no score: the run ended {place} with {errors[-1][:150]}")
+    validated = [point for point in points if "val_bpb" in point]
+    if validated:
+        last = validated[-1]
+        raise LogError(
+            "holds no score of the finished model; the last one while training was "
+            f"{last['val_bpb']:.4f} at step {last['step']:.0f}"
+        )
+    if step:
+        raise LogError(f"holds no score: it ends at step {step}")
+    raise LogError("holds no score: no log of a finished run")
+
+
+# What our score line says where the deadline of the evaluation left something undone.
+LEFT_BY_DEADLINE = re.compile(
+    r"\d+ of \d+ documents were scored without adaptation|\d+ chunks were not learnt from"
+)
+
+
+def deadline_notes(lines: list[str], final: dict[str, Any]) -> list[str]:
+    """What the deadline of the last score left without adaptation, by its line or the final one."""
+    scored = [line for line in lines if SCORE.match(line) and not STEP.match(line)]
+    notes = LEFT_BY_DEADLINE.findall(scored[-1]) if scored else []
+    documents = final.get("documents_not_adapted")
+    if not notes and documents:
+        total = final.get("val_docs", "?")
+        notes = [f"{documents} of {total} documents were scored without adaptation"]
+    return notes
+
+
+def warnings_of(
+    path: Path,
+    lines: list[str],
+    settings: dict[str, Setting],
+    scores: list[Score],
+    points: list[dict[str, float]],
+) -> list[str]:
+    """What a published log shows that was not used, or that contradicts itself."""
+    warnings = []
+    diverged = next((point for point in points if math.isnan(point.get("train_loss", 0))), None)
+    if diverged:
+        warnings.append(f"the training loss is nan from step {diverged['step']:.0f}")
+    named = seed_of_name(path)
+    told = settings.get("seed")
+    if told and named is not None and told.value != str(named):
+        warnings.append(f"the log says seed {told.value}, the name of its file says {named}")
+    warnings += [f"not understood: {line[:120]}" for line in unread_scores(lines, scores)[:3]]
+    return warnings
+
+
+ANY_BPB = re.compile(r"\b(?:val_)?bpb\b ?[:=]+ *(\d+\.\d+|-?nan\b)", re.IGNORECASE)
+PROGRESS = re.compile(r"running|progress|chunk|batch|partial|epoch|warm", re.IGNORECASE)
+
+
+def unread_scores(lines: list[str], scores: list[Score]) -> list[str]:
+    """Lines with bits per byte that are no step, no progress, no score and repeat none."""
+    unread = []
+    for line in lines:
+        match = ANY_BPB.search(line)
+        if not match or STEP.match(line) or PROGRESS.search(line):
+            continue
+        digits = len(match[1].partition(".")[2])
+        half = 0.51 * 10.0**-digits
+        if not any(abs(score.bpb - float(match[1])) <= half for score in scores):
+            unread.append(line)
+    return unread
 
 
 def is_positive(score: Score) -> bool:
@@ -392,15 +560,22 @@ def is_positive(score: Score) -> bool:
 
 
 NUMBER = r"(?:\d+\.?\d*(?:e[-+]?\d+)?)"
+FIGURE = rf"({NUMBER}|[-+]?nan|[-+]?inf)"  # a score that is no number is one all the same
 SCORE = re.compile(
-    rf"^(\S.*?) val_loss:({NUMBER}) val_bpb:({NUMBER})(?:.*? eval_time:({NUMBER})ms)?"
+    rf"^(\S.*?)[ ,]+((?:\w+[ _])?)val_loss ?[:=] ?{FIGURE},?\s+(?:\| )?"
+    rf"(?:\w+[ _])?val_bpb ?[:=] ?{FIGURE}(?![\w.])(?:.*? eval_time:({NUMBER})ms)?",
+    re.IGNORECASE,
 )
-STEP = re.compile(r"^(?:step:)?(\d+)/(\d+) (?=.*(?:train|val)_loss)")
-STEP_FIGURE = re.compile(rf"([\w/]+): ?({NUMBER})(ms|m|s)?(?= |$)")
+STEP = re.compile(r"^(?:step:)?(\d+)/(\d+) (?=.*loss:)")
+STEP_FIGURE = re.compile(rf"([\w/]+): ?({NUMBER}|nan)(ms|m|s)?(?= |$)")
+STEP_NAMES = {"loss": "train_loss", "t": "train_time"}
 STOPPING = re.compile(r"stopping.*?train_time: ?(\d+)ms.*")
-CODE_SIZE = re.compile(r"Code size.*?: (\d+) bytes")
+CODE_SIZE = re.compile(r"(?:Code size.*?: |artifact:.* code:)(\d+)(?: bytes|$)")
 SIZES = {
-    "artifact_bytes": re.compile(r"Total submission size.*?: (\d+) bytes"),
+    "artifact_bytes": re.compile(
+        r"(?:Total submission size[^:]*: |.*\| Total submission: |budget:|artifact_bytes: +)(\d+)"
+        r"(?: bytes|/\d+|$)"
+    ),
     "code_bytes": CODE_SIZE,
     "val_tokens": re.compile(r"(?:val_tokens: ?|val_loader:.* tokens:)(\d+)"),
 }
@@ -413,32 +588,43 @@ def read_scores(lines: list[str], final: dict[str, Any]) -> list[Score]:
     scores: dict[str, Score] = {}
     for line in lines:
         match = SCORE.match(line)
-        if not match or STEP.match(line) or ":" in match[1]:
+        label = label_of_score(match) if match and not STEP.match(line) else ""
+        if not label:
             continue
-        label = match[1].removesuffix("_exact")
-        earlier = scores.pop(label, None)
         score = printed_score(label, match, final)
+        sliding = [(s.loss, s.bpb) for s in scores.values() if s.kind == "sliding"]
+        if score.kind == "after" and (score.loss, score.bpb) in sliding:
+            continue
+        earlier = scores.pop(label, None)
         if score.seconds is None and earlier:
             score = score._replace(seconds=earlier.seconds)
-        sliding = [(s.loss, s.bpb) for s in scores.values() if s.kind == "sliding"]
-        if score.kind != "after" or (score.loss, score.bpb) not in sliding:
-            scores[label] = score
+        scores[label] = score
     if final and not scores:
         return scores_of_final(final)
     return list(scores.values())
 
 
+def label_of_score(match: re.Match) -> str:
+    """The label of a score's line; "" where it reports progress, as `ttt_sliding:done` does."""
+    first, *others = f"{match[1]} {match[2]}".rstrip(" _").split()
+    if ":" in first.rstrip(":") or PROGRESS.search(match[1]):
+        return ""
+    return " ".join([first.rstrip(":").removesuffix("_exact"), *others])
+
+
 def printed_score(label: str, match: re.Match, final: dict[str, Any]) -> Score:
-    """The score of a line, with all digits where the final line has them."""
+    """The score of a line, with all digits where the final line has them and agrees."""
+    printed = (float(match[3]), float(match[4]))
+    decimals = min(len(match[i].partition(".")[2]) for i in (3, 4))
     key = label.removeprefix("diagnostic ").split()[0].replace("-", "_")
-    decimals = 15 if f"{key}_bpb" in final else len(match[3].split(".")[-1])
-    return Score(
-        label=label,
-        loss=final.get(f"{key}_loss", float(match[2])),
-        bpb=final.get(f"{key}_bpb", float(match[3])),
-        seconds=float(match[4]) / 1000 if match[4] else None,
-        decimals=decimals,
-    )
+    exact = (final.get(f"{key}_loss"), final.get(f"{key}_bpb"))
+    if None not in exact and all(
+        abs(a - b) <= 10.0**-decimals for a, b in zip(exact, printed, strict=True)
+    ):
+        printed = exact
+        decimals = 15
+    seconds = float(match[5]) / 1000 if match[5] else None
+    return Score(label, *printed, seconds, decimals)
 
 
 def scores_of_final(final: dict[str, Any]) -> list[Score]:
@@ -471,6 +657,7 @@ def read_points(lines: list[str], batch_tokens: float) -> list[dict[str, float]]
         figures = {}
         units = {}
         for name, value, unit in STEP_FIGURE.findall(line[match.end() :]):
+            name = STEP_NAMES.get(name, name)
             figures[name] = float(value)
             units[name] = unit
         for name in ("train_loss", "val_bpb", "lr_scale"):
@@ -505,10 +692,25 @@ def read_seed(path: Path, settings: dict[str, Setting], final: dict[str, Any]) -
     """The seed by the final line, the settings or, where neither has it, the name of the file."""
     if "seed" in final:
         return final["seed"]
-    if "seed" in settings:
-        return int(settings["seed"].value)
+    told = number_of(settings, "seed")
+    return seed_of_name(path) if told is None else int(told)
+
+
+def number_of(settings: dict[str, Setting], name: str) -> float | None:
+    """The number that a setting is; None where it is not there or no number."""
+    try:
+        return float(settings[name].value)
+    except (KeyError, ValueError):
+        return None
+
+
+def seed_of_name(path: Path) -> int | None:
+    """The seed in the name of a file, None where there is none."""
     named = re.search(r"seed[_-]?(\d+)", path.stem)
     return int(named[1]) if named else None
+
+
+VAL_SHARDS = re.compile(r"([^\s/]+)/fineweb_val_")
 
 
 def read_facts(
@@ -518,24 +720,31 @@ def read_facts(
     facts = {key: final[key] for key in FACTS if key in final}
     config = {name: setting.value for name, setting in settings.items()}
     dataset = final.get("dataset") or config.get("dataset")
-    dataset = dataset or Path(config.get("datasets_dir", "")).name
+    dataset = dataset or Path(config.get("datasets_dir") or config.get("data_path") or "").name
+    if not dataset:
+        shards = filter(None, (VAL_SHARDS.search(line) for line in lines))
+        dataset = next((match[1] for match in shards), "")
     if dataset:
         facts["dataset"] = dataset
     code = [match[1] for match in map(CODE_SIZE.match, lines) if match]
     if code and not final:
-        facts["code_size"] = "/".join(code)
+        facts["code_size"] = "/".join(dict.fromkeys(code))
     return facts
 
 
 def read_sizes(lines: list[str], final: dict[str, Any]) -> dict[str, int]:
-    """The sizes that are known: by the final line, else by the first line that tells one."""
-    sizes = {name: final[name] for name in (*SIZES, "val_bytes", "val_docs") if name in final}
+    """The sizes that are known: by the final line, else by the last line that tells one.
+
+    Public scripts print the size of the raw model first, in the same words.
+    """
+    sizes = {}
     for line in lines:
         for name, pattern in SIZES.items():
             match = pattern.match(line)
-            if match and name not in sizes:
+            if match:
                 sizes[name] = int(match[1])
-    return sizes
+    in_final = [name for name in (*SIZES, "val_bytes", "val_docs") if name in final]
+    return sizes | {name: final[name] for name in in_final}
 
 
 def read_phases(

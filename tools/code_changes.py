@@ -1,0 +1,112 @@
+"""How a train_gpt.py differs from the released file, by section, and what rests on each.
+
+    python tools/code_changes.py SCRIPT    # a line per section that differs; status 0 if none does
+
+The released file is this repository's. An unchanged file is known by its hash. Of a changed one
+every section is compared, and the line says which properties rest on it: where a reviewer reads.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from digests import file_sha256
+
+RELEASED = Path(__file__).resolve().parents[1] / "train_gpt.py"
+SECTION = re.compile(r"^# === (\d+)\. (.*?)(?: =+)?$")
+# Number of a section -> properties of the audit that rest on it.
+RESTS_ON = {
+    0: "provenance",
+    1: "provenance, within_budget",
+    2: "within_budget",
+    3: "clean_data, lossless",
+    4: "causal, normalised",
+    5: "causal, score_first",
+    6: "clean_data",
+    7: "clean_data, within_budget",
+    8: "causal, normalised, single_pass, lossless",
+    9: "self_contained, within_budget",
+    10: "causal, score_first, single_pass, document_independent",
+    11: "provenance, single_pass, self_contained, within_budget",
+    12: "causal, normalised",
+    13: "causal",
+    14: "self_contained",
+}
+
+
+class Change(NamedTuple):
+    """A section that differs."""
+
+    number: int
+    title: str
+    added: int  # lines
+    removed: int
+
+
+def sections(text: str) -> dict[int, tuple[str, list[str]]]:
+    """Number -> (title, lines) of every section; what stands before the first is number 0."""
+    found: dict[int, tuple[str, list[str]]] = {0: ("Header", [])}
+    number = 0
+    for line in text.splitlines():
+        match = SECTION.match(line)
+        if match:
+            number = int(match[1])
+            found[number] = (match[2].rstrip(" ="), [])
+        found[number][1].append(line)
+    return found
+
+
+def changes(script: Path, released: Path = RELEASED) -> list[Change]:
+    """The sections in which a script differs from the released one."""
+    ours = sections(released.read_text(encoding="utf-8"))
+    theirs = sections(script.read_text(encoding="utf-8", errors="replace"))
+    found = []
+    for number in sorted({*ours, *theirs}):
+        title, lines = ours.get(number, ("an unknown section", []))
+        _, other = theirs.get(number, ("", []))
+        if lines == other:
+            continue
+        diff = list(difflib.ndiff(lines, other)) if len(lines) + len(other) < 200 else []
+        if not diff:
+            diff = list(difflib.unified_diff(lines, other, n=0, lineterm=""))[2:]
+        added = sum(line.startswith("+") for line in diff)
+        removed = sum(line.startswith("-") for line in diff)
+        found.append(Change(number, title, added, removed))
+    return found
+
+
+def describe(change: Change) -> str:
+    """A line about a section."""
+    rests = RESTS_ON.get(change.number, "every property")
+    where = f"section {change.number} ({change.title}): +{change.added} -{change.removed} lines"
+    return f"{where}; {rests} rest on it"
+
+
+def sentence(script: Path, released: Path = RELEASED) -> str:
+    """The code in one sentence."""
+    digest = file_sha256(script)
+    if digest == file_sha256(released):
+        return f"{digest[:16]}, the released file"
+    found = changes(script, released)
+    numbers = ", ".join(str(change.number) for change in found)
+    return f"{digest[:16]}, differs from the released file in sections {numbers}"
+
+
+def main(argv: list[str]) -> int:
+    """Returns 0 for the released file, 1 for another, 2 for wrong usage."""
+    if len(argv) != 1 or not Path(argv[0]).is_file():
+        print("usage: code_changes.py SCRIPT", file=sys.stderr)
+        return 2
+    print(sentence(Path(argv[0])))
+    found = changes(Path(argv[0]))
+    for change in found:
+        print(describe(change))
+    return int(bool(found))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

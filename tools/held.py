@@ -1,0 +1,102 @@
+"""The validation data as the audit reads it: by its own code, not through the judged script.
+
+`HeldData` holds tokens, documents and tokenizer of a data set's folder. Bytes of a document come
+from the side-car where there is one, else from its decoded text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SHARD_MAGIC = 20240520
+HEADER_BYTES = 1024
+
+
+class DataError(ValueError):
+    """The data set cannot be read; the message names the file."""
+
+
+def read_shard(path: Path) -> np.ndarray:
+    """The ids (n,) uint16 of a shard. Raises DataError if its header says something else."""
+    header = np.fromfile(path, "<i4", 3)
+    ids = np.fromfile(path, "<u2", offset=HEADER_BYTES)
+    if len(header) < 3 or header[0] != SHARD_MAGIC or header[2] != len(ids):
+        raise DataError(f"{path}: no shard of {len(ids)} tokens")
+    return ids
+
+
+def split_paths(folder: Path, split: str) -> list[Path]:
+    """The shards of a split, in order; the side-car of `val` is the split `val_bytes`."""
+    paths = sorted(folder.glob(f"*_{split}_[0-9]*.bin"))
+    if not paths:
+        raise DataError(f"{folder}: no shards *_{split}_*.bin")
+    return paths
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class HeldData:
+    """The validation split of a folder. A document's targets are those of the script's docstring:
+    its tokens but the BOS, and the BOS of the next document.
+    """
+
+    folder: Path
+    tokenizer: Path
+    model: Any  # SentencePieceProcessor
+    tokens: np.ndarray  # (N,) uint16
+    starts: np.ndarray  # (docs,) index of each BOS
+    counts: np.ndarray  # (docs,) targets
+    token_bytes: np.ndarray | None  # (N,) uint16, by the side-car
+
+    @classmethod
+    def load(cls, folder: Path, tokenizer: Path) -> HeldData:
+        """Reads shards, side-car and tokenizer."""
+        import sentencepiece
+
+        model = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.read_bytes())
+        tokens = np.concatenate([read_shard(path) for path in split_paths(folder, "val")])
+        starts = np.flatnonzero(tokens == model.bos_id())
+        counts = np.diff(starts, append=len(tokens) - 1)
+        token_bytes = None
+        if list(folder.glob("*_val_bytes_[0-9]*.bin")):
+            paths = split_paths(folder, "val_bytes")
+            token_bytes = np.concatenate([read_shard(path) for path in paths])
+        return cls(folder, tokenizer, model, tokens, starts, counts, token_bytes)
+
+    @property
+    def bos(self) -> int:
+        """The id that begins a document."""
+        return self.model.bos_id()
+
+    def ids(self, document: int) -> np.ndarray:
+        """A document with its BOS and the token after it, (targets + 1,)."""
+        start = self.starts[document]
+        return self.tokens[start : start + self.counts[document] + 1]
+
+    def bytes_of(self, document: int) -> int:
+        """Bytes of a document's text."""
+        start, count = self.starts[document], self.counts[document]
+        if self.token_bytes is not None:
+            return int(self.token_bytes[start + 1 : start + count + 1].sum(dtype=np.int64))
+        ids = self.tokens[start + 1 : start + count + 1]
+        return len(self.model.decode(ids[ids != self.bos].tolist()).encode())
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """The hash of the tokens, as a final line has it where all documents are scored."""
+        return hashlib.sha256(self.tokens.tobytes()).hexdigest()
+
+
+def tokenizer_of(folder: Path, vocab_size: int) -> Path:
+    """The tokenizer that a data set's manifest names, or the challenge's."""
+    manifest = folder / "manifest.json"
+    name = f"fineweb_{vocab_size}_bpe{folder.name.partition(f'_sp{vocab_size}')[2]}.model"
+    if manifest.is_file():
+        name = json.loads(manifest.read_text())["tokenizer"]["file"]
+    return folder.parents[1] / "tokenizers" / name

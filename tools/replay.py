@@ -1,0 +1,595 @@
+"""Scores documents of a claim again: blind, by the submitted code, and by code that is trusted.
+
+    python tools/audit.py replay LOG ARTIFACT --documents 50
+
+Documents are drawn with fresh entropy, which is printed; the longest is always among them. The
+submitted code then gets a validation shard of as many documents as the run's, each in its place and
+as long as there, in a process and folder of its own. Only the drawn ones have their text: the
+others are decoys (texts of other documents, altered copies, copies cut at a random place), which
+nothing marks. So number, lengths, places and batches are those of the claim, and a cheat that knows
+when it is looked at, or how few documents there are, has nothing to go by.
+
+Four evaluations must agree on every drawn document within the measured floor:
+
+    claim      the scores that the log commits to (documents.npz, documents_sha256)
+    submitted  the script of the log, on the blind shard
+    reference  the reviewer's own train_gpt.py (--reference), on the same shard
+    plain      tools/plain_evaluator.py: one document at a time, no cache, fp32
+
+The decoys have no claim, but the last three must agree on them, too. If one document in 67 were
+false, 200 drawn ones would show it with 95 %: the bound is said with the result.
+
+Where documents learn from earlier ones (phases, warm start, tilt, TTT_MODE=chunk) a decoy would
+change the scores after it. Then no document is replaced, and the process sees the stream as it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import caseops
+import commitment
+import fresh_process
+import numpy as np
+import runlog
+import torch
+from digests import file_sha256
+from fresh_process import MachineError
+from held import HeldData
+from plain_evaluator import Model
+
+EXACT_NATS = 1e-4  # nats a token between implementations in fp32
+CONFIDENCE = 0.95
+PLAIN_DECOYS = 4  # that the plain evaluator scores, too
+FLOOR_DOCUMENTS = 3  # of which the plain evaluator measures the floor in fp64
+CROSSING = ("ttt_warm_start_a", "phased_ttt_num_phases", "tilt_order")
+DECOY_KINDS = ("another text", "an altered copy", "a copy cut at a random place")
+
+
+# === The draw =====================================================================================
+class Draw(NamedTuple):
+    """The documents that are scored again, and what stands in place of the others."""
+
+    entropy: int
+    drawn: np.ndarray  # (n,) numbers of documents, rising
+    longest: int  # is among them by rule, not by chance
+    tokens: np.ndarray  # (N,) uint16, the blind shard
+    decoys: dict[int, str]  # number of a document -> kind of what replaces it
+
+
+def draw_documents(held: HeldData, count: int, entropy: int, may_replace: bool) -> Draw:
+    """Draws `count` documents and makes the blind shard.
+
+    may_replace: whether the other documents may be replaced.
+    """
+    rng = np.random.default_rng(entropy)
+    total = len(held.counts)
+    longest = int(held.counts.argmax())
+    count = min(count, total)
+    others = rng.permutation(np.delete(np.arange(total), longest))[: count - 1]
+    drawn = np.sort(np.append(others, longest))
+    tokens = held.tokens.copy()
+    decoys = {}
+    if may_replace:
+        for number in np.setdiff1d(np.arange(total), drawn).tolist():
+            kind = DECOY_KINDS[rng.integers(len(DECOY_KINDS))]
+            decoys[number] = kind
+            start, length = held.starts[number] + 1, held.counts[number] - 1
+            tokens[start : start + length] = whole_characters(held, decoy(held, number, kind, rng))
+    return Draw(entropy, drawn, longest, tokens, decoys)
+
+
+def decoy(held: HeldData, number: int, kind: str, rng: np.random.Generator) -> np.ndarray:
+    """Ids that replace a document's, equally many and without a BOS."""
+    own = held.ids(number)[1:-1]
+    other = held.ids(int(rng.integers(len(held.counts))))[1:]
+    other = np.resize(other[other != held.bos], len(own)) if len(other) > 1 else own
+    if kind == "another text":
+        return other
+    if kind == "an altered copy":
+        is_altered = rng.random(len(own)) < 0.05
+        return np.where(is_altered, rng.permutation(other), own)
+    cut = int(rng.integers(len(own) + 1))
+    return np.concatenate([own[:cut], other[cut:]])
+
+
+def whole_characters(held: HeldData, ids: np.ndarray) -> np.ndarray:
+    """The ids with another piece in place of byte pieces that are no whole character together."""
+    ids = ids.copy()
+    is_byte = np.array([held.model.is_byte(int(token)) for token in ids], dtype=bool)
+    plain = ids[~is_byte]
+    filler = plain[0] if len(plain) else held.model.piece_to_id("\u2581")
+    edges = np.flatnonzero(np.diff(is_byte, prepend=False, append=False))
+    for first, end in zip(edges[::2], edges[1::2], strict=True):
+        values = [int(held.model.id_to_piece(int(token))[1:-1], 16) for token in ids[first:end]]
+        try:
+            bytes(values).decode()
+        except UnicodeDecodeError:
+            ids[first:end] = filler
+    return ids
+
+
+def excluded_share(drawn: int, total: int, confidence: float = CONFIDENCE) -> float:
+    """The share of false documents that `drawn` agreeing ones out of `total` exclude.
+
+    With f false documents, all drawn ones agree with probability C(total - f, drawn) / C(total,
+    drawn). The smallest f for which that is below 1 - confidence, as a share; 1 where none is.
+    """
+    log_all_agree = 0.0
+    for false in range(1, total + 1):
+        left = total - false + 1
+        if left <= drawn:
+            return false / total
+        log_all_agree += math.log1p(-drawn / left)
+        if log_all_agree < math.log(1 - confidence):
+            return false / total
+    return 1.0
+
+
+# === Evaluations ==================================================================================
+class Claim(NamedTuple):
+    """What a log claims, and what is needed to score it again."""
+
+    log: Path
+    artifact: Path
+    final: dict[str, Any]
+    settings: dict[str, str]  # by field name
+    variables: dict[str, str]  # the environment of the evaluation
+    documents: dict[str, np.ndarray]
+    held: HeldData
+
+    @property
+    def crosses_documents(self) -> bool:
+        """Whether a document's score depends on others, by declaration."""
+        on_stream = self.settings["data_loader"] != "documents"
+        if self.settings["ttt_enabled"] == "True":
+            in_chunks = self.settings["ttt_mode"] == "chunk"
+            if any(self.settings[name] not in ("0", "False") for name in CROSSING):
+                return True
+            return in_chunks
+        return on_stream or self.settings["tilt_order"] != "0"
+
+
+class Scores(NamedTuple):
+    """What an evaluation made of the stream."""
+
+    nats: np.ndarray  # (docs,) per token; NaN where a document was not scored
+    seconds: float  # of the whole process, measured outside
+    timed: float = 0.0  # of the evaluations, by the process's own clock
+
+
+def score_alone(claim: Claim, script: Path, tokens: np.ndarray, **changes: str) -> Scores:
+    """Runs a script by itself, in a folder that holds only what an evaluation needs.
+
+    Raises ReplayError if it gives no scores, MachineError if the machine has failed it.
+    """
+    with tempfile.TemporaryDirectory(prefix="run-") as name:
+        folder = Path(name).resolve()
+        # Another name, because decoys have not the bytes that the challenge's names stand for.
+        dataset = f"text_{claim.held.folder.name}"
+        data = folder / "data" / "datasets" / dataset
+        data.mkdir(parents=True)
+        for part in ("home", "tmp"):
+            (folder / part).mkdir()
+        shutil.copy(script, folder / "train_gpt.py")
+        shutil.copy(claim.artifact, folder / "model.ptz")
+        shutil.copy(claim.held.tokenizer, folder / "tokenizer.model")
+        write_shards(claim.held, tokens, data)
+        luggage = fresh_process.Luggage(
+            script, claim.artifact, claim.held.tokenizer, "", dataset, claim.variables, False
+        )
+        environ = fresh_process.environment(folder, luggage) | {
+            "EVAL_ONLY_PATH": "model.ptz",
+            "RUN_ID": claim.final["run_id"],
+            "EVAL_DEADLINE_SECONDS": "1e9",
+            **changes,
+        }
+        command = [sys.executable, "train_gpt.py"]
+        ranks = int(claim.final.get("world_size", 1))
+        if ranks > 1:
+            launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+            command[1:1] = launcher
+        start = time.monotonic()
+        done = subprocess.run(
+            command, cwd=folder, env=environ, capture_output=True, text=True, check=False
+        )
+        seconds = time.monotonic() - start
+        said = done.stderr.strip().splitlines() or ["no output"]
+        if reason := fresh_process.failure_of_machine(done.returncode, said[-1]):
+            raise MachineError(reason)
+        scores = folder / "runs" / environ["RUN_ID"] / "documents.npz"
+        if done.returncode or not scores.is_file():
+            raise ReplayError(f"exit status {done.returncode}: {said[-1]}")
+        with np.load(scores, allow_pickle=False) as arrays:
+            nats, targets = arrays["doc_nats"], arrays["doc_tokens"]
+        if not np.array_equal(targets, claim.held.counts):
+            raise ReplayError("it has scored other documents than the shard holds")
+        finals = runlog.final_lines(done.stdout)
+        return Scores(nats / targets, seconds, evaluation_seconds(finals[-1] if finals else {}))
+
+
+class ReplayError(Exception):
+    """An evaluation has given no scores to compare."""
+
+
+def write_shards(held: HeldData, tokens: np.ndarray, folder: Path) -> None:
+    """The blind shard and, where the data has one, its side-car."""
+    parts = {"val": tokens}
+    if held.token_bytes is not None:
+        pieces = caseops.PieceTable.from_sentencepiece(held.model)
+        is_replaced = tokens != held.tokens
+        parts["val_bytes"] = np.where(is_replaced, pieces.counts(tokens), held.token_bytes)
+    prefix = held.folder.name.partition("_")[0]
+    for split, values in parts.items():
+        header = np.zeros(256, "<i4")
+        header[:3] = 20240520, 1, len(values)
+        path = folder / f"{prefix}_{split}_000000.bin"
+        path.write_bytes(header.tobytes() + values.astype("<u2").tobytes())
+
+
+def score_plainly(claim: Claim, tokens: np.ndarray, numbers: np.ndarray) -> Scores:
+    """Scores some documents with the plain evaluator. NotImplementedError for what it lacks."""
+    start_time = time.monotonic()
+    model = Model(claim.artifact.read_bytes(), claim.settings)
+    nats = np.full(len(claim.held.counts), np.nan)
+    adapts = claim.settings["ttt_enabled"] == "True"
+    if adapts and claim.settings["ttt_mode"] == "chunk":
+        token_nats = model.chunks(tokens, int(claim.final.get("world_size", 1)))
+        ends = np.append(0, token_nats.astype(np.float64).cumsum())
+        sums = ends[claim.held.starts + claim.held.counts] - ends[claim.held.starts]
+        return Scores(sums / claim.held.counts, time.monotonic() - start_time)
+    for number in numbers.tolist():
+        start, count = claim.held.starts[number], claim.held.counts[number]
+        ids = tokens[start : start + count + 1].astype(np.int64)
+        found = model.adapted(ids, int(start)) if adapts else model.plain(ids)
+        nats[number] = found.astype(np.float64).mean()
+    return Scores(nats, time.monotonic() - start_time)
+
+
+def measure_floor(claim: Claim, draw: Draw) -> float:
+    """Nats a token by which rounding alone may move a document's score.
+
+    The plain evaluator scores the longest and a few other documents in fp32 and in fp64. Where the
+    run computes in less than fp32, so does the trusted script, and its distance counts, too.
+    """
+    adapts = claim.settings["ttt_enabled"] == "True"
+    if adapts and claim.settings["ttt_mode"] == "chunk":
+        return EXACT_NATS
+    short = np.argsort(claim.held.counts[draw.drawn])[: FLOOR_DOCUMENTS - 1]
+    numbers = np.append(draw.drawn[short], draw.longest)
+    worst = 0.0
+    single = score_plainly(claim, draw.tokens, numbers)
+    torch.set_default_dtype(torch.float64)
+    try:
+        double = score_plainly(claim, draw.tokens, numbers)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    worst = float(np.nanmax(abs(single.nats - double.nats)))
+    return max(EXACT_NATS, 3 * worst)
+
+
+# === The verdict ==================================================================================
+class Comparison(NamedTuple):
+    """Two evaluations of the same documents."""
+
+    first: str
+    second: str
+    documents: int
+    decoys: int
+    worst: float  # nats a token
+    worst_document: int
+    disagreeing: list[int]  # numbers of documents
+
+    @property
+    def agrees(self) -> bool:
+        """Whether every document agrees."""
+        return not self.disagreeing
+
+
+def compare(
+    names: tuple[str, str],
+    scores: tuple[np.ndarray, np.ndarray],
+    draw: Draw,
+    allowed: float,
+    with_decoys: bool,
+) -> Comparison:
+    """Compares two evaluations on the drawn documents and, if both have scored any, on decoys.
+
+    NaN in one of two that have scored a document is a disagreement; `scores` have NaN where nothing
+    was scored, so a document that only one has scored is left out.
+    """
+    first, second = scores
+    is_drawn = np.zeros(len(first), bool)
+    is_drawn[draw.drawn] = True
+    used = is_drawn.copy()
+    if with_decoys:
+        used |= ~is_drawn & ~np.isnan(first) & ~np.isnan(second)
+    apart = np.where(used, abs(first - second), 0.0)
+    wrong = np.flatnonzero(~(apart <= allowed))
+    worst = int(np.argmax(np.nan_to_num(apart, nan=np.inf)))
+    return Comparison(
+        *names,
+        documents=int(is_drawn.sum()),
+        decoys=int((used & ~is_drawn).sum()),
+        worst=float(apart[worst]),
+        worst_document=worst,
+        disagreeing=wrong.tolist(),
+    )
+
+
+@dataclasses.dataclass
+class Verdict:
+    """What a replay has shown."""
+
+    facts: dict[str, Any]
+    comparisons: list[Comparison]
+    faults: list[str]  # sentences
+    notes: list[str]  # what was not done, and why
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing speaks against the claim."""
+        return not self.faults
+
+    def as_json(self) -> dict[str, Any]:
+        """The verdict as it is kept."""
+        comparisons = [{**one._asdict(), "agrees": one.agrees} for one in self.comparisons]
+        return {
+            "passed": self.passed,
+            "faults": self.faults,
+            "notes": self.notes,
+            "facts": self.facts,
+            "comparisons": comparisons,
+        }
+
+
+def read_claim(log: Path, artifact: Path, environ: Mapping[str, str]) -> Claim:
+    """The claim of a log. Raises LogError, OSError or DataError for what cannot be read.
+
+    documents.npz lies beside the artifact.
+    """
+    text = log.read_text(encoding="utf-8", errors="replace")
+    final = runlog.read_final(text)
+    settings = {name: setting.value for name, setting in runlog.read_settings(text).items()}
+    data_dir = Path(environ.get("DATA_DIR") or "data").resolve()
+    folder = data_dir / "datasets" / final["dataset"]
+    given = environ.get("TOKENIZER_PATH")
+    tokenizer = Path(given) if given else find_tokenizer(data_dir, final["tokenizer_sha256"])
+    with np.load(artifact.with_name("documents.npz"), allow_pickle=False) as arrays:
+        documents = {name: arrays[name] for name in arrays.files}
+    variables = runlog.evaluation_variables(text)
+    variables.pop("DATASET", None)
+    for name in ("MAX_WALLCLOCK_SECONDS", "CHECKPOINT_EVERY", "WARMUP_STEPS"):
+        variables[name] = "0"
+    held = HeldData.load(folder, tokenizer)
+    return Claim(log, artifact, final, settings, variables, documents, held)
+
+
+def find_tokenizer(data_dir: Path, sha256: str) -> Path:
+    """The tokenizer of that hash. Raises LogError if the folder has none."""
+    for path in sorted((data_dir / "tokenizers").glob("*.model")):
+        if file_sha256(path) == sha256:
+            return path
+    raise runlog.LogError(f"its tokenizer ({sha256[:12]}..) is not in {data_dir}/tokenizers")
+
+
+def replay(
+    claim: Claim,
+    script: Path,
+    reference: Path,
+    count: int,
+    entropy: int,
+    beside: Path | None = None,
+) -> Verdict:
+    """Scores drawn documents again and compares. beside: as in known_too_well."""
+    faults = list(faults_of_commitment(claim, script))
+    notes: list[str] = []
+    draw = draw_documents(claim.held, count, entropy, not claim.crosses_documents)
+    if not np.array_equal(claim.documents["doc_tokens"], claim.held.counts):
+        facts = facts_of(claim, script, draw, EXACT_NATS, {})
+        return Verdict(facts, [], faults, ["nothing was scored: there is no such claim"])
+    if claim.crosses_documents:
+        notes.append("documents use earlier ones by declaration, so none was replaced by a decoy")
+    claimed = claim.documents["doc_nats"] / claim.documents["doc_tokens"]
+    scores = {"claim": claimed}
+    seconds = {}
+    trusted_seconds = 0.0
+    scripts = {"submitted": script, "reference": reference}
+    if file_sha256(script) == file_sha256(reference):
+        del scripts["reference"]
+        notes.append("the submitted code is the reference, so it ran once")
+    for name, path in scripts.items():
+        try:
+            scores[name], seconds[name], timed = score_alone(claim, path, draw.tokens)
+            if file_sha256(path) == file_sha256(reference):
+                trusted_seconds = timed
+        except ReplayError as error:
+            faults.append(f"{name}: no scores: {error}")
+    allowed = EXACT_NATS
+    try:
+        decoys = np.array(sorted(draw.decoys), dtype=np.int64)[:PLAIN_DECOYS]
+        numbers = np.append(draw.drawn, decoys)
+        scores["plain"], seconds["plain"], _ = score_plainly(claim, draw.tokens, numbers)
+        allowed = measure_floor(claim, draw)
+    except NotImplementedError as error:
+        notes.append(f"the plain evaluator was not run: {error}")
+    comparisons = []
+    for first, second in pairs_of(list(scores)):
+        with_decoys = first != "claim"
+        pair = (scores[first], scores[second])
+        comparisons.append(compare((first, second), pair, draw, allowed, with_decoys))
+    for one in comparisons:
+        if not one.agrees:
+            listed = ", ".join(map(str, one.disagreeing[:5]))
+            faults.append(
+                f"{one.first} and {one.second} disagree on {len(one.disagreeing)} documents "
+                f"({listed}), by up to {one.worst:.2e} nats a token (allowed {allowed:.1e})"
+            )
+    faults += faults_of_clock(claim, trusted_seconds)
+    notes += known_too_well(claim, beside)
+    facts = facts_of(claim, script, draw, allowed, seconds)
+    return Verdict(facts, comparisons, faults, notes)
+
+
+def pairs_of(names: list[str]) -> list[tuple[str, str]]:
+    """The comparisons: the claim with each evaluation, and the evaluations with one another."""
+    return [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
+
+
+def faults_of_commitment(claim: Claim, script: Path) -> list[str]:
+    """What the log, the files and the commitment have against the claim."""
+    settings = {name: runlog.Setting(value, "") for name, value in claim.settings.items()}
+    faults = list(commitment.problems(claim.final, settings, claim.documents))
+    if file_sha256(claim.artifact) != claim.final.get("artifact_sha256"):
+        faults.append("the artifact is not that of the log (artifact_sha256)")
+    if file_sha256(script) not in (claim.final.get("code_sha256"), claim.final.get("file_sha256")):
+        faults.append("the script is not that of the log (code_sha256)")
+    if not np.array_equal(claim.documents["doc_tokens"], claim.held.counts):
+        faults.append("the documents are not those of the shards")
+    elif claim.final.get("val_bytes") != sum(
+        map(claim.held.bytes_of, range(len(claim.held.counts)))
+    ):
+        faults.append("val_bytes is not the number of bytes in the shards' text")
+    return faults
+
+
+CLOCK_FACTOR = 3.0  # by which the same work may differ between equal machines
+CLOCK_SECONDS = 1.0  # less is not looked at
+
+
+def faults_of_clock(claim: Claim, trusted_seconds: float) -> list[str]:
+    """Whether the log's evaluation took much less than the trusted script takes for the same work.
+
+    Only where both ran on the same kind of machine.
+    """
+    said = evaluation_seconds(claim.final)
+    if claim.final.get("device") != device_name() or trusted_seconds < CLOCK_SECONDS:
+        return []
+    if trusted_seconds > CLOCK_FACTOR * said:
+        text = f"the log says {said:.1f} s of evaluation, the trusted script takes "
+        return [text + f"{trusted_seconds:.1f} s for the same"]
+    return []
+
+
+def evaluation_seconds(final: Mapping[str, Any]) -> float:
+    """Seconds of all evaluations of the artifact, by a final line."""
+    timed = final.get("seconds", {})
+    return sum(value for name, value in timed.items() if name.startswith("score quantized"))
+
+
+def device_name() -> str:
+    """This machine as a final line has it."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"CPU, {os.cpu_count()} cores"
+
+
+LOW_SIGMAS = 6.0
+
+
+def known_too_well(claim: Claim, beside: Path | None) -> list[str]:
+    """A note on documents that the claim knows far better than an independent model of its size.
+
+    beside: documents.npz of another run on the same data, such as one of another seed. The spread
+    of ln(nats of the claim / nats of the other) is that of all documents, by quartiles, which a few
+    memorised ones do not move. At 6 sigmas an honest normal scatter gives one alarm in 10^9
+    documents; heavier tails give more, so this is a place to look and no violation.
+    """
+    if beside is None:
+        return ["memorised documents were not looked for: no --beside with an independent model"]
+    with np.load(beside, allow_pickle=False) as arrays:
+        other, targets = arrays["doc_nats"], arrays["doc_tokens"]
+    if not np.array_equal(targets, claim.documents["doc_tokens"]):
+        return [f"memorised documents were not looked for: {beside} is of other documents"]
+    ratio = np.log(np.maximum(claim.documents["doc_nats"], 1e-9) / other)
+    low, middle, high = np.percentile(ratio, [25, 50, 75])
+    sigma = max((high - low) / 1.349, 1e-3)
+    strange = np.flatnonzero(ratio < middle - LOW_SIGMAS * sigma)
+    if not len(strange):
+        return [f"no document is {LOW_SIGMAS:.0f} sigmas better known than by another model"]
+    listed = ", ".join(f"{number} ({math.exp(ratio[number]):.2f})" for number in strange[:8])
+    return [
+        f"LOOK: {len(strange)} documents cost far less than by another model, as memorised ones "
+        f"do: number (ratio of nats) {listed}; the middle ratio is {math.exp(middle):.2f}"
+    ]
+
+
+def facts_of(
+    claim: Claim, script: Path, draw: Draw, allowed: float, seconds: dict[str, float]
+) -> dict[str, Any]:
+    """What was looked at."""
+    by_chance = len(draw.drawn) - 1
+    total = len(claim.held.counts)
+    return {
+        "log": claim.log.name,
+        "run_id": claim.final["run_id"],
+        "val_bpb": claim.final["val_bpb"],
+        "artifact_sha256": file_sha256(claim.artifact),
+        "code_sha256": file_sha256(script),
+        "date": time.strftime("%Y-%m-%d"),
+        "device": device_name(),
+        "entropy": f"{draw.entropy:032x}",
+        "documents": total,
+        "drawn": len(draw.drawn),
+        "decoys": len(draw.decoys),
+        "targets": int(claim.held.counts[draw.drawn].sum()),
+        "allowed_nats": allowed,
+        "excluded_share": excluded_share(by_chance, total - 1) if total > 1 else 0.0,
+        "seconds": {name: round(value, 1) for name, value in seconds.items()},
+    }
+
+
+def bound_in_words(facts: dict[str, Any]) -> str:
+    """What the agreeing documents prove about the others."""
+    share = 100 * facts["excluded_share"]
+    if facts["drawn"] == facts["documents"]:
+        return f"all {facts['documents']} documents were scored again"
+    return (
+        f"with {facts['drawn']} of {facts['documents']} documents, a cheat on {share:.1f} % or "
+        f"more of them is excluded at {CONFIDENCE:.0%}"
+    )
+
+
+def as_text(verdict: Verdict) -> str:
+    """The verdict in lines."""
+    facts = verdict.facts
+    lines = [
+        f"replay of {facts['run_id']}: val_bpb {facts['val_bpb']:.8f}; entropy {facts['entropy']}",
+        f"{facts['drawn']} documents with {facts['targets']} targets, {facts['decoys']} decoys",
+    ]
+    for one in verdict.comparisons:
+        decoys = f" and {one.decoys} decoys" if one.decoys else ""
+        lines.append(
+            f"{one.first:<10}{one.second:<10}{'agree' if one.agrees else 'DISAGREE':<9}"
+            f"{one.documents} documents{decoys}, at most {one.worst:.1e} nats a token apart "
+            f"(allowed {facts['allowed_nats']:.1e})"
+        )
+    times = ", ".join(f"{name} {value:.0f} s" for name, value in facts["seconds"].items())
+    lines.append(f"timed from outside: {times}")
+    lines += [f"note: {note}" for note in verdict.notes]
+    lines += [f"VIOLATION: {fault}" for fault in verdict.faults]
+    if verdict.passed:
+        lines.append(f"ok: {bound_in_words(facts)}")
+    return "\n".join(lines)
+
+
+def fresh_entropy() -> int:
+    """128 bits that nobody could know before."""
+    return secrets.randbits(128)
+
+
+def as_bytes(verdict: Verdict) -> bytes:
+    """The verdict as replay.json holds it."""
+    return (json.dumps(verdict.as_json(), indent=1) + "\n").encode()

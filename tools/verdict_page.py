@@ -1,0 +1,158 @@
+"""A replay as one page for a reviewer: Markdown and HTML with the same sentences.
+
+What a page says: artifact, code, date, machine, sample; the four conditions of the challenge's
+issue #1017 and what this repository adds, a plain sentence each, figures folded away; what was not
+tested; what would have to be true for a cheat to pass. A property that only `tools/audit.py` looks
+at is taken from the audit.json beside the artifact, where there is one.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import code_changes
+import replay
+
+from train_gpt import write_atomic
+
+# Condition -> (what it asks, properties of audit.json that show it).
+CONDITIONS = {
+    "1. Causal": ("A score depends on the artifact and the text before it.", ("causal",)),
+    "2. A distribution": ("The probabilities of all next tokens sum to 1.", ("normalised",)),
+    "3. Score first": ("Nothing is learnt from a token before its score.", ("score_first",)),
+    "4. One pass": ("Every token is scored once, and the first score counts.", ("single_pass",)),
+    "Whole and lossless": ("All validation text is scored, by its own bytes.", ("lossless",)),
+    "Self-contained": ("The artifact and the code are all there is.", ("self_contained",)),
+    "Clean data": ("No validation text is in training or warm-up.", ("clean_data",)),
+    "Within budget": ("Time and size stay within the limits.", ("within_budget",)),
+    "Provenance": ("Log, code, artifact and scores belong together.", ("provenance",)),
+}
+NOT_TESTED = (
+    "Memorised documents that cost only a little less than others: weights may know them.",
+    "Training: replay scores the artifact and does not make it again.",
+    "Libraries, drivers and hardware: they are trusted.",
+)
+TO_PASS = (
+    "A cheat must leave every drawn document's score as the plain evaluator, which shares no code "
+    "with it, computes it from the artifact alone.",
+    "Or it must touch fewer documents than the bound excludes, none of them drawn, although the "
+    "draw was made after the scores were committed to.",
+    "Or it must lie in the weights themselves.",
+)
+
+
+class Row(NamedTuple):
+    """One condition."""
+
+    name: str
+    mark: str  # "yes", "no" or "not shown"
+    sentence: str
+    figures: str  # folded away
+
+
+def read_audit(artifact: Path) -> dict[str, Any]:
+    """The properties of the audit beside the artifact, if it is one of this artifact; else {}."""
+    path = artifact.with_name("audit.json")
+    try:
+        audit = json.loads(path.read_text())
+        if audit["artifact_sha256"] == replay.file_sha256(artifact):
+            return audit["properties"]
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    return {}
+
+
+def condition_rows(verdict: replay.Verdict, properties: dict[str, Any]) -> list[Row]:
+    """A row per condition, the replay itself first."""
+    figures = replay.as_text(verdict)
+    sentence = replay.bound_in_words(verdict.facts)
+    if verdict.faults:
+        sentence = "; ".join(verdict.faults)
+    marks = {True: "yes", False: "no", None: "not shown"}
+    sentence = sentence[0].upper() + sentence[1:] + "."
+    rows = [Row("The claim, scored again", marks[verdict.passed], sentence, figures)]
+    for name, (asks, shown_by) in CONDITIONS.items():
+        held = [properties.get(key, {}) for key in shown_by]
+        passed = [one.get("passed") for one in held]
+        verdict_of_all = False if False in passed else (None if None in passed else True)
+        evidence = "; ".join(
+            str(one.get("evidence", "no audit.json of this artifact")) for one in held
+        )
+        rows.append(Row(name, marks[verdict_of_all], asks, evidence))
+    return rows
+
+
+def head_lines(verdict: replay.Verdict, script: Path) -> list[tuple[str, str]]:
+    """Artifact, code, date, machine and sample, as pairs."""
+    facts = verdict.facts
+    return [
+        ("Run", f"{facts['run_id']}, val_bpb {facts['val_bpb']:.6f}"),
+        ("Artifact", facts["artifact_sha256"][:16]),
+        ("Code", code_changes.sentence(script)),
+        ("Date", facts["date"]),
+        ("Machine", facts["device"]),
+        ("Sample", f"{facts['drawn']} of {facts['documents']} documents, {facts['decoys']} decoys"),
+        ("Entropy", facts["entropy"]),
+    ]
+
+
+def as_markdown(verdict: replay.Verdict, artifact: Path, script: Path) -> str:
+    """The page in Markdown."""
+    lines = [
+        f"# {'Nothing speaks against the claim' if verdict.passed else 'The claim is false'}",
+        "",
+    ]
+    lines += [f"* {name}: {text}" for name, text in head_lines(verdict, script)]
+    lines.append("")
+    for row in condition_rows(verdict, read_audit(artifact)):
+        lines += [f"**{row.name}: {row.mark}.** {row.sentence}", ""]
+        lines += ["<details><summary>figures</summary>", "", "```", row.figures, "```", ""]
+        lines += ["</details>", ""]
+    for title, sentences in (
+        ("Not tested", [*NOT_TESTED, *verdict.notes]),
+        ("For a cheat to pass", TO_PASS),
+    ):
+        lines += [f"## {title}", "", *[f"* {sentence}" for sentence in sentences], ""]
+    return "\n".join(lines)
+
+
+STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:42rem;margin:0 auto;padding:1rem}
+h1{font-size:1.4rem}dt{font-weight:600}dd{margin:0 0 .4rem;overflow-wrap:anywhere}
+pre{white-space:pre-wrap;overflow-wrap:anywhere;font-size:.8rem}.no{color:#b00}.yes{color:#070}"""
+
+
+def as_html(verdict: replay.Verdict, artifact: Path, script: Path) -> str:
+    """The page in HTML, one column wide, without scripts."""
+    escape = html.escape
+    title = "Nothing speaks against the claim" if verdict.passed else "The claim is false"
+    parts = [
+        "<!doctype html><html lang=en><meta charset=utf-8>",
+        '<meta name=viewport content="width=device-width,initial-scale=1">',
+        f"<title>{title}</title><style>{STYLE}</style><h1>{title}</h1><dl>",
+    ]
+    for name, text in head_lines(verdict, script):
+        parts.append(f"<dt>{escape(name)}<dd>{escape(text)}")
+    parts.append("</dl>")
+    for row in condition_rows(verdict, read_audit(artifact)):
+        mark = row.mark.replace(" ", "-")
+        parts.append(
+            f"<p><b>{escape(row.name)}: <span class={mark}>{row.mark}</span>.</b> "
+            f"{escape(row.sentence)}<details><summary>figures</summary>"
+            f"<pre>{escape(row.figures)}</pre></details>"
+        )
+    for title, sentences in (
+        ("Not tested", [*NOT_TESTED, *verdict.notes]),
+        ("For a cheat to pass", TO_PASS),
+    ):
+        items = "".join(f"<li>{escape(sentence)}" for sentence in sentences)
+        parts.append(f"<h2>{title}</h2><ul>{items}</ul>")
+    return "\n".join(parts) + "\n"
+
+
+def write(path: Path, verdict: replay.Verdict, artifact: Path, script: Path) -> None:
+    """Writes path.md and path.html."""
+    write_atomic(path.with_suffix(".md"), as_markdown(verdict, artifact, script).encode())
+    write_atomic(path.with_suffix(".html"), as_html(verdict, artifact, script).encode())
