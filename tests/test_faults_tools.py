@@ -38,7 +38,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The working folder. Nothing here may wait: an alarm ends a test that does."""
     monkeypatch.chdir(tmp_path)
     signal.signal(signal.SIGALRM, signal.default_int_handler)
-    signal.alarm(10)
+    signal.alarm(60)
     yield tmp_path
     signal.alarm(0)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)

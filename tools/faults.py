@@ -3,8 +3,8 @@
     faults.py                          # 1,000 kills, 30 pairs, all odd files, 60 full disks
     faults.py --kills 100 --seed 7     # shorter, with other moments
 
-A trial is drawn from SEED and its number alone. What is done is kept in FOLDER/trials.jsonl, so the
-same command goes on where it was stopped. A table closes the campaign. Exit status: 0 no fault, 1
+A trial is drawn from SEED and its number alone. What is done is kept in trials.jsonl, so the same
+command goes on where it was stopped, as long as train_gpt.py is the same. A table closes the campaign. Exit status: 0 no fault, 1
 faults, whose folders stay; 2 wrong usage.
 
 Everything happens below FOLDER. Full disks are limits on the size of a file (RLIMIT_FSIZE), which
@@ -110,15 +110,14 @@ class Started:
     """A process in a folder, with what it prints in two files of its own."""
 
     def __init__(self, folder: Path, name: str, env: dict[str, str], *command: object):
-        """Starts train_gpt.py, or another script with its arguments."""
+        """Starts a script with its arguments."""
         self.out = folder / f"{name}.out"
         self.err = folder / f"{name}.err"
         for path in (self.out, self.err):
             path.write_text("")
         base = {key: os.environ[key] for key in ("PATH", "HOME", "LANG") if key in os.environ}
-        words = [str(word) for word in command] or [str(SCRIPT)]
         self.process: BaseProcess = warm_process.start(
-            words, {**base, **KNOBS, **env}, folder, self.out, self.err
+            [str(word) for word in command], {**base, **KNOBS, **env}, folder, self.out, self.err
         )
 
     def end(self, seconds: float = 300) -> int:
@@ -174,10 +173,14 @@ class Campaign:
 
     def __init__(self, folder: Path, seed: int, kills_a_run: int = KILLS_A_RUN):
         """Prepares the data and runs once without faults, unless an earlier call has."""
-        self.folder = folder.absolute()
+        # A copy runs, so that edits meanwhile change nothing; other code is another campaign.
+        code = SCRIPT.read_bytes()
+        self.folder = folder.absolute() / hashlib.sha256(code).hexdigest()[:12]
+        self.script = self.folder / SCRIPT.name
         self.seed = seed
         self.kills_a_run = kills_a_run
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.script.write_bytes(code)
         self.data = self.folder / "data"
         self.environ = {"DATA_DIR": str(self.data)}
         if not (self.data / "datasets/tiny_sp320/manifest.json").is_file():
@@ -187,7 +190,7 @@ class Campaign:
         if not (calm / "runs/calm/documents.npz").is_file():
             shutil.rmtree(calm, ignore_errors=True)
             calm.mkdir()
-            run = Started(calm, "calm", {**self.environ, "RUN_ID": "calm"})
+            run = Started(calm, "calm", {**self.environ, "RUN_ID": "calm"}, self.script)
             if run.end() != 0:
                 raise RuntimeError(run.complaint())
             (calm / "seconds").write_text(str(time.monotonic() - start))
@@ -249,7 +252,7 @@ def kill_trial(campaign: Campaign, folder: Path, number: int, rng: random.Random
     env = {**campaign.environ, "RUN_ID": "killed"}
     counts: Counter[str] = Counter()
     for attempt in range(campaign.kills_a_run):
-        run = Started(folder, f"run{attempt}", env)
+        run = Started(folder, f"run{attempt}", env, campaign.script)
         if rng.random() < 0.3:
             wait_for_writing(run, folder / "runs/killed", rng.randrange(1, 8))
         else:
@@ -265,7 +268,7 @@ def kill_trial(campaign: Campaign, folder: Path, number: int, rng: random.Random
         counts[phase] += 1
         if fault := half_written(folder / "runs/killed"):
             return Trial(fault, dict(counts))
-    run = Started(folder, "last", env)
+    run = Started(folder, "last", env, campaign.script)
     run.end()
     return end_of_kills(campaign, folder, run, counts)
 
@@ -305,7 +308,7 @@ def half_written(folder: Path) -> str:
 def pair_trial(campaign: Campaign, folder: Path, number: int, rng: random.Random) -> Trial:
     """Two processes at once: runs of one name, runs without a name, or preparations."""
     kind = ("one name", "no name", "one data set")[number % 3]
-    command = ()
+    command: tuple[object, ...] = (campaign.script,)
     env = dict(campaign.environ)
     if kind == "one name":
         env["RUN_ID"] = "pair"
@@ -375,7 +378,7 @@ def odd_trial(campaign: Campaign, folder: Path, number: int, rng: random.Random)
     env = {"RUN_ID": "odd", "DATA_DIR": "data"}
     if place == "model file":
         env |= {"EVAL_ONLY_PATH": "model.pt", "CHECKPOINT_EVERY": "0"}
-    run = Started(folder, "odd", env)
+    run = Started(folder, "odd", env, campaign.script)
     # The limit is 10 s of a machine that does nothing else.
     if run.end(60) == -signal.SIGKILL:
         return Trial(f"{odd} as {place}: waits", {})
@@ -419,10 +422,10 @@ def full_trial(campaign: Campaign, folder: Path, number: int, rng: random.Random
             kind = "small file system"
             env["ARTIFACT_DIR"] = "disk/run"
             (folder / "disk/ballast").write_bytes(bytes(rng.randrange(2_000_000, 2_990_000)))
-            run = Started(folder, "full", env)
+            run = Started(folder, "full", env, campaign.script)
         else:
             kind = "limit of a file's size"
-            limited.write_text(LIMITED.format(limit=limit, script=str(SCRIPT)))
+            limited.write_text(LIMITED.format(limit=limit, script=str(campaign.script)))
             run = Started(folder, "full", env, limited)
         status = run.end()
         fault = fault_of_lines(run, (0, 1))
