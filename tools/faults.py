@@ -4,8 +4,8 @@
     faults.py --kills 100 --seed 7     # shorter, with other moments
 
 A trial is drawn from SEED and its number alone. What is done is kept in trials.jsonl, so the same
-command goes on where it was stopped, as long as train_gpt.py is the same. A table closes the campaign. Exit status: 0 no fault, 1
-faults, whose folders stay; 2 wrong usage.
+command goes on where it was stopped, as long as train_gpt.py is the same. A table closes the
+campaign. Exit status: 0 no fault, 1 faults, whose folders stay; 2 wrong usage.
 
 Everything happens below FOLDER. Full disks are limits on the size of a file (RLIMIT_FSIZE), which
 need no root and fill nothing; as root also a file system of its own in memory, of 3 MB.
