@@ -59,7 +59,7 @@ def refusal(**knobs: Any) -> str:
         begin(**knobs)
     line = str(caught.value)
     assert "\n" not in line and line.isprintable()
-    assert not any(path.is_file() and path.stat().st_size for path in Path("logs").glob("*"))
+    assert not any(path.is_file() and path.stat().st_size for path in Path("logs").glob("*.txt"))
     return line
 
 
