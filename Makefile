@@ -6,7 +6,7 @@ GPUS := $(shell nvidia-smi -L 2>/dev/null | wc -l)
 
 BENCHES := $(filter-out bench/reference.py bench/fake_hopper.py,$(wildcard bench/*.py))
 
-.PHONY: run record report compare evidence pack bench test lint gpu gpu-systems gpu-frontier install dev
+.PHONY: run record report compare evidence pack bench faults test lint gpu gpu-systems gpu-frontier install dev
 
 $(VENV)/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' || { \
@@ -84,6 +84,13 @@ RECORD = --records records --name "$(NAME)" --author "$(AUTHOR)" --track "$(TRAC
 
 test: dev
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+
+# Kills at random moments, pairs of processes, odd files and full disks, over tiny runs below
+# runs/faults; an hour on 2 idle cores. Stopped, it goes on when typed again. KILLS, FAULTS_SEED.
+KILLS ?= 1000
+FAULTS_SEED ?= 1
+faults: dev
+	$(BIN)/python tools/faults.py --kills $(KILLS) --seed $(FAULTS_SEED)
 
 lint: dev
 	$(BIN)/ruff check .

@@ -87,6 +87,7 @@ import struct
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 import warnings
 import zipfile
@@ -1783,6 +1784,58 @@ class PendingRead:
         return self.host.tolist(), self.time
 
 
+def is_running(pid: int) -> bool:
+    """Whether a process of this machine lives."""
+    try:
+        # The name before the last parenthesis may hold spaces.
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return state not in ("Z", "X")
+    except OSError:
+        return False
+
+
+def tell_peers(reason: str) -> None:
+    """Leaves the reason why this rank ends where the other ranks find it."""
+    # The store may have ended with the rank that held it.
+    with contextlib.suppress(Exception):
+        store = dist.distributed_c10d._get_default_store()
+        store.set(f"train_gpt/end{dist.get_rank()}", reason)
+
+
+LOST_A_PEER = "lost a peer"
+
+
+def describe_lost_peers() -> str:
+    """Which ranks have ended, each with the reason that it gave; empty if that cannot be known."""
+    node, pid = platform.node(), os.getpid()
+    lost = []
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        # The system may still be at work on the end of a process whose connections are closed.
+        deadline = time.monotonic() + 3
+        while not lost and time.monotonic() < deadline:
+            time.sleep(0.1)
+            for rank in range(dist.get_world_size()):
+                process_key, end_key = f"train_gpt/process{rank}", f"train_gpt/end{rank}"
+                if store.check([end_key]):
+                    reason = store.get(end_key).decode()
+                    if reason != LOST_A_PEER:
+                        lost.append(f"rank {rank} failed: {reason}")
+                elif store.check([process_key]):
+                    peer, peer_node = store.get(process_key).decode().split(" ", 1)
+                    if peer_node == node and int(peer) != pid and not is_running(int(peer)):
+                        lost.append(
+                            f"rank {rank} (process {peer}) was killed, from outside or by the"
+                            " system for lack of memory"
+                        )
+    except dist.DistNetworkError:
+        lost.append("the process that keeps the store, rank 0 or torchrun, has ended")
+    # The line is for people: whatever else fails here, the lost peer itself is reported.
+    except Exception:
+        return ""
+    return "; ".join(lost)
+
+
 def launch_numbers(environ: Mapping[str, str]) -> tuple[int, int, int]:
     """RANK, WORLD_SIZE and LOCAL_RANK as torchrun sets them; (0, 1, LOCAL_RANK) without RANK.
 
@@ -1828,6 +1881,8 @@ class Ranks:
         # Someone may be watching rank 0's terminal.
         self.live = self.is_main and is_terminal(sys.stdout) and "CI" not in environ
         self.num_queues = 0
+        # Set when the run is over and peers may end.
+        self.finished = threading.Event()
         self.device = torch.device("cpu")
         if torch.cuda.is_available():
             count = torch.cuda.device_count()
@@ -1870,6 +1925,37 @@ class Ranks:
         if self.distributed:
             dist.all_gather_object(values, value)
         return values
+
+    def watch_peers(self) -> None:
+        """Ends this process seconds after a peer on this machine has died, in whatever phase.
+
+        Usually the next collective fails first; but a rank may be far from it, or NCCL may wait. A
+        peer elsewhere is for torchrun to watch. All ranks must call it.
+        """
+        if not self.distributed:
+            return
+        node, pid = platform.node(), os.getpid()
+        processes = self.gather((node, pid))
+        store = dist.distributed_c10d._get_default_store()
+        store.set(f"train_gpt/process{self.rank}", f"{pid} {node}")
+        peers = {}
+        for rank, (peer_node, peer) in enumerate(processes):
+            # Containers may share a name and yet not see each other's processes.
+            if rank != self.rank and peer_node == node and is_running(peer):
+                peers[rank] = peer
+        threading.Thread(target=self.end_after_peers, args=(peers,), daemon=True).start()
+
+    def end_after_peers(self, peers: dict[int, int]) -> None:
+        """Waits for the end of a peer; then ends this process, unless it does so by itself.
+
+        peers: processes by rank.
+        """
+        while not self.finished.wait(1):
+            lost = [rank for rank, pid in peers.items() if not is_running(pid)]
+            if lost and not self.finished.wait(10):
+                reason = describe_lost_peers() or f"rank {lost[0]} has died"
+                complain(f"rank {self.rank} lost a peer: {reason}")
+                os._exit(1)
 
     def alone(self) -> Ranks:
         """This rank as if it were the only one. Not collective."""
@@ -8100,6 +8186,7 @@ class Run:
         """Goes through the phases that are still to do; returns the figures of the final line."""
         start = self.start
         configure_torch(self.cfg)
+        self.ranks.watch_peers()
         self.build_model()
         with self.phase("warm-up", budget="none"):
             reserve = self.warm_up(self.plan)
@@ -8124,7 +8211,9 @@ class Run:
         figures = self.report()
         self.log.close()
         self.release_locks()
-        if failures := self.ranks.gather(self.log.failures)[0]:
+        failures = self.ranks.gather(self.log.failures)[0]
+        self.ranks.finished.set()
+        if failures:
             raise FilesNotWritten(f"not written: {'; '.join(failures)}")
         return figures
 
@@ -9980,6 +10069,21 @@ def is_lack_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "t allocate memory" in str(error)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; empty if it has none."""
+    return str(error).partition("\n")[0]
+
+
+def complain_of_lost_peers(error: RuntimeError) -> None:
+    """Says which peers were lost, by the error of the collective that failed."""
+    reason = describe_lost_peers() or first_line(error)
+    tell_peers(LOST_A_PEER)
+    if dist.get_rank() == 0:
+        # Without torchrun this rank keeps the store, and the others want to know, too.
+        time.sleep(4)
+    complain(f"rank {dist.get_rank()} lost a peer: {reason}")
+
+
 def is_lost_peer(error: RuntimeError) -> bool:
     """Whether a collective failed because another rank has gone."""
     # gloo writes "Connection", NCCL "connection".
@@ -10039,24 +10143,31 @@ def main(argv: list[str]) -> int:
     except (UsageError, RunStopped, KeyboardInterrupt, FloatingPointError, InvalidScore) as error:
         ends_together = isinstance(error, (UsageError, RunStopped, InvalidScore))
         message, status = message_and_status(error)
+        tell_peers(message)
         # Rank 0 speaks for all. But some errors are known only to the rank that they happen to.
         if isinstance(error, (BadMatrix, NoDevice)) or os.environ.get("RANK", "0") == "0":
             complain(message)
         return status
     except OutOfMemory as error:
         # Only the rank that it happened to knows.
+        tell_peers(first_line(error))
         complain(str(error))
         return 1
     except RuntimeError as error:
         if not is_lost_peer(error):
+            tell_peers(f"{type(error).__name__}: {first_line(error)}")
             raise
-        complain(f"rank {dist.get_rank()} lost a peer: {str(error).splitlines()[0]}")
+        complain_of_lost_peers(error)
         return 1
     except OSError as error:
+        tell_peers(reason_of(error))
         ends_together = isinstance(error, FilesNotWritten)
         if not ends_together or os.environ.get("RANK", "0") == "0":
             complain(reason_of(error))
         return 1
+    except Exception as error:
+        tell_peers(f"{type(error).__name__}: {first_line(error)}")
+        raise
     finally:
         # NCCL waits for all ranks when its group is destroyed. A rank that fails by itself would
         # hang there, its traceback unseen.

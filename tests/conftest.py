@@ -82,6 +82,7 @@ LONG_FILES = [
     "test_run.py",
     "test_evaluation.py",
     "test_resume.py",
+    "test_faults_live.py",
     "test_kernels.py",
     "test_bench_evaluation.py",
     "test_pace.py",

@@ -7,12 +7,14 @@ import json
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import warm_process
@@ -100,14 +102,14 @@ def test_one_of_two_runs_of_a_name_wins_and_the_other_is_told_who_has_it(folder,
 
 
 def test_runs_without_a_name_that_begin_at_once_get_names_of_their_own(folder, tiny_data):
-    runs = [Started(environment(tiny_data), number=i) for i in range(3)]
+    runs = [Started(environment(tiny_data), number=i) for i in range(2)]
     names = set()
     for run in runs:
         status, output, _ = run.end()
         name = final_line(output)["run_id"]
         must_hold_together(name, status, output)
         names.add(name)
-    assert len(names) == len([*folder.glob("logs/*.txt")]) == 3
+    assert len(names) == len([*folder.glob("logs/*.txt")]) == 2
 
 
 def test_a_lock_ends_with_its_process_and_not_with_its_children(folder):
@@ -116,6 +118,7 @@ import os, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 import train_gpt as tg
 from pathlib import Path
+from types import SimpleNamespace
 assert tg.FileLock(Path("a.lock")).take()
 if os.fork():
     print("taken", flush=True)
@@ -249,8 +252,8 @@ def test_a_write_that_fails_names_the_file_and_leaves_the_old_one_alone(folder, 
 
 
 # --- Signals --------------------------------------------------------------------------------------
-@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1], ids=["SIGHUP", "SIGUSR1"])
-def test_a_lost_terminal_or_a_clusters_notice_ends_a_run_as_sigterm_does(folder, tiny_data, number):
+def test_a_lost_terminal_ends_a_run_as_sigterm_does(folder, tiny_data):
+    number = signal.SIGHUP
     env = environment(tiny_data, RUN_ID="kept", CHECKPOINT_EVERY="1000", ITERATIONS="100000")
     run = Started(env)
     run.wait_for("step:2/")
@@ -281,3 +284,96 @@ def test_an_interrupt_while_torch_is_imported_ends_in_a_line(folder):
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=30)
     assert (process.returncode, error) == (130, "train_gpt.py: SIGINT: the run is stopped\n")
+
+
+# --- Lost ranks -----------------------------------------------------------------------------------
+BROKEN = """
+import runpy, sys
+sys.path.insert(0, {root!r})
+import torch
+def broken(*args, **kwargs):
+    raise {error}
+torch.nn.functional.rms_norm = broken
+sys.argv = [{script!r}]
+runpy.run_path({script!r}, run_name="__main__")
+"""
+
+
+def start_ranks(env: dict[str, str], count: int, *commands: str) -> list[Started]:
+    """Ranks as a cluster starts them, without torchrun; the last one may have its own command."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = str(server.getsockname()[1])
+    world = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = []
+    for rank in range(count):
+        command = commands if rank == count - 1 else ()
+        ranks.append(Started({**env, **world, "RANK": str(rank)}, *command, number=rank))
+    return ranks
+
+
+@pytest.mark.parametrize(("count", "phase"), [(4, "model_params"), (2, "diagnostic pre")])
+def test_a_killed_rank_ends_the_others_with_a_line_that_names_it(folder, tiny_data, count, phase):
+    env = environment(tiny_data, RUN_ID="lost", ITERATIONS="6", SLIDING_WINDOW_ENABLED="1")
+    ranks = start_ranks(env, count)
+    ranks[0].wait_for(phase)
+    victim = ranks[-1].process
+    victim.kill()
+    start = time.monotonic()
+    for rank, process in enumerate(ranks[:-1]):
+        status, _, error = process.end()
+        assert status == 1
+        said = [line for line in error.splitlines() if line.startswith("train_gpt.py: ")]
+        wanted = f"rank {rank} lost a peer: rank {count - 1} (process {victim.pid}) was killed"
+        assert len(said) == 1 and wanted in said[0], error
+    assert time.monotonic() - start < 30
+
+
+def test_a_rank_that_fails_tells_the_others_why(folder, tiny_data):
+    script = str(ROOT / "train_gpt.py")
+    error = "MemoryError('no room')"
+    (folder / "broken.py").write_text(BROKEN.format(root=str(ROOT), script=script, error=error))
+    ranks = start_ranks(environment(tiny_data, RUN_ID="lost"), 2, "broken.py")
+    status, _, error = ranks[0].end()
+    assert status == 1
+    assert "train_gpt.py: rank 0 lost a peer: rank 1 failed: MemoryError" in error
+    assert ranks[1].end()[0] == 1
+
+
+def test_a_rank_that_waits_for_nothing_ends_all_the_same(monkeypatch, capsys):
+    """The watch, without a collective that would fail."""
+    ended = []
+    monkeypatch.setattr(tg.os, "_exit", lambda status: (ended.append(status), sys.exit()))
+    monkeypatch.setattr(tg, "describe_lost_peers", lambda: "")
+    ranks = cpu_ranks()
+    ranks.finished = SimpleNamespace(wait=lambda _: False)
+    child = subprocess.Popen(["true"])
+    child.wait()
+    with pytest.raises(SystemExit):
+        ranks.end_after_peers({1: child.pid})
+    assert ended == [1]
+    assert capsys.readouterr().err == "train_gpt.py: rank 0 lost a peer: rank 1 has died\n"
+    ranks.finished = SimpleNamespace(wait=lambda _: True)
+    ranks.end_after_peers({1: child.pid})
+
+
+def test_torchrun_that_ends_by_a_signal_leaves_a_checkpoint_and_no_process(folder, tiny_data):
+    """By SIGUSR1, which torchrun does not handle. Its ranks notice."""
+    env = environment(tiny_data, RUN_ID="kept", CHECKPOINT_EVERY="1000", ITERATIONS="100000")
+    options = ["--standalone", "--nproc_per_node=2", str(ROOT / "train_gpt.py")]
+    out = Path("out.txt")
+    with out.open("w") as file:
+        command = [sys.executable, "-m", "torch.distributed.run", *options]
+        torchrun = subprocess.Popen(command, env=env, stdout=file, stderr=file)
+    while "step:2/" not in out.read_text():
+        assert torchrun.poll() is None, out.read_text()[-2000:]
+        time.sleep(0.05)
+    children = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
+    torchrun.send_signal(signal.SIGUSR1)
+    torchrun.wait(60)
+    deadline = time.monotonic() + 60
+    while any(tg.is_running(int(pid)) for pid in children) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(tg.is_running(int(pid)) for pid in children)
+    assert "the same command goes on" in out.read_text()
+    assert {path.name for path in folder.glob("runs/kept/*")} == {"checkpoint.0.pt"}

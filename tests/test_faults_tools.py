@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ import report
 import run_documents
 import runlog
 import submission
+import sweep
 
 import train_gpt as tg
 
@@ -36,7 +38,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The working folder. Nothing here may wait: an alarm ends a test that does."""
     monkeypatch.chdir(tmp_path)
     signal.signal(signal.SIGALRM, signal.default_int_handler)
-    signal.alarm(10)
+    signal.alarm(60)
     yield tmp_path
     signal.alarm(0)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
@@ -150,3 +152,21 @@ def test_an_archive_that_unpacks_to_more_than_it_holds_is_refused(folder, monkey
     assert os.path.getsize("documents.npz") < 10_000
     with pytest.raises(tg.UsageError, match="too large"):
         run_documents.load_arrays(Path("documents.npz"))
+
+
+def test_a_sweep_whose_database_cannot_be_written_ends_in_a_line(folder, monkeypatch, capsys):
+    optuna = pytest.importorskip("optuna")
+    error = optuna.exceptions.StorageInternalError("An exception is raised")
+    error.__cause__ = OSError("(sqlite3.OperationalError) database or disk is full\n[SQL: INSERT]")
+
+    def go(_: object) -> None:
+        raise error
+
+    url = SimpleNamespace(render_as_string=lambda: "sqlite:///full.db")
+    study = SimpleNamespace(optuna=optuna, url=url)
+    full = SimpleNamespace(study=study, go=go, leave=signal.SIG_DFL, total=lambda: 1)
+    monkeypatch.setattr(sweep, "prepare", lambda args, view: full)
+    monkeypatch.setattr(sweep.signal, "signal", lambda *_: None)
+    assert sweep.main(["full", "SEED=1"]) == 1
+    wanted = "(sqlite3.OperationalError) database or disk is full; the same command goes on"
+    assert capsys.readouterr().err == f"sweep.py: sqlite:///full.db: {wanted}\n"

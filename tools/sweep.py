@@ -940,8 +940,15 @@ def main(argv: list[str] | None = None) -> int:
         f"optuna-dashboard {sweep.study.url.render_as_string()} shows a trial per setting in "
         f"{sweep.study.name_of_settings}, a trial per run in {args.name}"
     )
-    with view.live or contextlib.nullcontext():
-        sweep.go(view.refresh)
+    try:
+        with view.live or contextlib.nullcontext():
+            sweep.go(view.refresh)
+    except (sweep.study.optuna.exceptions.StorageInternalError, OSError) as error:
+        # A full disk, for instance. Runs under way are ended by their keepers.
+        url = sweep.study.url.render_as_string()
+        cause = str(error.__cause__ or error).splitlines()[0]
+        print(f"sweep.py: {url}: {cause}; the same command goes on", file=sys.stderr)
+        return 1
     view.console.print(view.picture(live=False))
     if args.baseline:
         view.say(table_of_pairs(sweep.rows(), args.baseline))

@@ -1,0 +1,56 @@
+"""The campaign of `make faults` in its short form, and that it sees the faults it is for."""
+
+from __future__ import annotations
+
+import collections
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "tools"))
+import faults
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a campaign of one trial of each kind."""
+    return tmp_path_factory.mktemp("campaign")
+
+
+def test_a_short_campaign_finds_no_fault_and_goes_on_where_it_was(folder, capsys):
+    words = ["--folder", str(folder), "--kills", "2", "--pairs", "0", "--odd", "1", "--full", "1"]
+    assert faults.main(words) == 0, capsys.readouterr()
+    table = capsys.readouterr().out
+    (log,) = folder.glob("*/trials.jsonl")
+    trials = log.read_text()
+    kinds = [json.loads(line)["kind"] for line in trials.splitlines()]
+    assert kinds == ["kills", "odd files", "full disks"]
+    # What was done is not done again, and half a line is none.
+    log.write_text(trials + '{"kind": "ki')
+    assert faults.main(words) == 0
+    assert capsys.readouterr().out == table
+    assert [*folder.glob("*/*-*")] == []
+
+
+def test_another_result_and_a_file_that_is_not_whole_are_faults(folder):
+    campaign = faults.Campaign(folder, seed=1)
+    calm = campaign.folder / "calm"
+    for kind in ("logs", "runs"):
+        for path in (calm / kind).glob("calm*"):
+            path.rename(path.with_name(path.name.replace("calm", "killed")))
+    run = faults.Started(calm, "ended", {}, "-")
+    run.process.join()
+    run.process = type("Ended", (), {"exitcode": 0})
+    run.err.write_text("")
+    counts = collections.Counter()
+    assert faults.end_of_kills(campaign, calm, run, counts).fault == ""
+    campaign.wanted["weights"] = "another"
+    assert "differs" in faults.end_of_kills(campaign, calm, run, counts).fault
+    run.err.write_text("Traceback (most recent call last):\n")
+    assert "lines of its own" in faults.end_of_kills(campaign, calm, run, counts).fault
+    assert faults.half_written(calm / "runs/killed") == ""
+    (calm / "runs/killed/checkpoint.0.pt").write_bytes(b"half")
+    assert faults.half_written(calm / "runs/killed") == "checkpoint.0.pt is not whole"
