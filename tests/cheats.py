@@ -600,8 +600,9 @@ def plant_text(text: str, name: str) -> Path:
     planted = ["import copy", "import types"]
     planted += [text_of(helper) for helper in PLANTED_HELPERS]
     planted += [text_of(CHEATS[name].plant), f"{name}(sys.modules[__name__])"]
-    before, entry, after = text.partition(ENTRY)
-    assert entry and ENTRY not in after, f"the script has not one line {ENTRY}"
+    # The last such line is the end of the script; a line before it may guard imports.
+    before, entry, after = text.rpartition(ENTRY)
+    assert entry, f"the script has no line {ENTRY}"
     return before + "\n\n".join([*planted, entry]) + after
 
 

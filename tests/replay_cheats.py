@@ -277,7 +277,7 @@ def plant(false: FalseClaim, folder: Path) -> Path:
     planted = [text_of(helper) for helper in PLANTED_HELPERS]
     name = false.plant.__name__
     planted += ["import copy", text_of(false.plant), f"{name}(sys.modules[__name__])"]
-    before, entry, after = SCRIPT.read_text(encoding="utf-8").partition(ENTRY)
+    before, entry, after = SCRIPT.read_text(encoding="utf-8").rpartition(ENTRY)
     path = folder / "train_gpt.py"
     path.write_text(before + "\n\n".join([*planted, entry]) + after, encoding="utf-8")
     return path

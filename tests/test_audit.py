@@ -217,7 +217,8 @@ def test_nan_fails_every_test_that_looks_at_scores(run, knobs, tmp_path):
     text = SCRIPT.read_text()
     nan = "    init = GPT.forward\n    GPT.forward = lambda *a, **k: init(*a, **k) * math.nan\n"
     path = tmp_path / "train_gpt.py"
-    path.write_text(text.replace(cheats.ENTRY, f"if True:\n{nan}\n\n{cheats.ENTRY}"))
+    before, entry, after = text.rpartition(cheats.ENTRY)
+    path.write_text(f"{before}if True:\n{nan}\n\n{entry}{after}")
     tests = ["T0", "T1", "T2", "T3", "T4", "T5", "T6", "T9", "T10", "T11", "T20"]
     result = audit.audit(path, artifact_of(run), knobs, tests, 2)
     assert failed(result) == tests, result["tests"]
