@@ -77,8 +77,8 @@ lint: dev
 bench: install
 	for script in $(BENCHES); do PRESET=cpu CUDA_VISIBLE_DEVICES= $(BIN)/python $$script || exit 1; done
 
-# GPU tests, speeds, and a full-size run of a few minutes on one GPU; fits in ten minutes, or only some PARTS of it (see
-# bench/gpu.sh). PYTHON must have torch with CUDA.
+# The first fifteen minutes on one GPU: tests, a captured row, speeds, compression and a short full-size run, each with a
+# table of its own, or only some PARTS of it (see bench/gpu.sh). PYTHON must have torch with CUDA.
 gpu:
 	bash bench/gpu.sh "$(PYTHON)" $(PARTS)
 
