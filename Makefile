@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 GPUS := $(shell nvidia-smi -L 2>/dev/null | wc -l)
 
-BENCHES := $(filter-out bench/reference.py bench/fake_hopper.py bench/simulated_kernels.py,$(wildcard bench/*.py))
+BENCHES := $(filter-out bench/reference.py bench/fake_hopper.py bench/simulated_kernels.py bench/simulated_mlp.py,$(wildcard bench/*.py))
 
 .PHONY: run record report compare evidence pack bench test lint simulate gpu gpu-systems gpu-frontier install dev
 
@@ -85,7 +85,12 @@ simulate:
 	    touch $(SIMULATOR)/installed; }; }; then \
 	  echo "make simulate: skipped: ttsem, triton 3.8.0 or torch 2.14.0 cannot be installed"; \
 	else \
-	  $(SIMULATOR)/bin/python -m ttsem.sanitize pytest bench/simulated_kernels.py -q -rA -p no:cacheprovider; \
+	  $(SIMULATOR)/bin/python -m ttsem.sanitize pytest bench/simulated_kernels.py -q -rA -p no:cacheprovider && \
+	  for flatten in 0 1; do \
+	    echo "after every pass of the compiler, FLATTEN=$$flatten:"; \
+	    FLATTEN=$$flatten PYTHONPATH=bench \
+	      $(SIMULATOR)/bin/python -m ttsem.validate bench/simulated_mlp.py --device cpu || exit 1; \
+	  done; \
 	fi
 
 # Every script under bench/ (reference.py and fake_hopper.py are what they share) in its small CPU form; under five minutes.
