@@ -4,9 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 GPUS := $(shell nvidia-smi -L 2>/dev/null | wc -l)
 
-BENCHES := $(filter-out bench/reference.py bench/fake_hopper.py,$(wildcard bench/*.py))
+BENCHES := $(filter-out bench/reference.py bench/fake_hopper.py bench/simulated_kernels.py bench/simulated_mlp.py,$(wildcard bench/*.py))
 
-.PHONY: run record report compare evidence pack bench faults test lint gpu gpu-systems gpu-frontier install dev
+.PHONY: run record report compare evidence pack bench faults test lint simulate gpu gpu-systems gpu-frontier install dev
 
 $(VENV)/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' || { \
@@ -96,12 +96,32 @@ lint: dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# Every Triton kernel executed for Hopper without a GPU, in an environment of its own (a few GB), which PYTHON312 makes.
+# Without it, or without the packages, the reason is printed and nothing else happens.
+PYTHON312 ?= python3.12
+SIMULATOR := .simulator
+simulate:
+	@if ! $(PYTHON312) -c "import sys; sys.exit(sys.version_info < (3, 12))" 2>/dev/null; then \
+	  echo "make simulate: skipped: PYTHON312=$(PYTHON312) is no Python 3.12 or later"; \
+	elif ! { test -f $(SIMULATOR)/installed || { $(PYTHON312) -m venv $(SIMULATOR) && \
+	    $(SIMULATOR)/bin/pip install --quiet ttsem triton==3.8.0 torch==2.14.0 numpy pytest && \
+	    touch $(SIMULATOR)/installed; }; }; then \
+	  echo "make simulate: skipped: ttsem, triton 3.8.0 or torch 2.14.0 cannot be installed"; \
+	else \
+	  $(SIMULATOR)/bin/python -m ttsem.sanitize pytest bench/simulated_kernels.py -q -rA -p no:cacheprovider && \
+	  for flatten in 0 1; do \
+	    echo "after every pass of the compiler, FLATTEN=$$flatten:"; \
+	    FLATTEN=$$flatten PYTHONPATH=bench \
+	      $(SIMULATOR)/bin/python -m ttsem.validate bench/simulated_mlp.py --device cpu || exit 1; \
+	  done; \
+	fi
+
 # Every script under bench/ (reference.py and fake_hopper.py are what they share) in its small CPU form; under five minutes.
 bench: install
 	for script in $(BENCHES); do PRESET=cpu CUDA_VISIBLE_DEVICES= $(BIN)/python $$script || exit 1; done
 
-# GPU tests, speeds, and a full-size run of a few minutes on one GPU; fits in ten minutes, or only some PARTS of it (see
-# bench/gpu.sh). PYTHON must have torch with CUDA.
+# The first fifteen minutes on one GPU: tests, a captured row, speeds, compression and a short full-size run, each with a
+# table of its own, or only some PARTS of it (see bench/gpu.sh). PYTHON must have torch with CUDA.
 gpu:
 	bash bench/gpu.sh "$(PYTHON)" $(PARTS)
 

@@ -5393,8 +5393,7 @@ class Scorer(NamedTuple):
         inputs = ledger.docs.tokens[read]
         targets = np.where(scored, ledger.docs.tokens[read + 1], -1)
         batch = pack_row(inputs, targets, starts, self.cfg.val_row_shape, device)
-        # Copied before the forward, because a copy waits for all work that the device has.
-        index = torch.from_numpy(np.where(scored, read, ledger.padding_index)).to(device)
+        index = to_device(np.where(scored, read, ledger.padding_index), device)
         batch = batch._replace(hints=ledger.hints_of(index, len(batch.inputs)))
         ledger.record(index, self.forward(batch, self.plan)[..., : len(index)])
 
@@ -7002,8 +7001,8 @@ class DocumentBatch:
             moments.append([torch.zeros_like(leaf) for _ in range(num_moments)])
         return cls(
             lengths=lengths,
-            counts=torch.from_numpy(lengths[:, None]).to(device),
-            starts=torch.from_numpy(starts[:, None]).to(device),
+            counts=to_device(lengths[:, None], device),
+            starts=to_device(starts[:, None], device),
             master=master,
             lora=master.to(cfg.dtype),
             moments=moments,
@@ -7511,7 +7510,7 @@ def learn_weights(
     cfg = scorer.cfg
     ranks = scorer.ranks
     length = cfg.eval_seq_len
-    scorer.ledger.require_scored(torch.from_numpy(index).to(ranks.device), ranks)
+    scorer.ledger.require_scored(to_device(index, ranks.device), ranks)
     rows = index[: len(index) // length * length].reshape(-1, length)
     step_rows = cfg.ttt_batch_seqs * ranks.world_size
     steps = [rows[first : first + step_rows] for first in range(0, len(rows), step_rows)]
@@ -8819,7 +8818,7 @@ def mlp_dpre_reference(dy: Tensor, w_down: Tensor, pre: Tensor, slope: float = M
 
 
 @jit
-def mlp_kernel(a, w, pre, out, BACKWARD: tl.constexpr, SLOPE: tl.constexpr):
+def mlp_kernel(a, w, pre, out, BACKWARD: tl.constexpr, SLOPE: tl.constexpr, FLATTEN: tl.constexpr):
     """A product of two matrices and its epilogue, for both operators.
 
     Forward: a = x (T, C), w = w_up (F, C). Stores pre = a @ w.T and out = leaky_relu(pre)^2.
@@ -8829,15 +8828,17 @@ def mlp_kernel(a, w, pre, out, BACKWARD: tl.constexpr, SLOPE: tl.constexpr):
     The operands are tensor descriptors, which bring their dtype; sums are fp32. A sum is rounded to
     the dtype before the epilogue, as it would be between separate operators. TMA reads zeros and
     writes nothing past an edge, so there are no masks. Programs stride over the tiles in groups of
-    8 row blocks, so that weights stay in the L2 cache. `flatten` starts the loads of the next tile
-    before the epilogue of this one, which works on column halves so that its staging buffer fits.
+    8 row blocks, so that weights stay in the L2 cache. The epilogue works on column halves, so that
+    its staging buffer fits. FLATTEN starts the loads of the next tile before the epilogue of this
+    one; it is off, because Triton's pass for it has read memory that its source never reads (faults
+    #11519, #11601, #11612).
     """
     BM: tl.constexpr = a.block_shape[0]
     BH: tl.constexpr = out.block_shape[1]
     row_blocks = tl.cdiv(out.shape[0], BM)
     col_blocks = tl.cdiv(out.shape[1], 2 * BH)
     num_tiles = row_blocks * col_blocks
-    for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), flatten=True):
+    for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), flatten=FLATTEN):
         i, j = tl.swizzle2d(tile // col_blocks, tile % col_blocks, row_blocks, col_blocks, 8)
         row = i * BM
         col = j * 2 * BH
@@ -8866,6 +8867,7 @@ def mlp_kernel(a, w, pre, out, BACKWARD: tl.constexpr, SLOPE: tl.constexpr):
                 pre.store([row, half_col], half)
 
 
+# ruff: disable[PLR0913]
 def launch_mlp(
     a: Tensor,
     w: Tensor,
@@ -8875,12 +8877,13 @@ def launch_mlp(
     backward: bool,
     tile: tuple,
     slope: float = MLP_SLOPE,
+    flatten: bool = False,
 ) -> None:
     """Fills `out`, and in the forward `pre`, with at most `programs` programs of many tiles each.
 
     T must not be 0; a new T compiles nothing. Descriptors are made for every call, because a cache
     of them would keep activations alive; a replayed CUDA graph makes none. Of 227 KB of shared
-    memory the forward takes 224 KB with its 4 stages, the backward, which also stages `pre`, 208 KB
+    memory the forward takes 224 KB with its 4 stages, the backward, which also stages `pre`, 176 KB
     with 3.
     """
     bm, bn, bk = tile
@@ -8895,9 +8898,13 @@ def launch_mlp(
         TensorDescriptor(out, out.shape, out.stride(), half_box),
         BACKWARD=backward,
         SLOPE=slope,
+        FLATTEN=flatten,
         num_warps=8,
         num_stages=3 if backward else 4,
     )
+
+
+# ruff: enable[PLR0913]
 
 
 def launch_fastest_mlp(

@@ -1,6 +1,7 @@
 """Every kernel of train_gpt.py: its code on sm_90 at the record's sizes and, on a GPU, its speed.
 
     python bench/kernels.py [--first] [--out bench/results/kernels_sm90.md]
+    python bench/kernels.py --flatten    # on a GPU: the MLP's loops flattened and not
 
 Each kernel is compiled ahead of time with each tile of its table, which needs no GPU. The table
 that is written shows registers, shared memory, stack, spills and the instructions that matter.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import os
 import re
@@ -346,16 +348,61 @@ def time_all(tokens: int = 98304) -> list[dict]:
     return rows
 
 
+def compare_flattened(tokens: int = 98304) -> list[dict]:
+    """The MLP kernel without and with flattened loops, on a GPU: errors against PyTorch, then ms.
+
+    `tokens` less one is tried too, so that the last tile is cut.
+    """
+    programs = torch.cuda.get_device_properties(0).multi_processor_count
+    rows = []
+    for size in (tokens, tokens - 1):
+        x, dy = torch.randn(2, size, C, device="cuda").bfloat16()
+        up = torch.randn(F, C, device="cuda").bfloat16() * C**-0.5
+        down = torch.randn(C, F, device="cuda").bfloat16() * C**-0.5
+        pre, post = tg.mlp_up_reference(x, up)
+        wanted = {"mlp_up": post, "mlp_dpre": tg.mlp_dpre_reference(dy, down, pre)}
+        for name, tiles in (("mlp_up", tg.TILES["mlp_up"]), ("mlp_dpre", tg.TILES["mlp_dpre"])):
+            backward = name == "mlp_dpre"
+            operands = (dy, down, pre) if backward else (x, up, torch.empty_like(pre))
+            for tile, flatten in itertools.product(tiles, (False, True)):
+                out = torch.full_like(post, float("nan"))
+                launch = partial(
+                    tg.launch_mlp, *operands, out, programs, backward, tile, flatten=flatten
+                )
+                launch()
+                error = float((out - wanted[name]).norm() / wanted[name].norm())
+                rows.append(
+                    {
+                        "kernel": name,
+                        "tile": tile,
+                        "tokens": size,
+                        "flatten": flatten,
+                        "error": error,
+                        "ms": triton.testing.do_bench(launch),
+                    }
+                )
+                print(rows[-1], flush=True)
+    return rows
+
+
 def main() -> None:
     """Compiles, times and writes what the command line asks for."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--flatten", action="store_true", help="only the MLP's loops, flattened and not, on a GPU"
     )
     parser.add_argument("--first", action="store_true", help="only the first tile of each table")
     parser.add_argument(
         "--out", type=Path, help="where the table goes; default: nowhere but the screen"
     )
     given = parser.parse_args()
+    if given.flatten:
+        if not torch.cuda.is_available():
+            parser.exit(2, "bench/kernels.py: --flatten: needs a GPU\n")
+        print("bench " + json.dumps({"flatten": compare_flattened()}))
+        return
     if given.out:
         # A path that cannot be written is an error before the work, not after it.
         try:

@@ -629,7 +629,7 @@ def test_a_part_on_a_gpu_that_fails_or_is_too_slow_leaves_its_output_and_stops_n
     assert done.stderr == "bench/gpu.sh: failed or cut: step run\n"
     copies = texts_by_part(gpu_folder / "out")
     assert copies["step"].startswith("step record\nstep: exit status 3 ")
-    cut = "run: exit status 124 (124: cut after 1 s)\n"
+    cut = "run: exit status 124 (124: cut after 1 s); try: RUN_SECONDS=2 gives it more time\n"
     assert copies["run"] == f"run record corpus_sp8192 60\n{cut}"
     assert copies["kernels"] == "-u bench/kernels.py --first\n"
     results = texts_by_part(gpu_folder / "bench" / "results")
@@ -642,4 +642,4 @@ def test_a_part_on_a_gpu_that_fails_or_is_too_slow_leaves_its_output_and_stops_n
 def test_an_unknown_part_on_a_gpu_is_refused(gpu_folder: Path):
     done = run_gpu_parts(gpu_folder, "tset")
     assert done.returncode == 2
-    assert "tset: must be one of tests step" in done.stderr
+    assert "tset: must be one of tests flatten" in done.stderr

@@ -102,6 +102,7 @@ def figures_of(env: dict[str, str], capsys: pytest.CaptureFixture) -> dict:
 
 def test_a_plan_has_every_phase_of_a_run_with_adapters(capsys):
     env = {"QUANTIZER": "int6", "COLUMN_SCALES": "0", "PHASED_TTT_NUM_PHASES": "2"}
+    env |= {"TTT_CHUNK_SIZE": "64", "TTT_BATCH_SIZE": "64"}
     figures = figures_of(env, capsys)
     assert list(figures["memory"]) == [
         "training step",
@@ -111,7 +112,7 @@ def test_a_plan_has_every_phase_of_a_run_with_adapters(capsys):
         "learning of all weights",
     ]
     assert all(0 < size < 1e9 for size in figures["memory"].values())
-    assert list(figures["graphs"]) == ["training, looped", "adaptation, 4 x 64"]
+    assert list(figures["graphs"]) == ["training, looped", "adaptation, 64 x 64"]
 
 
 def test_a_plan_has_every_phase_of_a_run_by_chunks(capsys):

@@ -235,7 +235,7 @@ def test_every_published_signature_is_called_rightly_forward_and_backward(publis
     ("published", "reason"),
     [
         (Published("fa3", "never", f"{OFFSETS} {LENGTHS} scheduler causal", 5), "'scheduler'"),
-        (Published("fa2", "never", f"cu_seq_q cu_seq_k {LENGTHS} causal", 4), "'cu_seqlens_q'"),
+        (Published("fa2", "never", f"cu_seq_q cu_seq_k {LENGTHS} causal", 4), "'cu_seq_q'"),
         (Published("fa4", "never", f"{OFFSETS} {LENGTHS} is_causal", 0), "'causal'"),
     ],
     ids=["demands more", "other names of offsets", "other name of causal"],

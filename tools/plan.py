@@ -54,7 +54,7 @@ GPU_BYTES = {"H100": 80e9, "H200": 141e9}
 # What CUDA and the libraries take beside tensors, about.
 CONTEXT_BYTES = 1.5e9
 # Columns of the matrices on which the solver is tried.
-NARROW = 64
+NARROW = 16
 
 # Attention, forward and backward, of one visit in PR #1530's step on an H100, and its size: tokens,
 # mean tokens that a token sees, width of all query heads. Windows of equal length fill the tiles of
@@ -137,7 +137,7 @@ class UnreadQuantizer(tg.Quantizer):
         return 1.0
 
     def solve_once(self) -> None:
-        """Solves every bank, as matrices of as many values but at most 64 columns.
+        """Solves every bank, as matrices of as many values but at most 16 columns.
 
         Each column takes a turn of the solver's loop, and all take the same memory.
         """
