@@ -102,7 +102,7 @@ def figures_of(env: dict[str, str], capsys: pytest.CaptureFixture) -> dict:
 
 def test_a_plan_has_every_phase_of_a_run_with_adapters(capsys):
     env = {"QUANTIZER": "int6", "COLUMN_SCALES": "0", "PHASED_TTT_NUM_PHASES": "2"}
-    env |= {"TTT_CHUNK_SIZE": "64", "TTT_BATCH_SIZE": "64"}
+    env |= {"TTT_CHUNK_SIZE": "64", "TTT_BATCH_SIZE": "64", "TTT_LR_FACTORS": "q:0.5,v:2"}
     figures = figures_of(env, capsys)
     assert list(figures["memory"]) == [
         "training step",
