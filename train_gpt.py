@@ -10115,6 +10115,24 @@ def print_plan() -> int:
     return subprocess.run([sys.executable, str(path)]).returncode
 
 
+def answer(argv: list[str]) -> None:
+    """Prints what the arguments ask for: help, knobs or plan. Raises UsageError for others."""
+    if argv in (["--help"], ["-h"]):
+        # The packed file has no docstrings.
+        usage = "python train_gpt.py [--knobs [WORD] | --plan]; knobs are environment variables"
+        print(TEXT.split('"""')[1] if TEXT.startswith('"""') else usage)
+    elif argv[0] == "--knobs" and len(argv) <= 2:
+        # A pipe that closes early, as that to `head`, ends the program in silence. Windows has no
+        # SIGPIPE; there the default of SIGTERM is set again, which changes nothing.
+        signal.signal(getattr(signal, "SIGPIPE", signal.SIGTERM), signal.SIG_DFL)
+        print_knobs(argv[1] if len(argv) == 2 else "")
+    else:
+        raise UsageError(
+            f"{argv[0]}: knobs are environment variables; arguments are --knobs [WORD], --plan,"
+            " --help"
+        )
+
+
 def main(argv: list[str]) -> int:
     """Runs the program. Returns its exit status.
 
@@ -10124,24 +10142,11 @@ def main(argv: list[str]) -> int:
     # Whether every rank is on its way to this same end.
     ends_together = False
     try:
-        if argv in (["--help"], ["-h"]):
-            # The packed file has no docstrings.
-            usage = "python train_gpt.py [--knobs [WORD] | --plan]; knobs are environment variables"
-            print(TEXT.split('"""')[1] if TEXT.startswith('"""') else usage)
-            return 0
-        if argv[:1] == ["--knobs"] and len(argv) <= 2:
-            # A pipe that closes early, as that to `head`, ends the program in silence. Windows has
-            # no SIGPIPE; there the default of SIGTERM is set again, which changes nothing.
-            signal.signal(getattr(signal, "SIGPIPE", signal.SIGTERM), signal.SIG_DFL)
-            print_knobs(argv[1] if len(argv) == 2 else "")
-            return 0
         if argv == ["--plan"]:
             return print_plan()
         if argv:
-            raise UsageError(
-                f"{argv[0]}: knobs are environment variables; arguments are --knobs [WORD], --plan,"
-                " --help"
-            )
+            answer(argv)
+            return 0
         prepare_output()
         handle_signals(raise_stopped)
         cfg, origin = Config.from_env(os.environ, torch.cuda.is_available())
