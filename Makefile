@@ -31,7 +31,7 @@ dev: $(VENV)/developer
 # then what the model writes and a picture of the run.
 run: install
 	$(BIN)/python tools/prepare_data.py pydocs
-	PRESET=cpu DATASET=pydocs_sp1024 $(BIN)/python train_gpt.py
+	PRESET=cpu DATASET=pydocs_sp1024_caseops $(BIN)/python train_gpt.py
 	$(BIN)/python tools/samples.py
 	$(BIN)/python tools/picture.py
 
@@ -52,13 +52,13 @@ report: dev
 SYSTEMS ?= pr1530,pr1560,pr1413,pr473,pr605,pr1855,pr2014,pr2135
 SHRINK ?= 1
 SEED ?= 1337
-DATASET ?= pydocs_sp1024
+DATASET ?= pydocs_sp1024_caseops
 DATA_DIR ?= data
 VAL_DOC_FRACTION ?= 0.1
 CODE := $(shell cksum < train_gpt.py | cut -d ' ' -f 1)
 COMPARE ?= compare-$(DATASET)-$(CODE)
 compare: dev
-	$(if $(filter pydocs_sp1024,$(DATASET)),$(BIN)/python tools/prepare_data.py pydocs --data-dir "$(DATA_DIR)")
+	$(if $(filter pydocs_sp1024_caseops,$(DATASET)),$(BIN)/python tools/prepare_data.py pydocs --data-dir "$(DATA_DIR)")
 	DATASET="$(DATASET)" DATA_DIR="$(DATA_DIR)" VAL_DOC_FRACTION="$(VAL_DOC_FRACTION)" \
 	  $(BIN)/python tools/sweep.py "$(COMPARE)" PRESET="$(SYSTEMS)" SHRINK="$(SHRINK)" SEED="$(SEED)" || [ $$? = 1 ]
 	$(BIN)/python tools/report.py --compare logs/"$(COMPARE)"-????.txt

@@ -1544,7 +1544,7 @@ PR605 = dict(
 
 # The record's structure on two CPU cores in two minutes, over the docstrings of installed packages.
 CPU = dict(
-    dataset="pydocs_sp1024",
+    dataset="pydocs_sp1024_caseops",
     vocab_size=1024,
     compile=False,
     # bf16 takes ten times as long on a processor without instructions for it.

@@ -215,7 +215,7 @@ def write_caseops_data(root: Path, *options: str) -> Path:
     if "--tokenizer" not in options:
         command += ["--vocab-size", str(VOCAB)]
     if "--caseops" not in options:
-        command.append("--caseops")
+        command += ["--caseops", "lossless_caps_caseops_v1"]
     assert prepare_data.main(command) == 0
     return root
 

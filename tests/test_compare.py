@@ -232,4 +232,4 @@ def test_make_compare_prepares_its_data_sweeps_the_systems_and_prints_the_table(
     assert re.search(r"report.py --compare logs/\"compare-other_sp8192-\d+\"-\?{4}\.txt", done)
     default = lines()
     assert 'prepare_data.py pydocs --data-dir "data"' in default
-    assert "compare-pydocs_sp1024-" in default
+    assert "compare-pydocs_sp1024_caseops-" in default

@@ -58,7 +58,7 @@ def test_empty_shard_says_so(shard):
 @pytest.mark.parametrize(
     ("name", "command"),
     [
-        ("pydocs_sp1024", "prepare_data.py pydocs;"),
+        ("pydocs_sp1024_caseops", "prepare_data.py pydocs;"),
         ("fineweb10B_sp8192", "prepare_data.py fineweb --variant sp8192;"),
         (tg.RECORD["dataset"], "prepare_data.py fineweb --variant sp8192_caseops;"),
         ("mine_sp1024", "prepare_data.py text TRAIN.jsonl --val VAL.jsonl;"),
@@ -74,7 +74,7 @@ def test_data_set_that_is_not_there_names_the_command_that_makes_it(tmp_path, na
 
 def test_commands_in_messages_are_understood_by_the_tool(tmp_path):
     parser = prepare_data.build_parser()
-    for name in ("pydocs_sp1024", "fineweb10B_sp8192", tg.RECORD["dataset"], "mine_sp1024"):
+    for name in ("pydocs_sp1024_caseops", "fineweb10B_sp8192", tg.RECORD["dataset"], "mine_sp1024"):
         command = tg.how_to_get(tmp_path / name).split("prepare_data.py ")[1].split(";")[0]
         assert parser.parse_args(command.split())
 
@@ -114,7 +114,7 @@ def test_run_without_its_data_ends_with_the_command_and_status_2(tmp_path):
     result = run_script({"PRESET": "cpu", "DATA_DIR": "nowhere"}, tmp_path)
     assert result.returncode == 2
     assert result.stderr == (
-        "train_gpt.py: nowhere/datasets/pydocs_sp1024: does not exist. Get it: python"
+        "train_gpt.py: nowhere/datasets/pydocs_sp1024_caseops: does not exist. Get it: python"
         " tools/prepare_data.py pydocs; or set DATASET, DATA_DIR\n"
     )
 

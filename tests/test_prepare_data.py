@@ -449,9 +449,10 @@ def test_near_copies_never_become_validation() -> None:
 def test_pydocs_is_lossless_and_no_validation_document_is_mostly_in_training(
     pydocs: list[Path],
 ) -> None:
-    manifest, sp = load(pydocs[0], "pydocs_sp1024")
+    manifest, sp = load(pydocs[0], "pydocs_sp1024_caseops")
+    decode = caseops.TRANSFORMS[manifest["transform"]].decode
     texts = {
-        split: [sp.decode(i) for i in read_split(pydocs[0], "pydocs_sp1024", split)]
+        split: [decode(sp.decode(i)) for i in read_split(pydocs[0], "pydocs_sp1024_caseops", split)]
         for split in ("train", "val")
     }
     for split, entry in manifest["splits"].items():
@@ -471,7 +472,7 @@ def test_pydocs_run_twice_gives_identical_shards_and_tokenizer(pydocs: list[Path
     first, second = (
         {name: (folder / name).read_bytes() for name in files_below(folder)} for folder in pydocs
     )
-    assert first.keys() == second.keys() and len(first) == 4
+    assert first.keys() == second.keys() and len(first) == 6
     assert all(first[name] == second[name] for name in first if not name.endswith("manifest.json"))
 
 
@@ -524,7 +525,7 @@ def test_caseops_data_are_made_once_and_again_for_another_transform(
     sidecar.write_bytes(sidecar.read_bytes()[:-2])
     assert make_caseops(tmp_path, "--caseops") == 0
     assert "wrote" in capsys.readouterr().out
-    assert make_caseops(tmp_path, "--caseops", "caseops_before_space") == 2
+    assert make_caseops(tmp_path, "--caseops", caseops.PUBLISHED.name) == 2
     assert "was made from other inputs" in capsys.readouterr().err
 
 

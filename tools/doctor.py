@@ -1286,7 +1286,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "folder",
         type=Path,
         metavar="DIR",
-        help="folder of the shards, as data/datasets/pydocs_sp1024",
+        help="folder of the shards, as data/datasets/pydocs_sp1024_caseops",
     )
     add(
         "--tokenizer",

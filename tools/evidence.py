@@ -59,14 +59,14 @@ def seed_runs() -> list[PlannedRun]:
     """Three seeds of the settings of `make run`."""
     runs = []
     for seed in SEEDS:
-        knobs = {"PRESET": "cpu", "DATASET": "pydocs_sp1024", "SEED": str(seed)}
+        knobs = {"PRESET": "cpu", "DATASET": "pydocs_sp1024_caseops", "SEED": str(seed)}
         runs.append(PlannedRun(f"seed{seed}", knobs, f"{{date}}_cpu-pydocs_seed{seed}.txt"))
     return runs
 
 
 def system_runs(has_corpus: bool) -> list[PlannedRun]:
     """The eight systems with equal budgets on one data set."""
-    data = {"DATASET": "pydocs_sp1024", "VOCAB_SIZE": "1024", "VAL_DOC_FRACTION": "0.1"}
+    data = {"DATASET": "pydocs_sp1024_caseops", "VOCAB_SIZE": "1024", "VAL_DOC_FRACTION": "0.1"}
     if has_corpus:
         data = {"DATASET": "corpus_sp8192", "VOCAB_SIZE": "8192", "VAL_DOC_FRACTION": "0.02"}
     budget = {"SHRINK": "1", "MAX_WALLCLOCK_SECONDS": str(SYSTEM_SECONDS)}

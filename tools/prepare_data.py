@@ -6,7 +6,7 @@
     prepare_data.py text train.jsonl.zst --val val.jsonl.zst --vocab-size 8192 --caseops
     prepare_data.py fineweb --variant sp8192 --train-shards 80
     prepare_data.py fineweb --variant sp8192_caseops
-    prepare_data.py doctor data/datasets/pydocs_sp1024
+    prepare_data.py doctor data/datasets/pydocs_sp1024_caseops
 
 `pydocs` needs no download: it makes 10 MB from the documentation of the installed packages. `text`
 takes your own files, `fineweb` downloads the published shards. `doctor` tells whether a data set is
@@ -485,9 +485,22 @@ def put_in_place(staging: Path, folder: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
+# Values of --caseops besides the names of transforms.
+NO_CASEOPS = "none"
+BEST_CASEOPS = "best"
+
+
 def transform_of(args: argparse.Namespace) -> caseops.Transform | None:
-    """The transform that --caseops names, or None."""
-    return caseops.TRANSFORMS[args.caseops] if args.caseops else None
+    """The transform that --caseops names, or None.
+
+    Without a name it is the published one for a tokenizer that is given, else the one of our own,
+    which scores better on data made here (EXPERIMENTS.md, 2026-11-30).
+    """
+    if args.caseops == NO_CASEOPS:
+        return None
+    if args.caseops == BEST_CASEOPS:
+        return caseops.PUBLISHED if getattr(args, "tokenizer", None) else caseops.BEFORE_SPACE
+    return caseops.TRANSFORMS[args.caseops]
 
 
 def dataset_name(name: str, vocab_size: int, transform: caseops.Transform | None) -> str:
@@ -978,8 +991,8 @@ def run_text(args: argparse.Namespace) -> None:
         model = read_regular(args.tokenizer, MAX_TOKENIZER_BYTES)
         sp = load_tokenizer(model, args.tokenizer)
         vocab_size = sp.vocab_size()
-        if bool(args.caseops) != bool(caseops.operator_ids(sp)):
-            has = "no" if args.caseops else "the"
+        if bool(transform_of(args)) != bool(caseops.operator_ids(sp)):
+            has = "no" if transform_of(args) else "the"
             text = "--caseops needs them, other data cannot use them"
             raise UsageError(f"--tokenizer {args.tokenizer}: has {has} case operators; {text}")
     transform = transform_of(args)
@@ -1301,8 +1314,11 @@ def add_command(
     return command
 
 
-def add_encoding_options(command: Any, vocabulary: Any) -> None:
-    """Options of the commands that encode text; `vocabulary` is the command or a group in it."""
+def add_encoding_options(command: Any, vocabulary: Any, default_transform: str) -> None:
+    """Options of the commands that encode text.
+
+    vocabulary: the command, or a group in it. default_transform: --caseops if it is not given.
+    """
     vocab_help = "pieces of a new tokenizer (default 1024)"
     vocabulary.add_argument("--vocab-size", type=positive, default=1024, help=vocab_help)
     add = command.add_argument
@@ -1310,14 +1326,17 @@ def add_encoding_options(command: Any, vocabulary: Any) -> None:
     shard_help = "tokens a shard (default 100 M)"
     add("--shard-tokens", type=positive, default=100_000_000, help=shard_help)
     add("--force", action="store_true", help="replace a dataset that is already there")
-    caseops_help = "transform capitals and write a side-car; without NAME the published transform"
+    names = [*caseops.TRANSFORMS, BEST_CASEOPS, NO_CASEOPS]
+    caseops_help = "transform capitals and write a side-car; without NAME the best transform: "
+    caseops_help += "the published one with its tokenizer, else caseops_before_space"
     add(
         "--caseops",
         nargs="?",
-        const=caseops.PUBLISHED.name,
-        choices=list(caseops.TRANSFORMS),
+        const=BEST_CASEOPS,
+        default=default_transform,
+        choices=names,
         metavar="NAME",
-        help=f"{caseops_help} (all: {', '.join(caseops.TRANSFORMS)})",
+        help=f"{caseops_help} (all: {', '.join(names)}; default {default_transform})",
     )
 
 
@@ -1327,7 +1346,7 @@ def add_pydocs(commands: Any) -> None:
     packages = ["numpy", "torch"]
     about = "installed packages to read beside the standard library (default numpy torch)"
     command.add_argument("--packages", nargs="*", default=packages, metavar="PACKAGE", help=about)
-    add_encoding_options(command, command)
+    add_encoding_options(command, command, BEST_CASEOPS)
 
 
 def add_text(commands: Any) -> None:
@@ -1352,7 +1371,7 @@ def add_text(commands: Any) -> None:
     )
     fraction_help = "or the share to hold out (default 0.01)"
     validation.add_argument("--val-fraction", type=float, default=0.01, help=fraction_help)
-    add_encoding_options(command, pieces)
+    add_encoding_options(command, pieces, NO_CASEOPS)
 
 
 def add_fineweb(commands: Any) -> None:

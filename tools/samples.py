@@ -110,11 +110,14 @@ def continue_prompts(
 
 
 def readable_text(tokenizer: tg.Tokenizer, ids: np.ndarray) -> str:
-    """The text of tokens (n,) up to a BOS. Operators of CaseOps are applied, roughly."""
+    """The text of tokens (n,) up to a BOS. Operators of CaseOps are applied, roughly.
+
+    In one of its forms a space stands between an operator and its word.
+    """
     until_bos = takewhile(lambda token: token != tokenizer.bos_id, ids.tolist())
     text = tokenizer.model.decode(list(until_bos))
-    text = re.sub("\ue002([a-z]+)", lambda match: match[1].upper(), text)
-    text = re.sub("[\ue001\ue003](.)", lambda match: match[1].upper(), text)
+    text = re.sub("\ue002( ?[a-z]+)", lambda match: match[1].upper(), text)
+    text = re.sub("[\ue001\ue003]( ?.)", lambda match: match[1].upper(), text)
     return re.sub(f"[{tg.CASE_OPERATORS}]", "", text)
 
 
