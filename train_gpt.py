@@ -5,7 +5,7 @@ How to run it:
     python train_gpt.py                                      # one process, on any device
     torchrun --standalone --nproc_per_node=8 train_gpt.py    # 8 GPUs over FineWeb shards
     python train_gpt.py --knobs [WORD]                       # knobs, meanings and defaults
-    python train_gpt.py --plan                               # what a run will need, in seconds
+    python train_gpt.py --plan                               # what a run will need: no GPU, no data
     PRESET=cpu SEED=42 python train_gpt.py                   # knobs are environment variables
 
 The run, and what each phase leaves behind (files without a folder lie in runs/<RUN_ID>/):
@@ -33,7 +33,7 @@ The run, and what each phase leaves behind (files without a folder lie in runs/<
 Contents, in the order of a run, then what stands behind it:
 
      1  Configuration            knobs, rules, presets
-     2  Runtime                  ranks, log, clock
+     2  Runtime                  ranks, log, clock, files
      3  Data                     shards of tokens -> rows of packed documents
      4  Model                    plain maths, order of layers, parameters, one forward
      5  Adapters                 a LoRA for every document of a batch
@@ -45,7 +45,7 @@ Contents, in the order of a run, then what stands behind it:
     11  Run                      the phases above
     12  Kernels                  each beside a plain reference
     13  Attention backends       accepted by their numbers, at the start
-    14  Command line             exit statuses
+    14  Command line             arguments, exit statuses
 
 Letters in shapes: T tokens per row, C model width, H query heads, Hkv key/value heads, D head
 width, F MLP width, V vocabulary, L layers, W ranks, R rows of documents that adapt together, N
@@ -168,8 +168,8 @@ class UsageError(ValueError):
     """
 
 
-class NoDevice(UsageError):
-    """A rank has no GPU. Only that rank knows; all but the first such rank give no message."""
+class BadRank(UsageError):
+    """What is wrong with one rank, which only that rank knows. The message may be empty."""
 
 
 class FilesNotWritten(OSError):
@@ -1045,7 +1045,7 @@ class Config(
 
     def warnings_of_idle_knobs(self, origin: Mapping[str, str]) -> Iterator[str]:
         """A line for each setting that leaves knobs of the environment without effect."""
-        switches = ("num_loops", "ttt_enabled", "tilt_order")
+        switches = ("ttt_enabled", "tilt_order")
         for patterns, reason in self.idle_knobs():
             idle = []
             for name in FIELDS:
@@ -1366,12 +1366,12 @@ def check_paths(cfg: Config) -> None:
     """
     problems = [cfg.message(rule) for rule in rules_of_paths(cfg)]
     if not can_be_written(Path("logs", "x"), is_file=True):
-        problems.append("logs: cannot be written; mend its permissions, or run in another folder")
+        problems.append("logs: cannot be written; change its permissions, or run in another folder")
     if problems:
         raise UsageError("\n".join(problems))
 
 
-# The files that a run writes to its folder.
+# Places in the folder of a run that no folder may take.
 OUTPUTS = (
     "checkpoint.0.pt",
     "checkpoint.1.pt",
@@ -1384,8 +1384,9 @@ OUTPUTS = (
 
 def rules_of_paths(cfg: Config) -> Iterator[Rule]:
     """The rules about files, folders and installed packages that are broken."""
-    name_is_bad = not can_be_written(Path("logs", f"{cfg.run_id}.txt"), is_file=True)
-    if cfg.run_id and name_is_bad and can_be_written(Path("logs", "x"), is_file=True):
+    log = Path("logs", f"{cfg.run_id}.txt")
+    logs_are_fine = can_be_written(Path("logs", "x"), is_file=True)
+    if cfg.run_id and logs_are_fine and not can_be_written(log, is_file=True):
         yield Rule("run_id", "the name of a file that can be written in logs")
     folder = Path(cfg.artifact_dir or f"runs/{cfg.run_id}")
     if not can_be_written(folder):
@@ -1746,7 +1747,7 @@ def print_knobs(word: str) -> None:
         raise UsageError(f"--knobs {word}: no knob has this word in its name or meaning")
 
 
-# === 2. Runtime: ranks, log, clock ===
+# === 2. Runtime: ranks, log, clock, files ===
 # What differs on a GPU:
 #   PRESET defaults to record (main), the device is set and ranks talk over NCCL (Ranks);
 #   the clock waits for the device (Ranks.now), copies are pinned and do not block (to_device,
@@ -1794,6 +1795,14 @@ def is_running(pid: int) -> bool:
         return False
 
 
+def process_space() -> str:
+    """Names the set of processes that this one can see; empty where that is not known."""
+    try:
+        return f"{platform.node()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
+
+
 def tell_peers(reason: str) -> None:
     """Leaves the reason why this rank ends where the other ranks find it."""
     # The store may have ended with the rank that held it.
@@ -1807,7 +1816,7 @@ LOST_A_PEER = "lost a peer"
 
 def describe_lost_peers() -> str:
     """Which ranks have ended, each with the reason that it gave; empty if that cannot be known."""
-    node, pid = platform.node(), os.getpid()
+    space, pid = process_space(), os.getpid()
     lost = []
     try:
         store = dist.distributed_c10d._get_default_store()
@@ -1822,8 +1831,9 @@ def describe_lost_peers() -> str:
                     if reason != LOST_A_PEER:
                         lost.append(f"rank {rank} failed: {reason}")
                 elif store.check([process_key]):
-                    peer, peer_node = store.get(process_key).decode().split(" ", 1)
-                    if peer_node == node and int(peer) != pid and not is_running(int(peer)):
+                    peer, peer_space = store.get(process_key).decode().split(" ", 1)
+                    is_seen = peer_space != "" and peer_space == space
+                    if is_seen and int(peer) != pid and not is_running(int(peer)):
                         lost.append(
                             f"rank {rank} (process {peer}) was killed, from outside or by the"
                             " system for lack of memory"
@@ -1836,33 +1846,69 @@ def describe_lost_peers() -> str:
     return "; ".join(lost)
 
 
+def complain(message: str) -> None:
+    """Writes the program's one line of error, if there is a message."""
+    if message:
+        with contextlib.suppress(OSError):
+            print(f"train_gpt.py: {message}", file=sys.stderr, flush=True)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; empty if it has none."""
+    return str(error).partition("\n")[0]
+
+
+def is_lack_of_memory(error: BaseException) -> bool:
+    """Whether a GPU, or the host, had no memory left."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    # PyTorch's words on Linux and macOS, and on Windows.
+    return re.search("t allocate memory|not enough memory", str(error)) is not None
+
+
+def is_lost_peer(error: RuntimeError) -> bool:
+    """Whether a collective failed because another rank has gone."""
+    # gloo writes "Connection", NCCL "connection".
+    return dist.is_initialized() and "connection" in str(error).lower()
+
+
+def complain_of_lost_peers(error: RuntimeError) -> None:
+    """Says which peers were lost, by the error of the collective that failed."""
+    reason = describe_lost_peers() or first_line(error)
+    tell_peers(LOST_A_PEER)
+    if dist.get_rank() == 0:
+        # Without torchrun this rank keeps the store, and the others want to know, too.
+        time.sleep(4)
+    complain(f"rank {dist.get_rank()} {LOST_A_PEER}: {reason}")
+
+
 def launch_numbers(environ: Mapping[str, str]) -> tuple[int, int, int]:
     """RANK, WORLD_SIZE and LOCAL_RANK as torchrun sets them; (0, 1, LOCAL_RANK) without RANK.
 
-    Raises UsageError if they cannot be right.
+    Raises BadRank if they cannot be right.
     """
     numbers = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
     remedy = "start with torchrun, which sets it, or unset RANK"
-    for name in numbers:
+    for name in numbers if "RANK" in environ else ("LOCAL_RANK",):
         text = environ.get(name, numbers[name])
         try:
             numbers[name] = int(text)
         except ValueError:
-            raise UsageError(f"{name}={text}: must be a whole number; {remedy}") from None
+            raise BadRank(f"{name}={text}: must be a whole number; {remedy}") from None
     rank, world_size, local_rank = numbers.values()
     if "RANK" not in environ:
         return 0, 1, local_rank
     for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         if name not in environ:
-            raise UsageError(f"RANK={rank}: needs {name}; {remedy}")
+            raise BadRank(f"RANK={rank}: needs {name}; {remedy}")
     if not 0 <= rank < world_size:
-        raise UsageError(f"RANK={rank}: must be below WORLD_SIZE={world_size}; {remedy}")
+        raise BadRank(f"RANK={rank}: must be below WORLD_SIZE={world_size}; {remedy}")
     return rank, world_size, local_rank
 
 
 def end_with_parent() -> None:
     """Asks Linux for SIGTERM when the parent ends: torchrun may be killed, or end by SIGUSR1."""
-    with contextlib.suppress(OSError, AttributeError):
+    if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, int(signal.SIGTERM), 0, 0, 0)  # PR_SET_PDEATHSIG
 
 
@@ -1891,7 +1937,7 @@ class Ranks:
                     f"LOCAL_RANK={local_rank}: this machine has {count} GPUs; start torchrun with"
                     f" --nproc_per_node={count}"
                 )
-                raise NoDevice(message if local_rank == count else "")
+                raise BadRank(message if local_rank == count else "")
             self.device = torch.device("cuda", local_rank)
             torch.cuda.set_device(self.device)
         if self.distributed:
@@ -1927,21 +1973,21 @@ class Ranks:
         return values
 
     def watch_peers(self) -> None:
-        """Ends this process seconds after a peer on this machine has died, in whatever phase.
+        """Ends this process seconds after a peer on this machine has died.
 
-        Usually the next collective fails first; but a rank may be far from it, or NCCL may wait. A
-        peer elsewhere is for torchrun to watch. All ranks must call it.
+        In any phase after the check. Usually the next collective fails first; but a rank may be far
+        from it, or NCCL may wait. A peer elsewhere is for torchrun to watch. All ranks must call
+        it.
         """
         if not self.distributed:
             return
-        node, pid = platform.node(), os.getpid()
-        processes = self.gather((node, pid))
+        space, pid = process_space(), os.getpid()
+        processes = self.gather((space, pid))
         store = dist.distributed_c10d._get_default_store()
-        store.set(f"train_gpt/process{self.rank}", f"{pid} {node}")
+        store.set(f"train_gpt/process{self.rank}", f"{pid} {space}")
         peers = {}
-        for rank, (peer_node, peer) in enumerate(processes):
-            # Containers may share a name and yet not see each other's processes.
-            if rank != self.rank and peer_node == node and is_running(peer):
+        for rank, (peer_space, peer) in enumerate(processes):
+            if rank != self.rank and peer_space and peer_space == space:
                 peers[rank] = peer
         threading.Thread(target=self.end_after_peers, args=(peers,), daemon=True).start()
 
@@ -1954,7 +2000,7 @@ class Ranks:
             lost = [rank for rank, pid in peers.items() if not is_running(pid)]
             if lost and not self.finished.wait(10):
                 reason = describe_lost_peers() or f"rank {lost[0]} has died"
-                complain(f"rank {self.rank} lost a peer: {reason}")
+                complain(f"rank {self.rank} {LOST_A_PEER}: {reason}")
                 os._exit(1)
 
     def alone(self) -> Ranks:
@@ -2038,7 +2084,8 @@ class Log:
             self.file = path.open("ab", buffering=0)
         # Bytes of lines that could not be written yet, and a line for each file that was not.
         self.pending = b""
-        self.failures: list[str] = []
+        # by the file, the line about it
+        self.failures: dict[str, str] = {}
 
     def __call__(self, line: str, terminal: bool = True) -> None:
         """Writes a line to the file and, with `terminal`, to the terminal."""
@@ -2057,13 +2104,14 @@ class Log:
             while self.pending:
                 count = self.file.write(self.pending)
                 self.pending = self.pending[count:]
+            self.failures.pop(self.file.name, None)
         except OSError as error:
-            self.note_failure(f"{self.file.name}: {error.strerror}")
+            self.note_failure(self.file.name, f"{self.file.name}: {error.strerror}")
 
-    def note_failure(self, reason: str) -> None:
+    def note_failure(self, path: str, reason: str) -> None:
         """Remembers that a file could not be written, and says so once."""
-        if reason not in self.failures:
-            self.failures.append(reason)
+        if self.failures.get(path) != reason:
+            self.failures[path] = reason
             complain(f"warning: not written, the run goes on: {reason}")
 
     def due(self) -> bool:
@@ -2087,8 +2135,10 @@ class Log:
         return (time.monotonic() - self.phase_start) * (1 / max(share, 1e-9) - 1)
 
     def wants_progress(self) -> bool:
-        """Whether a long loop should show how far it is, on the live line or as a line."""
-        return self.due() or (self.live and time.monotonic() - self.last_shown_time >= 1)
+        """Whether a long loop should show how far it is; the figures wait for the device."""
+        if not self.is_main:
+            return False
+        return self.due() or (self.live and time.monotonic() - self.last_shown_time >= 2)
 
     def progress(self, line: str, live_line: str) -> None:
         """Shows how far a long loop is: as a line each 8 s, and on the live line."""
@@ -2106,7 +2156,7 @@ class Log:
         try:
             self.wandb = wandb.init(**names, resume="allow", config=settings)
         except wandb.Error as error:
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             return f"WANDB_PROJECT={project}: {reason}; WANDB_MODE=offline needs no network"
         return ""
 
@@ -2224,16 +2274,17 @@ class FileLock:
 
         True also where the file system has no locks; then `reason` says so. Raises OSError.
         """
+        if fcntl is None:
+            self.reason = f"{self.path.parent}: this system has no locks"
+            return True
         self.path.parent.mkdir(parents=True, exist_ok=True)
         while True:
             flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NONBLOCK", 0)
             file = io.FileIO(os.open(self.path, flags, 0o644), "r+")
             try:
-                if fcntl is None:
-                    raise OSError(errno.ENOTSUP, "this system has none")
                 fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except (BlockingIOError, PermissionError):
-                self.holder = file.read(200).decode(errors="replace").strip()
+                self.holder = file.read(200).decode(errors="replace").strip() or "another process"
                 file.close()
                 return False
             except OSError as error:
@@ -4504,6 +4555,10 @@ class AverageSchedule:
         return 1 - cfg.ema_decay**cfg.ema_every
 
 
+# The step after which a run says its speed.
+SPEED_STEP = 22
+
+
 class StepReporter:
     """Writes log lines, the live line and TensorBoard's curves, and checks the speed of steps."""
 
@@ -4527,7 +4582,7 @@ class StepReporter:
         if step == 1:
             state.first_step_s = state.elapsed_s
             state.first_step_visits = state.timed_visits
-        elif step == 22:
+        elif step == SPEED_STEP:
             self.judge_speed()
 
         every = self.cfg.train_log_every
@@ -4544,7 +4599,7 @@ class StepReporter:
     def judge_speed(self) -> None:
         """Predicts the steps that the budget allows. Raises RunStopped beyond POD_SPEEDGATE_MS."""
         cfg, state = self.cfg, self.state
-        # In step 22 the clock covers steps 1 to 21; the first is not representative.
+        # The clock covers all steps but this one, and the first is not representative.
         seconds = state.elapsed_s - state.first_step_s
         visits = state.timed_visits - state.first_step_visits
         budget_visits = self.budget_s * visits / seconds
@@ -4554,7 +4609,7 @@ class StepReporter:
         steps = budget_visits * (plain_share / plain + (1 - plain_share) / looped)
         steps = min(cfg.iterations, steps)
         state.expected_steps = steps
-        step_ms = 1000 * seconds / 20
+        step_ms = 1000 * seconds / (SPEED_STEP - 2)
         self.log(f"speed: {step_ms:.1f}ms per step; the budget allows about {steps:.0f} steps")
         if 0 < cfg.pod_speedgate_ms < step_ms:
             raise RunStopped(
@@ -4584,9 +4639,9 @@ class StepReporter:
         state, step = self.state, numbers.step
         iterations_s = (self.cfg.iterations - step) * state.rank_s / step
         left_s = min(self.budget_s - state.rank_s, iterations_s)
-        # The speed is known from step 22 on. Without a budget the number of steps is known.
+        # Without a budget the number of steps is known.
         steps = f"step {step}, measuring speed"
-        if step >= 22 or self.budget_s == math.inf:
+        if step >= SPEED_STEP or self.budget_s == math.inf:
             steps = f"step {step} of about {state.expected_steps:.0f}"
         # A narrow terminal cuts the line, so what matters most comes first.
         parts = [
@@ -6607,6 +6662,19 @@ MAX_EXPANSION = 16  # decompressed bytes for each byte of the file, beyond the n
 SMALL_STREAM_BYTES = 1 << 20
 
 
+class ArtifactArrays(NamedTuple):
+    """The contents of an artifact, in the order of the parameter table.
+
+    `columns` is by Matrix.input_key, the others are by parameter name.
+    """
+
+    codes: dict[str, np.ndarray]  # int8 (n, rows, cols)
+    levels: dict[str, np.ndarray]  # uint8 (n, rows)
+    scales: dict[str, np.ndarray]  # fp16 (n, rows)
+    columns: dict[tuple[str, int], np.ndarray]  # int8 (cols,), exponents k of scales 2^(k/4)
+    floats: dict[str, np.ndarray]  # fp16, without the leading rows that nothing reads
+
+
 class StreamSizes(NamedTuple):
     """Bytes of the five streams before compression, in the order of the file."""
 
@@ -6701,19 +6769,6 @@ def header_text(header: dict[str, Any]) -> bytes:
 # levels have one spelling, every stream ends where it should, and nothing stands behind it. (Codecs
 # may still spell a stream in several ways; tools/container.py compares with their own way.) A
 # damaged file may raise any error in the functions below; open_artifact turns it into one line.
-
-
-class ArtifactArrays(NamedTuple):
-    """The contents of an artifact, in the order of the parameter table.
-
-    `columns` is by Matrix.input_key, the others are by parameter name.
-    """
-
-    codes: dict[str, np.ndarray]  # int8 (n, rows, cols)
-    levels: dict[str, np.ndarray]  # uint8 (n, rows)
-    scales: dict[str, np.ndarray]  # fp16 (n, rows)
-    columns: dict[tuple[str, int], np.ndarray]  # int8 (cols,), exponents k of scales 2^(k/4)
-    floats: dict[str, np.ndarray]  # fp16, without the leading rows that nothing reads
 
 
 def config_of_header(header: dict[str, Any]) -> Config:
@@ -7628,6 +7683,8 @@ def load_model_file(cfg: Config, origin: dict[str, str]) -> tuple[Config, dict[s
             reason = error.strerror
         elif isinstance(error, ForeignValue):
             reason = str(error)
+        elif is_lack_of_memory(error):
+            reason = "there is not enough memory to read it"
         raise UsageError(f"{name}: {reason}") from error
     if reasons:
         raise UsageError("\n".join(reasons))
@@ -7725,6 +7782,8 @@ def read_checkpoint(path: Path, made_with: dict[str, Any]) -> tuple[dict[str, An
     except FOREIGN_FILE_ERRORS as error:
         if isinstance(error, (OSError, ForeignValue)):
             return {}, getattr(error, "strerror", None) or str(error)
+        if is_lack_of_memory(error):
+            return {}, "there is not enough memory to read it"
         return {}, "holds what no run writes"
     differences = []
     for key in sorted(saved["made_with"].keys() | made_with.keys()):
@@ -7790,12 +7849,12 @@ class Run:
     """
 
     def __init__(
-        self, cfg: Config, origin: dict[str, str], ranks: Ranks, warnings: Iterable[str] = ()
+        self, cfg: Config, origin: dict[str, str], ranks: Ranks, early_warnings: Iterable[str] = ()
     ):
         """Raises UsageError on all ranks if one of them finds something wrong.
 
-        origin: where each field of `cfg` comes from, as Config.from_env returns it. warnings: for
-        the log, before those of the config.
+        origin: where each field of `cfg` comes from, as Config.from_env returns it.
+        early_warnings: for the log, before those of the config.
         """
         self.cfg = cfg
         self.ranks = ranks
@@ -7830,7 +7889,7 @@ class Run:
         board = f"{cfg.tensorboard_dir}/{run_id}" if cfg.tensorboard_dir else ""
         self.log = Log(log_path, ranks.is_main, ranks.live, board)
         self.compilation_counter = CompilationCounter(self.log)
-        self.log_settings(origin, lines, warnings)
+        self.log_settings(origin, lines, early_warnings)
         problem = self.log.open_wandb(cfg.wandb_project, run_id, dataclasses.asdict(cfg))
         if problem := ranks.gather(problem)[0]:
             raise UsageError(problem)
@@ -7996,9 +8055,9 @@ class Run:
         }
 
     def log_settings(
-        self, origin: dict[str, str], lines: list[str], warnings: Iterable[str]
+        self, origin: dict[str, str], lines: list[str], early_warnings: Iterable[str]
     ) -> None:
-        """Begins the log with the source, all settings, the facts, `lines` and warnings.
+        """Begins the log with the source, all settings, the facts, `lines` and all warnings.
 
         A resumed run's log has the source already.
         """
@@ -8014,7 +8073,7 @@ class Run:
                 " targets before it in the stream; scores of documents depend on earlier documents"
             )
         idle = self.cfg.warnings_of_idle_knobs(origin)
-        for warning in (*warnings, *idle, *self.cfg.warnings()):
+        for warning in (*early_warnings, *idle, *self.cfg.warnings()):
             self.log(f"warning: {warning}")
 
     # --- Checkpoints ---
@@ -8099,11 +8158,12 @@ class Run:
 
         All ranks must call it.
         """
-        is_incomplete = stage == Stage.PACKED and self.unsaved_artifact is not None
-        if not self.cfg.checkpoint_every or is_incomplete:
+        if not self.cfg.checkpoint_every:
             return
         self.checkpoint_number += 1
-        if self.ranks.is_main:
+        # Rank 0 alone knows whether the artifact could be written.
+        is_incomplete = stage == Stage.PACKED and self.unsaved_artifact is not None
+        if self.ranks.is_main and not is_incomplete:
             saved = {
                 "number": self.checkpoint_number,
                 "made_with": self.made_with,
@@ -8114,6 +8174,15 @@ class Run:
             body = torch_bytes(saved)
             path = self.folder / f"checkpoint.{self.checkpoint_number % 2}.pt"
             self.save(path, hashlib.sha256(body).digest() + body)
+        self.wait_for_files()
+
+    def wait_for_files(self) -> None:
+        """Nobody goes on, or leaves, before rank 0 has written its files. All ranks must call it.
+
+        A rank that waited in the next step instead would count the time as training, and one that
+        left would end rank 0 in the middle of a file.
+        """
+        self.ranks.gather(None)
 
     def save_weights(self, name: str, weights: dict[str, Tensor], step: int, looped: bool) -> None:
         """Saves full weights and their network's config in the run's folder, for EVAL_ONLY_PATH.
@@ -8129,9 +8198,9 @@ class Run:
         }
         if self.ranks.is_main:
             data = torch_bytes(saved)
-            if not self.save(self.folder / name, data):
-                return
-            self.log(f"Serialized model: {len(data)} bytes in {self.folder / name}")
+            if self.save(self.folder / name, data):
+                self.log(f"Serialized model: {len(data)} bytes in {self.folder / name}")
+        self.wait_for_files()
 
     def save(self, path: Path, data: bytes) -> bool:
         """Writes a file of the run; whether that was possible. The run goes on without it.
@@ -8141,8 +8210,9 @@ class Run:
         try:
             write_atomic(path, data)
         except OSError as error:
-            self.log.note_failure(reason_of(error))
+            self.log.note_failure(str(path), reason_of(error))
             return False
+        self.log.failures.pop(str(path), None)
         return True
 
     # --- The phases ---
@@ -8158,7 +8228,7 @@ class Run:
         try:
             yield
         except RuntimeError as error:
-            if not is_lack_of_memory(error):
+            if isinstance(error, OutOfMemory) or not is_lack_of_memory(error):
                 raise
             raise OutOfMemory(self.memory_advice(name, error)) from error
         seconds = self.ranks.now() - start
@@ -8178,7 +8248,7 @@ class Run:
         elif phase == "warm-up":
             advice += f", VAL_BATCH_TOKENS={cfg.val_batch_tokens}"
             advice += f" or TTT_BATCH_SIZE={cfg.ttt_batch_size}"
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         return f"rank {self.ranks.rank}: out of memory in {phase}; {advice} ({reason[:200]})"
 
     def go(self) -> dict[str, Any]:
@@ -8213,7 +8283,7 @@ class Run:
         failures = self.ranks.gather(self.log.failures)[0]
         self.ranks.finished.set()
         if failures:
-            raise FilesNotWritten(f"not written: {'; '.join(failures)}")
+            raise FilesNotWritten(f"not written: {'; '.join(failures.values())}")
         return figures
 
     def build_model(self) -> None:
@@ -8538,9 +8608,9 @@ class Run:
         self.final["val_bpb"] = bpb
         self.final["val_tokens"] = result["tokens"]
         self.final["val_bytes"] = result["bytes"]
-        documents = ledger.by_document()
-        self.final["documents_sha256"] = commitment(documents)
         if self.ranks.is_main:
+            documents = ledger.by_document()
+            self.final["documents_sha256"] = commitment(documents)
             self.save_scores(documents)
 
     def note_deadline(self, ledger: Ledger) -> str:
@@ -10061,7 +10131,7 @@ def choose_attention(
 def message_and_status(error: BaseException) -> tuple[str, int]:
     """The line for the user and the exit status, for an error that ends the program in one line."""
     if isinstance(error, KeyboardInterrupt):
-        # raise_stopped gives both. Python's own, from before the handlers are set, has neither.
+        # raise_stopped gives both; Python's own, where no handler was set, has neither.
         return error.args or ("SIGINT: the run is stopped", 128 + signal.SIGINT)
     status = 1
     if isinstance(error, UsageError):
@@ -10069,39 +10139,6 @@ def message_and_status(error: BaseException) -> tuple[str, int]:
     elif isinstance(error, RunStopped):
         status = 3
     return str(error), status
-
-
-def is_lack_of_memory(error: RuntimeError) -> bool:
-    """Whether a GPU, or the host, had no memory left."""
-    return isinstance(error, torch.OutOfMemoryError) or "t allocate memory" in str(error)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message; empty if it has none."""
-    return str(error).partition("\n")[0]
-
-
-def complain_of_lost_peers(error: RuntimeError) -> None:
-    """Says which peers were lost, by the error of the collective that failed."""
-    reason = describe_lost_peers() or first_line(error)
-    tell_peers(LOST_A_PEER)
-    if dist.get_rank() == 0:
-        # Without torchrun this rank keeps the store, and the others want to know, too.
-        time.sleep(4)
-    complain(f"rank {dist.get_rank()} lost a peer: {reason}")
-
-
-def is_lost_peer(error: RuntimeError) -> bool:
-    """Whether a collective failed because another rank has gone."""
-    # gloo writes "Connection", NCCL "connection".
-    return dist.is_initialized() and "connection" in str(error).lower()
-
-
-def complain(message: str) -> None:
-    """Writes the program's one line of error, if there is a message."""
-    if message:
-        with contextlib.suppress(OSError):
-            print(f"train_gpt.py: {message}", file=sys.stderr, flush=True)
 
 
 def print_plan() -> int:
@@ -10157,7 +10194,7 @@ def main(argv: list[str]) -> int:
         message, status = message_and_status(error)
         tell_peers(message)
         # Rank 0 speaks for all. But some errors are known only to the rank that they happen to.
-        if isinstance(error, (BadMatrix, NoDevice)) or os.environ.get("RANK", "0") == "0":
+        if isinstance(error, (BadMatrix, BadRank)) or os.environ.get("RANK", "0") == "0":
             complain(message)
         return status
     except OutOfMemory as error:

@@ -124,7 +124,7 @@ for name in $PARTS; do
           part "systems_$preset" "${SYSTEMS_SECONDS:-580}" "$PYTHON" train_gpt.py
         if [ -n "${OUT:-}" ]; then cp "logs/systems_${preset}_$STAMP.txt" "$OUT/" || true; fi
       done
-      part systems 60 "$PYTHON" tools/report.py --compare logs/systems_*_"$STAMP".txt ;;
+      part comparison "${COMPARISON_SECONDS:-60}" "$PYTHON" tools/report.py --compare logs/systems_*_"$STAMP".txt ;;
     *)
       echo "bench/gpu.sh: $name: must be one of tests flatten capture step evaluation compression" \
         "run kernels systems" >&2

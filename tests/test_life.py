@@ -244,7 +244,7 @@ def test_nats_by_position_are_sums_over_documents_and_the_report_reads_them():
     wide = np.diff(np.append(edges, 40)) / (edges + 1)
     assert wide.max() <= 1 and wide[edges > 16].max() < 0.2
     profile = run_documents.loss_by_position(found)
-    assert profile.x[0] == 0 and profile.y[0] == pytest.approx(22 / 3)
+    assert profile.x[0] == 1 and profile.y[0] == pytest.approx(22 / 3)
 
 
 def test_run_keeps_nats_by_position_that_add_up_to_its_score(late_run):

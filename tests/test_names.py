@@ -177,7 +177,7 @@ def test_published_spelling_sets_the_knob(theirs, text, field, value):
     ],
 )
 def test_part_that_is_not_here_is_refused_with_the_remedy_or_the_pr(name, reason):
-    (line,) = refusals(**{name: "3"})
+    (line,) = refusals(DATASET="plain_sp1024", **{name: "3"})
     assert line.startswith(f"{name}=3: not a knob of this program; ") and reason in line
 
 
@@ -301,8 +301,20 @@ def test_launch_variable_that_cannot_be_right_is_named(changed, start):
     assert str(error.value).startswith(start)
 
 
-def test_without_rank_the_world_size_of_a_cluster_means_nothing():
-    assert tg.launch_numbers({"WORLD_SIZE": "64"}) == (0, 1, 0)
+@pytest.mark.parametrize("rank", ["x", "1", "5"])
+def test_rank_that_cannot_be_right_says_so_itself(monkeypatch, capsys, rank):
+    monkeypatch.setattr(tg, "handle_signals", lambda handler: None)
+    found = config()
+    monkeypatch.setattr(tg.Config, "from_env", lambda *_: found)
+    for name, text in (TORCHRUN | {"RANK": rank}).items():
+        monkeypatch.setenv(name, text)
+    assert tg.main([]) == 2
+    assert capsys.readouterr().err.startswith(f"train_gpt.py: RANK={rank}: must be ")
+
+
+@pytest.mark.parametrize("size", ["64", "", "64(x2)"])
+def test_without_rank_the_world_size_of_a_cluster_means_nothing(size):
+    assert tg.launch_numbers({"WORLD_SIZE": size}) == (0, 1, 0)
 
 
 def test_more_ranks_than_gpus_are_refused_by_the_first_rank_without_one(monkeypatch):
@@ -310,7 +322,7 @@ def test_more_ranks_than_gpus_are_refused_by_the_first_rank_without_one(monkeypa
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     messages = []
     for local_rank in ("2", "3"):
-        with pytest.raises(tg.NoDevice) as error:
+        with pytest.raises(tg.BadRank) as error:
             tg.Ranks({"LOCAL_RANK": local_rank})
         messages.append(str(error.value))
     assert messages[0].startswith(
