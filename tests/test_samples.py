@@ -143,6 +143,7 @@ def printed(run) -> str:
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
         patch.chdir(run.cwd)
         patch.setenv("DATA_DIR", run.data_dir)
+        patch.setenv("CHECKPOINT_EVERY", "60")  # as it was exported for the run
         assert samples.main(["--tokens", "12"]) == 0
     return out.getvalue()
 

@@ -159,7 +159,8 @@ def sample_run(run_dir: Path, num_tokens: int) -> None:
     knobs = {}
     if log.is_file():
         knobs = runlog.evaluation_variables(log.read_text(encoding="utf-8", errors="replace"))
-    writer = Writer.load(run_dir / ARTIFACT, {**knobs, **os.environ})
+    environ = {**knobs, **os.environ, **runlog.KEEPS_NOTHING}
+    writer = Writer.load(run_dir / ARTIFACT, environ)
     samples = write_samples(writer, num_tokens)
     print(f"what the artifact writes; sampled at temperature {TEMPERATURE}:")
     for sample in samples:

@@ -18,7 +18,7 @@ from digests import sha256
 from packed_code import PACKED, pack_code
 from run_documents import run_folder
 from run_statistics import mean_and_sd
-from runlog import LIMIT_SECONDS, LogError, Run, source_at_head
+from runlog import BOOKKEEPING, LIMIT_SECONDS, LogError, Run, source_at_head
 
 from train_gpt import (
     LIMIT_BYTES,
@@ -177,8 +177,8 @@ def technique(run: Run) -> str | None:
     preset = run.facts.get("preset")
     if not preset:
         return None
-    places = {"data_dir", "tokenizer_path", "run_id", "seed", "preset", "dataset", "artifact_dir"}
-    knobs = [f"{name.upper()}={run.config[name]}" for name in sorted(run.given - places)]
+    told_elsewhere = BOOKKEEPING | {"tokenizer_path", "seed", "preset", "dataset"}
+    knobs = [f"{name.upper()}={run.config[name]}" for name in sorted(run.given - told_elsewhere)]
     return " ".join([f"PRESET={preset}", *knobs])
 
 

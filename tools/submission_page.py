@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from packed_code import PACKED, READABLE
-from runlog import STAGES, Run, evaluation_variables
+from runlog import STAGES, Run, evaluation_variables, variables_of
 from submission import seed_order
 from tables import DASH, markdown_table, show
 
@@ -121,10 +121,11 @@ def files_section(claim: dict[str, Any], artifact: str | None, sizes: dict[str, 
 
 def train_section(run: Run) -> str:
     """The command that trains this system again."""
-    knobs = evaluation_variables_of(run)
+    knobs = variables_of(run.settings)
+    knobs.pop("SEED", None)
     return (
         "Once per seed; DATA holds `datasets/` and `tokenizers/`:\n\n```\n"
-        f"{knobs} SEED={run.seed} DATA_DIR=DATA {launcher(run)} {PACKED}\n```"
+        f"{in_shell(knobs)} SEED={run.seed} DATA_DIR=DATA {launcher(run)} {PACKED}\n```"
     )
 
 
@@ -134,18 +135,14 @@ def launcher(run: Run) -> str:
     return "python" if ranks == 1 else f"torchrun --standalone --nproc_per_node={ranks}"
 
 
-def evaluation_variables_of(run: Run) -> str:
-    """The environment that makes a run this run, for a shell."""
-    settings = ["Hyperparameters:"]
-    settings += [f"  {name}: {value} ({origin})" for name, (value, origin) in run.settings.items()]
-    knobs = evaluation_variables("\n".join(settings))
-    knobs.pop("SEED", None)
-    return " ".join(f"{name}={shlex.quote(value)}" for name, value in knobs.items())
+def in_shell(variables: dict[str, str]) -> str:
+    """Variables as a shell takes them before a command."""
+    return " ".join(f"{name}={shlex.quote(value)}" for name, value in variables.items())
 
 
 def score_section(artifact: str | None, log: str) -> str:
     """The command that scores the artifact alone."""
-    knobs = " ".join(f"{k}={shlex.quote(v)}" for k, v in evaluation_variables(log).items())
+    knobs = in_shell(evaluation_variables(log))
     weights = f"FOLDER/{artifact}" if artifact else "ARTIFACT"
     which = "" if artifact else ", ARTIFACT what training leaves in runs/"
     return (
