@@ -306,6 +306,7 @@ def test_folder_holds_the_files_that_ran_and_counts_them(trained):
         "README.md",
         "SHA256SUMS",
         ARTIFACT,
+        "documents.npz",
         "requirements.txt",
         "submission.json",
         "train_gpt.py",

@@ -8,19 +8,8 @@ from typing import Any
 
 from packed_code import PACKED, READABLE
 from runlog import STAGES, Run, evaluation_variables, variables_of
-from submission import seed_order
+from submission import CONDITIONS, seed_order
 from tables import DASH, markdown_table, show
-
-# The conditions of issue #1017 of the challenge -> the properties of an audit that show them.
-CONDITIONS = {
-    "1. a prediction depends on the artifact and earlier tokens alone": (
-        "causal",
-        "self_contained",
-    ),
-    "2. it is a normalised distribution over the alphabet": ("normalised",),
-    "3. a token is scored before anything learns from it": ("score_first",),
-    "4. one pass, from left to right": ("single_pass",),
-}
 
 
 def make_readme(
@@ -173,8 +162,9 @@ def compliance_section(claim: dict[str, Any]) -> str:
     flags = claim["compliance"]
     limits = ("train_under_600s", "eval_under_600s", "artifact_under_16mb")
     rows = [[name.replace("_", " "), verdict(flags, (name,)), "logs"] for name in limits]
-    for condition, properties in CONDITIONS.items():
-        rows.append([condition, verdict(flags, properties), "audit: " + ", ".join(properties)])
+    for name, asks, properties in CONDITIONS:
+        shown_by = f"audit: {', '.join(properties)}"
+        rows.append([f"{name}. {asks}", verdict(flags, properties), shown_by])
     return markdown_table(["condition", "holds", "shown by"], rows)
 
 
