@@ -22,7 +22,9 @@ import commitment
 import replay
 import runlog
 import training_replay
+from digests import sha256
 from held import HeldData
+from packed_code import pack_code
 
 SCRIPT = ROOT / "train_gpt.py"
 ENTROPY = "1f"
@@ -235,6 +237,23 @@ def test_changed_code_is_shown_by_section(tmp_path):
     assert "self_contained" in code_changes.describe(change)
     assert "sections 9" in code_changes.sentence(changed)
     assert set(code_changes.sections(text)) == set(code_changes.RESTS_ON)
+
+
+def test_a_packed_file_is_the_code_that_it_was_packed_from(honest, tmp_path):
+    packed = tmp_path / "train_gpt.py"
+    packed.write_bytes(pack_code(SCRIPT.read_bytes()))
+    assert code_changes.sentence(packed).endswith(", packed, the released file")
+    assert code_changes.changes(packed) == []
+    assert replay.faults_of_commitment(read(honest), packed) == []
+    # Its author may write any hash into it: only the program counts.
+    other = tmp_path / "other.py"
+    digest = runlog.read_final((honest / "logs" / "a.txt").read_text())["code_sha256"]
+    forged = pack_code(b"x = 1\n").replace(sha256(b"x = 1\n").encode(), digest.encode())
+    other.write_bytes(forged)
+    assert "code_sha256" in replay.faults_of_commitment(read(honest), other)[0]
+    assert len(code_changes.changes(other)) == len(code_changes.RESTS_ON)
+    (tmp_path / "train_gpt_readable.py").write_bytes(b"x  =  1  # one\n")
+    assert code_changes.readable_code(other) == b"x  =  1  # one\n"
 
 
 def test_noise_keeps_documents_and_first_losses_are_read(honest):

@@ -39,13 +39,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import caseops
+import code_changes
 import commitment
 import enclosure
 import fresh_process
 import numpy as np
 import runlog
 import torch
-from digests import file_sha256
+from digests import file_sha256, sha256
 from fresh_process import MachineError
 from held import HeldData
 from plain_evaluator import Model
@@ -486,7 +487,8 @@ def faults_of_commitment(claim: Claim, script: Path) -> list[str]:
     faults = list(commitment.problems(claim.final, settings, claim.documents))
     if file_sha256(claim.artifact) != claim.final.get("artifact_sha256"):
         faults.append("the artifact is not that of the log (artifact_sha256)")
-    if file_sha256(script) not in (claim.final.get("code_sha256"), claim.final.get("file_sha256")):
+    ran = {claim.final.get("code_sha256"), claim.final.get("file_sha256")}
+    if ran.isdisjoint({file_sha256(script), sha256(code_changes.readable_code(script))}):
         faults.append("the script is not that of the log (code_sha256)")
     if not np.array_equal(claim.documents["doc_tokens"], claim.held.counts):
         faults.append("the documents are not those of the shards")
