@@ -22,6 +22,7 @@ import commitment
 import replay
 import runlog
 import training_replay
+import verdict_page
 from digests import sha256
 from held import HeldData
 from packed_code import pack_code
@@ -254,6 +255,31 @@ def test_a_packed_file_is_the_code_that_it_was_packed_from(honest, tmp_path):
     assert len(code_changes.changes(other)) == len(code_changes.RESTS_ON)
     (tmp_path / "train_gpt_readable.py").write_bytes(b"x  =  1  # one\n")
     assert code_changes.readable_code(other) == b"x  =  1  # one\n"
+
+
+def test_a_page_names_the_judge_that_ran():
+    for seconds, named in (({"plain": 1.0}, "plain evaluator"), ({}, "own train_gpt.py")):
+        verdict = replay.Verdict({"seconds": seconds}, [], [], [])
+        (first, *_) = verdict_page.sentences_of_limits(verdict)["For a cheat to pass"]
+        assert named in first and "{" not in first
+
+
+@pytest.mark.parametrize("odd", ["[]", "[" * 200_000, '{"properties": {"causal": 1}}', None])
+def test_an_audit_that_is_none_shows_no_property(tmp_path, odd):
+    artifact = tmp_path / "a.ptz"
+    artifact.write_bytes(b"weights")
+    if odd:
+        (tmp_path / "audit.json").write_text(odd)
+    assert verdict_page.audited_properties(artifact) == {}
+
+
+def test_an_audit_counts_for_its_own_artifact_alone(tmp_path):
+    artifact = tmp_path / "a.ptz"
+    artifact.write_bytes(b"weights")
+    for digest, counts in ((sha256(b"weights"), True), ("0" * 64, False)):
+        audit_of_it = {"artifact_sha256": digest, "properties": {"causal": {"passed": True}}}
+        (tmp_path / "audit.json").write_text(json.dumps(audit_of_it))
+        assert bool(verdict_page.audited_properties(artifact)) is counts
 
 
 def test_noise_keeps_documents_and_first_losses_are_read(honest):
