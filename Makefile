@@ -76,7 +76,7 @@ evidence: dev
 #   make pack NAME="Loops and gates" AUTHOR="A. Nother" TRACK=track_10min_16mb
 # RUN= names another run than the newest, LOGS= more seeds, BASELINE= logs to compare with, WEIGHTS=1
 # adds the artifact, DATE= is the day where the log does not say it. Without NAME: RUN/submission, with the artifact.
-pack: install
+pack: $(if $(BASELINE),dev,install)
 	$(BIN)/python tools/pack.py $(if $(RUN),"$(RUN)") $(if $(NAME)$(AUTHOR)$(TRACK),$(RECORD),"$(RUN)/submission")$(MORE)
 MORE = $(if $(filter file,$(origin LOGS)),, --log $(LOGS))
 RECORD = --records records --name "$(NAME)" --author "$(AUTHOR)" --track "$(TRACK)" \

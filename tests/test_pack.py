@@ -81,6 +81,7 @@ def write_run(
     } | figures
     settings = ["run_id: s (env)", f"seed: {seed} (env)", "compile: False (env)"]
     settings += ["data_dir: /x y (env)", "num_layers: 4 (preset)", "preset: cpu (preset)"]
+    settings += ["checkpoint_every: 60.0 (env)", "wandb_project: golf (env)"]
     lines = "\n".join([*(f"  {setting}" for setting in settings), "step:1"])
     final = json.dumps({key: value for key, value in final.items() if value is not None})
     folder = root / "runs" / f"s{seed}"
@@ -305,6 +306,7 @@ def test_folder_holds_the_files_that_ran_and_counts_them(trained):
         "README.md",
         "SHA256SUMS",
         ARTIFACT,
+        "documents.npz",
         "requirements.txt",
         "submission.json",
         "train_gpt.py",
@@ -456,8 +458,10 @@ def test_make_pack_takes_a_folder_with_a_space():
     assert shlex.split(done.stdout)[-2:] == ["runs/weird id", "runs/weird id/submission"]
 
 
-def test_knobs_of_the_evaluation_are_the_runs_but_for_paths_and_names(small):
+def test_knobs_of_the_evaluation_are_the_runs_but_for_paths_and_bookkeeping(small):
     readme = small["README.md"].decode()
+    assert "CHECKPOINT_EVERY" not in readme  # which an evaluation refuses
+    assert "WANDB_PROJECT" not in readme  # which a reader need not have
     assert " COMPILE=0 PRESET=cpu DATA_DIR=DATA " in readme.replace(" SEED=1", "")
     assert "NUM_LAYERS" not in readme
     assert "/x y" not in readme

@@ -89,6 +89,9 @@ def test_text_of_caseops_is_readable_and_ends_with_its_document():
     model = SimpleNamespace(decode=lambda ids: "".join(pieces[i] for i in ids))
     tokenizer = SimpleNamespace(bos_id=1, model=model)
     assert samples.readable_text(tokenizer, np.array([3, 4, 5, 6, 1, 3])) == "The NASA mcDonald"
+    pieces |= {7: "\ue001 the", 8: "\ue002 nasa", 9: " mc\ue003donald", 10: "\ue001 4"}
+    ids = np.array([7, 8, 9, 10])  # operators before the space, the last one of no word
+    assert samples.readable_text(tokenizer, ids) == " The NASA mcDonald 4"
 
 
 # --- In a run ---
@@ -143,6 +146,7 @@ def printed(run) -> str:
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
         patch.chdir(run.cwd)
         patch.setenv("DATA_DIR", run.data_dir)
+        patch.setenv("CHECKPOINT_EVERY", "60")  # as it was exported for the run
         assert samples.main(["--tokens", "12"]) == 0
     return out.getvalue()
 

@@ -5,6 +5,7 @@ The five folders of other people have the form of accepted records; every value 
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import shutil
@@ -14,12 +15,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import ROOT
 
 pytest.importorskip("rich")
 pytest.importorskip("scipy")
 sys.path.insert(0, str(ROOT / "tools"))
+import commitment
 import pack
 import report
 from test_pack import ARTIFACT, make, sha256, write_run
@@ -37,10 +40,23 @@ def claimed(*more: str) -> list[str]:
     return ["--name", "Loops, gates", "--author", "A. Nother", "--track", "track_10min_16mb", *more]
 
 
-def packed_record(root: Path, monkeypatch, *more: object) -> Path:
-    """The folder that pack.py --records writes for the runs of seeds 1 to 3."""
+def audited(run: Path) -> None:
+    """Leaves an audit of its artifact in a run's folder."""
+    held = {"causal": {"passed": True, "evidence": run.name}}
+    audit = {"artifact_sha256": sha256((run / ARTIFACT).read_bytes()), "properties": held}
+    (run / "audit.json").write_text(json.dumps(audit))
+
+
+def packed_record(
+    root: Path, monkeypatch, *more: object, finish: Callable[[Path], None] = lambda run: None
+) -> Path:
+    """The folder that pack.py --records writes for the runs of seeds 1 to 3, once `finish` has been
+    called with the folder of each.
+    """
     monkeypatch.chdir(root)
     runs = [run_of(root, seed, 3.0 + seed / 100) for seed in (1, 2, 3)]
+    for run in runs:
+        finish(run)
     logs = [f"logs/s{seed}.txt" for seed in (2, 3)]
     options = ["--records", "records", *claimed(), "--log", *logs, "--date", "2026-11-30"]
     assert pack.main([str(runs[0]), *options, *map(str, more)]) == 0
@@ -48,8 +64,9 @@ def packed_record(root: Path, monkeypatch, *more: object) -> Path:
 
 
 # === One writer ===================================================================================
-def test_report_and_pack_write_one_file(tmp_path, monkeypatch) -> None:
-    folder = packed_record(tmp_path, monkeypatch)
+@pytest.mark.parametrize("finish", [lambda run: None, audited], ids=["plain", "audited"])
+def test_report_and_pack_write_one_file(tmp_path, monkeypatch, finish) -> None:
+    folder = packed_record(tmp_path, monkeypatch, finish=finish)
     logs = [f"logs/s{seed}.txt" for seed in (1, 2, 3)]
     options = ["--submission", "mine.json", *claimed("--date", "2026-11-30")]
     assert report.main([*logs, *options]) == 0
@@ -88,6 +105,18 @@ def test_an_audit_states_compliance_in_the_fields_names(tmp_path) -> None:
     assert {"score_first_ttt", "no_slot", "causal", "score_first"} <= {
         name for name, holds in claim["compliance"].items() if holds
     }
+
+
+def test_audits_of_all_seeds_travel_and_state_compliance(tmp_path, monkeypatch) -> None:
+    folder = packed_record(tmp_path, monkeypatch, finish=audited)
+    assert {path.name for path in folder.glob("audit*")} == {
+        *("audit.json", "audit_seed2.json", "audit_seed3.json")
+    }
+    claim = json.loads((folder / "submission.json").read_text())
+    assert claim["compliance"]["causal"] is True
+    assert claim["compliance_evidence"]["causal"] == {"1": "s1", "2": "s2", "3": "s3"}
+    (folder / "audit_seed3.json").write_text('{"properties": {"causal": {"passed": false}}}')
+    assert "audit_seed3.json: says that causal does not hold" in problems(folder)
 
 
 def test_the_date_is_that_of_the_run(tmp_path) -> None:
@@ -132,7 +161,9 @@ def test_the_readme_has_what_reviewers_look_for(tmp_path, monkeypatch) -> None:
     assert "| 2 | 1.45231 | 3.02000 |" in text
     assert "SEED=1 DATA_DIR=DATA python train_gpt.py" in text
     assert "EVAL_ONLY_PATH=ARTIFACT python FOLDER/train_gpt.py" in text
-    assert "| 3. a token is scored before anything learns from it | not shown |" in text
+    assert (
+        "| 3. Score first. Nothing is learnt from a token before its score. | not shown |" in text
+    )
 
 
 def test_a_baseline_is_told_with_p_and_kept(tmp_path, monkeypatch) -> None:
@@ -150,6 +181,70 @@ def test_a_baseline_is_told_with_p_and_kept(tmp_path, monkeypatch) -> None:
     assert len(list((folder / "baseline").iterdir())) == 3
     change(folder, delta_bpb=-0.3, key="comparison")
     assert problems(folder) == ["submission.json: comparison is not what logs and files say"]
+
+
+def test_baselines_of_one_name_are_refused(tmp_path, monkeypatch, capsys) -> None:
+    logs = []
+    for number in (1, 2):
+        run_of(tmp_path / str(number), number)
+        logs.append(tmp_path / str(number) / "train.log")
+        (tmp_path / str(number) / "logs" / f"s{number}.txt").rename(logs[-1])
+    run = run_of(tmp_path, 3)
+    assert pack.main([str(run), str(tmp_path / "out"), "--baseline", *map(str, logs)]) == 2
+    assert "2/train.log: is not the only one called train.log" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("track", ["10min_16mb", "track_10min_16mb"])
+def test_the_folder_of_a_track_has_one_name(tmp_path, monkeypatch, track: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = run_of(tmp_path, 1)
+    options = ["--records", "records", "--name", "n", "--author", "a", "--track", track]
+    assert pack.main([str(run), *options, "--date", "2026-99-99"]) == 2
+    assert pack.main([str(run), *options, "--date", "2026-11-30"]) == 0
+    assert Path("records/track_10min_16mb/2026-11-30_n").is_dir()
+
+
+def with_documents(root: Path) -> Path:
+    """A run that commits to the scores of two documents."""
+    documents = {
+        "doc_nats": np.array([10.0, 20.0]),
+        "doc_bytes": np.array([12, 18]),
+        "doc_tokens": np.array([4, 6]),
+    }
+    run = run_of(root, 1, documents_sha256=commitment.root(documents), val_docs=2)
+    np.savez(run / "documents.npz", **documents)
+    return run
+
+
+def test_documents_travel_and_must_be_those_that_the_log_commits_to(tmp_path) -> None:
+    run = with_documents(tmp_path)
+    folder = tmp_path / "out"
+    files = make(run, folder)
+    assert files["documents.npz"] == (run / "documents.npz").read_bytes()
+    in_log(folder, '"val_tokens": 10', '"val_tokens": 9', "train_seed1.log")
+    assert "train_seed1.log: val_tokens is 9 in the final line, 10 by the documents" in problems(
+        folder
+    )
+    in_log(folder, '"val_tokens": 9', '"val_tokens": 10', "train_seed1.log")
+    arrays = dict(np.load(folder / "documents.npz"))
+    np.savez(folder / "documents.npz", **arrays | {"doc_nats": np.array([10.0, 19.0])})
+    line = "documents.npz: no log commits to these documents (documents_sha256)"
+    assert problems(folder) == [line]
+    np.savez(folder / "documents.npz", **arrays | {"doc_tokens": np.array([-1, 11])})
+    assert problems(folder) == ["documents.npz holds doc_tokens that count nothing"]
+    (folder / "documents.npz").write_bytes(b"PK")
+    assert [line for line in problems(folder) if line.endswith(": cannot be read")]
+    (folder / "documents.npz").unlink()
+    line = "documents.npz: missing, so no score can be computed from its documents"
+    assert problems(folder) == [line]
+
+
+def test_a_packed_log_is_read_as_report_reads_it(tmp_path) -> None:
+    run = run_of(tmp_path, 1)
+    log = tmp_path / "logs" / "s1.txt"
+    (tmp_path / "source.py").write_bytes(log.read_bytes().split(b"\nHyperparameters:")[0])
+    log.write_bytes(gzip.compress(log.read_bytes()))
+    make(run, tmp_path / "out", "--source", tmp_path / "source.py")
 
 
 @pytest.mark.skipif(not shutil.which("make"), reason="no make")
@@ -204,6 +299,32 @@ def in_log(folder: Path, old: str, new: str, name: str = "train_seed2.log") -> N
             ),
             "audit.json: says that causal does not hold",
         ),
+        (
+            lambda folder: change(folder, val_bpb=math.nan, val_loss=1),
+            "submission.json: val_bpb is not what logs and files say",
+        ),
+        (
+            lambda folder: change(folder, val_loss=10**400),
+            "submission.json: val_loss is not what logs and files say",
+        ),
+        (
+            lambda folder: change(folder, val_loss=3, val_bpb=1),
+            "submission.json: val_loss is not what logs and files say",
+        ),
+        (
+            lambda folder: in_log(
+                folder, "num_layers: 4", "val_doc_fraction: all (env)\n  num_layers: 4"
+            ),
+            "train_seed2.log: VAL_DOC_FRACTION=all: is no number",
+        ),
+        (
+            lambda folder: (
+                (folder / "baseline").mkdir()
+                or (folder / "baseline" / "train.log").write_text("step:1\n")
+            ),
+            "baseline/train.log: holds no score",
+        ),
+        (lambda folder: change(folder, date="2026-99-99"), "submission.json: date '2026-99-99'"),
         (lambda folder: change(folder, name=" "), "submission.json: name is empty"),
         (lambda folder: change(folder, date="May"), "submission.json: date 'May' does not begin"),
         (
@@ -227,7 +348,10 @@ def test_free_fields_and_files_are_left_alone(tmp_path, monkeypatch) -> None:
     (folder / "loss.png").write_bytes(b"\x89PNG")
     (folder / "more").mkdir()
     shutil.copy(folder / "train_seed1.log", folder / "more" / "another.log")
-    assert problems(folder) == []
+    claim = json.loads((folder / "submission.json").read_text())
+    del claim["seeds"]
+    (folder / "submission.json").write_text(json.dumps(claim))
+    assert pack.main(["--seal", str(folder)]) == 0
 
 
 # === Folders in the form of accepted records ======================================================

@@ -56,12 +56,11 @@ class Watched(NamedTuple):
     ledger: Any
 
 
-# Nothing trains here: no time for it is measured, none can lack, and there is nothing to go on
-# from.
+# Nothing trains here: no time for it is measured, and none can lack.
 FIXED_KNOBS = {
     "EVAL_DEADLINE_SECONDS": "1e9",
     "MAX_WALLCLOCK_SECONDS": "0",
-    "CHECKPOINT_EVERY": "0",
+    **runlog.KEEPS_NOTHING,
 }
 
 

@@ -60,14 +60,18 @@ class Transform(NamedTuple):
         Raises CaseOpsError for any text that `encode` never returns, such as one with a lone
         operator or with an operator inside a word.
         """
-        first = f"{TITLE}({self.space}[a-z])|{ALLCAPS}({self.space}[a-z]+)"
-        marked = f"{first}|{CAPNEXT}([a-z])|{ESC}({OPERATOR})"
-        original = re.sub(marked, raise_capitals, text)
+        original = self.apply(text)
         again = self.encode(original)
         if again != text:
             at = first_difference(again, text)
             raise CaseOpsError(f"not a transformed text from character {at} on: {text[at:][:20]!r}")
         return original
+
+    def apply(self, text: str) -> str:
+        """Does what the operators of any text say; those that stand before nothing stay."""
+        first = f"{TITLE}({self.space}[a-z])|{ALLCAPS}({self.space}[a-z]+)"
+        marked = f"{first}|{CAPNEXT}([a-z])|{ESC}({OPERATOR})"
+        return re.sub(marked, raise_capitals, text)
 
 
 def mark_capitals(match: re.Match[str]) -> str:

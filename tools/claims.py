@@ -22,6 +22,7 @@ from canonical import (
     ValidationSet,
 )
 from runlog import (
+    BOOKKEEPING,
     LogError,
     Run,
     Score,
@@ -32,23 +33,8 @@ from runlog import (
 
 from train_gpt import LIMIT_BYTES, UsageError
 
-# Settings that say where and which, not what: they may differ between the seeds of one claim.
-NOT_OF_THE_CLAIM = {
-    "seed",
-    "run_id",
-    "logfile",
-    "artifact_dir",
-    "model_path",
-    "quantized_model_path",
-    "ttt_output_dir",
-    "tensorboard_dir",
-    "checkpoint_every",
-    "rank",
-    "local_rank",
-    "is_main_process",
-    "eval_only_path",
-    "data_dir",
-}
+# Settings that may differ between the seeds of one claim.
+NOT_OF_THE_CLAIM = BOOKKEEPING | {"seed", "rank", "local_rank", "is_main_process"}
 
 
 # === Which runs there are =========================================================================

@@ -62,9 +62,25 @@ def no_claim(settings: Mapping[str, Any]) -> str:
     The best of four seeds of a sample gained 0.03 bpb without a change of code.
     """
     setting = settings.get("val_doc_fraction")
-    share = float(setting.value) if setting is not None else 1.0
-    if share < 1:
-        return f"VAL_DOC_FRACTION={share:g}: a score of some documents is no claim"
+    if setting is None:
+        return ""
+    try:
+        is_whole = float(setting.value) >= 1
+    except ValueError:
+        return f"VAL_DOC_FRACTION={setting.value}: is no number"
+    if not is_whole:
+        return f"VAL_DOC_FRACTION={setting.value}: a score of some documents is no claim"
+    return ""
+
+
+def unfit(documents: Mapping[str, np.ndarray]) -> str:
+    """Why arrays are no records of documents; "" if they are."""
+    missing = [name for name in COLUMNS if name not in documents]
+    if missing:
+        return f"documents.npz lacks {', '.join(missing)}"
+    for name in COLUMNS[1:]:
+        if not all(0 <= count < 2**63 for count in documents[name].tolist()):
+            return f"documents.npz holds {name} that count nothing"
     return ""
 
 
@@ -85,9 +101,8 @@ def problems(
     if documents is None:
         yield "documents.npz is missing, so the score cannot be computed from its documents"
         return
-    missing = [name for name in COLUMNS if name not in documents]
-    if missing:
-        yield f"documents.npz lacks {', '.join(missing)}"
+    if reason := unfit(documents):
+        yield reason
         return
     if root(documents) != final["documents_sha256"]:
         yield "the documents are not those that the final line commits to (documents_sha256)"

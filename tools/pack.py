@@ -1,7 +1,7 @@
 """Makes, checks and evaluates the folder of a submission.
 
     pack.py RUN_DIR OUT           write OUT from a finished run: packed code, readable source,
-                                  artifact, logs, claim
+                                  artifact, its documents' scores, logs, audits, claim
     pack.py [RUN_DIR] --records records --name NAME --author AUTHOR --track TRACK
                                   the same as records/TRACK/<day of the run>_NAME, without the
                                   weights unless --weights; default: the newest run with an artifact
@@ -57,6 +57,7 @@ import submission  # noqa: E402
 import terminal  # noqa: E402
 from digests import sha256  # noqa: E402
 from packed_code import PACKED, READABLE, pack_code, packed_size, same_program, unpack_code  # noqa: E402
+from run_documents import ARTIFACT, DOCUMENTS, arrays_of, newest_run  # noqa: E402
 from runlog import LogError, Run  # noqa: E402
 from submission import Claimant, Compliance, CountedFiles  # noqa: E402
 from submission_page import make_readme  # noqa: E402
@@ -66,6 +67,7 @@ from train_gpt import (  # noqa: E402
     MAX_ARTIFACT_BYTES,
     MAX_JSON_BYTES,
     MAX_LOG_BYTES,
+    NUMBER,
     TEXT_LINE,
     UsageError,
     fault_in,
@@ -80,7 +82,7 @@ CLAIM = "submission.json"
 SUMS = "SHA256SUMS"
 README = "README.md"
 REQUIREMENTS = "requirements.txt"
-AUDIT = "audit.json"
+AUDIT = "audit.json"  # of the artifact's run; those of other seeds have the seed in their name
 REQUIRED = (PACKED, READABLE, CLAIM, SUMS, README, REQUIREMENTS)
 BASELINE = "baseline"  # folder of the logs that the claim is compared with
 # What the final line of a log must hold beside the facts, and which of that must be numbers.
@@ -103,7 +105,7 @@ Files = dict[str, bytes]  # name -> content of every file of a folder
 # === Logs =========================================================================================
 def read_log(name: str, log: bytes) -> Run:
     """A finished run. Raises LogError unless one final line holds every figure of a claim."""
-    text = log.decode(errors="replace")
+    text = logtext.decode(log)
     final = runlog.read_final(text)
     missing = [key for key in NEEDED if final.get(key) is None]
     if missing:
@@ -125,7 +127,7 @@ def make_claim(packed: bytes, runs: list[Run], claimant: Claimant, **more: Any) 
 
     `more`: compliance and baseline, as `build_submission` takes them.
     """
-    counted = CountedFiles([PACKED, submission.ARTIFACT], len(packed))
+    counted = CountedFiles([PACKED, ARTIFACT], len(packed))
     return submission.build_submission(runs, claimant, counted, **more)
 
 
@@ -216,17 +218,17 @@ def build(args: argparse.Namespace) -> Files:
         files[origin.artifact.name] = origin.artifact.read_bytes()
     for log in logs:
         files[log_name(log.run)] = log.content
+    documents = origin.artifact.with_name(DOCUMENTS)
+    if documents.is_file():
+        files[DOCUMENTS] = read_regular(documents, MAX_LOG_BYTES)
+    files |= audit_files(args.run_dir, logs, origin)
+    files |= baseline_files(args.baseline)
     baseline = claims.read_finished(args.baseline).runs if args.baseline else []
-    for run in baseline:
-        files[f"{BASELINE}/{run.path.name}"] = run.path.read_bytes()
-    audit = args.run_dir / AUDIT
-    if audit.is_file():
-        files[AUDIT] = audit.read_bytes()
     runs = sorted([log.run for log in logs], key=submission.seed_order)
     claim = make_claim(
         files[PACKED],
         runs,
-        claimant_of(args, runs),
+        Claimant.of(args, runs),
         compliance=read_compliance(files, runs),
         baseline=baseline,
     )
@@ -236,37 +238,47 @@ def build(args: argparse.Namespace) -> Files:
         runs,
         origin.artifact.name if origin.artifact.name in files else None,
         {name: len(content) for name, content in files.items()},
-        origin.log.content.decode(errors="replace"),
+        logtext.decode(origin.log.content),
     )
     return {**files, SUMS: make_sums(files)}
 
 
-def claimant_of(args: argparse.Namespace, runs: list[Run]) -> Claimant:
-    """What the command line claims; the day is that of the first run."""
-    given = {field: getattr(args, field) for field in Claimant._fields}
-    given["date"] = given["date"] or submission.day_of(runs[0])
-    given["track"] = given["track"].removeprefix("track_")
-    given["name"] = given["name"] or str(runs[0].final.get("run_id") or args.run_dir.name)
-    return Claimant(**given)
+def audit_files(run_dir: Path, logs: list[ReadLog], origin: Origin) -> Files:
+    """The audits in the folders of the runs; audit.json is that of the artifact."""
+    files = {}
+    for log in logs:
+        is_of_artifact = log is origin.log
+        path = run_dir / AUDIT if is_of_artifact else submission.audit_of_run(log.run)
+        if path and path.is_file():
+            name = AUDIT if is_of_artifact else f"audit_seed{log.run.final['seed']}.json"
+            files[name] = read_regular(path, MAX_JSON_BYTES)
+    return files
 
 
-def read_compliance(files: Files, runs: list[Run]) -> Compliance | None:
-    """What the audit of a folder shows of its runs. None where there is no audit of properties."""
-    if AUDIT not in files:
-        return None
-    try:
-        audit = submission.audit_of_text(files[AUDIT].decode(errors="replace"))
-    except LogError:
-        return None
-    return submission.compliance_of(runs, [audit])
+def baseline_files(paths: list[Path]) -> Files:
+    """The logs to compare with. Raises UsageError where two would have one name in the folder."""
+    files = {}
+    for path in paths:
+        name = f"{BASELINE}/{path.name}"
+        if name in files:
+            raise UsageError(f"--baseline {path}: is not the only one called {path.name}")
+        files[name] = read_regular(path, MAX_LOG_BYTES)
+    return files
 
 
-def newest_run() -> Path:
-    """The folder of the newest finished run below runs/. Raises UsageError if there is none."""
-    found = [*Path("runs").glob("*/*.ptz"), *Path("runs/sweeps").glob("*/*/*.ptz")]
-    if not found:
-        raise UsageError("runs: holds no run with an artifact (*.ptz); `make run` makes one")
-    return max(found, key=lambda path: path.stat().st_mtime).parent
+def audits_of(files: Files) -> dict[str, submission.Audit]:
+    """Name -> audit, of those in a folder that can be read."""
+    audits = {}
+    for name, content in files.items():
+        if re.fullmatch(r"audit(_seed\d+)?\.json", name):
+            with contextlib.suppress(LogError):
+                audits[name] = submission.audit_of_text(content.decode(errors="replace"))
+    return audits
+
+
+def read_compliance(files: Files, runs: list[Run]) -> Compliance:
+    """What the audits of a folder show of its runs."""
+    return submission.compliance_of(runs, list(audits_of(files).values()))
 
 
 def record_folder(args: argparse.Namespace) -> Path:
@@ -279,11 +291,13 @@ def record_folder(args: argparse.Namespace) -> Path:
     first = min((log.run for log in find_logs(args.run_dir, args.log)), key=submission.seed_order)
     day = args.date or submission.day_of(first)
     name = re.sub(r"[^\w.+-]+", "_", args.name).strip("_.")
-    return args.records / args.track / f"{day}_{name}"
+    return args.records / f"track_{args.track.removeprefix('track_')}" / f"{day}_{name}"
 
 
 def write_folder(args: argparse.Namespace) -> Path:
     """Writes the folder of a run, once it has passed all checks; returns it."""
+    if args.date and not submission.is_day(args.date):
+        raise UsageError(f"--date {args.date}: must be a day, YYYY-MM-DD")
     args.run_dir = Path(args.run_dir) if args.run_dir else newest_run()
     out = record_folder(args) if args.records else Path(args.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -355,6 +369,20 @@ class Contents:
             except LogError:
                 continue
         return runs
+
+    @functools.cached_property
+    def baseline(self) -> list[Run]:
+        """The runs that the claim is compared with, of the logs that can be read."""
+        runs = []
+        for name in self.baseline_logs:
+            with contextlib.suppress(LogError):
+                runs += runlog.runs_of_text(Path(name), logtext.decode(self.files[name]))
+        return runs
+
+    @property
+    def baseline_logs(self) -> list[str]:
+        """The names of the logs that the claim is compared with."""
+        return [name for name in self.files if name.startswith(f"{BASELINE}/")]
 
     @functools.cached_property
     def other_runs(self) -> dict[str, list[Run]]:
@@ -507,7 +535,7 @@ def check_log_code(contents: Contents, name: str, final: dict[str, Any]) -> Iter
 def check_budgets(contents: Contents) -> Iterator[str]:
     """Logs that say that a budget of time was overrun."""
     for name, run in contents.runs.items():
-        text = contents.files[name].decode(errors="replace")
+        text = logtext.decode(contents.files[name])
         for total in runlog.read_budget_totals(text):
             if total.is_over or 0 < total.limit < total.seconds:
                 yield f"{name}: {total.budget} took {total.seconds:.1f} s of {total.limit:g}, OVER"
@@ -534,15 +562,10 @@ def check_facts(contents: Contents) -> Iterator[str]:
 
 def check_audit(contents: Contents) -> Iterator[str]:
     """What the audit, or the claim itself, says does not hold."""
-    if AUDIT in contents.files:
-        try:
-            text = contents.files[AUDIT].decode(errors="replace")
-            _, properties = submission.audit_of_text(text)
-        except LogError:
-            properties = {}
+    for audit, (_, properties) in audits_of(contents.files).items():
         for name, held in properties.items():
             if held.get("passed") is False:
-                yield f"{AUDIT}: says that {name} does not hold"
+                yield f"{audit}: says that {name} does not hold"
     flags = (contents.claim or {}).get("compliance")
     # Of our runs the limits are judged by the logs, whose budgets may be others.
     judged = {"train_under_600s", "eval_under_600s", "artifact_under_16mb"}
@@ -556,6 +579,42 @@ def check_samples(contents: Contents) -> Iterator[str]:
     for name, run in contents.runs.items():
         if reason := commitment.no_claim(run.settings):
             yield f"{name}: {reason}"
+
+
+def check_documents(contents: Contents) -> Iterator[str]:
+    """Whether a log commits to the documents, and its score is what they add up to."""
+    runs = contents.runs
+    committed = {name: run for name, run in runs.items() if "documents_sha256" in run.final}
+    if not committed:
+        return
+    if not contents.has(DOCUMENTS):
+        yield f"{DOCUMENTS}: missing, so no score can be computed from its documents"
+        return
+    try:
+        documents = arrays_of(DOCUMENTS, contents.files[DOCUMENTS])
+    except UsageError as error:
+        yield str(error)
+        return
+    if reason := commitment.unfit(documents):
+        yield reason
+        return
+    root = commitment.root(documents)
+    owners = [name for name, run in committed.items() if run.final["documents_sha256"] == root]
+    if not owners:
+        yield f"{DOCUMENTS}: no log commits to these documents (documents_sha256)"
+    for name in owners:
+        # Whether it is a sample has been looked at, so the settings need not be.
+        for problem in commitment.problems(runs[name].final, {}, documents):
+            yield f"{name}: {problem}"
+
+
+def check_baseline(contents: Contents) -> Iterator[str]:
+    """Logs to compare with that cannot be read."""
+    for name in contents.baseline_logs:
+        try:
+            runlog.runs_of_text(Path(name), logtext.decode(contents.files[name]))
+        except LogError as error:
+            yield f"{name}: {error}"
 
 
 def check_artifact(contents: Contents) -> Iterator[str]:
@@ -593,7 +652,7 @@ def check_claim(contents: Contents) -> Iterator[str]:
         runs,
         Claimant(),
         compliance=read_compliance(contents.files, runs),
-        baseline=baseline_of(contents),
+        baseline=contents.baseline,
     )
     yield from compare_claims(contents.claim, real, free=set(Claimant._fields))
 
@@ -606,23 +665,16 @@ def check_claimant(claim: dict[str, Any]) -> Iterator[str]:
     if not str(claim.get("name") or claim.get("run_name") or "").strip():
         yield f"{CLAIM}: name is empty"
     day = str(claim.get("date", ""))
-    if day and not re.match(r"\d{4}-\d\d-\d\d", day):
+    if day and not submission.is_day(day[:10]):
         yield f"{CLAIM}: date {day!r} does not begin with YYYY-MM-DD"
-
-
-def baseline_of(contents: Contents) -> list[Run] | None:
-    """The runs that the claim is compared with, where the folder holds them."""
-    runs = []
-    for name, content in contents.files.items():
-        if name.startswith(f"{BASELINE}/"):
-            runs += runlog.runs_of_text(Path(name), logtext.decode(content))
-    return runs or None
 
 
 # By how many units of its last digit a figure may be off: half of one, or one where a mean was
 # taken of rounded figures.
 ROUNDED = 0.51
 ROUNDED_TWICE = 1.01
+# A score is claimed with at least so many digits behind the point: 2 is no way to say 2.4.
+SCORE_DIGITS = 3
 
 
 def compare_claims(
@@ -630,22 +682,37 @@ def compare_claims(
 ) -> Iterator[str]:
     """Yields a line for each field that logs and files contradict."""
     for key in sorted(real.keys() - free):
-        if key in claim and not agrees(claim[key], real[key], units):
+        if key in claim and not agrees({key: claim[key]}, {key: real[key]}, units):
             yield f"{CLAIM}: {key} is not what logs and files say"
     if "val_bpb" not in claim:
         yield f"{CLAIM}: val_bpb is missing"
 
 
-def agrees(claimed: Any, real: Any, units: float = ROUNDED) -> bool:
-    """Whether a claimed value is the real one, as far as it goes: the digits and fields it has."""
+def agrees(claimed: Any, real: Any, units: float = ROUNDED, least_digits: int = 0) -> bool:
+    """Whether a claimed value is the real one, as far as it goes: the digits and fields it has.
+
+    least_digits: behind the point, that a number is held to even where it has fewer.
+    """
     if isinstance(real, dict):
         return isinstance(claimed, dict) and all(
-            agrees(value, real[key], units) for key, value in claimed.items() if key in real
+            agrees(value, real[key], units, digits_of(key))
+            for key, value in claimed.items()
+            if key in real
         )
-    if isinstance(real, float) and type(claimed) in (int, float):
-        digits = max(0, -decimal.Decimal(repr(claimed)).as_tuple().exponent)
+    if isinstance(real, float) and NUMBER.fits(claimed):
+        digits = max(least_digits, -decimal.Decimal(repr(claimed)).as_tuple().exponent)
         return abs(claimed - real) <= units * 10.0**-digits
     return claimed == real
+
+
+def digits_of(name: str) -> int:
+    """The least digits of a field."""
+    return SCORE_DIGITS if name.endswith(("val_bpb", "val_loss")) else 0
+
+
+def agrees_with_score(claimed: Any, bpb: float) -> bool:
+    """Whether a claimed val_bpb is a score."""
+    return agrees(claimed, bpb, least_digits=SCORE_DIGITS)
 
 
 CHECKS = (
@@ -657,6 +724,8 @@ CHECKS = (
     check_budgets,
     check_facts,
     check_samples,
+    check_documents,
+    check_baseline,
     check_audit,
     check_artifact,
     check_claim,
@@ -724,14 +793,16 @@ def claimed_runs(contents: Contents) -> list[Run]:
     if not results:
         runs = list({run.digest: run for run in runs}.values())
         claimed = claim.get("val_bpb")
-        if not runs or agrees(claimed, statistics.fmean(run.score.bpb for run in runs)):
+        if not runs or agrees_with_score(claimed, statistics.fmean(run.score.bpb for run in runs)):
             return runs
         # Else the claim may be of one run, which the others support.
         return [run for run in runs if is_score_of(claimed, run)] or runs
     chosen = []
     for seed, result in results.items():
         of_seed = [run for run in runs if str(run.seed) == seed]
-        agreeing = [run for run in of_seed if agrees(result.get("val_bpb"), run.score.bpb)]
+        agreeing = [
+            run for run in of_seed if agrees_with_score(result.get("val_bpb"), run.score.bpb)
+        ]
         chosen += (agreeing or of_seed)[:1]
     return chosen
 
@@ -739,7 +810,9 @@ def claimed_runs(contents: Contents) -> list[Run]:
 def is_score_of(claimed: Any, run: Run) -> bool:
     """Whether a run's last score is claimed, or a complete one that is not better."""
     return any(
-        score.kind != "before" and score.bpb >= run.score.bpb and agrees(claimed, score.bpb)
+        score.kind != "before"
+        and score.bpb >= run.score.bpb
+        and agrees_with_score(claimed, score.bpb)
         for score in run.scores
     )
 
@@ -814,7 +887,7 @@ def evaluation_environment(
     """The whole environment of an evaluation: the log's knobs and `given`, with absolute paths."""
     variables = {
         "PATH": os.environ.get("PATH", os.defpath),  # for compilers; it holds no state
-        **runlog.evaluation_variables(log.decode(errors="replace")),
+        **runlog.evaluation_variables(logtext.decode(log)),
         **given,
     }
     for name, value in given.items():
@@ -965,7 +1038,8 @@ def summary_of(contents: Contents) -> str:
             f"holds together, in the form of the accepted records; val_bpb {claim['val_bpb']} "
             f"of {', '.join(str(run.path) for run in claimed_runs(contents))}"
         )
-    score = f"val_bpb {claim['val_bpb']:.5f} of {claim['seeds']}"
+    seeds = sorted(run.final["seed"] for run in contents.runs.values())
+    score = f"val_bpb {claim['val_bpb']:.5f} of {seeds}"
     if not contents.artifacts:
         return f"holds together, without weights; {PACKED} {code_bytes:,} bytes; {score}"
     model = contents.artifacts[0]
@@ -1002,6 +1076,10 @@ def main(argv: list[str]) -> int:
         raise
     except OSError as error:
         return report_problems(reason_of(error))
+    except ModuleNotFoundError as error:
+        package = (error.name or "").split(".")[0]
+        reason = "is not installed; pip install -r requirements-tools.txt"
+        return report_problems(f"{package}: {reason}")
     return 0
 
 

@@ -48,7 +48,6 @@ import json
 import math
 import os
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -530,14 +529,7 @@ def make_submission(report: Report, args: argparse.Namespace) -> dict[str, Any]:
     for run in runs:
         for problem in score_problems(run):
             raise UsageError(f"--submission: {problem}")
-    claimant = submission.Claimant(
-        author=args.author,
-        github_id=args.github_id,
-        name=args.name,
-        blurb=args.blurb,
-        date=args.date or submission.day_of(runs[0]),
-        track=args.track.removeprefix("track_"),
-    )
+    claimant = submission.Claimant.of(args, runs)
     compliance = submission.read_compliance(runs, args.audit)
     counted = submission.counted_by_logs(runs)
     return submission.build_submission(runs, claimant, counted, compliance, report.baseline)
@@ -629,14 +621,6 @@ def add_submission_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def is_day(text: str) -> bool:
-    """Whether a text is a day as YYYY-MM-DD."""
-    try:
-        return time.strftime("%Y-%m-%d", time.strptime(text, "%Y-%m-%d")) == text
-    except ValueError:
-        return False
-
-
 def without_copies(runs: list[Run]) -> list[Run]:
     """The runs, each once: a kept log may be a copy of one that is still in logs/."""
     return list({run.digest: run for run in runs}.values())
@@ -704,7 +688,7 @@ def main(argv: list[str]) -> int:
         for path in (*args.logs, *args.baseline):
             # What is no file, or an endless one, is named before it is read.
             open_regular(path, MAX_LOG_BYTES).close()
-        if args.date is not None and not is_day(args.date):
+        if args.date is not None and not submission.is_day(args.date):
             raise UsageError(f"--date {args.date}: must be a day, YYYY-MM-DD")
         return compare_systems(args) if args.compare else report_runs(args)
     except BrokenPipeError:

@@ -19,6 +19,8 @@ from runlog import Run
 
 from train_gpt import Entry, UsageError, read_json, read_regular, reason_of
 
+ARTIFACT = "final_model.int6.ptz"  # in the folder of a run
+DOCUMENTS = "documents.npz"  # beside it
 MAX_ARRAYS_BYTES = 2**30
 TEXT = Entry("a text", lambda value: type(value) is str)
 
@@ -49,6 +51,15 @@ def run_folder(run: Run) -> Path | None:
     return None
 
 
+def newest_run() -> Path:
+    """The folder in runs/ whose artifact was written last. Raises UsageError if there is none."""
+    runs = Path("runs")
+    found = [*runs.glob(f"*/{ARTIFACT}"), *runs.glob(f"sweeps/*/*/{ARTIFACT}")]
+    if not found:
+        raise UsageError("runs: holds no run with an artifact; make run makes one")
+    return max(found, key=lambda path: path.stat().st_mtime).parent
+
+
 def read_documents(run: Run) -> DocumentLosses:
     """The losses that add up to the run's score. Raises UsageError if a file cannot be read."""
     folder = run_folder(run)
@@ -68,19 +79,27 @@ def read_documents(run: Run) -> DocumentLosses:
 def load_arrays(path: Path) -> dict[str, np.ndarray]:
     """All arrays of an .npz file. Raises UsageError if it cannot be read."""
     try:
-        content = io.BytesIO(read_regular(path, MAX_ARRAYS_BYTES))
-        with zipfile.ZipFile(content) as archive:
+        content = read_regular(path, MAX_ARRAYS_BYTES)
+    except OSError as error:
+        raise UsageError(f"{reason_of(error)}: cannot be read") from error
+    return arrays_of(str(path), content)
+
+
+def arrays_of(name: str, content: bytes) -> dict[str, np.ndarray]:
+    """All arrays in an .npz file's bytes. Raises UsageError, which begins with `name`."""
+    file = io.BytesIO(content)
+    try:
+        with zipfile.ZipFile(file) as archive:
             if sum(entry.file_size for entry in archive.infolist()) > MAX_ARRAYS_BYTES:
                 raise ValueError("its arrays are too large")
-        content.seek(0)
-        with np.load(content, allow_pickle=False) as arrays:
-            loaded = {name: arrays[name] for name in arrays.files}
+        file.seek(0)
+        with np.load(file, allow_pickle=False) as arrays:
+            loaded = {key: arrays[key] for key in arrays.files}
         check_arrays(loaded)
         return loaded
     # A damaged archive may raise any error, each kind of compression its own.
     except Exception as error:
-        reason = reason_of(error) if isinstance(error, OSError) else f"{path}: {error}"
-        raise UsageError(f"{reason}: cannot be read") from error
+        raise UsageError(f"{name}: {error}: cannot be read") from error
 
 
 def check_arrays(arrays: dict[str, np.ndarray]) -> None:

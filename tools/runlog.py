@@ -38,6 +38,26 @@ FACTS = (
     "world_size",
 )
 
+# Settings that say where a run lies and what it keeps and tells, not what it computes: neither a
+# claim nor an evaluation depends on them. Published logs have other names for some.
+BOOKKEEPING = {
+    "run_id",
+    "data_dir",
+    "artifact_dir",
+    "tensorboard_dir",
+    "checkpoint_every",
+    "wandb_project",
+    "train_log_every",
+    "eval_only_path",
+    "logfile",
+    "model_path",
+    "quantized_model_path",
+    "ttt_output_dir",
+}
+# What an evaluation sets against an environment that was made for training: there is nothing to go
+# on from, and its figures go to nobody else.
+KEEPS_NOTHING = {"CHECKPOINT_EVERY": "0", "WANDB_PROJECT": ""}
+
 # Kinds of a score -> their names for readers, in the order of a run.
 STAGES = {
     "before": "before quantisation",
@@ -181,13 +201,18 @@ def settings_of_words(lines: list[str]) -> dict[str, Setting]:
 
 
 def evaluation_variables(text: str) -> dict[str, str]:
-    """The environment that makes an evaluation this run's: its preset and what its user had set.
+    """The environment that makes an evaluation that of a log's run."""
+    return variables_of(read_settings(text))
 
-    Paths and names of the run are left out: they say where, not what.
+
+def variables_of(settings: dict[str, Setting]) -> dict[str, str]:
+    """The environment that makes an evaluation a run's: its preset and what its user had set.
+
+    Bookkeeping and paths are left out: they say where, not what.
     """
     variables = {}
-    for name, setting in read_settings(text).items():
-        is_place = re.search("(^run_id|_dir|_path)$", name) is not None
+    for name, setting in settings.items():
+        is_place = name in BOOKKEEPING or name.endswith(("_dir", "_path"))
         if name == "preset" or (setting.origin == "env" and not is_place):
             variables[name.upper()] = {"True": "1", "False": "0"}.get(setting.value, setting.value)
     return variables

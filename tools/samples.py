@@ -26,11 +26,12 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+import caseops  # noqa: E402
 import runlog  # noqa: E402
+from run_documents import ARTIFACT, newest_run  # noqa: E402
 
 import train_gpt as tg  # noqa: E402
 
-ARTIFACT = "final_model.int6.ptz"
 NUM_PROMPTS = 3
 PROMPT_TOKENS = 24
 TEMPERATURE = 0.8
@@ -110,15 +111,14 @@ def continue_prompts(
 
 
 def readable_text(tokenizer: tg.Tokenizer, ids: np.ndarray) -> str:
-    """The text of tokens (n,) up to a BOS. Operators of CaseOps are applied, roughly.
+    """The text of tokens (n,) up to a BOS.
 
-    In one of its forms a space stands between an operator and its word.
+    A model may write operators of CaseOps where no transform puts them: those that apply to nothing
+    are left out. BEFORE_SPACE reads what PUBLISHED has written, too.
     """
     until_bos = takewhile(lambda token: token != tokenizer.bos_id, ids.tolist())
     text = tokenizer.model.decode(list(until_bos))
-    text = re.sub("\ue002( ?[a-z]+)", lambda match: match[1].upper(), text)
-    text = re.sub("[\ue001\ue003]( ?.)", lambda match: match[1].upper(), text)
-    return re.sub(f"[{tg.CASE_OPERATORS}]", "", text)
+    return re.sub(caseops.OPERATOR, "", caseops.BEFORE_SPACE.apply(text))
 
 
 def write_samples(writer: Writer, num_tokens: int) -> list[dict[str, int | str]]:
@@ -145,21 +145,14 @@ def write_samples(writer: Writer, num_tokens: int) -> list[dict[str, int | str]]
     return samples
 
 
-def newest_run(folder: Path) -> Path:
-    """The folder in runs/ whose artifact was written last. Raises UsageError if there is none."""
-    artifacts = sorted(folder.glob(f"*/{ARTIFACT}"), key=lambda path: path.stat().st_mtime)
-    if not artifacts:
-        raise tg.UsageError(f"{folder}: holds no run with an artifact; make run makes one")
-    return artifacts[-1].parent
-
-
 def sample_run(run_dir: Path, num_tokens: int) -> None:
     """Prints and keeps what the artifact of a run writes. Raises UsageError or OSError."""
     log = runlog.log_of_run(run_dir)
     knobs = {}
     if log.is_file():
         knobs = runlog.evaluation_variables(log.read_text(encoding="utf-8", errors="replace"))
-    writer = Writer.load(run_dir / ARTIFACT, {**knobs, **os.environ})
+    environ = {**knobs, **os.environ, **runlog.KEEPS_NOTHING}
+    writer = Writer.load(run_dir / ARTIFACT, environ)
     samples = write_samples(writer, num_tokens)
     print(f"what the artifact writes; sampled at temperature {TEMPERATURE}:")
     for sample in samples:
@@ -180,7 +173,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     tg.prepare_output()
     try:
-        sample_run(args.run_dir or newest_run(Path("runs")), max(args.tokens, 1))
+        sample_run(args.run_dir or newest_run(), max(args.tokens, 1))
     except tg.UsageError as error:
         print(f"samples.py: {error}", file=sys.stderr)
         return 2

@@ -7,6 +7,7 @@ stand beside them, and whoever reads one may find more fields than he asked for.
 
 from __future__ import annotations
 
+import argparse
 import functools
 import json
 import time
@@ -16,9 +17,9 @@ from typing import Any, NamedTuple
 from comparison import compare
 from digests import sha256
 from packed_code import PACKED, pack_code
-from run_documents import run_folder
+from run_documents import ARTIFACT, run_folder
 from run_statistics import mean_and_sd
-from runlog import LIMIT_SECONDS, LogError, Run, source_at_head
+from runlog import BOOKKEEPING, LIMIT_SECONDS, LogError, Run, source_at_head
 
 from train_gpt import (
     LIMIT_BYTES,
@@ -34,7 +35,6 @@ from train_gpt import (
 )
 
 ROOT = Path(__file__).resolve().parents[1]
-ARTIFACT = "final_model.int6.ptz"
 
 # Kind of a score -> its name in submission.json.
 SCORE_NAMES = {
@@ -52,6 +52,39 @@ SHOWN_BY_AUDIT = {
 }
 
 
+class Condition(NamedTuple):
+    """What a claim must hold to."""
+
+    name: str
+    asks: str  # in a sentence
+    shown_by: tuple[str, ...]  # properties of an audit
+
+
+# The conditions of issue #1017 of the challenge.
+CONDITIONS = (
+    Condition(
+        "1. Causal",
+        "A score depends on the artifact and the text before it.",
+        ("causal", "self_contained"),
+    ),
+    Condition(
+        "2. A distribution",
+        "The probabilities of all next tokens sum to 1.",
+        ("normalised",),
+    ),
+    Condition(
+        "3. Score first",
+        "Nothing is learnt from a token before its score.",
+        ("score_first",),
+    ),
+    Condition(
+        "4. One pass",
+        "Every token is scored once, and the first score counts.",
+        ("single_pass",),
+    ),
+)
+
+
 class Claimant(NamedTuple):
     """What no log can tell about a claim."""
 
@@ -61,6 +94,19 @@ class Claimant(NamedTuple):
     blurb: str = ""
     date: str = ""  # day of the runs, YYYY-MM-DD
     track: str = ""
+
+    @classmethod
+    def of(cls, args: argparse.Namespace, runs: list[Run]) -> Claimant:
+        """What a command line claims. Day and name are those of the first run, unless given."""
+        given = {field: getattr(args, field) for field in cls._fields}
+        given["date"] = given["date"] or day_of(runs[0])
+        given["name"] = given["name"] or str(runs[0].final.get("run_id") or runs[0].path.stem)
+        given["track"] = given["track"].removeprefix("track_")
+        return cls(**given)
+
+
+# (hash of the artifact, properties) of an audit.
+Audit = tuple[str | None, dict[str, dict[str, Any]]]
 
 
 class CountedFiles(NamedTuple):
@@ -177,8 +223,8 @@ def technique(run: Run) -> str | None:
     preset = run.facts.get("preset")
     if not preset:
         return None
-    places = {"data_dir", "tokenizer_path", "run_id", "seed", "preset", "dataset", "artifact_dir"}
-    knobs = [f"{name.upper()}={run.config[name]}" for name in sorted(run.given - places)]
+    told_elsewhere = BOOKKEEPING | {"tokenizer_path", "seed", "preset", "dataset"}
+    knobs = [f"{name.upper()}={run.config[name]}" for name in sorted(run.given - told_elsewhere)]
     return " ".join([f"PRESET={preset}", *knobs])
 
 
@@ -202,6 +248,14 @@ def comparison_with(runs: list[Run], baseline: list[Run]) -> dict[str, Any]:
 def as_bytes(submission: dict[str, Any]) -> bytes:
     """The content as it stands in the file."""
     return (json.dumps(submission, indent=2) + "\n").encode()
+
+
+def is_day(text: str) -> bool:
+    """Whether a text is a day as YYYY-MM-DD."""
+    try:
+        return time.strftime("%Y-%m-%d", time.strptime(text, "%Y-%m-%d")) == text
+    except ValueError:
+        return False
 
 
 def day_of(run: Run) -> str:
@@ -290,10 +344,8 @@ def read_compliance(runs: list[Run], audits: list[Path]) -> Compliance:
     return compliance_of(runs, [read_audit(path) for path in paths])
 
 
-def compliance_of(
-    runs: list[Run], audits: list[tuple[str | None, dict[str, dict[str, Any]]]]
-) -> Compliance:
-    """The flags by audits that were read, as (hash of the artifact, properties)."""
+def compliance_of(runs: list[Run], audits: list[Audit]) -> Compliance:
+    """The flags by audits that were read."""
     properties_of = dict(audits)
     of_runs = [properties_of.get(run.final.get("artifact_sha256") or "none", {}) for run in runs]
     flags = {}
@@ -320,8 +372,8 @@ def audit_of_run(run: Run) -> Path | None:
     return path if path and path.is_file() else None
 
 
-def read_audit(path: Path) -> tuple[str | None, dict[str, dict[str, Any]]]:
-    """(hash of the artifact, properties) of an audit. Raises UsageError if it cannot be read."""
+def read_audit(path: Path) -> Audit:
+    """The audit in a file. Raises UsageError if it cannot be read."""
     try:
         audit = read_json(path, AUDIT)
     except OSError as error:
@@ -331,8 +383,8 @@ def read_audit(path: Path) -> tuple[str | None, dict[str, dict[str, Any]]]:
     return audit.get("artifact_sha256"), audit["properties"]
 
 
-def audit_of_text(text: str) -> tuple[str | None, dict[str, dict[str, Any]]]:
-    """(hash of the artifact, properties) of an audit's text. Raises LogError if it is none."""
+def audit_of_text(text: str) -> Audit:
+    """The audit in a text. Raises LogError if it is none."""
     try:
         audit = json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -7,20 +7,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from packed_code import PACKED, READABLE
-from runlog import STAGES, Run, evaluation_variables
-from submission import seed_order
+from runlog import STAGES, Run, evaluation_variables, variables_of
+from submission import CONDITIONS, seed_order
 from tables import DASH, markdown_table, show
-
-# The conditions of issue #1017 of the challenge -> the properties of an audit that show them.
-CONDITIONS = {
-    "1. a prediction depends on the artifact and earlier tokens alone": (
-        "causal",
-        "self_contained",
-    ),
-    "2. it is a normalised distribution over the alphabet": ("normalised",),
-    "3. a token is scored before anything learns from it": ("score_first",),
-    "4. one pass, from left to right": ("single_pass",),
-}
 
 
 def make_readme(
@@ -121,10 +110,11 @@ def files_section(claim: dict[str, Any], artifact: str | None, sizes: dict[str, 
 
 def train_section(run: Run) -> str:
     """The command that trains this system again."""
-    knobs = evaluation_variables_of(run)
+    knobs = variables_of(run.settings)
+    knobs.pop("SEED", None)
     return (
         "Once per seed; DATA holds `datasets/` and `tokenizers/`:\n\n```\n"
-        f"{knobs} SEED={run.seed} DATA_DIR=DATA {launcher(run)} {PACKED}\n```"
+        f"{in_shell(knobs)} SEED={run.seed} DATA_DIR=DATA {launcher(run)} {PACKED}\n```"
     )
 
 
@@ -134,18 +124,14 @@ def launcher(run: Run) -> str:
     return "python" if ranks == 1 else f"torchrun --standalone --nproc_per_node={ranks}"
 
 
-def evaluation_variables_of(run: Run) -> str:
-    """The environment that makes a run this run, for a shell."""
-    settings = ["Hyperparameters:"]
-    settings += [f"  {name}: {value} ({origin})" for name, (value, origin) in run.settings.items()]
-    knobs = evaluation_variables("\n".join(settings))
-    knobs.pop("SEED", None)
-    return " ".join(f"{name}={shlex.quote(value)}" for name, value in knobs.items())
+def in_shell(variables: dict[str, str]) -> str:
+    """Variables as a shell takes them before a command."""
+    return " ".join(f"{name}={shlex.quote(value)}" for name, value in variables.items())
 
 
 def score_section(artifact: str | None, log: str) -> str:
     """The command that scores the artifact alone."""
-    knobs = " ".join(f"{k}={shlex.quote(v)}" for k, v in evaluation_variables(log).items())
+    knobs = in_shell(evaluation_variables(log))
     weights = f"FOLDER/{artifact}" if artifact else "ARTIFACT"
     which = "" if artifact else ", ARTIFACT what training leaves in runs/"
     return (
@@ -176,8 +162,9 @@ def compliance_section(claim: dict[str, Any]) -> str:
     flags = claim["compliance"]
     limits = ("train_under_600s", "eval_under_600s", "artifact_under_16mb")
     rows = [[name.replace("_", " "), verdict(flags, (name,)), "logs"] for name in limits]
-    for condition, properties in CONDITIONS.items():
-        rows.append([condition, verdict(flags, properties), "audit: " + ", ".join(properties)])
+    for name, asks, properties in CONDITIONS:
+        shown_by = f"audit: {', '.join(properties)}"
+        rows.append([f"{name}. {asks}", verdict(flags, properties), shown_by])
     return markdown_table(["condition", "holds", "shown by"], rows)
 
 

@@ -19,18 +19,16 @@ from digests import file_sha256
 
 from train_gpt import UsageError, write_atomic
 
-# Condition -> (what it asks, properties of audit.json that show it).
-CONDITIONS = {
-    "1. Causal": ("A score depends on the artifact and the text before it.", ("causal",)),
-    "2. A distribution": ("The probabilities of all next tokens sum to 1.", ("normalised",)),
-    "3. Score first": ("Nothing is learnt from a token before its score.", ("score_first",)),
-    "4. One pass": ("Every token is scored once, and the first score counts.", ("single_pass",)),
-    "Whole and lossless": ("All validation text is scored, by its own bytes.", ("lossless",)),
-    "Self-contained": ("The artifact and the code are all there is.", ("self_contained",)),
-    "Clean data": ("No validation text is in training or warm-up.", ("clean_data",)),
-    "Within budget": ("Time and size stay within the limits.", ("within_budget",)),
-    "Provenance": ("Log, code, artifact and scores belong together.", ("provenance",)),
-}
+# What this repository adds to the four conditions.
+MORE_CONDITIONS = [
+    submission.Condition(name, asks, (shown_by,))
+    for name, asks, shown_by in (
+        ("Whole and lossless", "All validation text is scored, by its own bytes.", "lossless"),
+        ("Clean data", "No validation text is in training or warm-up.", "clean_data"),
+        ("Within budget", "Time and size stay within the limits.", "within_budget"),
+        ("Provenance", "Log, code, artifact and scores belong together.", "provenance"),
+    )
+]
 NOT_TESTED = (
     "Memorised documents that cost only a little less than others: weights may know them.",
     "Training: replay scores the artifact and does not make it again.",
@@ -74,7 +72,7 @@ def condition_rows(verdict: replay.Verdict, properties: dict[str, Any]) -> list[
     marks = {True: "yes", False: "no", None: "not shown"}
     sentence = sentence[0].upper() + sentence[1:] + "."
     rows = [Row("The claim, scored again", marks[verdict.passed], sentence, figures)]
-    for name, (asks, shown_by) in CONDITIONS.items():
+    for name, asks, shown_by in (*submission.CONDITIONS, *MORE_CONDITIONS):
         held = [properties.get(key, {}) for key in shown_by]
         passed = [one.get("passed") for one in held]
         verdict_of_all = False if False in passed else (None if None in passed else True)
