@@ -63,11 +63,17 @@ def test_the_fuzz_finds_a_loader_that_does_not_look_behind_streams(files, monkey
     assert behind and all(one.is_refused for one in behind)  # by packing again alone
 
 
-def test_codes_spelt_by_another_version_of_a_codec_are_told_from_other_forgery(files):
+def of_another_zstd(data: bytes) -> bytes:
+    """The file with its codes compressed at another level, as another version might do it."""
     zstandard = pytest.importorskip("zstandard")
-    parts = container.Parts.of(files["zstd"])
+    parts = container.Parts.of(data)
     raw = tg.decompress("zstd", parts.streams[0], parts.header["streams"][0][0])
-    other = container.with_stream(parts, 0, zstandard.ZstdCompressor(level=19).compress(raw))
+    return container.with_stream(parts, 0, zstandard.ZstdCompressor(level=19).compress(raw))
+
+
+def test_codes_spelt_by_another_version_of_a_codec_are_told_from_other_forgery(files):
+    parts = container.Parts.of(files["zstd"])
+    other = of_another_zstd(files["zstd"])
     assert "differs from byte" in container.difference(other)
     assert container.is_of_another_library(other)
     raw = tg.decompress("lzma", parts.streams[4], parts.header["streams"][4][0])
@@ -135,13 +141,26 @@ def test_command_says_what_differs_in_one_line(files, tmp_path, capsys):
     assert container.main([str(path), "--mutants", "20"]) == 0
     assert "the same when packed again" in capsys.readouterr().out
     parts = container.Parts.of(files["zstd"])
-    raw = tg.decompress("lzma", parts.streams[2], parts.header["streams"][2][0])
-    other = tg.lzma.compress(
-        raw, tg.lzma.FORMAT_RAW, filters=[{**tg.LZMA_FILTERS[0], "mode": tg.lzma.MODE_FAST}]
-    )
-    if other != parts.streams[2]:  # the loader reads it, and only packing again sees it
-        path.write_bytes(container.with_stream(parts, 2, other))
-        assert container.main([str(path)]) == 1
-        assert "differs from byte" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        container.main([str(tmp_path / "nowhere")])
+    raw = tg.decompress("lzma", parts.streams[4], parts.header["streams"][4][0])
+    filters = [{**tg.LZMA_FILTERS[0], "mode": tg.lzma.MODE_FAST, "nice_len": 5}]
+    other = tg.lzma.compress(raw, tg.lzma.FORMAT_RAW, filters=filters)
+    # The loader reads it, and only packing again sees it.
+    assert other != parts.streams[4]
+    path.write_bytes(container.with_stream(parts, 4, other))
+    assert container.main([str(path)]) == 1
+    assert "differs from byte" in capsys.readouterr().out
+    for wrong in (["nowhere"], [str(path), "--mutants", "-1"]):
+        with pytest.raises(SystemExit):
+            container.main(wrong)
+
+
+def test_command_does_not_judge_a_file_of_another_version_of_its_codec(files, tmp_path, capsys):
+    path = tmp_path / "a.ptz"
+    path.write_bytes(of_another_zstd(files["zstd"]))
+    assert container.main([str(path)]) == 3
+    assert "not shown" in capsys.readouterr().out
+
+
+def test_as_many_forged_files_are_read_as_asked_for(files):
+    for seed in range(8):
+        assert len(list(container.forge(files["ans"], 1, seed))) == 1

@@ -123,6 +123,20 @@ def test_what_a_sweep_cannot_show_is_said(scores, words):
     assert words in closing_sentence(scores)
 
 
+def test_a_lead_too_small_for_any_affordable_number_of_seeds_is_still_a_lead():
+    scores = {"A=1": by_seed(2.0, 2.1), "A=2": by_seed(2.1001, 2.0001)}
+    text = closing_sentence(scores)
+    assert "+0.00010 bpb ahead of A=2" in text
+    assert text.endswith("more than 10,000 seeds would be needed")
+
+
+def test_the_best_mean_may_be_behind_in_the_seeds_that_both_settings_have():
+    scores = {"A=1": by_seed(2.0, 2.2, 1.0), "A=2": by_seed(1.9, 2.1999)}
+    text = closing_sentence(scores)
+    assert text.startswith("A=1 has the best mean, but in common seeds is 0.05005 bpb behind A=2:")
+    assert text.endswith("the seeds that both have show no lead")
+
+
 def test_the_pairs_needed_have_the_power_they_promise():
     effect, sd = 0.013, 0.015
     pairs = pairs_needed(effect, sd)

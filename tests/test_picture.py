@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import resource
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -48,6 +50,22 @@ def test_without_matplotlib_a_line_says_so_and_nothing_fails(log, capsys, monkey
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert picture.main([str(log)]) == 0
     assert capsys.readouterr().out.startswith("no picture: matplotlib is missing")
+
+
+def test_a_full_disk_is_one_line_and_the_old_picture_stays(log, capsys):
+    pytest.importorskip("matplotlib")
+    old = log.with_suffix(".png")
+    old.write_bytes(b"old")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        assert picture.main([]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert capsys.readouterr().err == "picture.py: logs/kept.png: File too large\n"
+    assert old.read_bytes() == b"old" and not list(log.parent.glob("*.part"))
 
 
 def test_without_a_finished_run_there_is_one_line_and_status_2(log, capsys, tmp_path):

@@ -4,6 +4,7 @@ half written.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import gzip
 import hashlib
@@ -857,3 +858,15 @@ def test_what_the_hub_does_not_have_ends_in_one_line(
     )
     with contextlib.suppress(FileNotFoundError):
         assert files_below(tmp_path / "datasets" / DATASET) == []
+
+
+@pytest.mark.parametrize("kind", ["pipe", "deep", "other"])
+def test_an_odd_manifest_is_no_earlier_download_and_stops_nothing(tmp_path, kind):
+    path = tmp_path / "datasets" / "d" / "manifest.json"
+    path.parent.mkdir(parents=True)
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.write_text("[" * 200_000 if kind == "deep" else "[1]")
+    args = argparse.Namespace(data_dir=tmp_path, revision="main", train_shards=1)
+    assert not prepare_data.is_downloaded(args, "d")

@@ -22,7 +22,10 @@ import commitment
 import replay
 import runlog
 import training_replay
+import verdict_page
+from digests import sha256
 from held import HeldData
+from packed_code import pack_code
 
 SCRIPT = ROOT / "train_gpt.py"
 ENTROPY = "1f"
@@ -100,7 +103,8 @@ def test_an_honest_claim_agrees_with_every_evaluation(honest, scored, cached, tm
     for ending in ("md", "html"):
         page = (tmp_path / f"page.{ending}").read_text()
         assert "Nothing speaks against the claim" in page and "Not tested" in page
-        assert "the released file" in page and "viewport" in page or ending == "md"
+        assert "the released file" in page
+        assert "viewport" in page or ending == "md"
 
 
 def test_a_log_that_was_edited_consistently_is_found(honest, cached, tmp_path, capsys):
@@ -234,6 +238,48 @@ def test_changed_code_is_shown_by_section(tmp_path):
     assert "self_contained" in code_changes.describe(change)
     assert "sections 9" in code_changes.sentence(changed)
     assert set(code_changes.sections(text)) == set(code_changes.RESTS_ON)
+
+
+def test_a_packed_file_is_the_code_that_it_was_packed_from(honest, tmp_path):
+    packed = tmp_path / "train_gpt.py"
+    packed.write_bytes(pack_code(SCRIPT.read_bytes()))
+    assert code_changes.sentence(packed).endswith(", packed, the released file")
+    assert code_changes.changes(packed) == []
+    assert replay.faults_of_commitment(read(honest), packed) == []
+    # Its author may write any hash into it: only the program counts.
+    other = tmp_path / "other.py"
+    digest = runlog.read_final((honest / "logs" / "a.txt").read_text())["code_sha256"]
+    forged = pack_code(b"x = 1\n").replace(sha256(b"x = 1\n").encode(), digest.encode())
+    other.write_bytes(forged)
+    assert "code_sha256" in replay.faults_of_commitment(read(honest), other)[0]
+    assert len(code_changes.changes(other)) == len(code_changes.RESTS_ON)
+    (tmp_path / "train_gpt_readable.py").write_bytes(b"x  =  1  # one\n")
+    assert code_changes.readable_code(other) == b"x  =  1  # one\n"
+
+
+def test_a_page_names_the_judge_that_ran():
+    for seconds, named in (({"plain": 1.0}, "plain evaluator"), ({}, "own train_gpt.py")):
+        verdict = replay.Verdict({"seconds": seconds}, [], [], [])
+        (first, *_) = verdict_page.sentences_of_limits(verdict)["For a cheat to pass"]
+        assert named in first and "{" not in first
+
+
+@pytest.mark.parametrize("odd", ["[]", "[" * 200_000, '{"properties": {"causal": 1}}', None])
+def test_an_audit_that_is_none_shows_no_property(tmp_path, odd):
+    artifact = tmp_path / "a.ptz"
+    artifact.write_bytes(b"weights")
+    if odd:
+        (tmp_path / "audit.json").write_text(odd)
+    assert verdict_page.audited_properties(artifact) == {}
+
+
+def test_an_audit_counts_for_its_own_artifact_alone(tmp_path):
+    artifact = tmp_path / "a.ptz"
+    artifact.write_bytes(b"weights")
+    for digest, counts in ((sha256(b"weights"), True), ("0" * 64, False)):
+        audit_of_it = {"artifact_sha256": digest, "properties": {"causal": {"passed": True}}}
+        (tmp_path / "audit.json").write_text(json.dumps(audit_of_it))
+        assert bool(verdict_page.audited_properties(artifact)) is counts
 
 
 def test_noise_keeps_documents_and_first_losses_are_read(honest):

@@ -53,10 +53,6 @@ PUBLISHED_SETS = (
     ValidationSet("sp1024, first split", 63_779_840, 155_769_746),
 )
 
-# The same text to its last token, as this repository's script scores it.
-COMPLETE_SP8192 = ValidationSet("sp8192, all", SP8192_TOKENS - 1, TEXT_BYTES)
-COMPLETE_CASEOPS = ValidationSet("sp8192 CaseOps, all", CASEOPS_TOKENS - 1, CASEOPS_TEXT_BYTES)
-
 # Fewest and most tokens that a complete set may have. Only the count for sp8192 is known exactly;
 # the others are known from scored totals, which leave out a last part of at most 2,048 tokens.
 TOKEN_RANGES = {
@@ -76,9 +72,3 @@ BYTES_TOLERANCE = 1e-4
 
 # Share of the tokens that may be missing, or more, where a set still counts as the published one.
 TOKENS_TOLERANCE = 1e-3
-
-
-def nearest_set(targets: int, sets: tuple[ValidationSet, ...] = PUBLISHED_SETS) -> ValidationSet:
-    """The set whose number of targets is nearest."""
-    distances = [abs(known.targets - targets) for known in sets]
-    return sets[distances.index(min(distances))]

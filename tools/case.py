@@ -20,7 +20,7 @@ import fresh_process
 import numpy as np
 import runlog
 import torch
-from held import HeldData, tokenizer_of
+from held import HeldData, tokenizer_by_name
 from probe import StateWatch, Subject, largest_difference, scratch_folder
 from scripts import load_script
 
@@ -332,7 +332,8 @@ class Case:
         folder = Path(self.environ["DATA_DIR"]) / "datasets" / name
         given = self.environ.get("TOKENIZER_PATH")
         vocab_size = self.subject.cfg.vocab_size
-        return HeldData.load(folder, Path(given) if given else tokenizer_of(folder, vocab_size))
+        tokenizer = Path(given) if given else tokenizer_by_name(folder, vocab_size)
+        return HeldData.load(folder, tokenizer)
 
     def documents_of_run(self) -> dict[str, np.ndarray] | None:
         """The scores of the run's documents, from documents.npz beside the artifact; or None.

@@ -2,21 +2,30 @@
 
     python tools/code_changes.py SCRIPT    # a line per section that differs; status 0 if none does
 
-The released file is this repository's. An unchanged file is known by its hash. Of a changed one
-every section is compared, and the line says which properties rest on it: where a reviewer reads.
+The released file is this repository's. Of a changed one every section is compared, and the line
+says which properties rest on it: where a reviewer reads. A packed file is read in the form from
+which it was packed: the released file or the train_gpt_readable.py beside it, if that is the same
+program. Without either its text has no sections, and everything differs.
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import re
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from digests import file_sha256
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+import terminal  # noqa: E402
+from digests import sha256  # noqa: E402
+from packed_code import READABLE, same_program, unpack_code  # noqa: E402
 
-RELEASED = Path(__file__).resolve().parents[1] / "train_gpt.py"
+from train_gpt import UsageError  # noqa: E402
+
+RELEASED = ROOT / "train_gpt.py"
 SECTION = re.compile(r"^# === (\d+)\. (.*?)(?: =+)?$")
 # Number of a section -> properties of the audit that rest on it.
 RESTS_ON = {
@@ -47,11 +56,36 @@ class Change(NamedTuple):
     removed: int
 
 
+def source_of_packed(data: bytes, *candidates: Path) -> bytes | None:
+    """The first of some readable files of which a packed file is the same program.
+
+    None without one. The hash that a packed file names is its author's word, so the programs are
+    compared. Raises UsageError if `data` is no packed file.
+    """
+    text = unpack_code(data).text
+    for path in candidates:
+        with contextlib.suppress(OSError, UsageError):
+            source = path.read_bytes()
+            if same_program(source, text):
+                return source
+    return None
+
+
+def readable_code(script: Path, released: Path = RELEASED) -> bytes:
+    """The code of a script as its author wrote it; the text of a packed file that nothing fits."""
+    data = script.read_bytes()
+    try:
+        source = source_of_packed(data, released, script.with_name(READABLE))
+    except UsageError:
+        return data
+    return unpack_code(data).text.encode() if source is None else source
+
+
 def sections(text: str) -> dict[int, tuple[str, list[str]]]:
     """Number -> (title, lines) of every section; what stands before the first is number 0."""
     found: dict[int, tuple[str, list[str]]] = {0: ("Header", [])}
     number = 0
-    for line in text.splitlines():
+    for line in text.splitlines(keepends=True):
         match = SECTION.match(line)
         if match:
             number = int(match[1])
@@ -62,8 +96,8 @@ def sections(text: str) -> dict[int, tuple[str, list[str]]]:
 
 def changes(script: Path, released: Path = RELEASED) -> list[Change]:
     """The sections in which a script differs from the released one."""
-    ours = sections(released.read_text(encoding="utf-8"))
-    theirs = sections(script.read_text(encoding="utf-8", errors="replace"))
+    ours = sections(released.read_bytes().decode())
+    theirs = sections(readable_code(script, released).decode(errors="backslashreplace"))
     found = []
     for number in sorted({*ours, *theirs}):
         title, lines = ours.get(number, ("an unknown section", []))
@@ -88,12 +122,13 @@ def describe(change: Change) -> str:
 
 def sentence(script: Path, released: Path = RELEASED) -> str:
     """The code in one sentence."""
-    digest = file_sha256(script)
-    if digest == file_sha256(released):
-        return f"{digest[:16]}, the released file"
+    data = script.read_bytes()
+    form = sha256(data)[:16] + ("" if readable_code(script, released) == data else ", packed")
     found = changes(script, released)
+    if not found:
+        return f"{form}, the released file"
     numbers = ", ".join(str(change.number) for change in found)
-    return f"{digest[:16]}, differs from the released file in sections {numbers}"
+    return f"{form}, differs from the released file in sections {numbers}"
 
 
 def main(argv: list[str]) -> int:
@@ -109,4 +144,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(terminal.run(main))

@@ -1,6 +1,6 @@
 """A campaign of faults: kills, pairs of processes, odd files and full disks, over many tiny runs.
 
-    faults.py                          # 1,000 kills, 30 pairs, all odd files, 60 full disks
+    faults.py                          # up to 1,000 kills, 30 pairs, all odd files, 60 full disks
     faults.py --kills 100 --seed 7     # shorter, with other moments
 
 A trial is drawn from SEED and its number alone. What is done is kept in trials.jsonl, so the same

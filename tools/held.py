@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from digests import file_sha256
 
 SHARD_MAGIC = 20240520
 HEADER_BYTES = 1024
@@ -97,7 +98,15 @@ class HeldData:
         return hashlib.sha256(self.tokens.tobytes()).hexdigest()
 
 
-def tokenizer_of(folder: Path, vocab_size: int) -> Path:
+def tokenizer_by_hash(data_dir: Path, sha256: str) -> Path:
+    """The tokenizer of that hash. Raises DataError if the folder has none."""
+    for path in sorted((data_dir / "tokenizers").glob("*.model")):
+        if file_sha256(path) == sha256:
+            return path
+    raise DataError(f"its tokenizer ({sha256[:12]}..) is not in {data_dir}/tokenizers")
+
+
+def tokenizer_by_name(folder: Path, vocab_size: int) -> Path:
     """The tokenizer that a data set's manifest names, or the challenge's."""
     manifest = folder / "manifest.json"
     name = f"fineweb_{vocab_size}_bpe{folder.name.partition(f'_sp{vocab_size}')[2]}.model"

@@ -306,6 +306,7 @@ def text_to_pack(source: bytes) -> str:
     return text
 
 
+@functools.cache
 def same_program(source: bytes, text: str) -> bool:
     """Whether a text is what is left of a readable source, whatever its local names."""
     return not differs(Stripper(source).text(), text)

@@ -4,22 +4,25 @@
 
 LOG is by default the newest in logs/.
 
-Exit status: 0 done, or matplotlib is missing, which is said; 2 there is no log of a finished run.
+Exit status: 0 done, or matplotlib is missing, which is said; 2 there is no log of a finished run,
+or the picture cannot be written.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+import terminal  # noqa: E402
 from run_documents import run_folder  # noqa: E402
 from runlog import STAGES, LogError, Run, read_run  # noqa: E402
 
-from train_gpt import UsageError  # noqa: E402
+from train_gpt import UsageError, reason_of, write_atomic  # noqa: E402
 
 BLUE = "#0b6bcb"
 ORANGE = "#c4501b"
@@ -66,7 +69,7 @@ def draw_scores(axes: Any, run: Run) -> None:
 
 
 def draw(run: Run, path: Path) -> None:
-    """Writes the picture of a run."""
+    """Writes the picture of a run. Raises OSError if it cannot; then an old one stays."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -76,9 +79,10 @@ def draw(run: Run, path: Path) -> None:
     draw_loss(left, run)
     draw_scores(right, run)
     figure.suptitle(f"{run.path.stem}: val_bpb {run.score.bpb:.4f}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    content = io.BytesIO()
+    figure.savefig(content, dpi=120, format="png")
     pyplot.close(figure)
+    write_atomic(path, content.getvalue())
 
 
 def main(argv: list[str]) -> int:
@@ -104,9 +108,12 @@ def main(argv: list[str]) -> int:
     except ImportError:
         print("no picture: matplotlib is missing; make install brings it")
         return 0
+    except OSError as error:
+        print(f"picture.py: {reason_of(error)}", file=sys.stderr)
+        return 2
     print(f"picture   {path}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(terminal.run(main))

@@ -22,9 +22,13 @@ DEFAULTS |= dict(sparse_attn_gate_scale=0.5)
 def unpack(codec: str, data: bytes, size: int) -> bytes:
     """A stream of a general codec."""
     if codec == "brotli":
-        return __import__("brotli").decompress(data)
+        import brotli
+
+        return brotli.decompress(data)
     if codec == "zstd":
-        return __import__("zstandard").ZstdDecompressor().decompress(data, size)
+        import zstandard
+
+        return zstandard.ZstdDecompressor().decompress(data, size)
     filters = [dict(id=lzma.FILTER_LZMA2, preset=6, lc=0, lp=1, pb=1)]
     return lzma.decompress(data, lzma.FORMAT_RAW, filters=filters)
 

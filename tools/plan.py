@@ -37,6 +37,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
+import terminal  # noqa: E402
 import torch  # noqa: E402
 from canonical import DOCUMENTS, SP8192_TOKENS  # noqa: E402
 from document_lengths import fineweb_lengths  # noqa: E402
@@ -604,4 +605,4 @@ def main(environ: Mapping[str, str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(os.environ))
+    sys.exit(terminal.run(lambda _: main(os.environ)))

@@ -1131,11 +1131,11 @@ def is_downloaded(args: argparse.Namespace, dataset: str) -> bool:
     """Whether an earlier download has left all files that are asked for, each of them intact."""
     folder = args.data_dir / "datasets" / dataset
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest = json.loads(read_regular(folder / "manifest.json", MAX_JSON_BYTES))
         files = prepared_files(args.data_dir, folder, manifest)
         num_shards = len(manifest["splits"]["train"]["files"])
         has_revision = args.revision in ("main", manifest["inputs"])
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return False
     enough = has_revision and num_shards >= args.train_shards
     return enough and all(file.is_intact() for file in files)

@@ -39,15 +39,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import caseops
+import code_changes
 import commitment
 import enclosure
 import fresh_process
 import numpy as np
 import runlog
 import torch
-from digests import file_sha256
+from digests import file_sha256, sha256
 from fresh_process import MachineError
-from held import HeldData
+from held import HEADER_BYTES, SHARD_MAGIC, HeldData, tokenizer_by_hash
 from plain_evaluator import Model
 
 EXACT_NATS = 1e-4  # nats a token between implementations in fp32
@@ -231,8 +232,8 @@ def write_shards(held: HeldData, tokens: np.ndarray, folder: Path) -> None:
         parts["val_bytes"] = np.where(is_replaced, pieces.counts(tokens), held.token_bytes)
     prefix = held.folder.name.partition("_")[0]
     for split, values in parts.items():
-        header = np.zeros(256, "<i4")
-        header[:3] = 20240520, 1, len(values)
+        header = np.zeros(HEADER_BYTES // 4, "<i4")
+        header[:3] = SHARD_MAGIC, 1, len(values)
         path = folder / f"{prefix}_{split}_000000.bin"
         path.write_bytes(header.tobytes() + values.astype("<u2").tobytes())
 
@@ -363,7 +364,7 @@ def read_claim(log: Path, artifact: Path, environ: Mapping[str, str]) -> Claim:
     data_dir = Path(environ.get("DATA_DIR") or "data").resolve()
     folder = data_dir / "datasets" / final["dataset"]
     given = environ.get("TOKENIZER_PATH")
-    tokenizer = Path(given) if given else find_tokenizer(data_dir, final["tokenizer_sha256"])
+    tokenizer = Path(given) if given else tokenizer_by_hash(data_dir, final["tokenizer_sha256"])
     with np.load(artifact.with_name("documents.npz"), allow_pickle=False) as arrays:
         documents = {name: arrays[name] for name in arrays.files}
     variables = runlog.evaluation_variables(text)
@@ -372,14 +373,6 @@ def read_claim(log: Path, artifact: Path, environ: Mapping[str, str]) -> Claim:
         variables[name] = "0"
     held = HeldData.load(folder, tokenizer)
     return Claim(log, artifact, final, settings, variables, documents, held)
-
-
-def find_tokenizer(data_dir: Path, sha256: str) -> Path:
-    """The tokenizer of that hash. Raises LogError if the folder has none."""
-    for path in sorted((data_dir / "tokenizers").glob("*.model")):
-        if file_sha256(path) == sha256:
-            return path
-    raise runlog.LogError(f"its tokenizer ({sha256[:12]}..) is not in {data_dir}/tokenizers")
 
 
 @dataclasses.dataclass
@@ -486,7 +479,8 @@ def faults_of_commitment(claim: Claim, script: Path) -> list[str]:
     faults = list(commitment.problems(claim.final, settings, claim.documents))
     if file_sha256(claim.artifact) != claim.final.get("artifact_sha256"):
         faults.append("the artifact is not that of the log (artifact_sha256)")
-    if file_sha256(script) not in (claim.final.get("code_sha256"), claim.final.get("file_sha256")):
+    ran = {claim.final.get("code_sha256"), claim.final.get("file_sha256")}
+    if ran.isdisjoint({file_sha256(script), sha256(code_changes.readable_code(script))}):
         faults.append("the script is not that of the log (code_sha256)")
     if not np.array_equal(claim.documents["doc_tokens"], claim.held.counts):
         faults.append("the documents are not those of the shards")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from run_statistics import ALPHA, paired, pairs_needed
+from run_statistics import ALPHA, MOST_RUNS, paired, pairs_needed
 from sweep_space import Knob
 
 LEAST_PAIRS = 3
@@ -98,7 +98,12 @@ def closing_sentence(scores: Mapping[str, Mapping[str, float]], baseline: str = 
     if len(leads) < 2:
         return f"{best} has the best score, but one run a setting shows no p: add seeds, SEED=0,1,2"
     test = paired(leads)
-    head = f"{best} is best, {leads.mean():+.5f} bpb ahead of {other}"
+    lead = leads.mean()
+    if lead >= 0:
+        head = f"{best} is best, {lead:+.5f} bpb ahead of {other}"
+    else:
+        # The means are of all runs, and one of these settings lacks a seed of the other's.
+        head = f"{best} has the best mean, but in common seeds is {-lead:.5f} bpb behind {other}"
     if "p_better" not in test:
         return f"{head} in all of {len(leads)} seeds alike: no spread, no p"
     chosen_among = len(scored) - 1
@@ -108,8 +113,10 @@ def closing_sentence(scores: Mapping[str, Mapping[str, float]], baseline: str = 
         verdict = f"shown at {ALPHA}"
     elif needed:
         verdict = f"not shown at {ALPHA}; {needed} seeds a setting would show it"
+    elif lead > 0:
+        verdict = f"not shown at {ALPHA}; more than {MOST_RUNS:,} seeds would be needed"
     else:
-        verdict = f"not shown at {ALPHA}; no number of seeds would show it"
+        verdict = f"not shown at {ALPHA}; the seeds that both have show no lead"
     among = f", times {chosen_among} settings it was chosen among" if chosen_among > 1 else ""
     return f"{head}: p {p:.2g} ({len(leads)} seeds, paired, one-sided{among}), {verdict}"
 

@@ -29,8 +29,8 @@ import numpy as np
 import runlog
 from digests import file_sha256
 from fresh_process import MachineError
-from held import DataError, HeldData, split_paths
-from replay import ReplayError, find_tokenizer, write_shards
+from held import DataError, HeldData, split_paths, tokenizer_by_hash
+from replay import ReplayError, write_shards
 
 SCRIPT = Path(__file__).resolve().parents[1] / "train_gpt.py"
 LOSS_NATS = 2e-3  # four printed digits, and another machine's rounding in bf16
@@ -124,7 +124,7 @@ def faults(log: Path, script: Path, reference: Path, steps: int, data_dir: Path)
     """What the first steps have against the log: a sentence for each fault."""
     text = log.read_text(encoding="utf-8", errors="replace")
     final = runlog.read_final(text)
-    tokenizer = find_tokenizer(data_dir, final["tokenizer_sha256"])
+    tokenizer = tokenizer_by_hash(data_dir, final["tokenizer_sha256"])
     held = HeldData.load(data_dir / "datasets" / final["dataset"], tokenizer)
     variables = runlog.evaluation_variables(text)
     variables.pop("DATASET", None)

@@ -9,15 +9,15 @@ at is taken from the audit.json beside the artifact, where there is one.
 from __future__ import annotations
 
 import html
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import code_changes
 import replay
 import submission
+from digests import file_sha256
 
-from train_gpt import write_atomic
+from train_gpt import UsageError, write_atomic
 
 # What this repository adds to the four conditions.
 MORE_CONDITIONS = [
@@ -34,9 +34,11 @@ NOT_TESTED = (
     "Training: replay scores the artifact and does not make it again.",
     "Libraries, drivers and hardware: they are trusted.",
 )
+PLAIN = "the plain evaluator, which shares no code with it,"
+REFERENCE = "the reviewer's own train_gpt.py"
 TO_PASS = (
-    "A cheat must leave every drawn document's score as the plain evaluator, which shares no code "
-    "with it, computes it from the artifact alone.",
+    "A cheat must leave every drawn document's score as {judge} computes it from the artifact "
+    "alone.",
     "Or it must touch fewer documents than the bound excludes, none of them drawn, although the "
     "draw was made after the scores were committed to.",
     "Or it must lie in the weights themselves.",
@@ -52,16 +54,13 @@ class Row(NamedTuple):
     figures: str  # folded away
 
 
-def read_audit(artifact: Path) -> dict[str, Any]:
+def audited_properties(artifact: Path) -> dict[str, Any]:
     """The properties of the audit beside the artifact, if it is one of this artifact; else {}."""
-    path = artifact.with_name("audit.json")
     try:
-        audit = json.loads(path.read_text())
-        if audit["artifact_sha256"] == replay.file_sha256(artifact):
-            return audit["properties"]
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    return {}
+        audited, properties = submission.read_audit(artifact.with_name("audit.json"))
+    except UsageError:
+        return {}
+    return properties if audited == file_sha256(artifact) else {}
 
 
 def condition_rows(verdict: replay.Verdict, properties: dict[str, Any]) -> list[Row]:
@@ -98,6 +97,15 @@ def head_lines(verdict: replay.Verdict, script: Path) -> list[tuple[str, str]]:
     ]
 
 
+def sentences_of_limits(verdict: replay.Verdict) -> dict[str, list[str]]:
+    """The closing lists by title: what was not tested, and what would let a cheat pass."""
+    judge = PLAIN if "plain" in verdict.facts["seconds"] else REFERENCE
+    return {
+        "Not tested": [*NOT_TESTED, *verdict.notes],
+        "For a cheat to pass": [sentence.format(judge=judge) for sentence in TO_PASS],
+    }
+
+
 def as_markdown(verdict: replay.Verdict, artifact: Path, script: Path) -> str:
     """The page in Markdown."""
     lines = [
@@ -106,14 +114,11 @@ def as_markdown(verdict: replay.Verdict, artifact: Path, script: Path) -> str:
     ]
     lines += [f"* {name}: {text}" for name, text in head_lines(verdict, script)]
     lines.append("")
-    for row in condition_rows(verdict, read_audit(artifact)):
+    for row in condition_rows(verdict, audited_properties(artifact)):
         lines += [f"**{row.name}: {row.mark}.** {row.sentence}", ""]
         lines += ["<details><summary>figures</summary>", "", "```", row.figures, "```", ""]
         lines += ["</details>", ""]
-    for title, sentences in (
-        ("Not tested", [*NOT_TESTED, *verdict.notes]),
-        ("For a cheat to pass", TO_PASS),
-    ):
+    for title, sentences in sentences_of_limits(verdict).items():
         lines += [f"## {title}", "", *[f"* {sentence}" for sentence in sentences], ""]
     return "\n".join(lines)
 
@@ -135,17 +140,14 @@ def as_html(verdict: replay.Verdict, artifact: Path, script: Path) -> str:
     for name, text in head_lines(verdict, script):
         parts.append(f"<dt>{escape(name)}<dd>{escape(text)}")
     parts.append("</dl>")
-    for row in condition_rows(verdict, read_audit(artifact)):
+    for row in condition_rows(verdict, audited_properties(artifact)):
         mark = row.mark.replace(" ", "-")
         parts.append(
             f"<p><b>{escape(row.name)}: <span class={mark}>{row.mark}</span>.</b> "
             f"{escape(row.sentence)}<details><summary>figures</summary>"
             f"<pre>{escape(row.figures)}</pre></details>"
         )
-    for title, sentences in (
-        ("Not tested", [*NOT_TESTED, *verdict.notes]),
-        ("For a cheat to pass", TO_PASS),
-    ):
+    for title, sentences in sentences_of_limits(verdict).items():
         items = "".join(f"<li>{escape(sentence)}" for sentence in sentences)
         parts.append(f"<h2>{title}</h2><ul>{items}</ul>")
     return "\n".join(parts) + "\n"
