@@ -577,7 +577,7 @@ def test_a_ten_thousandth_may_differ_from_the_fields_counts(
         result=lambda: figures,
         num_not_learnt_from=0,
         num_not_adapted=0,
-        by_document=dict,
+        by_document=lambda: dict.fromkeys(("doc_nats", "doc_bytes", "doc_tokens"), np.zeros(0)),
         tilt=None,
     )
     # The number of tokens is not known.

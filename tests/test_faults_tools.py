@@ -163,7 +163,7 @@ def test_a_sweep_whose_database_cannot_be_written_ends_in_a_line(folder, monkeyp
         raise error
 
     url = SimpleNamespace(render_as_string=lambda: "sqlite:///full.db")
-    study = SimpleNamespace(optuna=optuna, url=url)
+    study = SimpleNamespace(optuna=optuna, url=url, name_of_settings="full-settings")
     full = SimpleNamespace(study=study, go=go, leave=signal.SIG_DFL, total=lambda: 1)
     monkeypatch.setattr(sweep, "prepare", lambda args, view: full)
     monkeypatch.setattr(sweep.signal, "signal", lambda *_: None)

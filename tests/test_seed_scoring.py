@@ -83,13 +83,19 @@ def evaluated(
     return tg.evaluate_ttt(scorer, state, model, model, tg.Deadline(seconds))
 
 
+def calibrating(cfg: tg.Config, model: tg.GPT, ranks: tg.Ranks) -> SimpleNamespace:
+    """What `Run.calibrate` needs of a run."""
+    shown = lambda rows, what: iter(rows)  # noqa: E731
+    return SimpleNamespace(cfg=cfg, model=model, ranks=ranks, forward=model, shown=shown)
+
+
 def packed_by(
     cfg: tg.Config, ranks: tg.Ranks = ONE, model: tg.GPT | None = None
 ) -> tuple[tg.GPT, bytes]:
     """A network of random weights and its artifact, as `Run.compress` makes it."""
     model = model or random_model(cfg)
     rows = random_rows(cfg, 4)
-    run = SimpleNamespace(cfg=cfg, model=model, ranks=ranks, forward=model)
+    run = calibrating(cfg, model, ranks)
     calibration = tg.Run.calibrate(run, cfg.plans[1], rows[ranks.rank :: ranks.world_size])
     return model, tg.fit_artifact(
         tg.Quantizer(model, *calibration, ranks), model, {"looped": True}, lambda line: None
@@ -218,7 +224,7 @@ def digest(ranks: tg.Ranks) -> list[str]:
         )
         model = random_model(cfg)
         rows = random_rows(cfg, 4)
-        run = SimpleNamespace(cfg=cfg, model=model, ranks=ONE, forward=model)
+        run = calibrating(cfg, model, ONE)
         calibration = tg.Run.calibrate(run, cfg.plans[1], rows)  # equal to the last bit on all
         data = tg.fit_artifact(
             tg.Quantizer(model, *calibration, ranks), model, {}, lambda line: None

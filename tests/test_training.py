@@ -39,6 +39,7 @@ class Lines(list):
     def __init__(self):
         super().__init__()
         self.points = []
+        self.failures = {}
 
     def __call__(self, line: str, terminal: bool = True) -> None:
         self.append(line)

@@ -65,6 +65,10 @@ def judge(output: str, ended: Exit, limit_bytes: int) -> Outcome:
     if status == 2:
         reasons = script_errors(output) or [last_line(output)]
         return Outcome("refused", reasons[-1])
+    # A final line with such a number has no figures.
+    unscored = re.search(r'^final \{.*"val_bpb": (NaN|-?Infinity)', output, re.MULTILINE)
+    if unscored and not status:
+        return Outcome("invalid", f"val_bpb is {unscored[1].lower()}")
     if status or not figures:
         return Outcome("crashed", reason_of_crash(output, status), figures)
     if not math.isfinite(figures.get("val_bpb", math.nan)):
