@@ -10157,7 +10157,7 @@ def answer(argv: list[str]) -> None:
     if argv in (["--help"], ["-h"]):
         # The packed file has no docstrings.
         usage = "python train_gpt.py [--knobs [WORD] | --plan]; knobs are environment variables"
-        print(TEXT.split('"""')[1] if TEXT.startswith('"""') else usage)
+        print(__doc__ or usage)
     elif argv[0] == "--knobs" and len(argv) <= 2:
         # A pipe that closes early, as that to `head`, ends the program in silence. Windows has no
         # SIGPIPE; there the default of SIGTERM is set again, which changes nothing.
