@@ -221,6 +221,7 @@ def test_documents_travel_and_must_be_those_that_the_log_commits_to(tmp_path) ->
     folder = tmp_path / "out"
     files = make(run, folder)
     assert files["documents.npz"] == (run / "documents.npz").read_bytes()
+    assert "`documents.npz` holds the score of every document" in files["README.md"].decode()
     in_log(folder, '"val_tokens": 10', '"val_tokens": 9', "train_seed1.log")
     assert "train_seed1.log: val_tokens is 9 in the final line, 10 by the documents" in problems(
         folder

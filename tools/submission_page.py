@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from packed_code import PACKED, READABLE
+from run_documents import DOCUMENTS
 from runlog import STAGES, Run, evaluation_variables, variables_of
 from submission import CONDITIONS, seed_order
 from tables import DASH, markdown_table, show
@@ -99,11 +100,16 @@ def files_section(claim: dict[str, Any], artifact: str | None, sizes: dict[str, 
         if artifact
         else f"and the artifact of a run (at most {claim['bytes_model_max']:,} bytes), not included"
     )
+    documents = (
+        f"`{DOCUMENTS}` holds the score of every document; its hash is in the log of that run.\n"
+        if DOCUMENTS in sizes
+        else ""
+    )
     return (
         f"Counted: `{PACKED}` ({sizes[PACKED]:,} bytes, packed) {weights}: "
         f"{claim['bytes_total']:,} of {claim['bytes_limit']:,} bytes.\n"
         f"`{READABLE}` is the same program for readers; `tools/pack.py --check` of its repository "
-        f"proves it.\nTokenizer: the SentencePiece model with SHA-256 "
+        f"proves it.\n{documents}Tokenizer: the SentencePiece model with SHA-256 "
         f"`{claim.get('tokenizer_sha256', '?')}`."
     )
 
