@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +21,8 @@ sys.path.insert(0, str(ROOT / "tools"))
 import audit
 import code_changes
 import commitment
+import fresh_process
+import legality
 import replay
 import runlog
 import training_replay
@@ -63,8 +67,11 @@ def scored(honest: Path) -> Iterator[dict]:
 
 @pytest.fixture
 def cached(scored: dict, monkeypatch: pytest.MonkeyPatch) -> dict:
-    """The evaluations do not run again; a test may change what they give."""
-    copy = {name: one._replace(nats=one.nats.copy()) for name, one in scored.items()}
+    """The evaluations do not run again; a test may change what they give.
+
+    They took no time: a machine that is busy now and was not before must fail no other test.
+    """
+    copy = {name: one._replace(nats=one.nats.copy(), timed=0.0) for name, one in scored.items()}
     monkeypatch.setattr(replay, "score_alone", lambda *_, **changes: copy[changes_name(changes)])
     monkeypatch.setattr(replay, "score_plainly", lambda *_: copy["plain"])
     return copy
@@ -332,6 +339,50 @@ def test_a_log_without_a_result_is_wrong_usage(honest, tmp_path, capsys):
     assert audit.main(["replay", str(log), str(artifact)]) == 2
     assert audit.main(["training", str(log)]) == 2
     assert capsys.readouterr().err.count("\n") == 2
+
+
+@pytest.mark.parametrize("odd", ["empty", "no archive", "another", "beside"])
+def test_documents_that_cannot_be_read_are_one_line_before_anything_runs(
+    honest, tmp_path, capsys, monkeypatch, odd
+):
+    monkeypatch.setattr(replay, "evaluate", lambda *_: pytest.fail("something was scored"))
+    run = Path(shutil.copytree(honest, tmp_path / "copy"))
+    documents = run / "runs" / "a" / "documents.npz"
+    options = []
+    if odd == "beside":
+        documents = tmp_path / "beside.npz"
+        options = ["--beside", str(documents)]
+    content = {"empty": b"", "no archive": b"PK\3\4 and so on"}
+    documents.write_bytes(content.get(odd, b""))
+    if odd in ("another", "beside"):
+        np.savez(documents, doc_nats=np.ones(12), doc_bytes=np.ones(12, int))
+    assert command(run, *options) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and str(documents.parent) in said
+
+
+def test_a_log_without_settings_that_decide_a_score_is_wrong_usage(honest, tmp_path, capsys):
+    run = Path(shutil.copytree(honest, tmp_path / "copy"))
+    log = run / "logs" / "a.txt"
+    log.write_text(re.sub(r"^ *ttt_lora_rank:.*\n", "", log.read_text(), flags=re.M))
+    assert command(run) == 2
+    assert "lacks the settings ttt_lora_rank" in capsys.readouterr().err
+
+
+def test_a_process_that_leaves_no_scores_to_read_has_none(tmp_path):
+    path = tmp_path / "documents.npz"
+    assert fresh_process.scores_left_at(path) is None
+    path.write_bytes(b"PK\3\4 and so on")
+    assert fresh_process.scores_left_at(path) is None
+    nothing_wrong = fresh_process.Judgement([], [])
+    fresh = fresh_process.Outcome(0, "", [], "", None, nothing_wrong)
+    trial = SimpleNamespace(
+        fresh=fresh,
+        subject=SimpleNamespace(names=["quantized"]),
+        few_docs=SimpleNamespace(counts=np.ones(3)),
+    )
+    finding = legality.artifact_only(trial)
+    assert finding.passed is False and "no scores" in finding.evidence
 
 
 def test_data_that_the_audit_reads_by_itself_are_those_of_the_script(honest, tiny_data):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -22,9 +21,10 @@ import runlog
 import torch
 from held import HeldData, tokenizer_by_name
 from probe import StateWatch, Subject, largest_difference, scratch_folder
+from run_documents import DOCUMENTS, load_arrays
 from scripts import load_script
 
-from train_gpt import shard_paths
+from train_gpt import UsageError, shard_paths
 
 EXACT_NATS = 1e-6  # same shapes on both sides; or twice the difference that T0 finds
 
@@ -340,14 +340,13 @@ class Case:
 
         Raises NotRun if the file cannot be read.
         """
-        path = self.artifact.resolve().with_name("documents.npz")
+        path = self.artifact.resolve().with_name(DOCUMENTS)
         if not path.is_file():
             return None
         try:
-            with np.load(path, allow_pickle=False) as arrays:
-                return {name: arrays[name] for name in arrays.files}
-        except (ValueError, zipfile.BadZipFile) as error:
-            raise NotRun(f"{path}: cannot be read ({error})") from error
+            return load_arrays(path)
+        except UsageError as error:
+            raise NotRun(str(error)) from error
 
     def shards(self, split: str) -> list[Path]:
         """The shards of a split, in order. The side-car of `val` is the split `val_bytes`."""

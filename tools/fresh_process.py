@@ -266,7 +266,6 @@ def run_alone(
             records = json.loads((folder / "opened.json").read_text())
             events = [Event(*record) for record in records]
         scores = folder / "runs" / "alone" / "documents.npz"
-        doc_nats = np.load(scores)["doc_nats"] if scores.is_file() else None
         said = done.stderr.strip().splitlines() or ["no output"]
         if reason := failure_of_machine(done.returncode, said[-1]):
             raise MachineError(f"the fresh process: {reason}")
@@ -275,9 +274,22 @@ def run_alone(
             error=said[-1].replace(str(folder), "."),
             invalid=[line for line in done.stderr.splitlines() if "INVALID" in line],
             output=done.stdout,
-            doc_nats=doc_nats,
+            doc_nats=scores_left_at(scores),
             judgement=judge(events, folder, luggage.dataset, luggage.compiles),
         )
+
+
+def scores_left_at(path: Path) -> np.ndarray | None:
+    """The scores of documents that a process has left, None where there are none to be read."""
+    # Not above: the fresh process must not load another train_gpt.py than its own.
+    from run_documents import load_arrays
+
+    from train_gpt import UsageError
+
+    try:
+        return load_arrays(path).get("doc_nats")
+    except UsageError:
+        return None
 
 
 def failure_of_machine(returncode: int, last_line: str) -> str:

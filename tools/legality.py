@@ -578,6 +578,8 @@ def artifact_only(case: Case) -> Finding:
         text = f"exit status {fresh.returncode} in an empty folder: {fresh.error}"
         return Finding(False, text)
     docs = case.few_docs
+    if fresh.doc_nats is None or len(fresh.doc_nats) != len(docs.counts):
+        return Finding(False, "in an empty folder it left no scores of its documents")
     here = case.subject.evaluate(last, docs).by_document()["doc_nats"]
     worst = largest_difference(fresh.doc_nats / docs.counts, here / docs.counts)
     allowed = case.allowed(last)
@@ -1156,6 +1158,8 @@ def committed_documents(case: Case) -> Finding:
     held = case.held
     if documents is None or commitment.no_claim(settings):
         return Finding(None, f"no claim: {'; '.join(faults)}")
+    if reason := commitment.unfit(documents):
+        return Finding(False, reason)
     if not np.array_equal(documents["doc_tokens"], held.counts):
         faults.append("documents or their targets are not those of the shards")
     else:

@@ -48,14 +48,23 @@ import runlog
 import torch
 from digests import file_sha256, sha256
 from fresh_process import MachineError
-from held import HEADER_BYTES, SHARD_MAGIC, HeldData, tokenizer_by_hash
+from held import HEADER_BYTES, SHARD_MAGIC, DataError, HeldData, tokenizer_by_hash
 from plain_evaluator import Model
+from run_documents import DOCUMENTS, load_arrays
+
+from train_gpt import FIELDS, UsageError
 
 EXACT_NATS = 1e-4  # nats a token between implementations in fp32
 CONFIDENCE = 0.95
 PLAIN_DECOYS = 4  # that the plain evaluator scores, too
 FLOOR_DOCUMENTS = 3  # of which the plain evaluator measures the floor in fp64
 CROSSING = ("ttt_warm_start_a", "phased_ttt_num_phases", "tilt_order")
+# What must be in a log to score its claim again.
+FIGURES = ("dataset", "tokenizer_sha256", "run_id", "val_bpb")
+SCORING_PREFIXES = ("ttt_", "phased_ttt_", "eval_", "sliding_", "tilt_", "logit_temperature")
+OTHER_SETTINGS = ("data_loader", "compute_dtype", "seed")
+SCORING_SETTINGS = [name for name in FIELDS if name.startswith(SCORING_PREFIXES)]
+SCORING_SETTINGS += OTHER_SETTINGS
 DECOY_KINDS = ("another text", "an altered copy", "a copy cut at a random place")
 
 
@@ -210,8 +219,11 @@ def score_alone(claim: Claim, script: Path, tokens: np.ndarray, **changes: str) 
         scores = folder / "runs" / environ["RUN_ID"] / "documents.npz"
         if done.returncode or not scores.is_file():
             raise ReplayError(f"exit status {done.returncode}: {said[-1]}")
-        with np.load(scores, allow_pickle=False) as arrays:
-            nats, targets = arrays["doc_nats"], arrays["doc_tokens"]
+        try:
+            made = read_records(scores)
+        except DataError as error:
+            raise ReplayError(str(error).replace(f"{folder}/", "")) from error
+        nats, targets = made["doc_nats"], made["doc_tokens"]
         if not np.array_equal(targets, claim.held.counts):
             raise ReplayError("it has scored other documents than the shard holds")
         log = folder / "logs" / f"{environ['RUN_ID']}.txt"
@@ -361,18 +373,32 @@ def read_claim(log: Path, artifact: Path, environ: Mapping[str, str]) -> Claim:
     text = log.read_text(encoding="utf-8", errors="replace")
     final = runlog.read_final(text)
     settings = {name: setting.value for name, setting in runlog.read_settings(text).items()}
+    if missing := sorted({*FIGURES} - set(final)):
+        raise DataError(f"its final line lacks {', '.join(missing)}")
+    if missing := sorted({*SCORING_SETTINGS} - set(settings)):
+        raise DataError(f"it lacks the settings {', '.join(missing)}")
+    documents = read_records(artifact.with_name(DOCUMENTS))
     data_dir = Path(environ.get("DATA_DIR") or "data").resolve()
     folder = data_dir / "datasets" / final["dataset"]
     given = environ.get("TOKENIZER_PATH")
     tokenizer = Path(given) if given else tokenizer_by_hash(data_dir, final["tokenizer_sha256"])
-    with np.load(artifact.with_name("documents.npz"), allow_pickle=False) as arrays:
-        documents = {name: arrays[name] for name in arrays.files}
     variables = runlog.evaluation_variables(text)
     variables.pop("DATASET", None)
     for name in ("MAX_WALLCLOCK_SECONDS", "CHECKPOINT_EVERY", "WARMUP_STEPS"):
         variables[name] = "0"
     held = HeldData.load(folder, tokenizer)
     return Claim(log, artifact, final, settings, variables, documents, held)
+
+
+def read_records(path: Path) -> dict[str, np.ndarray]:
+    """The records of all documents in a run's documents.npz. Raises DataError without them."""
+    try:
+        records = load_arrays(path)
+    except UsageError as error:
+        raise DataError(str(error)) from error
+    if reason := commitment.unfit(records):
+        raise DataError(f"{path.parent}: {reason}")
+    return records
 
 
 @dataclasses.dataclass
@@ -439,8 +465,9 @@ def replay(
     entropy: int,
     beside: Path | None = None,
 ) -> Verdict:
-    """Scores drawn documents again and compares. beside: as in known_too_well."""
+    """Scores drawn documents again and compares. beside and errors: as in known_too_well."""
     faults = list(faults_of_commitment(claim, script))
+    memorised = known_too_well(claim, beside)
     draw = draw_documents(claim.held, count, entropy, not claim.crosses_documents)
     if not np.array_equal(claim.documents["doc_tokens"], claim.held.counts):
         facts = facts_of(claim, script, draw, Evaluations({}))
@@ -460,7 +487,7 @@ def replay(
                 f"({listed}), by up to {one.worst:.2e} nats a token (allowed {allowed:.1e})"
             )
     faults += faults_of_clock(claim, found.trusted_seconds)
-    notes = [*found.notes, *known_too_well(claim, beside)]
+    notes = [*found.notes, *memorised]
     if claim.crosses_documents:
         notes.append("documents use earlier ones by declaration, so none was replaced by a decoy")
     if reason := enclosure.reason_not_to():
@@ -531,13 +558,14 @@ def known_too_well(claim: Claim, beside: Path | None) -> list[str]:
     beside: documents.npz of another run on the same data, such as one of another seed. The spread
     of ln(nats of the claim / nats of the other) is that of all documents, by quartiles, which a few
     memorised ones do not move. At 6 sigmas an honest normal scatter gives one alarm in 10^9
-    documents; heavier tails give more, so this is a place to look and no violation.
+    documents; heavier tails give more, so this is a place to look and no violation. Raises
+    DataError if `beside` cannot be read.
     """
     if beside is None:
         return ["memorised documents were not looked for: no --beside with an independent model"]
-    with np.load(beside, allow_pickle=False) as arrays:
-        other, targets = arrays["doc_nats"], arrays["doc_tokens"]
-    if not np.array_equal(targets, claim.documents["doc_tokens"]):
+    records = read_records(beside)
+    other = np.maximum(records["doc_nats"], 1e-9)
+    if not np.array_equal(records["doc_tokens"], claim.documents["doc_tokens"]):
         return [f"memorised documents were not looked for: {beside} is of other documents"]
     ratio = np.log(np.maximum(claim.documents["doc_nats"], 1e-9) / other)
     low, middle, high = np.percentile(ratio, [25, 50, 75])

@@ -70,13 +70,16 @@ def main(argv: list[str]) -> int:
     args = parse(argv)
     try:
         claim = replay.read_claim(args.log, args.artifact, os.environ)
-    except (runlog.LogError, DataError, KeyError, OSError, ValueError) as error:
+    except (runlog.LogError, OSError, ValueError) as error:
         print(f"audit.py replay: {args.log}: {error}", file=sys.stderr)
         return 2
     try:
         verdict = replay.replay(
             claim, args.script, args.reference, args.documents, args.entropy, args.beside
         )
+    except DataError as error:
+        print(f"audit.py replay: --beside: {error}", file=sys.stderr)
+        return 2
     except (MachineError, MemoryError) as error:
         print(f"audit.py replay: the machine has failed: {error}", file=sys.stderr)
         return 3
