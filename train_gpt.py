@@ -10154,14 +10154,14 @@ def print_plan() -> int:
 
 def answer(argv: list[str]) -> None:
     """Prints what the arguments ask for: help, knobs or plan. Raises UsageError for others."""
+    # A pipe that closes early, as that to `head`, ends the program in silence. Windows has no
+    # SIGPIPE; there the default of SIGTERM is set again, which changes nothing.
+    signal.signal(getattr(signal, "SIGPIPE", signal.SIGTERM), signal.SIG_DFL)
     if argv in (["--help"], ["-h"]):
         # The packed file has no docstrings.
         usage = "python train_gpt.py [--knobs [WORD] | --plan]; knobs are environment variables"
         print(__doc__ or usage)
     elif argv[0] == "--knobs" and len(argv) <= 2:
-        # A pipe that closes early, as that to `head`, ends the program in silence. Windows has no
-        # SIGPIPE; there the default of SIGTERM is set again, which changes nothing.
-        signal.signal(getattr(signal, "SIGPIPE", signal.SIGTERM), signal.SIG_DFL)
         print_knobs(argv[1] if len(argv) == 2 else "")
     else:
         raise UsageError(
