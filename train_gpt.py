@@ -1576,7 +1576,7 @@ CPU = dict(
     val_batch_tokens=65536,
     eval_seq_len=512,
     # On two idle cores the evaluation takes 95 s; on busy ones this bounds it.
-    eval_deadline_seconds=150.0,
+    eval_deadline_seconds=200.0,
     ttt_lora_rank=8,
     ttt_lora_lr=3e-3,
     ttt_chunk_size=128,
