@@ -1791,8 +1791,11 @@ def is_running(pid: int) -> bool:
         # The name before the last parenthesis may hold spaces.
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
         return state not in ("Z", "X")
-    except OSError:
+    except (FileNotFoundError, ProcessLookupError):
         return False
+    except OSError:
+        # Too many open files, say: no reason to think that it has died.
+        return True
 
 
 def process_space() -> str:
@@ -1987,7 +1990,7 @@ class Ranks:
         store.set(f"train_gpt/process{self.rank}", f"{pid} {space}")
         peers = {}
         for rank, (peer_space, peer) in enumerate(processes):
-            if rank != self.rank and peer_space and peer_space == space:
+            if peer != pid and peer_space and peer_space == space:
                 peers[rank] = peer
         threading.Thread(target=self.end_after_peers, args=(peers,), daemon=True).start()
 
