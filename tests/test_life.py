@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import subprocess
 import sys
@@ -146,9 +147,7 @@ def test_time_left_of_adaptation_is_never_more_than_its_deadline_allows(clock, t
 
 
 def test_forty_columns_still_show_the_score_and_the_time_left(clock, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(
-        tg.shutil, "get_terminal_size", lambda *_, **__: SimpleNamespace(columns=40)
-    )
+    monkeypatch.setattr(tg.shutil, "get_terminal_size", lambda *_, **__: os.terminal_size((40, 24)))
     log = tg.Log(tmp_path / "log.txt", is_main=True, live=True)
     clock.now += 2
     half_scored(log).show_progress("ttt_progress", "adapt")
@@ -168,7 +167,7 @@ def step_line(capsys, columns: int, step: int, budget_s: float) -> str:
     numbers = tg.StepNumbers(step, 3.25, 1.0, 1.0, 0, 0, 0.25)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            tg.shutil, "get_terminal_size", lambda *_, **__: SimpleNamespace(columns=columns)
+            tg.shutil, "get_terminal_size", lambda *_, **__: os.terminal_size((columns, 24))
         )
         reporter.show_live_line(numbers, 1000.0)
     return capsys.readouterr().out.removeprefix(tg.ERASE_LINE)
