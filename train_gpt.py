@@ -1364,9 +1364,14 @@ def check_paths(cfg: Config) -> None:
 
     Raises UsageError, one line per problem.
     """
-    problems = [cfg.message(rule) for rule in rules_of_paths(cfg)]
+    problems = []
+    log = Path("logs", f"{cfg.run_id}.txt")
     if not can_be_written(Path("logs", "x"), is_file=True):
         problems.append("logs: cannot be written; change its permissions, or run in another folder")
+    elif cfg.run_id and not can_be_written(log, is_file=True):
+        rule = Rule("run_id", "the name of a file that can be written in logs")
+        problems.append(cfg.message(rule))
+    problems += [cfg.message(rule) for rule in rules_of_paths(cfg)]
     if problems:
         raise UsageError("\n".join(problems))
 
@@ -1383,11 +1388,7 @@ OUTPUTS = (
 
 
 def rules_of_paths(cfg: Config) -> Iterator[Rule]:
-    """The rules about files, folders and installed packages that are broken."""
-    log = Path("logs", f"{cfg.run_id}.txt")
-    logs_are_fine = can_be_written(Path("logs", "x"), is_file=True)
-    if cfg.run_id and logs_are_fine and not can_be_written(log, is_file=True):
-        yield Rule("run_id", "the name of a file that can be written in logs")
+    """The rules about the run's other files and folders, and about packages, that are broken."""
     folder = Path(cfg.artifact_dir or f"runs/{cfg.run_id}")
     if not can_be_written(folder):
         yield Rule("artifact_dir", "a folder that can be written")
@@ -1992,7 +1993,8 @@ class Ranks:
         for rank, (peer_space, peer) in enumerate(processes):
             if peer != pid and peer_space and peer_space == space:
                 peers[rank] = peer
-        threading.Thread(target=self.end_after_peers, args=(peers,), daemon=True).start()
+        if peers:
+            threading.Thread(target=self.end_after_peers, args=(peers,), daemon=True).start()
 
     def end_after_peers(self, peers: dict[int, int]) -> None:
         """Waits for the end of a peer; then ends this process, unless it does so by itself.
@@ -2085,9 +2087,9 @@ class Log:
                 # A killed run may have left half a line.
                 os.truncate(path, read_regular(path, MAX_LOG_BYTES).rfind(b"\n") + 1)
             self.file = path.open("ab", buffering=0)
-        # Bytes of lines that could not be written yet, and a line for each file that was not.
+        # Bytes of lines that could not be written yet.
         self.pending = b""
-        # by the file, the line about it
+        # What to say of each file that could not be written, by its path.
         self.failures: dict[str, str] = {}
 
     def __call__(self, line: str, terminal: bool = True) -> None:
@@ -2851,7 +2853,7 @@ class Tokenizer(NamedTuple):
             data = read_regular(path, MAX_TOKENIZER_BYTES)
             model = sentencepiece.SentencePieceProcessor(model_proto=data)
         except (OSError, RuntimeError) as error:
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            reason = getattr(error, "strerror", None) or first_line(error)
             raise UsageError(f"TOKENIZER_PATH={path}: no SentencePiece model ({reason})") from error
         sha256 = hashlib.sha256(data).hexdigest()
         loaded = cls(path, model, model.bos_id(), sha256, manifest)
@@ -7604,6 +7606,17 @@ FOREIGN_FILE_ERRORS = (
 )
 
 
+def why_unreadable(error: Exception, otherwise: str) -> str:
+    """Why a file is refused, by one of FOREIGN_FILE_ERRORS; `otherwise` if it says nothing."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if isinstance(error, ForeignValue):
+        return str(error)
+    if is_lack_of_memory(error):
+        return "there is not enough memory to read it"
+    return otherwise
+
+
 def load_torch(data: bytes) -> dict[str, Any]:
     """The dict in a file that torch.save has written. Raises one of FOREIGN_FILE_ERRORS.
 
@@ -7681,13 +7694,7 @@ def load_model_file(cfg: Config, origin: dict[str, str]) -> tuple[Config, dict[s
     except UsageError:
         raise
     except FOREIGN_FILE_ERRORS as error:
-        reason = "neither an artifact nor a weights file of train_gpt.py"
-        if isinstance(error, OSError) and error.strerror:
-            reason = error.strerror
-        elif isinstance(error, ForeignValue):
-            reason = str(error)
-        elif is_lack_of_memory(error):
-            reason = "there is not enough memory to read it"
+        reason = why_unreadable(error, "neither an artifact nor a weights file of train_gpt.py")
         raise UsageError(f"{name}: {reason}") from error
     if reasons:
         raise UsageError("\n".join(reasons))
@@ -7783,11 +7790,7 @@ def read_checkpoint(path: Path, made_with: dict[str, Any]) -> tuple[dict[str, An
         saved = load_torch(data[32:])
         check_checkpoint(saved)
     except FOREIGN_FILE_ERRORS as error:
-        if isinstance(error, (OSError, ForeignValue)):
-            return {}, getattr(error, "strerror", None) or str(error)
-        if is_lack_of_memory(error):
-            return {}, "there is not enough memory to read it"
-        return {}, "holds what no run writes"
+        return {}, why_unreadable(error, "holds what no run writes")
     differences = []
     for key in sorted(saved["made_with"].keys() | made_with.keys()):
         value = saved["made_with"].get(key)
@@ -7930,7 +7933,7 @@ class Run:
         Without RUN_ID it is date, preset and seed, with a number if another run has that name.
         """
         cfg = self.cfg
-        run_id = default_id = f"{time.strftime('%Y%m%d-%H%M%S')}_{cfg.preset}_seed{cfg.seed}"
+        default_id = f"{time.strftime('%Y%m%d-%H%M%S')}_{cfg.preset}_seed{cfg.seed}"
         run_id = cfg.run_id or default_id
         number = 1
         while not self.lock(Path(f"logs/{run_id}.lock")) or (
@@ -10205,12 +10208,6 @@ def main(argv: list[str]) -> int:
         tell_peers(first_line(error))
         complain(str(error))
         return 1
-    except RuntimeError as error:
-        if not is_lost_peer(error):
-            tell_peers(f"{type(error).__name__}: {first_line(error)}")
-            raise
-        complain_of_lost_peers(error)
-        return 1
     except OSError as error:
         tell_peers(reason_of(error))
         ends_together = isinstance(error, FilesNotWritten)
@@ -10218,6 +10215,9 @@ def main(argv: list[str]) -> int:
             complain(reason_of(error))
         return 1
     except Exception as error:
+        if isinstance(error, RuntimeError) and is_lost_peer(error):
+            complain_of_lost_peers(error)
+            return 1
         tell_peers(f"{type(error).__name__}: {first_line(error)}")
         raise
     finally:
