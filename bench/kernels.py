@@ -365,16 +365,16 @@ def compare_flattened(tokens: int = 98304) -> list[dict]:
         down = torch.randn(C, F, device="cuda").bfloat16() * C**-0.5
         pre, post = tg.mlp_up_reference(x, up)
         wanted = {"mlp_up": post, "mlp_dpre": tg.mlp_dpre_reference(dy, down, pre)}
-        for name, tiles in (("mlp_up", tg.TILES["mlp_up"]), ("mlp_dpre", tg.TILES["mlp_dpre"])):
+        for name, exact in wanted.items():
             backward = name == "mlp_dpre"
             operands = (dy, down, pre) if backward else (x, up, torch.empty_like(pre))
-            for tile, flatten in itertools.product(tiles, (False, True)):
+            for tile, flatten in itertools.product(tg.TILES[name], (False, True)):
                 out = torch.full_like(post, float("nan"))
                 launch = partial(
                     tg.launch_mlp, *operands, out, programs, backward, tile, flatten=flatten
                 )
                 launch()
-                error = float((out - wanted[name]).norm() / wanted[name].norm())
+                error = float((out - exact).norm() / exact.norm())
                 rows.append(
                     {
                         "kernel": name,

@@ -26,46 +26,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import warm_process
+from tiny_run import TINY, VOCAB
 
 import train_gpt as tg
 
 torch.set_num_threads(1)
-# 4 control pieces, 256 bytes, the rest learnt from the text.
-VOCAB = 320
-TINY = {
-    "PRESET": "cpu",
-    "DATASET": f"tiny_sp{VOCAB}",
-    "VOCAB_SIZE": str(VOCAB),
-    "NUM_LAYERS": "4",
-    "MODEL_DIM": "32",
-    "NUM_HEADS": "2",
-    "NUM_KV_HEADS": "1",
-    "MLP_MULT": "2",
-    "XSA_LAST_N": "4",
-    "ROPE_DIMS": "8",
-    "NUM_LOOPS": "1",
-    "LOOP_START": "1",
-    "LOOP_END": "1",
-    "PARALLEL_START_LAYER": "3",
-    "COMPUTE_DTYPE": "fp32",
-    "WARMUP_STEPS": "1",
-    "TRAIN_BATCH_TOKENS": "512",
-    "MICRO_BATCH_TOKENS": "128",
-    "TRAIN_SEQ_LEN": "64",
-    "CU_SEQLENS_CAPACITY": "32",
-    "MAX_WALLCLOCK_SECONDS": "0",
-    "ITERATIONS": "6",
-    "GPTQ_CALIBRATION_BATCHES": "4",
-    "VAL_BATCH_TOKENS": "2048",
-    "EVAL_SEQ_LEN": "64",
-    "EVAL_STRIDE": "16",
-    "TTT_EVAL_SEQ_LEN": "64",
-    "TTT_CHUNK_SIZE": "16",
-    # Warm-up adapts to twice as many tokens.
-    "TTT_CHUNK_TOKENS": "512",
-    "TTT_BATCH_SIZE": "4",
-    "TTT_LORA_RANK": "4",
-}
 WORDS = (
     "the of and to in is that for it as was with be by on not he his but at are this have from or "
     "had an they which one shard token model layer number weight train score adapt window chunk "

@@ -260,8 +260,7 @@ def test_a_process_that_the_system_killed_or_a_full_disk_ended_is_known_by_its_e
 
 def test_the_fresh_process_computes_as_this_one_does(tmp_path, monkeypatch):
     monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")
-    luggage = fresh_process.Luggage(SCRIPT, SCRIPT, SCRIPT, "x", "d", {}, False)
-    variables = fresh_process.environment(tmp_path, luggage)
+    variables = fresh_process.environment(tmp_path, "d", {})
     assert variables["OMP_NUM_THREADS"] == str(torch.get_num_threads())
     assert variables["MKL_CBWR"] == "COMPATIBLE"
     assert variables["PYTHONDONTWRITEBYTECODE"] == "1"  # no bytecode of ours is a violation

@@ -44,7 +44,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -171,18 +171,14 @@ def print_findings(tests: dict[str, dict[str, Any]]) -> None:
 
 
 # === Command line =================================================================================
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Ends the program with exit status 2."""
-        self.exit(2, f"audit.py: {message}\n")
-
-
-def build_parser() -> Parser:
+def build_parser() -> terminal.Parser:
     """The command line."""
     description = __doc__.replace("{tests}", describe_tests())
-    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = terminal.Parser(
+        prog="audit.py",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
     add("artifact", nargs="?", type=Path, help="final_model.int6.ptz of a run")
     add("--docs", type=int, default=8, help="documents of the sample (default 8)")

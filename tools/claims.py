@@ -159,6 +159,11 @@ def distinction(values: dict[str, str]) -> str:
     return " ".join(f"{name}={value}" for name, value in list(values.items())[:3])
 
 
+def without_copies(runs: list[Run]) -> list[Run]:
+    """The runs, each once: a kept log may be a copy of one that is still in logs/."""
+    return list({run.digest: run for run in runs}.values())
+
+
 def refuse_equal_logs(runs: list[Run]) -> None:
     """Raises UsageError if a log is given twice, which would count one run as two.
 

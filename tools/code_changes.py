@@ -104,9 +104,7 @@ def changes(script: Path, released: Path = RELEASED) -> list[Change]:
         _, other = theirs.get(number, ("", []))
         if lines == other:
             continue
-        diff = list(difflib.ndiff(lines, other)) if len(lines) + len(other) < 200 else []
-        if not diff:
-            diff = list(difflib.unified_diff(lines, other, n=0, lineterm=""))[2:]
+        diff = list(difflib.unified_diff(lines, other, n=0, lineterm=""))[2:]
         added = sum(line.startswith("+") for line in diff)
         removed = sum(line.startswith("-") for line in diff)
         found.append(Change(number, title, added, removed))

@@ -39,6 +39,7 @@ import prepare_data  # noqa: E402
 import torch  # noqa: E402
 import warm_process  # noqa: E402
 from tables import markdown_table  # noqa: E402
+from tiny_run import TINY  # noqa: E402
 
 import train_gpt as tg  # noqa: E402
 
@@ -46,38 +47,10 @@ KILLS_A_RUN = 8
 SCRIPT = ROOT / "train_gpt.py"
 # The smallest run that goes through all phases, in about two seconds.
 KNOBS = {
-    "PRESET": "cpu",
-    "DATASET": "tiny_sp320",
-    "VOCAB_SIZE": "320",
-    "NUM_LAYERS": "4",
-    "MODEL_DIM": "32",
-    "NUM_HEADS": "2",
-    "NUM_KV_HEADS": "1",
-    "MLP_MULT": "2",
-    "XSA_LAST_N": "4",
-    "ROPE_DIMS": "8",
-    "NUM_LOOPS": "1",
-    "LOOP_START": "1",
-    "LOOP_END": "1",
-    "PARALLEL_START_LAYER": "3",
-    "COMPUTE_DTYPE": "fp32",
+    **TINY,
     "WARMUP_STEPS": "0",
-    "TRAIN_BATCH_TOKENS": "512",
-    "MICRO_BATCH_TOKENS": "128",
-    "TRAIN_SEQ_LEN": "64",
-    "CU_SEQLENS_CAPACITY": "32",
-    "MAX_WALLCLOCK_SECONDS": "0",
     "ITERATIONS": "12",
     "ENABLE_LOOPING_AT": "0.5",
-    "GPTQ_CALIBRATION_BATCHES": "4",
-    "VAL_BATCH_TOKENS": "2048",
-    "EVAL_SEQ_LEN": "64",
-    "EVAL_STRIDE": "16",
-    "TTT_EVAL_SEQ_LEN": "64",
-    "TTT_CHUNK_SIZE": "16",
-    "TTT_CHUNK_TOKENS": "512",
-    "TTT_BATCH_SIZE": "4",
-    "TTT_LORA_RANK": "4",
     "CHECKPOINT_EVERY": "1e-6",
     "OMP_NUM_THREADS": "1",
     "CUDA_VISIBLE_DEVICES": "",

@@ -197,25 +197,24 @@ class Luggage(NamedTuple):
     compiles: bool
 
 
-def lay_out(folder: Path, luggage: Luggage) -> Path:
-    """Copies what the process needs into an empty folder; returns where its validation shard goes.
-
-    A link to that shard has a training shard's name: whoever opens it wants training data.
-    """
-    data = folder / "data" / "datasets" / luggage.dataset
+def lay_out(folder: Path, script: Path, tokenizer: Path, dataset: str) -> Path:
+    """Copies what every process needs into an empty folder; returns the empty one for its data."""
+    data = folder / "data" / "datasets" / dataset
     data.mkdir(parents=True)
-    (folder / "home").mkdir()
-    (folder / "tmp").mkdir()
-    shutil.copy(luggage.script, folder / "train_gpt.py")
-    shutil.copy(luggage.artifact, folder / "artifact")
-    shutil.copy(luggage.tokenizer, folder / "tokenizer.model")
-    shard = data / luggage.shard_name
-    (data / shard.name.replace("_val_", "_train_")).symlink_to(shard)
-    return shard
+    for name in ("home", "tmp"):
+        (folder / name).mkdir()
+    shutil.copy(script, folder / "train_gpt.py")
+    shutil.copy(tokenizer, folder / "tokenizer.model")
+    return data
 
 
-def environment(folder: Path, luggage: Luggage) -> dict[str, str]:
-    """The whole environment of the process."""
+def last_line(text: str) -> str:
+    """The last line of what a process has said."""
+    return (text.strip().splitlines() or ["no output"])[-1]
+
+
+def environment(folder: Path, dataset: str, knobs: dict[str, str]) -> dict[str, str]:
+    """The whole environment of the process. knobs: those of its evaluation or training."""
     variables = {}
     for name, value in os.environ.items():
         if name in INHERITED_VARIABLES or name.startswith(ARITHMETIC_PREFIXES):
@@ -227,12 +226,12 @@ def environment(folder: Path, luggage: Luggage) -> dict[str, str]:
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
         # An installation without bytecode must not look like a write of the script.
         "PYTHONDONTWRITEBYTECODE": "1",
-        **luggage.variables,
+        **knobs,
         "EVAL_ONLY_PATH": "artifact",
         "DATA_DIR": "data",
         "TOKENIZER_PATH": "tokenizer.model",
         "RUN_ID": "alone",
-        "DATASET": luggage.dataset,
+        "DATASET": dataset,
     }
     variables.pop("ARTIFACT_DIR", None)
     return variables
@@ -248,14 +247,18 @@ def run_alone(
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name).resolve()
-        shard = lay_out(folder, luggage)
+        data = lay_out(folder, luggage.script, luggage.tokenizer, luggage.dataset)
+        shutil.copy(luggage.artifact, folder / "artifact")
+        shard = data / luggage.shard_name
+        # A link to it has a training shard's name: whoever opens it wants training data.
+        (data / shard.name.replace("_val_", "_train_")).symlink_to(shard)
         write_shard(shard, tokens)
         if counts is not None:
             write_shard(shard.with_name(shard.name.replace("_val_", "_val_bytes_")), counts)
         done = subprocess.run(
             [sys.executable, str(Path(__file__).resolve()), str(folder / "train_gpt.py")],
             cwd=folder,
-            env=environment(folder, luggage),
+            env=environment(folder, luggage.dataset, luggage.variables),
             capture_output=True,
             text=True,
             timeout=TIMEOUT_SECONDS,
@@ -266,12 +269,12 @@ def run_alone(
             records = json.loads((folder / "opened.json").read_text())
             events = [Event(*record) for record in records]
         scores = folder / "runs" / "alone" / "documents.npz"
-        said = done.stderr.strip().splitlines() or ["no output"]
-        if reason := failure_of_machine(done.returncode, said[-1]):
+        said = last_line(done.stderr)
+        if reason := failure_of_machine(done.returncode, said):
             raise MachineError(f"the fresh process: {reason}")
         return Outcome(
             returncode=done.returncode,
-            error=said[-1].replace(str(folder), "."),
+            error=said.replace(str(folder), "."),
             invalid=[line for line in done.stderr.splitlines() if "INVALID" in line],
             output=done.stdout,
             doc_nats=scores_left_at(scores),

@@ -33,6 +33,11 @@ def read_shard(path: Path) -> np.ndarray:
     return ids
 
 
+def read_shards(paths: list[Path]) -> np.ndarray:
+    """The ids (n,) uint16 of shards end to end."""
+    return np.concatenate([read_shard(path) for path in paths])
+
+
 def split_paths(folder: Path, split: str) -> list[Path]:
     """The shards of a split, in order; the side-car of `val` is the split `val_bytes`."""
     paths = sorted(folder.glob(f"*_{split}_[0-9]*.bin"))
@@ -61,13 +66,12 @@ class HeldData:
         import sentencepiece
 
         model = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.read_bytes())
-        tokens = np.concatenate([read_shard(path) for path in split_paths(folder, "val")])
+        tokens = read_shards(split_paths(folder, "val"))
         starts = np.flatnonzero(tokens == model.bos_id())
         counts = np.diff(starts, append=len(tokens) - 1)
         token_bytes = None
         if list(folder.glob("*_val_bytes_[0-9]*.bin")):
-            paths = split_paths(folder, "val_bytes")
-            token_bytes = np.concatenate([read_shard(path) for path in paths])
+            token_bytes = read_shards(split_paths(folder, "val_bytes"))
         return cls(folder, tokenizer, model, tokens, starts, counts, token_bytes)
 
     @property
@@ -75,15 +79,23 @@ class HeldData:
         """The id that begins a document."""
         return self.model.bos_id()
 
-    def ids(self, document: int) -> np.ndarray:
-        """A document with its BOS and the token after it, (targets + 1,)."""
-        start = self.starts[document]
-        return self.tokens[start : start + self.counts[document] + 1]
+    @functools.cached_property
+    def ends(self) -> np.ndarray:
+        """Where each document's text ends in the stream, (docs,)."""
+        return np.append(self.starts[1:], len(self.tokens))
+
+    @functools.cached_property
+    def byte_values(self) -> np.ndarray:
+        """The value of every byte piece, -1 for another piece, (V,)."""
+        values = np.full(self.model.vocab_size(), -1)
+        for token in range(len(values)):
+            if self.model.is_byte(token):
+                values[token] = int(self.model.id_to_piece(token)[1:-1], 16)
+        return values
 
     def text_span(self, document: int) -> slice:
         """Where a document's text lies in the stream, its BOS left out."""
-        ends = np.append(self.starts[1:], len(self.tokens))
-        return slice(int(self.starts[document]) + 1, int(ends[document]))
+        return slice(int(self.starts[document]) + 1, int(self.ends[document]))
 
     def bytes_of(self, document: int) -> int:
         """Bytes of a document's text."""

@@ -85,8 +85,11 @@ REQUIREMENTS = "requirements.txt"
 AUDIT = "audit.json"  # of the artifact's run; those of other seeds have the seed in their name
 REQUIRED = (PACKED, READABLE, CLAIM, SUMS, README, REQUIREMENTS)
 BASELINE = "baseline"  # folder of the logs that the claim is compared with
-# What the final line of a log must hold beside the facts, and which of that must be numbers.
-NUMBERS = (
+# What the final line of a log must hold; runlog reads no figure of a wrong type.
+NEEDED = (
+    *runlog.FACTS,
+    "artifact_sha256",
+    "seconds",
     "seed",
     "val_bpb",
     "val_loss",
@@ -95,7 +98,6 @@ NUMBERS = (
     "model_bytes",
     "code_bytes",
 )
-NEEDED = (*runlog.FACTS, "artifact_sha256", "seconds", *NUMBERS)
 # The most by which an evaluation may differ from the log, in bits per byte.
 MAX_BPB_DIFFERENCE = 1e-9
 
@@ -107,13 +109,15 @@ def read_log(name: str, log: bytes) -> Run:
     """A finished run. Raises LogError unless one final line holds every figure of a claim."""
     text = logtext.decode(log)
     final = runlog.read_final(text)
-    missing = [key for key in NEEDED if final.get(key) is None]
+    missing = [key for key in NEEDED if key not in final]
     if missing:
         raise LogError(f"its final line lacks {', '.join(missing)}")
-    wrong = [key for key in NUMBERS if type(final[key]) not in (int, float)]
-    if wrong:
-        raise LogError(f"its final line has no number as {', '.join(wrong)}")
     return runlog.run_of_text(Path(name), text)
+
+
+def runs_in(name: str, content: bytes) -> list[Run]:
+    """The finished runs of a log of a folder. Raises LogError if it holds none."""
+    return runlog.runs_of_text(Path(name), logtext.decode(content))
 
 
 def log_name(run: Run) -> str:
@@ -210,7 +214,7 @@ def build(args: argparse.Namespace) -> Files:
     origin = find_artifact(args.run_dir, logs)
     source = find_source(args.source, origin.log)
     files = {
-        PACKED: submission.packed(source),
+        PACKED: pack_code(source),
         READABLE: source,
         REQUIREMENTS: read_regular(args.requirements, MAX_JSON_BYTES),
     }
@@ -376,7 +380,7 @@ class Contents:
         runs = []
         for name in self.baseline_logs:
             with contextlib.suppress(LogError):
-                runs += runlog.runs_of_text(Path(name), logtext.decode(self.files[name]))
+                runs += runs_in(name, self.files[name])
         return runs
 
     @property
@@ -390,11 +394,8 @@ class Contents:
         runs = {}
         for name, content in self.files.items():
             if name.endswith((".log", ".txt")) and not name.startswith(f"{BASELINE}/"):
-                try:
-                    text = logtext.decode(content)
-                    runs[name] = runlog.runs_of_text(Path(name), text)
-                except LogError:
-                    continue
+                with contextlib.suppress(LogError):
+                    runs[name] = runs_in(name, content)
         return runs
 
     @functools.cached_property
@@ -612,7 +613,7 @@ def check_baseline(contents: Contents) -> Iterator[str]:
     """Logs to compare with that cannot be read."""
     for name in contents.baseline_logs:
         try:
-            runlog.runs_of_text(Path(name), logtext.decode(contents.files[name]))
+            runs_in(name, contents.files[name])
         except LogError as error:
             yield f"{name}: {error}"
 
@@ -755,7 +756,7 @@ def check_other_names(contents: Contents) -> Iterator[str]:
 def why_no_run(name: str, content: bytes) -> str:
     """Why a log holds no finished run."""
     try:
-        runlog.runs_of_text(Path(name), logtext.decode(content))
+        runs_in(name, content)
     except LogError as error:
         return str(error)
     return "is no log of a finished run"
@@ -791,7 +792,7 @@ def claimed_runs(contents: Contents) -> list[Run]:
     claim = contents.claim or {}
     results = results_by_seed(claim)
     if not results:
-        runs = list({run.digest: run for run in runs}.values())
+        runs = claims.without_copies(runs)
         claimed = claim.get("val_bpb")
         if not runs or agrees_with_score(claimed, statistics.fmean(run.score.bpb for run in runs)):
             return runs

@@ -312,6 +312,7 @@ def same_program(source: bytes, text: str) -> bool:
     return not differs(Stripper(source).text(), text)
 
 
+@functools.cache
 def pack_code(source: bytes) -> bytes:
     """The packed file of a readable source, by whichever codec makes it smaller.
 

@@ -98,8 +98,11 @@ def main(argv: list[str]) -> int:
     except LogError as error:
         print(f"picture.py: {log}: {error}", file=sys.stderr)
         return 2
-    except (UsageError, OSError) as error:
+    except UsageError as error:
         print(f"picture.py: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"picture.py: {reason_of(error)}", file=sys.stderr)
         return 2
     folder = run_folder(run)
     path = folder / "run.png" if folder else run.path.with_suffix(".png")

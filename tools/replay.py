@@ -32,6 +32,7 @@ import math
 import os
 import secrets
 import shutil
+import subprocess
 import tempfile
 import time
 from collections.abc import Mapping
@@ -117,14 +118,14 @@ def decoy(held: HeldData, number: int, kind: str, rng: np.random.Generator) -> n
 def whole_characters(held: HeldData, ids: np.ndarray) -> np.ndarray:
     """The ids with another piece in place of byte pieces that are no whole character together."""
     ids = ids.copy()
-    is_byte = np.array([held.model.is_byte(int(token)) for token in ids], dtype=bool)
+    values = held.byte_values[ids]
+    is_byte = values >= 0
     plain = ids[~is_byte]
     filler = plain[0] if len(plain) else held.model.piece_to_id("\u2581")
     edges = np.flatnonzero(np.diff(is_byte, prepend=False, append=False))
     for first, end in zip(edges[::2], edges[1::2], strict=True):
-        values = [int(held.model.id_to_piece(int(token))[1:-1], 16) for token in ids[first:end]]
         try:
-            bytes(values).decode()
+            bytes(values[first:end].tolist()).decode()
         except UnicodeDecodeError:
             ids[first:end] = filler
     return ids
@@ -160,15 +161,22 @@ class Claim(NamedTuple):
     held: HeldData
 
     @property
+    def adapts(self) -> bool:
+        """Whether the evaluation learns from scored text."""
+        return self.settings["ttt_enabled"] == "True"
+
+    @property
+    def adapts_by_chunks(self) -> bool:
+        """Whether all weights learn, over the whole stream."""
+        return self.adapts and self.settings["ttt_mode"] == "chunk"
+
+    @property
     def crosses_documents(self) -> bool:
         """Whether a document's score depends on others, by declaration."""
-        on_stream = self.settings["data_loader"] != "documents"
-        if self.settings["ttt_enabled"] == "True":
-            in_chunks = self.settings["ttt_mode"] == "chunk"
-            if any(self.settings[name] not in ("0", "False") for name in CROSSING):
-                return True
-            return in_chunks
-        return on_stream or self.settings["tilt_order"] != "0"
+        if self.adapts:
+            crosses = any(self.settings[name] not in ("0", "False") for name in CROSSING)
+            return crosses or self.adapts_by_chunks
+        return self.settings["data_loader"] != "documents" or self.settings["tilt_order"] != "0"
 
 
 class Scores(NamedTuple):
@@ -188,18 +196,10 @@ def score_alone(claim: Claim, script: Path, tokens: np.ndarray, **changes: str) 
         folder = Path(name).resolve()
         # Another name, because decoys have not the bytes that the challenge's names stand for.
         dataset = f"text_{claim.held.folder.name}"
-        data = folder / "data" / "datasets" / dataset
-        data.mkdir(parents=True)
-        for part in ("home", "tmp"):
-            (folder / part).mkdir()
-        shutil.copy(script, folder / "train_gpt.py")
+        data = fresh_process.lay_out(folder, script, claim.held.tokenizer, dataset)
         shutil.copy(claim.artifact, folder / "model.ptz")
-        shutil.copy(claim.held.tokenizer, folder / "tokenizer.model")
         write_shards(claim.held, tokens, data)
-        luggage = fresh_process.Luggage(
-            script, claim.artifact, claim.held.tokenizer, "", dataset, claim.variables, False
-        )
-        environ = fresh_process.environment(folder, luggage) | {
+        environ = fresh_process.environment(folder, dataset, claim.variables) | {
             "EVAL_ONLY_PATH": "model.ptz",
             "RUN_ID": claim.final["run_id"],
             "EVAL_DEADLINE_SECONDS": "1e9",
@@ -213,12 +213,8 @@ def score_alone(claim: Claim, script: Path, tokens: np.ndarray, **changes: str) 
         start = time.monotonic()
         done = enclosure.run(command, folder, environ, has_network=ranks > 1)
         seconds = time.monotonic() - start
-        said = done.stderr.strip().splitlines() or ["no output"]
-        if reason := fresh_process.failure_of_machine(done.returncode, said[-1]):
-            raise MachineError(reason)
         scores = folder / "runs" / environ["RUN_ID"] / "documents.npz"
-        if done.returncode or not scores.is_file():
-            raise ReplayError(f"exit status {done.returncode}: {said[-1]}")
+        check_outcome(done, scores)
         try:
             made = read_records(scores)
         except DataError as error:
@@ -233,6 +229,15 @@ def score_alone(claim: Claim, script: Path, tokens: np.ndarray, **changes: str) 
 
 class ReplayError(Exception):
     """An evaluation has given no scores to compare."""
+
+
+def check_outcome(done: subprocess.CompletedProcess[str], needed: Path) -> None:
+    """Raises MachineError if the machine failed a process, ReplayError if it left no such file."""
+    said = fresh_process.last_line(done.stderr)
+    if reason := fresh_process.failure_of_machine(done.returncode, said):
+        raise MachineError(reason)
+    if done.returncode or not needed.is_file():
+        raise ReplayError(f"exit status {done.returncode}: {said}")
 
 
 def write_shards(held: HeldData, tokens: np.ndarray, folder: Path) -> None:
@@ -255,8 +260,7 @@ def score_plainly(claim: Claim, tokens: np.ndarray, numbers: np.ndarray) -> Scor
     start_time = time.monotonic()
     model = Model(claim.artifact.read_bytes(), claim.settings)
     nats = np.full(len(claim.held.counts), np.nan)
-    adapts = claim.settings["ttt_enabled"] == "True"
-    if adapts and claim.settings["ttt_mode"] == "chunk":
+    if claim.adapts_by_chunks:
         token_nats = model.chunks(tokens, int(claim.final.get("world_size", 1)))
         ends = np.append(0, token_nats.astype(np.float64).cumsum())
         sums = ends[claim.held.starts + claim.held.counts] - ends[claim.held.starts]
@@ -264,7 +268,7 @@ def score_plainly(claim: Claim, tokens: np.ndarray, numbers: np.ndarray) -> Scor
     for number in numbers.tolist():
         start, count = claim.held.starts[number], claim.held.counts[number]
         ids = tokens[start : start + count + 1].astype(np.int64)
-        found = model.adapted(ids, int(start)) if adapts else model.plain(ids)
+        found = model.adapted(ids, int(start)) if claim.adapts else model.plain(ids)
         nats[number] = found.astype(np.float64).mean()
     return Scores(nats, time.monotonic() - start_time)
 
@@ -275,7 +279,7 @@ def measure_floor(claim: Claim, draw: Draw, single: np.ndarray) -> float:
     The plain evaluator scores a few documents of middling length in fp64, too. single: its scores
     (docs,) in fp32.
     """
-    if claim.settings["ttt_enabled"] == "True" and claim.settings["ttt_mode"] == "chunk":
+    if claim.adapts_by_chunks:
         return EXACT_NATS
     by_length = draw.drawn[np.argsort(claim.held.counts[draw.drawn], kind="stable")]
     first = max(0, (len(by_length) - FLOOR_DOCUMENTS) // 2)

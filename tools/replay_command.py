@@ -11,10 +11,10 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import NoReturn
 
 import replay
 import runlog
+import terminal
 import verdict_page
 from fresh_process import MachineError
 from held import DataError
@@ -24,18 +24,12 @@ from train_gpt import write_atomic
 SCRIPT = Path(__file__).resolve().parents[1] / "train_gpt.py"
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Ends the program with exit status 2."""
-        self.exit(2, f"audit.py replay: {message}\n")
-
-
 def parse(argv: list[str]) -> argparse.Namespace:
     """The arguments, checked."""
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = Parser(prog="audit.py replay", description=replay.__doc__, formatter_class=formatter)
+    parser = terminal.Parser(
+        prog="audit.py replay", description=replay.__doc__, formatter_class=formatter
+    )
     add = parser.add_argument
     add("log", type=Path, help="log of the run")
     add("artifact", type=Path, help="its final_model.int6.ptz; documents.npz lies beside it")

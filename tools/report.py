@@ -65,6 +65,7 @@ from claims import (  # noqa: E402
     group_by_configuration,
     read_finished,
     score_problems,
+    without_copies,
 )
 from comparison import (  # noqa: E402
     compare,
@@ -619,11 +620,6 @@ def add_submission_options(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="audit.json of each artifact; default: those in the run folders",
     )
-
-
-def without_copies(runs: list[Run]) -> list[Run]:
-    """The runs, each once: a kept log may be a copy of one that is still in logs/."""
-    return list({run.digest: run for run in runs}.values())
 
 
 def read_report(args: argparse.Namespace) -> Report:

@@ -301,6 +301,14 @@ def log_of_run(folder: Path) -> Path:
     return folder.parent.parent / "logs" / f"{folder.name}.txt"
 
 
+def knobs_of_run(folder: Path) -> dict[str, str]:
+    """The environment that makes an evaluation that of a folder's run; {} without its log."""
+    log = log_of_run(folder)
+    if not log.is_file():
+        return {}
+    return evaluation_variables(log.read_text(encoding="utf-8", errors="replace"))
+
+
 # === A whole run ==================================================================================
 
 

@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 import caseops  # noqa: E402
 import runlog  # noqa: E402
+import terminal  # noqa: E402
 from run_documents import ARTIFACT, newest_run  # noqa: E402
 
 import train_gpt as tg  # noqa: E402
@@ -147,11 +148,7 @@ def write_samples(writer: Writer, num_tokens: int) -> list[dict[str, int | str]]
 
 def sample_run(run_dir: Path, num_tokens: int) -> None:
     """Prints and keeps what the artifact of a run writes. Raises UsageError or OSError."""
-    log = runlog.log_of_run(run_dir)
-    knobs = {}
-    if log.is_file():
-        knobs = runlog.evaluation_variables(log.read_text(encoding="utf-8", errors="replace"))
-    environ = {**knobs, **os.environ, **runlog.KEEPS_NOTHING}
+    environ = {**runlog.knobs_of_run(run_dir), **os.environ, **runlog.KEEPS_NOTHING}
     writer = Writer.load(run_dir / ARTIFACT, environ)
     samples = write_samples(writer, num_tokens)
     print(f"what the artifact writes; sampled at temperature {TEMPERATURE}:")
@@ -177,11 +174,13 @@ def main(argv: list[str]) -> int:
     except tg.UsageError as error:
         print(f"samples.py: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        raise
     except OSError as error:
-        print(f"samples.py: {error.filename}: {error.strerror}", file=sys.stderr)
+        print(f"samples.py: {tg.reason_of(error)}", file=sys.stderr)
         return 2
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(terminal.run(main))

@@ -8,7 +8,6 @@ stand beside them, and whoever reads one may find more fields than he asked for.
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import time
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any, NamedTuple
 
 from comparison import compare
 from digests import sha256
-from packed_code import PACKED, pack_code
+from packed_code import PACKED, packed_size
 from run_documents import ARTIFACT, run_folder
 from run_statistics import mean_and_sd
 from runlog import BOOKKEEPING, LIMIT_SECONDS, LogError, Run, source_at_head
@@ -280,18 +279,12 @@ def source_of(log: bytes, code_sha256: str | None, *paths: Path) -> bytes | None
     return None
 
 
-@functools.cache
-def packed(source: bytes) -> bytes:
-    """The packed form of a source, which takes some seconds, made once."""
-    return pack_code(source)
-
-
 def counted_by_logs(runs: list[Run]) -> CountedFiles | None:
     """What the folder of these runs will count; None where no source of theirs is known."""
     source = source_of(runs[0].path.read_bytes(), runs[0].facts.get("code_sha256"))
     if source is None or "model_bytes" not in runs[0].final:
         return None
-    return CountedFiles([PACKED, ARTIFACT], len(packed(source)))
+    return CountedFiles([PACKED, ARTIFACT], packed_size(source))
 
 
 # === Compliance ===================================================================================

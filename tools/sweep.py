@@ -401,8 +401,9 @@ class Sweep:
         with contextlib.suppress(ImportError):
             import optuna_dashboard
 
+            table = note(self.rows())
             for study in (self.study.study, by_setting):
-                optuna_dashboard.save_note(study, note(self.rows()))
+                optuna_dashboard.save_note(study, table)
 
     # --- Figures ---
 

@@ -71,11 +71,7 @@ def load(folder: Path) -> Scored:
     arrays = load_arrays(path) if path.is_file() else {}
     if "tilt_index" not in arrays:
         raise tg.UsageError(f"{path}: has no hints; run with TILT_ORDER")
-    log = runlog.log_of_run(folder.resolve())
-    environ = dict(os.environ)
-    if log.is_file():
-        text = log.read_text(encoding="utf-8", errors="replace")
-        environ = {**runlog.evaluation_variables(text), **environ}
+    environ = {**runlog.knobs_of_run(folder.resolve()), **os.environ}
     cfg, _ = tg.Config.from_env(environ, has_cuda=False)
     tokenizer = tg.Tokenizer.load(cfg)
     docs = tg.Documents.load(tg.TokenStream(cfg.dataset_dir, "val"), tokenizer.bos_id, cfg)

@@ -22,15 +22,16 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import fresh_process
 import numpy as np
 import runlog
+import terminal
 from digests import file_sha256
 from fresh_process import MachineError
 from held import DataError, HeldData, split_paths, tokenizer_by_hash
-from replay import ReplayError, write_shards
+from replay import ReplayError, check_outcome, write_shards
 
 SCRIPT = Path(__file__).resolve().parents[1] / "train_gpt.py"
 LOSS_NATS = 2e-3  # four printed digits, and another machine's rounding in bf16
@@ -66,19 +67,11 @@ def train_alone(
     """
     with tempfile.TemporaryDirectory(prefix="run-") as name:
         folder = Path(name).resolve()
-        data = folder / "data" / "datasets" / held.folder.name
-        data.mkdir(parents=True)
-        for part in ("home", "tmp"):
-            (folder / part).mkdir()
+        data = fresh_process.lay_out(folder, script, held.tokenizer, held.folder.name)
         for path in split_paths(held.folder, "train"):
             (data / path.name).symlink_to(path.resolve())
         write_shards(held, tokens, data)
-        (folder / "train_gpt.py").write_bytes(script.read_bytes())
-        (folder / "tokenizer.model").write_bytes(held.tokenizer.read_bytes())
-        luggage = fresh_process.Luggage(
-            script, script, held.tokenizer, "", held.folder.name, variables, False
-        )
-        environ = fresh_process.environment(folder, luggage) | {
+        environ = fresh_process.environment(folder, held.folder.name, variables) | {
             "ITERATIONS": str(steps),
             "MAX_WALLCLOCK_SECONDS": "0",
             "TTT_ENABLED": "0",
@@ -96,12 +89,8 @@ def train_alone(
             text=True,
             check=False,
         )
-        said = done.stderr.strip().splitlines() or ["no output"]
-        if reason := fresh_process.failure_of_machine(done.returncode, said[-1]):
-            raise MachineError(reason)
         artifact = folder / "runs" / "first_steps" / "final_model.int6.ptz"
-        if done.returncode or not artifact.is_file():
-            raise ReplayError(f"exit status {done.returncode}: {said[-1]}")
+        check_outcome(done, artifact)
         log = (folder / "logs" / "first_steps.txt").read_text(encoding="utf-8")
         return Training(file_sha256(artifact), runlog.read_final(log), first_losses(log))
 
@@ -148,18 +137,12 @@ def faults(log: Path, script: Path, reference: Path, steps: int, data_dir: Path)
     return found
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Ends the program with exit status 2."""
-        self.exit(2, f"audit.py training: {message}\n")
-
-
 def main(argv: list[str]) -> int:
     """Returns 0 if nothing speaks against the log, 1 if something does, 2 and 3 as audit.py."""
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = Parser(prog="audit.py training", description=__doc__, formatter_class=formatter)
+    parser = terminal.Parser(
+        prog="audit.py training", description=__doc__, formatter_class=formatter
+    )
     parser.add_argument("log", type=Path)
     parser.add_argument("--script", type=Path, default=SCRIPT, help="the submitted script")
     parser.add_argument("--reference", type=Path, default=SCRIPT, help="one that you trust")

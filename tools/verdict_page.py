@@ -106,19 +106,32 @@ def sentences_of_limits(verdict: replay.Verdict) -> dict[str, list[str]]:
     }
 
 
-def as_markdown(verdict: replay.Verdict, artifact: Path, script: Path) -> str:
+class Page(NamedTuple):
+    """What both forms of the page say."""
+
+    title: str
+    head: list[tuple[str, str]]
+    rows: list[Row]
+    limits: dict[str, list[str]]
+
+    @classmethod
+    def of(cls, verdict: replay.Verdict, artifact: Path, script: Path) -> Page:
+        """The page of a verdict."""
+        title = "Nothing speaks against the claim" if verdict.passed else "The claim is false"
+        rows = condition_rows(verdict, audited_properties(artifact))
+        return cls(title, head_lines(verdict, script), rows, sentences_of_limits(verdict))
+
+
+def as_markdown(page: Page) -> str:
     """The page in Markdown."""
-    lines = [
-        f"# {'Nothing speaks against the claim' if verdict.passed else 'The claim is false'}",
-        "",
-    ]
-    lines += [f"* {name}: {text}" for name, text in head_lines(verdict, script)]
+    lines = [f"# {page.title}", ""]
+    lines += [f"* {name}: {text}" for name, text in page.head]
     lines.append("")
-    for row in condition_rows(verdict, audited_properties(artifact)):
+    for row in page.rows:
         lines += [f"**{row.name}: {row.mark}.** {row.sentence}", ""]
         lines += ["<details><summary>figures</summary>", "", "```", row.figures, "```", ""]
         lines += ["</details>", ""]
-    for title, sentences in sentences_of_limits(verdict).items():
+    for title, sentences in page.limits.items():
         lines += [f"## {title}", "", *[f"* {sentence}" for sentence in sentences], ""]
     return "\n".join(lines)
 
@@ -128,26 +141,25 @@ h1{font-size:1.4rem}dt{font-weight:600}dd{margin:0 0 .4rem;overflow-wrap:anywher
 pre{white-space:pre-wrap;overflow-wrap:anywhere;font-size:.8rem}.no{color:#b00}.yes{color:#070}"""
 
 
-def as_html(verdict: replay.Verdict, artifact: Path, script: Path) -> str:
+def as_html(page: Page) -> str:
     """The page in HTML, one column wide, without scripts."""
     escape = html.escape
-    title = "Nothing speaks against the claim" if verdict.passed else "The claim is false"
     parts = [
         "<!doctype html><html lang=en><meta charset=utf-8>",
         '<meta name=viewport content="width=device-width,initial-scale=1">',
-        f"<title>{title}</title><style>{STYLE}</style><h1>{title}</h1><dl>",
+        f"<title>{page.title}</title><style>{STYLE}</style><h1>{page.title}</h1><dl>",
     ]
-    for name, text in head_lines(verdict, script):
+    for name, text in page.head:
         parts.append(f"<dt>{escape(name)}<dd>{escape(text)}")
     parts.append("</dl>")
-    for row in condition_rows(verdict, audited_properties(artifact)):
+    for row in page.rows:
         mark = row.mark.replace(" ", "-")
         parts.append(
             f"<p><b>{escape(row.name)}: <span class={mark}>{row.mark}</span>.</b> "
             f"{escape(row.sentence)}<details><summary>figures</summary>"
             f"<pre>{escape(row.figures)}</pre></details>"
         )
-    for title, sentences in sentences_of_limits(verdict).items():
+    for title, sentences in page.limits.items():
         items = "".join(f"<li>{escape(sentence)}" for sentence in sentences)
         parts.append(f"<h2>{title}</h2><ul>{items}</ul>")
     return "\n".join(parts) + "\n"
@@ -155,5 +167,6 @@ def as_html(verdict: replay.Verdict, artifact: Path, script: Path) -> str:
 
 def write(path: Path, verdict: replay.Verdict, artifact: Path, script: Path) -> None:
     """Writes path.md and path.html."""
-    write_atomic(path.with_suffix(".md"), as_markdown(verdict, artifact, script).encode())
-    write_atomic(path.with_suffix(".html"), as_html(verdict, artifact, script).encode())
+    page = Page.of(verdict, artifact, script)
+    write_atomic(path.with_suffix(".md"), as_markdown(page).encode())
+    write_atomic(path.with_suffix(".html"), as_html(page).encode())
