@@ -250,7 +250,7 @@ def test_wrong_python_ends_make_install_in_one_line_with_the_remedy(tmp_path):
     old = tmp_path / "old-python"
     old.write_text("#!/bin/sh\nexit 1\n")
     old.chmod(0o755)
-    command = ["make", "install", f"PYTHON={old}"]
+    command = ["make", "--no-print-directory", "install", f"PYTHON={old}"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode == 2
     expected = f"make: {old} is not Python 3.10 to 3.13; choose one: make PYTHON=python3.12\n"
