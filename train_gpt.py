@@ -22,6 +22,8 @@ The run, and what each phase leaves behind (files without a folder lie in runs/<
       |
     pack        fit the step sizes to the byte limit         final_model.int6.ptz
       |
+    diagnose    score the weights before quantisation        for comparison, off both budgets
+      |
     reload      the artifact, and nothing else               the weights that are scored
       |
     score       every validation token once                  scores.json, documents.npz
@@ -45,12 +47,19 @@ Contents, in the order of a run, then what stands behind it:
     11  Run                      the phases above
     12  Kernels                  each beside a plain reference
     13  Attention backends       accepted by their numbers, at the start
-    14  Command line             arguments, exit statuses
+    14  Names of variables       what other scripts and clusters set
+    15  Command line             arguments, exit statuses
 
 Letters in shapes: T tokens per row, C model width, H query heads, Hkv key/value heads, D head
 width, F MLP width, V vocabulary, L layers, W ranks, R rows of documents that adapt together, N
 tokens of the validation text (in section 12: rows of logits). n is any other number of things,
 named beside it. A word in a shape, as in (docs,), is the number of those things.
+
+Words: a row is a fixed number of packed tokens, the unit of a forward. A segment is a part of a row
+within which attention is causal: a document, or a piece of one. A window is a segment that is
+scored. A chunk is what is scored before something learns from it. A visit is one run of a layer (of
+a looped layer there are several), and its slot is its number in the order. A bank holds one kind of
+matrix of all layers. From PARALLEL_START_LAYER on the stream of activations has two lanes.
 
 Importing this file reads no environment variable and needs neither a GPU nor an optional package.
 The system on a GPU is that of PR #2135 (1.05651), which goes back to PR #1530 (samacqua), with a
@@ -150,7 +159,8 @@ CODE_BYTES = len(SOURCE)
 LIMIT_BYTES = 16_000_000  # code and model together, decimal
 EVAL_LIMIT_SECONDS = 600.0  # for all evaluations of the artifact
 
-# The readable source and its hash, for the log. tools/pack.py puts both into the packed file.
+# The readable source and its hash, for the log. The packed file of tools/pack.py runs this text
+# with UNPACKED = (text, hash) defined.
 if "UNPACKED" in globals():
     TEXT, CODE_SHA256 = globals()["UNPACKED"]
 else:
@@ -228,7 +238,11 @@ class Rule(NamedTuple):
 
 
 class RowShape(NamedTuple):
-    """The fixed size of a row of packed segments: one shape needs one compiled graph."""
+    """The fixed size of a row of packed segments: one shape needs one compiled graph.
+
+    A row of too many segments for its capacity is cut after half of them and padded. The padding
+    is segments of max_seqlen, at most ceil(tokens / max_seqlen), for which the other half must do.
+    """
 
     tokens: int
     capacity: int  # segments that the row can hold
@@ -566,7 +580,9 @@ class OptimizerKnobs:
     muon_wd: float = knob(0.095, "decoupled weight decay of the banks")
     embed_wd: float = knob(0.085, "decoupled weight decay of the embedding tables")
     export_weights: str = knob(
-        "ema", "weights to keep; swa: EMA and SWA; raw: the last", choices=("ema", "swa", "raw")
+        "ema",
+        "weights to keep; swa: EMA, then SWA's mean; raw: the last",
+        choices=("ema", "swa", "raw"),
     )
     ema_decay: float = knob(0.9965, "decay per step of the average of all parameters", 0, 0.999999)
     ema_every: int = knob(1, "steps between weights that enter the exponential average", 1)
@@ -749,18 +765,24 @@ class AdaptationKnobs:
     phased_ttt_prefix_docs: int = knob(
         2000, "documents before the last place of PHASED_TTT_NUM_PHASES; the places are even", 1
     )
+    phased_ttt_prefix_tokens: int = knob(
+        0, "targets before the last of PHASED_TTT_NUM_PHASES places; 0: PHASED_TTT_PREFIX_DOCS"
+    )
     ttt_chunk_optimizer: str = knob(
         "sgd", "all weights: SGD, or AdamW with BETA1, BETA2 (PR #473)", choices=("sgd", "adam")
     )
-    ttt_lr: float = knob(0.002, "SGD of all weights: first rate of the cosine (PR #461)")
-    ttt_momentum: float = knob(0.9, "SGD of all weights: momentum", 0, 0.9999)
-    ttt_epochs: int = knob(1, "SGD of all weights: passes over a scored chunk (PR #1413: 3)", 1)
-    ttt_chunk_tokens: int = knob(32768, "SGD of all weights: tokens of a chunk", 2)
-    ttt_batch_seqs: int = knob(32, "SGD of all weights: rows of EVAL_SEQ_LEN per rank and step", 1)
-    ttt_grad_clip: float = knob(1.0, "SGD of all weights: limit of the gradient norm; 0: none")
-    ttt_freeze_blocks: int = knob(0, "SGD of all weights: layers from the bottom that do not learn")
-    phased_ttt_prefix_tokens: int = knob(
-        0, "targets before the last of PHASED_TTT_NUM_PHASES places; 0: PHASED_TTT_PREFIX_DOCS"
+    ttt_lr: float = knob(0.002, "learning of all weights: first rate of the cosine (PR #461)")
+    ttt_momentum: float = knob(0.9, "learning of all weights: momentum", 0, 0.9999)
+    ttt_epochs: int = knob(
+        1, "learning of all weights: passes over a scored chunk (PR #1413: 3)", 1
+    )
+    ttt_chunk_tokens: int = knob(32768, "learning of all weights: tokens of a chunk", 2)
+    ttt_batch_seqs: int = knob(
+        32, "learning of all weights: rows of EVAL_SEQ_LEN per rank and step", 1
+    )
+    ttt_grad_clip: float = knob(1.0, "learning of all weights: limit of the gradient norm; 0: none")
+    ttt_freeze_blocks: int = knob(
+        0, "learning of all weights: layers from the bottom that do not learn"
     )
 
     @property
@@ -1103,248 +1125,7 @@ def shapes_and_plans(cfg: Config) -> tuple[Any, ...]:
     return {name: role.shape for name, role in parameter_table(cfg).items()}, cfg.plans
 
 
-# --- Names of variables ---
-# Spellings of other programs for knobs of this one.
-ALIASES = {
-    "VAL_BATCH_SIZE": "VAL_BATCH_TOKENS",
-    "TTT_MAX_EVAL_SECS": "EVAL_DEADLINE_SECONDS",
-    "GLOBAL_TTT_LR": "TTT_LR",
-    "GLOBAL_TTT_EPOCHS": "TTT_EPOCHS",
-    "GLOBAL_TTT_CHUNK_TOKENS": "TTT_CHUNK_TOKENS",
-    "GLOBAL_TTT_MOMENTUM": "TTT_MOMENTUM",
-    "GLOBAL_TTT_BATCH_SEQS": "TTT_BATCH_SEQS",
-    "GLOBAL_TTT_GRAD_CLIP": "TTT_GRAD_CLIP",
-    "FUSED_CE_ENABLED": "FUSED_CE",
-    "MUON_WEIGHT_DECAY": "MUON_WD",
-    "ADAM_WEIGHT_DECAY": "ADAM_WD",
-    "MUON_EQ_R": "MUON_ROW_NORMALIZE",
-    "NEGATIVE_SLOPE": "LEAKY_SLOPE",
-    "SWA_START_FRAC": "SWA_THRESHOLD",
-    "QAT_THRESHOLD": "LATE_QAT_THRESHOLD",
-    "WARMDOWN_FRACTION": "WARMDOWN_FRAC",
-    "BIGRAM_BUCKETS": "BIGRAM_VOCAB_SIZE",
-    "BIGRAM_HASH_BUCKETS": "BIGRAM_VOCAB_SIZE",
-    "BIGRAM_HASH_DIM": "BIGRAM_DIM",
-    "SMEAR_GATE": "SMEAR_GATE_ENABLED",
-    "SMEAR_GATE_WIDTH": "GATE_WINDOW",
-    "SLIDING_EVAL": "SLIDING_WINDOW_ENABLED",
-    "SLIDING_EVAL_STRIDE": "EVAL_STRIDE",
-    "EVAL_TEMP": "LOGIT_TEMPERATURE",
-    "EVAL_TEMPERATURE": "LOGIT_TEMPERATURE",
-    "EVAL_ONLY_QUANTIZED_PATH": "EVAL_ONLY_PATH",
-    "QUANT_BITS": "MATRIX_BITS",
-    "QUANT_BITS_EMBED": "EMBED_BITS",
-    "GPTQ_EMBED_CLIP_SIGMAS": "EMBED_CLIP_SIGMAS",
-}
-
-# Switches of the published scripts: a field or property of Config that is not 0 where the switch is
-# on, and how to make it so. A switch that agrees is accepted.
-SWITCHES = {
-    "CASEOPS_ENABLED": ("reads_caseops", "set DATASET"),
-    "PHASED_TTT_ENABLED": ("phased_ttt_num_phases", "set PHASED_TTT_NUM_PHASES"),
-    "PARALLEL_RESIDUAL": ("parallel_start_layer", "set PARALLEL_START_LAYER"),
-    "BIGRAM_HASH": ("bigram_vocab_size", "set BIGRAM_VOCAB_SIZE"),
-    "USE_BIGRAM_HASH": ("bigram_vocab_size", "set BIGRAM_VOCAB_SIZE"),
-}
-
-# Knobs of the published scripts that are refused here, each with the reason. Silently ignoring one
-# would let the user believe that it works.
-SET_ELSEWHERE = {
-    "ROPE_YARN": "ROPE_TRAIN_SEQ_LEN alone decides",
-    "MLP_HIDDEN": "set MLP_MULT",
-    "DATA_PATH": "set DATA_DIR, DATASET",
-    "QAT_ENABLED": "set LATE_QAT=1 LATE_QAT_THRESHOLD=2",
-    "EMA_ENABLED": "set EXPORT_WEIGHTS",
-    "SWA_ENABLED": "set EXPORT_WEIGHTS",
-    "LAWA_ENABLED": "set EXPORT_WEIGHTS",
-    "EMBEDDING_DIM": "the head is the embedding",
-    "TIE_EMBEDDINGS": "the head is the embedding",
-    "EMBED_LR": "the head is the embedding",
-    "HEAD_LR": "the head is the embedding",
-    "TRAIN_SEQ_SCHEDULE": "set SEQ_LEN_SCHEDULE, as in 0:1024,0.1:2048",
-    "TTT_SHORT_SCORE_FIRST_STEPS": "set TTT_SHORT_CHUNKS, which go by position",
-    "TTT_LOCAL_LR_MULT": "set TTT_LORA_LR",
-    "TTT_MASK": "set TTT_Q_LORA, TTT_V_LORA",
-    "TRAIN_BATCH_SIZE": "set TRAIN_BATCH_TOKENS",
-    "GRAD_ACCUM_STEPS": "set MICRO_BATCH_TOKENS, the tokens of a row",
-    "GPTQ_RESERVE_MS": "set GPTQ_RESERVE_SECONDS",
-    "GPTQ_CLIP_SIGMAS": "set MATRIX_CLIP_SIGMAS and QUANTIZER=gptq",
-    "TARGET_MB": "set ARTIFACT_LIMIT_BYTES",
-    "PARALLEL_RESIDUAL_START": "set PARALLEL_START_LAYER, which begins two lanes (PR #1530)",
-}
-AGAINST_THE_RULES = {
-    "TTT_TEMP_RESCALE": "a factor on the nats is no probability (ruling on PR #605);"
-    " LOGIT_TEMPERATURE keeps a sum of 1",
-    "TTT_MIN_NLL": "the best of several passes is chosen by the answer (ruling on PR #605)",
-    "TTT_COSINE_LR": "a fall over the document reveals its length; set TTT_COSINE_CHUNKS",
-}
-# They never changed a score, or have nothing to change in this program.
-WITHOUT_EFFECT = {
-    "MUON_BETA2": "nothing read it",
-    "CONTROL_TENSOR_NAME_PATTERNS": "nothing read it",
-    "LOOP_CLIP_SIGMAS": "no gain was ever reported (PR #1530); set MATRIX_CLIP_SIGMAS",
-    "TTT_FAST": "there is one way to adapt; bench/evaluation.py times the published one",
-    "TTT_CUDA_GRAPH": "it gains nothing: most graphs would be captured within the clock",
-    "EVAL_BUDGET_INCLUDES_COMPILE": "set EVAL_DEADLINE_SECONDS",
-    "TTT_EVAL_BATCHES": "it was for debugging",
-    "TTT_OUTPUT_DIR": "it was for debugging",
-    "TTT_DEBUG_BYPASS": "it was for debugging",
-    "ASYM_LOGIT_RESCALE": "no optimiser of the published runs held its two scalars",
-    "SMEAR_GATE_BOS_FIX": "no document ever sees another one",
-    "EVAL_INCLUDE_TAIL": "every target is scored",
-}
-REJECTED_NAMES = SET_ELSEWHERE | AGAINST_THE_RULES | WITHOUT_EFFECT
-
-# What to say of names that belong to parts of public scripts which are not here; * stands for any
-# text. They are refused unless their value, one of OFF, switches the part off. This table and the
-# next stay behind when the file is packed.
-OFF = ("", "0", "0.0", "-1", "none", "false")
-ABSENT = {
-    "QUANTIZER=allocated gives those rows finer steps (PR #1797)": "LQER_* AWQ_*",
-    "set SPARSE_ATTN_GATE_ENABLED, the later form (PR #1787)": """
-        ATTN_OUT_GATE* GATED_ATTN* GATED_ATTENTION GATE_ATTN_* GATE_MLP_OUT GATE_WIDTH
-        SPARSE_ATTN_GATE_INIT_STD""",
-    "set NUM_LOOPS, LOOP_START, LOOP_END, ENABLE_LOOPING_AT (PR #1394)": """
-        RECUR_* LOOP_PHASE2_AT *_DEPTH_RECURRENCE EFFECTIVE_DEPTH NUM_UNIQUE_BLOCKS
-        DEPTH_LORA_RANK""",
-    "off or dropped since (PR #1204, #1412)": """
-        *UNTIE_LOOP_MLPS *UNTIE_MLP* UNTIE_AT_FRACTION BANK_SPLIT MATRIX_LR_EARLY MATRIX_LR_LATE
-        CANON_AC_LAYERS DISABLE_LAYER0_ATTN PARALLEL_START_LAYER_IS_PHYSICAL""",
-    "off in every record, dropped in PR #1218": "VALUE_RESIDUAL DTG_ENABLED MTP_* TRIGRAM",
-    "set TILT_ORDER (PR #2135)": "NGRAM_*",
-    "it learns from what it then scores (PR #1209)": "SLOT_ENABLED SLOT_LR SLOT_STEPS ETLB_*",
-    "set LOGIT_TEMPERATURE, chosen beforehand (PR #640)": "TEMP_SCALING TEMP_CALIB",
-    "no rate depends on the loss (PR #1412)": "TTT_ENTROPY_* TTT_NS_STEPS",
-    "set PHASED_TTT_NUM_PHASES (PR #1626)": """
-        GLOBAL_TTT_WARMUP_* GLOBAL_TTT_RESPECT_* GLOBAL_TTT_DOC_LIMIT TTT_DOC_LIMIT""",
-    "set EVAL_ONLY_PATH": """
-        PREQUANT_ONLY TTT_ONLY TTT_ONLY_EVAL TTT_EVAL_ONLY SKIP_POST_TRAIN_EVAL
-        POST_GPTQ_EVAL_ONLY SWEEP_MODE""",
-    "set MUON_COEFFS=polar (PR #1787)": "POLAR_EXPRESS USE_POLAR_EXPRESS USE_GRAM_NS",
-    "set SMEAR_ENABLED (PR #162) or SMEAR_GATE_ENABLED (PR #1667)": "USE_SMEARGATE SMEAR",
-    "set COMPRESSOR": "USE_ZSTD USE_LZMA USE_BROTLI ZSTD_LEVEL",
-    "set QUANTIZER, MATRIX_BITS and CLIP_SIGMAS (PR #1394)": """
-        USE_GPTQ USE_INT6 GPTQ_ENABLED GPTQ_LITE QAT_INT6 QUANT_BITS_MLP QUANT_CLIP_RANGE
-        QUANT_CONFIG INT4_* INT5_* INT6_* N_INT6_LAYERS MIXED_QUANT HESSIAN_CLIP_LAMBDA CLIP_MULT_*
-        LOOP_LAYER_* FP_STORAGE SCALE_STORAGE""",
-    "set TABLES_FP16": "FP16_EMBED_EXPORT",
-    "set PRUNE_FRAC": "PRUNE_RATIO",
-    "set LATE_QAT, LATE_QAT_THRESHOLD": "QAT_FRACTION QAT_START_FRAC QAT_AFTER_STEP QAT_BITS",
-    "set GPTQ_CALIBRATION_BATCHES, rows of training text (PR #1019: of its own text)": """
-        GPTQ_AR_SELFGEN GPTQ_GEN_* GPTQ_TEMPERATURE GPTQ_NUM_SEQS GPTQ_BATCH_SIZE GPTQ_CALIB_*""",
-    "set ROPE_TRAIN_SEQ_LEN, ROPE_BASE": "EVAL_NTK_ALPHA YARN_MAX_LEN ROPE_TYPE",
-    "set VAL_DOC_FRACTION; every target is scored": "VAL_MAX_* EVAL_OVERLAP EVAL_STATE_RESET",
-    "set SEQ_LEN_SCHEDULE (PR #2014)": """
-        SEQ_LEN_START SEQ_SCHEDULE_FRACTION BATCH_TOKENS_START BATCH_SCHEDULE_FRACTION""",
-    "set EXPORT_WEIGHTS": "LAWA_* SWA_DECAY EMA_START_FRACTION",
-    "set MUON_WD, which is constant (PR #1729: falling)": "WD_TAPER_* CAUTIOUS_WD",
-    "set WARMDOWN_FRAC, MIN_LR": """
-        WARMDOWN_SHAPE LR_SCHEDULE LR_START LR_WARMUP_STEPS MUON_COOLDOWN_*""",
-    "no later record has it (PR #86, #640)": "BLOCK_LARS_* ASYMMETRIC_LOGIT MATRIX_OPTIMIZER",
-    "another network (PR #542, #640, #903, #1104, #1337, #1371, #1388, #1443, #1644, #2058)": """
-        ATTN_VARIANT ATTN_PROJ_TYPE ATTN_RES BINARIZE_ACTIVATIONS BITNET_* BLOCK_TYPE CE_PURE_FRAC
-        CE_WEIGHT CHURN_LOG_EVERY COEFF_LR_* CORR_WEIGHT_LR DETACH_TARGETS DIFF_ATTN EGGROLL_*
-        EMBED_INNER_DIM FITNESS_SHAPING GDN_* HNET_* INDEPENDENT_LR JEPA_* LATENT_KV_DIM LEGENDRE_*
-        LOGIT_HEAD_TYPE MAMBA3_* MLP_EVERY MLP_GROUPS MLP_RANK NUM_ATTN_LAYERS NUM_LIGHT_BLOCKS
-        NUM_VIRTUAL_LAYERS OUTER_LAYERS POP_SIZE PREDICTOR_* PROJECTOR_* RATIO_LOSS_WEIGHT REFINER*
-        SIGN_COMPRESS_REG SIGREG_* SKIP_TOKENS SOFTCAP_TYPE TARGET_AVG_CHUNK_LEN TVERSKY_*
-        USE_ORTHO_INIT USE_WRAP WRAP_INIT_SCALE XNOR_*""",
-}
-# The same for names that are only warned of: they change no score, or others may set them, too.
-WARNED = {
-    "set MATRIX_LR, SCALAR_LR, TIED_EMBED_LR": "LEARNING_RATE ADAM_LR",
-    "set MUON_WD, ADAM_WD, EMBED_WD": "WEIGHT_DECAY",
-    "set DATA_DIR, DATASET": """
-        DATASETS DATASETS_DIR DATASET_DIR DATASET_PATH TRAIN_FILES VAL_FILES TOKENIZER""",
-    "set ARTIFACT_DIR": "MODEL_DIR OUT_DIR MODEL_SAVE_PATH CHECKPOINT_DIR",
-    "set CHECKPOINT_EVERY and RUN_ID": "RESUME_FROM",
-    "set VAL_BATCH_TOKENS": "EVAL_BATCH_* SW_EVAL_BATCH SLIDING_BATCH_SIZE",
-    "set TABLES_FP16": "FP16_*_PATTERNS INT8_*_PATTERNS",
-    "set EVAL_STRIDE": "STRIDE",
-    "set EXPORT_WEIGHTS": "EMA",
-    "set LATE_QAT": "QAT",
-    "set TTT_LORA_RANK, TTT_LORA_LR": "LORA_RANK LORA_LR",
-    "set COMPILE": "USE_COMPILE COMPILE_MODE COMPILE_MODEL",
-    "nothing reads it": "MODE ACTIVATION EMBED_DIM D_STATE D_CONV EXPAND",
-    "it changes no score": """
-        GPTQ_DAMP GPTQ_BLOCK_SIZE TTT_HEARTBEAT_SECONDS LOGIT_CHUNK_TOKENS MLX_* USE_*_KERNEL""",
-}
-
-
-def canonical_names(environ: Mapping[str, str]) -> dict[str, str]:
-    """`environ` with every alias replaced by its knob's name. A knob's own spelling wins."""
-    renamed = {ALIASES[name]: text for name, text in environ.items() if name in ALIASES}
-    others = {name: text for name, text in environ.items() if name not in ALIASES}
-    return renamed | others
-
-
-def is_named(name: str, patterns: str) -> bool:
-    """Whether a name matches one of several patterns with spaces between them."""
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns.split())
-
-
-def reason_in(table: Mapping[str, str], name: str) -> str:
-    """What ABSENT or WARNED says of a name; empty if the name is not in that table."""
-    return next((reason for reason, names in table.items() if is_named(name, names)), "")
-
-
-def could_be(name: str, text: str) -> bool:
-    """Whether a knob could have this value, so that a name like the knob's may be a slip."""
-    field = FIELDS[name.lower()]
-    if isinstance(field.default, str):
-        return "/" not in text or name.endswith(("_DIR", "_PATH"))
-    with contextlib.suppress(ValueError):
-        parse_knob(field, text)
-        return True
-    return False
-
-
-def warnings_of_names(environ: Mapping[str, str]) -> Iterator[str]:
-    """A line for each variable that a public script reads and this program ignores."""
-    for name, text in sorted(environ.items()):
-        if reason := reason_in(WARNED, name):
-            yield f"{name}={text}: not a knob of this program; {reason}"
-
-
-def problems_of_names(given: Mapping[str, str]) -> Iterator[str]:
-    """A line for each variable that this program lacks, or that looks like one of its knobs."""
-    knobs = {name.upper() for name in FIELDS}
-    other_names = [*ALIASES, *REJECTED_NAMES]
-    for name in sorted(given.keys() - knobs - SWITCHES.keys()):
-        text = given[name]
-        if reason_in(WARNED, name):
-            continue
-        if reason := REJECTED_NAMES.get(name) or reason_in(ABSENT, name):
-            if name in REJECTED_NAMES or text.lower() not in OFF:
-                yield f"{name}={text}: not a knob of this program; {reason}"
-            continue
-        # Names of other scripts must be closer: a cluster may set DATASET_PATH, unlike DATA_PATH.
-        nearest = difflib.get_close_matches(name, other_names, n=1, cutoff=0.9)
-        if not nearest:
-            nearest = difflib.get_close_matches(name, knobs, n=1, cutoff=0.85)
-        if not nearest:
-            continue
-        if nearest[0] in REJECTED_NAMES:
-            reason = REJECTED_NAMES[nearest[0]]
-            yield f"{name}={text}: not a knob of this program; {reason}"
-        elif could_be(ALIASES.get(nearest[0], nearest[0]), text):
-            yield f"{name}={text}: not a knob; did you mean {nearest[0]}?"
-
-
-def problems_of_switches(environ: Mapping[str, str], cfg: Config) -> Iterator[str]:
-    """A line for each switch of a public script that does not agree with the config."""
-    for name, (field, remedy) in SWITCHES.items():
-        if name in environ and bool(getattr(cfg, field)) == (environ[name].lower() in OFF):
-            yield f"{name}={environ[name]}: not a knob of this program; {remedy}"
-
-
-def problems_of_aliases(environ: Mapping[str, str]) -> Iterator[str]:
-    """A line for each knob that is set twice, under two spellings, to different values."""
-    for alias, name in ALIASES.items():
-        if alias in environ and name in environ and environ[alias] != environ[name]:
-            yield f"{alias}={environ[alias]}: the same knob as {name}={environ[name]}"
-
-
+# --- Values and paths ---
 def parse_knob(field: dataclasses.Field, text: str) -> Any:
     """The value of a variable. Raises ValueError, which says what it must be."""
     kind = type(field.default)
@@ -1376,10 +1157,11 @@ def check_paths(cfg: Config) -> None:
         raise UsageError("\n".join(problems))
 
 
-# Places in the folder of a run that no folder may take.
+# The files that a run writes to its folder. Where a folder has such a name, the run cannot write.
 OUTPUTS = (
     "checkpoint.0.pt",
     "checkpoint.1.pt",
+    "last_good.pt",
     "final_model.pt",
     "final_model.int6.ptz",
     "scores.json",
@@ -1891,17 +1673,20 @@ def launch_numbers(environ: Mapping[str, str]) -> tuple[int, int, int]:
 
     Raises BadRank if they cannot be right.
     """
-    numbers = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
     remedy = "start with torchrun, which sets it, or unset RANK"
-    for name in numbers if "RANK" in environ else ("LOCAL_RANK",):
-        text = environ.get(name, numbers[name])
+
+    def number(name: str, default: int) -> int:
+        text = environ.get(name, default)
         try:
-            numbers[name] = int(text)
+            return int(text)
         except ValueError:
             raise BadRank(f"{name}={text}: must be a whole number; {remedy}") from None
-    rank, world_size, local_rank = numbers.values()
+
+    local_rank = number("LOCAL_RANK", 0)
     if "RANK" not in environ:
         return 0, 1, local_rank
+    rank = number("RANK", 0)
+    world_size = number("WORLD_SIZE", 1)
     for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         if name not in environ:
             raise BadRank(f"RANK={rank}: needs {name}; {remedy}")
@@ -1941,6 +1726,7 @@ class Ranks:
                     f"LOCAL_RANK={local_rank}: this machine has {count} GPUs; start torchrun with"
                     f" --nproc_per_node={count}"
                 )
+                # One line is enough: the first surplus rank speaks for the others.
                 raise BadRank(message if local_rank == count else "")
             self.device = torch.device("cuda", local_rank)
             torch.cuda.set_device(self.device)
@@ -2411,9 +2197,11 @@ def fault_in(value: Any, schema: Any, where: str = "its content") -> str:
                 pairs.append((prefix + name, value[name], part))
             elif name == key:
                 return f"{prefix}{name} is missing"
-    return next(
-        (fault for place, item, part in pairs if (fault := fault_in(item, part, place))), ""
-    )
+    for place, item, part in pairs:
+        fault = fault_in(item, part, place)
+        if fault:
+            return fault
+    return ""
 
 
 def read_json(path: Path, schema: Any) -> Any:
@@ -2481,7 +2269,9 @@ def read_shard(path: Path) -> np.ndarray:
         size = os.fstat(file.fileno()).st_size
         header = np.frombuffer(file.read(1024)[: size // 4 * 4], dtype="<i4")
     if len(header) < 256 or header[:2].tolist() != SHARD_HEADER:
-        raise UsageError(f"{path}: starts with {header[:2].tolist()}, a shard with {SHARD_HEADER}")
+        raise UsageError(
+            f"{path}: starts with {header[:2].tolist()}; a shard starts with {SHARD_HEADER}"
+        )
     num_tokens = int(header[2])
     if num_tokens <= 0:
         raise UsageError(f"{path}: is empty, its header promises {num_tokens} tokens; delete it")
@@ -3216,9 +3006,9 @@ class Heads(NamedTuple):
 
 
 def take_rows(x: Tensor, rows: Tensor | None) -> Tensor:
-    """The given rows of x, or all if `rows` is None."""
-    # `x[:]`, not x: the two lanes begin as one tensor, and with separate views each lane sums its
-    # own gradient first. Returning x itself would change the order of that sum.
+    """The given rows of x, or a view of all if `rows` is None."""
+    # Always a new view. The two lanes begin as one tensor: with a view each, autograd sums the
+    # gradient of each lane before it adds the two. Without, the last bits would differ.
     return x[:] if rows is None else x[rows]
 
 
@@ -3273,7 +3063,7 @@ class GPT(nn.Module):
         cfg = self.cfg
         if not cfg.late_qat:
             return weight
-        qmax = 2 ** (cfg.matrix_bits - 1) - 1
+        qmax = qmax_of_bits(cfg.matrix_bits)
         # Peers hold each other's slices in the compute dtype only (see Muon). Rounding what all
         # ranks can see makes them round alike.
         seen = weight.detach().to(cfg.dtype).float()
@@ -3357,8 +3147,9 @@ class GPT(nn.Module):
     def add_predecessors(self, x: Tensor, ids: Tensor, positions: Tensor) -> Tensor:
         """SmearGate (PR #1667): x_t + lambda sigmoid(W x_t[:GATE_WINDOW]) x_{t-1}, (T, C).
 
-        x: raw embeddings (T, C). A BOS takes nothing, so no document sees another one (PR #1851),
-        and neither does the first token of a segment: its predecessor is not in the window.
+        x: raw embeddings (T, C). A BOS takes nothing, so this gate lets no document see another
+        one (PR #1851). The first token of a segment takes nothing either: its predecessor is not in
+        the window.
         """
         logits = F.linear(x[:, : self.cfg.gate_window], self.smear_proj.to(x.dtype))  # (T, 1)
         gate = self.smear_lambda.to(x.dtype) * logits.sigmoid()
@@ -3381,43 +3172,42 @@ class GPT(nn.Module):
 
     def project_heads(
         self,
-        n: Tensor,
+        normed: Tensor,
         weight: Tensor,
         sites: tuple[str, ...],
         projected: dict[str, Tensor],
         visit: Visit,
         info: PassInfo,
     ) -> Tensor:
-        """The product n W^T of the named sites, plus their adapters and the value embedding.
+        """The product x W^T of the named sites, plus their adapters and the value embedding.
 
-        n: (T, C). weight: the rows of "q", "k" and "v" that `sites` names, stacked.
+        normed: x (T, C). weight: the rows of "q", "k" and "v" that `sites` names, stacked.
         Returns (T, sum of their widths).
         """
         kv = self.cfg.kv_dim
-        rows = F.linear(n, weight)
-        adapted = [site for site in sites if site in projected]
-        if adapted:
+        rows = F.linear(normed, weight)
+        if any(site in projected for site in sites):
             # All sites are added as one tensor: its gradient is then that of the rows, uncopied.
             added = []
             for site in sites:
-                if site in adapted:
+                if site in projected:
                     added.append(info.adapters.product(projected, site, visit.slot))
                 else:
-                    width = n.size(1) if site == "q" else kv
+                    width = normed.size(1) if site == "q" else kv
                     added.append(rows.new_zeros(len(rows), width))
             rows = rows + torch.cat(added, -1)
         value_layers = self.cfg.value_embedding_layers
         if info.values is not None and "v" in sites and visit.layer in value_layers:
-            scale = self.ve_layer_scales[value_layers.index(visit.layer)].to(n.dtype)
+            scale = self.ve_layer_scales[value_layers.index(visit.layer)].to(normed.dtype)
             rows = rows + F.pad(scale * info.values, (rows.size(1) - kv, 0))
         return rows
 
-    def heads_of_all(self, n: Tensor, w: LayerWeights, visit: Visit, info: PassInfo) -> Heads:
-        """Queries, keys and values of every token of n (T, C), from one product."""
+    def heads_of_all(self, normed: Tensor, w: LayerWeights, visit: Visit, info: PassInfo) -> Heads:
+        """Queries, keys and values of every token of `normed` (T, C), from one product."""
         cfg = self.cfg
         has_xsa = self.has_xsa(visit.layer)
-        projected = info.adapters.project(n, "attn", visit.slot)
-        rows = self.project_heads(n, w.qkv, ("q", "k", "v"), projected, visit, info)
+        projected = info.adapters.project(normed, "attn", visit.slot)
+        rows = self.project_heads(normed, w.qkv, ("q", "k", "v"), projected, visit, info)
         # XSA uses v again. Two views of it have separate gradients, added in norm_rope's kernel.
         uses = 2 if has_xsa else 1
         q, k, *values = norm_rope(rows, w.q_gain, info.rope, cfg.head_dim, cfg.fused_qk, uses)
@@ -3425,16 +3215,17 @@ class GPT(nn.Module):
         return Heads(q, k, values[0], own_v, None, projected)
 
     def heads_of_selected(
-        self, n: Tensor, w: LayerWeights, visit: Visit, info: PassInfo, queries: Tensor
+        self, normed: Tensor, w: LayerWeights, visit: Visit, info: PassInfo, queries: Tensor
     ) -> Heads:
-        """Queries of the tokens `queries` (n,) only; keys and values of all tokens of n (T, C)."""
+        """Queries of the tokens `queries` (n,) only; keys and values of all tokens, (T, C)."""
         cfg = self.cfg
-        C = n.size(1)
+        C = normed.size(1)
         has_xsa = self.has_xsa(visit.layer)
-        projected = info.adapters.project(n, "attn", visit.slot)
+        projected = info.adapters.project(normed, "attn", visit.slot)
 
-        rows = self.project_heads(n, w.qkv[C:], ("k", "v"), projected, visit, info)
+        rows = self.project_heads(normed, w.qkv[C:], ("k", "v"), projected, visit, info)
         uses = 2 if has_xsa else 1
+        # The product has as many query heads as there are gains: none here.
         no_gain = w.q_gain[:0]
         _, k, *values = norm_rope(rows, no_gain, info.rope, cfg.head_dim, cfg.fused_qk, uses)
         own_v = values[1][queries] if has_xsa else None
@@ -3442,24 +3233,24 @@ class GPT(nn.Module):
         selected = {}
         for site, h in projected.items():  # h: (documents, tokens, rank)
             selected[site] = h.flatten(0, 1)[queries].unflatten(0, (h.size(0), -1))
-        rows = self.project_heads(n[queries], w.qkv[:C], ("q",), selected, visit, info)
+        rows = self.project_heads(normed[queries], w.qkv[:C], ("q",), selected, visit, info)
         q, *_ = norm_rope(rows, w.q_gain, info.rope[queries], cfg.head_dim, cfg.fused_qk)
         cu_queries = torch.searchsorted(queries, info.batch.cu_seqlens.long(), out_int32=True)
         return Heads(q, k, values[0], own_v, cu_queries, selected)
 
     def attend(
-        self, n: Tensor, w: LayerWeights, visit: Visit, info: PassInfo, queries: Tensor | None
+        self, normed: Tensor, w: LayerWeights, visit: Visit, info: PassInfo, queries: Tensor | None
     ) -> Tensor:
         """Causal attention within each segment.
 
-        n: (T, C) in the compute dtype, normalised. queries: (n,) int64, the tokens whose output is
+        normed: (T, C) in the compute dtype. queries: (n,) int64, the tokens whose output is
         wanted: a run of tokens at the end of some segments, in rising order; None for all tokens.
         Returns (n, C) or (T, C).
         """
         if queries is None:
-            heads = self.heads_of_all(n, w, visit, info)
+            heads = self.heads_of_all(normed, w, visit, info)
         else:
-            heads = self.heads_of_selected(n, w, visit, info, queries)
+            heads = self.heads_of_selected(normed, w, visit, info, queries)
         y = attention(
             heads.q,
             heads.k,
@@ -3473,29 +3264,29 @@ class GPT(nn.Module):
             remove = xsa if self.cfg.fused_xsa else remove_own_value
             y = remove(y, heads.own_v)
         if w.attn_gate is not None:
-            y = self.gate_heads(y, take_rows(n, queries), w.attn_gate)
+            y = self.gate_heads(y, take_rows(normed, queries), w.attn_gate)
         y = y.flatten(1)  # (n, C)
-        info.tap("attn_in", visit.layer, n)
+        info.tap("attn_in", visit.layer, normed)
         info.tap("attn_out", visit.layer, y)
         out = F.linear(y, w.o)
         return info.adapters.add_to(out, heads.projected, "o", visit.slot, w.attn_scale)
 
-    def gate_heads(self, y: Tensor, n: Tensor, weight: Tensor) -> Tensor:
-        """Sparse gate (PR #1787): head h of y (n, H, D) times sigmoid(s W_h n[:GATE_WINDOW]).
+    def gate_heads(self, y: Tensor, normed: Tensor, weight: Tensor) -> Tensor:
+        """Sparse gate (PR #1787): head h of y (n, H, D) times sigmoid(s W_h x[:GATE_WINDOW]).
 
-        n: the attention's input (n, C) at the same tokens. weight: W (H, GATE_WINDOW). s is
+        normed: x (n, C), the attention's input at the same tokens. weight: W (H, GATE_WINDOW). s is
         SPARSE_ATTN_GATE_SCALE. At W = 0 every gate is 1/2.
         """
-        logits = F.linear(n[:, : self.cfg.gate_window], weight)  # (n, H)
+        logits = F.linear(normed[:, : self.cfg.gate_window], weight)  # (n, H)
         return y * (self.cfg.sparse_attn_gate_scale * logits).sigmoid().unsqueeze(2)
 
-    def feed(self, n: Tensor, w: LayerWeights, visit: Visit, info: PassInfo) -> Tensor:
-        """The MLP on normalised n (T, C); returns (T, C)."""
+    def feed(self, normed: Tensor, w: LayerWeights, visit: Visit, info: PassInfo) -> Tensor:
+        """The MLP on `normed` (T, C); returns (T, C)."""
         mlp = fused_mlp if self.cfg.fused_mlp else plain_mlp
-        out, post = mlp(n, w.up, w.down, self.cfg.leaky_slope)
-        info.tap("mlp_in", visit.layer, n)
+        out, post = mlp(normed, w.up, w.down, self.cfg.leaky_slope)
+        info.tap("mlp_in", visit.layer, normed)
         info.tap("mlp_mid", visit.layer, post)
-        projected = info.adapters.project(n, "mlp", visit.slot)
+        projected = info.adapters.project(normed, "mlp", visit.slot)
         return info.adapters.add_to(out, projected, "mlp", visit.slot, w.mlp_scale)
 
     # --- All layers ---
@@ -3533,7 +3324,14 @@ class GPT(nn.Module):
     def hidden(self, info: PassInfo, plan: tuple[Visit, ...], select: Tensor | None) -> Tensor:
         """Final normalised hidden states (T, C); (n, C) with `select` (n,).
 
-        With `select` the last visit computes only the selected tokens.
+        With `select` the last visit computes only the selected tokens. A layer reads a mixture of
+        the stream and x0. Up to PARALLEL_START_LAYER it works in order, with h the mixture:
+
+            h = h + attention(h);  stream = h + mlp(h)
+
+        From there on there are two lanes. The stream goes on as the attention's lane, which alone
+        takes skips and the adapters' biases; the MLP reads its own lane, and write_lanes adds both
+        outputs to both. PARALLEL_FINAL_LANE says what is read at the end.
         """
         layers = self.layer_weights()
         x0 = self.embed(info.batch.inputs, info.positions)
@@ -4321,13 +4119,12 @@ def state_restored(model: nn.Module, optimizers: Optimizers) -> Iterator[None]:
     model.zero_grad(set_to_none=True)
 
 
-def gaussian_bits(bits: int, clip_sigmas: float) -> float:
-    """The entropy in bits of a Gaussian weight that is rounded to integers of `bits` bits.
+def gaussian_bits(qmax: int, clip_sigmas: float) -> float:
+    """The entropy in bits of a Gaussian weight that is rounded to integers from -qmax to qmax.
 
-    The largest integer, qmax = 2^(bits - 1) - 1, stands for `clip_sigmas` standard deviations. A
-    step is then clip_sigmas / qmax deviations, and the entropy about log2(sqrt(2 pi e) / step).
+    The largest integer stands for `clip_sigmas` standard deviations. A step is then
+    clip_sigmas / qmax deviations, and the entropy about log2(sqrt(2 pi e) / step).
     """
-    qmax = 2**bits / 2 - 1
     return math.log2(math.sqrt(2 * math.pi * math.e) * qmax / clip_sigmas)
 
 
@@ -4339,14 +4136,15 @@ def predict_submission_bytes(cfg: Config) -> float:
     """
     if cfg.artifact_limit_bytes:
         return CODE_BYTES + fitted_bytes(cfg)
-    bits = {
-        "matrix": gaussian_bits(cfg.matrix_bits, cfg.matrix_clip_sigmas),
-        "embed": gaussian_bits(cfg.embed_bits, cfg.embed_clip_sigmas),
-    }
-    size = CODE_BYTES
-    for role in parameter_table(cfg).values():
-        size += math.prod(role.shape) * bits.get(role.packing, 16) / 8
-    return size
+    bits = 0.0
+    shapes = bank_shapes(cfg)
+    for matrix in quantised_matrices(cfg):
+        _, rows, columns = shapes[matrix.bank]
+        qmax = qmax_of(cfg, matrix.bank)
+        bits += rows * columns * gaussian_bits(qmax, clip_sigmas_of(cfg, matrix))
+    for shape in float_shapes(cfg).values():
+        bits += 16 * math.prod(shape)
+    return CODE_BYTES + bits / 8
 
 
 # Dense bf16 FLOP/s by data sheet, for every device whose name holds the key.
@@ -4440,8 +4238,16 @@ class Pacer:
     It never makes the device wait. A step's numbers are sent to the host at once but read one step
     late, while the device has the next step's work. With step n travels the mean time at which the
     ranks had finished step n - 1, so all ranks know the same time and decide alike. For later steps
-    the visits of layers are counted and their duration is estimated. `budget_s` is in seconds of
-    training, infinite if only ITERATIONS ends the run.
+    the visits of layers are counted and their duration is estimated: all steps have equally many
+    rows, so a visit takes as long in each. With 6 visits a step:
+
+        step sent   numbers read   elapsed_s is the end of   timed visits   untimed visits
+            1             1                step 1                  6                0
+            2             -                step 1                  6                6
+            3             2                step 1                  6               12
+            4             3                step 2                 12               12
+
+    `budget_s` is in seconds of training, infinite if only ITERATIONS ends the run.
     """
 
     def __init__(self, state: TrainState, ranks: Ranks, budget_s: float, iterations: int):
@@ -4670,7 +4476,8 @@ def restore_training(run: Run) -> TrainState:
     """
     saved = run.start.training
     if saved is None:
-        return TrainState(1 - run.cfg.ema_decay, expected_steps=run.cfg.iterations)
+        # Before the first step weights and average are equal, so any share would do.
+        return TrainState(newest_share=1.0, expected_steps=run.cfg.iterations)
     state = TrainState(**saved["state"])
     run.optimizers.load_state_dict(saved["optimizers"])
     torch.set_rng_state(saved["random"])
@@ -5434,7 +5241,7 @@ class Scorer(NamedTuple):
         """The windows of each row, in order. No score depends on the other windows of its row."""
         size, capacity, _ = self.cfg.val_row_shape
         rows = []
-        used = math.inf  # tokens of the last row
+        used = math.inf  # tokens of the last row; at first there is none to add to
         for start, first_scored, end in windows:
             if used + end - start > size or len(rows[-1]) == capacity // 2:
                 rows.append([])
@@ -5755,11 +5562,14 @@ class GptqSolver(NamedTuple):
         return cls(ordered, torch.stack(orders), upper)
 
     def error_power(self, column_scale: Tensor) -> tuple[Tensor, Tensor]:
-        """What errors that go as the column scales do, c_j^2 in column j: fp32 (n,) and (n, cols).
+        """The effects of rounding errors whose mean square in column j is c_j^2, in fp32.
 
-        They change an output by the mean of c_j^2 L_jj^2. And they add the sum over k > j of
-        c_k^2 L_kj^2 / L_jj^2 to the power of what is rounded in column j. The second result is
-        divided by c_j^2, in the order of the inputs, as column_scale (n, cols) is.
+        column_scale: c (n, cols), in the order of the inputs. Returns
+
+            (n,)       the mean square that they add to an output: the mean of c_j^2 L_jj^2
+            (n, cols)  what the errors of the columns k rounded before j add to the power of what is
+                       rounded in j, relative to c_j^2: sum of (c_k L_kj)^2 / (c_j L_jj)^2, in the
+                       order of the inputs
         """
         scale = column_scale.gather(1, self.order)
         squares = (self.upper * scale[:, None]).square()
@@ -5965,7 +5775,9 @@ class BankRows(NamedTuple):
     power: Tensor  # mean square of the weights, above 0
     column_power: Tensor  # (n, groups of columns), relative to the mean of all
     feedback: Tensor  # (n, groups), power that a unit of squared error adds to later columns
-    largest: Tensor  # largest absolute weight, of columns of more than typical power as if typical
+    # The largest |w|, after weights in columns of more than mean power are divided by its root:
+    # such columns can get a coarser scale, see Quantizer.columns_in_range.
+    largest: Tensor
     cost: Tensor | None  # nats per weight and unit of squared error; None without sensitivities
     qmax: int  # largest code
 
@@ -5989,7 +5801,8 @@ class BankRows(NamedTuple):
     def scaled_steps(self, theta: float) -> Tensor:
         """The published steps times sqrt(theta), not so fine that more weights are clipped."""
         finest = torch.minimum(self.published_step, self.largest / self.qmax)
-        return (self.published_step * math.sqrt(theta)).maximum(finest).half().float()
+        step = (self.published_step * math.sqrt(theta)).maximum(finest)
+        return step.clamp(FP16_TINY, MAX_STEP).half().float()
 
     def allocated_steps(self, theta: float) -> Tensor:
         """Steps by reverse water-filling, the least total cost for a given number of bits.
@@ -6064,7 +5877,7 @@ class Quantizer:
         self.ranks = ranks
         self.shapes = bank_shapes(model.cfg)
         # Along the first axis of every bank.
-        self.owned_matrices = slice(ranks.rank, None, ranks.world_size)
+        self.solved_here = slice(ranks.rank, None, ranks.world_size)
         self.weights = {
             bank: model.get_parameter(bank).detach().view(shape)
             for bank, shape in self.shapes.items()
@@ -6096,7 +5909,7 @@ class Quantizer:
         for bank, (n, _, cols) in self.shapes.items():
             k = torch.zeros(n, cols, dtype=torch.int8, device=self.ranks.device)
             if self.has_columns and bank in self.solvers:
-                k[self.owned_matrices] = self.solvers[bank].column_exponents()
+                k[self.solved_here] = self.solvers[bank].column_exponents()
             k = self.ranks.sum(k).cpu()
             for matrix in matrices_of(self.cfg, bank):
                 exponents.setdefault(matrix.input_key, k[matrix.index])
@@ -6111,7 +5924,7 @@ class Quantizer:
 
     def add_solver(self, bank: str, hessians: Hessians | None) -> None:
         """Makes the solver of this rank's matrices of a bank, if it owns any."""
-        matrices = matrices_of(self.cfg, bank)[self.owned_matrices]
+        matrices = matrices_of(self.cfg, bank)[self.solved_here]
         if not matrices:
             return
         weight = self.weights[bank]
@@ -6120,7 +5933,7 @@ class Quantizer:
             inputs = [identity] * len(matrices)
         else:
             inputs = [hessians[matrix.input_key] for matrix in matrices]
-        self.solvers[bank] = GptqSolver.prepare(weight[self.owned_matrices], inputs)
+        self.solvers[bank] = GptqSolver.prepare(weight[self.solved_here], inputs)
 
     def add_rows(
         self,
@@ -6134,7 +5947,7 @@ class Quantizer:
         # They hold 0 for the matrices of other ranks.
         output_power = torch.zeros(n, device=self.ranks.device)
         feedback = torch.zeros(n, cols, device=self.ranks.device)
-        owned = self.owned_matrices
+        owned = self.solved_here
         if bank in self.solvers:
             powers = self.solvers[bank].error_power(column_scale[owned])
             output_power[owned], feedback[owned] = powers
@@ -6206,7 +6019,7 @@ class Quantizer:
         steps = {bank: rows.steps(theta) for bank, rows in self.rows.items()}
         columns = self.columns_in_range(steps)
         scales = self.bank_scales(columns)
-        owned = self.owned_matrices
+        owned = self.solved_here
         all_codes = {}
         for bank, shape in self.shapes.items():
             codes = torch.zeros(shape, dtype=torch.int8, device=self.ranks.device)
@@ -6292,8 +6105,10 @@ def fit_artifact(
 # Asymmetric numeral systems (ANS, J. Duda), the range variant: a sequence of symbols becomes one
 # large integer, the state, and a symbol of frequency f / 2^14 makes it 2^14 / f times larger, which
 # is log2(2^14 / f) bits. The state is a stack: what was pushed last is popped first, so the encoder
-# goes through the codes backwards. Everything is exact integer arithmetic in NumPy, so that any
-# machine decodes alike, and many independent states work side by side to make it fast.
+# goes through the codes backwards. The coder is exact integer arithmetic in NumPy, so that any
+# machine decodes alike, and many independent states work side by side to make it fast. Its tables
+# and the levels of the rows come from powers and logarithms in fp64, which are rounded; none lies
+# so near a half that another machine could round it otherwise (a test asserts it).
 #
 # How likely a code is depends on its context: how large the codes of its row and of its column are,
 # and whether the column leans to one side. Encoder and decoder must agree on it. So it is made only
@@ -6663,7 +6478,9 @@ ARTIFACT_VERSION = 3
 HEADER_START = 13  # after magic, version, length and CRC-32 of the header
 MAX_HEADER_BYTES = 1 << 16  # of JSON
 MAX_STREAM_BYTES = 1 << 27  # of all streams, decompressed
-MAX_EXPANSION = 16  # decompressed bytes for each byte of the file, beyond the next line's
+# A file may hold 1 MiB, plus 16 bytes for each of its own, decompressed: 16 int8 codes from a byte
+# are half a bit each. No run comes near it, and no small file makes much work.
+MAX_EXPANSION = 16
 SMALL_STREAM_BYTES = 1 << 20
 
 
@@ -6820,7 +6637,6 @@ def stored_streams(data: bytes, header: dict[str, Any], start: int, cfg: Config)
     is_expected = sizes == expected and sum(expected) <= MAX_STREAM_BYTES
     if not is_expected or header["compressor"] not in COMPRESSORS:
         raise ValueError("its streams are not those of its network, or of an unknown compressor")
-    # Half a bit a weight: no run comes near it, and no small file makes much work.
     if sum(expected) > MAX_EXPANSION * len(data) + SMALL_STREAM_BYTES:
         raise ValueError("its streams are too short for its network")
     streams = []
@@ -6928,14 +6744,18 @@ def load_artifact(model: GPT, arrays: ArtifactArrays) -> None:
 # * With TTT_MODE=document a target's score may depend on the artifact, the tokens before the target
 #   in its window, and the adapter of its document, which starts from SEED and learns from earlier
 #   chunks of that document. So neither the batch, nor its order, nor the number of ranks matters.
-#   Two options add text that comes earlier in the stream: TTT_WARM_START_A hands on the adapters' A
-#   from earlier batches, PHASED_TTT_NUM_PHASES lets all weights learn from earlier documents. With
-#   TTT_MODE=chunk all weights learn from earlier chunks of the stream.
+#   Three options add text that comes earlier in the stream, and `record` has all of them:
+#       TILT_ORDER             hints from what followed the same tokens before (section 8)
+#       PHASED_TTT_NUM_PHASES  all weights learn from earlier documents
+#       TTT_WARM_START_A       adapters start from the A of earlier batches on the same rank, so
+#                              the number of ranks matters
+#   With TTT_MODE=chunk all weights learn from earlier chunks of the stream.
+# * With DATA_LOADER=rows or shuffled a window may hold the end of an earlier document.
 # * Windows, sizes of chunks and the range that is learnt from depend on the index in a document,
 #   never on where the document ends: that is information about the future. A document's last window
 #   ends on the grid of chunks like every other, and is padded there.
-# * When the forward that scores a chunk runs out of memory, half as many documents are run at once
-#   from then on. The chunk is then scored in parts, and no score changes.
+# * When a chunk's scoring or its first gradient runs out of GPU memory, half as many documents are
+#   run at once from then on. The chunk is then scored in parts; scores change in rounding alone.
 # * The deadline only decides whether there is another update: see Deadline. The remaining targets
 #   are scored plainly, in windows without learning, so every target has a score in time.
 class Deadline:
@@ -6947,7 +6767,7 @@ class Deadline:
 
     def __init__(self, seconds: float):
         self.end = time.monotonic() + seconds
-        # The longest time in seconds between two calls of `near`, decaying by a tenth a call.
+        # The longest time in seconds between two calls of `must_stop`, decaying by a tenth a call.
         self.longest_gap = 0.0
         self.called_at = math.inf
         self.seconds_per_target = 0.0  # of plain scoring on one rank; set once it is measured
@@ -6957,10 +6777,11 @@ class Deadline:
         """Seconds until the end."""
         return max(self.end - time.monotonic(), 0.0)
 
-    def near(self, targets: float, ranks: Ranks | None = None) -> bool:
-        """Whether learning must stop, with `targets` left for this rank. Call it before each step.
+    def must_stop(self, targets: float, ranks: Ranks | None = None) -> bool:
+        """Whether learning must stop, with `targets` left for this rank.
 
-        With `ranks` all ranks must call it, and all stop if one must.
+        Call it before each step: it measures the time since the last call. With `ranks` all ranks
+        must call it, and all stop if one must.
         """
         now = time.monotonic()
         self.longest_gap = max(0.9 * self.longest_gap, now - self.called_at)
@@ -7147,22 +6968,28 @@ class Adaptation:
         return self.cfg.ttt_min_doc_len <= end <= (self.cfg.ttt_max_doc_len or math.inf)
 
     def run_chunk(self, ledger: Ledger, start: int, end: int) -> None:
-        """Scores the targets start..end-1 of all documents, then learns from them.
-
-        As many documents as memory holds are run at once.
-        """
+        """Scores the targets start..end-1 of all documents, then learns from them."""
         documents = self.documents
         live = self.whole_granules(documents.num_longer(start))
-        tokens = min(end, self.cfg.ttt_eval_seq_len)  # per document
         learners = 0
         if self.separates_learners and self.learns_from(end):
             learners = documents.num_longer(end)
+        # The longest documents come first, so those that go on after `end` are the first ones.
+        for part in (range(learners), range(learners, live)):
+            self.run_part(ledger, start, end, part)
+        if self.learns_from(end):
+            documents.updates += self.cfg.ttt_grad_steps
 
-        first = 0
-        while first < live:
-            stop = learners if first < learners else live
+    def run_part(self, ledger: Ledger, start: int, end: int, part: range) -> None:
+        """Runs the chunk start..end-1 of the documents in `part`, as many at once as memory holds.
+
+        Raises torch.OutOfMemoryError if not even one granule fits.
+        """
+        tokens = min(end, self.cfg.ttt_eval_seq_len)  # per document
+        first = part.start
+        while first < part.stop:
             fitting = self.max_tokens // tokens // self.granule * self.granule
-            count = min(stop - first, max(fitting, self.granule))
+            count = min(part.stop - first, max(fitting, self.granule))
             rows = slice(first, first + count)
             try:
                 scores = self.forward_chunk(ledger, start, end, rows)
@@ -7175,8 +7002,6 @@ class Adaptation:
             if scores.grads:
                 self.learn_chunk(ledger, start, end, rows, scores)
             first = rows.stop
-        if self.learns_from(end):
-            documents.updates += self.cfg.ttt_grad_steps
 
     def chunk_windows(
         self, ledger: Ledger, start: int, end: int, rows: slice
@@ -7354,7 +7179,7 @@ def adapt_documents(
         if not deadline.late:
             for done in score_then_learn(adaptation, batch, ledger):
                 in_batch = (counts[batch] - done).clip(0).sum()
-                if deadline.near(in_batch + left_after[number] / ranks.world_size):
+                if deadline.must_stop(in_batch + left_after[number] / ranks.world_size):
                     break
                 scorer.show_progress("ttt_progress", "adapt", deadline.seconds_left())
         if deadline.late:
@@ -7460,20 +7285,19 @@ def score_chunks(scorer: Scorer, deadline: Deadline) -> Iterator[LearningTask]:
     ledger = scorer.ledger
     size = scorer.cfg.ttt_chunk_tokens
     index = ledger.docs.target_indices()
-    by_chunk = windows_by_chunk(scorer, index)
-    last = len(by_chunk) - 1
-    for k, windows in enumerate(by_chunk):
+    *earlier, windows_of_last = windows_by_chunk(scorer, index)
+    last = len(earlier)
+    for k, windows in enumerate(earlier):
         scorer.score_windows(windows, shared=True)
         left = index[(k + 1) * size :]
-        if k == last:
-            yield LearningTask(0, [])
-            break
         yield LearningTask(len(left), [LearningChunk(index[k * size : (k + 1) * size], k / last)])
+        # While this function waited, all weights learnt, or found that there is no time left.
         if deadline.late:
             scorer.score_windows(scorer.stream_windows(stride=0, first=left[0]), shared=True)
             if scorer.ranks.is_main:
                 ledger.num_not_learnt_from += last - k - 1
-            break
+            return
+    scorer.score_windows(windows_of_last, shared=True)
 
 
 def evaluate_ttt(
@@ -7506,7 +7330,7 @@ def evaluate_ttt(
         tasks = score_chunks(scorer, deadline)
     for task in tasks:
         for chunk in task.chunks:
-            if deadline.near(task.targets_left / ranks.world_size, ranks):
+            if deadline.must_stop(task.targets_left / ranks.world_size, ranks):
                 if ranks.is_main:
                     scorer.ledger.num_not_learnt_from += 1
             else:
@@ -7538,21 +7362,23 @@ def learning_row(scorer: Scorer, index: np.ndarray) -> Batch:
     return pack_row(tokens[index], tokens[index + 1], starts, shape, scorer.ranks.device)
 
 
-def reduce_gradients(model: GPT, ranks: Ranks) -> None:
-    """Sums the gradients over the ranks, in place, and zeroes the first TTT_FREEZE_BLOCKS layers'.
+def sum_gradients(model: GPT, ranks: Ranks) -> None:
+    """Sums the gradients over the ranks, in place. All ranks must call it; one without adds 0."""
+    for p in model.parameters():
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+        ranks.sum(p.grad)
 
-    A rank without a row adds zeros. All ranks must call it.
-    """
+
+def freeze_first_layers(model: GPT) -> None:
+    """Zeroes the gradients of the first TTT_FREEZE_BLOCKS layers, in place."""
     cfg = model.cfg
     table = parameter_table(cfg)
     for name, p in model.named_parameters():
-        if p.grad is None:
-            p.grad = torch.zeros_like(p)
         role = table[name]
         if role.per_layer:
             by_layer = p.grad.unflatten(0, (role.stacks, cfg.num_layers))
             by_layer[:, : cfg.ttt_freeze_blocks] = 0
-        ranks.sum(p.grad)
 
 
 def learn_weights(
@@ -7581,7 +7407,8 @@ def learn_weights(
         if len(rank_index):
             nats = forward(learning_row(scorer, rank_index), scorer.plan)
             (nats.sum() / step.size).backward()
-        reduce_gradients(model, ranks)
+        sum_gradients(model, ranks)
+        freeze_first_layers(model)
         torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.ttt_grad_clip or math.inf)
         optimizer.step()
         model.zero_grad(set_to_none=True)
@@ -8233,7 +8060,7 @@ class Run:
             self.log.begin_phase(name)
         try:
             yield
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if isinstance(error, OutOfMemory) or not is_lack_of_memory(error):
                 raise
             raise OutOfMemory(self.memory_advice(name, error)) from error
@@ -8241,7 +8068,7 @@ class Run:
         self.phases.append(Phase(name, budget, seconds - self.excluded_seconds))
         self.excluded_seconds = outer_excluded + seconds
 
-    def memory_advice(self, phase: str, error: RuntimeError) -> str:
+    def memory_advice(self, phase: str, error: Exception) -> str:
         """The line for the user when memory has run out in a phase: which knob to lower."""
         cfg = self.cfg
         advice = f"lower MICRO_BATCH_TOKENS={cfg.micro_batch_tokens}, the tokens of a row"
@@ -8414,7 +8241,11 @@ class Run:
                 self.evaluate(plan=plan, docs=docs, ranks=ranks.alone())
         self.evaluate(plan=last_plan, docs=docs, ranks=ranks.alone())
         if cfg.ttt_enabled:
-            self.adapt(Deadline(math.inf), docs, ranks.alone())
+            # A prefix of the real stream would hold all of these documents, and after the last one
+            # no weights learn. Their graphs must be compiled here.
+            prefix = dict(phased_ttt_prefix_tokens=0, phased_ttt_prefix_docs=len(starts) - 1)
+            cfg = dataclasses.replace(cfg, **prefix)
+            self.adapt(Deadline(math.inf), docs, ranks.alone(), cfg)
         self.log.prefix = ""
         self.log("warmup:done (random tokens, no validation data)")
 
@@ -8556,17 +8387,22 @@ class Run:
         return ledger
 
     def adapt(
-        self, deadline: Deadline, docs: Documents | None = None, ranks: Ranks | None = None
+        self,
+        deadline: Deadline,
+        docs: Documents | None = None,
+        ranks: Ranks | None = None,
+        cfg: Config | None = None,
     ) -> Ledger:
         """Scores every target once and learns from what is scored (TTT_MODE), until the deadline.
 
-        docs and ranks: those of the run if None. Afterwards the weights are as before.
+        docs, ranks and cfg: those of the run if None; cfg decides where all weights learn.
+        Afterwards the weights are as before.
         """
-        scorer = self.scorer(self.plan, docs, ranks)
-        state = None
+        scorer = self.scorer(self.plan, docs, ranks)._replace(cfg=cfg or self.cfg)
+        adaptation = None
         if self.cfg.ttt_mode == "document":
-            state = Adaptation(self.model, self.ttt_forward, self.plan, self.ranks.device)
-        return evaluate_ttt(scorer, state, self.model, self.ttt_forward, deadline)
+            adaptation = Adaptation(self.model, self.ttt_forward, self.plan, self.ranks.device)
+        return evaluate_ttt(scorer, adaptation, self.model, self.ttt_forward, deadline)
 
     def evaluate_artifact(self) -> None:
         """Runs the evaluations of the artifact that the settings ask for, with one deadline."""
@@ -9273,7 +9109,7 @@ class HeadLoss(torch.autograd.Function):
         if grad.ndim == 2:
             grad = grad[0]
         grad = grad.unsqueeze(1)  # (N, 1)
-        dx = (dz @ w * grad).to(w.dtype) if need_x else None
+        dx = ((dz @ w) * grad).to(w.dtype) if need_x else None
         dw = dz.t() @ (x * grad).to(w.dtype) if need_w else None
         dextra = (dz * grad).to(w.dtype) if need_extra else None
         return dx, dw, dextra, None, None, None
@@ -9807,8 +9643,9 @@ def equal_runs(cu_queries: Tensor, cu_keys: Tensor, merge: bool) -> Iterator[Equ
 def check_segments(
     q: Tensor, k: Tensor, cu_queries: Tensor, cu_keys: Tensor, max_seqlen: int
 ) -> None:
-    """Asserts that both offsets fit their tensors, and that no segment is longer than max_seqlen
-    or has more queries than keys.
+    """Asserts that both offsets fit their tensors, and that no segment is too long.
+
+    A segment has at most max_seqlen keys, and no more queries than keys.
     """
     cu = torch.stack([cu_queries, cu_keys])
     lengths = cu.diff()
@@ -10133,7 +9970,255 @@ def choose_attention(
     )
 
 
-# === 14. Command line =============================================================================
+# === 14. Names of variables: what other scripts and clusters set ==================================
+# A variable that this program does not read must not be ignored in silence: it is translated, or
+# refused with the reason, or, where a cluster may have set it, warned of.
+
+# Spellings of other programs for knobs of this one.
+ALIASES = {
+    "VAL_BATCH_SIZE": "VAL_BATCH_TOKENS",
+    "TTT_MAX_EVAL_SECS": "EVAL_DEADLINE_SECONDS",
+    "GLOBAL_TTT_LR": "TTT_LR",
+    "GLOBAL_TTT_EPOCHS": "TTT_EPOCHS",
+    "GLOBAL_TTT_CHUNK_TOKENS": "TTT_CHUNK_TOKENS",
+    "GLOBAL_TTT_MOMENTUM": "TTT_MOMENTUM",
+    "GLOBAL_TTT_BATCH_SEQS": "TTT_BATCH_SEQS",
+    "GLOBAL_TTT_GRAD_CLIP": "TTT_GRAD_CLIP",
+    "FUSED_CE_ENABLED": "FUSED_CE",
+    "MUON_WEIGHT_DECAY": "MUON_WD",
+    "ADAM_WEIGHT_DECAY": "ADAM_WD",
+    "MUON_EQ_R": "MUON_ROW_NORMALIZE",
+    "NEGATIVE_SLOPE": "LEAKY_SLOPE",
+    "SWA_START_FRAC": "SWA_THRESHOLD",
+    "QAT_THRESHOLD": "LATE_QAT_THRESHOLD",
+    "WARMDOWN_FRACTION": "WARMDOWN_FRAC",
+    "BIGRAM_BUCKETS": "BIGRAM_VOCAB_SIZE",
+    "BIGRAM_HASH_BUCKETS": "BIGRAM_VOCAB_SIZE",
+    "BIGRAM_HASH_DIM": "BIGRAM_DIM",
+    "SMEAR_GATE": "SMEAR_GATE_ENABLED",
+    "SMEAR_GATE_WIDTH": "GATE_WINDOW",
+    "SLIDING_EVAL": "SLIDING_WINDOW_ENABLED",
+    "SLIDING_EVAL_STRIDE": "EVAL_STRIDE",
+    "EVAL_TEMP": "LOGIT_TEMPERATURE",
+    "EVAL_TEMPERATURE": "LOGIT_TEMPERATURE",
+    "EVAL_ONLY_QUANTIZED_PATH": "EVAL_ONLY_PATH",
+    "QUANT_BITS": "MATRIX_BITS",
+    "QUANT_BITS_EMBED": "EMBED_BITS",
+    "GPTQ_EMBED_CLIP_SIGMAS": "EMBED_CLIP_SIGMAS",
+}
+
+# Switches of the published scripts: a field or property of Config that is not 0 where the switch is
+# on, and how to make it so. A switch that agrees is accepted.
+SWITCHES = {
+    "CASEOPS_ENABLED": ("reads_caseops", "set DATASET"),
+    "PHASED_TTT_ENABLED": ("phased_ttt_num_phases", "set PHASED_TTT_NUM_PHASES"),
+    "PARALLEL_RESIDUAL": ("parallel_start_layer", "set PARALLEL_START_LAYER"),
+    "BIGRAM_HASH": ("bigram_vocab_size", "set BIGRAM_VOCAB_SIZE"),
+    "USE_BIGRAM_HASH": ("bigram_vocab_size", "set BIGRAM_VOCAB_SIZE"),
+}
+
+# Knobs of the published scripts that are refused here, each with the reason. Silently ignoring one
+# would let the user believe that it works.
+SET_ELSEWHERE = {
+    "ROPE_YARN": "ROPE_TRAIN_SEQ_LEN alone decides",
+    "MLP_HIDDEN": "set MLP_MULT",
+    "DATA_PATH": "set DATA_DIR, DATASET",
+    "QAT_ENABLED": "set LATE_QAT=1 LATE_QAT_THRESHOLD=2",
+    "EMA_ENABLED": "set EXPORT_WEIGHTS",
+    "SWA_ENABLED": "set EXPORT_WEIGHTS",
+    "LAWA_ENABLED": "set EXPORT_WEIGHTS",
+    "EMBEDDING_DIM": "the head is the embedding",
+    "TIE_EMBEDDINGS": "the head is the embedding",
+    "EMBED_LR": "the head is the embedding",
+    "HEAD_LR": "the head is the embedding",
+    "TRAIN_SEQ_SCHEDULE": "set SEQ_LEN_SCHEDULE, as in 0:1024,0.1:2048",
+    "TTT_SHORT_SCORE_FIRST_STEPS": "set TTT_SHORT_CHUNKS, which go by position",
+    "TTT_LOCAL_LR_MULT": "set TTT_LORA_LR",
+    "TTT_MASK": "set TTT_Q_LORA, TTT_V_LORA",
+    "TRAIN_BATCH_SIZE": "set TRAIN_BATCH_TOKENS",
+    "GRAD_ACCUM_STEPS": "set MICRO_BATCH_TOKENS, the tokens of a row",
+    "GPTQ_RESERVE_MS": "set GPTQ_RESERVE_SECONDS",
+    "GPTQ_CLIP_SIGMAS": "set MATRIX_CLIP_SIGMAS and QUANTIZER=gptq",
+    "TARGET_MB": "set ARTIFACT_LIMIT_BYTES",
+    "PARALLEL_RESIDUAL_START": "set PARALLEL_START_LAYER, which begins two lanes (PR #1530)",
+}
+AGAINST_THE_RULES = {
+    "TTT_TEMP_RESCALE": "a factor on the nats is no probability (ruling on PR #605);"
+    " LOGIT_TEMPERATURE keeps a sum of 1",
+    "TTT_MIN_NLL": "the best of several passes is chosen by the answer (ruling on PR #605)",
+    "TTT_COSINE_LR": "a fall over the document reveals its length; set TTT_COSINE_CHUNKS",
+}
+# They never changed a score, or have nothing to change in this program.
+WITHOUT_EFFECT = {
+    "MUON_BETA2": "nothing read it",
+    "CONTROL_TENSOR_NAME_PATTERNS": "nothing read it",
+    "LOOP_CLIP_SIGMAS": "no gain was ever reported (PR #1530); set MATRIX_CLIP_SIGMAS",
+    "TTT_FAST": "there is one way to adapt; bench/evaluation.py times the published one",
+    "TTT_CUDA_GRAPH": "it gains nothing: most graphs would be captured within the clock",
+    "EVAL_BUDGET_INCLUDES_COMPILE": "set EVAL_DEADLINE_SECONDS",
+    "TTT_EVAL_BATCHES": "it was for debugging",
+    "TTT_OUTPUT_DIR": "it was for debugging",
+    "TTT_DEBUG_BYPASS": "it was for debugging",
+    "ASYM_LOGIT_RESCALE": "no optimiser of the published runs held its two scalars",
+    "SMEAR_GATE_BOS_FIX": "SmearGate takes nothing across a BOS here",
+    "EVAL_INCLUDE_TAIL": "every target is scored",
+}
+REJECTED_NAMES = SET_ELSEWHERE | AGAINST_THE_RULES | WITHOUT_EFFECT
+
+# What to say of names that belong to parts of public scripts which are not here; * stands for any
+# text. They are refused unless their value, one of OFF, switches the part off. This table and the
+# next stay behind when the file is packed.
+OFF = ("", "0", "0.0", "-1", "none", "false")
+ABSENT = {
+    "QUANTIZER=allocated gives those rows finer steps (PR #1797)": "LQER_* AWQ_*",
+    "set SPARSE_ATTN_GATE_ENABLED, the later form (PR #1787)": """
+        ATTN_OUT_GATE* GATED_ATTN* GATED_ATTENTION GATE_ATTN_* GATE_MLP_OUT GATE_WIDTH
+        SPARSE_ATTN_GATE_INIT_STD""",
+    "set NUM_LOOPS, LOOP_START, LOOP_END, ENABLE_LOOPING_AT (PR #1394)": """
+        RECUR_* LOOP_PHASE2_AT *_DEPTH_RECURRENCE EFFECTIVE_DEPTH NUM_UNIQUE_BLOCKS
+        DEPTH_LORA_RANK""",
+    "off or dropped since (PR #1204, #1412)": """
+        *UNTIE_LOOP_MLPS *UNTIE_MLP* UNTIE_AT_FRACTION BANK_SPLIT MATRIX_LR_EARLY MATRIX_LR_LATE
+        CANON_AC_LAYERS DISABLE_LAYER0_ATTN PARALLEL_START_LAYER_IS_PHYSICAL""",
+    "off in every record, dropped in PR #1218": "VALUE_RESIDUAL DTG_ENABLED MTP_* TRIGRAM",
+    "set TILT_ORDER (PR #2135)": "NGRAM_*",
+    "it learns from what it then scores (PR #1209)": "SLOT_ENABLED SLOT_LR SLOT_STEPS ETLB_*",
+    "set LOGIT_TEMPERATURE, chosen beforehand (PR #640)": "TEMP_SCALING TEMP_CALIB",
+    "no rate depends on the loss (PR #1412)": "TTT_ENTROPY_* TTT_NS_STEPS",
+    "set PHASED_TTT_NUM_PHASES (PR #1626)": """
+        GLOBAL_TTT_WARMUP_* GLOBAL_TTT_RESPECT_* GLOBAL_TTT_DOC_LIMIT TTT_DOC_LIMIT""",
+    "set EVAL_ONLY_PATH": """
+        PREQUANT_ONLY TTT_ONLY TTT_ONLY_EVAL TTT_EVAL_ONLY SKIP_POST_TRAIN_EVAL
+        POST_GPTQ_EVAL_ONLY SWEEP_MODE""",
+    "set MUON_COEFFS=polar (PR #1787)": "POLAR_EXPRESS USE_POLAR_EXPRESS USE_GRAM_NS",
+    "set SMEAR_ENABLED (PR #162) or SMEAR_GATE_ENABLED (PR #1667)": "USE_SMEARGATE SMEAR",
+    "set COMPRESSOR": "USE_ZSTD USE_LZMA USE_BROTLI ZSTD_LEVEL",
+    "set QUANTIZER, MATRIX_BITS and CLIP_SIGMAS (PR #1394)": """
+        USE_GPTQ USE_INT6 GPTQ_ENABLED GPTQ_LITE QAT_INT6 QUANT_BITS_MLP QUANT_CLIP_RANGE
+        QUANT_CONFIG INT4_* INT5_* INT6_* N_INT6_LAYERS MIXED_QUANT HESSIAN_CLIP_LAMBDA CLIP_MULT_*
+        LOOP_LAYER_* FP_STORAGE SCALE_STORAGE""",
+    "set TABLES_FP16": "FP16_EMBED_EXPORT",
+    "set PRUNE_FRAC": "PRUNE_RATIO",
+    "set LATE_QAT, LATE_QAT_THRESHOLD": "QAT_FRACTION QAT_START_FRAC QAT_AFTER_STEP QAT_BITS",
+    "set GPTQ_CALIBRATION_BATCHES, rows of training text (PR #1019: of its own text)": """
+        GPTQ_AR_SELFGEN GPTQ_GEN_* GPTQ_TEMPERATURE GPTQ_NUM_SEQS GPTQ_BATCH_SIZE GPTQ_CALIB_*""",
+    "set ROPE_TRAIN_SEQ_LEN, ROPE_BASE": "EVAL_NTK_ALPHA YARN_MAX_LEN ROPE_TYPE",
+    "set VAL_DOC_FRACTION; every target is scored": "VAL_MAX_* EVAL_OVERLAP EVAL_STATE_RESET",
+    "set SEQ_LEN_SCHEDULE (PR #2014)": """
+        SEQ_LEN_START SEQ_SCHEDULE_FRACTION BATCH_TOKENS_START BATCH_SCHEDULE_FRACTION""",
+    "set EXPORT_WEIGHTS": "LAWA_* SWA_DECAY EMA_START_FRACTION",
+    "set MUON_WD, which is constant (PR #1729: falling)": "WD_TAPER_* CAUTIOUS_WD",
+    "set WARMDOWN_FRAC, MIN_LR": """
+        WARMDOWN_SHAPE LR_SCHEDULE LR_START LR_WARMUP_STEPS MUON_COOLDOWN_*""",
+    "no later record has it (PR #86, #640)": "BLOCK_LARS_* ASYMMETRIC_LOGIT MATRIX_OPTIMIZER",
+    "another network (PR #542, #640, #903, #1104, #1337, #1371, #1388, #1443, #1644, #2058)": """
+        ATTN_VARIANT ATTN_PROJ_TYPE ATTN_RES BINARIZE_ACTIVATIONS BITNET_* BLOCK_TYPE CE_PURE_FRAC
+        CE_WEIGHT CHURN_LOG_EVERY COEFF_LR_* CORR_WEIGHT_LR DETACH_TARGETS DIFF_ATTN EGGROLL_*
+        EMBED_INNER_DIM FITNESS_SHAPING GDN_* HNET_* INDEPENDENT_LR JEPA_* LATENT_KV_DIM LEGENDRE_*
+        LOGIT_HEAD_TYPE MAMBA3_* MLP_EVERY MLP_GROUPS MLP_RANK NUM_ATTN_LAYERS NUM_LIGHT_BLOCKS
+        NUM_VIRTUAL_LAYERS OUTER_LAYERS POP_SIZE PREDICTOR_* PROJECTOR_* RATIO_LOSS_WEIGHT REFINER*
+        SIGN_COMPRESS_REG SIGREG_* SKIP_TOKENS SOFTCAP_TYPE TARGET_AVG_CHUNK_LEN TVERSKY_*
+        USE_ORTHO_INIT USE_WRAP WRAP_INIT_SCALE XNOR_*""",
+}
+# The same for names that are only warned of: they change no score, or others may set them, too.
+WARNED = {
+    "set MATRIX_LR, SCALAR_LR, TIED_EMBED_LR": "LEARNING_RATE ADAM_LR",
+    "set MUON_WD, ADAM_WD, EMBED_WD": "WEIGHT_DECAY",
+    "set DATA_DIR, DATASET": """
+        DATASETS DATASETS_DIR DATASET_DIR DATASET_PATH TRAIN_FILES VAL_FILES TOKENIZER""",
+    "set ARTIFACT_DIR": "MODEL_DIR OUT_DIR MODEL_SAVE_PATH CHECKPOINT_DIR",
+    "set CHECKPOINT_EVERY and RUN_ID": "RESUME_FROM",
+    "set VAL_BATCH_TOKENS": "EVAL_BATCH_* SW_EVAL_BATCH SLIDING_BATCH_SIZE",
+    "set TABLES_FP16": "FP16_*_PATTERNS INT8_*_PATTERNS",
+    "set EVAL_STRIDE": "STRIDE",
+    "set EXPORT_WEIGHTS": "EMA",
+    "set LATE_QAT": "QAT",
+    "set TTT_LORA_RANK, TTT_LORA_LR": "LORA_RANK LORA_LR",
+    "set COMPILE": "USE_COMPILE COMPILE_MODE COMPILE_MODEL",
+    "nothing reads it": "MODE ACTIVATION EMBED_DIM D_STATE D_CONV EXPAND",
+    "it changes no score": """
+        GPTQ_DAMP GPTQ_BLOCK_SIZE TTT_HEARTBEAT_SECONDS LOGIT_CHUNK_TOKENS MLX_* USE_*_KERNEL""",
+}
+
+
+def canonical_names(environ: Mapping[str, str]) -> dict[str, str]:
+    """`environ` with every alias replaced by its knob's name. A knob's own spelling wins."""
+    renamed = {ALIASES[name]: text for name, text in environ.items() if name in ALIASES}
+    others = {name: text for name, text in environ.items() if name not in ALIASES}
+    return renamed | others
+
+
+def is_named(name: str, patterns: str) -> bool:
+    """Whether a name matches one of several patterns with spaces between them."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns.split())
+
+
+def reason_in(table: Mapping[str, str], name: str) -> str:
+    """What ABSENT or WARNED says of a name; empty if the name is not in that table."""
+    return next((reason for reason, names in table.items() if is_named(name, names)), "")
+
+
+def could_be(name: str, text: str) -> bool:
+    """Whether a knob could have this value, so that a name like the knob's may be a slip."""
+    field = FIELDS[name.lower()]
+    if isinstance(field.default, str):
+        return "/" not in text or name.endswith(("_DIR", "_PATH"))
+    with contextlib.suppress(ValueError):
+        parse_knob(field, text)
+        return True
+    return False
+
+
+def warnings_of_names(environ: Mapping[str, str]) -> Iterator[str]:
+    """A line for each variable that a public script reads and this program ignores."""
+    for name, text in sorted(environ.items()):
+        if reason := reason_in(WARNED, name):
+            yield f"{name}={text}: not a knob of this program; {reason}"
+
+
+def problems_of_names(given: Mapping[str, str]) -> Iterator[str]:
+    """A line for each variable that this program lacks, or that looks like one of its knobs."""
+    knobs = {name.upper() for name in FIELDS}
+    other_names = [*ALIASES, *REJECTED_NAMES]
+    for name in sorted(given.keys() - knobs - SWITCHES.keys()):
+        text = given[name]
+        if reason_in(WARNED, name):
+            continue
+        if name not in knobs and name.upper() in knobs and could_be(name.upper(), text):
+            yield f"{name}={text}: not a knob; names are in capitals: {name.upper()}"
+            continue
+        if reason := REJECTED_NAMES.get(name) or reason_in(ABSENT, name):
+            if name in REJECTED_NAMES or text.lower() not in OFF:
+                yield f"{name}={text}: not a knob of this program; {reason}"
+            continue
+        # Names of other scripts must be closer: a cluster may set DATASET_PATH, unlike DATA_PATH.
+        nearest = difflib.get_close_matches(name, other_names, n=1, cutoff=0.9)
+        if not nearest:
+            nearest = difflib.get_close_matches(name, knobs, n=1, cutoff=0.85)
+        if not nearest:
+            continue
+        if nearest[0] in REJECTED_NAMES:
+            reason = REJECTED_NAMES[nearest[0]]
+            yield f"{name}={text}: not a knob of this program; {reason}"
+        elif could_be(ALIASES.get(nearest[0], nearest[0]), text):
+            yield f"{name}={text}: not a knob; did you mean {nearest[0]}?"
+
+
+def problems_of_switches(environ: Mapping[str, str], cfg: Config) -> Iterator[str]:
+    """A line for each switch of a public script that does not agree with the config."""
+    for name, (field, remedy) in SWITCHES.items():
+        if name in environ and bool(getattr(cfg, field)) == (environ[name].lower() in OFF):
+            yield f"{name}={environ[name]}: not a knob of this program; {remedy}"
+
+
+def problems_of_aliases(environ: Mapping[str, str]) -> Iterator[str]:
+    """A line for each knob that is set twice, under two spellings, to different values."""
+    for alias, name in ALIASES.items():
+        if alias in environ and name in environ and environ[alias] != environ[name]:
+            yield f"{alias}={environ[alias]}: the same knob as {name}={environ[name]}"
+
+
+# === 15. Command line =============================================================================
 def message_and_status(error: BaseException) -> tuple[str, int]:
     """The line for the user and the exit status, for an error that ends the program in one line."""
     if isinstance(error, KeyboardInterrupt):
@@ -10164,9 +10249,9 @@ def answer(argv: list[str]) -> None:
     # SIGPIPE; there the default of SIGTERM is set again, which changes nothing.
     signal.signal(getattr(signal, "SIGPIPE", signal.SIGTERM), signal.SIG_DFL)
     if argv in (["--help"], ["-h"]):
-        # The packed file has no docstrings.
+        # tools/pack.py leaves docstrings out, unless a source names its own as a variable.
         usage = "python train_gpt.py [--knobs [WORD] | --plan]; knobs are environment variables"
-        print(__doc__ or usage)
+        print(inspect.getdoc(sys.modules[__name__]) or usage)
     elif argv[0] == "--knobs" and len(argv) <= 2:
         print_knobs(argv[1] if len(argv) == 2 else "")
     else:

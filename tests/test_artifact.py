@@ -503,6 +503,41 @@ def test_steps_stay_within_what_fp16_holds_with_all_its_bits():
     assert fine[1:] == [2.0 ** (round(8 * math.log2(x / 127)) / 8) for x in (1.0, 1e6)]
 
 
+def test_published_steps_of_any_theta_are_numbers_that_fp16_holds():
+    weight = torch.tensor([[[0.0, 0.0], [1.0, -1.0], [1e-9, 0.0]]])
+    rows = tg.BankRows(
+        published_step=tg.clip_steps(weight, 12.85, 31).float(),
+        power=weight.square().mean(-1).clamp_min(1e-20),
+        column_power=torch.ones(1, 1),
+        feedback=torch.zeros(1, 1),
+        largest=weight.abs().amax(-1),
+        cost=None,
+        qmax=31,
+    )
+    for theta in (2.0**-140, 1.0, 2.0**60):
+        steps = rows.steps(theta)
+        assert (steps >= tg.FP16_TINY).all() and steps.isfinite().all()
+        assert torch.equal(steps, steps.half().float())
+        assert rows.entropy_bits(steps).isfinite().all()
+
+
+def test_no_table_of_the_coder_and_no_level_of_a_row_lies_where_rounding_could_differ():
+    k = np.arange(256)
+    fixed = tg.FIXED_POINT
+    inverse = fixed * 2.0 ** ((tg.UNIT_LEVEL - k[1:]) / tg.LEVELS_PER_OCTAVE)
+    column = fixed * 2.0 ** (-k / tg.SCALES_PER_OCTAVE)
+    edges = fixed * 2.0 ** ((np.arange(-36, 24) + 0.5) / tg.LEVELS_PER_OCTAVE)
+    for values in (inverse, column, edges):
+        # A whole power of two is exact everywhere.
+        is_exact = values * 2**30 % 1 == 0
+        assert (is_exact | (abs(values % 1 - 0.5) > 1e-9 * values)).all()
+    # The width of the record's products, and of its MLP.
+    for columns in (512, 2048):
+        sums = np.arange(1, 127 * columns + 1)
+        levels = tg.LEVELS_PER_OCTAVE * np.log2(np.maximum(sums / columns, 2**-8))
+        assert (abs(levels % 1 - 0.5) > 1e-10).all()
+
+
 def test_small_model_stops_at_matrix_bits_and_is_not_padded():
     data = fitted(10**7, quantizer="allocated", compressor="ans", matrix_bits=6)
     cfg = fitting_model()[0].cfg

@@ -462,6 +462,21 @@ def test_phases_beyond_the_documents_score_them_all(learnt):
     assert all(half.issuperset(place.tolist()) for place, *_ in learnt)
 
 
+@pytest.mark.parametrize(("phases", "tokens"), [(1, 9_470_000), (3, 9_470_000), (1, 0)])
+def test_warm_up_learns_with_all_weights_whatever_the_prefix(
+    tiny_data, tmp_path, monkeypatch, phases, tokens
+):
+    monkeypatch.chdir(tmp_path)
+    learnt = []
+    monkeypatch.setattr(tg, "learn_weights", lambda *args: learnt.append(len(args[-1])))
+    settings = dict(phased_ttt_num_phases=phases, phased_ttt_prefix_tokens=tokens)
+    cfg = tiny_config(data_dir=str(tiny_data), ttt_chunk_tokens=64, **settings)
+    run = tg.Run(cfg, dict.fromkeys(vars(cfg), "default"), tg.Ranks({}))
+    run.build_model()
+    run.warm_up_evaluation([cfg.plans[1]])
+    assert learnt and set(learnt) == {64}
+
+
 def test_prefix_in_targets_ends_with_the_document_that_reaches_it():
     counts = np.array([30, 5, 40, 25, 60, 40])  # ends: 30 35 75 100 160 200
     stops = {

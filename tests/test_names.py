@@ -162,6 +162,15 @@ def test_published_spelling_sets_the_knob(theirs, text, field, value):
     assert (getattr(cfg, field), origin[field]) == (value, "env")
 
 
+def test_knob_in_small_letters_is_refused_and_a_clusters_variable_is_not():
+    assert refusals(matrix_lr="0.03") == [
+        "matrix_lr=0.03: not a knob; names are in capitals: MATRIX_LR"
+    ]
+    # It could not be the knob's value.
+    cfg, _ = config(seed="of the cluster")
+    assert cfg.seed == tg.Config().seed
+
+
 @pytest.mark.parametrize(
     ("name", "reason"),
     [

@@ -112,7 +112,8 @@ def test_packed_code_is_smaller_than_the_text_and_the_same_program():
     packed = packed_code.pack_code(READABLE_SOURCE)
     text, digest = packed_code.unpack_code(packed)
     assert digest == sha256(READABLE_SOURCE)
-    assert len(packed) == pack.packed_size(READABLE_SOURCE) < 0.3 * len(READABLE_SOURCE)
+    assert len(packed) == pack.packed_size(READABLE_SOURCE) < 0.14 * len(READABLE_SOURCE)
+    assert ast.get_docstring(ast.parse(text)) is None
     trees = ast.parse(text), ast.parse(READABLE_SOURCE)
     kept, written = ({getattr(n, "name", "") for n in tree.body} for tree in trees)
     assert not [name for name in written - kept if re.search(rf"\b{name}\b", text)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import os
 import pty
 import random
@@ -595,6 +596,17 @@ def test_the_expected_bytes_of_a_fitted_artifact_are_the_limit_or_the_bits_a_wei
     floats = sum(torch.Size(shape).numel() for shape in tg.float_shapes(small).values())
     expected = tg.CODE_BYTES + codes * 6 // 8 + 2 * floats
     assert tg.predict_submission_bytes(small) == expected
+
+
+def test_the_expected_bytes_know_the_clips_of_attention_and_mlp():
+    settings = {**tg.PRESETS["pr1530"], "preset": "pr1530", "artifact_limit_bytes": 0}
+    one_clip = tg.Config(**settings)
+    two_clips = tg.Config(**settings | dict(attn_clip_sigmas=2 * one_clip.matrix_clip_sigmas))
+    # Steps twice as coarse take a bit less a weight.
+    shapes = tg.bank_shapes(one_clip)
+    attention = sum(math.prod(shapes[bank]) for bank in ("qo_bank", "kv_bank"))
+    saved = tg.predict_submission_bytes(one_clip) - tg.predict_submission_bytes(two_clips)
+    assert saved == pytest.approx(attention / 8)
 
 
 def test_mfu_is_shown_where_the_peak_is_known(tiny_data):

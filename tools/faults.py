@@ -315,18 +315,34 @@ def pair_trial(campaign: Campaign, folder: Path, number: int, rng: random.Random
     return Trial(fault, {kind: 1})
 
 
-ODD_FILES: dict[str, Callable[[Path], Any]] = {
-    "folder": Path.mkdir,
-    "FIFO": os.mkfifo,
-    "link to nothing": lambda path: path.symlink_to("nowhere"),
-    "link to itself": lambda path: path.symlink_to(path.name),
-    "device": lambda path: path.symlink_to("/dev/zero"),
-    "link to a folder": lambda path: path.symlink_to("."),
-    "zeros": lambda path: path.write_bytes(bytes(5000)),
-    "huge": lambda path: path.touch() or os.truncate(path, 2**40),
-    "nested": lambda path: path.write_text("[" * 100_000),
-    "null": lambda path: path.write_text("null"),
+# What an odd link points to; SELF: to itself.
+SELF = object()
+ODD_LINKS = {
+    "link to nothing": "nowhere",
+    "link to itself": SELF,
+    "device": "/dev/zero",
+    "link to a folder": ".",
 }
+ODD_CONTENTS = {"zeros": bytes(5000), "nested": b"[" * 100_000, "null": b"null"}
+ODD_FILES = ("folder", "FIFO", "huge", *ODD_LINKS, *ODD_CONTENTS)
+
+
+def make_odd(kind: str, path: Path) -> None:
+    """Makes something odd, one of ODD_FILES, where a file should be."""
+    if kind in ODD_CONTENTS:
+        path.write_bytes(ODD_CONTENTS[kind])
+    elif kind in ODD_LINKS:
+        target = ODD_LINKS[kind]
+        path.symlink_to(path.name if target is SELF else target)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "FIFO":
+        os.mkfifo(path)
+    else:  # a terabyte that takes no space
+        path.touch()
+        os.truncate(path, 2**40)
+
+
 ODD_PLACES = {
     "training shard": "data/datasets/tiny_sp320/tiny_train_000000.bin",
     "validation shard": "data/datasets/tiny_sp320/tiny_val_000000.bin",
@@ -347,7 +363,7 @@ def odd_trial(campaign: Campaign, folder: Path, number: int, rng: random.Random)
     path = folder / ODD_PLACES[place]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
-    ODD_FILES[odd](path)
+    make_odd(odd, path)
     env = {"RUN_ID": "odd", "DATA_DIR": "data"}
     if place == "model file":
         env |= {"EVAL_ONLY_PATH": "model.pt", "CHECKPOINT_EVERY": "0"}

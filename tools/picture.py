@@ -19,7 +19,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 import terminal  # noqa: E402
-from run_documents import run_folder  # noqa: E402
+from run_documents import run_folder, written_at  # noqa: E402
 from runlog import STAGES, LogError, Run, read_run  # noqa: E402
 
 from train_gpt import UsageError, reason_of, write_atomic  # noqa: E402
@@ -30,7 +30,7 @@ ORANGE = "#c4501b"
 
 def newest_log(folder: Path) -> Path:
     """The log in a folder that was written last. Raises UsageError if there is none."""
-    logs = sorted(folder.glob("*.txt"), key=lambda path: path.stat().st_mtime)
+    logs = sorted(folder.glob("*.txt"), key=written_at)
     if not logs:
         raise UsageError(f"{folder}: holds no log; make run writes one")
     return logs[-1]

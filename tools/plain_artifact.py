@@ -1,228 +1,221 @@
 """Reads an artifact by its documented format, without any code of train_gpt.py.
 
 The format is that of pack_arrays, ans_encode and pack_codes there, container version 3. The order
-of the parameters is that of parameter_table. Value embeddings are not read.
+of the parameters is that of parameter_table. Value embeddings are not read. The streams of a file
+are, in order: codes, row levels, row scales, column exponents, and all other weights in fp16.
 """
 
 import json
-import lzma
 import math
 import zlib
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from plain_codes import decode_ans, unpack
 
-DEFAULTS = dict(leaky_slope=0.5, rope_train_seq_len=0, branch_scale=False, bigram_vocab_size=0)
-DEFAULTS |= dict(bigram_dim=128, smear_enabled=False, ve_enabled=False, tables_fp16=False)
-DEFAULTS |= dict(sparse_attn_gate_enabled=False, smear_gate_enabled=False, gate_window=12)
-DEFAULTS |= dict(sparse_attn_gate_scale=0.5)
+# Settings that a file leaves out where they have these values.
+DEFAULTS = {
+    "leaky_slope": 0.5,
+    "rope_train_seq_len": 0,
+    "branch_scale": False,
+    "bigram_vocab_size": 0,
+    "bigram_dim": 128,
+    "smear_enabled": False,
+    "ve_enabled": False,
+    "tables_fp16": False,
+    "sparse_attn_gate_enabled": False,
+    "sparse_attn_gate_scale": 0.5,
+    "smear_gate_enabled": False,
+    "gate_window": 12,
+}
 
-
-def unpack(codec: str, data: bytes, size: int) -> bytes:
-    """A stream of a general codec."""
-    if codec == "brotli":
-        import brotli
-
-        return brotli.decompress(data)
-    if codec == "zstd":
-        import zstandard
-
-        return zstandard.ZstdDecompressor().decompress(data, size)
-    filters = [dict(id=lzma.FILTER_LZMA2, preset=6, lc=0, lp=1, pb=1)]
-    return lzma.decompress(data, lzma.FORMAT_RAW, filters=filters)
-
-
-def decode_ans(data: bytes, shapes: list, levels: list, columns: list) -> list[np.ndarray]:
-    """The codes of all banks: one symbol for every state in turn, contexts from the rows above."""
-    end = 4 + int.from_bytes(data[:4], "little")
-    table = np.frombuffer(unpack("lzma", data[4:end], 0), "<u2").astype(np.int64).reshape(256, 256)
-    first = table.cumsum(1) - table
-    count = max(max(s[2] for s in shapes), sum(map(math.prod, shapes)) >> 13)
-    states = np.frombuffer(data, "<u4", count, end).astype(np.int64)
-    words = np.frombuffer(data, "<u2", offset=end + 4 * count).astype(np.int64)
-    inverse = [0] + [round(2**16 * 2 ** ((65 - k) / 8)) for k in range(1, 256)]
-    inverse = np.array(inverse)
-    edges = [round(2**16 * 2 ** ((t + 0.5) / 8)) for t in range(-36, 24)]
-    scale = np.array([round(2**16 * 2 ** (-k / 4)) for k in range(256)])
-    banks = [np.zeros(shape, np.int8) for shape in shapes]
-    for bank, level, exponents in zip(banks, levels, columns, strict=True):
-        at_once = count // bank.shape[2]
-        for group in range(0, len(bank), at_once):
-            q = bank[group : group + at_once]
-            k = exponents[group : group + at_once].astype(np.int64)
-            prior = scale[k - k.min(1, keepdims=True)]
-            mean = prior.sum(1, keepdims=True) // k.shape[1] + 1
-            size = np.maximum(64 * 2**16 * prior // mean, 1)
-            total = np.zeros_like(size)
-            for row in range(bank.shape[1]):
-                if row % 8 == 0:
-                    offset = np.searchsorted(edges, size // (row + 64))
-                    bias = np.searchsorted((7, 19, 39), 100 * abs(total) // size, side="right")
-                    sign = np.where(total < 0, -1, 1)
-                lv = level[group : group + at_once, row, None].astype(np.int64)
-                band = np.where(lv > 0, np.minimum((lv + offset) // 3, 63), 0)
-                context = (band * 4 + bias).ravel()
-                x = states[: len(context)]
-                slot = x % 2**14
-                symbol = (first[context] <= slot[:, None]).sum(1) - 1
-                # A symbol of frequency 0 starts where the next one does; the last one there counts.
-                x[:] = table[context, symbol] * (x >> 14) + slot - first[context, symbol]
-                low = np.flatnonzero(x < 2**16)
-                x[low] = x[low] * 2**16 + words[: len(low)]
-                words = words[len(low) :]
-                q[:, row] = (symbol - 128).reshape(sign.shape) * sign
-                value = q[:, row].astype(np.int64)
-                size += np.where(lv > 0, abs(value) * inverse[lv], 2**16)
-                total += value * inverse[lv]
-    return banks
+Arrays = dict[str, np.ndarray]
+Settings = dict[str, Any]
 
 
 class Shapes(NamedTuple):
-    """The parts of a network by name, in the order of the file."""
+    """The shapes of the parts of a network by name, in the order of the file."""
 
-    banks: dict[str, tuple]  # integers, tables among them unless they are fp16
-    tables: dict[str, tuple]  # (1, rows, columns)
-    floats: dict[str, tuple]
-    inputs: dict[str, tuple]  # column scales by input
+    banks: dict[str, tuple[int, ...]]  # integers (matrices, rows, columns), with tables unless fp16
+    tables: dict[str, tuple[int, ...]]  # (1, rows, columns)
+    floats: dict[str, tuple[int, ...]]
+    inputs: dict[str, tuple[int, ...]]  # column exponents by input
 
 
-def shapes_of(c: dict) -> Shapes:
-    """The shapes of all weights."""
-    L, C, V, H = c["num_layers"], c["model_dim"], c["vocab_size"], c["num_heads"]
-    mlp, kv = int(c["mlp_mult"] * C), c["num_kv_heads"] * (C // H)
+def bank_shapes(c: Settings) -> dict[str, tuple[int, ...]]:
+    """The banks of matrices (matrices, rows, columns)."""
+    L = c["num_layers"]
+    C = c["model_dim"]
+    kv = c["num_kv_heads"] * (C // c["num_heads"])
+    mlp = int(c["mlp_mult"] * C)
+    return {
+        "qo_bank": (2 * L, C, C),
+        "kv_bank": (2 * L, kv, C),
+        "up_bank": (L, mlp, C),
+        "down_bank": (L, C, mlp),
+    }
+
+
+def float_shapes(c: Settings) -> dict[str, tuple[int, ...]]:
+    """The parameters in fp16, without the tables that precede or follow them."""
+    L, C, H = c["num_layers"], c["model_dim"], c["num_heads"]
     skips = len(skip_pairs(c, c["num_loops"]))
-    banks = {"qo_bank": (2 * L, C, C), "kv_bank": (2 * L, kv, C)}
-    banks |= {"up_bank": (L, mlp, C), "down_bank": (L, C, mlp)}
-    tables = {"tok_emb": (1, V, C)}
-    floats = {"skip_weights": (skips, C), "attn_scale": (L, C), "mlp_scale": (L, C)}
-    floats |= {"resid_mix": (L, 2, C), "q_gain": (L, H)}
+    shapes = {
+        "skip_weights": (skips, C),
+        "attn_scale": (L, C),
+        "mlp_scale": (L, C),
+        "resid_mix": (L, 2, C),
+        "q_gain": (L, H),
+    }
     if c["skip_gates_enabled"]:
-        floats["skip_gates"] = (skips, C)
+        shapes["skip_gates"] = (skips, C)
     if c["parallel_start_layer"]:
-        rows = L - c["parallel_start_layer"]
-        floats |= {"post_lambdas": (rows, 2, 2), "resid_lambdas": (rows, 2)}
+        parallel_layers = L - c["parallel_start_layer"]
+        shapes["post_lambdas"] = (parallel_layers, 2, 2)
+        shapes["resid_lambdas"] = (parallel_layers, 2)
+    if c["bigram_vocab_size"]:
+        if c["tables_fp16"]:
+            shapes["bigram_emb"] = (1, c["bigram_vocab_size"], c["bigram_dim"])
+        shapes["bigram_proj"] = (C, c["bigram_dim"])
+        shapes["bigram_scale"] = (1,)
+    if c["smear_enabled"]:
+        shapes["smear_gate"] = (C,)
+    if c["sparse_attn_gate_enabled"]:
+        shapes["attn_gate"] = (L, H, c["gate_window"])
+    if c["smear_gate_enabled"]:
+        shapes["smear_proj"] = (1, c["gate_window"])
+        shapes["smear_lambda"] = (1,)
+    return shapes
+
+
+def shapes_of(c: Settings) -> Shapes:
+    """The shapes of everything in the file of a network."""
+    L = c["num_layers"]
+    C = c["model_dim"]
+    banks = bank_shapes(c)
+    floats = float_shapes(c)
+    tables = {"tok_emb": (1, c["vocab_size"], C)}
     if c["bigram_vocab_size"]:
         tables["bigram_emb"] = (1, c["bigram_vocab_size"], c["bigram_dim"])
-        if c["tables_fp16"]:  # in the order of the parameters
-            floats["bigram_emb"] = tables["bigram_emb"]
-        floats |= {"bigram_proj": (C, c["bigram_dim"]), "bigram_scale": (1,)}
-    if c["smear_enabled"]:
-        floats["smear_gate"] = (C,)
-    if c["sparse_attn_gate_enabled"]:
-        floats["attn_gate"] = (L, H, c["gate_window"])
-    if c["smear_gate_enabled"]:
-        floats |= {"smear_proj": (1, c["gate_window"]), "smear_lambda": (1,)}
+    inputs = {
+        "attn_in": (L, C),
+        "attn_out": (L, C),
+        "mlp_in": (L, C),
+        "mlp_mid": (L, banks["up_bank"][1]),
+    }
     if c["tables_fp16"]:
         floats = {"tok_emb": tables["tok_emb"], **floats}
     else:
         banks |= tables
-    inputs = {"attn_in": (L, C), "attn_out": (L, C), "mlp_in": (L, C), "mlp_mid": (L, mlp)}
-    inputs |= {name: shape[::2] for name, shape in tables.items() if name in banks}
+        for name, (_, _, columns) in tables.items():
+            inputs[name] = (1, columns)
     return Shapes(banks, tables, floats, inputs)
 
 
-def read_artifact(data: bytes) -> tuple[dict, dict[str, torch.Tensor]]:
+def read_artifact(data: bytes) -> tuple[Settings, dict[str, torch.Tensor]]:
     """The network's settings, with `looped`, and all of its weights in the default dtype."""
-    assert data[:5] == b"PGLM\3", "not an artifact of container version 3"
-    end = 13 + int.from_bytes(data[5:9], "little")
-    header = json.loads(zlib.decompress(data[13:end]))
-    c = DEFAULTS | header["config"] | {"looped": header["looped"]}
-    shapes = shapes_of(c)
-    stored = []
-    for size, length, _ in header["streams"]:
-        stored.append((data[end : end + length], size))
-        end += length
-    rows = {name: shape[:2] for name, shape in shapes.banks.items()}
-    levels = split(unpack("lzma", *stored[1]), "u1", rows)
-    scales = split(unpack("lzma", *stored[2]), "<f2", rows)
-    by_input = split(unpack("lzma", *stored[3]), "i1", shapes.inputs)
-    k = {"qo_bank": np.concatenate([by_input["attn_in"], by_input["attn_out"]])}
-    k |= {"kv_bank": np.tile(by_input["attn_in"], (2, 1)), "up_bank": by_input["mlp_in"]}
-    k |= {**by_input, "down_bank": by_input["mlp_mid"]}
-    weights = {}
-    for name, values in split(unpack("lzma", *stored[4]), "<f2", shapes.floats).items():
-        weights[name] = values.astype("f4")
-    codes = decode(header["compressor"], *stored[0], shapes.banks, levels, k)
+    header, streams = split_file(data)
+    settings = DEFAULTS | header["config"] | {"looped": header["looped"]}
+    shapes = shapes_of(settings)
+    row_shapes = {name: shape[:2] for name, shape in shapes.banks.items()}
+    levels = split_array(unpack("lzma", *streams[1]), "u1", row_shapes)
+    scales = split_array(unpack("lzma", *streams[2]), "<f2", row_shapes)
+    exponents = split_array(unpack("lzma", *streams[3]), "i1", shapes.inputs)
+    floats = split_array(unpack("lzma", *streams[4]), "<f2", shapes.floats)
+
+    columns = exponents_of_banks(exponents)
+    codes = read_codes(header["compressor"], *streams[0], shapes.banks, levels, columns)
+    weights = {name: values.astype("f4") for name, values in floats.items()}
     for name, q in codes.items():
-        step = scales[name].astype("f4")[..., None]
-        weights[name] = q * step * (2.0 ** (k[name][:, None] / 4)).astype("f4")
+        row_scale = scales[name].astype("f4")[:, :, None]
+        column_scale = 2.0 ** (columns[name][:, None, :] / 4)
+        weights[name] = q * row_scale * column_scale.astype("f4")
     for name in shapes.tables:
         weights[name] = weights[name][0]
     dtype = torch.get_default_dtype()
-    return c, {name: torch.tensor(w, dtype=dtype) for name, w in weights.items()}
+    return settings, {name: torch.tensor(w, dtype=dtype) for name, w in weights.items()}
 
 
-def decode(
-    codec: str, data: bytes, size: int, shapes: dict, levels: dict, k: dict
-) -> dict[str, np.ndarray]:
-    """The codes of all banks. k: exponents of the column scales by bank."""
+def split_file(data: bytes) -> tuple[dict[str, Any], list[tuple[bytes, int]]]:
+    """The header, and each stream with its size when unpacked.
+
+    The file is: PGLM, a version, the length of the header, its checksum, the header, the streams.
+    """
+    assert data[:5] == b"PGLM\3", "not an artifact of container version 3"
+    start = 13 + int.from_bytes(data[5:9], "little")
+    header = json.loads(zlib.decompress(data[13:start]))
+    streams = []
+    for unpacked_size, length, _ in header["streams"]:
+        streams.append((data[start : start + length], unpacked_size))
+        start += length
+    return header, streams
+
+
+def exponents_of_banks(exponents: Arrays) -> Arrays:
+    """The column exponents (matrices, columns) of every bank, from those of the inputs.
+
+    Queries, keys and values read one input, so they share its exponents.
+    """
+    of_banks = dict(exponents)
+    of_banks["qo_bank"] = np.concatenate([exponents["attn_in"], exponents["attn_out"]])
+    of_banks["kv_bank"] = np.concatenate([exponents["attn_in"], exponents["attn_in"]])
+    of_banks["up_bank"] = exponents["mlp_in"]
+    of_banks["down_bank"] = exponents["mlp_mid"]
+    return of_banks
+
+
+def read_codes(
+    codec: str,
+    data: bytes,
+    size: int,
+    shapes: Mapping[str, tuple[int, ...]],
+    levels: Arrays,
+    columns: Arrays,
+) -> Arrays:
+    """The codes of all banks (matrices, rows, columns).
+
+    levels: of every row, by bank. columns: the column exponents by bank.
+    """
     if codec == "ans":
-        args = (list(shapes.values()), list(levels.values()), [k[name] for name in shapes])
-        return dict(zip(shapes, decode_ans(data, *args), strict=True))
-    codes = split(unpack(codec, data, size), "i1", shapes)
-    for name, flat in codes.items():  # sorted by the size to expect
-        expected = levels[name][:, :, None].astype(int) - 2 * k[name][:, None].astype(int)
-        q = np.empty(flat.size, np.int8)
-        q[expected.argsort(axis=None, kind="stable")] = flat.ravel()
-        codes[name] = q.reshape(flat.shape)
+        in_order = [columns[name] for name in shapes]
+        banks = decode_ans(data, list(shapes.values()), list(levels.values()), in_order)
+        return dict(zip(shapes, banks, strict=True))
+    codes = {}
+    for name, stored in split_array(unpack(codec, data, size), "i1", shapes).items():
+        # Codes of equal expected size lie together in the file.
+        level = levels[name][:, :, None].astype(int)
+        expected = level - 2 * columns[name][:, None, :].astype(int)
+        order = expected.argsort(axis=None, kind="stable")
+        restored = np.empty(stored.size, np.int8)
+        restored[order] = stored.ravel()
+        codes[name] = restored.reshape(stored.shape)
     return codes
 
 
-def split(data: bytes, kind: str, shapes: dict) -> dict[str, np.ndarray]:
-    """Arrays that lie end to end."""
-    ends = np.cumsum([math.prod(shape) for shape in shapes.values()])
-    arrays = np.split(np.frombuffer(data, kind), ends[:-1])
-    return {n: a.reshape(s) for (n, s), a in zip(shapes.items(), arrays, strict=True)}
+def split_array(data: bytes, kind: str, shapes: Mapping[str, tuple[int, ...]]) -> Arrays:
+    """Arrays of the given shapes that lie end to end."""
+    flat = np.frombuffer(data, kind)
+    arrays = {}
+    start = 0
+    for name, shape in shapes.items():
+        end = start + math.prod(shape)
+        arrays[name] = flat[start:end].reshape(shape)
+        start = end
+    return arrays
 
 
-def unrolled(c: dict, loops: int) -> list[int]:
-    """The layers in the order in which they run."""
-    loop = list(range(c["loop_start"], c["loop_end"] + 1)) * loops
-    return [*range(c["loop_start"]), *loop, *range(c["loop_start"], c["num_layers"])]
+# === Order of the layers ==========================================================================
+def unrolled(c: Settings, loops: int) -> list[int]:
+    """The layers in the order in which they run, with the loop repeated `loops` times more."""
+    first, last = c["loop_start"], c["loop_end"]
+    loop = list(range(first, last + 1)) * loops
+    return [*range(first), *loop, *range(first, c["num_layers"])]
 
 
-def skip_pairs(c: dict, loops: int) -> list[tuple[int, int]]:
-    """(receiver, source) of every skip connection."""
+def skip_pairs(c: Settings, loops: int) -> list[tuple[int, int]]:
+    """(receiver, source) of every skip connection, in the order of the receivers."""
     order = unrolled(c, loops)
-    half = len(order) // 2
-    return list(zip(order[half:], reversed(order[:half]), strict=False))
-
-
-def visits(c: dict) -> list[tuple[int, list[int] | None]]:
-    """The layers in order, each with the rows of skip_weights whose mean its skip uses."""
-    loops = c["num_loops"] if c["looped"] else 0
-    rows = skip_pairs(c, c["num_loops"])
-    skips = []
-    for position, pair in enumerate(skip_pairs(c, loops)):
-        same = [row for row, known in enumerate(rows) if known == pair]
-        skips.append([position] if c["looped"] or not same else same)
-    order = unrolled(c, loops)
-    return list(zip(order, [None] * (len(order) // 2) + skips + [None], strict=False))
-
-
-def windows(count: int, length: int, stride: int) -> list[tuple[int, int, int]]:
-    """(start, first scored, end) of windows that score `count` targets once."""
-    found = []
-    for start in range(0, max(count - length, 0) + stride, stride):
-        found.append((start, start + length - stride if start else 0, min(start + length, count)))
-    return found
-
-
-# === Settings =====================================================================================
-def number(value: object) -> object:
-    """A setting as a log prints it, as a number or a truth value where it is one."""
-    if value in ("True", "False"):
-        return value == "True"
-    for kind in (int, float):
-        try:
-            return value if isinstance(value, bool) else kind(str(value))
-        except ValueError:
-            continue
-    return value
-
-
-def pairs(text: object) -> list[tuple[str, float]]:
-    """The pairs of a setting as q:0.5,v:1.5."""
-    split = [pair.split(":") for pair in str(text).split(",") if pair]
-    return [(name, float(value)) for name, value in split]
+    middle = len(order) // 2
+    return list(zip(order[middle:], reversed(order[:middle]), strict=False))

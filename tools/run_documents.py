@@ -22,7 +22,14 @@ from train_gpt import Entry, UsageError, read_json, read_regular, reason_of
 ARTIFACT = "final_model.int6.ptz"  # in the folder of a run
 DOCUMENTS = "documents.npz"  # beside it
 MAX_ARRAYS_BYTES = 2**30
-TEXT = Entry("a text", lambda value: type(value) is str)
+
+
+def is_text(value: object) -> bool:
+    """Whether a value read from JSON is a text."""
+    return type(value) is str
+
+
+TEXT = Entry("a text", is_text)
 
 
 class DocumentLosses(NamedTuple):
@@ -51,13 +58,18 @@ def run_folder(run: Run) -> Path | None:
     return None
 
 
+def written_at(path: Path) -> float:
+    """When a file was written last, in seconds."""
+    return path.stat().st_mtime
+
+
 def newest_run() -> Path:
     """The folder in runs/ whose artifact was written last. Raises UsageError if there is none."""
     runs = Path("runs")
     found = [*runs.glob(f"*/{ARTIFACT}"), *runs.glob(f"sweeps/*/*/{ARTIFACT}")]
     if not found:
         raise UsageError("runs: holds no run with an artifact; make run makes one")
-    return max(found, key=lambda path: path.stat().st_mtime).parent
+    return max(found, key=written_at).parent
 
 
 def read_documents(run: Run) -> DocumentLosses:
