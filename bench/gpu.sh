@@ -10,7 +10,7 @@
 #   run          the record preset on one GPU: GPU_SECONDS (default 60) of training, then GPU_DOCS
 #                (default 0.01) of the documents
 #   kernels      every kernel compiled and timed
-#   systems      the eight systems at full size, GPU_SECONDS (default 90) of training each, as one
+#   systems      the nine systems at full size, GPU_SECONDS (default 90) of training each, as one
 #                table; SYSTEMS="pr1413 pr473" runs some
 #
 # Usage: bench/gpu.sh [PYTHON] [PART..]
@@ -117,7 +117,7 @@ for name in $PARTS; do
       part run "${RUN_SECONDS:-150}" "$PYTHON" train_gpt.py ;;
     kernels) part kernels "${KERNELS_SECONDS:-40}" "$PYTHON" -u bench/kernels.py --first ;;
     systems)
-      for preset in ${SYSTEMS:-pr1530 pr1560 pr1413 pr473 pr605 pr1855 pr2014 pr2135}; do
+      for preset in ${SYSTEMS:-pr1530 pr1560 pr1413 pr473 pr605 pr1855 pr2014 pr2135 record}; do
         PRESET=$preset DATASET=$TEXT RUN_ID="systems_${preset}_$STAMP" VOCAB_SIZE=8192 \
           MAX_WALLCLOCK_SECONDS=${GPU_SECONDS:-90} VAL_DOC_FRACTION=${GPU_DOCS:-0.02} \
           GPTQ_CALIBRATION_BATCHES=16 GPTQ_RESERVE_SECONDS=-1 COMPRESSOR=zstd \

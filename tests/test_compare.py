@@ -223,8 +223,8 @@ def test_make_compare_prepares_its_data_sweeps_the_systems_and_prints_the_table(
     assert "prepare_data" not in done  # other data is there already
     assert re.search(
         r'DATASET="other_sp8192" DATA_DIR="/d" VAL_DOC_FRACTION="0.1" \\\s+\S+ tools/sweep.py '
-        r'"compare-other_sp8192-\d+" PRESET="pr1530,pr1560,pr1413,pr473,pr605,pr1855,pr2014,pr2135"'
-        r' SHRINK="1"',
+        r'"compare-other_sp8192-\d+" '
+        r'PRESET="pr1530,pr1560,pr1413,pr473,pr605,pr1855,pr2014,pr2135,record" SHRINK="1"',
         done,
     )
     assert 'VAL_DOC_FRACTION="1" ' in lines("VAL_DOC_FRACTION=1")

@@ -54,7 +54,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
     return environments
 
 
-def test_the_plan_is_three_seeds_of_make_run_and_eight_systems_of_one_budget():
+def test_the_plan_is_three_seeds_of_make_run_and_nine_systems_of_one_budget():
     seeds = evidence.seed_runs()
     assert [run.knobs["SEED"] for run in seeds] == ["0", "42", "1337"]
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")

@@ -2,13 +2,13 @@
 
     evidence.py                 make or complete it; after a kill the same command goes on
     evidence.py --corpus DIR --tokenizer FILE
-                                run the eight systems on English documents, with this tokenizer
+                                run the nine systems on English documents, with this tokenizer
     evidence.py --tables        rewrite the documents from the kept logs, run nothing
 
 There are two groups of runs, one run at a time, on whatever device there is:
 
 - three seeds of what `make run` does: the miniature on docstrings;
-- the eight systems side by side, small: on the corpus if there is one, else on the docstrings.
+- the nine systems side by side, small: on the corpus if there is one, else on the docstrings.
 
 A run is not repeated if its log has its result under the hash of today's train_gpt.py. When all
 runs are done their logs replace those in logs/. README.md, EXPERIMENTS.md and submission.json then
@@ -37,7 +37,17 @@ from packed_code import packed_size  # noqa: E402
 from train_gpt import CODE_SHA256, Config, UsageError, write_atomic  # noqa: E402
 
 SEEDS = (0, 42, 1337)
-SYSTEMS = ("pr1530", "pr1560", "pr1413", "pr473", "pr605", "pr1855", "pr2014", "pr2135")
+SYSTEMS = (
+    "pr1530",
+    "pr1560",
+    "pr1413",
+    "pr473",
+    "pr605",
+    "pr1855",
+    "pr2014",
+    "pr2135",
+    "record",
+)
 SYSTEM_SECONDS = 90
 CLAIM = "PRESET=cpu (miniature) on pydocs, {hardware}; not FineWeb, not 8xH100"
 
@@ -65,7 +75,7 @@ def seed_runs() -> list[PlannedRun]:
 
 
 def system_runs(has_corpus: bool) -> list[PlannedRun]:
-    """The eight systems with equal budgets on one data set."""
+    """The nine systems with equal budgets on one data set."""
     data = {"DATASET": "pydocs_sp1024_caseops", "VOCAB_SIZE": "1024", "VAL_DOC_FRACTION": "0.1"}
     if has_corpus:
         data = {"DATASET": "corpus_sp8192", "VOCAB_SIZE": "8192", "VAL_DOC_FRACTION": "0.02"}

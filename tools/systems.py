@@ -71,6 +71,9 @@ SYSTEMS = {
         "#1855 with windows of 2,560, no adapters on k, more calibration; one phase",
         "1.05651, with CaseOps and token tilt",
     ),
+    "record": System(
+        "this entry", "#2135 with steps by row and by column, chosen by what an error costs", DASH
+    ),
 }
 PUBLISHED_WITH = (
     "published: FineWeb, 8 x H100, 600 s of training, mean of three seeds, "
