@@ -572,6 +572,12 @@ class OptimizerKnobs:
         "quintic", "Newton-Schulz coefficients; polar: Polar Express", choices=("quintic", "polar")
     )
     muon_row_normalize: bool = knob(True, "scale rows to unit norm before Newton-Schulz (MuonEq-R)")
+    muon_square_decay: float = knob(
+        0.0,
+        "decay of the squares that divide Muon's gradients before Newton-Schulz; 0: off",
+        0,
+        0.9999,
+    )
     beta1: float = knob(0.9, "decay of AdamW's first moment per step", 0, 0.9999)
     beta2: float = knob(0.95, "decay of AdamW's second moment per step", 0, 0.99999)
     adam_eps: float = knob(1e-8, "epsilon in the denominator of AdamW", 1e-20)
@@ -3642,15 +3648,25 @@ def newton_schulz(g: Tensor, steps: int, coeffs: str = "quintic") -> Tensor:
     return x.mT if g.size(-2) > g.size(-1) else x
 
 
-def muon_update(grad: Tensor, buffer: Tensor, momentum: Tensor, cfg: Config) -> Tensor:
+def muon_update(
+    grad: Tensor, buffer: Tensor, squares: Tensor | None, momentum: Tensor, cfg: Config
+) -> Tensor:
     """The direction of a Muon step (n, r, c), in the compute dtype: orthogonalised momentum.
 
-    Computes m <- mu m + g and u = g + mu m (Nesterov). With MUON_ROW_NORMALIZE each row of u is
-    scaled to norm 1 before the orthogonalisation (MuonEq-R). grad: (n, r, c) fp32. buffer: m,
-    changed in place.
+    Computes m <- mu m + g and u = g + mu m (Nesterov). With MUON_SQUARE_DECAY, b, also
+    v <- b v + (1 - b) g^2 and u <- u / sqrt(v) entry by entry (Muon^2, arXiv 2604.09967). v begins
+    at 0, so it is too small by 1 - b^t at first: one factor of all entries, which changes nothing.
+    With MUON_ROW_NORMALIZE each row of u is scaled to norm 1 before the orthogonalisation
+    (MuonEq-R).
+
+    grad: (n, r, c) fp32. buffer and squares: m and v, changed in place; squares is None without
+    MUON_SQUARE_DECAY.
     """
     buffer.mul_(momentum).add_(grad)
     u = grad + momentum * buffer
+    if squares is not None:
+        squares.lerp_(grad.square(), 1 - cfg.muon_square_decay)
+        u = u / (squares.sqrt() + 1e-10)
     if cfg.muon_row_normalize:
         u = u / u.norm(dim=-1, keepdim=True).clamp_min(1e-7)
     return newton_schulz(u.to(cfg.dtype), cfg.muon_backend_steps, cfg.muon_coeffs)
@@ -3659,6 +3675,7 @@ def muon_update(grad: Tensor, buffer: Tensor, momentum: Tensor, cfg: Config) -> 
 def muon_step(
     grad: Tensor,
     buffer: Tensor,
+    squares: Tensor | None,
     weight: Tensor,
     average: Tensor,
     outbox: Tensor | None,
@@ -3668,13 +3685,13 @@ def muon_step(
     """A Muon step of matrices (n, out, in) that one rank owns, in one pass over memory.
 
     Computes W <- (1 - lr wd) W - lr sqrt(max(1, out / in)) U with U of muon_update. Changes in
-    place: buffer, weight and average, all fp32, and outbox, which receives the new weights in the
-    compute dtype. rates: (4,) fp32, the factor of clipping, the momentum, the learning rate and
-    `average_share` as in Optimizers.step.
+    place: buffer, squares, weight and average, all fp32, and outbox, which receives the new weights
+    in the compute dtype. rates: (4,) fp32, the factor of clipping, the momentum, the learning rate
+    and `average_share` as in Optimizers.step.
     """
     clip, momentum, lr, average_share = rates.unbind()
     average.lerp_(weight, average_share)
-    update = muon_update(grad.float() * clip, buffer, momentum, cfg).float()
+    update = muon_update(grad.float() * clip, buffer, squares, momentum, cfg).float()
     shape_factor = math.sqrt(max(1.0, weight.size(-2) / weight.size(-1)))
     weight.mul_(1 - lr * cfg.muon_wd).sub_(update * (lr * shape_factor))
     if outbox is not None:
@@ -3730,10 +3747,10 @@ class Muon:
     """Muon for banks of matrices (n, out, in) that act as y = x W^T, divided between the ranks.
 
     Each bank is cut in rank order, at the ends that assign_matrices chose: a rank owns a slice of
-    consecutive matrices. Only the owner keeps exact fp32 weights, momentum and average of its
-    slices, and only it steps them. The other slices of its model's banks are as received, rounded
-    to the compute dtype, to which the forward casts anyway. (Banks in that dtype would save a
-    cast, 0.1 % of a step, but would add up the gradients of microbatches in bf16.)
+    consecutive matrices. Only the owner keeps exact fp32 weights, momentum, squares and average
+    of its slices, and only it steps them. The other slices of its model's banks are as received,
+    rounded to the compute dtype, to which the forward casts anyway. (Banks in that dtype would save
+    a cast, 0.1 % of a step, but would add up the gradients of microbatches in bf16.)
 
     A message has a row for each rank, which holds the slices that this rank owns. Collectives want
     rows of one length, so zeros end the row of a smaller load. For two ranks and three layers:
@@ -3761,6 +3778,9 @@ class Muon:
         self.owned_slices = self.slices_of_ranks[ranks.rank]
         self.owned_weights = weights_of_ranks[ranks.rank]  # stepped in place
         self.momentum = {name: torch.zeros_like(w) for name, w in self.owned_weights.items()}
+        self.squares = {}  # decaying means of squared gradients, with MUON_SQUARE_DECAY
+        if cfg.muon_square_decay:
+            self.squares = {name: torch.zeros_like(w) for name, w in self.owned_weights.items()}
         self.average = {name: w.clone() for name, w in self.owned_weights.items()}
         self.gradients = {}  # per bank, those of the owned slices; set by reduce_gradients
         # Without other ranks there are no messages.
@@ -3826,6 +3846,7 @@ class Muon:
                 self.step_matrices(
                     self.gradients[name],
                     self.momentum[name],
+                    self.squares.get(name),
                     weight,
                     self.average[name],
                     self.outbox.get(name),
@@ -3874,6 +3895,8 @@ class Optimizers:
             "average": average | self.muon.average,
             "momentum": self.muon.momentum,
         }
+        if self.muon.squares:
+            self.state["squares"] = self.muon.squares
 
     def parameter_groups(self) -> dict[str, dict[str, nn.Parameter]]:
         """The model's parameters by optimiser group and name."""
@@ -10050,7 +10073,7 @@ AGAINST_THE_RULES = {
 }
 # They never changed a score, or have nothing to change in this program.
 WITHOUT_EFFECT = {
-    "MUON_BETA2": "nothing read it",
+    "MUON_BETA2": "nothing read it; see MUON_SQUARE_DECAY",
     "CONTROL_TENSOR_NAME_PATTERNS": "nothing read it",
     "LOOP_CLIP_SIGMAS": "no gain was ever reported (PR #1530); set MATRIX_CLIP_SIGMAS",
     "TTT_FAST": "there is one way to adapt; bench/evaluation.py times the published one",

@@ -351,12 +351,16 @@ def trace_muon(tracer: Tracer, cfg: tg.Config, model: tg.GPT) -> None:
         if role.group != "muon":
             continue
         shape = model.get_parameter(name).shape
-        # The gradient, its momentum buffer, the weights and their average.
-        fp32 = [torch.empty(shape, device=DEVICE) for _ in range(4)]
+        gradient, momentum, squares, weights, average = (
+            torch.empty(shape, device=DEVICE) for _ in range(5)
+        )
+        if not cfg.muon_square_decay:
+            squares = None
         outbox = torch.empty(shape, dtype=cfg.dtype, device=DEVICE)
         rates = torch.empty(4, device=DEVICE)
         step = tracer.compiled(tg.muon_step, dynamic=False)
-        tracer.named(step, f"Muon, {name}")(*fp32, outbox, rates, cfg)
+        state = gradient, momentum, squares, weights, average
+        tracer.named(step, f"Muon, {name}")(*state, outbox, rates, cfg)
 
 
 class AdapterGradients(NamedTuple):

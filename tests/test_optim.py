@@ -101,9 +101,23 @@ def test_momentum_nesterov_and_row_norms_are_those_of_a_hand_loop(normalize):
             row = [x + mu * m for m, x in zip(mine[b][r], g, strict=True)]
             norm = math.sqrt(sum(x * x for x in row)) if normalize else 1.0
             wanted[b, r] = torch.tensor([x / norm for x in row], dtype=torch.float64)
-        update = tg.muon_update(grad, buffer, torch.tensor(mu), cfg)
+        update = tg.muon_update(grad, buffer, None, torch.tensor(mu), cfg)
         assert error(buffer, torch.tensor(mine)) < 1e-6
         assert error(update, tg.newton_schulz(wanted, 5)) < 1e-4
+
+
+def test_squares_divide_the_update_entry_by_entry_before_its_rows_are_normed():
+    cfg = tiny_config(muon_square_decay=0.75, muon_row_normalize=False)
+    mu = 0.9
+    buffer, squares = torch.zeros(3, 12, 20), torch.zeros(3, 12, 20)
+    m = v = torch.zeros(3, 12, 20, dtype=torch.float64)
+    for step in range(3):
+        grad = torch.randn(3, 12, 20) * 10.0**-step
+        m = mu * m + grad
+        v = 0.75 * v + 0.25 * grad.double() ** 2
+        update = tg.muon_update(grad, buffer, squares, torch.tensor(mu), cfg)
+        assert error(squares, v) < 1e-6
+        assert error(update, tg.newton_schulz((grad + mu * m) / v.sqrt(), 5)) < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -118,7 +132,8 @@ def test_a_muon_step_decays_then_moves_by_its_rate_in_spectral_norm(bank, factor
     rate = 0.4 * cfg.matrix_lr
     set_gradients(model, gradients)
     optimizers.step(0.4, 0.95)
-    update = tg.muon_update(gradients[bank], torch.zeros_like(before), torch.tensor(0.95), cfg)
+    momentum = torch.zeros_like(before)
+    update = tg.muon_update(gradients[bank], momentum, None, torch.tensor(0.95), cfg)
     wanted = (1 - rate * 0.5) * before.double() - rate * factor * update.double()
     assert error(model.get_parameter(bank).detach() - before, wanted - before) < 1e-5
 

@@ -62,6 +62,10 @@ def plain(cfg: tg.Config) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return weights, average
 
 
+# Muon has one more state with it.
+SQUARES = dict(muon_square_decay=0.9)
+
+
 def stepped(
     ranks: tg.Ranks, overrides: dict[str, Any], first: int = 0, last: int = STEPS, state: Any = None
 ) -> dict:
@@ -101,7 +105,11 @@ def halves(ranks: tg.Ranks, overrides: dict[str, Any]) -> dict[str, Any]:
 
 def both(ranks: tg.Ranks, overrides: dict[str, Any]) -> dict[str, Any]:
     rounded = stepped(ranks, {**overrides, "compute_dtype": "bf16"}, last=3)
-    return {"long": stepped(ranks, overrides), "halves": halves(ranks, overrides), "bf16": rounded}
+    return {
+        "long": stepped(ranks, overrides),
+        "halves": halves(ranks, overrides | SQUARES),
+        "bf16": rounded,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -165,13 +173,14 @@ def test_state_is_whole_and_does_not_depend_on_the_number_of_ranks(alone, togeth
 def test_a_state_loaded_in_the_middle_goes_on_bit_for_bit(alone, together):
     for found in [alone, *together]:
         assert_equal(found["halves"]["resumed"], found["halves"]["straight"])
-        assert all(m.any() for m in found["halves"]["straight"]["state"]["momentum"].values())
+        for key in ("momentum", "squares"):
+            assert all(m.any() for m in found["halves"]["straight"]["state"][key].values())
 
 
 def test_a_state_of_several_ranks_goes_on_alone(together):
     """The gradients of several ranks are sums, so no step is compared, only what is loaded."""
     end = together[0]["halves"]["straight"]
-    resumed = on_one(stepped, UNEVEN, 7, 7, end["state"])
+    resumed = on_one(stepped, UNEVEN | SQUARES, 7, 7, end["state"])
     assert_equal(resumed["state"], end["state"])
     assert_equal(resumed["average"], end["average"])
 
