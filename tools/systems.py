@@ -72,7 +72,9 @@ SYSTEMS = {
         "1.05651, with CaseOps and token tilt",
     ),
     "record": System(
-        "this entry", "#2135 with steps by row and by column, chosen by what an error costs", DASH
+        "this entry",
+        "#2135 with Muon², and steps by row and by column, chosen by what an error costs",
+        DASH,
     ),
 }
 PUBLISHED_WITH = (
