@@ -37,6 +37,7 @@ run: install
 
 # FineWeb and the full run on all GPUs of this machine.
 record: install
+	@test $(GPUS) -gt 0 || { echo "make record: nvidia-smi shows no GPU here; make run is for a CPU"; exit 1; }
 	$(BIN)/python tools/prepare_data.py fineweb --variant sp8192_caseops --train-shards 80
 	PRESET=record $(BIN)/torchrun --standalone --nproc_per_node=$(GPUS) train_gpt.py
 
@@ -74,13 +75,17 @@ evidence: dev
 
 # The submission of a finished run, checked, as the challenge keeps it: records/TRACK/<day>_NAME/
 #   make pack NAME="Loops and gates" AUTHOR="A. Nother" TRACK=track_10min_16mb
-# RUN= names another run than the newest, LOGS= more seeds, BASELINE= logs to compare with, WEIGHTS=1
-# adds the artifact, DATE= is the day where the log does not say it. Without NAME: RUN/submission, with the artifact.
+# RUN= names another run than the newest, LOGS= more seeds, BASELINE= logs to compare with, WEIGHTS=1 adds the artifact, DATE=
+# is the day where the log does not say it. Without NAME it takes RUN and writes RUN/submission, with the artifact.
 pack: $(if $(BASELINE),dev,install)
-	$(BIN)/python tools/pack.py $(if $(RUN),"$(RUN)") $(if $(NAME)$(AUTHOR)$(TRACK),$(RECORD),"$(RUN)/submission")$(MORE)
+	@test -n "$$RUN$$NAME$$AUTHOR$$TRACK" || { \
+	  echo "make pack: name a run, RUN=runs/ID, or the submission, NAME= AUTHOR= TRACK="; exit 1; }
+	$(BIN)/python tools/pack.py $(if $(RUN),"$$RUN") $(if $(NAME)$(AUTHOR)$(TRACK),$(RECORD),"$$RUN/submission")$(MORE)
 MORE = $(if $(filter file,$(origin LOGS)),, --log $(LOGS))
-RECORD = --records records --name "$(NAME)" --author "$(AUTHOR)" --track "$(TRACK)" \
-  --github-id "$(GITHUB_ID)" --blurb "$(BLURB)" --date "$(DATE)" $(if $(WEIGHTS),--weights) $(if $(BASELINE),--baseline $(BASELINE))
+# The shell reads these variables, so that quotes in them stay as they are.
+export RUN NAME AUTHOR TRACK GITHUB_ID BLURB DATE
+RECORD = --records records --name "$$NAME" --author "$$AUTHOR" --track "$$TRACK" \
+  --github-id "$$GITHUB_ID" --blurb "$$BLURB" --date "$$DATE" $(if $(WEIGHTS),--weights) $(if $(BASELINE),--baseline $(BASELINE))
 
 test: dev
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import zstandard
 from conftest import ROOT
 
 pytest.importorskip("rich")
@@ -165,7 +166,8 @@ def test_a_loss_that_became_nan_is_told(tmp_path) -> None:
         ("seed:1\nstep:5/9 train_loss:3.0 train_time:1ms\n", "it ends at step 5"),
         ("nothing of a run\n", "no log of a finished run"),
         (b"PK\x03\x04zip", "a ZIP archive: unpack it"),
-        (b"\x28\xb5\x2f\xfdzstd", "zstd -d"),
+        (b"\x28\xb5\x2f\xfdzstd", "cut short or damaged"),
+        (zstandard.compress(SCORE.encode())[:-9], "cut short or damaged"),
         (b"\x1f\x8bnot gzip", "cut short or damaged"),
         (b"\x00\x01\x02\x03" * 100, "is no text"),
     ],
@@ -274,6 +276,10 @@ FORMS = {
     "gzip": lambda text: gzip.compress(text.encode()),
     "bzip2": lambda text: bz2.compress(text.encode()),
     "xz of utf-16": lambda text: lzma.compress(text.encode("utf-16")),
+    "zstd": lambda text: zstandard.compress(text.encode()),
+    "two frames of zstd": lambda text: b"".join(
+        zstandard.compress(part.encode()) for part in (text[:99], text[99:])
+    ),
     "colours": lambda text: "".join(f"\x1b[32m{x}\x1b[0m\n" for x in text.splitlines()).encode(),
 }
 
@@ -283,6 +289,12 @@ def test_a_log_is_read_however_it_was_stored(tmp_path, form: str) -> None:
     content = FORMS[form](HEAD + SCORE)
     run = read(tmp_path, content)
     assert (run.seed, run.steps, run.score.bpb) == (1337, 1000, 1.19650941)
+
+
+def test_a_log_in_zstd_without_the_package_is_refused_with_the_remedy(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    said = reason(tmp_path, zstandard.compress(SCORE.encode()))
+    assert said.endswith("is compressed with zstd: unpack it with zstd -d")
 
 
 PREFIXES = [

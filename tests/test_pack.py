@@ -10,7 +10,6 @@ import json
 import os
 import random
 import re
-import shlex
 import shutil
 import statistics
 import subprocess
@@ -455,13 +454,6 @@ def test_log_of_a_sweeps_run_is_found(tmp_path):
     run.rename(swept)
     (tmp_path / "logs/s1.txt").rename(tmp_path / "logs/rec3-0000.txt")
     assert "train_seed1.log" in make(swept, tmp_path / "out")
-
-
-@pytest.mark.skipif(not shutil.which("make"), reason="no make")
-def test_make_pack_takes_a_folder_with_a_space():
-    command = ["make", "--no-print-directory", "-n", "-o", "install", "pack", "RUN=runs/weird id"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert shlex.split(done.stdout)[-2:] == ["runs/weird id", "runs/weird id/submission"]
 
 
 def test_knobs_of_the_evaluation_are_the_runs_but_for_paths_and_bookkeeping(small):

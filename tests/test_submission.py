@@ -8,9 +8,11 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -248,13 +250,40 @@ def test_a_packed_log_is_read_as_report_reads_it(tmp_path) -> None:
     make(run, tmp_path / "out", "--source", tmp_path / "source.py")
 
 
+PLAIN = {"PATH": os.environ["PATH"]}
+
+
+def make_pack(*variables: str) -> list[str]:
+    """The arguments with which `make pack` of these variables calls Python."""
+    with tempfile.TemporaryDirectory() as folder:
+        python = Path(folder, "python")
+        python.write_text('#!/bin/sh\nprintf "%s\\0" "$@"\n')
+        python.chmod(0o755)
+        command = ["make", "--no-print-directory", "-s", "-o", "install", f"BIN={folder}", "pack"]
+        done = subprocess.run(
+            [*command, *variables], cwd=ROOT, env=PLAIN, capture_output=True, text=True, check=True
+        )
+    return done.stdout.split("\0")[:-1]
+
+
 @pytest.mark.skipif(not shutil.which("make"), reason="no make")
 def test_make_pack_writes_a_record() -> None:
-    variables = ["NAME=a name", "AUTHOR=A. Nother", "TRACK=track_10min_16mb", "RUN=runs/x y"]
-    command = ["make", "--no-print-directory", "-n", "-o", "install", "pack", *variables]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    for words in ('"runs/x y" --records records', '--name "a name"', '--author "A. Nother"'):
-        assert words in done.stdout
+    name = """It's "a name" """
+    arguments = make_pack(f"NAME={name}", "AUTHOR=A. Nother", "TRACK=track_x", "RUN=runs/x y")
+    assert arguments[:4] == ["tools/pack.py", "runs/x y", "--records", "records"]
+    given = dict(zip(arguments[4::2], arguments[5::2], strict=True))
+    assert (given["--name"], given["--author"], given["--track"]) == (name, "A. Nother", "track_x")
+    assert given["--github-id"] == given["--blurb"] == given["--date"] == ""
+    folder_of_run = make_pack("RUN=runs/weird id")
+    assert folder_of_run == ["tools/pack.py", "runs/weird id", "runs/weird id/submission"]
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="no make")
+def test_make_pack_of_nothing_says_what_to_name() -> None:
+    command = ["make", "--no-print-directory", "-o", "install", "pack"]
+    done = subprocess.run(command, cwd=ROOT, env=PLAIN, capture_output=True, text=True, check=False)
+    said = "make pack: name a run, RUN=runs/ID, or the submission, NAME= AUTHOR= TRACK=\n"
+    assert (done.returncode, done.stdout) == (2, said)
 
 
 # === What passed and must not =====================================================================

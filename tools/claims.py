@@ -227,6 +227,9 @@ class Denominator(NamedTuple):
         return self.implied / self.expected
 
 
+OWN_BYTES = "the run's own val_bytes"
+
+
 def denominator(run: Run, score: Score) -> Denominator:
     """Compares what loss and bpb imply with the published set of the run, or with its own bytes.
 
@@ -249,7 +252,7 @@ def denominator(run: Run, score: Score) -> Denominator:
         return Denominator(implied, known.bytes_per_token, source, tolerance)
     if targets and run.sizes.get("val_bytes"):
         expected = run.sizes["val_bytes"] / targets
-        return Denominator(implied, expected, "the run's own val_bytes")
+        return Denominator(implied, expected, OWN_BYTES)
 
     off = [abs(known.bytes_per_token / implied - 1) for known in PUBLISHED_SETS]
     known = PUBLISHED_SETS[off.index(min(off))]
@@ -310,6 +313,7 @@ class BytesVerdict(NamedTuple):
     evidence: str
     implied: float  # bytes of the whole text or, where the log tells no tokens, of one token
     ratio: float  # implied over expected bytes; nan where nothing is known
+    is_known_text: bool  # whether the text is a published set; else the log can only fit itself
 
 
 def judge_bytes(run: Run) -> BytesVerdict:
@@ -332,7 +336,10 @@ def judge_bytes(run: Run) -> BytesVerdict:
         evidence += f", {bytes_.expected * targets:{form}} by {bytes_.source}: "
         evidence += f"factor {bytes_.ratio:.6f} (+- {slack:.0e})"
     others = [problem for problem in problems if not problem.startswith(f"{run.score.label}: ")]
-    return BytesVerdict(passed, "; ".join([evidence, *others]), implied, bytes_.ratio)
+    is_known_text = bytes_.source.startswith("canonical ")
+    return BytesVerdict(
+        passed, "; ".join([evidence, *others]), implied, bytes_.ratio, is_known_text
+    )
 
 
 # === One validation text ==========================================================================

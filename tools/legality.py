@@ -847,7 +847,14 @@ def implied_bytes(path: Path) -> Finding:
     if passed and run.sizes.get("val_tokens") == canonical.WITHDRAWN_TARGETS:
         passed = False
         evidence += "; that split was withdrawn"
-    return Finding(passed, evidence, {"implied_bytes": verdict.implied, "ratio": verdict.ratio})
+    if passed and not verdict.is_known_text:
+        evidence += "; the log fits itself, and the text is no known set: see its run"
+    figures = {
+        "implied_bytes": verdict.implied,
+        "ratio": verdict.ratio,
+        "known_text": verdict.is_known_text,
+    }
+    return Finding(passed, evidence, figures)
 
 
 @whole_run(14, "coverage", "lossless")

@@ -3,7 +3,7 @@
 Logs come as their owners keep them: compressed, as UTF-16 from a Windows shell, with colours, with
 the prefixes of launchers and schedulers before every line, and with several runs one after the
 other. Nothing here knows what a line says, except for the few lines with which a run begins.
-Standard library only, so that any program can import it at no cost.
+Any program can import it at no cost: standard library only, and zstandard for a log that needs it.
 """
 
 from __future__ import annotations
@@ -23,16 +23,39 @@ class LogError(ValueError):
 
 # === Bytes to text ================================================================================
 
+
+def unpack_zstd(content: bytes) -> bytes:
+    """Unpacks frames of zstd that follow one another.
+
+    Raises EOFError or ValueError if they are damaged, LogError without the package.
+    """
+    try:
+        import zstandard
+    except ImportError as error:
+        raise LogError("is compressed with zstd: unpack it with zstd -d") from error
+    parts = []
+    try:
+        while content:
+            frame = zstandard.ZstdDecompressor().decompressobj()
+            parts.append(frame.decompress(content))
+            if not frame.eof:
+                raise EOFError("its last frame has no end")
+            content = frame.unused_data
+    except zstandard.ZstdError as error:
+        raise ValueError(str(error)) from error
+    return b"".join(parts)
+
+
 # First bytes of a compressed file -> how to unpack it.
 UNPACKERS: dict[bytes, Callable[[bytes], bytes]] = {
     b"\x1f\x8b": gzip.decompress,
     b"BZh": bz2.decompress,
     b"\xfd7zXZ\x00": lzma.decompress,
+    b"\x28\xb5\x2f\xfd": unpack_zstd,
 }
 
 # First bytes of what is not unpacked here -> its name.
 OTHER_FORMATS = {
-    b"\x28\xb5\x2f\xfd": "compressed with zstd: unpack it with zstd -d",
     b"PK\x03\x04": "a ZIP archive: unpack it",
     b"7z\xbc\xaf": "a 7z archive: unpack it",
     b"%PDF": "a PDF file",
@@ -60,6 +83,8 @@ def decode(content: bytes) -> str:
         if content.startswith(start):
             try:
                 return decode(unpack(content))
+            except LogError:
+                raise
             except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error) as error:
                 raise LogError(f"is compressed and cut short or damaged ({error})") from error
     for start, name in OTHER_FORMATS.items():

@@ -217,47 +217,34 @@ def stages_beside_the_score(runs: list[Run]) -> list[str]:
     return kinds
 
 
-def column_names(runs: list[Run]) -> list[str]:
-    """The head of the table of runs."""
-    dated = ["date"] if any(run.started for run in runs) else []
-    grouped = ["config"] if len({run.group for run in runs}) > 1 else []
-    return [
-        "run",
-        "val_bpb",
-        "seed",
-        *dated,
-        *grouped,
-        "steps",
-        "ms/step",
-        *(STAGES[kind] for kind in stages_beside_the_score(runs)),
-        "gain",
-        "artifact + code",
-        "training",
-        "evaluation",
-        "bytes check",
-    ]
+def run_columns(runs: list[Run]) -> dict[str, list[str]]:
+    """The table of runs: the cells of each column, by its name."""
+    columns = {
+        "run": [run.label for run in runs],
+        "val_bpb": [f"{run.score.bpb:.5f}" for run in runs],
+        "seed": [show(run.seed, "d") for run in runs],
+    }
+    if any(run.started for run in runs):
+        columns["date"] = [run.started or DASH for run in runs]
+    if len({run.group for run in runs}) > 1:
+        columns["config"] = [run.group for run in runs]
+    columns["steps"] = [show(run.steps, "d") for run in runs]
+    columns["ms/step"] = [show(run.step_avg_ms, ".2f") for run in runs]
+    for kind in stages_beside_the_score(runs):
+        scores = [run.score_of(kind) for run in runs]
+        columns[STAGES[kind]] = [show(score.bpb if score else None, ".5f") for score in scores]
+    return columns | {
+        "gain": [show(run.gain, ".5f") for run in runs],
+        "artifact + code": [show(run.sizes.get("artifact_bytes"), ",") for run in runs],
+        "training": [budget_cell(run, "train") for run in runs],
+        "evaluation": [budget_cell(run, "eval") for run in runs],
+        "bytes check": [bytes_cell(run) for run in runs],
+    }
 
 
-def row_cells(run: Run, runs: list[Run]) -> list[str]:
-    """The row of a run in the table of `runs`."""
-    scores = [run.score_of(kind) for kind in stages_beside_the_score(runs)]
-    dated = [run.started or DASH] if any(run.started for run in runs) else []
-    grouped = [run.group] if len({run.group for run in runs}) > 1 else []
-    return [
-        run.label,
-        f"{run.score.bpb:.5f}",
-        show(run.seed, "d"),
-        *dated,
-        *grouped,
-        show(run.steps, "d"),
-        show(run.step_avg_ms, ".2f"),
-        *(show(score.bpb if score else None, ".5f") for score in scores),
-        show(run.gain, ".5f"),
-        show(run.sizes.get("artifact_bytes"), ","),
-        budget_cell(run, "train"),
-        budget_cell(run, "eval"),
-        bytes_cell(run),
-    ]
+def rows_of(columns: dict[str, list[str]]) -> list[list[str]]:
+    """The rows of a table that is given by its columns."""
+    return [list(cells) for cells in zip(*columns.values(), strict=True)]
 
 
 def budget_cell(run: Run, budget: str) -> str:
@@ -303,12 +290,12 @@ def print_runs(console: Any, title: str, runs: list[Run]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(*column_names(runs), title=title, title_justify="left")
+    columns = run_columns(runs)
+    table = Table(*columns, title=title, title_justify="left")
     for column in table.columns[1:]:
         column.justify = "right"
-    for run in runs:
-        cells = [escape(cell) for cell in row_cells(run, runs)]
-        table.add_row(*cells, style="red" if is_bad(run) else None)
+    for run, cells in zip(runs, rows_of(columns), strict=True):
+        table.add_row(*map(escape, cells), style="red" if is_bad(run) else None)
     console.print(table)
 
 
@@ -374,8 +361,8 @@ def run_as_json(run: Run, is_baseline: bool) -> dict[str, Any]:
 
 def as_markdown(report: Report) -> str:
     """The block between the marks: rows, then statements, warnings and problems."""
-    rows = [row_cells(run, report.runs) for run in report.runs]
-    table = markdown_table(column_names(report.runs), rows)
+    columns = run_columns(report.runs)
+    table = markdown_table(list(columns), rows_of(columns))
     notes = report.statements() + report.warnings + report.problems
     return "\n".join([BEGIN, table, "", *(f"- {note}" for note in notes), END])
 
@@ -457,8 +444,8 @@ def score_card(report: Report) -> dict[str, str]:
 
 def run_table(title: str, runs: list[Run], path: Path) -> dict[str, Any]:
     """The table of runs, whose names lead to their logs."""
-    rows = [row_cells(run, runs) for run in runs]
-    table = page_table(title, column_names(runs), rows, list(map(is_bad, runs)))
+    columns = run_columns(runs)
+    table = page_table(title, list(columns), rows_of(columns), list(map(is_bad, runs)))
     folder = path.absolute().parent
     table["links"] = [Path(os.path.relpath(run.path.absolute(), folder)).as_posix() for run in runs]
     return table
@@ -610,7 +597,7 @@ def add_submission_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--author", default="", help="who claims it")
     group.add_argument("--github-id", default="", help="the author's account")
     group.add_argument("--blurb", default="", help="one sentence about it")
-    group.add_argument("--track", default="", help="10min_16mb, non_record_16mb, ..")
+    group.add_argument("--track", default="", help="track_10min_16mb, track_non_record_16mb, ..")
     group.add_argument("--date", help="day of the runs, YYYY-MM-DD; default: the logs'")
     group.add_argument(
         "--audit",
