@@ -173,7 +173,10 @@ def sizes_block(script: Path, results: list[dict[str, Any]]) -> list[str]:
     """Bytes of the script as it is and packed, and the scale that gzip gives."""
     source = script.read_bytes()
     packed = packed_size(source)
-    lines = [f"`train_gpt.py` has {len(source):,} bytes as it stands and {packed:,} packed."]
+    lines = [
+        f"`train_gpt.py` of source {CODE_SHA256[:8]} has {len(source):,} bytes as it stands, which"
+        f" the table counts, and {packed:,} packed, which submission.json counts."
+    ]
     if "gzip_bpb" in results[0]:
         gzip = f"{results[0]['gzip_bpb']:.4f} bits per byte"
         lines.append(f"For scale, gzip -9 of each validation document takes {gzip}.")
