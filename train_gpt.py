@@ -206,11 +206,14 @@ class BadMatrix(FloatingPointError):
 # Every knob is an environment variable, and a field of Config is its variable in lower case. A
 # group of fields holds knobs, properties derived from them, and the rules between them. Methods of
 # a group may read the fields of all groups: they only run as part of a Config.
+NO_LIMIT = 1e18  # upper bound of a knob that has none
+
+
 def knob(
     default: Any,
     doc: str,
     lo: float = 0,
-    hi: float = 1e18,
+    hi: float = NO_LIMIT,
     choices: tuple[str, ...] = (),
     network: bool | str = False,
     free_on_resume: bool = False,
@@ -460,6 +463,11 @@ class ModelKnobs:
     )
 
     @property
+    def ties_embeddings(self) -> bool:
+        """Whether the head is the embedding table: it is in every network here."""
+        return True
+
+    @property
     def head_dim(self) -> int:
         """Width of an attention head."""
         return self.model_dim // self.num_heads
@@ -596,6 +604,11 @@ class OptimizerKnobs:
     swa_every: int = knob(50, "steps between weights that enter the mean of SWA", 1)
     late_qat: bool = knob(False, "train late in the run through the rounding to MATRIX_BITS")
     late_qat_threshold: float = knob(0.15, "rate factor at which LATE_QAT begins; 2: at once", 0, 2)
+
+    @property
+    def exports_average(self) -> bool:
+        """Whether the weights to keep are an average of those of several steps."""
+        return self.export_weights != "raw"
 
     def rules(self) -> Iterator[Rule]:
         """What is wrong with the optimisers."""
@@ -954,7 +967,7 @@ class Config(
                 if value not in choices:
                     yield Rule(name, f"one of {', '.join(choices)}")
             elif not isinstance(value, str) and not lo <= value <= hi:
-                yield Rule(name, f"{lo:g}..{hi:g}")
+                yield Rule(name, f"{lo:g}..{hi:g}" if hi < NO_LIMIT else f"at least {lo:g}")
 
     def rules(self) -> Iterator[Rule]:
         """The rules between knobs that are broken, of all groups."""
@@ -2314,8 +2327,12 @@ def allow_open_files(count: int) -> None:
 
 
 def how_to_get(folder: Path) -> str:
-    """The command that makes a data set of this name."""
+    """The command that makes a data set of this name, or a name like it that is there."""
     name = folder.name
+    if not folder.is_dir() and folder.parent.is_dir():
+        there = [path.name for path in folder.parent.iterdir()]
+        if nearest := difflib.get_close_matches(name, there, n=1, cutoff=0.85):
+            return f"Did you mean DATASET={nearest[0]}?"
     if name.startswith("pydocs"):
         source = "pydocs"
     elif match := re.fullmatch(r"fineweb10B_(sp\d+)(\w*caseops\w*)?", name):
@@ -2649,6 +2666,9 @@ class Tokenizer(NamedTuple):
         try:
             data = read_regular(path, MAX_TOKENIZER_BYTES)
             model = sentencepiece.SentencePieceProcessor(model_proto=data)
+        except FileNotFoundError as error:
+            remedy = how_to_get(cfg.dataset_dir) + ", TOKENIZER_PATH"
+            raise UsageError(f"TOKENIZER_PATH={path}: does not exist. {remedy}") from error
         except (OSError, RuntimeError) as error:
             reason = getattr(error, "strerror", None) or first_line(error)
             raise UsageError(f"TOKENIZER_PATH={path}: no SentencePiece model ({reason})") from error
@@ -2669,7 +2689,9 @@ class Tokenizer(NamedTuple):
         """Raises UsageError if the network or the count of bytes cannot use this tokenizer."""
         path, model = self.path, self.model
         if model.vocab_size() != cfg.vocab_size:
-            raise UsageError(f"VOCAB_SIZE={cfg.vocab_size}: {path} has {model.vocab_size()} pieces")
+            pieces = model.vocab_size()
+            reason = f"{path} has {pieces} pieces; set VOCAB_SIZE={pieces}, or another DATASET"
+            raise UsageError(f"VOCAB_SIZE={cfg.vocab_size}: {reason}")
         if cfg.smear_enabled and self.bos_id != BOS_ID:
             raise UsageError(f"SMEAR_ENABLED=1: needs BOS id {BOS_ID}, {path} has {self.bos_id}")
         if self.bos_id < 0 or model.piece_to_id("\u2581") == model.unk_id():
@@ -8296,7 +8318,8 @@ class Run:
             reserve = max(self.ranks.gather(measured))
         if self.start.stage == Stage.NOTHING and cfg.wallclock < 2 * reserve:
             raise UsageError(
-                f"MAX_WALLCLOCK_SECONDS={cfg.wallclock:g}: compression needs {reserve:.1f} s"
+                f"MAX_WALLCLOCK_SECONDS={cfg.wallclock:g}: must be at least {2 * reserve:.0f} here,"
+                f" twice the {reserve:.1f} s that compression needs"
             )
         effective_ms = 1000 * (cfg.wallclock - reserve)
         self.log(f"gptq:reserving {reserve:.1f}s, effective={effective_ms:.0f}ms")
@@ -10039,6 +10062,8 @@ SWITCHES = {
     "PARALLEL_RESIDUAL": ("parallel_start_layer", "set PARALLEL_START_LAYER"),
     "BIGRAM_HASH": ("bigram_vocab_size", "set BIGRAM_VOCAB_SIZE"),
     "USE_BIGRAM_HASH": ("bigram_vocab_size", "set BIGRAM_VOCAB_SIZE"),
+    "TIE_EMBEDDINGS": ("ties_embeddings", "the head is the embedding"),
+    "EMA_ENABLED": ("exports_average", "set EXPORT_WEIGHTS=ema or raw"),
 }
 
 # Knobs of the published scripts that are refused here, each with the reason. Silently ignoring one
@@ -10048,13 +10073,11 @@ SET_ELSEWHERE = {
     "MLP_HIDDEN": "set MLP_MULT",
     "DATA_PATH": "set DATA_DIR, DATASET",
     "QAT_ENABLED": "set LATE_QAT=1 LATE_QAT_THRESHOLD=2",
-    "EMA_ENABLED": "set EXPORT_WEIGHTS",
-    "SWA_ENABLED": "set EXPORT_WEIGHTS",
+    "SWA_ENABLED": "set EXPORT_WEIGHTS=swa",
     "LAWA_ENABLED": "set EXPORT_WEIGHTS",
     "EMBEDDING_DIM": "the head is the embedding",
-    "TIE_EMBEDDINGS": "the head is the embedding",
-    "EMBED_LR": "the head is the embedding",
-    "HEAD_LR": "the head is the embedding",
+    "EMBED_LR": "the head is the embedding; set TIED_EMBED_LR",
+    "HEAD_LR": "the head is the embedding; set TIED_EMBED_LR",
     "TRAIN_SEQ_SCHEDULE": "set SEQ_LEN_SCHEDULE, as in 0:1024,0.1:2048",
     "TTT_SHORT_SCORE_FIRST_STEPS": "set TTT_SHORT_CHUNKS, which go by position",
     "TTT_LOCAL_LR_MULT": "set TTT_LORA_LR",
@@ -10146,7 +10169,12 @@ ABSENT = {
 }
 # The same for names that are only warned of: they change no score, or others may set them, too.
 WARNED = {
-    "set MATRIX_LR, SCALAR_LR, TIED_EMBED_LR": "LEARNING_RATE ADAM_LR",
+    "set MATRIX_LR, SCALAR_LR, TIED_EMBED_LR": "LEARNING_RATE ADAM_LR LR MUON_LR",
+    "set TRAIN_BATCH_TOKENS": "BATCH_SIZE",
+    "set ITERATIONS": "ITERS NUM_ITERATIONS NUM_STEPS MAX_STEPS TRAIN_STEPS",
+    "set NUM_LAYERS": "LAYERS N_LAYER N_LAYERS",
+    "set MODEL_DIM": "DIM",
+    "set WARMDOWN_FRAC": "WARMDOWN",
     "set MUON_WD, ADAM_WD, EMBED_WD": "WEIGHT_DECAY",
     "set DATA_DIR, DATASET": """
         DATASETS DATASETS_DIR DATASET_DIR DATASET_PATH TRAIN_FILES VAL_FILES TOKENIZER""",
@@ -10219,6 +10247,9 @@ def problems_of_names(given: Mapping[str, str]) -> Iterator[str]:
         nearest = difflib.get_close_matches(name, other_names, n=1, cutoff=0.9)
         if not nearest:
             nearest = difflib.get_close_matches(name, knobs, n=1, cutoff=0.85)
+        if not nearest and "_" in name:
+            # MAX_WALLCLOCK for MAX_WALLCLOCK_SECONDS.
+            nearest = [knob for knob in sorted(knobs) if knob.startswith(f"{name}_")]
         if not nearest:
             continue
         if nearest[0] in REJECTED_NAMES:

@@ -162,6 +162,19 @@ def test_published_spelling_sets_the_knob(theirs, text, field, value):
     assert (getattr(cfg, field), origin[field]) == (value, "env")
 
 
+def test_beginning_of_a_knobs_name_is_refused_with_the_knob():
+    assert refusals(MAX_WALLCLOCK="60") == [
+        "MAX_WALLCLOCK=60: not a knob; did you mean MAX_WALLCLOCK_SECONDS?"
+    ]
+
+
+def test_switch_that_agrees_is_accepted_and_another_value_refused():
+    for name in ("TIE_EMBEDDINGS", "EMA_ENABLED"):
+        config(**{name: "1"})
+        assert len(refusals(**{name: "0"})) == 1
+    config(EMA_ENABLED="0", EXPORT_WEIGHTS="raw")
+
+
 def test_knob_in_small_letters_is_refused_and_a_clusters_variable_is_not():
     assert refusals(matrix_lr="0.03") == [
         "matrix_lr=0.03: not a knob; names are in capitals: MATRIX_LR"

@@ -171,10 +171,30 @@ def test_files_that_do_not_belong_together_are_found_without_running(honest, tmp
 def test_a_slow_clock_is_found_by_the_trusted_script(honest, cached):
     claim = read(honest)
     said = replay.evaluation_seconds(claim.final)
-    assert replay.faults_of_clock(claim, max(said, 1.1)) == []
-    assert "trusted script takes" in replay.faults_of_clock(claim, 10 * said + 1)[0]
+
+    def faults(trusted_s: float, claim: replay.Claim = claim) -> list[str]:
+        return replay.faults_of_clock(claim, replay.Evaluations({}, timed={"reference": trusted_s}))
+
+    assert faults(max(said, 1.1)) == []
+    assert "trusted script takes" in faults(10 * said + 1)[0]
     elsewhere = claim._replace(final={**claim.final, "device": "another machine"})
-    assert replay.faults_of_clock(elsewhere, 10 * said + 1) == []
+    assert faults(10 * said + 1, elsewhere) == []
+
+
+def test_a_clock_that_goes_slower_than_the_reviewers_is_found(honest, cached):
+    claim = read(honest)
+
+    def faults(own_s: float) -> list[str]:
+        # Both take 40 s, of which the reference spends 10 s beside its evaluations.
+        seconds = {"submitted": 40.0, "reference": 40.0}
+        timed = {"submitted": own_s, "reference": 30.0}
+        found = replay.Evaluations({}, seconds=seconds, timed=timed)
+        return [fault for fault in replay.faults_of_clock(claim, found) if "outside" in fault]
+
+    assert faults(30.0) == faults(25.0) == []
+    assert faults(3.0) == [
+        "the submitted script's clock says 3.0 s of evaluation, 30.0 s passed outside"
+    ]
 
 
 def test_nothing_but_the_text_tells_a_decoy_from_a_document(honest):

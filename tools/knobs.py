@@ -100,7 +100,7 @@ def allowed_values(field: dataclasses.Field) -> str:
         return "0, 1"
     if isinstance(field.default, str):
         return "text"
-    if hi < 1e18:
+    if hi < tg.NO_LIMIT:
         return f"{lo:g}..{hi:.10g}"
     return f"from {lo:g}"
 

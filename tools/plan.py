@@ -555,6 +555,8 @@ class Plan(NamedTuple):
 
     def lines_of_time(self) -> Iterator[str]:
         """The predicted times, and how sure they are."""
+        if self.preset.startswith("cpu"):
+            yield "Made for a CPU, which is not modelled: on 2 cores a step takes .25 to .5 s."
         yield f"Expected on {NUM_GPUS}xH100 (modelled, not measured; see tools/plan.py):"
         looped = ""
         if self.step.looped != self.step.plain:

@@ -410,8 +410,10 @@ class Evaluations:
     """The scores of a draw by everything that can score it."""
 
     nats: dict[str, np.ndarray]  # name -> (docs,) a token
+    # Of each process, measured outside, and of its evaluations by its own clock.
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
-    trusted_seconds: float = 0.0  # of the evaluations, by the trusted script's own clock
+    timed: dict[str, float] = dataclasses.field(default_factory=dict)
+    trusted: str = "reference"  # the name of the script that the reviewer trusts
     floor: float = EXACT_NATS  # in fp32
     rounding: float = 0.0  # by which the run's precision differs from fp32, in trusted hands
     faults: list[str] = dataclasses.field(default_factory=list)
@@ -432,10 +434,9 @@ def evaluate(claim: Claim, script: Path, reference: Path, draw: Draw) -> Evaluat
     """
     claimed = claim.documents["doc_nats"] / claim.documents["doc_tokens"]
     found = Evaluations({"claim": claimed})
-    trusted = "reference"
     scripts = {"submitted": (script, {}), "reference": (reference, {})}
     if file_sha256(script) == file_sha256(reference):
-        trusted = "submitted"
+        found.trusted = "submitted"
         del scripts["reference"]
         found.notes.append("the submitted code is the reference, so it ran once")
     if claim.settings["compute_dtype"] != "fp32":
@@ -446,11 +447,12 @@ def evaluate(claim: Claim, script: Path, reference: Path, draw: Draw) -> Evaluat
         except ReplayError as error:
             found.faults.append(f"{name}: no scores: {error}")
             continue
-        found.nats[name], found.seconds[name] = made.nats, made.seconds
-        if name == trusted:
-            found.trusted_seconds = made.timed
-    if {trusted, "fp32"} <= set(found.nats):
-        found.rounding = 2 * float(np.max(abs(found.nats[trusted] - found.nats["fp32"])))
+        found.nats[name] = made.nats
+        found.seconds[name] = made.seconds
+        found.timed[name] = made.timed
+    if {found.trusted, "fp32"} <= set(found.nats):
+        difference = abs(found.nats[found.trusted] - found.nats["fp32"])
+        found.rounding = 2 * float(np.max(difference))
     try:
         decoys = np.array(sorted(draw.decoys), dtype=np.int64)[:PLAIN_DECOYS]
         plain = score_plainly(claim, draw.tokens, np.append(draw.drawn, decoys))
@@ -490,7 +492,7 @@ def replay(
                 f"{one.first} and {one.second} disagree on {len(one.disagreeing)} documents "
                 f"({listed}), by up to {one.worst:.2e} nats a token (allowed {allowed:.1e})"
             )
-    faults += faults_of_clock(claim, found.trusted_seconds)
+    faults += faults_of_clock(claim, found)
     notes = [*found.notes, *memorised]
     if claim.crosses_documents:
         notes.append("documents use earlier ones by declaration, so none was replaced by a decoy")
@@ -523,21 +525,38 @@ def faults_of_commitment(claim: Claim, script: Path) -> list[str]:
 
 
 CLOCK_FACTOR = 3.0  # by which the same work may differ between equal machines
+OWN_CLOCK_FACTOR = 1.5  # by which a process's clock may differ from one outside
 CLOCK_SECONDS = 1.0  # less is not looked at
 
 
-def faults_of_clock(claim: Claim, trusted_seconds: float) -> list[str]:
-    """Whether the log's evaluation took much less than the trusted script takes for the same work.
+def faults_of_clock(claim: Claim, found: Evaluations) -> list[str]:
+    """What the seconds of the evaluations have against the log, and against the script's clock.
 
-    Only where both ran on the same kind of machine.
+    The log's evaluation must not have taken much less than the trusted script takes for the same
+    work; that is looked at where both ran on the same kind of machine. And while the submitted
+    script is replayed its clock must go as fast as the reviewer's. A process also starts, checks
+    and warms up; what that takes is what the trusted script took beside its evaluations.
     """
+    faults = []
     said = evaluation_seconds(claim.final)
-    if claim.final.get("device") != device_name() or trusted_seconds < CLOCK_SECONDS:
-        return []
-    if trusted_seconds > CLOCK_FACTOR * said:
-        text = f"the log says {said:.1f} s of evaluation, the trusted script takes "
-        return [text + f"{trusted_seconds:.1f} s for the same"]
-    return []
+    trusted_s = found.timed.get(found.trusted, 0.0)
+    is_same_machine = claim.final.get("device") == device_name()
+    if is_same_machine and trusted_s > max(CLOCK_SECONDS, CLOCK_FACTOR * said):
+        faults.append(
+            f"the log says {said:.1f} s of evaluation, the trusted script takes "
+            f"{trusted_s:.1f} s for the same"
+        )
+    if {"submitted", "reference"} <= set(found.timed):
+        beside_s = found.seconds["reference"] - found.timed["reference"]
+        outside_s = found.seconds["submitted"] - beside_s
+        own_s = found.timed["submitted"]
+        slack_s = max(CLOCK_SECONDS, beside_s / 2)
+        if outside_s > OWN_CLOCK_FACTOR * own_s + slack_s:
+            faults.append(
+                f"the submitted script's clock says {own_s:.1f} s of evaluation, "
+                f"{outside_s:.1f} s passed outside"
+            )
+    return faults
 
 
 def evaluation_seconds(final: Mapping[str, Any]) -> float:
