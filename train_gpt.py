@@ -2666,10 +2666,10 @@ class Tokenizer(NamedTuple):
         try:
             data = read_regular(path, MAX_TOKENIZER_BYTES)
             model = sentencepiece.SentencePieceProcessor(model_proto=data)
-        except FileNotFoundError as error:
-            remedy = how_to_get(cfg.dataset_dir) + ", TOKENIZER_PATH"
-            raise UsageError(f"TOKENIZER_PATH={path}: does not exist. {remedy}") from error
         except (OSError, RuntimeError) as error:
+            if not os.path.lexists(path):
+                remedy = how_to_get(cfg.dataset_dir) + ", TOKENIZER_PATH"
+                raise UsageError(f"TOKENIZER_PATH={path}: does not exist. {remedy}") from error
             reason = getattr(error, "strerror", None) or first_line(error)
             raise UsageError(f"TOKENIZER_PATH={path}: no SentencePiece model ({reason})") from error
         sha256 = hashlib.sha256(data).hexdigest()
@@ -8128,7 +8128,7 @@ class Run:
             advice += f", VAL_BATCH_TOKENS={cfg.val_batch_tokens}"
             advice += f" or TTT_BATCH_SIZE={cfg.ttt_batch_size}"
         reason = first_line(error)
-        return f"rank {self.ranks.rank}: out of memory in {phase}; {advice} ({reason[:200]})"
+        return f"out of memory in {phase}; {advice} ({reason[:200]})"
 
     def go(self) -> dict[str, Any]:
         """Goes through the phases that are still to do; returns the figures of the final line."""
@@ -10345,8 +10345,8 @@ def main(argv: list[str]) -> int:
         return status
     except OutOfMemory as error:
         # Only the rank that it happened to knows.
-        tell_peers(first_line(error))
-        complain(str(error))
+        tell_peers(str(error))
+        complain(f"rank {os.environ.get('RANK', '0')}: {error}")
         return 1
     except OSError as error:
         tell_peers(reason_of(error))

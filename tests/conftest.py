@@ -6,10 +6,11 @@ import hashlib
 import json
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,16 @@ WORDS = (
     "had an they which one shard token model layer number weight train score adapt window chunk "
     "answer letter river mountain paper garden"
 ).split()
+
+
+@pytest.fixture(autouse=True)
+def ignored_sigpipe() -> Iterator[None]:
+    """Sets SIGPIPE back to how Python has it. The program sets its default before it prints help,
+    and the next test that writes to a closed pipe would end the worker.
+    """
+    yield
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
 
 
 # Files of half a minute and more, longest first. A worker takes a whole file, and a long one begun

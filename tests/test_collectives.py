@@ -126,13 +126,13 @@ def test_a_signal_to_one_rank_ends_all_after_the_same_step(tiny_data, folder, mo
 def test_a_deadline_that_is_near_on_one_rank_leaves_every_target_scored(
     tiny_data, folder, monkeypatch
 ):
-    near = tg.Deadline.near
+    must_stop = tg.Deadline.must_stop
 
     def near_at_once(self: tg.Deadline, targets: float, ranks: tg.Ranks | None = None) -> bool:
         self.late = self.late or self.chosen
-        return near(self, targets, ranks)
+        return must_stop(self, targets, ranks)
 
-    monkeypatch.setattr(tg.Deadline, "near", near_at_once)
+    monkeypatch.setattr(tg.Deadline, "must_stop", near_at_once)
     monkeypatch.setattr(tg.Deadline, "chosen", False, raising=False)
 
     def before(run: tg.Run) -> None:

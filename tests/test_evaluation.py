@@ -320,7 +320,7 @@ def test_deadline_that_was_near_stays_near(monkeypatch):
     monkeypatch.setattr(tg.time, "monotonic", lambda: 100.0)
     deadline = tg.Deadline(10.0)
     deadline.seconds_per_target = 0.1
-    assert [deadline.near(targets) for targets in (0, 49, 50, 0)] == [False, False, True, True]
+    assert [deadline.must_stop(targets) for targets in (0, 49, 50, 0)] == [False, False, True, True]
 
 
 # --- Chunk mode and phases: all weights learn ---

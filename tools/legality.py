@@ -842,13 +842,13 @@ def implied_bytes(path: Path) -> Finding:
     run, verdict = runs[number], verdicts[number]
     passed = verdict.passed
     evidence = f"run {run.part}: {verdict.evidence}" if run.part else verdict.evidence
+    if passed and not verdict.is_known_text:
+        evidence += "; the log fits itself, and the text is no known set: see its run"
     for note in run.left_by_deadline:
         evidence += f"; {note}"
     if passed and run.sizes.get("val_tokens") == canonical.WITHDRAWN_TARGETS:
         passed = False
         evidence += "; that split was withdrawn"
-    if passed and not verdict.is_known_text:
-        evidence += "; the log fits itself, and the text is no known set: see its run"
     figures = {
         "implied_bytes": verdict.implied,
         "ratio": verdict.ratio,
