@@ -186,6 +186,14 @@ def test_report_and_audit_say_what_the_deadline_left(tmp_path, capsys) -> None:
     assert runlog.read_run(cut).left_by_deadline == [left]
 
 
+def test_a_log_that_only_fits_itself_proves_nothing(tmp_path, capsys) -> None:
+    """Scores and bytes that were edited alike fit each other as well as honest ones."""
+    path = ours(tmp_path, {})[0]
+    assert audit.main(["--log", path]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("no proof  ") and "the text is no known set: see its run" in said
+
+
 def test_what_the_deadline_left_is_read_from_the_line_of_the_score(tmp_path) -> None:
     score = "quantized_ttt val_loss:1.9637 val_bpb:1.1630 eval_time:9ms"
     left = ["3 of 9 documents were scored without adaptation", "2 chunks were not learnt from"]

@@ -258,6 +258,13 @@ def test_wrong_python_ends_make_install_in_one_line_with_the_remedy(tmp_path):
     assert not (tmp_path / ".venv").exists()
 
 
+def test_make_record_without_a_gpu_ends_before_the_download():
+    command = ["make", "--no-print-directory", "-o", "install", "record", "GPUS=0"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    said = "make record: nvidia-smi shows no GPU here; make run is for a CPU\n"
+    assert (done.returncode, done.stdout) == (2, said)
+
+
 def test_missing_package_of_the_data_tool_ends_in_one_line(tmp_path):
     script = str(ROOT / "tools" / "prepare_data.py")
     (tmp_path / "run.py").write_text(
