@@ -1447,7 +1447,6 @@ PR2135 = dict(
 # column costs. EXPERIMENTS.md has the evidence.
 RECORD = dict(
     PR2135,
-    muon_square_decay=0.95,
     quantizer="allocated",
     column_scales=True,
 )

@@ -354,7 +354,7 @@ PR2135 = PR1855 | dict(
     tilt_gamma=0,
     tilt_hedge="",
 )
-RECORD = PR2135 | dict(muon_square_decay=0.95, quantizer="allocated", column_scales=True)
+RECORD = PR2135 | dict(quantizer="allocated", column_scales=True)
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,7 @@ SYSTEMS = {
     ),
     "record": System(
         "this entry",
-        "#2135 with Muon², and steps by row and by column, chosen by what an error costs",
+        "#2135 with steps by row and by column, chosen by what an error costs",
         DASH,
     ),
 }
