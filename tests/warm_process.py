@@ -31,6 +31,8 @@ def run_as_main(command: list[str], env: dict[str, str], cwd: Path, out: Path, e
     # The server has handlers of its own.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # Under nohup the tests ignore it.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     for number, path in ((1, out), (2, err)):
         # Both may be the same file.
         with path.open("ab") as file:
