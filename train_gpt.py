@@ -5992,10 +5992,10 @@ class Quantizer:
         # They hold 0 for the matrices of other ranks.
         output_power = torch.zeros(n, device=self.ranks.device)
         feedback = torch.zeros(n, cols, device=self.ranks.device)
-        owned = self.solved_here
+        here = self.solved_here
         if bank in self.solvers:
-            powers = self.solvers[bank].error_power(column_scale[owned])
-            output_power[owned], feedback[owned] = powers
+            powers = self.solvers[bank].error_power(column_scale[here])
+            output_power[here], feedback[here] = powers
         output_power = self.ranks.sum(output_power)
         feedback = self.ranks.sum(feedback)
 
@@ -6064,14 +6064,14 @@ class Quantizer:
         steps = {bank: rows.steps(theta) for bank, rows in self.rows.items()}
         columns = self.columns_in_range(steps)
         scales = self.bank_scales(columns)
-        owned = self.solved_here
+        here = self.solved_here
         all_codes = {}
         for bank, shape in self.shapes.items():
             codes = torch.zeros(shape, dtype=torch.int8, device=self.ranks.device)
             if bank in self.solvers:
                 qmax = self.rows[bank].qmax
                 solver = self.solvers[bank]
-                codes[owned] = solver.solve(steps[bank][owned], scales[bank][owned], qmax)
+                codes[here] = solver.solve(steps[bank][here], scales[bank][here], qmax)
             all_codes[bank] = self.ranks.sum(codes).cpu()
         halves = {bank: step.half().cpu() for bank, step in steps.items()}
         return Quantised(all_codes, halves, columns)
@@ -10235,7 +10235,7 @@ def problems_of_names(given: Mapping[str, str]) -> Iterator[str]:
         text = given[name]
         if reason_in(WARNED, name):
             continue
-        if name not in knobs and name.upper() in knobs and could_be(name.upper(), text):
+        if name.upper() in knobs and could_be(name.upper(), text):
             yield f"{name}={text}: not a knob; names are in capitals: {name.upper()}"
             continue
         if reason := REJECTED_NAMES.get(name) or reason_in(ABSENT, name):

@@ -351,11 +351,8 @@ def trace_muon(tracer: Tracer, cfg: tg.Config, model: tg.GPT) -> None:
         if role.group != "muon":
             continue
         shape = model.get_parameter(name).shape
-        gradient, momentum, squares, weights, average = (
-            torch.empty(shape, device=DEVICE) for _ in range(5)
-        )
-        if not cfg.muon_square_decay:
-            squares = None
+        gradient, momentum, weights, average = (torch.empty(shape, device=DEVICE) for _ in range(4))
+        squares = torch.empty(shape, device=DEVICE) if cfg.muon_square_decay else None
         outbox = torch.empty(shape, dtype=cfg.dtype, device=DEVICE)
         rates = torch.empty(4, device=DEVICE)
         step = tracer.compiled(tg.muon_step, dynamic=False)

@@ -217,8 +217,8 @@ class Denominator(NamedTuple):
     """The bytes per token that a score implies, and those it should."""
 
     implied: float
-    expected: float  # nan where no set is known
-    source: str  # whose figure `expected` is
+    expected: float  # nan where nothing is known
+    known: ValidationSet | None = None  # the published set that was scored, if it is one
     tolerance: float = BYTES_TOLERANCE  # share by which a true figure may be off, digits aside
 
     @property
@@ -226,8 +226,12 @@ class Denominator(NamedTuple):
         """Implied over expected bytes."""
         return self.implied / self.expected
 
-
-OWN_BYTES = "the run's own val_bytes"
+    @property
+    def source(self) -> str:
+        """Whose figure `expected` is."""
+        if self.known:
+            return f"canonical {self.known.name}"
+        return "no known set" if math.isnan(self.expected) else "the run's own val_bytes"
 
 
 def denominator(run: Run, score: Score) -> Denominator:
@@ -244,21 +248,19 @@ def denominator(run: Run, score: Score) -> Denominator:
     if same_size:
         known = same_size[0]
         expected = nearest([known.bytes_per_token, known.text_bytes / targets], implied)
-        return Denominator(implied, expected, f"canonical {known.name}")
+        return Denominator(implied, expected, known)
     if same_name:
         known = same_name[0]
-        source = f"canonical {known.name}"
         tolerance = BYTES_TOLERANCE if targets else TOKENS_TOLERANCE
-        return Denominator(implied, known.bytes_per_token, source, tolerance)
+        return Denominator(implied, known.bytes_per_token, known, tolerance)
     if targets and run.sizes.get("val_bytes"):
-        expected = run.sizes["val_bytes"] / targets
-        return Denominator(implied, expected, OWN_BYTES)
+        return Denominator(implied, run.sizes["val_bytes"] / targets)
 
     off = [abs(known.bytes_per_token / implied - 1) for known in PUBLISHED_SETS]
     known = PUBLISHED_SETS[off.index(min(off))]
     if min(off) < BYTES_TOLERANCE:
-        return Denominator(implied, known.bytes_per_token, f"canonical {known.name}")
-    return Denominator(implied, math.nan, "no known set")
+        return Denominator(implied, known.bytes_per_token, known)
+    return Denominator(implied, math.nan)
 
 
 def has_size(known: ValidationSet, targets: int) -> bool:
@@ -336,10 +338,8 @@ def judge_bytes(run: Run) -> BytesVerdict:
         evidence += f", {bytes_.expected * targets:{form}} by {bytes_.source}: "
         evidence += f"factor {bytes_.ratio:.6f} (+- {slack:.0e})"
     others = [problem for problem in problems if not problem.startswith(f"{run.score.label}: ")]
-    is_known_text = bytes_.source.startswith("canonical ")
-    return BytesVerdict(
-        passed, "; ".join([evidence, *others]), implied, bytes_.ratio, is_known_text
-    )
+    evidence = "; ".join([evidence, *others])
+    return BytesVerdict(passed, evidence, implied, bytes_.ratio, bytes_.known is not None)
 
 
 # === One validation text ==========================================================================
@@ -371,10 +371,7 @@ def text_bytes(run: Run) -> float | None:
     if targets:
         per_token = bytes_.implied if math.isnan(bytes_.expected) else bytes_.expected
         return run.sizes.get("val_bytes") or targets * per_token
-    for known in PUBLISHED_SETS:
-        if bytes_.source == f"canonical {known.name}":
-            return float(known.text_bytes)
-    return None
+    return float(bytes_.known.text_bytes) if bytes_.known else None
 
 
 def are_same_text(a: ValidationText, b: ValidationText) -> bool:

@@ -33,21 +33,11 @@ sys.path.insert(0, str(ROOT))
 import runlog  # noqa: E402
 import tables  # noqa: E402
 from packed_code import packed_size  # noqa: E402
+from systems import SYSTEMS  # noqa: E402
 
 from train_gpt import CODE_SHA256, Config, UsageError, write_atomic  # noqa: E402
 
 SEEDS = (0, 42, 1337)
-SYSTEMS = (
-    "pr1530",
-    "pr1560",
-    "pr1413",
-    "pr473",
-    "pr605",
-    "pr1855",
-    "pr2014",
-    "pr2135",
-    "record",
-)
 SYSTEM_SECONDS = 90
 CLAIM = "PRESET=cpu (miniature) on pydocs, {hardware}; not FineWeb, not 8xH100"
 

@@ -315,16 +315,10 @@ def pair_trial(campaign: Campaign, folder: Path, number: int, rng: random.Random
     return Trial(fault, {kind: 1})
 
 
-# What an odd link points to; SELF: to itself.
-SELF = object()
-ODD_LINKS = {
-    "link to nothing": "nowhere",
-    "link to itself": SELF,
-    "device": "/dev/zero",
-    "link to a folder": ".",
-}
+# What an odd link points to.
+ODD_LINKS = {"link to nothing": "nowhere", "device": "/dev/zero", "link to a folder": "."}
 ODD_CONTENTS = {"zeros": bytes(5000), "nested": b"[" * 100_000, "null": b"null"}
-ODD_FILES = ("folder", "FIFO", "huge", *ODD_LINKS, *ODD_CONTENTS)
+ODD_FILES = ("folder", "FIFO", "huge", "link to itself", *ODD_LINKS, *ODD_CONTENTS)
 
 
 def make_odd(kind: str, path: Path) -> None:
@@ -332,8 +326,9 @@ def make_odd(kind: str, path: Path) -> None:
     if kind in ODD_CONTENTS:
         path.write_bytes(ODD_CONTENTS[kind])
     elif kind in ODD_LINKS:
-        target = ODD_LINKS[kind]
-        path.symlink_to(path.name if target is SELF else target)
+        path.symlink_to(ODD_LINKS[kind])
+    elif kind == "link to itself":
+        path.symlink_to(path.name)
     elif kind == "folder":
         path.mkdir()
     elif kind == "FIFO":

@@ -98,9 +98,10 @@ class Model:
 
     def chunk_size(self, done: int) -> int:
         """Targets of the chunk that begins after `done` targets."""
-        for limit, size in sorted(pairs(self.s["ttt_short_chunks"]), key=first_number):
-            if done < int(limit):
-                return int(size)
+        stages = [(int(limit), int(size)) for limit, size in pairs(self.s["ttt_short_chunks"])]
+        for limit, size in sorted(stages):
+            if done < limit:
+                return size
         return self.s["ttt_chunk_size"]
 
     def may_learn(self, end: int) -> bool:
@@ -182,8 +183,3 @@ def number(value: Any) -> Any:
         except ValueError:
             continue
     return value
-
-
-def first_number(pair: tuple[str, float]) -> int:
-    """The limit of a pair as 32:8."""
-    return int(pair[0])
