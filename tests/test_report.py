@@ -901,6 +901,26 @@ def test_markdown_is_rewritten_between_its_markers_only(tmp_path, capsys) -> Non
     assert "report:begin" in refusal(capsys, *logs, "--markdown", str(page))
 
 
+def test_every_cell_of_a_row_stands_under_its_head(tmp_path, capsys) -> None:
+    assert report.main([*ours(tmp_path, {"val_bpb": 1.8}, {}), "--markdown", "-"]) == 0
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    head, _, row, _ = ([cell.strip() for cell in line.split("|")[1:-1]] for line in table)
+    assert dict(zip(head, row, strict=True)) == {
+        "run": "run0",
+        "val_bpb": "1.80000",
+        "seed": "0",
+        "steps": "70",
+        "ms/step": "700.00",
+        "before quantisation": "2.00000",
+        "quantised": "2.10000",
+        "gain": "0.30000",
+        "artifact + code": "1,000",
+        "training": "51.0 / 60 s",
+        "evaluation": "5.0 / 600 s",
+        "bytes check": "x1.000000",
+    }
+
+
 @pytest.mark.parametrize("package", ["rich.console", "plotly.offline", "scipy"])
 def test_a_missing_package_is_named_with_its_remedy(
     tmp_path, capsys, monkeypatch, package: str
