@@ -88,6 +88,8 @@ def test_one_of_two_runs_of_a_name_wins_and_the_other_is_told_who_has_it(folder,
     env = environment(tiny_data, RUN_ID="one")
     first = Started(env, number=0)
     first.wait_for("run_id: one")
+    # Stopped, it cannot end before the others have come, however slow the machine is.
+    os.kill(first.process.pid, signal.SIGSTOP)
     status, _, error = Started(env, number=1).end()
     holder = f"process {first.process.pid} on {os.uname().nodename}"
     assert (status, error) == (2, f"train_gpt.py: RUN_ID=one: {holder} is running it\n")
@@ -96,6 +98,7 @@ def test_one_of_two_runs_of_a_name_wins_and_the_other_is_told_who_has_it(folder,
     status, _, error = Started(env, number=2).end()
     wanted = f"train_gpt.py: ARTIFACT_DIR=runs/one: {holder} writes to runs/one\n"
     assert (status, error) == (2, wanted)
+    os.kill(first.process.pid, signal.SIGCONT)
     status, output, _ = first.end()
     must_hold_together("one", status, output)
     assert not [*folder.glob("logs/*.lock"), *folder.glob("runs/*/run.lock")]

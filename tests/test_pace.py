@@ -146,6 +146,47 @@ def test_the_gate_stops_a_run_after_twenty_timed_steps(tiny_data, gate, refused)
 
 
 # --- Recompilations -------------------------------------------------------------------------------
+@pytest.mark.parametrize(("with_3", "with_2", "chosen"), [(4.0, 1.0, 2), (1.0, 0.9, 3)])
+def test_a_busy_core_costs_the_run_one_thread(monkeypatch, with_3, with_2, chosen):
+    # The clock is the sum of what the rows took.
+    clock = [0.0]
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(tg.time, "monotonic", lambda: clock[0])
+
+    def row(*_: Any) -> None:
+        clock[0] += {3: with_3, 2: with_2}[torch.get_num_threads()]
+
+    monkeypatch.setattr(tg, "accumulate_gradients", row)
+    lines: list[str] = []
+    cfg = SimpleNamespace(micro_batch_tokens=1)
+    run = SimpleNamespace(cfg=cfg, forward=None, log=lines.append)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        tg.Run.choose_threads(run, (), None)
+        assert torch.get_num_threads() == chosen
+        assert lines[0].startswith(f"threads: {chosen} (")
+        # A number that the user chose stays.
+        torch.set_num_threads(3)
+        monkeypatch.setenv("OMP_NUM_THREADS", "3")
+        tg.Run.choose_threads(run, (), None)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_compression_keeps_at_most_half_of_the_budget_and_says_so():
+    lines: list[str] = []
+    cfg = SimpleNamespace(gptq_reserve_seconds=-1.0, wallclock=100.0, gptq_calibration_batches=16)
+    ranks = SimpleNamespace(gather=lambda seconds: [seconds, 2 * seconds])
+    run = SimpleNamespace(cfg=cfg, ranks=ranks, log=lines.append)
+    assert tg.Run.agree_on_reserve(run, 20.0) == 40.0
+    assert len(lines) == 1
+    assert tg.Run.agree_on_reserve(run, 40.0) == 50.0
+    assert "warning: compression needs about 80 s" in lines[1]
+    assert "MAX_WALLCLOCK_SECONDS=100" in lines[1]
+
+
 class Reshaped(Session):
     """Compiled, and the rows of its third step allow longer segments."""
 
