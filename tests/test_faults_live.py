@@ -336,6 +336,43 @@ def test_a_killed_rank_ends_the_others_with_a_line_that_names_it(folder, tiny_da
     assert time.monotonic() - start < 30
 
 
+@pytest.fixture
+def no_memory() -> Iterator[Path]:
+    """A control group of the kernel whose processes get no more memory; the next page is fatal."""
+    group = Path(f"/sys/fs/cgroup/memory/golf-{os.getpid()}")
+    try:
+        group.mkdir()
+        (group / "memory.limit_in_bytes").write_text("1M")
+    except OSError as error:
+        pytest.skip(f"no control group for memory here: {error}")
+    try:
+        yield group
+    finally:
+        # A killed process leaves its group a moment after it has died.
+        deadline = time.monotonic() + 30
+        while (group / "cgroup.procs").read_text() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        group.rmdir()
+
+
+@pytest.mark.parametrize("phase", ["step:2/", "GPTQ:collected"])
+def test_a_rank_that_the_kernel_kills_for_memory_ends_the_others(
+    folder, tiny_data, no_memory, phase
+):
+    env = environment(tiny_data, RUN_ID="lost", ITERATIONS="6", SLIDING_WINDOW_ENABLED="1")
+    ranks = start_ranks(env, 2)
+    ranks[0].wait_for(phase)
+    victim = ranks[1].process
+    (no_memory / "cgroup.procs").write_text(str(victim.pid))
+    start = time.monotonic()
+    status, _, error = ranks[0].end()
+    assert status == 1
+    assert f"rank 0 lost a peer: rank 1 (process {victim.pid}) was killed" in error
+    assert time.monotonic() - start < 30
+    victim.join(30)
+    assert victim.exitcode == -signal.SIGKILL
+
+
 @pytest.mark.parametrize(
     ("error", "reason"),
     [

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gzip
 import hashlib
 import json
 import math
@@ -23,6 +24,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -315,24 +317,87 @@ def pair_trial(campaign: Campaign, folder: Path, number: int, rng: random.Random
     return Trial(fault, {kind: 1})
 
 
-# What an odd link points to.
-ODD_LINKS = {"link to nothing": "nowhere", "device": "/dev/zero", "link to a folder": "."}
-ODD_CONTENTS = {"zeros": bytes(5000), "nested": b"[" * 100_000, "null": b"null"}
-ODD_FILES = ("folder", "FIFO", "huge", "link to itself", *ODD_LINKS, *ODD_CONTENTS)
+# Nothing that could be a file: made by name.
+NO_FILES = {
+    "folder": Path.mkdir,
+    "FIFO": os.mkfifo,
+    "socket": lambda path: bind_socket(path),
+    "link to itself": lambda path: path.symlink_to(path.name),
+    "link to nothing": lambda path: path.symlink_to("nowhere"),
+    "link to a folder": lambda path: path.symlink_to("."),
+    "link to a FIFO": lambda path: link_to_fifo(path),
+    "device of zeros": lambda path: path.symlink_to("/dev/zero"),
+    "device of nothing": lambda path: path.symlink_to("/dev/null"),
+    "device that is full": lambda path: path.symlink_to("/dev/full"),
+    "device of noise": lambda path: path.symlink_to("/dev/urandom"),
+    "terminal": lambda path: path.symlink_to("/dev/ptmx"),
+    "memory of the process": lambda path: path.symlink_to("/proc/self/mem"),
+}
+# Files of another content, whatever stood there before.
+CONTENTS = {
+    "empty": b"",
+    "one byte": b"x",
+    "line end": b"\n",
+    "zeros": bytes(5000),
+    "ones": b"\xff" * 5000,
+    "noise": random.Random(0).randbytes(5000),
+    "control characters": bytes(range(32)) * 20,
+    "words": b"not what was asked for\n" * 200,
+    "page of an error": b"<!DOCTYPE html><html><body><h1>404 Not Found</h1></body></html>\n",
+    "pointer of Git LFS": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+    "gzip": gzip.compress(bytes(5000)),
+    "zip": b"PK\x05\x06" + bytes(18),
+    "picture": b"\x89PNG\r\n\x1a\n" + bytes(500),
+    "UTF-16": "{}".encode("utf-16"),
+    "nested": b"[" * 100_000,
+    "nested objects": b'{"a":' * 100_000,
+    "null": b"null",
+    "true": b"true",
+    "number": b"7",
+    "NaN": b"NaN",
+    "huge number": b"9" * 5000,
+    "string": b'"text"',
+    "list": b"[]",
+    "object": b"{}",
+    "pickle of a call": b"cos\nsystem\n(S'exit 7'\ntR.",
+}
+# What becomes of the bytes of the good file.
+CHANGES: dict[str, Callable[[bytes], bytes]] = {
+    "first half": lambda data: data[: len(data) // 2],
+    "all but three bytes": lambda data: data[:-3],
+    "backwards": lambda data: data[::-1],
+    "behind a character": lambda data: b"x" + data,
+    "as hexadecimal": lambda data: data.hex().encode(),
+}
+ODD_FILES = ("huge", *NO_FILES, *CONTENTS, *CHANGES)
 
 
-def make_odd(kind: str, path: Path) -> None:
-    """Makes something odd, one of ODD_FILES, where a file should be."""
-    if kind in ODD_CONTENTS:
-        path.write_bytes(ODD_CONTENTS[kind])
-    elif kind in ODD_LINKS:
-        path.symlink_to(ODD_LINKS[kind])
-    elif kind == "link to itself":
-        path.symlink_to(path.name)
-    elif kind == "folder":
-        path.mkdir()
-    elif kind == "FIFO":
-        os.mkfifo(path)
+def bind_socket(path: Path) -> None:
+    """Leaves a socket that nobody listens to; its own folder keeps the name short enough."""
+    here = os.open(".", os.O_RDONLY)
+    try:
+        os.chdir(path.parent)
+        with socket.socket(socket.AF_UNIX) as bound:
+            bound.bind(path.name)
+    finally:
+        os.chdir(here)
+        os.close(here)
+
+
+def link_to_fifo(path: Path) -> None:
+    """Makes a FIFO, and a link to it."""
+    os.mkfifo(path.with_name("fifo"))
+    path.symlink_to("fifo")
+
+
+def make_odd(kind: str, path: Path, good: bytes) -> None:
+    """Makes something odd, one of ODD_FILES, where the bytes of a good file should be."""
+    if kind in NO_FILES:
+        NO_FILES[kind](path)
+    elif kind in CONTENTS:
+        path.write_bytes(CONTENTS[kind])
+    elif kind in CHANGES:
+        path.write_bytes(CHANGES[kind](good))
     else:  # a terabyte that takes no space
         path.touch()
         os.truncate(path, 2**40)
@@ -357,8 +422,10 @@ def odd_trial(campaign: Campaign, folder: Path, number: int, rng: random.Random)
     shutil.copytree(campaign.data, folder / "data")
     path = folder / ODD_PLACES[place]
     path.parent.mkdir(parents=True, exist_ok=True)
+    good = path if path.exists() else campaign.folder / "calm/runs/calm/final_model.pt"
+    data = good.read_bytes()
     path.unlink(missing_ok=True)
-    make_odd(odd, path)
+    make_odd(odd, path, data)
     env = {"RUN_ID": "odd", "DATA_DIR": "data"}
     if place == "model file":
         env |= {"EVAL_ONLY_PATH": "model.pt", "CHECKPOINT_EVERY": "0"}
