@@ -1737,8 +1737,11 @@ class Ranks:
         self.num_queues = 0
         # Set when the run is over and peers may end.
         self.finished = threading.Event()
+        # A number of threads that the user has chosen stays; torchrun chooses for him.
+        self.may_choose_threads = not self.distributed and "OMP_NUM_THREADS" not in environ
         self.device = torch.device("cpu")
         if torch.cuda.is_available():
+            self.may_choose_threads = False
             count = torch.cuda.device_count()
             if local_rank >= count:
                 message = (
@@ -8210,7 +8213,7 @@ class Run:
 
         with state_restored(self.model, self.optimizers):
             self.warm_up_training(plans, row)
-            if cfg.warmup_steps and ranks.device.type == "cpu" and ranks.world_size == 1:
+            if cfg.warmup_steps and ranks.may_choose_threads:
                 self.choose_threads(last_plan, row)
             if trains and cfg.gptq_reserve_seconds < 0 and cfg.wallclock < math.inf:
                 reserve = self.measure_compression(last_plan, row)
@@ -8245,10 +8248,10 @@ class Run:
         """Computes with one thread fewer where another program keeps a core of this CPU busy.
 
         All threads wait for the slowest one. Beside a busy program a step has taken four times as
-        long on two cores, where one thread takes twice as long. OMP_NUM_THREADS is left alone.
+        long on two cores, where one thread takes twice as long.
         """
         most = torch.get_num_threads()
-        if most == 1 or "OMP_NUM_THREADS" in os.environ:
+        if most == 1:
             return
         seconds = {most: math.inf, most - 1: math.inf}
         for _ in range(3):

@@ -150,7 +150,6 @@ def test_the_gate_stops_a_run_after_twenty_timed_steps(tiny_data, gate, refused)
 def test_a_busy_core_costs_the_run_one_thread(monkeypatch, with_3, with_2, chosen):
     # The clock is the sum of what the rows took.
     clock = [0.0]
-    monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setattr(tg.time, "monotonic", lambda: clock[0])
 
     def row(*_: Any) -> None:
@@ -166,13 +165,13 @@ def test_a_busy_core_costs_the_run_one_thread(monkeypatch, with_3, with_2, chose
         tg.Run.choose_threads(run, (), None)
         assert torch.get_num_threads() == chosen
         assert lines[0].startswith(f"threads: {chosen} (")
-        # A number that the user chose stays.
-        torch.set_num_threads(3)
-        monkeypatch.setenv("OMP_NUM_THREADS", "3")
-        tg.Run.choose_threads(run, (), None)
-        assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(threads)
+
+
+def test_only_a_lone_process_without_a_number_of_threads_chooses_one():
+    assert tg.Ranks({}).may_choose_threads != torch.cuda.is_available()
+    assert not tg.Ranks({"OMP_NUM_THREADS": "2"}).may_choose_threads
 
 
 def test_compression_keeps_at_most_half_of_the_budget_and_says_so():
