@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import cheats
+import honest
 import numpy as np
 import pytest
 import torch
@@ -33,6 +34,8 @@ import probe
 import runlog
 from runlog import log_of_run
 from scripts import load_script
+
+import train_gpt as tg
 
 RATES = {"TTT_LORA_LR": "0.01"}  # at which every update shows
 PHASES = {
@@ -148,6 +151,31 @@ def test_honest_run_on_rows_passes_and_claims_no_more_than_it_has(run_of_rows, k
     assert re.search(r"quantized 0.0e\+00 nats at \d+ places beyond a window", evidence["T11"])
     assert re.search(r"quantized_ttt_lora [1-9]\d+ targets read", evidence["T5"])
     assert "2 documents in an empty folder" in evidence["T8"]  # the first ones, not the whole set
+
+
+def test_every_honest_setting_is_a_configuration():
+    assert len(honest.SETTINGS) >= 20
+    for setting in honest.SETTINGS.values():
+        tg.Config.from_env(setting.run, False)
+
+
+def test_the_table_of_honest_runs_keeps_its_verdicts_and_tells_a_violation(
+    tiny_data, tmp_path, monkeypatch, capsys
+):
+    setting = honest.Setting({**TINY, "TTT_ENABLED": "0"}, arguments=("--tests", "T4"))
+    monkeypatch.setattr(honest, "SETTINGS", {"tiny": setting})
+    monkeypatch.setenv("DATA_DIR", str(tiny_data))
+    assert honest.main([str(tmp_path)]) == 0
+    # T0 always runs.
+    assert "\n| tiny | 2 |  | none | " in capsys.readouterr().out
+    # Nothing is audited again, and what was found counts.
+    (kept,) = tmp_path.glob("*/verdicts.json")
+    verdicts = json.loads(kept.read_text())
+    verdicts["tiny"] |= {"status": 1, "failed": {"T4": "forged"}}
+    kept.write_text(json.dumps(verdicts))
+    assert honest.main([str(tmp_path)]) == 1
+    assert "T4: forged" in capsys.readouterr().out
+    assert honest.main([str(tmp_path), "nothing"]) == 2
 
 
 # === Planted cheats ===============================================================================
