@@ -17,7 +17,7 @@ import train_gpt as tg
 
 HOWTO = ROOT / "docs" / "howto.md"
 # Variables in the how-to that are not this program's.
-FOREIGN = {"SLURM_JOB_ID", "SLURM_JOB_NODELIST", "DATA_PATH", "WANDB_MODE"}
+FOREIGN = {"OMP_NUM_THREADS", "SLURM_JOB_ID", "SLURM_JOB_NODELIST", "DATA_PATH", "WANDB_MODE"}
 
 
 def test_the_reference_of_knobs_is_current(monkeypatch, capsys):
