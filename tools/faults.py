@@ -1,6 +1,6 @@
 """A campaign of faults: kills, pairs of processes, odd files and full disks, over many tiny runs.
 
-    faults.py                          # up to 1,000 kills, 30 pairs, all odd files, 60 full disks
+    faults.py                          # 1,000 kills, 30 pairs, all odd files, 60 full disks
     faults.py --kills 100 --seed 7     # shorter, with other moments
 
 A trial is drawn from SEED and its number alone. What is done is kept in trials.jsonl, so the same
@@ -30,6 +30,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -161,10 +162,12 @@ class Campaign:
         if not (self.data / "datasets/tiny_sp320/manifest.json").is_file():
             self.prepare()
         calm = self.folder / "calm"
-        start = time.monotonic()
         if not (calm / "runs/calm/documents.npz").is_file():
             shutil.rmtree(calm, ignore_errors=True)
             calm.mkdir()
+            # The first process waits until PyTorch is imported, which no later one does.
+            Started(calm, "first", {}, "-").end()
+            start = time.monotonic()
             run = Started(calm, "calm", {**self.environ, "RUN_ID": "calm"}, self.script)
             if run.end() != 0:
                 raise RuntimeError(run.complaint())
@@ -189,8 +192,10 @@ class Campaign:
             if prepare_data.main([*words, "--data-dir", str(self.data)]):
                 raise RuntimeError("the data set could not be prepared")
 
-    def run_trials(self, kind: str, count: int, trial: Callable[..., Trial]) -> list[Trial]:
-        """The trials of a kind: those of earlier calls, and the others now."""
+    def run_trials(
+        self, kind: str, is_enough: Callable[[list[Trial]], bool], trial: Callable[..., Trial]
+    ) -> list[Trial]:
+        """The trials of a kind until they are enough: those of earlier calls, and new ones."""
         log = self.folder / "trials.jsonl"
         done = {}
         lines = log.read_text().splitlines() if log.exists() else []
@@ -200,8 +205,11 @@ class Campaign:
                 entry = json.loads(line)
                 if (entry["kind"], entry["seed"]) == (kind, self.seed):
                     done[entry["number"]] = Trial(entry["fault"], entry["counts"])
-        for number in range(count):
+        trials: list[Trial] = []
+        while not is_enough(trials):
+            number = len(trials)
             if number in done:
+                trials.append(done[number])
                 continue
             folder = self.folder / f"{kind}-{number}"
             shutil.rmtree(folder, ignore_errors=True)
@@ -211,7 +219,7 @@ class Campaign:
                 shown = trial(self, folder, number, rng)
             except (AssertionError, OSError, ValueError, KeyError) as error:
                 shown = Trial(f"{type(error).__name__}: {error}", {})
-            done[number] = shown
+            trials.append(shown)
             entry = {"kind": kind, "seed": self.seed, "number": number, **shown._asdict()}
             with log.open("a") as file:
                 file.write(json.dumps(entry) + "\n")
@@ -219,7 +227,7 @@ class Campaign:
                 print(f"{folder}: {shown.fault}", file=sys.stderr, flush=True)
             else:
                 shutil.rmtree(folder)
-        return [done[number] for number in range(count)]
+        return trials
 
 
 def kill_trial(campaign: Campaign, folder: Path, number: int, rng: random.Random) -> Trial:
@@ -231,7 +239,8 @@ def kill_trial(campaign: Campaign, folder: Path, number: int, rng: random.Random
         if rng.random() < 0.3:
             wait_for_writing(run, folder / "runs/killed", rng.randrange(1, 8))
         else:
-            run.process.join(rng.uniform(0, campaign.seconds))
+            # With later moments most runs would end after a kill or two.
+            run.process.join(rng.uniform(0, campaign.seconds / 2))
         phase = run.phase()
         run.process.kill()
         run.process.join()
@@ -505,6 +514,16 @@ def table_of(trials: dict[str, list[Trial]]) -> str:
     return markdown_table(["kind", "faults set", "trials", "failed", "of these"], rows)
 
 
+def are_killed(kills: int, trials: list[Trial]) -> bool:
+    """Whether so many kills are done. A trial without one counts as one, so it comes to an end."""
+    return sum(max(1, sum(trial.counts.values())) for trial in trials) >= kills
+
+
+def are_as_many(count: int, trials: list[Trial]) -> bool:
+    """Whether so many trials are done."""
+    return len(trials) >= count
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -524,15 +543,14 @@ def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 0 no fault, 1 faults."""
     args = build_parser().parse_args(argv)
     campaign = Campaign(args.folder, args.seed, max(1, min(KILLS_A_RUN, args.kills)))
-    counts = {
-        "kills": (math.ceil(args.kills / campaign.kills_a_run), kill_trial),
+    trials = {"kills": campaign.run_trials("kills", partial(are_killed, args.kills), kill_trial)}
+    others = {
         "pairs": (args.pairs, pair_trial),
         "odd files": (min(args.odd, len(ODD_CASES)), odd_trial),
         "full disks": (args.full, full_trial),
     }
-    trials = {}
-    for kind, (count, trial) in counts.items():
-        trials[kind] = campaign.run_trials(kind, count, trial)
+    for kind, (count, trial) in others.items():
+        trials[kind] = campaign.run_trials(kind, partial(are_as_many, count), trial)
     print(table_of(trials))
     if os.geteuid() != 0:
         print("left out without root: full disks on a file system of their own")
