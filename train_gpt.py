@@ -2148,6 +2148,30 @@ MAX_LOG_BYTES = 2**30
 MAX_WEIGHTS_BYTES = 2**34
 
 
+class NamedFile(io.FileIO):
+    """A file whose errors of reading name it, as those of opening do."""
+
+    def readinto(self, buffer: Any, /) -> int | None:
+        """Fills a buffer; returns the number of bytes."""
+        with named_errors(self.name):
+            return super().readinto(buffer)
+
+    def readall(self) -> bytes | None:
+        """All that is left."""
+        with named_errors(self.name):
+            return super().readall()
+
+
+@contextlib.contextmanager
+def named_errors(path: str) -> Iterator[None]:
+    """Gives an OSError that does not know its file the path of it."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or path
+        raise
+
+
 def open_regular(path: Path, max_bytes: float = math.inf) -> io.BufferedReader:
     """Opens a file of at most `max_bytes` for reading.
 
@@ -2163,7 +2187,7 @@ def open_regular(path: Path, max_bytes: float = math.inf) -> io.BufferedReader:
     if kind != stat.S_IFREG:
         reason = f"is {FILE_KINDS.get(kind, 'something else')}, not a file"
         raise OSError(errno.EINVAL, reason, str(path))
-    file = open(path, "rb")  # noqa: SIM115
+    file = io.BufferedReader(NamedFile(str(path)))
     size = os.fstat(file.fileno()).st_size
     if size > max_bytes:
         file.close()

@@ -282,7 +282,11 @@ def main(argv: list[str]) -> int:
         return training_replay.main(argv[1:])
     args = parse(argv)
     if args.log:
-        return judge_logs(args.log)
+        try:
+            return judge_logs(args.log)
+        except OSError as error:
+            print(f"audit.py: {error.filename}: {error.strerror}", file=sys.stderr)
+            return 2
     try:
         return judge_artifact(args, dict(os.environ))
     except OSError as error:

@@ -15,12 +15,17 @@ def sha256(data: bytes) -> str:
 def file_sha256(path: Path) -> str:
     """The SHA-256 of a file, read in blocks of 1 MiB because shards are large.
 
-    Raises OSError for what is no file, as a FIFO, which would make the program wait.
+    Raises OSError for what is no file, as a FIFO, which would make the program wait. An OSError
+    names the file.
     """
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "is not a file", str(path))
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+    try:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
     return digest.hexdigest()

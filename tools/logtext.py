@@ -73,8 +73,16 @@ BYTE_ORDER_MARKS = {
 
 
 def read_text(path: Path) -> str:
-    """The text of a log file, whatever its encoding. Raises LogError if it is no text."""
-    return decode(path.read_bytes())
+    """The text of a log file, whatever its encoding. Raises LogError if it is no text.
+
+    An OSError names the file.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+    return decode(content)
 
 
 def decode(content: bytes) -> str:

@@ -821,19 +821,19 @@ def open_input(path: Path) -> BinaryIO:
     """Decompressed bytes of a file. Raises UsageError for an unknown suffix."""
     kind = path.suffix
     # Files are read more than once, which nothing but a file allows.
-    open_regular(path).close()
+    file = open_regular(path)
     if kind in (".zst", ".gz"):
         kind = "".join(path.suffixes[-2:])
     if kind in (".txt", ".jsonl"):
-        return path.open("rb")
+        return file
     if kind == ".jsonl.gz":
-        return gzip.open(path)
+        return gzip.open(file)
     if kind != ".jsonl.zst":
         raise UsageError(f"{path}: expected .jsonl, .jsonl.zst, .jsonl.gz or .txt")
     if zstandard is None:
         raise UsageError(f"{path}: reading .zst files needs the zstandard package")
     decompressor = zstandard.ZstdDecompressor()
-    return io.BufferedReader(decompressor.stream_reader(path.open("rb"), read_across_frames=True))
+    return io.BufferedReader(decompressor.stream_reader(file, read_across_frames=True))
 
 
 def parse_line(line: bytes, field: str) -> str:
