@@ -2665,6 +2665,22 @@ def load_manifest(cfg: Config) -> tuple[dict[str, Any], str, str | None]:
 CASE_OPERATORS = "\ue001\ue002\ue003\ue004"
 
 
+def parse_tokenizer(data: bytes) -> Any:
+    """The SentencePieceProcessor of a serialised model.
+
+    Raises RuntimeError for any other content, UsageError without the package.
+    """
+    # Imported here, because benchmarks that use this file without text need no such package.
+    try:
+        import sentencepiece
+    except ImportError as error:
+        raise UsageError(f"{error}: make install, or pip install sentencepiece") from error
+    # SentencePiece takes no content for no model, in silence.
+    if not data:
+        raise RuntimeError("it is empty")
+    return sentencepiece.SentencePieceProcessor(model_proto=data)
+
+
 class Tokenizer(NamedTuple):
     """The SentencePiece tokenizer of the data set."""
 
@@ -2681,17 +2697,11 @@ class Tokenizer(NamedTuple):
         Raises UsageError if the file is no tokenizer, has another size than VOCAB_SIZE, miscounts
         bytes, or is not the tokenizer that the manifest names.
         """
-        # Imported here, because benchmarks that use this file without text need no such package.
-        try:
-            import sentencepiece
-        except ImportError as error:
-            raise UsageError(f"{error}: make install, or pip install sentencepiece") from error
-
         manifest, default_name, wanted_sha256 = load_manifest(cfg)
         path = Path(cfg.tokenizer_path or Path(cfg.data_dir) / "tokenizers" / default_name)
         try:
             data = read_regular(path, MAX_TOKENIZER_BYTES)
-            model = sentencepiece.SentencePieceProcessor(model_proto=data)
+            model = parse_tokenizer(data)
         except (OSError, RuntimeError) as error:
             if not os.path.lexists(path):
                 remedy = how_to_get(cfg.dataset_dir) + ", TOKENIZER_PATH"

@@ -85,6 +85,19 @@ def test_preparing_does_not_wait_for_what_is_no_file(folder, capsys, odd):
     must_refuse(capsys, prepare_data.main, "odd.model", *words)
 
 
+def test_an_empty_tokenizer_is_none(folder, tiny_data, capsys):
+    """SentencePiece would say nothing, and know no piece."""
+    (folder / "empty.model").touch()
+    (folder / "good.jsonl").write_text('{"text": "a"}\n' * 3)
+    words = ("text", "good.jsonl", "--tokenizer", "empty.model")
+    must_refuse(capsys, prepare_data.main, "empty.model is not a SentencePiece model", *words)
+    shutil.copytree(tiny_data, "data")
+    (model,) = Path("data/tokenizers").glob("*.model")
+    model.write_bytes(b"")
+    assert status_of(prepare_data.main, "doctor", SHARDS, "--workers", "1") != 0
+    assert "no SentencePiece model" in "".join(capsys.readouterr())
+
+
 @pytest.mark.parametrize("odd", ODD_FILES)
 def test_packing_does_not_wait_for_what_is_no_file(folder, capsys, odd):
     (folder / "run").mkdir()

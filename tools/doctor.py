@@ -57,6 +57,7 @@ from train_gpt import (  # noqa: E402
     SHARD_HEADER,
     ByteTable,
     UsageError,
+    parse_tokenizer,
     read_regular,
     read_shard,
     shard_paths,
@@ -240,7 +241,7 @@ def load_tokenizer(path: Path, manifest: dict[str, Any], faults: list[Fault]) ->
     """
     try:
         data = read_regular(path, MAX_TOKENIZER_BYTES)
-        sp = spm.SentencePieceProcessor(model_proto=data)
+        sp = parse_tokenizer(data)
     except (OSError, RuntimeError) as reason:
         text = f"no SentencePiece model at {path} ({type(reason).__name__})"
         faults.append(error("tokenizer", path.name, text))

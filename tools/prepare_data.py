@@ -77,6 +77,7 @@ from train_gpt import (  # noqa: E402
     FileLock,
     UsageError,
     open_regular,
+    parse_tokenizer,
     read_regular,
     read_shard,
     reason_of,
@@ -99,7 +100,7 @@ def load_tokenizer(model: bytes, name: object) -> spm.SentencePieceProcessor:
     shards can hold.
     """
     try:
-        sp = spm.SentencePieceProcessor(model_proto=model)
+        sp = parse_tokenizer(model)
     except RuntimeError:
         raise UsageError(f"{name} is not a SentencePiece model") from None
     if sp.bos_id() < 0 or sp.vocab_size() > 1 << 16:
