@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import collections
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -37,6 +39,18 @@ def test_a_short_campaign_finds_no_fault_and_goes_on_where_it_was(folder, capsys
     assert faults.main(words) == 0
     assert capsys.readouterr().out == table
     assert [*folder.glob("*/*-*")] == []
+
+
+def test_a_small_disk_that_a_killed_campaign_has_left_is_taken_away(tmp_path):
+    trial = tmp_path / "full disks-0"
+    (trial / "disk").mkdir(parents=True)
+    command = ["mount", "-t", "tmpfs", "-o", "size=100000", "faults", str(trial / "disk")]
+    if os.geteuid() or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("this user may mount nothing")
+    (trial / "disk/file").touch()
+    faults.clear(trial)
+    assert not trial.exists()
+    faults.clear(trial)
 
 
 def test_another_result_and_a_file_that_is_not_whole_are_faults(folder):

@@ -212,7 +212,7 @@ class Campaign:
                 trials.append(done[number])
                 continue
             folder = self.folder / f"{kind}-{number}"
-            shutil.rmtree(folder, ignore_errors=True)
+            clear(folder)
             folder.mkdir()
             rng = random.Random(f"{self.seed}/{kind}/{number}")
             try:
@@ -456,6 +456,14 @@ runpy.run_path({script!r}, run_name="__main__")
 """
 
 
+def clear(folder: Path) -> None:
+    """Removes the folder of a trial, and the file system that a killed campaign has left in it."""
+    disk = folder / "disk"
+    if disk.is_mount():
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 @contextlib.contextmanager
 def small_disk(folder: Path, size: int) -> Iterator[bool]:
     """A file system of its own at a folder; False where this process may not mount one."""
@@ -558,4 +566,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # Otherwise a trial's file system would stay mounted.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     sys.exit(main())

@@ -122,9 +122,9 @@ def as_table(head: str, groups: list[Group]) -> str:
     rows = []
     for group in [*groups, every]:
         gains = group.gains
-        hits = float((gains > 0).mean()) if len(gains) else math.nan
+        hits = f"{float((gains > 0).mean()):.1%}" if len(gains) else "-"
         bpb = float(gains.sum()) / math.log(2) / max(group.bytes, 1)
-        cells = [f"{group.targets:,}", f"{len(gains) / max(group.targets, 1):.2%}", f"{hits:.1%}"]
+        cells = [f"{group.targets:,}", f"{len(gains) / max(group.targets, 1):.2%}", hits]
         rows.append([group.name, *cells, f"{bpb:.5f}", f"{float(gains.sum()) / total:.1%}"])
     return markdown_table([head, "targets", "hinted", "hits", "gain, bpb", "part of it"], rows)
 
