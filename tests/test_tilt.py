@@ -280,10 +280,14 @@ def test_without_the_tilt_a_batch_has_no_hints_and_nothing_is_looked_up(monkeypa
     assert batches and all(batch.hints is None for batch in batches)
 
 
+@pytest.mark.parametrize("transform", ["", "_caseops"])
 def test_log_and_tool_say_what_the_order_is_and_where_hints_gained(
-    tiny_data: Path, tmp_path: Path, monkeypatch, capsys
+    tiny_data: Path, caseops_data: Path, tmp_path: Path, monkeypatch, capsys, transform
 ):
-    environ = {**TINY, "DATA_DIR": str(tiny_data), "RUN_ID": "a", "TILT_ORDER": "3"}
+    data = caseops_data if transform else tiny_data
+    dataset = TINY["DATASET"] + transform
+    environ = {**TINY, "DATA_DIR": str(data), "DATASET": dataset, "TILT_ORDER": "3"}
+    environ |= {"RUN_ID": "a"}
     environ |= {"ITERATIONS": "1", "WARMUP_STEPS": "0", "TTT_ENABLED": "0"}
     done = run_script(environ, tmp_path)
     assert done.returncode == 0, done.stderr
@@ -292,8 +296,8 @@ def test_log_and_tool_say_what_the_order_is_and_where_hints_gained(
     saved = np.load(tmp_path / "runs" / "a" / "documents.npz")
     assert len(saved["tilt_index"]) == len(saved["tilt_gains"]) > 0
 
-    monkeypatch.setenv("DATA_DIR", str(tiny_data))
-    monkeypatch.setenv("DATASET", TINY["DATASET"])
+    monkeypatch.setenv("DATA_DIR", str(data))
+    monkeypatch.setenv("DATASET", dataset)
     monkeypatch.setenv("VOCAB_SIZE", TINY["VOCAB_SIZE"])
     assert tilt.main([str(tmp_path / "runs" / "a")]) == 0
     kinds, places = capsys.readouterr().out.split("\n\n")

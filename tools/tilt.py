@@ -50,7 +50,7 @@ class Scored(NamedTuple):
     """What an evaluation with the tilt has left, and the text."""
 
     docs: tg.Documents
-    table: tg.ByteTable
+    bytes: np.ndarray  # (targets,) of the original text, in stream order
     texts: list[str]
     index: np.ndarray  # (hints,) stream indices of the hinted targets, rising
     gains: np.ndarray  # (hints,) nats saved
@@ -80,20 +80,22 @@ def load(folder: Path) -> Scored:
     texts = []
     for start, end in docs.spans():
         texts.append(tokenizer.model.decode(docs.tokens[start + 1 : end].tolist()))
-    table = tg.ByteTable.from_sentencepiece(tokenizer.model)
-    return Scored(docs, table, texts, arrays["tilt_index"], arrays["tilt_gains"])
+    index = docs.target_indices()
+    if docs.bytes is None:
+        table = tg.ByteTable.from_sentencepiece(tokenizer.model)
+        sizes = table.bytes_of(docs.tokens[index], docs.tokens[index + 1])
+    else:
+        sizes = docs.bytes[index + 1]
+    return Scored(docs, sizes, texts, arrays["tilt_index"], arrays["tilt_gains"])
 
 
 def group_targets(scored: Scored, group_of_target: np.ndarray, names: list[str]) -> Iterator[Group]:
     """One group for each name; group_of_target: (targets,) in stream order."""
-    docs = scored.docs
-    index = docs.target_indices()
-    sizes = scored.table.bytes_of(docs.tokens[index], docs.tokens[index + 1])
-    group_of_hint = group_of_target[np.searchsorted(index, scored.index)]
+    group_of_hint = group_of_target[np.searchsorted(scored.docs.target_indices(), scored.index)]
     for number, name in enumerate(names):
         members = group_of_target == number
         gains = scored.gains[group_of_hint == number]
-        yield Group(name, int(members.sum()), float(sizes[members].sum()), gains)
+        yield Group(name, int(members.sum()), float(scored.bytes[members].sum()), gains)
 
 
 def by_kind(scored: Scored) -> list[Group]:
