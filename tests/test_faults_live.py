@@ -281,7 +281,9 @@ def test_nohup_keeps_a_run_alive_without_its_terminal(monkeypatch):
 
 
 def test_an_interrupt_while_torch_is_imported_ends_in_a_line(folder):
-    (folder / "torch.py").write_text("print('importing', flush=True)\nimport time\ntime.sleep(60)")
+    # A signal just before a long sleep would be seen behind it.
+    naps = "import time\nfor _ in range(2000):\n    time.sleep(0.05)\n"
+    (folder / "torch.py").write_text("print('importing', flush=True)\n" + naps)
     command = [sys.executable, str(ROOT / "train_gpt.py")]
     env = {**os.environ, "PYTHONPATH": str(folder)}
     process = subprocess.Popen(
