@@ -2148,6 +2148,16 @@ MAX_LOG_BYTES = 2**30
 MAX_WEIGHTS_BYTES = 2**34
 
 
+@contextlib.contextmanager
+def named_errors(path: str) -> Iterator[None]:
+    """Gives an OSError that does not know its file the path of it."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or path
+        raise
+
+
 class NamedFile(io.FileIO):
     """A file whose errors of reading name it, as those of opening do."""
 
@@ -2160,16 +2170,6 @@ class NamedFile(io.FileIO):
         """All that is left."""
         with named_errors(self.name):
             return super().readall()
-
-
-@contextlib.contextmanager
-def named_errors(path: str) -> Iterator[None]:
-    """Gives an OSError that does not know its file the path of it."""
-    try:
-        yield
-    except OSError as error:
-        error.filename = error.filename or path
-        raise
 
 
 def open_regular(path: Path, max_bytes: float = math.inf) -> io.BufferedReader:
@@ -8377,7 +8377,7 @@ class Run:
         cfg, reserve = self.cfg, self.cfg.gptq_reserve_seconds
         if reserve < 0:
             reserve = max(self.ranks.gather(measured))
-        if cfg.wallclock < 2 * reserve:
+        if self.start.stage == Stage.NOTHING and cfg.wallclock < 2 * reserve:
             self.log(
                 f"warning: compression needs about {reserve:.0f} s, more than half of"
                 f" MAX_WALLCLOCK_SECONDS={cfg.wallclock:g}: the run will end late, unless it is"

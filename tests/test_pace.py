@@ -178,12 +178,17 @@ def test_compression_keeps_at_most_half_of_the_budget_and_says_so():
     lines: list[str] = []
     cfg = SimpleNamespace(gptq_reserve_seconds=-1.0, wallclock=100.0, gptq_calibration_batches=16)
     ranks = SimpleNamespace(gather=lambda seconds: [seconds, 2 * seconds])
-    run = SimpleNamespace(cfg=cfg, ranks=ranks, log=lines.append)
+    start = SimpleNamespace(stage=tg.Stage.NOTHING)
+    run = SimpleNamespace(cfg=cfg, ranks=ranks, log=lines.append, start=start)
     assert tg.Run.agree_on_reserve(run, 20.0) == 40.0
     assert len(lines) == 1
     assert tg.Run.agree_on_reserve(run, 40.0) == 50.0
     assert "warning: compression needs about 80 s" in lines[1]
     assert "MAX_WALLCLOCK_SECONDS=100" in lines[1]
+    # A run that does not train has no budget to divide.
+    start.stage = tg.Stage.TRAINED
+    assert tg.Run.agree_on_reserve(run, 40.0) == 80.0
+    assert len(lines) == 4 and "warning" not in lines[3]
 
 
 class Reshaped(Session):

@@ -326,15 +326,40 @@ def pair_trial(campaign: Campaign, folder: Path, number: int, rng: random.Random
     return Trial(fault, {kind: 1})
 
 
-# Nothing that could be a file: made by name.
+def bind_socket(path: Path) -> None:
+    """Leaves a socket that nobody listens to; its own folder keeps the name short enough."""
+    here = os.open(".", os.O_RDONLY)
+    try:
+        os.chdir(path.parent)
+        with socket.socket(socket.AF_UNIX) as bound:
+            bound.bind(path.name)
+    finally:
+        os.chdir(here)
+        os.close(here)
+
+
+def link_to_fifo(path: Path) -> None:
+    """Makes a FIFO, and a link to it."""
+    os.mkfifo(path.with_name("fifo"))
+    path.symlink_to("fifo")
+
+
+def make_huge(path: Path) -> None:
+    """Makes a file of a terabyte that takes no space."""
+    path.touch()
+    os.truncate(path, 2**40)
+
+
+# What could not be the file: each makes it at a path.
 NO_FILES = {
+    "huge": make_huge,
     "folder": Path.mkdir,
     "FIFO": os.mkfifo,
-    "socket": lambda path: bind_socket(path),
+    "socket": bind_socket,
     "link to itself": lambda path: path.symlink_to(path.name),
     "link to nothing": lambda path: path.symlink_to("nowhere"),
     "link to a folder": lambda path: path.symlink_to("."),
-    "link to a FIFO": lambda path: link_to_fifo(path),
+    "link to a FIFO": link_to_fifo,
     "device of zeros": lambda path: path.symlink_to("/dev/zero"),
     "device of nothing": lambda path: path.symlink_to("/dev/null"),
     "device that is full": lambda path: path.symlink_to("/dev/full"),
@@ -378,25 +403,7 @@ CHANGES: dict[str, Callable[[bytes], bytes]] = {
     "behind a character": lambda data: b"x" + data,
     "as hexadecimal": lambda data: data.hex().encode(),
 }
-ODD_FILES = ("huge", *NO_FILES, *CONTENTS, *CHANGES)
-
-
-def bind_socket(path: Path) -> None:
-    """Leaves a socket that nobody listens to; its own folder keeps the name short enough."""
-    here = os.open(".", os.O_RDONLY)
-    try:
-        os.chdir(path.parent)
-        with socket.socket(socket.AF_UNIX) as bound:
-            bound.bind(path.name)
-    finally:
-        os.chdir(here)
-        os.close(here)
-
-
-def link_to_fifo(path: Path) -> None:
-    """Makes a FIFO, and a link to it."""
-    os.mkfifo(path.with_name("fifo"))
-    path.symlink_to("fifo")
+ODD_FILES = (*NO_FILES, *CONTENTS, *CHANGES)
 
 
 def make_odd(kind: str, path: Path, good: bytes) -> None:
@@ -405,11 +412,8 @@ def make_odd(kind: str, path: Path, good: bytes) -> None:
         NO_FILES[kind](path)
     elif kind in CONTENTS:
         path.write_bytes(CONTENTS[kind])
-    elif kind in CHANGES:
+    else:
         path.write_bytes(CHANGES[kind](good))
-    else:  # a terabyte that takes no space
-        path.touch()
-        os.truncate(path, 2**40)
 
 
 ODD_PLACES = {
