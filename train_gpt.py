@@ -864,7 +864,11 @@ class AdaptationKnobs:
 class KernelKnobs:
     """Kernels, compilation and warm-up."""
 
-    compute_dtype: str = knob("bf16", "dtype of activations and products", choices=("bf16", "fp32"))
+    compute_dtype: str = knob(
+        "bf16",
+        "dtype of activations and products; auto: bf16, but fp32 on a CPU that is slow in bf16",
+        choices=("auto", "bf16", "fp32"),
+    )
     compile: bool = knob(True, "use torch.compile for the forwards and Newton-Schulz")
     warmup_steps: int = knob(3, "synthetic steps per graph, undone; 0: compile inside the run")
     recompile_limit: int = knob(-1, "compilations allowed after warm-up; -1: any number", -1)
@@ -881,7 +885,7 @@ class KernelKnobs:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of activations and products."""
+        """The dtype of activations and products. A run replaces "auto"; elsewhere it is fp32."""
         return torch.bfloat16 if self.compute_dtype == "bf16" else torch.float32
 
     def rules(self) -> Iterator[Rule]:
@@ -1351,7 +1355,7 @@ CPU = dict(
     vocab_size=1024,
     compile=False,
     # bf16 takes ten times as long on a processor without instructions for it.
-    compute_dtype="fp32",
+    compute_dtype="auto",
     num_layers=6,
     model_dim=192,
     num_heads=3,
@@ -7623,6 +7627,26 @@ def configure_torch(cfg: Config) -> None:
     torch.fx.experimental._config.use_duck_shape = False
 
 
+def faster_dtype(device: torch.device) -> tuple[str, str]:
+    """COMPUTE_DTYPE for a device, and a line for the log: fp32 on a CPU that is slow in bf16.
+
+    A CPU computes a small product in both. All else in a step costs a little more in bf16, so its
+    products must take less than half of the time.
+    """
+    if device.type != "cpu":
+        return "bf16", "compute_dtype: bf16 (this device is made for it)"
+    seconds = {}
+    for _ in range(5):
+        for dtype in (torch.bfloat16, torch.float32):
+            matrix = torch.ones(512, 512, dtype=dtype)
+            start = time.monotonic()
+            torch.mm(matrix, matrix)
+            seconds[dtype] = min(seconds.get(dtype, math.inf), time.monotonic() - start)
+    ratio = seconds[torch.bfloat16] / seconds[torch.float32]
+    chosen = "bf16" if ratio < 0.5 else "fp32"
+    return chosen, f"compute_dtype: {chosen} (a product in bf16 takes {ratio:.2f} of that in fp32)"
+
+
 def compile_any_size(model: nn.Module) -> Callable:
     """The compiled forward of adaptation: one graph for all sizes."""
     options = {}
@@ -7771,9 +7795,15 @@ class Run:
         origin: where each field of `cfg` comes from, as Config.from_env returns it.
         early_warnings: for the log, before those of the config.
         """
-        self.cfg = cfg
         self.ranks = ranks
         self.start = Start()
+        lines = []
+        if cfg.compute_dtype == "auto":
+            compute_dtype, line = ranks.gather(faster_dtype(ranks.device))[0]
+            cfg = dataclasses.replace(cfg, compute_dtype=compute_dtype)
+            origin = {**origin, "compute_dtype": "measured"}
+            lines.append(line)
+        self.cfg = cfg
         # The figures of the final line, and the phases that are over.
         self.final: dict[str, Any] = {}
         self.phases: list[Phase] = []
@@ -7786,7 +7816,7 @@ class Run:
         self.tuner = TileTuner()
         use_tuner(self.tuner)
         with self.phase("check", budget="none"):
-            lines = self.check_together(origin)
+            lines += self.check_together(origin)
 
         cfg = self.cfg
         run_id = self.claim_names(lines)

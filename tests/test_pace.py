@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,10 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY, run_script, tiny_config
+from conftest import ROOT, TINY, run_script, tiny_config
 from test_optim import cpu_ranks, weights_of
 from test_training import Session, Slow, assert_same, warmed_up
 from torch import Tensor
+
+sys.path.insert(0, str(ROOT / "tools"))
+import runlog
 
 import train_gpt as tg
 
@@ -172,6 +176,39 @@ def test_a_busy_core_costs_the_run_one_thread(monkeypatch, with_3, with_2, chose
 def test_only_a_lone_process_without_a_number_of_threads_chooses_one():
     assert tg.Ranks({}).may_choose_threads != torch.cuda.is_available()
     assert not tg.Ranks({"OMP_NUM_THREADS": "2"}).may_choose_threads
+
+
+@pytest.mark.parametrize(
+    "in_bf16, in_fp32, chosen", [(1.0, 3.0, "bf16"), (1.0, 1.5, "fp32"), (9.0, 1.0, "fp32")]
+)
+def test_a_cpu_computes_in_bf16_only_where_it_multiplies_twice_as_fast_in_it(
+    monkeypatch, in_bf16, in_fp32, chosen
+):
+    clock = [0.0]
+    monkeypatch.setattr(tg.time, "monotonic", lambda: clock[0])
+
+    def product(a: torch.Tensor, b: torch.Tensor) -> None:
+        clock[0] += in_bf16 if a.dtype == b.dtype == torch.bfloat16 else in_fp32
+
+    monkeypatch.setattr(tg.torch, "mm", product)
+    assert tg.faster_dtype(torch.device("cpu"))[0] == chosen
+    assert tg.faster_dtype(torch.device("cuda"))[0] == "bf16"
+
+
+@pytest.mark.parametrize("measured", ["bf16", "fp32"])
+def test_a_measured_dtype_is_in_the_log_and_in_the_variables_of_an_evaluation(
+    tiny_data, tmp_path, monkeypatch, measured
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tg, "faster_dtype", lambda device: (measured, f"compute_dtype: {measured}"))
+    cfg = tiny_config(data_dir=str(tiny_data), compute_dtype="auto")
+    run = tg.Run(cfg, dict.fromkeys(vars(cfg), "preset"), cpu_ranks())
+    assert run.cfg.compute_dtype == measured
+    assert run.made_with["compute_dtype"] == measured
+    (log,) = Path("logs").glob("*.txt")
+    text = log.read_text()
+    assert f"  compute_dtype: {measured} (measured)" in text
+    assert runlog.evaluation_variables(text)["COMPUTE_DTYPE"] == measured
 
 
 def test_compression_keeps_at_most_half_of_the_budget_and_says_so():

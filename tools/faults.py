@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import gzip
 import hashlib
 import json
 import math
@@ -24,7 +23,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -33,7 +31,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "tests")]
@@ -41,6 +39,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import prepare_data  # noqa: E402
 import torch  # noqa: E402
 import warm_process  # noqa: E402
+from odd_files import ODD_FILES, make_odd  # noqa: E402
 from tables import markdown_table  # noqa: E402
 from tiny_run import TINY  # noqa: E402
 
@@ -192,6 +191,23 @@ class Campaign:
             if prepare_data.main([*words, "--data-dir", str(self.data)]):
                 raise RuntimeError("the data set could not be prepared")
 
+    def finished(self) -> Path:
+        """A folder with the uninterrupted run, its data and its packed form."""
+        made = self.folder / "finished"
+        if not made.is_dir():
+            staged = self.folder / "finished.part"
+            shutil.rmtree(staged, ignore_errors=True)
+            shutil.copytree(self.folder / "calm", staged)
+            shutil.copytree(self.data, staged / "data")
+            for split in ("train", "val"):
+                shutil.copy(self.folder / f"{split}.jsonl", staged)
+            words = ["runs/calm", "packed", "--log", "logs/calm.txt", "--source", str(self.script)]
+            run = Started(staged, "pack", {}, ROOT / "tools/pack.py", *words)
+            if run.end() != 0:
+                raise RuntimeError(run.complaint())
+            staged.rename(made)
+        return made
+
     def run_trials(
         self, kind: str, is_enough: Callable[[list[Trial]], bool], trial: Callable[..., Trial]
     ) -> list[Trial]:
@@ -326,96 +342,6 @@ def pair_trial(campaign: Campaign, folder: Path, number: int, rng: random.Random
     return Trial(fault, {kind: 1})
 
 
-def bind_socket(path: Path) -> None:
-    """Leaves a socket that nobody listens to; its own folder keeps the name short enough."""
-    here = os.open(".", os.O_RDONLY)
-    try:
-        os.chdir(path.parent)
-        with socket.socket(socket.AF_UNIX) as bound:
-            bound.bind(path.name)
-    finally:
-        os.chdir(here)
-        os.close(here)
-
-
-def link_to_fifo(path: Path) -> None:
-    """Makes a FIFO, and a link to it."""
-    os.mkfifo(path.with_name("fifo"))
-    path.symlink_to("fifo")
-
-
-def make_huge(path: Path) -> None:
-    """Makes a file of a terabyte that takes no space."""
-    path.touch()
-    os.truncate(path, 2**40)
-
-
-# What could not be the file: each makes it at a path.
-NO_FILES = {
-    "huge": make_huge,
-    "folder": Path.mkdir,
-    "FIFO": os.mkfifo,
-    "socket": bind_socket,
-    "link to itself": lambda path: path.symlink_to(path.name),
-    "link to nothing": lambda path: path.symlink_to("nowhere"),
-    "link to a folder": lambda path: path.symlink_to("."),
-    "link to a FIFO": link_to_fifo,
-    "device of zeros": lambda path: path.symlink_to("/dev/zero"),
-    "device of nothing": lambda path: path.symlink_to("/dev/null"),
-    "device that is full": lambda path: path.symlink_to("/dev/full"),
-    "device of noise": lambda path: path.symlink_to("/dev/urandom"),
-    "terminal": lambda path: path.symlink_to("/dev/ptmx"),
-    "memory of the process": lambda path: path.symlink_to("/proc/self/mem"),
-}
-# Files of another content, whatever stood there before.
-CONTENTS = {
-    "empty": b"",
-    "one byte": b"x",
-    "line end": b"\n",
-    "zeros": bytes(5000),
-    "ones": b"\xff" * 5000,
-    "noise": random.Random(0).randbytes(5000),
-    "control characters": bytes(range(32)) * 20,
-    "words": b"not what was asked for\n" * 200,
-    "page of an error": b"<!DOCTYPE html><html><body><h1>404 Not Found</h1></body></html>\n",
-    "pointer of Git LFS": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
-    "gzip": gzip.compress(bytes(5000)),
-    "zip": b"PK\x05\x06" + bytes(18),
-    "picture": b"\x89PNG\r\n\x1a\n" + bytes(500),
-    "UTF-16": "{}".encode("utf-16"),
-    "nested": b"[" * 100_000,
-    "nested objects": b'{"a":' * 100_000,
-    "null": b"null",
-    "true": b"true",
-    "number": b"7",
-    "NaN": b"NaN",
-    "huge number": b"9" * 5000,
-    "string": b'"text"',
-    "list": b"[]",
-    "object": b"{}",
-    "pickle of a call": b"cos\nsystem\n(S'exit 7'\ntR.",
-}
-# What becomes of the bytes of the good file.
-CHANGES: dict[str, Callable[[bytes], bytes]] = {
-    "first half": lambda data: data[: len(data) // 2],
-    "all but three bytes": lambda data: data[:-3],
-    "backwards": lambda data: data[::-1],
-    "behind a character": lambda data: b"x" + data,
-    "as hexadecimal": lambda data: data.hex().encode(),
-}
-ODD_FILES = (*NO_FILES, *CONTENTS, *CHANGES)
-
-
-def make_odd(kind: str, path: Path, good: bytes) -> None:
-    """Makes something odd, one of ODD_FILES, where the bytes of a good file should be."""
-    if kind in NO_FILES:
-        NO_FILES[kind](path)
-    elif kind in CONTENTS:
-        path.write_bytes(CONTENTS[kind])
-    else:
-        path.write_bytes(CHANGES[kind](good))
-
-
 ODD_PLACES = {
     "training shard": "data/datasets/tiny_sp320/tiny_train_000000.bin",
     "validation shard": "data/datasets/tiny_sp320/tiny_val_000000.bin",
@@ -427,6 +353,51 @@ ODD_PLACES = {
     "checkpoint": "runs/odd/checkpoint.0.pt",
 }
 ODD_CASES = [(place, odd) for place in ODD_PLACES for odd in ODD_FILES]
+
+
+class Reader(NamedTuple):
+    """A tool beside a finished run, its packed form and its data, and the file that becomes odd."""
+
+    path: str
+    words: str  # its command line
+
+
+LOG = "logs/calm.txt"
+ARTIFACT = "runs/calm/final_model.int6.ptz"
+DOCUMENTS = "runs/calm/documents.npz"
+SHARDS = "data/datasets/tiny_sp320"
+TOKENIZER = "data/tokenizers/tiny_sp320.model"
+PREPARE = "prepare_data.py text train.jsonl --val val.jsonl --name again --data-dir again"
+DOCTOR = f"prepare_data.py doctor {SHARDS} --workers 1"
+REPLAY = f"audit.py replay {LOG} {ARTIFACT} --documents 2"
+READERS = {
+    "log, report": Reader(LOG, f"report.py {LOG}"),
+    "log, history": Reader(LOG, f"report.py --history {LOG} --html page.html"),
+    "log, audit": Reader(LOG, f"audit.py --log {LOG}"),
+    "log, replay": Reader(LOG, REPLAY),
+    "log, training replay": Reader(LOG, f"audit.py training {LOG} --steps 1"),
+    "log, pack": Reader(LOG, f"pack.py runs/calm out --log {LOG}"),
+    "log, picture": Reader(LOG, f"picture.py {LOG}"),
+    "artifact, container": Reader(ARTIFACT, f"container.py {ARTIFACT}"),
+    "artifact, audit": Reader(ARTIFACT, f"audit.py {ARTIFACT} --tests T1 --docs 2"),
+    "artifact, replay": Reader(ARTIFACT, REPLAY),
+    "artifact, pack": Reader(ARTIFACT, "pack.py runs/calm out"),
+    "artifact, samples": Reader(ARTIFACT, "samples.py runs/calm --tokens 2"),
+    "documents, replay": Reader(DOCUMENTS, REPLAY),
+    "documents, pack": Reader(DOCUMENTS, "pack.py runs/calm out"),
+    "documents, tilt": Reader(DOCUMENTS, "tilt.py runs/calm"),
+    "documents, page": Reader(DOCUMENTS, f"report.py {LOG} --html page.html"),
+    "scores, pack": Reader("runs/calm/scores.json", "pack.py runs/calm out"),
+    "claim, check": Reader("packed/submission.json", "pack.py --check packed"),
+    "sums, check": Reader("packed/SHA256SUMS", "pack.py --check packed"),
+    "code, check": Reader("packed/train_gpt.py", "pack.py --check packed"),
+    "text, preparation": Reader("train.jsonl", f"{PREPARE} --vocab-size 320"),
+    "tokenizer, preparation": Reader(TOKENIZER, f"{PREPARE} --tokenizer {TOKENIZER}"),
+    "shard, doctor": Reader(f"{SHARDS}/tiny_train_000000.bin", DOCTOR),
+    "manifest, doctor": Reader(f"{SHARDS}/manifest.json", DOCTOR),
+    "tokenizer, doctor": Reader(TOKENIZER, DOCTOR),
+}
+TOOL_CASES = [(reader, odd) for reader in READERS for odd in ODD_FILES]
 
 
 def odd_trial(campaign: Campaign, folder: Path, number: int, rng: random.Random) -> Trial:
@@ -450,6 +421,40 @@ def odd_trial(campaign: Campaign, folder: Path, number: int, rng: random.Random)
     if not fault and (path.name not in run.complaint() or run.complaint().count("\n") != 1):
         fault = f"its line does not name the file: {run.complaint()[:300]}"
     return Trial(f"{odd} as {place}: {fault}" if fault else "", {place: 1})
+
+
+def tool_trial(campaign: Campaign, folder: Path, number: int, rng: random.Random) -> Trial:
+    """A tool that finds something odd in the place of a file."""
+    name, odd = TOOL_CASES[number]
+    reader = READERS[name]
+    beside = folder / "beside"
+    shutil.copytree(campaign.finished(), beside)
+    path = beside / reader.path
+    data = path.read_bytes()
+    path.unlink()
+    make_odd(odd, path, data)
+    tool, *words = reader.words.split()
+    env = {"DATA_DIR": "data", "PYTHONDONTWRITEBYTECODE": "1"}
+    run = Started(beside, "tool", env, ROOT / "tools" / tool, *words)
+    if run.end(60) == -signal.SIGKILL:
+        return Trial(f"{odd} as {name}: waits", {})
+    fault = fault_of_tool(run, tool, path.name)
+    return Trial(f"{odd} as {name}: {fault}" if fault else "", {name: 1})
+
+
+def fault_of_tool(run: Started, tool: str, name: str) -> str:
+    """What is wrong with how a tool told of an odd file; empty if nothing is."""
+    status = run.process.exitcode
+    text = run.complaint()
+    lines = text.splitlines()
+    if status not in (0, 1, 2) or "Traceback" in text or not all(map(str.isprintable, lines)):
+        return f"status {status}: {text[-300:]}"
+    said = text + run.out.read_text(errors="replace")
+    if status == 2 and name not in said:
+        return f"its line does not name the file: {said[:300]}"
+    if status == 2 and len(lines) > 1 and any(not line.startswith(f"{tool}: ") for line in lines):
+        return f"more than lines of its own: {text[:300]}"
+    return ""
 
 
 LIMITED = """
@@ -547,8 +552,14 @@ def build_parser() -> argparse.ArgumentParser:
     add("--kills", type=int, default=1000, help="about so many kills (default 1000)")
     add("--pairs", type=int, default=30, help="pairs of processes (default 30)")
     add("--odd", type=int, default=len(ODD_CASES), help="odd files (default all)")
+    add("--tools", type=int, default=len(TOOL_CASES), help="odd files for tools (default all)")
     add("--full", type=int, default=60, help="full disks (default 60)")
     return parser
+
+
+def leave(number: int, _: object) -> NoReturn:
+    """Ends the campaign for a signal, and cleans up."""
+    sys.exit(128 + number)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -559,6 +570,7 @@ def main(argv: list[str] | None = None) -> int:
     others = {
         "pairs": (args.pairs, pair_trial),
         "odd files": (min(args.odd, len(ODD_CASES)), odd_trial),
+        "odd files, tools": (min(args.tools, len(TOOL_CASES)), tool_trial),
         "full disks": (args.full, full_trial),
     }
     for kind, (count, trial) in others.items():
@@ -571,5 +583,5 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     # Otherwise a trial's file system would stay mounted.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    signal.signal(signal.SIGTERM, leave)
     sys.exit(main())

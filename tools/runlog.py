@@ -115,7 +115,7 @@ class Setting(NamedTuple):
     """A knob as a log shows it."""
 
     value: str
-    origin: str  # "default", "preset" or "env"; "" where a published log does not say
+    origin: str  # "default", "preset", "env" or "measured"; "" where a published log does not say
 
 
 SETTING = re.compile(r"^ {1,4}(\w+): ?(.*?)(?: \(([a-z]+)\))?$")
@@ -206,14 +206,15 @@ def evaluation_variables(text: str) -> dict[str, str]:
 
 
 def variables_of(settings: dict[str, Setting]) -> dict[str, str]:
-    """The environment that makes an evaluation a run's: its preset and what its user had set.
+    """The environment that makes an evaluation a run's: its preset and what was set or measured.
 
     Bookkeeping and paths are left out: they say where, not what.
     """
     variables = {}
     for name, setting in settings.items():
         is_place = name in BOOKKEEPING or name.endswith(("_dir", "_path"))
-        if name == "preset" or (setting.origin == "env" and not is_place):
+        is_given = setting.origin in ("env", "measured") and not is_place
+        if name == "preset" or is_given:
             variables[name.upper()] = {"True": "1", "False": "0"}.get(setting.value, setting.value)
     return variables
 
