@@ -23,14 +23,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_short_campaign_finds_no_fault_and_goes_on_where_it_was(folder, capsys):
-    words = ["--folder", str(folder), "--kills", "2", "--pairs", "0", "--odd", "1", "--full", "1"]
+    words = ["--folder", str(folder), "--kills", "2", "--pairs", "0"]
+    words += ["--odd", "1", "--tools", "1", "--full", "1"]
     assert faults.main(words) == 0, capsys.readouterr()
     table = capsys.readouterr().out
     (log,) = folder.glob("*/trials.jsonl")
     trials = log.read_text()
     done = [json.loads(line) for line in trials.splitlines()]
     kinds = dict.fromkeys(trial["kind"] for trial in done)
-    assert list(kinds) == ["kills", "odd files", "full disks"]
+    assert list(kinds) == ["kills", "odd files", "odd files, tools", "full disks"]
     kills = [sum(trial["counts"].values()) for trial in done if trial["kind"] == "kills"]
     # It ends as soon as there are enough; a trial that was not killed counts as one.
     assert sum(max(1, number) for number in kills) >= 2 > sum(max(1, n) for n in kills[:-1])

@@ -702,7 +702,10 @@ def test_size_counts_the_packed_code_to_the_byte(tmp_path, capsys):
         (lambda root: (root / "logs/s1.txt").unlink(), "--log must name it"),
         (lambda root: (root / "logs/s1.txt").write_text("step:1\n"), "s1.txt: has 0 final lines"),
         (lambda root: (root / "runs/s1" / ARTIFACT).unlink(), "holds no artifact"),
-        (lambda root: (root / "runs/s1" / ARTIFACT).write_bytes(b"another's"), "holds no artifact"),
+        (
+            lambda root: (root / "runs/s1" / ARTIFACT).write_bytes(b"another's"),
+            "is not the artifact",
+        ),
         (
             lambda root: (root / "logs/s1.txt").write_bytes(
                 (root / "logs/s1.txt").read_bytes()[3:]

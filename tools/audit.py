@@ -132,7 +132,7 @@ def knobs_of_log(log: Path, environ: dict[str, str]) -> dict[str, str]:
     """The knobs of a run, without those that the environment sets under any of their names."""
     aliases = load_script(SCRIPT).ALIASES
     given = {aliases.get(name, name) for name in environ}
-    knobs = runlog.evaluation_variables(log.read_text(encoding="utf-8", errors="replace"))
+    knobs = runlog.evaluation_variables(runlog.read_text(log))
     return {name: value for name, value in knobs.items() if name not in given}
 
 
@@ -240,7 +240,11 @@ def judge_artifact(args: argparse.Namespace, environ: dict[str, str]) -> int:
     log = args.run_log or runlog.log_of_run(folder)
     knobs = {}
     if log.is_file():
-        knobs = knobs_of_log(log, environ)
+        try:
+            knobs = knobs_of_log(log, environ)
+        except (OSError, runlog.LogError) as error:
+            print(f"audit.py: {log}: {' '.join(str(error).split())}", file=sys.stderr)
+            return 2
         environ = {**environ, **knobs}
     else:
         log = None

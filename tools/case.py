@@ -97,7 +97,7 @@ class Case:
         changed = {
             **environ,
             **FIXED_KNOBS,
-            "EVAL_ONLY_PATH": str(self.artifact.resolve()),
+            "EVAL_ONLY_PATH": str(self.artifact.absolute()),
             "RUN_ID": "audit",
             "ARTIFACT_DIR": "",
             "DATA_DIR": str(Path(environ.get("DATA_DIR") or "data").resolve()),

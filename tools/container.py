@@ -337,7 +337,10 @@ def main(argv: list[str]) -> int:
         parser.error(f"{args.artifact}: no such file")
     if args.mutants < 0:
         parser.error(f"--mutants {args.mutants}: must be at least 0")
-    data = args.artifact.read_bytes()
+    try:
+        data = tg.read_regular(args.artifact, tg.MAX_ARTIFACT_BYTES)
+    except OSError as error:
+        parser.error(tg.reason_of(error))
     reason = difference(data)
     print(f"{args.artifact}: {len(data)} bytes, {reason or 'the same when packed again'}")
     if reason and is_of_another_library(data):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 from pathlib import Path
+
+from regular import check_regular, named_errors
 
 
 def sha256(data: bytes) -> str:
@@ -18,14 +19,9 @@ def file_sha256(path: Path) -> str:
     Raises OSError for what is no file, as a FIFO, which would make the program wait. An OSError
     names the file.
     """
-    if path.exists() and not path.is_file():
-        raise OSError(errno.EINVAL, "is not a file", str(path))
+    check_regular(path)
     digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
+    with named_errors(path), path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()

@@ -375,7 +375,7 @@ READERS = {
     "log, history": Reader(LOG, f"report.py --history {LOG} --html page.html"),
     "log, audit": Reader(LOG, f"audit.py --log {LOG}"),
     "log, replay": Reader(LOG, REPLAY),
-    "log, training replay": Reader(LOG, f"audit.py training {LOG} --steps 1"),
+    "log, training replay": Reader(LOG, f"audit.py training {LOG} --steps 2"),
     "log, pack": Reader(LOG, f"pack.py runs/calm out --log {LOG}"),
     "log, picture": Reader(LOG, f"picture.py {LOG}"),
     "artifact, container": Reader(ARTIFACT, f"container.py {ARTIFACT}"),

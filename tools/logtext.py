@@ -16,6 +16,11 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
+from regular import read_regular
+
+# A run of 20,000 steps leaves about 3 MB.
+MAX_LOG_BYTES = 1 << 28
+
 
 class LogError(ValueError):
     """A log holds no finished run, or what it holds cannot be read. The message names no file."""
@@ -75,14 +80,9 @@ BYTE_ORDER_MARKS = {
 def read_text(path: Path) -> str:
     """The text of a log file, whatever its encoding. Raises LogError if it is no text.
 
-    An OSError names the file.
+    Raises OSError, which names the file, for what is no file or is too large.
     """
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
-    return decode(content)
+    return decode(read_regular(path, MAX_LOG_BYTES))
 
 
 def decode(content: bytes) -> str:

@@ -191,6 +191,8 @@ def find_artifact(run_dir: Path, logs: list[ReadLog]) -> Origin:
         if path:
             return Origin(path, log)
     shown = ", ".join(str(log.path) for log in logs)
+    if paths:
+        raise UsageError(f"{paths[0]}: is not the artifact that {shown} speaks of")
     raise UsageError(f"{run_dir}: holds no artifact (*.ptz) that {shown} speaks of")
 
 

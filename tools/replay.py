@@ -51,9 +51,10 @@ from digests import file_sha256, sha256
 from fresh_process import MachineError
 from held import HEADER_BYTES, SHARD_MAGIC, DataError, HeldData, tokenizer_by_hash
 from plain_evaluator import Model
+from regular import read_regular
 from run_documents import DOCUMENTS, load_arrays
 
-from train_gpt import FIELDS, UsageError
+from train_gpt import FIELDS, MAX_ARTIFACT_BYTES, UsageError
 
 EXACT_NATS = 1e-4  # nats a token between implementations in fp32
 CONFIDENCE = 0.95
@@ -374,7 +375,8 @@ def read_claim(log: Path, artifact: Path, environ: Mapping[str, str]) -> Claim:
 
     documents.npz lies beside the artifact.
     """
-    text = log.read_text(encoding="utf-8", errors="replace")
+    text = runlog.read_text(log)
+    read_regular(artifact, MAX_ARTIFACT_BYTES)
     final = runlog.read_final(text)
     settings = {name: setting.value for name, setting in runlog.read_settings(text).items()}
     if missing := sorted({*FIGURES} - set(final)):
@@ -475,7 +477,9 @@ def replay(
     faults = list(faults_of_commitment(claim, script))
     memorised = known_too_well(claim, beside)
     draw = draw_documents(claim.held, count, entropy, not claim.crosses_documents)
-    if not np.array_equal(claim.documents["doc_tokens"], claim.held.counts):
+    if file_sha256(claim.artifact) != claim.final.get("artifact_sha256") or not np.array_equal(
+        claim.documents["doc_tokens"], claim.held.counts
+    ):
         facts = facts_of(claim, script, draw, Evaluations({}))
         return Verdict(facts, [], faults, ["nothing was scored: there is no such claim"])
     found = evaluate(claim, script, reference, draw)

@@ -19,7 +19,7 @@ import verdict_page
 from fresh_process import MachineError
 from held import DataError
 
-from train_gpt import write_atomic
+from train_gpt import reason_of, write_atomic
 
 SCRIPT = Path(__file__).resolve().parents[1] / "train_gpt.py"
 
@@ -64,7 +64,10 @@ def main(argv: list[str]) -> int:
     args = parse(argv)
     try:
         claim = replay.read_claim(args.log, args.artifact, os.environ)
-    except (runlog.LogError, OSError, ValueError) as error:
+    except OSError as error:
+        print(f"audit.py replay: {reason_of(error)}", file=sys.stderr)
+        return 2
+    except (runlog.LogError, ValueError) as error:
         print(f"audit.py replay: {args.log}: {error}", file=sys.stderr)
         return 2
     try:

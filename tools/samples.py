@@ -171,7 +171,7 @@ def main(argv: list[str]) -> int:
     tg.prepare_output()
     try:
         sample_run(args.run_dir or newest_run(), max(args.tokens, 1))
-    except tg.UsageError as error:
+    except (tg.UsageError, runlog.LogError) as error:
         print(f"samples.py: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:

@@ -138,8 +138,11 @@ def main(argv: list[str]) -> int:
         return 2
     try:
         scored = load(Path(argv[0]))
-    except tg.UsageError as error:
+    except (tg.UsageError, runlog.LogError) as error:
         print(f"tilt.py: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"tilt.py: {tg.reason_of(error)}", file=sys.stderr)
         return 2
     print(as_table("kind (documents)", by_kind(scored)))
     print()

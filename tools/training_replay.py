@@ -33,6 +33,8 @@ from fresh_process import MachineError
 from held import DataError, HeldData, split_paths, tokenizer_by_hash
 from replay import ReplayError, check_outcome, write_shards
 
+from train_gpt import reason_of
+
 SCRIPT = Path(__file__).resolve().parents[1] / "train_gpt.py"
 LOSS_NATS = 2e-3  # four printed digits, and another machine's rounding in bf16
 FIRST_STEPS = 2  # that no schedule has changed yet
@@ -111,7 +113,7 @@ def is_word(model: Any, token: int) -> bool:
 
 def faults(log: Path, script: Path, reference: Path, steps: int, data_dir: Path) -> list[str]:
     """What the first steps have against the log: a sentence for each fault."""
-    text = log.read_text(encoding="utf-8", errors="replace")
+    text = runlog.read_text(log)
     final = runlog.read_final(text)
     tokenizer = tokenizer_by_hash(data_dir, final["tokenizer_sha256"])
     held = HeldData.load(data_dir / "datasets" / final["dataset"], tokenizer)
@@ -156,6 +158,9 @@ def main(argv: list[str]) -> int:
     data_dir = Path(os.environ.get("DATA_DIR") or "data").resolve()
     try:
         found = faults(args.log, args.script, args.reference, args.steps, data_dir)
+    except OSError as error:
+        print(f"audit.py training: {reason_of(error)}", file=sys.stderr)
+        return 2
     except (runlog.LogError, DataError, KeyError) as error:
         print(f"audit.py training: {args.log}: {error}", file=sys.stderr)
         return 2
