@@ -60,8 +60,19 @@ def assert_same(outcomes: list[Outcome]) -> None:
         assert str(outcome.error) == str(first.error)
 
 
-def test_a_whole_run_with_every_phase(tiny_data, folder, monkeypatch):
-    """Validation, checkpoints, compression, scoring, adapters and phases, while a rank is late."""
+# All weights learn from chunks of the stream, with scoring windows that overlap.
+CHUNKS = {
+    "TTT_MODE": "chunk",
+    "PHASED_TTT_NUM_PHASES": "0",
+    "SLIDING_WINDOW_ENABLED": "1",
+    "EVAL_STRIDE": "16",
+    "TTT_LR": "0.05",
+}
+
+
+@pytest.mark.parametrize("learning", [{}, CHUNKS], ids=["adapters and phases", "chunks"])
+def test_a_whole_run_with_every_phase(tiny_data, folder, monkeypatch, learning):
+    """Validation, checkpoints, compression, scoring and learning, while a rank is late."""
     done = []
     step = tg.Optimizers.step
 
@@ -77,15 +88,15 @@ def test_a_whole_run_with_every_phase(tiny_data, folder, monkeypatch):
         "RUN_ID": "eight",
         "VAL_LOSS_EVERY": "2",
         "CHECKPOINT_EVERY": "1e-9",
+        **learning,
     }
     outcomes = run_all(env, monkeypatch)
-    assert outcomes[0].error is None
+    assert outcomes[0].error is None, outcomes[0].error
     assert_same(outcomes)
     assert len({outcome.result["val_bpb"] for outcome in outcomes}) == 1
     assert set(done) == set(range(WORLD))
-    assert {"train", "calibrate", "quantise", "pack", "score quantized_ttt_lora"} <= set(
-        outcomes[0].result["seconds"]
-    )
+    seconds = outcomes[0].result["seconds"]
+    assert {"train", "calibrate", "quantise", "pack", "score quantized_ttt_lora"} <= seconds.keys()
     names = {collective.name for collective in outcomes[0].collectives}
     assert len(names) == 5  # four operations, and the end
 
@@ -123,8 +134,11 @@ def test_a_signal_to_one_rank_ends_all_after_the_same_step(tiny_data, folder, mo
     assert_same(outcomes)
 
 
+@pytest.mark.parametrize(
+    "learning", [{"PHASED_TTT_NUM_PHASES": "1"}, CHUNKS], ids=["adapters", "chunks"]
+)
 def test_a_deadline_that_is_near_on_one_rank_leaves_every_target_scored(
-    tiny_data, folder, monkeypatch
+    tiny_data, folder, monkeypatch, learning
 ):
     must_stop = tg.Deadline.must_stop
 
@@ -144,7 +158,7 @@ def test_a_deadline_that_is_near_on_one_rank_leaves_every_target_scored(
 
         run.adapt = hurried
 
-    env = {**SHORT, "TTT_ENABLED": "1", "PHASED_TTT_NUM_PHASES": "1", "DATA_DIR": str(tiny_data)}
+    env = {**SHORT, "TTT_ENABLED": "1", "DATA_DIR": str(tiny_data), **learning}
     outcomes = run_all(env, monkeypatch, before)
     assert outcomes[0].error is None
     assert_same(outcomes)

@@ -33,7 +33,7 @@ ONCE_AN_EVALUATION = {
     "ByteTable.to": "copies the bytes of every piece",
 }
 SCORING = {"to_device": TRAINING["to_device"], **ONCE_AN_EVALUATION}
-ALLOWED = {"training": TRAINING, "scoring": SCORING, "adaptation": SCORING}
+ALLOWED = {"training": TRAINING, "scoring": SCORING, "adaptation": SCORING, "chunks": SCORING}
 
 
 def reading_function() -> str:
@@ -83,25 +83,27 @@ def adapt(run: tg.Run) -> None:
     run.adapt(tg.Deadline(math.inf)).result()
 
 
-PHASES = {"training": train, "scoring": score, "adaptation": adapt}
+PHASES = {"training": train, "scoring": score, "adaptation": adapt, "chunks": adapt}
+# In the last, all weights learn instead of adapters.
+CHUNKS = {"TTT_MODE": "chunk", "TTT_CHUNK_TOKENS": "64", "TTT_LR": "0.05"}
 
 
 @pytest.fixture(scope="module")
-def run(tiny_data, tmp_path_factory) -> Iterator[tg.Run]:
-    """A run whose data are there and whose model is not yet made."""
+def runs(tiny_data, tmp_path_factory) -> Iterator[dict[str, tg.Run]]:
+    """By phase, a run whose data are there and whose model is not yet made."""
     env = {**TINY, "DATA_DIR": str(tiny_data), "ITERATIONS": "2", "VAL_DOC_FRACTION": "0.1"}
     # Two chunks of the one document.
     env |= {"TTT_CHUNK_SIZE": "64", "NUM_LOOPS": "0"}
-    cfg, origin = tg.Config.from_env(env, has_cuda=False)
     with pytest.MonkeyPatch.context() as patched:
         patched.chdir(tmp_path_factory.mktemp("reads"))
-        run = tg.Run(cfg, origin, tg.Ranks({}))
+        adapting = tg.Run(*tg.Config.from_env(env, has_cuda=False), tg.Ranks({}))
+        learning = tg.Run(*tg.Config.from_env({**env, **CHUNKS}, has_cuda=False), tg.Ranks({}))
         # Writes a file, after training.
-        patched.setattr(run, "save_weights", lambda *args: None)
+        patched.setattr(adapting, "save_weights", lambda *args: None)
         patched.setattr(tg, "handle_signals", lambda handler: None)
         # The fake model is made where it shall be.
         patched.setattr(tg.GPT, "to", lambda self, device: self)
-        yield run
+        yield {**dict.fromkeys(PHASES, adapting), "chunks": learning}
 
 
 def reads(run: tg.Run, phase: str) -> set[str]:
@@ -116,9 +118,9 @@ def reads(run: tg.Run, phase: str) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def found(run) -> dict[str, set[str]]:
+def found(runs) -> dict[str, set[str]]:
     """By phase."""
-    return {phase: reads(run, phase) for phase in PHASES}
+    return {phase: reads(runs[phase], phase) for phase in PHASES}
 
 
 @pytest.mark.parametrize("phase", PHASES)
@@ -151,6 +153,13 @@ def list_in_update(self: tg.Adaptation, grads: tuple, rows: slice, number: int) 
     APPLY(self, grads, rows, number)
 
 
+def item_in_sum(model: tg.GPT, ranks: tg.Ranks) -> None:
+    """A sum of gradients that looks at one of them."""
+    SUM(model, ranks)
+    assert model.tok_emb.grad.sum().item() == 0
+
+
+SUM = tg.sum_gradients
 STEP = tg.Optimizers.step
 RECORD = tg.Ledger.record
 APPLY = tg.Adaptation.apply_gradients
@@ -158,11 +167,12 @@ FAULTS = [
     ("training", tg.Optimizers, "step", item_in_step, "train"),
     ("scoring", tg.Ledger, "record", bool_in_record, "Scorer.score_row"),
     ("adaptation", tg.Adaptation, "apply_gradients", list_in_update, "Adaptation.learn_chunk"),
+    ("chunks", tg, "sum_gradients", item_in_sum, "learn_weights"),
 ]
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault[3].__name__)
-def test_a_hidden_wait_is_caught(fault, run, monkeypatch):
+def test_a_hidden_wait_is_caught(fault, runs, monkeypatch):
     phase, owner, name, planted, caller = fault
     monkeypatch.setattr(owner, name, planted)
-    assert reads(run, phase) - ALLOWED[phase].keys() == {caller}
+    assert reads(runs[phase], phase) - ALLOWED[phase].keys() == {caller}
