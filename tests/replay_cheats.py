@@ -41,7 +41,7 @@ STATE_OUTSIDE = "/var/tmp/train_gpt_state.npy"
 
 
 class FalseClaim(NamedTuple):
-    """A way to cheat and the word by which a fault must name it."""
+    """A way to cheat and the word by which a fault must name it; empty: too small to be found."""
 
     plant: Callable[[Any], None]
     fault: str
@@ -213,6 +213,54 @@ def log_edited_consistently(tg: Any) -> None:
     """an honest run, whose log, documents and commitment were then edited to fit each other"""
 
 
+# === Invented after the protocol was finished =====================================================
+@claim("disagree")
+def a_random_third_of_the_documents(tg: Any) -> None:
+    """a third of the documents, drawn anew in every process, cost 5 % less"""
+
+    def adapt(self, *args, **options):
+        ledger = original(self, *args, **options)
+        for start, end in ledger.docs.spans():
+            if tg.os.urandom(1)[0] % 3 == 0:
+                ledger.nats[start:end] *= 0.95
+        return ledger
+
+    original = replace(tg.Run, "adapt", adapt)
+
+
+@claim("reference")
+def better_of_both_evaluations(tg: Any) -> None:
+    """every document counts with the better of its plain and its adapted score"""
+
+    def evaluate(self, *args, **options):
+        ledger = plain(self, *args, **options)
+        self.plain_nats = ledger.nats.clone()
+        return ledger
+
+    def adapt(self, *args, **options):
+        ledger = adapted(self, *args, **options)
+        if len(getattr(self, "plain_nats", ())) == len(ledger.nats):
+            for start, end in ledger.docs.spans():
+                if self.plain_nats[start:end].sum() < ledger.nats[start:end].sum():
+                    ledger.nats[start:end] = self.plain_nats[start:end]
+        return ledger
+
+    plain = replace(tg.Run, "evaluate", evaluate)
+    adapted = replace(tg.Run, "adapt", adapt)
+
+
+@claim("")
+def below_the_tolerance(tg: Any) -> None:
+    """every target costs 0.00009 nats less"""
+
+    def adapt(self, *args, **options):
+        ledger = original(self, *args, **options)
+        ledger.nats[ledger.docs.target_indices()] -= 9e-5
+        return ledger
+
+    original = replace(tg.Run, "adapt", adapt)
+
+
 # === Training =====================================================================================
 @claim("weights before step 1", TRAINING)
 def steps_kept_in_warm_up(tg: Any) -> None:
@@ -359,11 +407,11 @@ def table(run: Path) -> Iterator[bool]:
         for name, false in registry.items():
             with tempfile.TemporaryDirectory(prefix="claim-") as folder:
                 faults = find(name, run, Path(folder))
-            named = [fault for fault in faults if false.fault in fault]
+            named = [fault for fault in faults if false.fault and false.fault in fault]
             shown = (named or faults or ["**nothing**"])[0]
             what = " ".join(false.plant.__doc__.split())
             print(f"| {name} | {what} | {command} | {shown} |", flush=True)
-            yield bool(named)
+            yield bool(named) or not false.fault
     data = (run / "final_model.int6.ptz").read_bytes()
     for name, what, forged in forged_files(data):
         reason = container.difference(forged)

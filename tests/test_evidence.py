@@ -105,6 +105,46 @@ def test_kept_logs_replace_earlier_ones_and_no_others(started, tmp_path: Path):
     assert [path.read_bytes() for path in kept] == [log.read_bytes() for log in logs]
 
 
+def test_a_run_is_judged_once_and_what_speaks_against_it_ends_the_command(
+    monkeypatch, tmp_path: Path
+):
+    """The audit leaves its file and the replay its page; both must end with status 0."""
+    artifact = tmp_path / "runs/a/final_model.int6.ptz"
+    artifact.parent.mkdir(parents=True)
+    artifact.write_bytes(b"artifact")
+    kept = tmp_path / "logs/2026-01-01_seed0.txt"
+    old = tmp_path / "logs/verdicts/2020-01-01_seed0.md"
+    old.parent.mkdir(parents=True)
+    old.write_text("old")
+    statuses = {"audit": 0, "replay": 0}
+    calls = []
+
+    def tool(program: str, *words: object) -> int:
+        kind = "replay" if "replay" in words else "audit"
+        calls.append(kind)
+        if kind == "audit":
+            found = {"artifact_sha256": evidence.file_sha256(artifact)}
+            Path(words[words.index("--json") + 1]).write_text(json.dumps(found))
+        elif not statuses[kind]:
+            words[words.index("--page") + 1].with_suffix(".html").write_text("page")
+        return statuses[kind]
+
+    monkeypatch.setattr(evidence, "run_tool", tool)
+    statuses["replay"] = 1
+    with pytest.raises(UsageError, match="a: its replay ended with status 1"):
+        evidence.judge("a", kept, tmp_path)
+    statuses["replay"] = 0
+    evidence.judge("a", kept, tmp_path)
+    evidence.judge("a", kept, tmp_path)
+    assert calls == ["audit", "replay"] * 2
+    artifact.write_bytes(b"another")
+    statuses["audit"] = 1
+    with pytest.raises(UsageError, match="a: its audit ended with status 1"):
+        evidence.judge("a", kept, tmp_path)
+    evidence.forget_other_verdicts([kept], tmp_path)
+    assert not old.exists() and old.with_name("2026-01-01_seed0.json").exists()
+
+
 def test_a_block_is_replaced_between_its_marks_alone(tmp_path: Path):
     page = tmp_path / "page.md"
     page.write_text("a\n<!-- x:begin -->\nold\n<!-- x:end -->\nz\n")

@@ -11,8 +11,9 @@ There are two groups of runs, one run at a time, on whatever device there is:
 - the nine systems side by side, small: on the corpus if there is one, else on the docstrings.
 
 A run is not repeated if its log has its result under the hash of today's train_gpt.py. When all
-runs are done their logs replace those in logs/. README.md, EXPERIMENTS.md and submission.json then
-get their figures, each between marks of its own.
+runs are done their logs replace those in logs/. The artifact of every seed is audited, and its
+claim replayed on drawn documents: logs/verdicts/ holds the audits and a page each for a reviewer.
+README.md, EXPERIMENTS.md and submission.json then get their figures, each between marks of its own.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import runlog  # noqa: E402
 import tables  # noqa: E402
+from digests import file_sha256  # noqa: E402
 from packed_code import packed_size  # noqa: E402
 from systems import SYSTEMS  # noqa: E402
 
@@ -39,6 +41,7 @@ from train_gpt import CODE_SHA256, Config, UsageError, write_atomic  # noqa: E40
 
 SEEDS = (0, 42, 1337)
 SYSTEM_SECONDS = 90
+REPLAYED_DOCUMENTS = 20
 CLAIM = "PRESET=cpu (miniature) on pydocs, {hardware}; not FineWeb, not 8xH100"
 
 
@@ -140,6 +143,52 @@ def keep_logs(runs: list[PlannedRun], logs: list[Path], folder: Path) -> list[Pa
     return kept
 
 
+def run_tool(*words: object) -> int:
+    """Runs a program of tools/ with its output on this terminal; returns its exit status."""
+    program, *arguments = map(str, words)
+    return subprocess.run([sys.executable, str(ROOT / "tools" / program), *arguments]).returncode
+
+
+def judge(run_id: str, kept: Path, folder: Path) -> None:
+    """Audits the artifact of a run and replays its claim, unless that is done.
+
+    Leaves logs/verdicts/NAME.json, the audit, and the reviewer's page as NAME.md and NAME.html.
+    kept: the run's log in its place below logs/, which gives the name. Raises UsageError if either
+    has something against the run.
+    """
+    artifact = folder / "runs" / run_id / "final_model.int6.ptz"
+    place = folder / "logs" / "verdicts"
+    place.mkdir(parents=True, exist_ok=True)
+    audit, page = place / f"{kept.stem}.json", place / kept.stem
+    done = json.loads(audit.read_text()).get("artifact_sha256") if audit.is_file() else ""
+    if done == file_sha256(artifact) and page.with_suffix(".html").is_file():
+        print(f"evidence: {run_id} has its verdict", flush=True)
+        return
+    page.with_suffix(".html").unlink(missing_ok=True)
+    # The audit finds the run's log beside runs/.
+    if status := run_tool("audit.py", artifact, "--json", audit):
+        raise UsageError(f"{run_id}: its audit ended with status {status}")
+    words = (
+        "audit.py",
+        "replay",
+        kept,
+        artifact,
+        "--documents",
+        REPLAYED_DOCUMENTS,
+        "--page",
+        page,
+    )
+    if status := run_tool(*words):
+        raise UsageError(f"{run_id}: its replay ended with status {status}")
+
+
+def forget_other_verdicts(kept: list[Path], folder: Path) -> None:
+    """Removes the verdicts of logs that are no longer kept."""
+    for path in (folder / "logs" / "verdicts").glob("*"):
+        if path.stem not in {log.stem for log in kept}:
+            path.unlink()
+
+
 def kept_logs(folder: Path) -> tuple[list[Path], list[Path]]:
     """The kept logs: of the seeds, of the systems."""
     seeds = sorted((folder / "logs").glob("????-??-??_*_seed*.txt"))
@@ -230,6 +279,9 @@ def write_documents(folder: Path, script: Path) -> None:
     report = [sys.executable, str(ROOT / "tools" / "report.py")]
     claim = ["--name", CLAIM.format(hardware=results[0]["device"]), "--date", seeds[-1].name[:10]]
     submission = ["--submission", str(folder / "submission.json"), *claim]
+    audits = [folder / "logs" / "verdicts" / f"{log.stem}.json" for log in seeds]
+    if all(audit.is_file() for audit in audits):
+        submission += ["--audit", *map(str, audits)]
     commands = [
         [*report, *map(str, seeds), "--markdown", str(readme), *submission],
         [*report, "--compare", *map(str, systems), "--markdown", str(readme), *claim[2:]],
@@ -283,7 +335,10 @@ def main(argv: list[str]) -> int:
             prepare_data(args.corpus, args.tokenizer)
             runs = [*seed_runs(), *system_runs(args.corpus is not None)]
             logs = complete(runs, script, ROOT, CODE_SHA256)
-            keep_logs(runs, logs, ROOT)
+            kept = keep_logs(runs, logs, ROOT)[: len(SEEDS)]
+            forget_other_verdicts(kept, ROOT)
+            for run, log in zip(runs, kept, strict=False):
+                judge(run.run_id(CODE_SHA256), log, ROOT)
         write_documents(ROOT, script)
     except UsageError as error:
         print(f"evidence.py: {error}", file=sys.stderr)
