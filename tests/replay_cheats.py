@@ -66,8 +66,8 @@ def claim(fault: str, registry: dict[str, FalseClaim] = CLAIMS, **knobs: str) ->
 def lower_scores(tg: Any, may_cheat: Callable[[Any], bool]) -> None:
     """Makes every score of the adapted evaluation 5 % better where `may_cheat(run)` says so."""
 
-    def adapt(self, deadline, docs=None, ranks=None):
-        ledger = original(self, deadline, docs, ranks)
+    def adapt(self, deadline, docs=None, *more):
+        ledger = original(self, deadline, docs, *more)
         if docs is None and may_cheat(self):
             ledger.nats *= 0.95
         return ledger
