@@ -28,10 +28,13 @@ install: $(VENV)/installed
 dev: $(VENV)/developer
 
 # The embedded default: docstrings and help topics of the installed packages, the miniature, about five minutes on 2 cores,
-# then what the model writes and a picture of the run.
+# then what the model writes and a picture of the run. Knobs stand behind it: make run SEED=1 MATRIX_LR=0.02
+PRESET ?= cpu
+DATASET ?= pydocs_sp1024_caseops
+DATA_DIR ?= data
 run: install
-	$(BIN)/python tools/prepare_data.py pydocs
-	PRESET=cpu DATASET=pydocs_sp1024_caseops $(BIN)/python train_gpt.py
+	$(if $(filter pydocs_sp1024_caseops,$(DATASET)),$(BIN)/python tools/prepare_data.py pydocs --data-dir "$(DATA_DIR)")
+	PRESET="$(PRESET)" DATASET="$(DATASET)" DATA_DIR="$(DATA_DIR)" $(BIN)/python train_gpt.py
 	$(BIN)/python tools/samples.py
 	$(BIN)/python tools/picture.py
 
@@ -53,8 +56,6 @@ report: dev
 SYSTEMS ?= pr1530,pr1560,pr1413,pr473,pr605,pr1855,pr2014,pr2135,record
 SHRINK ?= 1
 SEED ?= 1337
-DATASET ?= pydocs_sp1024_caseops
-DATA_DIR ?= data
 VAL_DOC_FRACTION ?= 0.1
 CODE := $(shell cksum < train_gpt.py | cut -d ' ' -f 1)
 COMPARE ?= compare-$(DATASET)-$(CODE)

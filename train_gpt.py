@@ -89,6 +89,7 @@ import pickle
 import platform
 import random
 import re
+import shlex
 import shutil
 import signal
 import stat
@@ -507,7 +508,7 @@ class ModelKnobs:
     def rules_of_widths(self) -> Iterator[Rule]:
         """What is wrong with widths, heads and tables."""
         if self.model_dim % (2 * self.num_heads):
-            yield Rule("model_dim", f"a multiple of 2 * NUM_HEADS={self.num_heads}")
+            yield Rule("model_dim", f"a multiple of {2 * self.num_heads}, 2 * NUM_HEADS")
         if self.num_heads % self.num_kv_heads:
             yield Rule("num_kv_heads", f"a divisor of NUM_HEADS={self.num_heads}")
         if self.rope_train_seq_len and (self.rope_dims or self.head_dim) <= 2:
@@ -2358,7 +2359,7 @@ def allow_open_files(count: int) -> None:
 
 def how_to_get(folder: Path) -> str:
     """The command that makes a data set of this name, or a name like it that is there."""
-    name = folder.name
+    name, data_dir = folder.name, folder.parent.parent
     if not folder.is_dir() and folder.parent.is_dir():
         there = [path.name for path in folder.parent.iterdir()]
         if nearest := difflib.get_close_matches(name, there, n=1, cutoff=0.85):
@@ -2369,7 +2370,12 @@ def how_to_get(folder: Path) -> str:
         source = f"fineweb --variant {match[1]}" + ("_caseops" if match[2] else "")
     else:
         source = "text TRAIN.jsonl --val VAL.jsonl"
-    return f"Get it: python tools/prepare_data.py {source}; or set DATASET, DATA_DIR"
+    tool = Path(__file__).with_name("tools") / "prepare_data.py"
+    if Path.cwd() == tool.parents[1] or not tool.is_file():
+        tool = Path("tools/prepare_data.py")
+    if data_dir != Path("data"):
+        source += f" --data-dir {shlex.quote(str(data_dir))}"
+    return f"Get it: python {shlex.quote(str(tool))} {source}; or set DATASET, DATA_DIR"
 
 
 def shard_paths(folder: Path, split: str) -> list[Path]:
@@ -7947,7 +7953,11 @@ class Run:
         """Raises UsageError if a rank would have no row of a training step."""
         world_size, rows = self.ranks.world_size, self.cfg.rows_per_step
         if not self.start.from_file and world_size > rows:
-            raise UsageError(f"WORLD_SIZE={world_size}: must be at most {rows}, the rows of a step")
+            tokens = world_size * self.cfg.micro_batch_tokens
+            raise UsageError(
+                f"WORLD_SIZE={world_size}: must be at most {rows}, the rows of a step;"
+                f" TRAIN_BATCH_TOKENS={tokens} has a row for each"
+            )
 
     def open_data(self) -> None:
         """Opens and checks shards, tokenizer and validation documents; raises UsageError.
@@ -8276,9 +8286,10 @@ class Run:
         reserve = 0.0
 
         with state_restored(self.model, self.optimizers):
-            self.warm_up_training(plans, row)
+            # Before the steps, which would be as slow with a thread too many.
             if cfg.warmup_steps and ranks.may_choose_threads:
                 self.choose_threads(last_plan, row)
+            self.warm_up_training(plans, row)
             if trains and cfg.gptq_reserve_seconds < 0 and cfg.wallclock < math.inf:
                 reserve = self.measure_compression(last_plan, row)
             if cfg.warmup_steps:
@@ -8317,13 +8328,17 @@ class Run:
         most = torch.get_num_threads()
         if most == 1:
             return
-        seconds = {most: math.inf, most - 1: math.inf}
+        self.log.show("warm-up: which number of threads is fastest")
+        seconds = {most - 1: math.inf, most: math.inf}
         for _ in range(3):
             for threads in seconds:
                 torch.set_num_threads(threads)
                 start = time.monotonic()
                 accumulate_gradients(self.forward, plan, [row], self.cfg.micro_batch_tokens)
                 seconds[threads] = min(seconds[threads], time.monotonic() - start)
+            # The first row also asks for memory, but not three times as long.
+            if seconds[most] > 3 * seconds[most - 1]:
+                break
         # The two must differ clearly, because the choice lasts for the whole run.
         chosen = most - 1 if seconds[most - 1] < 0.8 * seconds[most] else most
         torch.set_num_threads(chosen)
@@ -8603,6 +8618,8 @@ class Run:
         notes = ""
         if documents:
             self.final["documents_not_adapted"] = documents
+            knob = f"EVAL_DEADLINE_SECONDS={self.cfg.eval_deadline_seconds:g}"
+            self.log(f"warning: {knob} was over before all documents could adapt")
             total = len(ledger.docs.counts)
             notes += f", {documents} of {total} documents were scored without adaptation"
         if chunks:
@@ -8686,6 +8703,8 @@ class Run:
         scale = ""
         if "gzip_bpb" in final:
             scale = f" (gzip -9: {final['gzip_bpb']:.4f})"
+        if left := final.get("documents_not_adapted"):
+            scale += f"; without adaptation for {left} of {final['val_docs']} documents"
         share = 100 * final["artifact_bytes"] / LIMIT_BYTES
         self.log(f"score     {final['val_bpb']:.4f} bits per byte, lower is better{scale}")
         self.log(f"size      {final['artifact_bytes']:,} of {LIMIT_BYTES:,} bytes ({share:.1f} %)")
@@ -10146,6 +10165,7 @@ ALIASES = {
     "QUANT_BITS": "MATRIX_BITS",
     "QUANT_BITS_EMBED": "EMBED_BITS",
     "GPTQ_EMBED_CLIP_SIGMAS": "EMBED_CLIP_SIGMAS",
+    "NUM_ITERATIONS": "ITERATIONS",
 }
 
 # Switches of the published scripts: a field or property of Config that is not 0 where the switch is
@@ -10166,6 +10186,8 @@ SET_ELSEWHERE = {
     "ROPE_YARN": "ROPE_TRAIN_SEQ_LEN alone decides",
     "MLP_HIDDEN": "set MLP_MULT",
     "DATA_PATH": "set DATA_DIR, DATASET",
+    "TRAIN_FILES": "set DATA_DIR, DATASET",
+    "VAL_FILES": "set DATA_DIR, DATASET",
     "QAT_ENABLED": "set LATE_QAT=1 LATE_QAT_THRESHOLD=2",
     "SWA_ENABLED": "set EXPORT_WEIGHTS=swa",
     "LAWA_ENABLED": "set EXPORT_WEIGHTS",
@@ -10265,13 +10287,13 @@ ABSENT = {
 WARNED = {
     "set MATRIX_LR, SCALAR_LR, TIED_EMBED_LR": "LEARNING_RATE ADAM_LR LR MUON_LR",
     "set TRAIN_BATCH_TOKENS": "BATCH_SIZE",
-    "set ITERATIONS": "ITERS NUM_ITERATIONS NUM_STEPS MAX_STEPS TRAIN_STEPS",
+    "set ITERATIONS": "ITERS NUM_STEPS MAX_STEPS TRAIN_STEPS",
     "set NUM_LAYERS": "LAYERS N_LAYER N_LAYERS",
     "set MODEL_DIM": "DIM",
     "set WARMDOWN_FRAC": "WARMDOWN",
     "set MUON_WD, ADAM_WD, EMBED_WD": "WEIGHT_DECAY",
     "set DATA_DIR, DATASET": """
-        DATASETS DATASETS_DIR DATASET_DIR DATASET_PATH TRAIN_FILES VAL_FILES TOKENIZER""",
+        DATASETS DATASETS_DIR DATASET_DIR DATASET_PATH TOKENIZER""",
     "set ARTIFACT_DIR": "MODEL_DIR OUT_DIR MODEL_SAVE_PATH CHECKPOINT_DIR",
     "set CHECKPOINT_EVERY and RUN_ID": "RESUME_FROM",
     "set VAL_BATCH_TOKENS": "EVAL_BATCH_* SW_EVAL_BATCH SLIDING_BATCH_SIZE",
@@ -10285,6 +10307,10 @@ WARNED = {
     "it changes no score": """
         GPTQ_DAMP GPTQ_BLOCK_SIZE TTT_HEARTBEAT_SECONDS LOGIT_CHUNK_TOKENS MLX_* USE_*_KERNEL""",
 }
+
+
+# A variable whose name begins so is meant for a program like this one.
+FAMILIES = ("TTT_", "MUON_", "GPTQ_", "TILT_")
 
 
 def canonical_names(environ: Mapping[str, str]) -> dict[str, str]:
@@ -10304,6 +10330,16 @@ def reason_in(table: Mapping[str, str], name: str) -> str:
     return next((reason for reason, names in table.items() if is_named(name, names)), "")
 
 
+def knobs_of_path(path: Path) -> str:
+    """The knobs that name the data set of a path below DATA_DIR/datasets, or nothing."""
+    parts = path.parts
+    if "datasets" not in parts[:-1]:
+        return ""
+    place = parts.index("datasets")
+    data_dir = shlex.quote(str(Path(*parts[:place])))
+    return f"set DATA_DIR={data_dir} DATASET={shlex.quote(parts[place + 1])}"
+
+
 def could_be(name: str, text: str) -> bool:
     """Whether a knob could have this value, so that a name like the knob's may be a slip."""
     field = FIELDS[name.lower()]
@@ -10320,6 +10356,14 @@ def warnings_of_names(environ: Mapping[str, str]) -> Iterator[str]:
     for name, text in sorted(environ.items()):
         if reason := reason_in(WARNED, name):
             yield f"{name}={text}: not a knob of this program; {reason}"
+        elif (
+            name.startswith(FAMILIES)
+            and name.lower() not in FIELDS
+            and name not in {*ALIASES, *SWITCHES, *REJECTED_NAMES}
+            and not reason_in(ABSENT, name)
+        ):
+            family = name.partition("_")[0]
+            yield f"{name}={text}: not a knob of this program; --knobs {family} lists those"
 
 
 def problems_of_names(given: Mapping[str, str]) -> Iterator[str]:
@@ -10334,6 +10378,8 @@ def problems_of_names(given: Mapping[str, str]) -> Iterator[str]:
             yield f"{name}={text}: not a knob; names are in capitals: {name.upper()}"
             continue
         if reason := REJECTED_NAMES.get(name) or reason_in(ABSENT, name):
+            if name in ("DATA_PATH", "TRAIN_FILES", "VAL_FILES"):
+                reason = knobs_of_path(Path(text)) or reason
             if name in REJECTED_NAMES or text.lower() not in OFF:
                 yield f"{name}={text}: not a knob of this program; {reason}"
             continue

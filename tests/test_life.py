@@ -197,7 +197,9 @@ def test_rows_of_calibration_are_counted_on_the_live_line(clock, tmp_path, capsy
 def test_run_ends_with_score_size_log_artifact_and_the_next_command(late_run):
     final = final_line(late_run.log)
     lines = late_run.log.splitlines()[-6:]
-    assert lines[0] == f"score     {final['val_bpb']:.4f} bits per byte, lower is better"
+    score = f"score     {final['val_bpb']:.4f} bits per byte, lower is better"
+    assert lines[0] == f"{score}; without adaptation for 12 of 12 documents"
+    assert "warning: EVAL_DEADLINE_SECONDS=0.001 was over before all" in late_run.log
     assert re.fullmatch(r"size      [\d,]+ of 16,000,000 bytes \(\d+\.\d %\)", lines[1])
     assert lines[2:5] == [
         "log       logs/short.txt",

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import hashlib
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -58,25 +59,37 @@ def test_empty_shard_says_so(shard):
 @pytest.mark.parametrize(
     ("name", "command"),
     [
-        ("pydocs_sp1024_caseops", "prepare_data.py pydocs;"),
-        ("fineweb10B_sp8192", "prepare_data.py fineweb --variant sp8192;"),
-        (tg.RECORD["dataset"], "prepare_data.py fineweb --variant sp8192_caseops;"),
-        ("mine_sp1024", "prepare_data.py text TRAIN.jsonl --val VAL.jsonl;"),
+        ("pydocs_sp1024_caseops", "pydocs"),
+        ("fineweb10B_sp8192", "fineweb --variant sp8192"),
+        (tg.RECORD["dataset"], "fineweb --variant sp8192_caseops"),
+        ("mine_sp1024", "text TRAIN.jsonl --val VAL.jsonl"),
     ],
 )
-def test_data_set_that_is_not_there_names_the_command_that_makes_it(tmp_path, name, command):
-    line = refusal(tmp_path / name)
-    assert line.startswith(f"{tmp_path / name}: does not exist. Get it: python tools/")
-    assert command in line
-    (tmp_path / name).mkdir()
-    assert "holds no *_train_*.bin. Get it: " in refusal(tmp_path / name)
+def test_data_set_that_is_not_there_names_the_command_that_makes_it(
+    tmp_path, monkeypatch, name, command
+):
+    """From another folder than the program's, the command has whole paths."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "my data" / "datasets" / name
+    line = refusal(folder)
+    tool = ROOT / "tools" / "prepare_data.py"
+    command = f"{command} --data-dir '{tmp_path}/my data'"
+    assert line.startswith(f"{folder}: does not exist. Get it: python {tool} {command}; or set ")
+    folder.mkdir(parents=True)
+    assert "holds no *_train_*.bin. Get it: " in refusal(folder)
+
+
+def test_the_command_is_short_where_it_can_be(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    command = tg.how_to_get(Path("data/datasets/pydocs_sp1024_nowhere"))
+    assert command.startswith("Get it: python tools/prepare_data.py pydocs; or set ")
 
 
 def test_commands_in_messages_are_understood_by_the_tool(tmp_path):
     parser = prepare_data.build_parser()
     for name in ("pydocs_sp1024_caseops", "fineweb10B_sp8192", tg.RECORD["dataset"], "mine_sp1024"):
         command = tg.how_to_get(tmp_path / name).split("prepare_data.py ")[1].split(";")[0]
-        assert parser.parse_args(command.split())
+        assert parser.parse_args(shlex.split(command))
 
 
 def test_many_shards_raise_the_soft_limit_of_open_files(tmp_path):
@@ -115,7 +128,7 @@ def test_run_without_its_data_ends_with_the_command_and_status_2(tmp_path):
     assert result.returncode == 2
     assert result.stderr == (
         "train_gpt.py: nowhere/datasets/pydocs_sp1024_caseops: does not exist. Get it: python"
-        " tools/prepare_data.py pydocs; or set DATASET, DATA_DIR\n"
+        f" {ROOT}/tools/prepare_data.py pydocs --data-dir nowhere; or set DATASET, DATA_DIR\n"
     )
 
 

@@ -127,6 +127,19 @@ def test_every_name_that_a_public_script_reads_is_a_knob_or_answered_with_a_reas
     assert answers.count("knob") >= 130
 
 
+def test_a_path_to_shards_is_refused_with_the_knobs_that_name_them():
+    for name in ("DATA_PATH", "TRAIN_FILES"):
+        (line,) = refusals(**{name: "./mine/datasets/fineweb10B_sp1024/fineweb_train_*.bin"})
+        assert line.endswith("; set DATA_DIR=mine DATASET=fineweb10B_sp1024")
+        (line,) = refusals(**{name: "./shards"})
+        assert line.endswith("; set DATA_DIR, DATASET")
+
+
+def test_a_name_that_begins_as_a_family_of_knobs_does_is_warned_of():
+    (line,) = tg.warnings_of_names({"TTT_RANK": "5", "OTHER_RANK": "5", "TTT_LORA_RANK": "4"})
+    assert line == "TTT_RANK=5: not a knob of this program; --knobs TTT lists those"
+
+
 def test_no_knob_is_also_listed_as_absent():
     for name in [*(name.upper() for name in tg.FIELDS), *tg.ALIASES, *tg.SWITCHES]:
         assert not tg.reason_in(tg.ABSENT, name), name

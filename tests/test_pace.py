@@ -150,25 +150,43 @@ def test_the_gate_stops_a_run_after_twenty_timed_steps(tiny_data, gate, refused)
 
 
 # --- Recompilations -------------------------------------------------------------------------------
-@pytest.mark.parametrize(("with_3", "with_2", "chosen"), [(4.0, 1.0, 2), (1.0, 0.9, 3)])
-def test_a_busy_core_costs_the_run_one_thread(monkeypatch, with_3, with_2, chosen):
+class Lines(list[str]):
+    """A log whose lines are kept."""
+
+    def __call__(self, line: str) -> None:
+        """Keeps a line."""
+        self.append(line)
+
+    def show(self, line: str) -> None:
+        """A line that is only shown for a while."""
+
+
+@pytest.mark.parametrize(
+    ("with_3", "with_2", "chosen", "rows"), [(4.0, 1.0, 2, 2), (2.0, 1.0, 2, 6), (1.0, 0.9, 3, 6)]
+)
+def test_a_busy_core_costs_the_run_one_thread(monkeypatch, with_3, with_2, chosen, rows):
     # The clock is the sum of what the rows took.
     clock = [0.0]
     monkeypatch.setattr(tg.time, "monotonic", lambda: clock[0])
 
+    counted = []
+
     def row(*_: Any) -> None:
+        counted.append(1)
         clock[0] += {3: with_3, 2: with_2}[torch.get_num_threads()]
 
     monkeypatch.setattr(tg, "accumulate_gradients", row)
-    lines: list[str] = []
+    lines = Lines()
     cfg = SimpleNamespace(micro_batch_tokens=1)
-    run = SimpleNamespace(cfg=cfg, forward=None, log=lines.append)
+    run = SimpleNamespace(cfg=cfg, forward=None, log=lines)
     threads = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
         tg.Run.choose_threads(run, (), None)
         assert torch.get_num_threads() == chosen
         assert lines[0].startswith(f"threads: {chosen} (")
+        # Rows that take four times as long show enough after the first.
+        assert len(counted) == rows
     finally:
         torch.set_num_threads(threads)
 

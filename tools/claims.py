@@ -101,9 +101,14 @@ def check_claim(runs: list[Run], mixed: bool) -> dict[str, list[str]]:
         shown = (
             f"{name}: {', '.join(dict.fromkeys(values))}" for name, values in differing.items()
         )
+        remedy = "--mixed takes them all the same"
+        fractions = {run.config.get("val_doc_fraction", "1.0") for run in runs}
+        if set(differing) == {"val_sha256"} and len(fractions) == 1 != float(min(fractions)):
+            remedy = (
+                f"VAL_DOC_FRACTION={min(fractions)} draws other documents for every seed; {remedy}"
+            )
         raise UsageError(
-            f"not seeds of one claim, {runs[0].source} and others: {'; '.join(shown)}; "
-            "--mixed takes them all the same"
+            f"not seeds of one claim, {runs[0].source} and others: {'; '.join(shown)}; {remedy}"
         )
     if not mixed:
         refuse_repeated_seeds(runs)

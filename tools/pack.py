@@ -307,7 +307,7 @@ def write_folder(args: argparse.Namespace) -> Path:
     args.run_dir = Path(args.run_dir) if args.run_dir else newest_run()
     out = record_folder(args) if args.records else Path(args.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(f"{out}: exists and is not an empty folder")
+        raise UsageError(f"{out}: exists and is not an empty folder; remove it or name another")
     files = build(args)
     problems = list(check(files))
     if problems:
@@ -768,14 +768,18 @@ def check_other_runs(contents: Contents) -> Iterator[str]:
     """Seeds of other configurations, wrong bytes, and broken limits, in the logs of the claim."""
     claim = contents.claim or {}
     chosen = claimed_runs(contents)
-    is_timed = "non" not in str(claim.get("track", ""))
+    track = str(claim.get("track", ""))
+    is_timed = "non" not in track
     for run in chosen:
         for problem in claims.score_problems(run):
             yield f"{run.path}: {problem}"
         spent = {"train": run.train_seconds or 0, "eval": run.budget_seconds("eval") or 0}
         for budget, seconds in spent.items() if is_timed else ():
             limit = run.limits[budget]
-            if seconds > limit + STEP_SECONDS:
+            if not limit:
+                if track:
+                    yield f"{run.path}: had no budget of {budget}, and the track {track} has one"
+            elif seconds > limit + STEP_SECONDS:
                 yield f"{run.path}: {budget} took {seconds:.1f} s of {limit:g}, OVER"
         total = run.sizes.get("artifact_bytes", 0)
         if total > LIMIT_BYTES:
@@ -1028,7 +1032,12 @@ def verify(folder: Path) -> Files:
     problems = loaded.problems + list(check(loaded.files))
     if problems:
         raise UsageError("\n".join(f"{folder}/{problem}" for problem in problems))
-    print(f"{folder}: {summary_of(Contents(loaded.files))}")
+    contents = Contents(loaded.files)
+    print(f"{folder}: {summary_of(contents)}")
+    if contents.is_ours and not contents.claim.get("compliance_evidence"):
+        print(
+            "not audited: tools/audit.py on the artifact, then pack again, shows that it is legal"
+        )
     return loaded.files
 
 

@@ -74,7 +74,9 @@ def results(runs: list[Run], claim: dict[str, Any]) -> str:
             ]
         )
     head = ["seed", "val_bpb", "val_loss", STAGES["before"], STAGES["after"], "steps", "ms/step"]
-    return markdown_table([*head, "code + model bytes", "training s", "evaluation s"], rows)
+    table = markdown_table([*head, "code + model bytes", "training s", "evaluation s"], rows)
+    left = [f"Seed {run.seed}: {note}." for run in runs for note in run.left_by_deadline]
+    return "\n\n".join([table, *left])
 
 
 def difference(comparison: dict[str, Any] | None) -> list[str]:

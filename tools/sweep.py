@@ -501,14 +501,21 @@ def all_cells(rows: list[SettingRow]) -> list[list[str]]:
     """The table of settings: their values, then their results."""
     table = []
     for row in rows:
-        values = [row.setting[name] for name in rows[0].setting]
+        values = [row.setting[name] for name in varied(rows)]
         table.append([*values, *result_cells(row, rows[0].mean)])
     return table
 
 
+def varied(rows: list[SettingRow]) -> list[str]:
+    """The knobs that are not the same in all settings; all of them where there is one setting."""
+    names = list(rows[0].setting) if rows else []
+    several = [name for name in names if len({row.setting[name] for row in rows}) > 1]
+    return several or names
+
+
 def all_columns(rows: list[SettingRow]) -> list[str]:
     """The head of the table of settings."""
-    return [*(rows[0].setting if rows else []), *RESULT_COLUMNS]
+    return [*varied(rows), *RESULT_COLUMNS]
 
 
 def note(rows: list[SettingRow]) -> str:
@@ -895,6 +902,9 @@ def prepare(args: argparse.Namespace, view: View) -> Sweep:
             f"MAX_WALLCLOCK_SECONDS={config.max_wallclock_seconds:g}: must be 0 with --paired, so "
             "that runs make equal steps; set ITERATIONS"
         )
+    if getattr(config, "val_doc_fraction", 1) < 1 and any(knob.name == "SEED" for knob in knobs):
+        fraction = f"VAL_DOC_FRACTION={config.val_doc_fraction:g}"
+        view.say(f"warning: {fraction} draws other documents for every seed, so seeds spread more")
     choose_processes(args, gpus)
     choose_pruning(args, knobs, has_scores=bool(config.val_loss_every))
     description = {
