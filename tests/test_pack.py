@@ -107,6 +107,15 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return make(write_run(root), root / "out")
 
 
+def test_a_folder_says_what_it_still_lacks(tmp_path, capsys):
+    """No audit was there, and the deadline left documents without adaptation."""
+    run = write_run(tmp_path, val_docs=100, documents_not_adapted=84)
+    files = make(run, tmp_path / "out")
+    assert "not audited: tools/audit.py on the artifact" in capsys.readouterr().out
+    note = "Seed 1: 84 of 100 documents were scored without adaptation."
+    assert note in files["README.md"].decode()
+
+
 # --- The code -------------------------------------------------------------------------------------
 def test_packed_code_is_smaller_than_the_text_and_the_same_program():
     packed = packed_code.pack_code(READABLE_SOURCE)

@@ -12,6 +12,7 @@ from conftest import ROOT
 stats = pytest.importorskip("scipy").stats
 sys.path.insert(0, str(ROOT / "tools"))
 
+import sweep
 from run_statistics import pairs_needed
 from sweep_pairs import PairedRun, closing_sentence, compare_pairs, pair_cells, parse_baseline
 from sweep_space import Knob
@@ -144,3 +145,14 @@ def test_the_pairs_needed_have_the_power_they_promise():
     shown = stats.ttest_1samp(draws, 0, axis=1, alternative="greater").pvalue < 0.01
     assert 0.78 < shown.mean() < 0.9
     assert pairs_needed(0, sd) is None
+
+
+def test_a_table_has_a_column_for_every_knob_that_varies_and_for_no_other():
+    rows = [
+        sweep.SettingRow({"MATRIX_LR": rate, "PRESET": "cpu", "COMPILE": "0"})
+        for rate in ("0.02", "0.03")
+    ]
+    assert sweep.varied(rows) == ["MATRIX_LR"]
+    assert sweep.varied(rows[:1]) == ["MATRIX_LR", "PRESET", "COMPILE"]
+    assert sweep.varied([]) == []
+    assert sweep.all_columns(rows) == ["MATRIX_LR", *sweep.RESULT_COLUMNS]

@@ -165,7 +165,12 @@ def test_files_that_do_not_belong_together_are_found_without_running(honest, tmp
     worse = claim._replace(final={**claim.final, "artifact_sha256": "0" * 64})
     assert "artifact_sha256" in replay.faults_of_commitment(worse, SCRIPT)[0]
     sample = claim._replace(settings={**claim.settings, "val_doc_fraction": "0.5"})
-    assert "no claim" in replay.faults_of_commitment(sample, SCRIPT)[0]
+    (fault,) = replay.faults_of_commitment(sample, SCRIPT)
+    assert fault.endswith("is no claim")
+    verdict = replay.replay(sample, SCRIPT, SCRIPT, 5, int(ENTROPY, 16))
+    assert not verdict.passed and not verdict.comparisons
+    assert f"NO CLAIM: {fault}" in replay.as_text(verdict)
+    assert "VIOLATION" not in replay.as_text(verdict)
 
 
 def test_a_slow_clock_is_found_by_the_trusted_script(honest, cached):

@@ -732,6 +732,16 @@ def test_runs_that_are_not_seeds_of_one_claim_are_refused_unless_mixed(
     assert name in refusal(capsys, *base, "--baseline", *logs)
 
 
+def test_seeds_that_drew_other_documents_are_refused_with_the_knob_that_drew_them(
+    tmp_path, capsys
+) -> None:
+    part = {"config": {"val_doc_fraction": "0.02"}}
+    logs = ours(tmp_path, part, {"val_sha256": "b" * 64, **part})
+    assert "VAL_DOC_FRACTION=0.02 draws other documents for every seed" in refusal(capsys, *logs)
+    logs = ours(tmp_path, {}, {"val_sha256": "b" * 64}, name="whole")
+    assert "draws" not in refusal(capsys, *logs)
+
+
 def test_names_of_files_and_runs_and_ways_to_write_a_number_are_no_difference(
     tmp_path, capsys
 ) -> None:

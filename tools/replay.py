@@ -486,8 +486,9 @@ def replay(
     faults = list(faults_of_commitment(claim, script))
     memorised = known_too_well(claim, beside)
     draw = draw_documents(claim.held, count, entropy, not claim.crosses_documents)
-    if file_sha256(claim.artifact) != claim.final.get("artifact_sha256") or not np.array_equal(
-        claim.documents["doc_tokens"], claim.held.counts
+    if is_partial(claim) or not (
+        file_sha256(claim.artifact) == claim.final.get("artifact_sha256")
+        and np.array_equal(claim.documents["doc_tokens"], claim.held.counts)
     ):
         facts = facts_of(claim, script, draw, Evaluations({}))
         return Verdict(facts, [], faults, ["nothing was scored: there is no such claim"])
@@ -514,6 +515,11 @@ def replay(
     return Verdict(facts_of(claim, script, draw, found), comparisons, faults, notes)
 
 
+def is_partial(claim: Claim) -> bool:
+    """Whether the run has scored a part of the documents only, which is no claim."""
+    return float(claim.settings.get("val_doc_fraction") or 1) < 1
+
+
 def pairs_of(names: list[str]) -> list[tuple[str, str]]:
     """The comparisons: the claim with each evaluation, and the evaluations with one another."""
     return [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
@@ -523,7 +529,7 @@ def faults_of_commitment(claim: Claim, script: Path) -> list[str]:
     """What the log, the files and the commitment have against the claim."""
     settings = {name: runlog.Setting(value, "") for name, value in claim.settings.items()}
     faults = list(commitment.problems(claim.final, settings, claim.documents))
-    if float(claim.settings.get("val_doc_fraction") or 1) < 1:
+    if is_partial(claim):
         # It says so already, and the shards hold the other documents, too.
         return faults
     if file_sha256(claim.artifact) != claim.final.get("artifact_sha256"):
