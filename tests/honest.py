@@ -32,8 +32,7 @@ PYDOCS = {"DATASET": "pydocs_sp1024_caseops", "VOCAB_SIZE": "1024"}
 SHORT = {"MAX_WALLCLOCK_SECONDS": "0", "ITERATIONS": "8", "WARMUP_STEPS": "0"}
 PART = {"VAL_DOC_FRACTION": "0.08"}
 NETWORK = {**TINY, **PYDOCS, **SHORT, **PART, "ITERATIONS": "24", "TTT_LORA_LR": "0.01"}
-# Adaptation of all documents is left to the audit, which cuts them.
-WHOLE = {**NETWORK, "VAL_DOC_FRACTION": "1", "TTT_ENABLED": "0"}
+WHOLE = {**NETWORK, "VAL_DOC_FRACTION": "1"}
 EIGHT = {"PRESET": "cpu", "VOCAB_SIZE": "8192", **SHORT, **PART}
 SYSTEMS = "pr1530 pr1560 pr1413 pr473 pr605 pr1855 pr2014 pr2135 record".split()
 ROWS = {
@@ -70,7 +69,7 @@ SETTINGS = {
     "make run": miniature(),
     "make run, one core": miniature(OMP_NUM_THREADS="1"),
     "make run, 2 documents": miniature("--docs", "2"),
-    "100 documents": Setting(WHOLE, {"TTT_ENABLED": "1"}, ("--docs", "100")),
+    "100 documents": Setting(WHOLE, arguments=("--docs", "100")),
     "bf16": Setting({**NETWORK, "COMPUTE_DTYPE": "bf16"}),
     "bf16, one core": Setting({**NETWORK, "COMPUTE_DTYPE": "bf16"}, {"OMP_NUM_THREADS": "1"}),
     "no bytecode": Setting(NETWORK, {"PYTHONDONTWRITEBYTECODE": "1"}),

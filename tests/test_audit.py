@@ -108,6 +108,16 @@ def test_honest_run_passes_every_test(run, knobs, mode):
         )
 
 
+def test_hints_on_a_data_set_with_a_side_car_are_looked_at(caseops_data, tmp_path):
+    """Such a run has no table of bytes, so the shortened stream needs its side-car, too."""
+    environ = {**TINY, **RATES, "DATA_DIR": str(caseops_data), "DATASET": "tiny_sp320_caseops"}
+    environ |= {"WARMUP_STEPS": "0", "TTT_ENABLED": "0", "TILT_ORDER": "4", "TILT_HEDGE": "1,3"}
+    done = run_script({**environ, "RUN_ID": "a"}, tmp_path)
+    assert done.returncode == 0, done.stderr
+    result = audit.audit(SCRIPT, artifact_of(tmp_path), environ, ["T21"], 6)
+    assert result["tests"]["T21"]["passed"], result["tests"]["T21"]["evidence"]
+
+
 @pytest.fixture(scope="session")
 def run_of_rows(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same with rows that cross documents."""

@@ -1136,7 +1136,12 @@ def hints(case: Case) -> Finding:
         number = int(np.searchsorted(docs.starts, cut, side="right"))
         counts = docs.counts[:number].copy()
         counts[-1] = cut + 1 - docs.starts[number - 1]
-        shorter = case.tg.Documents(docs.tokens[: cut + 2], docs.starts[:number], counts)
+        shorter = docs._replace(
+            tokens=docs.tokens[: cut + 2],
+            starts=docs.starts[:number],
+            counts=counts,
+            bytes=None if docs.bytes is None else docs.bytes[: cut + 2],
+        )
         for other in (changed, subject.hints(shorter)):
             wrong += int((other[: cut + 1] != base[: cut + 1]).sum())
     text = f"{len(hinted)} hints; {wrong} others where the stream ends after one of {len(cuts)} "
