@@ -89,6 +89,11 @@ def missing(setting: Setting, data: Path) -> str:
         return f"{manifest} is not there"
     if setting.user and os.geteuid() != 0:
         return "only root can become another user"
+    if setting.user:
+        try:
+            subprocess.run([sys.executable, "-c", ""], user=setting.user, check=True)
+        except (OSError, subprocess.CalledProcessError):
+            return f"another user cannot run {sys.executable}"
     return ""
 
 
