@@ -93,8 +93,13 @@ def final_lines(text: str) -> list[dict[str, Any]]:
 
 def read_final(text: str) -> dict[str, Any]:
     """The figures of a finished run. Raises LogError unless one whole final line holds them."""
-    lines = [line for line in plain_lines(text) if line.startswith("final {")]
-    if len(lines) != 1:
+    plain = plain_lines(text)
+    lines = [line for line in plain if line.startswith("final {")]
+    if not lines:
+        steps = [match[1] for match in map(STEP.match, plain) if match]
+        reached = f"step {steps[-1]}" if steps else "no step"
+        raise LogError(f"has 0 final lines: its run goes on or was stopped, at {reached} or later")
+    if len(lines) > 1:
         raise LogError(f"has {len(lines)} final lines, the log of a finished run has one")
     try:
         return read_figures(lines[0])
