@@ -7637,20 +7637,50 @@ def faster_dtype(device: torch.device) -> tuple[str, str]:
     """COMPUTE_DTYPE for a device, and a line for the log: fp32 on a CPU that is slow in bf16.
 
     A CPU computes a small product in both. All else in a step costs a little more in bf16, so its
-    products must take less than half of the time.
+    products must take less than .4 of the time. With AMX they take .15, without instructions for
+    bf16 many times as long.
     """
     if device.type != "cpu":
         return "bf16", "compute_dtype: bf16 (this device is made for it)"
-    seconds = {}
-    for _ in range(5):
-        for dtype in (torch.bfloat16, torch.float32):
-            matrix = torch.ones(512, 512, dtype=dtype)
+    matrices = [torch.ones(512, 512, dtype=dtype) for dtype in (torch.bfloat16, torch.float32)]
+    seconds = [math.inf, math.inf]
+    # Several threads would wait for one another where other programs run.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    begin = time.monotonic()
+    for turn in range(20):
+        for i, matrix in enumerate(matrices):
             start = time.monotonic()
             torch.mm(matrix, matrix)
-            seconds[dtype] = min(seconds.get(dtype, math.inf), time.monotonic() - start)
-    ratio = seconds[torch.bfloat16] / seconds[torch.float32]
-    chosen = "bf16" if ratio < 0.5 else "fp32"
+            seconds[i] = min(seconds[i], time.monotonic() - start)
+        # Without instructions for bf16 the product takes a tenth of a second.
+        if turn > 1 and time.monotonic() - begin > 0.5:
+            break
+    torch.set_num_threads(threads)
+    ratio = seconds[0] / seconds[1]
+    chosen = "bf16" if ratio < 0.4 else "fp32"
     return chosen, f"compute_dtype: {chosen} (a product in bf16 takes {ratio:.2f} of that in fp32)"
+
+
+def resolve_dtype(
+    cfg: Config, device: torch.device, earlier_log: Path | None = None
+) -> tuple[Config, list[str]]:
+    """The config with COMPUTE_DTYPE=auto replaced, and lines for the log.
+
+    earlier_log: of a run of this name that may go on; it keeps the dtype that it has measured.
+    """
+    if cfg.compute_dtype != "auto":
+        return cfg, []
+    chosen = ""
+    if earlier_log:
+        with contextlib.suppress(OSError):
+            text = read_regular(earlier_log, MAX_LOG_BYTES).decode(errors="replace")
+            found = re.findall(r"^  compute_dtype: (bf16|fp32) \(measured\)$", text, re.M)
+            chosen = found[-1] if found else ""
+    line = f"compute_dtype: {chosen} (as this run began)"
+    if not chosen:
+        chosen, line = faster_dtype(device)
+    return dataclasses.replace(cfg, compute_dtype=chosen), [line]
 
 
 def compile_any_size(model: nn.Module) -> Callable:
@@ -7805,10 +7835,9 @@ class Run:
         self.start = Start()
         lines = []
         if cfg.compute_dtype == "auto":
-            compute_dtype, line = ranks.gather(faster_dtype(ranks.device))[0]
-            cfg = dataclasses.replace(cfg, compute_dtype=compute_dtype)
+            earlier = Path(f"logs/{cfg.run_id}.txt") if cfg.run_id else None
+            cfg, lines = ranks.gather(resolve_dtype(cfg, ranks.device, earlier))[0]
             origin = {**origin, "compute_dtype": "measured"}
-            lines.append(line)
         self.cfg = cfg
         # The figures of the final line, and the phases that are over.
         self.final: dict[str, Any] = {}
@@ -8330,14 +8359,14 @@ class Run:
             return
         self.log.show("warm-up: which number of threads is fastest")
         seconds = {most - 1: math.inf, most: math.inf}
-        for _ in range(3):
+        for turn in range(3):
             for threads in seconds:
                 torch.set_num_threads(threads)
                 start = time.monotonic()
                 accumulate_gradients(self.forward, plan, [row], self.cfg.micro_batch_tokens)
                 seconds[threads] = min(seconds[threads], time.monotonic() - start)
-            # The first row also asks for memory, but not three times as long.
-            if seconds[most] > 3 * seconds[most - 1]:
+            # One row may be slow by chance, two are not.
+            if turn and seconds[most] > 3 * seconds[most - 1]:
                 break
         # The two must differ clearly, because the choice lasts for the whole run.
         chosen = most - 1 if seconds[most - 1] < 0.8 * seconds[most] else most
@@ -10332,12 +10361,11 @@ def reason_in(table: Mapping[str, str], name: str) -> str:
 
 def knobs_of_path(path: Path) -> str:
     """The knobs that name the data set of a path below DATA_DIR/datasets, or nothing."""
-    parts = path.parts
-    if "datasets" not in parts[:-1]:
+    folder = path if not path.suffix and "*" not in path.name else path.parent
+    if folder.parent.name != "datasets":
         return ""
-    place = parts.index("datasets")
-    data_dir = shlex.quote(str(Path(*parts[:place])))
-    return f"set DATA_DIR={data_dir} DATASET={shlex.quote(parts[place + 1])}"
+    data_dir = shlex.quote(str(folder.parent.parent))
+    return f"set DATA_DIR={data_dir} DATASET={shlex.quote(folder.name)}"
 
 
 def could_be(name: str, text: str) -> bool:
@@ -10369,7 +10397,8 @@ def warnings_of_names(environ: Mapping[str, str]) -> Iterator[str]:
 def problems_of_names(given: Mapping[str, str]) -> Iterator[str]:
     """A line for each variable that this program lacks, or that looks like one of its knobs."""
     knobs = {name.upper() for name in FIELDS}
-    other_names = [*ALIASES, *REJECTED_NAMES]
+    # Others may use TRAIN_FILE and the like.
+    other_names = [*ALIASES, *(REJECTED_NAMES.keys() - {"TRAIN_FILES", "VAL_FILES"})]
     for name in sorted(given.keys() - knobs - SWITCHES.keys()):
         text = given[name]
         if reason_in(WARNED, name):

@@ -165,6 +165,7 @@ def main(argv: list[str]) -> int:
     results: dict[str, Any] = dict.fromkeys(PARTS)
     try:
         cfg, _ = tg.Config.from_env(os.environ, torch.cuda.is_available())
+        cfg, _ = tg.resolve_dtype(cfg, tg.Ranks({}).device)
         setting = Setting(cfg)
     except tg.UsageError as error:
         print(f"bench/phases.py: {error}", file=sys.stderr)

@@ -111,17 +111,24 @@ def test_a_run_is_judged_once_and_what_speaks_against_it_ends_the_command(
     monkeypatch, tmp_path: Path
 ):
     """The audit leaves its file and the replay its page; both must end with status 0."""
+    run = evidence.seed_runs()[0]
+    log = tmp_path / "logs/a.txt"
+    log.parent.mkdir()
+    log.touch()
+    name = run.kept.format(date=evidence.day_of(log)).removesuffix(".txt")
+    with pytest.raises(UsageError, match=f"No such file or directory; remove {log}"):
+        evidence.judge(run, log, tmp_path)
     artifact = tmp_path / "runs/a/final_model.int6.ptz"
     artifact.parent.mkdir(parents=True)
     artifact.write_bytes(b"artifact")
-    kept = tmp_path / "logs/2026-01-01_seed0.txt"
     old = tmp_path / "logs/verdicts/2020-01-01_seed0.md"
-    old.parent.mkdir(parents=True)
     old.write_text("old")
     statuses = {"audit": 0, "replay": 0}
     calls = []
 
-    def tool(program: str, *words: object) -> int:
+    def tool(environ: dict[str, str], program: str, *words: object) -> int:
+        # What is exported here must not judge another setting.
+        assert environ["SEED"] == run.knobs["SEED"]
         kind = "replay" if "replay" in words else "audit"
         calls.append(kind)
         if kind == "audit":
@@ -132,19 +139,25 @@ def test_a_run_is_judged_once_and_what_speaks_against_it_ends_the_command(
         return statuses[kind]
 
     monkeypatch.setattr(evidence, "run_tool", tool)
+    monkeypatch.setenv("SEED", "7")
     statuses["replay"] = 1
     with pytest.raises(UsageError, match="a: its replay ended with status 1"):
-        evidence.judge("a", kept, tmp_path)
+        evidence.judge(run, log, tmp_path)
     statuses["replay"] = 0
-    evidence.judge("a", kept, tmp_path)
-    evidence.judge("a", kept, tmp_path)
+    evidence.judge(run, log, tmp_path)
+    evidence.judge(run, log, tmp_path)
     assert calls == ["audit", "replay"] * 2
+    # Another artifact has no verdict yet.
     artifact.write_bytes(b"another")
     statuses["audit"] = 1
     with pytest.raises(UsageError, match="a: its audit ended with status 1"):
-        evidence.judge("a", kept, tmp_path)
-    evidence.forget_other_verdicts([kept], tmp_path)
-    assert not old.exists() and old.with_name("2026-01-01_seed0.json").exists()
+        evidence.judge(run, log, tmp_path)
+    audit = old.with_name(f"{name}.json")
+    audit.write_text("no JSON")
+    with pytest.raises(UsageError, match="a: its audit ended with status 1"):
+        evidence.judge(run, log, tmp_path)
+    evidence.forget_other_verdicts([log.with_name(f"{name}.txt")], tmp_path)
+    assert not old.exists() and audit.exists()
 
 
 def test_a_block_is_replaced_between_its_marks_alone(tmp_path: Path):

@@ -131,8 +131,13 @@ def test_a_path_to_shards_is_refused_with_the_knobs_that_name_them():
     for name in ("DATA_PATH", "TRAIN_FILES"):
         (line,) = refusals(**{name: "./mine/datasets/fineweb10B_sp1024/fineweb_train_*.bin"})
         assert line.endswith("; set DATA_DIR=mine DATASET=fineweb10B_sp1024")
-        (line,) = refusals(**{name: "./shards"})
-        assert line.endswith("; set DATA_DIR, DATASET")
+        (line,) = refusals(**{name: "/datasets/hf/data/datasets/mine"})
+        assert line.endswith("; set DATA_DIR=/datasets/hf/data DATASET=mine")
+        for path in ("./shards", "./datasets/x_train_*.bin"):
+            (line,) = refusals(**{name: path})
+            assert line.endswith("; set DATA_DIR, DATASET")
+    # Names of others.
+    config(TRAIN_FILE="x", VAL_FILE="x")
 
 
 def test_a_name_that_begins_as_a_family_of_knobs_does_is_warned_of():

@@ -162,7 +162,7 @@ class Lines(list[str]):
 
 
 @pytest.mark.parametrize(
-    ("with_3", "with_2", "chosen", "rows"), [(4.0, 1.0, 2, 2), (2.0, 1.0, 2, 6), (1.0, 0.9, 3, 6)]
+    ("with_3", "with_2", "chosen", "rows"), [(4.0, 1.0, 2, 4), (2.0, 1.0, 2, 6), (1.0, 0.9, 3, 6)]
 )
 def test_a_busy_core_costs_the_run_one_thread(monkeypatch, with_3, with_2, chosen, rows):
     # The clock is the sum of what the rows took.
@@ -185,7 +185,7 @@ def test_a_busy_core_costs_the_run_one_thread(monkeypatch, with_3, with_2, chose
         tg.Run.choose_threads(run, (), None)
         assert torch.get_num_threads() == chosen
         assert lines[0].startswith(f"threads: {chosen} (")
-        # Rows that take four times as long show enough after the first.
+        # Rows that take four times as long show enough after the second.
         assert len(counted) == rows
     finally:
         torch.set_num_threads(threads)
@@ -199,7 +199,7 @@ def test_only_a_lone_process_without_a_number_of_threads_chooses_one():
 @pytest.mark.parametrize(
     "in_bf16, in_fp32, chosen", [(1.0, 3.0, "bf16"), (1.0, 1.5, "fp32"), (9.0, 1.0, "fp32")]
 )
-def test_a_cpu_computes_in_bf16_only_where_it_multiplies_twice_as_fast_in_it(
+def test_a_cpu_computes_in_bf16_only_where_it_multiplies_much_faster_in_it(
     monkeypatch, in_bf16, in_fp32, chosen
 ):
     clock = [0.0]
@@ -211,6 +211,19 @@ def test_a_cpu_computes_in_bf16_only_where_it_multiplies_twice_as_fast_in_it(
     monkeypatch.setattr(tg.torch, "mm", product)
     assert tg.faster_dtype(torch.device("cpu"))[0] == chosen
     assert tg.faster_dtype(torch.device("cuda"))[0] == "bf16"
+
+
+def test_a_run_that_goes_on_keeps_the_dtype_that_it_has_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(tg, "faster_dtype", lambda device: ("fp32", "measured anew"))
+    cfg = tiny_config(compute_dtype="auto")
+    log = tmp_path / "a.txt"
+    cpu = torch.device("cpu")
+    assert tg.resolve_dtype(cfg, cpu, log)[0].compute_dtype == "fp32"
+    log.write_text("Hyperparameters:\n  compute_dtype: bf16 (measured)\n")
+    assert tg.resolve_dtype(cfg, cpu, log)[0].compute_dtype == "bf16"
+    assert tg.resolve_dtype(cfg, cpu)[0].compute_dtype == "fp32"
+    fixed = tiny_config(compute_dtype="fp32")
+    assert tg.resolve_dtype(fixed, cpu, log) == (fixed, [])
 
 
 @pytest.mark.parametrize("measured", ["bf16", "fp32"])

@@ -102,11 +102,10 @@ def check_claim(runs: list[Run], mixed: bool) -> dict[str, list[str]]:
             f"{name}: {', '.join(dict.fromkeys(values))}" for name, values in differing.items()
         )
         remedy = "--mixed takes them all the same"
-        fractions = {run.config.get("val_doc_fraction", "1.0") for run in runs}
-        if set(differing) == {"val_sha256"} and len(fractions) == 1 != float(min(fractions)):
-            remedy = (
-                f"VAL_DOC_FRACTION={min(fractions)} draws other documents for every seed; {remedy}"
-            )
+        fraction, *others = {run.config.get("val_doc_fraction", "1.0") for run in runs}
+        if set(differing) == {"val_sha256"} and not others and fraction not in ("1", "1.0"):
+            reason = f"VAL_DOC_FRACTION={fraction} draws other documents for every seed"
+            remedy = f"{reason}; {remedy}"
         raise UsageError(
             f"not seeds of one claim, {runs[0].source} and others: {'; '.join(shown)}; {remedy}"
         )

@@ -37,7 +37,7 @@ from digests import file_sha256  # noqa: E402
 from packed_code import packed_size  # noqa: E402
 from systems import SYSTEMS  # noqa: E402
 
-from train_gpt import CODE_SHA256, Config, UsageError, write_atomic  # noqa: E402
+from train_gpt import CODE_SHA256, Config, UsageError, reason_of, write_atomic  # noqa: E402
 
 SEEDS = (0, 42, 1337)
 SYSTEM_SECONDS = 90
@@ -143,42 +143,42 @@ def keep_logs(runs: list[PlannedRun], logs: list[Path], folder: Path) -> list[Pa
     return kept
 
 
-def run_tool(*words: object) -> int:
+def run_tool(environ: dict[str, str], *words: object) -> int:
     """Runs a program of tools/ with its output on this terminal; returns its exit status."""
     program, *arguments = map(str, words)
-    return subprocess.run([sys.executable, str(ROOT / "tools" / program), *arguments]).returncode
+    command = [sys.executable, str(ROOT / "tools" / program), *arguments]
+    return subprocess.run(command, env=environ).returncode
 
 
-def judge(run_id: str, kept: Path, folder: Path) -> None:
-    """Audits the artifact of a run and replays its claim, unless that is done.
+def judge(run: PlannedRun, log: Path, folder: Path) -> None:
+    """Audits the artifact of a finished run and replays its claim, unless that is done.
 
-    Leaves logs/verdicts/NAME.json, the audit, and the reviewer's page as NAME.md and NAME.html.
-    kept: the run's log in its place below logs/, which gives the name. Raises UsageError if either
-    has something against the run.
+    Leaves logs/verdicts/NAME.json, the audit, and the reviewer's page as NAME.md and NAME.html,
+    NAME being that of the kept log. Raises UsageError if either has something against the run.
     """
+    run_id = log.stem
     artifact = folder / "runs" / run_id / "final_model.int6.ptz"
     place = folder / "logs" / "verdicts"
     place.mkdir(parents=True, exist_ok=True)
-    audit, page = place / f"{kept.stem}.json", place / kept.stem
-    done = json.loads(audit.read_text()).get("artifact_sha256") if audit.is_file() else ""
-    if done == file_sha256(artifact) and page.with_suffix(".html").is_file():
+    name = run.kept.format(date=day_of(log)).removesuffix(".txt")
+    audit, page = place / f"{name}.json", place / name
+    try:
+        digest = file_sha256(artifact)
+        done = json.loads(audit.read_text()).get("artifact_sha256") if audit.is_file() else ""
+    except OSError as error:
+        raise UsageError(f"{reason_of(error)}; remove {log}, and the run is made again") from error
+    except ValueError:
+        done = ""
+    if done == digest and page.with_suffix(".html").is_file():
         print(f"evidence: {run_id} has its verdict", flush=True)
         return
     page.with_suffix(".html").unlink(missing_ok=True)
     # The audit finds the run's log beside runs/.
-    if status := run_tool("audit.py", artifact, "--json", audit):
+    environ = {**os.environ, **run.knobs}
+    if status := run_tool(environ, "audit.py", artifact, "--json", audit):
         raise UsageError(f"{run_id}: its audit ended with status {status}")
-    words = (
-        "audit.py",
-        "replay",
-        kept,
-        artifact,
-        "--documents",
-        REPLAYED_DOCUMENTS,
-        "--page",
-        page,
-    )
-    if status := run_tool(*words):
+    words = ("replay", log, artifact, "--documents", REPLAYED_DOCUMENTS, "--page", page)
+    if status := run_tool(environ, "audit.py", *words):
         raise UsageError(f"{run_id}: its replay ended with status {status}")
 
 
@@ -335,10 +335,9 @@ def main(argv: list[str]) -> int:
             prepare_data(args.corpus, args.tokenizer)
             runs = [*seed_runs(), *system_runs(args.corpus is not None)]
             logs = complete(runs, script, ROOT, CODE_SHA256)
-            kept = keep_logs(runs, logs, ROOT)[: len(SEEDS)]
-            forget_other_verdicts(kept, ROOT)
-            for run, log in zip(runs, kept, strict=False):
-                judge(run.run_id(CODE_SHA256), log, ROOT)
+            for run, log in list(zip(runs, logs, strict=True))[: len(SEEDS)]:
+                judge(run, log, ROOT)
+            forget_other_verdicts(keep_logs(runs, logs, ROOT)[: len(SEEDS)], ROOT)
         write_documents(ROOT, script)
     except UsageError as error:
         print(f"evidence.py: {error}", file=sys.stderr)

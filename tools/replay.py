@@ -517,7 +517,8 @@ def replay(
 
 def is_partial(claim: Claim) -> bool:
     """Whether the run has scored a part of the documents only, which is no claim."""
-    return float(claim.settings.get("val_doc_fraction") or 1) < 1
+    settings = {name: runlog.Setting(value, "") for name, value in claim.settings.items()}
+    return bool(commitment.no_claim(settings))
 
 
 def pairs_of(names: list[str]) -> list[tuple[str, str]]:
@@ -679,7 +680,7 @@ def as_text(verdict: Verdict) -> str:
         lines.append(f"timed from outside: {times}")
     lines += [f"note: {note}" for note in verdict.notes]
     for fault in verdict.faults:
-        word = "NO CLAIM" if fault.endswith("is no claim") else "VIOLATION"
+        word = "NO CLAIM" if fault.startswith("VAL_DOC_FRACTION=") else "VIOLATION"
         lines.append(f"{word}: {fault}")
     if verdict.passed:
         lines.append(f"ok: {bound_in_words(facts)}")

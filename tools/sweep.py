@@ -902,7 +902,8 @@ def prepare(args: argparse.Namespace, view: View) -> Sweep:
             f"MAX_WALLCLOCK_SECONDS={config.max_wallclock_seconds:g}: must be 0 with --paired, so "
             "that runs make equal steps; set ITERATIONS"
         )
-    if getattr(config, "val_doc_fraction", 1) < 1 and any(knob.name == "SEED" for knob in knobs):
+    num_seeds = sum(len(knob.values) for knob in knobs if knob.name == "SEED")
+    if getattr(config, "val_doc_fraction", 1) < 1 and num_seeds > 1:
         fraction = f"VAL_DOC_FRACTION={config.val_doc_fraction:g}"
         view.say(f"warning: {fraction} draws other documents for every seed, so seeds spread more")
     choose_processes(args, gpus)
