@@ -92,7 +92,7 @@ test: dev
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 # Kills at random moments, pairs of processes, odd files and full disks, over tiny runs below
-# runs/faults; an hour on 2 idle cores. Stopped, it goes on when typed again. KILLS, FAULTS_SEED.
+# runs/faults; two hours on 2 idle cores. Stopped, it goes on when typed again. KILLS, FAULTS_SEED.
 KILLS ?= 1000
 FAULTS_SEED ?= 1
 faults: dev
