@@ -85,6 +85,19 @@ def test_preparing_does_not_wait_for_what_is_no_file(folder, capsys, odd):
     must_refuse(capsys, prepare_data.main, "odd.model", *words)
 
 
+@pytest.mark.parametrize("name", ["odd.jsonl", "odd.txt"])
+def test_preparing_does_not_read_a_file_of_a_terabyte_whole(folder, capsys, monkeypatch, name):
+    monkeypatch.setattr(prepare_data, "MAX_TEXT_BYTES", 1 << 20)
+    (folder / name).touch()
+    os.truncate(folder / name, 2**40)
+    must_refuse(capsys, prepare_data.main, f"{name}:1 is longer than 1,048,576", "text", name)
+
+
+def test_preparing_a_line_that_is_nested_deeply_names_it(folder, capsys):
+    (folder / "odd.jsonl").write_text("[" * 100_000)
+    must_refuse(capsys, prepare_data.main, "odd.jsonl:1 is nested", "text", "odd.jsonl")
+
+
 def test_an_empty_tokenizer_is_none(folder, tiny_data, capsys):
     """SentencePiece would say nothing, and know no piece."""
     (folder / "empty.model").touch()

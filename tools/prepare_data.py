@@ -48,6 +48,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -818,6 +819,9 @@ class Line(NamedTuple):
     text: str
 
 
+MAX_TEXT_BYTES = 1 << 28  # of a document, as a line or a file
+
+
 def open_input(path: Path) -> BinaryIO:
     """Decompressed bytes of a file. Raises UsageError for an unknown suffix."""
     kind = path.suffix
@@ -858,8 +862,12 @@ def read_file(path: Path, field: str) -> Iterator[Line]:
     is_empty = True
     try:
         with open_input(path) as file:
-            lines = [file.read()] if is_txt else file
+            # A file without line ends must not be read whole, whatever its size.
+            read = file.read if is_txt else file.readline
+            lines = [read(MAX_TEXT_BYTES)] if is_txt else iter(partial(read, MAX_TEXT_BYTES), b"")
             for number, line in enumerate(lines, 1):
+                if len(line) == MAX_TEXT_BYTES:
+                    raise UsageError(f"{path}:{number} is longer than {MAX_TEXT_BYTES:,} bytes")
                 if line.strip():
                     is_empty = False
                     yield Line(number, line.decode() if is_txt else parse_line(line, field))
@@ -875,6 +883,8 @@ def read_file(path: Path, field: str) -> Iterator[Line]:
         raise UsageError(f"{path}:{number + 1} cannot be decompressed: {error}") from None
     except ValueError as error:
         raise UsageError(f"{path}:{number} {error}") from None
+    except RecursionError:
+        raise UsageError(f"{path}:{number} is nested too deeply") from None
     if is_empty:
         raise UsageError(f"{path}:1 is empty")
 
@@ -998,6 +1008,10 @@ def run_text(args: argparse.Namespace) -> None:
             raise UsageError(f"--tokenizer {args.tokenizer}: has {has} case operators; {text}")
     transform = transform_of(args)
     dataset = dataset_name(args.name, vocab_size, transform)
+    # What holds no text is refused before all of it is hashed.
+    for path in (*args.files, *args.val):
+        with contextlib.closing(read_file(path, args.key)) as lines:
+            next(lines)
     inputs = text_inputs(args, model, vocab_size)
     if is_prepared(args, dataset, inputs):
         return
