@@ -10256,6 +10256,8 @@ WITHOUT_EFFECT = {
     "EVAL_INCLUDE_TAIL": "every target is scored",
 }
 REJECTED_NAMES = SET_ELSEWHERE | AGAINST_THE_RULES | WITHOUT_EFFECT
+# Those of them whose value is a path to shards.
+PATHS_OF_SHARDS = ("DATA_PATH", "TRAIN_FILES", "VAL_FILES")
 
 # What to say of names that belong to parts of public scripts which are not here; * stands for any
 # text. They are refused unless their value, one of OFF, switches the part off. This table and the
@@ -10407,7 +10409,7 @@ def problems_of_names(given: Mapping[str, str]) -> Iterator[str]:
             yield f"{name}={text}: not a knob; names are in capitals: {name.upper()}"
             continue
         if reason := REJECTED_NAMES.get(name) or reason_in(ABSENT, name):
-            if name in ("DATA_PATH", "TRAIN_FILES", "VAL_FILES"):
+            if name in PATHS_OF_SHARDS:
                 reason = knobs_of_path(Path(text)) or reason
             if name in REJECTED_NAMES or text.lower() not in OFF:
                 yield f"{name}={text}: not a knob of this program; {reason}"

@@ -676,10 +676,10 @@ def prepare(args: argparse.Namespace) -> Setting:
     """Loads and checks everything, and prints what figures depend on. Raises UsageError."""
     has_cuda = torch.cuda.is_available()
     cfg, origin = tg.Config.from_env(os.environ, has_cuda)
-    cfg, _ = tg.resolve_dtype(cfg, torch.device("cuda" if has_cuda else "cpu"))
+    device = tg.Ranks({}).device
+    cfg, _ = tg.resolve_dtype(cfg, device)
     network = load_network(cfg, origin)
     cfg = network.cfg
-    device = tg.Ranks({}).device
     num_docs = args.docs
     if num_docs is None:
         num_docs = 0 if has_cuda else 8

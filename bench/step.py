@@ -766,8 +766,8 @@ def prepare(path: Path | None) -> Setting:
     Raises UsageError.
     """
     cfg, _ = tg.Config.from_env(os.environ, torch.cuda.is_available())
-    cfg, _ = tg.resolve_dtype(cfg, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     device = tg.Ranks({}).device
+    cfg, _ = tg.resolve_dtype(cfg, device)
     tg.configure_torch(cfg)
     backend, lines = tg.choose_attention(cfg.attention_backend, device, cfg.dtype)
     reference = Reference(path, cfg, device, backend) if path else None

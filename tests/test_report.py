@@ -778,10 +778,8 @@ def test_unfinished_logs_are_left_out_by_name_but_of_no_submission(tmp_path, cap
     page = tmp_path / "out.html"
     Path(logs[2]).write_text(Path(logs[2]).read_text().replace("\nfinal {", "\nfnal {"))
     assert report.main([*logs, "--mixed", "--html", str(page)]) == 0
-    assert (
-        page.is_file()
-        and f"left out: {logs[2]}: has 0 final lines: its run goes on" in capsys.readouterr().out
-    )
+    assert page.is_file()
+    assert f"left out: {logs[2]}: has 0 final lines: its run goes on" in capsys.readouterr().out
     found = figures_of(capsys, *logs)
     assert (len(found["runs"]), len(found["warnings"])) == (2, 1)
     assert "0 final lines" in refusal(capsys, *logs[:2], "--baseline", logs[2])

@@ -66,7 +66,7 @@ from legality import (  # noqa: E402
 )
 from scripts import load_script  # noqa: E402
 
-from train_gpt import write_atomic  # noqa: E402
+from train_gpt import reason_of, write_atomic  # noqa: E402
 
 SCRIPT = ROOT / "train_gpt.py"
 MIN_DOCUMENTS = 2
@@ -242,8 +242,11 @@ def judge_artifact(args: argparse.Namespace, environ: dict[str, str]) -> int:
     if log.is_file():
         try:
             knobs = knobs_of_log(log, environ)
-        except (OSError, runlog.LogError) as error:
-            print(f"audit.py: {log}: {' '.join(str(error).split())}", file=sys.stderr)
+        except OSError as error:
+            print(f"audit.py: {reason_of(error)}", file=sys.stderr)
+            return 2
+        except runlog.LogError as error:
+            print(f"audit.py: {log}: {error}", file=sys.stderr)
             return 2
         environ = {**environ, **knobs}
     else:

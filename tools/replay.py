@@ -52,10 +52,9 @@ from digests import file_sha256, sha256
 from fresh_process import MachineError
 from held import HEADER_BYTES, SHARD_MAGIC, DataError, HeldData, tokenizer_by_hash
 from plain_evaluator import Model
-from regular import read_regular
 from run_documents import DOCUMENTS, load_arrays
 
-from train_gpt import FIELDS, MAX_ARTIFACT_BYTES, UsageError
+from train_gpt import FIELDS, MAX_ARTIFACT_BYTES, UsageError, read_regular
 
 EXACT_NATS = 1e-4  # nats a token between implementations in fp32
 CONFIDENCE = 0.95
@@ -161,6 +160,26 @@ class Claim(NamedTuple):
     variables: dict[str, str]  # the environment of the evaluation
     documents: dict[str, np.ndarray]
     held: HeldData
+
+    @property
+    def log_settings(self) -> dict[str, runlog.Setting]:
+        """The settings as the log's reader has them."""
+        return {name: runlog.Setting(value, "") for name, value in self.settings.items()}
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether the run has scored a part of the documents only, which is no claim."""
+        return bool(commitment.no_claim(self.log_settings))
+
+    @property
+    def has_its_artifact(self) -> bool:
+        """Whether the artifact is the one that the log names."""
+        return file_sha256(self.artifact) == self.final.get("artifact_sha256")
+
+    @property
+    def has_its_documents(self) -> bool:
+        """Whether the records are of the documents in the shards."""
+        return np.array_equal(self.documents["doc_tokens"], self.held.counts)
 
     @property
     def adapts(self) -> bool:
@@ -486,10 +505,7 @@ def replay(
     faults = list(faults_of_commitment(claim, script))
     memorised = known_too_well(claim, beside)
     draw = draw_documents(claim.held, count, entropy, not claim.crosses_documents)
-    if is_partial(claim) or not (
-        file_sha256(claim.artifact) == claim.final.get("artifact_sha256")
-        and np.array_equal(claim.documents["doc_tokens"], claim.held.counts)
-    ):
+    if claim.is_partial or not (claim.has_its_artifact and claim.has_its_documents):
         facts = facts_of(claim, script, draw, Evaluations({}))
         return Verdict(facts, [], faults, ["nothing was scored: there is no such claim"])
     found = evaluate(claim, script, reference, draw)
@@ -515,12 +531,6 @@ def replay(
     return Verdict(facts_of(claim, script, draw, found), comparisons, faults, notes)
 
 
-def is_partial(claim: Claim) -> bool:
-    """Whether the run has scored a part of the documents only, which is no claim."""
-    settings = {name: runlog.Setting(value, "") for name, value in claim.settings.items()}
-    return bool(commitment.no_claim(settings))
-
-
 def pairs_of(names: list[str]) -> list[tuple[str, str]]:
     """The comparisons: the claim with each evaluation, and the evaluations with one another."""
     return [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
@@ -528,17 +538,16 @@ def pairs_of(names: list[str]) -> list[tuple[str, str]]:
 
 def faults_of_commitment(claim: Claim, script: Path) -> list[str]:
     """What the log, the files and the commitment have against the claim."""
-    settings = {name: runlog.Setting(value, "") for name, value in claim.settings.items()}
-    faults = list(commitment.problems(claim.final, settings, claim.documents))
-    if is_partial(claim):
+    faults = list(commitment.problems(claim.final, claim.log_settings, claim.documents))
+    if claim.is_partial:
         # It says so already, and the shards hold the other documents, too.
         return faults
-    if file_sha256(claim.artifact) != claim.final.get("artifact_sha256"):
+    if not claim.has_its_artifact:
         faults.append("the artifact is not that of the log (artifact_sha256)")
     ran = {claim.final.get("code_sha256"), claim.final.get("file_sha256")}
     if ran.isdisjoint({file_sha256(script), sha256(code_changes.readable_code(script))}):
         faults.append("the script is not that of the log (code_sha256)")
-    if not np.array_equal(claim.documents["doc_tokens"], claim.held.counts):
+    if not claim.has_its_documents:
         faults.append("the documents are not those of the shards")
     elif claim.final.get("val_bytes") != sum(
         map(claim.held.bytes_of, range(len(claim.held.counts)))

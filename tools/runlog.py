@@ -310,15 +310,12 @@ def log_of_run(folder: Path) -> Path:
 def knobs_of_run(folder: Path) -> dict[str, str]:
     """The environment that makes an evaluation that of a folder's run; {} without its log.
 
-    Raises LogError or OSError, both with the name of the file, if it cannot be read.
+    Raises LogError or OSError if it cannot be read.
     """
     log = log_of_run(folder)
     if not log.is_file():
         return {}
-    try:
-        return evaluation_variables(read_text(log))
-    except LogError as error:
-        raise LogError(f"{log}: {error}") from error
+    return evaluation_variables(read_text(log))
 
 
 # === A whole run ==================================================================================

@@ -170,9 +170,13 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     tg.prepare_output()
     try:
-        sample_run(args.run_dir or newest_run(), max(args.tokens, 1))
-    except (tg.UsageError, runlog.LogError) as error:
+        run_dir = args.run_dir or newest_run()
+        sample_run(run_dir, max(args.tokens, 1))
+    except tg.UsageError as error:
         print(f"samples.py: {error}", file=sys.stderr)
+        return 2
+    except runlog.LogError as error:
+        print(f"samples.py: {runlog.log_of_run(run_dir)}: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:
         raise

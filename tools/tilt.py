@@ -136,10 +136,14 @@ def main(argv: list[str]) -> int:
     if len(argv) != 1:
         print("tilt.py: needs the folder of a run", file=sys.stderr)
         return 2
+    folder = Path(argv[0])
     try:
-        scored = load(Path(argv[0]))
-    except (tg.UsageError, runlog.LogError) as error:
+        scored = load(folder)
+    except tg.UsageError as error:
         print(f"tilt.py: {error}", file=sys.stderr)
+        return 2
+    except runlog.LogError as error:
+        print(f"tilt.py: {runlog.log_of_run(folder.resolve())}: {error}", file=sys.stderr)
         return 2
     except OSError as error:
         print(f"tilt.py: {tg.reason_of(error)}", file=sys.stderr)
