@@ -455,6 +455,7 @@ MINIATURE = {
     "PRESET": "cpu",
     "RUN_ID": "miniature",
     "NUM_LAYERS": "4",
+    "NUM_LOOPS": "0",
     "MODEL_DIM": "96",
     "PARALLEL_START_LAYER": "3",
     "XSA_LAST_N": "4",

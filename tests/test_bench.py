@@ -326,6 +326,11 @@ def test_a_ratio_to_a_coder_that_is_not_installed_is_null(monkeypatch: pytest.Mo
     json.dumps(figures, allow_nan=False)
 
 
+def test_the_knobs_of_the_miniature_are_accepted_and_make_a_smaller_network():
+    cfg, _ = tg.Config.from_env(artifact.MINIATURE, False)
+    assert cfg.num_layers < tg.CPU["num_layers"]
+
+
 # --- Whole runs -----------------------------------------------------------------------------------
 def base_environment() -> dict[str, str]:
     """What a process needs besides the knobs."""
