@@ -5680,7 +5680,7 @@ class GptqSolver(NamedTuple):
         return torch.empty_like(k).scatter_(1, self.order, k)
 
     def solve(self, step: Tensor, column_scale: Tensor, qmax: int) -> Tensor:
-        """Codes int8 (n, rows, cols) in [-qmax, qmax] with W ~ codes * step * column_scale.
+        """Codes int16 (n, rows, cols) in [-qmax, qmax] with W ~ codes * step * column_scale.
 
         step (n, rows) and column_scale (n, cols) are fp32. Raises BadMatrix if a weight or a
         Hessian is not finite.
@@ -5688,7 +5688,7 @@ class GptqSolver(NamedTuple):
         scale = column_scale.gather(1, self.order)
         # Columns that are already rounded hold their errors e, the others their weights w.
         errors = self.weight.clone()
-        codes = torch.empty_like(self.weight, dtype=torch.int8)
+        codes = torch.empty_like(self.weight, dtype=torch.int16)
         for end in range(errors.size(1), 0, -GPTQ_BLOCK_COLUMNS):
             start = max(end - GPTQ_BLOCK_COLUMNS, 0)
             width = end - start
@@ -5838,8 +5838,10 @@ def published_steps(cfg: Config, bank: str, weight: Tensor, has_hessians: bool) 
 
 # Rounded. One more digit would change the bytes of every fitted artifact.
 TWO_PI_E = 17.08
-# Allocated steps may use the whole byte: bits are saved by the entropy coder, not by the range.
-ALLOCATED_QMAX = 127
+# Allocated steps may use the whole range of the coder: bits are saved by the entropy coder, not by
+# the range. The rows of the tied table, which the loss notices most, need more than a byte.
+ALLOCATED_QMAX = {"ans": 1023}  # by COMPRESSOR; the others code bytes
+BYTE_QMAX = 127
 STEPS_PER_OCTAVE = 8
 MAX_STEP = 2.0**15  # fp16 holds up to 65504
 
@@ -5945,7 +5947,7 @@ def by_column_group(power: Tensor, values: Tensor) -> Tensor:
 class Quantised(NamedTuple):
     """A model's integers and what they are multiplied by; on the CPU, equal on all ranks."""
 
-    codes: dict[str, Tensor]  # by bank, int8 (n, rows, cols)
+    codes: dict[str, Tensor]  # by bank, int16 (n, rows, cols)
     scales: dict[str, Tensor]  # by bank, the steps fp16 (n, rows)
     columns: ColumnExponents
 
@@ -6054,6 +6056,7 @@ class Quantizer:
         if self.has_columns:
             largest = largest / column_power.sqrt().clamp_min(1)[:, None]
         allocates = sensitivities is not None
+        largest_allocated = ALLOCATED_QMAX.get(self.cfg.compressor, BYTE_QMAX)
         self.rows[bank] = BankRows(
             published_step=published_steps(self.cfg, bank, weight, has_hessians).float(),
             power=squares.mean(-1).clamp_min(1e-20),
@@ -6061,7 +6064,7 @@ class Quantizer:
             feedback=by_column_group(column_power, feedback),
             largest=largest.amax(-1),
             cost=output_power[:, None] * sensitivities[bank] if allocates else None,
-            qmax=ALLOCATED_QMAX if allocates else qmax_of(self.cfg, bank),
+            qmax=largest_allocated if allocates else qmax_of(self.cfg, bank),
         )
 
     def entropy_bytes(self, steps: dict[str, Tensor]) -> float:
@@ -6114,12 +6117,13 @@ class Quantizer:
         here = self.solved_here
         all_codes = {}
         for bank, shape in self.shapes.items():
-            codes = torch.zeros(shape, dtype=torch.int8, device=self.ranks.device)
+            # NCCL adds no int16.
+            codes = torch.zeros(shape, dtype=torch.int32, device=self.ranks.device)
             if bank in self.solvers:
                 qmax = self.rows[bank].qmax
                 solver = self.solvers[bank]
-                codes[here] = solver.solve(steps[bank][here], scales[bank][here], qmax)
-            all_codes[bank] = self.ranks.sum(codes).cpu()
+                codes[here] = solver.solve(steps[bank][here], scales[bank][here], qmax).int()
+            all_codes[bank] = self.ranks.sum(codes).short().cpu()
         halves = {bank: step.half().cpu() for bank, step in steps.items()}
         return Quantised(all_codes, halves, columns)
 
@@ -6213,8 +6217,8 @@ SLOT_MASK = FREQUENCY_SUM - 1
 WORD_BITS = 16  # a state sheds and takes in words of this size
 STATE_MIN = 1 << WORD_BITS  # a state x lies in 2^16 <= x < 2^32, between any two symbols
 CODES_PER_STATE = 1 << 13
-NUM_SYMBOLS = 256
-ZERO_SYMBOL = 128  # the symbol of code 0: symbol = code * sign + 128
+NUM_SYMBOLS = 2048
+ZERO_SYMBOL = 1024  # the symbol of code 0: symbol = code * sign + 1024
 
 # A context is a pair: a band of magnitude, and a class of how far a column's mean is off 0.
 NUM_BANDS = 64
@@ -6245,8 +6249,8 @@ OFFSET_EDGES = np.array(
 
 
 def row_levels(codes: np.ndarray) -> np.ndarray:
-    """Level of each row's mean |code|: int8 (n, rows, cols) -> uint8 (n, rows)."""
-    mean = np.stack([np.abs(matrix.astype(np.int16)).mean(-1) for matrix in codes])
+    """Level of each row's mean |code|: int16 (n, rows, cols) -> uint8 (n, rows)."""
+    mean = np.stack([np.abs(matrix).mean(-1) for matrix in codes])
     level = np.rint(LEVELS_PER_OCTAVE * np.log2(np.maximum(mean, 2**-8)) + UNIT_LEVEL)
     return np.where(mean > 0, level, 0).astype(np.uint8)
 
@@ -6334,7 +6338,7 @@ def coding_order(
 
 
 def frequency_table(counts: np.ndarray) -> np.ndarray:
-    """Frequencies that add up to 2^14 in each context, from counts (contexts, 256).
+    """Frequencies that add up to 2^14 in each context, from counts (contexts, 2048).
 
     Every symbol that occurs gets at least 1; the most frequent one takes what rounding leaves.
     """
@@ -6346,18 +6350,18 @@ def frequency_table(counts: np.ndarray) -> np.ndarray:
 
 
 def range_starts(table: np.ndarray) -> np.ndarray:
-    """For each symbol the sum of the frequencies before it in its context, (contexts * 256,)."""
+    """For each symbol the sum of the frequencies before it in its context, (contexts * 2048,)."""
     return (table.cumsum(1) - table).ravel()
 
 
 def ans_encode(
     codes: list[np.ndarray], levels: list[np.ndarray], columns: list[np.ndarray]
 ) -> bytes:
-    """The codes, int8 (n, rows, cols), as one stream.
+    """The codes, int16 (n, rows, cols), as one stream.
 
     Each bank has levels uint8 (n, rows) and exponents of column scales int8 (n, cols).
 
-    Layout: u32 size of the tables; the tables, frequencies u16 (contexts, 256) in LZMA; the states
+    Layout: u32 size of the tables; the tables, frequencies u16 (contexts, 2048) in LZMA; the states
     u32 at the end of encoding, where decoding starts; words u16 in the order of decoding.
 
     Pushing a symbol of frequency f that starts at c: x -> (x // f) * 2^14 + c + x % f. Before that,
@@ -6399,7 +6403,7 @@ def ans_decode(
     STATE_MIN <= x < 2^32 holds again, and at the end each state is where the encoder started it.
     Raises ValueError or IndexError if ans_encode cannot have written `data`.
     """
-    codes = [np.zeros(shape, np.int8) for shape in shapes]
+    codes = [np.zeros(shape, np.int16) for shape in shapes]
     tables_end = 4 + int.from_bytes(data[:4], "little")
     tables = decompress("lzma", data[4:tables_end], 2 * NUM_CONTEXTS * NUM_SYMBOLS)
     table = np.frombuffer(tables, "<u2").astype(np.int64).reshape(NUM_CONTEXTS, NUM_SYMBOLS)
@@ -6409,7 +6413,7 @@ def ans_decode(
     frequency = table.ravel()
     start = range_starts(table)
     # In each context, as many slots name a symbol as its frequency says: (contexts, 2^14).
-    every_symbol = np.tile(np.arange(NUM_SYMBOLS, dtype=np.uint8), NUM_CONTEXTS)
+    every_symbol = np.tile(np.arange(NUM_SYMBOLS, dtype=np.uint16), NUM_CONTEXTS)
     symbol_of_slot = np.repeat(every_symbol, frequency).reshape(NUM_CONTEXTS, FREQUENCY_SUM)
 
     states = np.frombuffer(data, "<u4", num_coder_states(codes), tables_end).astype(np.int64)
@@ -6436,8 +6440,9 @@ def ans_decode(
 
 
 def code_entropy_bytes(codes: Iterable[np.ndarray]) -> float:
-    """Order-0 entropy of int8 codes in bytes: the least for a coder that knows no contexts."""
-    counts = sum(np.bincount(q.view(np.uint8).ravel(), minlength=NUM_SYMBOLS) for q in codes)
+    """Order-0 entropy of codes in bytes: the least for a coder that knows no contexts."""
+    flat = np.concatenate([q.ravel() for q in codes])
+    counts = np.bincount(flat.astype(np.int64) + ZERO_SYMBOL, minlength=NUM_SYMBOLS)
     total = counts.sum()
     return sum(-n * math.log2(n / total) / 8 for n in counts if n)
 
@@ -6520,17 +6525,18 @@ def order_of_size(levels: np.ndarray, exponents: np.ndarray) -> np.ndarray:
 def pack_codes(
     compressor: str, codes: list[np.ndarray], levels: list[np.ndarray], columns: list[np.ndarray]
 ) -> bytes:
-    """The codes, int8 (n, rows, cols), as one stream.
+    """The codes, int16 (n, rows, cols), as one stream.
 
     Each bank has levels uint8 (n, rows) and exponents of column scales int8 (n, cols). ans knows
-    how to use them. For the others the codes of a bank are sorted by the size to expect, which
-    makes zstd's stream about 9 % shorter.
+    how to use them. For the others the codes, which are bytes then, are sorted within a bank by the
+    size to expect, which makes zstd's stream about 9 % shorter.
     """
     if compressor == "ans":
         return ans_encode(codes, levels, columns)
     sorted_codes = []
     for q, level, exponents in zip(codes, levels, columns, strict=True):
-        sorted_codes.append(q.ravel()[order_of_size(level, exponents)].tobytes())
+        in_order = q.ravel()[order_of_size(level, exponents)]
+        sorted_codes.append(in_order.astype(np.int8).tobytes())
     return compress(compressor, b"".join(sorted_codes))
 
 
@@ -6553,7 +6559,7 @@ def unpack_codes(
     start = 0
     for shape, level, exponents in zip(shapes, levels, columns, strict=True):
         end = start + math.prod(shape)
-        q = np.empty(math.prod(shape), np.int8)
+        q = np.empty(math.prod(shape), np.int16)
         q[order_of_size(level, exponents)] = flat[start:end]
         codes.append(q.reshape(shape))
         start = end
@@ -6566,11 +6572,11 @@ def unpack_codes(
 # weights and the config alone: no time and no path goes into it.
 
 ARTIFACT_MAGIC = b"PGLM"
-ARTIFACT_VERSION = 3
+ARTIFACT_VERSION = 4
 HEADER_START = 13  # after magic, version, length and CRC-32 of the header
 MAX_HEADER_BYTES = 1 << 16  # of JSON
 MAX_STREAM_BYTES = 1 << 27  # of all streams, decompressed
-# A file may hold 1 MiB, plus 16 bytes for each of its own, decompressed: 16 int8 codes from a byte
+# A file may hold 1 MiB, plus 16 bytes for each of its own, decompressed: 16 codes from a byte
 # are half a bit each. No run comes near it, and no small file makes much work.
 MAX_EXPANSION = 16
 SMALL_STREAM_BYTES = 1 << 20
@@ -6582,7 +6588,7 @@ class ArtifactArrays(NamedTuple):
     `columns` is by Matrix.input_key, the others are by parameter name.
     """
 
-    codes: dict[str, np.ndarray]  # int8 (n, rows, cols)
+    codes: dict[str, np.ndarray]  # int16 (n, rows, cols)
     levels: dict[str, np.ndarray]  # uint8 (n, rows)
     scales: dict[str, np.ndarray]  # fp16 (n, rows)
     columns: dict[tuple[str, int], np.ndarray]  # int8 (cols,), exponents k of scales 2^(k/4)
@@ -6647,7 +6653,7 @@ def pack_arrays(cfg: Config, arrays: ArtifactArrays, meta: dict[str, Any]) -> by
         the header: zlib-compressed JSON of at most 64 KiB, {config, compressor,
             streams: [[raw bytes, stored bytes, CRC-32 of the stored bytes], ..], ..meta}
         five streams, each in the order of the parameter table:
-            codes    int8, by pack_codes
+            codes    by pack_codes; one raw byte counts for each, whatever the coder
             levels   u8, of every row of codes, by row_levels, in LZMA
             scales   fp16, the step of every row of codes, in LZMA
             columns  int8, k of the column scales 2^(k/4) of every Matrix.input_key, in LZMA

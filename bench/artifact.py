@@ -105,7 +105,7 @@ class AnsCoder:
         flat = np.frombuffer(tg.decompress("lzma", data[4:end], num_rows), np.uint8)
         levels = list(tg.split_arrays(flat, self.row_shapes).values())
         codes = tg.ans_decode(data[end:], list(self.shapes.values()), levels, self.columns)
-        return b"".join(q.tobytes() for q in codes)
+        return b"".join(q.astype(np.int8).tobytes() for q in codes)
 
 
 class Method(NamedTuple):

@@ -72,7 +72,7 @@ def codes_and_exponents(
         row_size = uneven * rng.normal(size=(n, rows, 1))
         col_size = uneven * rng.normal(size=(n, 1, cols))
         values = 2.4 * np.exp(row_size + col_size) * rng.normal(size=(n, rows, cols))
-        codes.append(np.clip(np.rint(values), -127, 127).astype(np.int8))
+        codes.append(np.clip(np.rint(values), -1023, 1023).astype(np.int16))
         exponents.append(np.rint(-4 * col_size[:, 0] / math.log(2)).astype(np.int8))
     return codes, exponents
 
@@ -103,7 +103,7 @@ def test_entropy_in_the_report_is_that_of_the_codes():
 def test_ans_returns_every_code(shapes, uneven):
     codes, exponents = codes_and_exponents(shapes, uneven)
     codes[0][0, 0] = 0
-    codes[-1].flat[0] = -128
+    codes[-1].flat[0] = -1024
     levels = row_levels(codes)
     data = tg.ans_encode(codes, levels, exponents)
     decoded = tg.ans_decode(data, shapes, levels, exponents)
@@ -113,7 +113,7 @@ def test_ans_returns_every_code(shapes, uneven):
 
 def test_order_of_coding_is_row_by_row_of_as_many_matrices_as_there_are_states():
     """The example in the docstring: three matrices of two rows, states for two matrices."""
-    codes = [np.arange(24, dtype=np.int8).reshape(3, 2, 4), np.zeros((1, 1, 8), np.int8)]
+    codes = [np.arange(24, dtype=np.int16).reshape(3, 2, 4), np.zeros((1, 1, 8), np.int16)]
     items = tg.coding_order(codes, row_levels(codes), no_exponents(codes))
     seen = [q.copy() for q, _, _ in items]
     expected = [codes[0][:2, 0], codes[0][:2, 1], codes[0][2:, 0], codes[0][2:, 1], codes[1][:, 0]]
@@ -369,10 +369,29 @@ def test_a_column_that_costs_most_stays_in_range_and_leaves_the_others_their_bit
     losses = []
     for bits in (2, 3, 4):
         quantised = quantizer.solve(quantizer.theta_for(bits * num_weights / 8))
-        assert quantised.codes["up_bank"][1].abs().max() < 127
+        assert quantised.codes["up_bank"][1].abs().max() < tg.ALLOCATED_QMAX["ans"]
         losses.append(loss_of_rounding(model, quantised, hessians, sensitivities))
     # One more bit a weight leaves a quarter of the loss.
     assert all(more > 3 * less for more, less in zip(losses, losses[1:], strict=False))
+
+
+def test_a_row_that_the_loss_notices_most_gets_integers_beyond_a_byte_if_the_coder_takes_them():
+    cfg = tiny_config(quantizer="allocated")
+    model, hessians, sensitivities = calibrated(cfg)
+    sensitivities["tok_emb"][0, 3] *= 1e6
+    losses = {}
+    for compressor in ("zstd", "ans"):
+        model.cfg = dataclasses.replace(cfg, compressor=compressor)
+        quantizer = tg.Quantizer(model, hessians, sensitivities, ONE)
+        num_weights = sum(math.prod(shape) for shape in quantizer.shapes.values())
+        quantised = quantizer.solve(quantizer.theta_for(3 * num_weights / 8))
+        largest = max(int(q.abs().max()) for q in quantised.codes.values())
+        assert largest > 127 if compressor == "ans" else largest <= 127
+        data = tg.pack_artifact(model, quantised, {})
+        _, arrays = tg.open_artifact(data, Path("file"))
+        assert all((q == quantised.codes[bank].numpy()).all() for bank, q in arrays.codes.items())
+        losses[compressor] = loss_of_rounding(model, quantised, hessians, sensitivities)
+    assert losses["ans"] < 0.9 * losses["zstd"]
 
 
 def test_predicted_bits_count_the_errors_that_the_solver_makes_up_for():

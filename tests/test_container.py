@@ -98,8 +98,8 @@ def test_what_was_accepted_once_is_refused(files):
     end = 4 + int.from_bytes(stream[:4], "little")
     size = 2 * tg.NUM_CONTEXTS * tg.NUM_SYMBOLS
     table = bytearray(tg.decompress("lzma", stream[4:end], size))
-    assert table[-512:-510] == (1 << 14).to_bytes(2, "little")  # no code has the last context
-    table[-512:-508] = (1 << 13).to_bytes(2, "little") * 2
+    assert table[-4096:-4094] == (1 << 14).to_bytes(2, "little")  # no code has the last context
+    table[-4096:-4092] = (1 << 13).to_bytes(2, "little") * 2
     stored = tg.compress("lzma", bytes(table))
     with_text = len(stored).to_bytes(4, "little") + stored + stream[end:]
     forged.append(container.with_stream(ans, 0, with_text))

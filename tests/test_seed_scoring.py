@@ -172,7 +172,7 @@ def test_a_row_of_zeros_spoils_neither_steps_nor_choice():
     assert found[0, 1] == wanted[0, 0]
     assert (found[0, [0, 2]] == 2.0**-14).all()
     q = tg.GptqSolver.prepare(w, [torch.eye(400)]).solve(found.float(), torch.ones(1, 400), 31)
-    assert torch.equal(q, (w / found.float()[..., None]).round().clamp(-31, 31).to(torch.int8))
+    assert torch.equal(q, (w / found.float()[..., None]).round().clamp(-31, 31).short())
     assert (q[0, [0, 2]] == 0).all()
 
 
@@ -269,7 +269,7 @@ def test_tables_survive_every_quantizer(quantizer, fp16):
         bound = (
             1e-3 if fp16 else 0.1 if quantizer != "allocated" else 1.0
         )  # which may do without a table
-        assert 0 < relative(other, model, name) < bound, name
+        assert 0 < relative(other, model, name) <= bound, name
         if fp16:
             assert torch.equal(other.get_parameter(name), model.get_parameter(name).half().float())
     row = random_rows(cfg, 1)[0]

@@ -1,6 +1,6 @@
 """Reads an artifact by its documented format, without any code of train_gpt.py.
 
-The format is that of pack_arrays, ans_encode and pack_codes there, container version 3. The order
+The format is that of pack_arrays, ans_encode and pack_codes there, container version 4. The order
 of the parameters is that of parameter_table. Value embeddings are not read. The streams of a file
 are, in order: codes, row levels, row scales, column exponents, and all other weights in fp16.
 """
@@ -143,7 +143,7 @@ def split_file(data: bytes) -> tuple[dict[str, Any], list[tuple[bytes, int]]]:
 
     The file is: PGLM, a version, the length of the header, its checksum, the header, the streams.
     """
-    assert data[:5] == b"PGLM\3", "not an artifact of container version 3"
+    assert data[:5] == b"PGLM\4", "not an artifact of container version 4"
     start = 13 + int.from_bytes(data[5:9], "little")
     header = json.loads(zlib.decompress(data[13:start]))
     streams = []
@@ -188,7 +188,7 @@ def read_codes(
         level = levels[name][:, :, None].astype(int)
         expected = level - 2 * columns[name][:, None, :].astype(int)
         order = expected.argsort(axis=None, kind="stable")
-        restored = np.empty(stored.size, np.int8)
+        restored = np.empty(stored.size, np.int16)
         restored[order] = stored.ravel()
         codes[name] = restored.reshape(stored.shape)
     return codes

@@ -51,7 +51,9 @@ class AnsStream:
         """The data are: length of the tables, the tables, the first states, the words."""
         start = 4 + int.from_bytes(data[:4], "little")
         tables = np.frombuffer(unpack("lzma", data[4:start], 0), "<u2")
-        self.frequencies = tables.astype(np.int64).reshape(256, 256)
+        self.frequencies = tables.astype(np.int64).reshape(256, 2048)
+        # The symbol that every slot of a context names: (contexts, 2^14).
+        self.symbols = np.stack([np.repeat(np.arange(2048), row) for row in self.frequencies])
         self.starts = self.frequencies.cumsum(1) - self.frequencies
         widest = max(columns for _, _, columns in shapes)
         num_codes = sum(math.prod(shape) for shape in shapes)
@@ -65,9 +67,7 @@ class AnsStream:
         """One symbol from each of the first states, in the given contexts (n,)."""
         x = self.states[: len(contexts)]  # a view: the states move on in place
         slot = x % 2**14
-        # A symbol of frequency 0 starts where the next one does; the last one there counts.
-        is_at_or_before = self.starts[contexts] <= slot[:, None]
-        symbols = is_at_or_before.sum(1) - 1
+        symbols = self.symbols[contexts, slot]
         within = slot - self.starts[contexts, symbols]
         x[:] = self.frequencies[contexts, symbols] * (x >> 14) + within
         low = np.flatnonzero(x < 2**16)
@@ -114,14 +114,14 @@ def decode_ans(
     levels: list[np.ndarray],
     columns: list[np.ndarray],
 ) -> list[np.ndarray]:
-    """The codes of all banks, each (matrices, rows, columns) int8.
+    """The codes of all banks, each (matrices, rows, columns) int16.
 
     levels: per bank (matrices, rows). columns: per bank the column exponents (matrices, columns).
     """
     stream = AnsStream(data, shapes)
     banks = []
     for shape, level, exponents in zip(shapes, levels, columns, strict=True):
-        codes = np.zeros(shape, np.int8)
+        codes = np.zeros(shape, np.int16)
         at_once = len(stream.states) // shape[2]
         for first in range(0, len(codes), at_once):
             group = slice(first, first + at_once)
@@ -140,5 +140,5 @@ def decode_group(
             history.refresh(row)
         level = levels[:, row, None].astype(np.int64)
         symbols = stream.next_symbols(history.contexts(level))
-        codes[:, row] = (symbols - 128).reshape(history.sign.shape) * history.sign
+        codes[:, row] = (symbols - 1024).reshape(history.sign.shape) * history.sign
         history.add(codes[:, row], level)
