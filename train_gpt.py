@@ -159,6 +159,7 @@ SOURCE = Path(__file__).read_bytes()
 CODE_BYTES = len(SOURCE)
 LIMIT_BYTES = 16_000_000  # code and model together, decimal
 EVAL_LIMIT_SECONDS = 600.0  # for all evaluations of the artifact
+MANY_FOR_A_CPU = 20_000_000  # parameters; such a network takes minutes for a step there
 
 # The readable source and its hash, for the log. The packed file of tools/pack.py runs this text
 # with UNPACKED = (text, hash) defined.
@@ -546,9 +547,11 @@ class ModelKnobs:
         if self.num_loops and self.loop_start > self.loop_end:
             yield Rule("loop_start", f"at most LOOP_END={self.loop_end}")
         if self.num_loops and self.loop_end >= layers:
-            yield Rule("loop_end", f"below NUM_LAYERS={layers}")
+            yield Rule("loop_end", f"below NUM_LAYERS={layers}, or NUM_LOOPS=0")
         if self.parallel_start_layer >= layers:
-            yield Rule("parallel_start_layer", f"below NUM_LAYERS={layers}")
+            yield Rule(
+                "parallel_start_layer", f"below NUM_LAYERS={layers}, or 0 for no second lane"
+            )
         if self.num_loops and 0 < self.parallel_start_layer <= self.loop_end:
             yield Rule(
                 "parallel_start_layer",
@@ -921,6 +924,14 @@ class Config(
         """
         given = canonical_names(environ)
         problems = list(problems_of_names(given))
+        asked = {}
+        for name in sorted(FIELDS):
+            if name.upper() not in given:
+                continue
+            try:
+                asked[name] = parse_knob(FIELDS[name], given[name.upper()])
+            except ValueError as error:
+                problems.append(f"{name.upper()}={given[name.upper()]}: {error}")
         preset = given.get("PRESET", "record" if has_cuda else "cpu")
         if preset not in PRESETS:
             problems.append(f"PRESET={preset}: must be one of {', '.join(PRESETS)}")
@@ -928,38 +939,37 @@ class Config(
 
         values = preset_values(preset, shrink=given.get("SHRINK") == "1")
         origin = {name: "preset" if name in values else "default" for name in FIELDS}
-        for name in sorted(FIELDS):
-            if name.upper() not in given:
-                continue
-            origin[name] = "env"
-            try:
-                values[name] = parse_knob(FIELDS[name], given[name.upper()])
-            except ValueError as error:
-                problems.append(f"{name.upper()}={given[name.upper()]}: {error}")
-
-        cfg = cls(**values)
+        origin |= {name: "env" for name in FIELDS if name.upper() in given}
+        cfg = cls(**values | asked)
         problems += problems_of_aliases(environ)
         problems += problems_of_switches(environ, cfg)
         if cfg.warmdown_iters and origin["warmdown_frac"] == "env":
             problems.append(
                 f"WARMDOWN_FRAC={cfg.warmdown_frac:g}: not with WARMDOWN_ITERS={cfg.warmdown_iters}"
             )
-        problems += cfg.problems()
+        problems += cfg.problems(origin)
         if problems:
             raise UsageError("\n".join(problems))
         return cfg, origin
 
-    def problems(self) -> list[str]:
-        """A line for each value out of range or, if there is none, for each rule that is broken."""
-        broken = list(self.out_of_range()) or list(self.rules()) or list(self.rules_of_storage())
-        return [self.message(rule) for rule in broken]
+    def problems(self, origin: Mapping[str, str] | None = None) -> list[str]:
+        """A line for each value out of range or, if there is none, for each rule that is broken.
 
-    def message(self, rule: Rule) -> str:
-        """The line for the user: variable, value, and what it must be."""
+        origin: of each field, "default", "preset" or "env", for the lines.
+        """
+        broken = list(self.out_of_range()) or list(self.rules()) or list(self.rules_of_storage())
+        return [self.message(rule, (origin or {}).get(rule.field, "")) for rule in broken]
+
+    def message(self, rule: Rule, origin: str = "") -> str:
+        """The line for the user: variable, value, and what it must be.
+
+        A value that the user has not set gets its origin: the remedy may be another knob.
+        """
         value = getattr(self, rule.field)
         if isinstance(value, bool):
             value = int(value)
-        return f"{rule.field.upper()}={value}: must be {rule.requirement}"
+        source = {"preset": f", from PRESET={self.preset}", "default": ", the default"}
+        return f"{rule.field.upper()}={value}{source.get(origin, '')}: must be {rule.requirement}"
 
     def out_of_range(self) -> Iterator[Rule]:
         """The values that are out of range or not among the choices."""
@@ -2715,6 +2725,8 @@ class Tokenizer(NamedTuple):
         except (OSError, RuntimeError) as error:
             if not os.path.lexists(path):
                 remedy = how_to_get(cfg.dataset_dir) + ", TOKENIZER_PATH"
+                if cfg.tokenizer_path and wanted_sha256:
+                    remedy = f"Unset it: {cfg.dataset_dir} names {default_name}"
                 raise UsageError(f"TOKENIZER_PATH={path}: does not exist. {remedy}") from error
             reason = getattr(error, "strerror", None) or first_line(error)
             raise UsageError(f"TOKENIZER_PATH={path}: no SentencePiece model ({reason})") from error
@@ -4674,6 +4686,8 @@ class Trainer:
             after = f" after step {self.state.step}"
             if every:
                 after += "; the same command goes on"
+            else:
+                after += "; nothing is kept without CHECKPOINT_EVERY"
             raise_stopped(self.signal_number or signal.SIGTERM, after=after)
 
     def save_checkpoint(self) -> None:
@@ -8089,7 +8103,9 @@ class Run:
         refusals = []
         if self.ranks.is_main:
             if has_final_line(log):
-                refusals = [f"RUN_ID={self.cfg.run_id}: {log} has its result already"]
+                refusals = [
+                    f"RUN_ID={self.cfg.run_id}: {log} has its result already; choose another name"
+                ]
             elif self.cfg.checkpoint_every:
                 newest, refusals = self.find_checkpoint()
         # Only rank 0 reads files: nodes may not share folders.
@@ -8291,7 +8307,13 @@ class Run:
         self.scoring = partial(self.forward, temperature=cfg.logit_temperature)
         self.ttt_forward = partial(any_size, temperature=cfg.logit_temperature)
         self.optimizers = Optimizers(self.model, cfg, self.ranks)
-        self.log(f"model_params:{sum(p.numel() for p in self.model.parameters())}")
+        num_parameters = sum(p.numel() for p in self.model.parameters())
+        self.log(f"model_params:{num_parameters}")
+        if num_parameters > MANY_FOR_A_CPU and self.ranks.device.type == "cpu":
+            self.log(
+                "warning: a step of this network takes minutes on a CPU; PRESET=cpu or SHRINK=1"
+                " makes one that does not"
+            )
 
     def run_training(self, reserve: float) -> None:
         """Trains, keeping `reserve` seconds of the budget for compression.
@@ -8654,7 +8676,10 @@ class Run:
         if documents:
             self.final["documents_not_adapted"] = documents
             knob = f"EVAL_DEADLINE_SECONDS={self.cfg.eval_deadline_seconds:g}"
-            self.log(f"warning: {knob} was over before all documents could adapt")
+            self.log(
+                f"warning: {knob} was over before all documents could adapt; the challenge allows"
+                f" {EVAL_LIMIT_SECONDS:g} s of evaluation in all"
+            )
             total = len(ledger.docs.counts)
             notes += f", {documents} of {total} documents were scored without adaptation"
         if chunks:

@@ -501,6 +501,20 @@ def test_unknown_choice_is_refused_and_the_choices_are_named(field):
 
 def test_unknown_preset_is_refused_with_the_presets_named():
     assert refusals(PRESET="fast") == [f"PRESET=fast: must be one of {', '.join(tg.PRESETS)}"]
+    both = refusals(PRESET="fast", NUM_LAYERS="six")
+    assert [line.split("=")[0] for line in both] == ["NUM_LAYERS", "PRESET"]
+
+
+def test_a_refused_value_that_the_user_has_not_set_is_shown_with_its_origin():
+    lines = refusals(PRESET="cpu", NUM_LAYERS="4")
+    assert [line.partition(": must be ")[0] for line in lines] == [
+        "XSA_LAST_N=6, from PRESET=cpu",
+        "PARALLEL_START_LAYER=4, from PRESET=cpu",
+    ]
+    (line,) = refusals(PRESET="cpu", NUM_HEADS="7")
+    assert line.startswith("MODEL_DIM=192, from PRESET=cpu: must be a multiple of 14")
+    (line,) = refusals(PRESET="cpu", BIGRAM_VOCAB_SIZE="1")
+    assert line.startswith("BIGRAM_VOCAB_SIZE=1: must be")
 
 
 def test_all_problems_are_reported_at_once():

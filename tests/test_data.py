@@ -418,6 +418,14 @@ def test_missing_tokenizer_is_refused_by_its_default_name(tmp_path):
     )
 
 
+def test_a_missing_tokenizer_that_the_user_named_is_to_be_unset_if_the_data_set_names_its_own(
+    tiny_data, tmp_path
+):
+    cfg = tiny_config(data_dir=tiny_data, tokenizer_path=tmp_path / "old.model")
+    named = tg.load_manifest(cfg)[1]
+    refused(lambda: tg.Tokenizer.load(cfg), f"Unset it: {cfg.dataset_dir} names {named}")
+
+
 def test_another_tokenizer_than_the_manifests_is_refused(tiny_data, tmp_path):
     path = train_tokenizer(
         tmp_path, "other", "\n".join(t.replace("\n", " ") for t in tiny_text(100, seed=2))

@@ -940,9 +940,7 @@ def test_a_missing_package_is_named_with_its_remedy(
     error = refusal(
         capsys, *ours(tmp_path, {}, {"val_bpb": 1.8}), "--html", str(tmp_path / "out.html")
     )
-    assert error.startswith(
-        f"report.py: {package.split('.')[0]}: is not installed; pip install -r requirements-tools"
-    )
+    assert error.startswith(f"report.py: {package.split('.')[0]}: is not installed; make dev")
 
 
 PROVED_BY_LOGS = {"train_under_600s": True, "eval_under_600s": True, "artifact_under_16mb": True}

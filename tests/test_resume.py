@@ -313,7 +313,10 @@ def test_a_log_with_a_result_is_not_added_to(tiny_data, two):
     # Half a line is no result.
     assert '"half"' not in log.read_text(encoding="utf-8")
     log.write_text(log.read_text(encoding="utf-8") + 'final {"whole": 1}\n', encoding="utf-8")
-    with pytest.raises(tg.UsageError, match=r"^RUN_ID=kept: logs/kept.txt has its result already$"):
+    with pytest.raises(
+        tg.UsageError,
+        match=r"^RUN_ID=kept: logs/kept.txt has its result already; choose another name$",
+    ):
         Session(tiny_data, iterations=6, **EVERY)
 
 
@@ -331,7 +334,7 @@ def test_without_checkpoints_a_result_is_kept_and_an_end_without_one_is_begun_an
     again = run_script(env, tmp_path)
     assert (again.returncode, again.stderr) == (
         2,
-        "train_gpt.py: RUN_ID=kept: logs/kept.txt has its result already\n",
+        "train_gpt.py: RUN_ID=kept: logs/kept.txt has its result already; choose another name\n",
     )
     assert log.read_text(encoding="utf-8") == text
 
@@ -351,6 +354,7 @@ def test_a_signal_ends_training_after_the_step_with_a_checkpoint_if_there_are_an
     # Ranks hear of a signal with the numbers of a step, which are read a step late.
     assert line.startswith(f"{number.name}: the run is stopped after step {step}")
     assert ("same command goes on" in line) == (every > 0)
+    assert ("nothing is kept without CHECKPOINT_EVERY" in line) == (every == 0)
     assert [step_of(p) for p in checkpoints()] == [step] * (every > 0)
 
 
@@ -434,7 +438,8 @@ def test_a_run_killed_in_training_quantisation_packing_and_scoring_ends_the_same
     assert final_line(done.stdout)["seconds"].keys() >= {"train", "calibrate", "quantise", "pack"}
     again = run_script(env, tmp_path)
     assert again.returncode == 2
-    assert again.stderr == "train_gpt.py: RUN_ID=killed: logs/killed.txt has its result already\n"
+    told = "RUN_ID=killed: logs/killed.txt has its result already; choose another name"
+    assert again.stderr == f"train_gpt.py: {told}\n"
 
 
 def fresh_part(folder: Path, old: set[Path]) -> bool:

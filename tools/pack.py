@@ -1090,7 +1090,7 @@ def main(argv: list[str]) -> int:
         return report_problems(reason_of(error))
     except ModuleNotFoundError as error:
         package = (error.name or "").split(".")[0]
-        reason = "is not installed; pip install -r requirements-tools.txt"
+        reason = "is not installed; make dev brings it into .venv"
         return report_problems(f"{package}: {reason}")
     return 0
 

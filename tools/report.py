@@ -682,7 +682,7 @@ def main(argv: list[str]) -> int:
     except ModuleNotFoundError as error:
         package = (error.name or "").split(".")[0]
         print(
-            f"report.py: {package}: is not installed; pip install -r requirements-tools.txt",
+            f"report.py: {package}: is not installed; make dev brings it into .venv",
             file=sys.stderr,
         )
         return 2

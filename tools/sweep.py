@@ -937,7 +937,7 @@ def main(argv: list[str] | None = None) -> int:
         view = View(args)
         view.sweep = sweep = prepare(args, view)
     except ImportError as error:
-        remedy = "not installed; pip install -r requirements-tools.txt"
+        remedy = "not installed; make dev brings it into .venv"
         print(f"sweep.py: {error.name}: {remedy}", file=sys.stderr)
         return 2
     except Refused as error:
