@@ -19,7 +19,15 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from conftest import TINY, VOCAB, final_line, run_script, tiny_text, train_tokenizer
+from conftest import (
+    TINY,
+    VOCAB,
+    final_line,
+    run_script,
+    tiny_config,
+    tiny_text,
+    train_tokenizer,
+)
 
 import train_gpt as tg
 
@@ -91,6 +99,15 @@ def data_copy(tiny_data: Path, to: Path) -> Path:
 
 
 # --- A run that ends well -------------------------------------------------------------------------
+@pytest.mark.parametrize("many", [0, 10**9])
+def test_a_network_that_is_too_large_for_a_cpu_is_warned_of(many, monkeypatch):
+    monkeypatch.setattr(tg, "MANY_FOR_A_CPU", many)
+    lines = []
+    parts = dict(cfg=tiny_config(), backend="sdpa", ranks=tg.Ranks({}), log=lines.append)
+    tg.Run.build_model(SimpleNamespace(**parts))
+    assert any("PRESET=cpu or SHRINK=1" in line for line in lines) == (many == 0)
+
+
 def test_last_line_and_only_it_holds_every_figure(first_run, tiny_data):
     """`final_line` refuses a second one; here: the last, complete and consistent."""
     final = first_run.final
