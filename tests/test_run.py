@@ -19,15 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from conftest import (
-    TINY,
-    VOCAB,
-    final_line,
-    run_script,
-    tiny_config,
-    tiny_text,
-    train_tokenizer,
-)
+from conftest import TINY, VOCAB, final_line, run_script, tiny_config, tiny_text, train_tokenizer
 
 import train_gpt as tg
 
