@@ -6,7 +6,7 @@ GPUS := $(shell nvidia-smi -L 2>/dev/null | wc -l)
 
 BENCHES := $(filter-out bench/reference.py bench/fake_hopper.py bench/simulated_kernels.py bench/simulated_mlp.py,$(wildcard bench/*.py))
 
-.PHONY: run record report compare evidence pack bench faults test lint simulate gpu gpu-systems gpu-frontier install dev
+.PHONY: run record report compare evidence pack pack-arguments bench faults test lint simulate gpu gpu-systems gpu-frontier install dev
 
 $(VENV)/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' || { \
@@ -78,11 +78,12 @@ evidence: dev
 #   make pack NAME="Loops and gates" AUTHOR="A. Nother" TRACK=track_10min_16mb
 # RUN= names another run than the newest, LOGS= more seeds, BASELINE= logs to compare with, WEIGHTS=1 adds the artifact, DATE=
 # is the day where the log does not say it. Without NAME it takes RUN and writes RUN/submission, with the artifact.
-pack: $(if $(BASELINE),dev,install)
-	@test -n "$$RUN$$NAME$$AUTHOR$$TRACK" || { \
-	  echo "make pack: name a run, RUN=runs/ID, or the submission, NAME= AUTHOR= TRACK="; exit 1; }
+pack: pack-arguments $(if $(BASELINE),dev,install)
 	$(BIN)/python tools/pack.py $(if $(RUN),"$$RUN") $(if $(NAME)$(AUTHOR)$(TRACK),$(RECORD),"$$RUN/submission")$(MORE)
 MORE = $(if $(filter file,$(origin LOGS)),, --log $(LOGS))
+pack-arguments:
+	@test -n "$$RUN$$NAME$$AUTHOR$$TRACK" || { \
+	  echo "make pack: name a run, RUN=runs/ID, or the submission, NAME= AUTHOR= TRACK="; exit 1; }
 # The shell reads these variables, so that quotes in them stay as they are.
 export RUN NAME AUTHOR TRACK GITHUB_ID BLURB DATE
 RECORD = --records records --name "$$NAME" --author "$$AUTHOR" --track "$$TRACK" \

@@ -124,6 +124,22 @@ def test_a_log_that_was_edited_consistently_is_found(honest, cached, tmp_path, c
     assert "VIOLATION: claim and submitted disagree on 5 documents" in said
 
 
+def test_a_gain_on_every_document_below_the_rounding_of_one_is_found_by_its_mean():
+    rng = np.random.default_rng(0)
+    differences = 2e-3 * rng.standard_normal(400)
+    differences[7] = 0.012  # one document that learning takes elsewhere
+    draw = replay.Draw(0, np.arange(100), 0, np.zeros(0, np.uint16), {})
+    allowed = replay.allowed_rounding(differences, len(draw.drawn))
+    assert allowed.document == pytest.approx(0.024)
+    honest = rng.choice(differences, 400)
+    scores = rng.uniform(2, 4, 400)
+    for gain, agrees in ((0.0, True), (0.01, False)):
+        pair = (scores - gain, scores + honest)
+        one = replay.compare(("claim", "plain"), pair, draw, allowed, with_decoys=False)
+        assert not one.disagreeing
+        assert one.agrees == agrees
+
+
 def test_one_document_that_an_evaluation_scores_otherwise_is_found(honest, cached):
     claim = read(honest)
     draw = replay.draw_documents(claim.held, 5, int(ENTROPY, 16), True)

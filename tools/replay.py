@@ -314,6 +314,13 @@ def measure_floor(claim: Claim, draw: Draw, single: np.ndarray) -> float:
 
 
 # === The verdict ==================================================================================
+class Allowed(NamedTuple):
+    """By how many nats a token two evaluations may differ."""
+
+    document: float  # on any one
+    mean: float  # in the mean of the drawn documents, where rounding errors cancel
+
+
 class Comparison(NamedTuple):
     """Two evaluations of the same documents."""
 
@@ -325,18 +332,25 @@ class Comparison(NamedTuple):
     worst: float  # nats a token
     worst_document: int
     disagreeing: list[int]  # numbers of documents
+    mean: float  # nats a token, of the drawn documents: first minus second
+    allowed_mean: float
 
     @property
     def agrees(self) -> bool:
-        """Whether every document agrees."""
-        return not self.disagreeing
+        """Whether every document agrees, and their mean."""
+        return not self.disagreeing and self.mean_agrees
+
+    @property
+    def mean_agrees(self) -> bool:
+        """Whether the means of the drawn documents agree; NaN is told document by document."""
+        return bool(self.disagreeing) or abs(self.mean) <= self.allowed_mean
 
 
 def compare(
     names: tuple[str, str],
     scores: tuple[np.ndarray, np.ndarray],
     draw: Draw,
-    allowed: float,
+    allowed: Allowed,
     with_decoys: bool,
 ) -> Comparison:
     """Compares two evaluations on the drawn documents and, if both have scored any, on decoys.
@@ -351,16 +365,18 @@ def compare(
     if with_decoys:
         used |= ~is_drawn & ~np.isnan(first) & ~np.isnan(second)
     apart = np.where(used, abs(first - second), 0.0)
-    wrong = np.flatnonzero(~(apart <= allowed))
+    wrong = np.flatnonzero(~(apart <= allowed.document))
     worst = int(np.argmax(np.nan_to_num(apart, nan=np.inf)))
     return Comparison(
         *names,
         documents=int(is_drawn.sum()),
         decoys=int((used & ~is_drawn).sum()),
-        allowed=allowed,
+        allowed=allowed.document,
         worst=float(apart[worst]),
         worst_document=worst,
         disagreeing=wrong.tolist(),
+        mean=float(np.mean(first[is_drawn] - second[is_drawn])),
+        allowed_mean=allowed.mean,
     )
 
 
@@ -437,21 +453,35 @@ class Evaluations:
     timed: dict[str, float] = dataclasses.field(default_factory=dict)
     trusted: str = "reference"  # the name of the script that the reviewer trusts
     floor: float = EXACT_NATS  # in fp32
-    rounding: float = 0.0  # by which the run's precision differs from fp32, in trusted hands
+    # By which the run's precision differs from fp32, in trusted hands; None: it is fp32.
+    rounding: Allowed | None = None
     faults: list[str] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
 
-    def allowed(self, first: str, second: str) -> float:
+    def allowed(self, first: str, second: str) -> Allowed:
         """Nats a token by which two of them may differ."""
         if self.rounding and not {first, second} <= {"plain", "fp32"}:
-            return max(self.floor, self.rounding)
-        return self.floor
+            return Allowed(*(max(self.floor, allowed) for allowed in self.rounding))
+        return Allowed(self.floor, self.floor)
 
 
-def tell(what: str, claim: Claim) -> None:
-    """Says on stderr what is being done, which may take longer than the run's own evaluation."""
+def allowed_rounding(differences: np.ndarray, drawn: int) -> Allowed:
+    """What rounding may change, from what it changed in trusted hands: (docs,) nats a token.
+
+    Twice the largest difference on one document. In the mean of `drawn` documents twice the mean
+    difference, and six standard errors.
+    """
+    mean = abs(float(np.mean(differences)))
+    error = float(np.std(differences)) / math.sqrt(drawn)
+    return Allowed(2 * float(np.max(abs(differences))), 2 * mean + 6 * error)
+
+
+def tell(part: int, parts: int, what: str, claim: Claim) -> None:
+    """Says on stderr what is being done. A part takes about as long as the run's evaluation, in
+    fp32 up to twice as long.
+    """
     said = f"the run's evaluation took {evaluation_seconds(claim.final):.0f} s"
-    print(f"replay: {what}; {said}", file=sys.stderr, flush=True)
+    print(f"replay: part {part} of {parts}: {what}; {said}", file=sys.stderr, flush=True)
 
 
 def evaluate(claim: Claim, script: Path, reference: Path, draw: Draw) -> Evaluations:
@@ -469,8 +499,9 @@ def evaluate(claim: Claim, script: Path, reference: Path, draw: Draw) -> Evaluat
         found.notes.append("the submitted code is the reference, so it ran once")
     if claim.settings["compute_dtype"] != "fp32":
         scripts["fp32"] = (reference, {"COMPUTE_DTYPE": "fp32"})
-    for name, (path, changes) in scripts.items():
-        tell(f"{name} scores {len(claim.held.counts)} documents", claim)
+    parts = len(scripts) + 1
+    for part, (name, (path, changes)) in enumerate(scripts.items(), 1):
+        tell(part, parts, f"{name} scores {len(claim.held.counts)} documents", claim)
         try:
             made = score_alone(claim, path, draw.tokens, **changes)
         except ReplayError as error:
@@ -480,10 +511,11 @@ def evaluate(claim: Claim, script: Path, reference: Path, draw: Draw) -> Evaluat
         found.seconds[name] = made.seconds
         found.timed[name] = made.timed
     if {found.trusted, "fp32"} <= set(found.nats):
-        difference = abs(found.nats[found.trusted] - found.nats["fp32"])
-        found.rounding = 2 * float(np.max(difference))
+        difference = found.nats[found.trusted] - found.nats["fp32"]
+        found.rounding = allowed_rounding(difference, len(draw.drawn))
     try:
-        tell(f"the plain evaluator scores {len(draw.drawn)} documents, one by one", claim)
+        what = f"the plain evaluator scores {len(draw.drawn)} documents, one by one"
+        tell(parts, parts, what, claim)
         decoys = np.array(sorted(draw.decoys), dtype=np.int64)[:PLAIN_DECOYS]
         plain = score_plainly(claim, draw.tokens, np.append(draw.drawn, decoys))
         found.nats["plain"], found.seconds["plain"] = plain.nats, plain.seconds
@@ -516,11 +548,17 @@ def replay(
         scores = (found.nats[pair[0]], found.nats[pair[1]])
         one = compare(pair, scores, draw, allowed, with_decoys=pair[0] != "claim")
         comparisons.append(one)
-        if not one.agrees:
+        if one.disagreeing:
             listed = ", ".join(map(str, one.disagreeing[:5]))
             faults.append(
                 f"{one.first} and {one.second} disagree on {len(one.disagreeing)} documents "
-                f"({listed}), by up to {one.worst:.2e} nats a token (allowed {allowed:.1e})"
+                f"({listed}), by up to {one.worst:.2e} nats a token "
+                f"(allowed {allowed.document:.1e})"
+            )
+        elif not one.mean_agrees:
+            faults.append(
+                f"{one.first} and {one.second} differ by {one.mean:+.2e} nats a token in the mean "
+                f"of {one.documents} documents (allowed {allowed.mean:.1e})"
             )
     faults += faults_of_clock(claim, found)
     notes = [*found.notes, *memorised]
@@ -682,7 +720,8 @@ def as_text(verdict: Verdict) -> str:
         lines.append(
             f"{one.first:<10}{one.second:<10}{'agree' if one.agrees else 'DISAGREE':<9}"
             f"{one.documents} documents{decoys}, at most {one.worst:.1e} nats a token apart "
-            f"(allowed {one.allowed:.1e})"
+            f"(allowed {one.allowed:.1e}), {one.mean:+.1e} in the mean "
+            f"(allowed {one.allowed_mean:.1e})"
         )
     if facts["seconds"]:
         times = ", ".join(f"{name} {value:.0f} s" for name, value in facts["seconds"].items())

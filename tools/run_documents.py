@@ -68,7 +68,7 @@ def newest_run() -> Path:
     runs = Path("runs")
     found = [*runs.glob(f"*/{ARTIFACT}"), *runs.glob(f"sweeps/*/*/{ARTIFACT}")]
     if not found:
-        raise UsageError("runs: holds no run with an artifact; make run makes one")
+        raise UsageError(f"{runs.absolute()}: holds no run with an artifact; make run makes one")
     return max(found, key=written_at).parent
 
 
