@@ -1,8 +1,8 @@
 """What several runs may claim together: one code, one configuration, one text, true denominators.
 
 A claim is a set of runs that differ in their seed alone. `check_claim` refuses any other set,
-`score_problems` finds scores whose bytes cannot be right, and `check_texts` refuses to compare
-scores of different validation texts.
+`score_problems` finds edited logs and scores whose bytes cannot be right, and `check_texts` refuses
+to compare scores of different validation texts.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from canonical import (
     TRUNCATED_CASEOPS_TOKENS,
     ValidationSet,
 )
+from edits import edits_of_run
 from runlog import (
     BOOKKEEPING,
     LogError,
@@ -284,8 +285,8 @@ def nearest(candidates: list[float], value: float) -> float:
 
 
 def score_problems(run: Run) -> list[str]:
-    """What is wrong with the denominators of the run's scores; empty if nothing is."""
-    problems = []
+    """What is wrong with the run's log and the denominators of its scores; empty if nothing is."""
+    problems = edits_of_run(run)
     for score in run.scores:
         bytes_ = denominator(run, score)
         tolerance = bytes_.tolerance + rounding_of_implied_bytes(score)

@@ -77,8 +77,8 @@ def read_documents(run: Run) -> DocumentLosses:
     folder = run_folder(run)
     left_out = ""
     for path in sorted(folder.glob("*.npz")) if folder else []:
-        arrays = load_arrays(path)
-        if not {"doc_nats", "doc_bytes"} <= set(arrays):
+        arrays = losses_in(path)
+        if not arrays:
             continue
         bits = float(arrays["doc_nats"].sum()) / math.log(2)
         bpb = bits / max(float(arrays["doc_bytes"].sum()), 1.0)
@@ -86,6 +86,12 @@ def read_documents(run: Run) -> DocumentLosses:
             return DocumentLosses(arrays)
         left_out = f"{path} adds up to {bpb:.5f} bpb, another score: left out"
     return DocumentLosses({}, left_out)
+
+
+def losses_in(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a file of losses per document, {} of another one. Raises UsageError."""
+    arrays = load_arrays(path)
+    return arrays if {"doc_nats", "doc_bytes"} <= set(arrays) else {}
 
 
 def load_arrays(path: Path) -> dict[str, np.ndarray]:

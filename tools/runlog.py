@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import contradictions
 from figures import read_figures
 from logtext import LogError, plain_lines, read_text, split_runs
 
@@ -358,6 +359,8 @@ class Run:
     digest: str  # of the run's lines: two runs with one digest are the same run
     left_by_deadline: list[str] = field(default_factory=list)  # in words, by the last score
     warnings: list[str] = field(default_factory=list)  # what the log shows but nothing can use
+    contradictions: list[str] = field(default_factory=list)  # what its lines say against another
+    packed_source: str = ""  # the text at the head of the log, where a packed file has run
     part: int = 0  # the number of the run in its file, from 1; 0 where the file holds one run
     label: str = ""  # tells it from the other runs of a report
     group: str = ""  # the knobs that differ, where a report mixes configurations
@@ -440,7 +443,7 @@ def runs_of_text(path: Path, text: str) -> list[Run]:
     """The finished runs of a log's text, as `read_runs` gives them; `path` is where it is from."""
     parts = split_runs(plain_lines(text))
     if len(parts) == 1:
-        return [run_of_lines(path, parts[0])]
+        return [with_source(run_of_lines(path, parts[0]), text)]
     runs = []
     reasons = []
     for number, lines in enumerate(parts, start=1):
@@ -452,7 +455,7 @@ def runs_of_text(path: Path, text: str) -> list[Run]:
         if any(run.results == other.results for other in runs):
             continue
         run.part = number
-        runs.append(run)
+        runs.append(with_source(run, text) if number == 1 else run)
     if not runs:
         raise LogError(f"holds {len(parts)} runs and none that finished: {reasons[-1]}")
     runs[0].warnings += [f"left out: {reason}" for reason in reasons]
@@ -471,7 +474,27 @@ def read_run(path: Path) -> Run:
 
 def run_of_text(path: Path, text: str) -> Run:
     """The run of a log's text; `path` is where it came from. Raises LogError as `read_run` does."""
-    return run_of_lines(path, plain_lines(text))
+    return with_source(run_of_lines(path, plain_lines(text)), text)
+
+
+def with_source(run: Run, text: str) -> Run:
+    """The run, after the source at the head of its log was held against the log's own hash."""
+    run.contradictions += contradictions.in_source(text, run.final)
+    if run.final and contradictions.is_packed(run.final):
+        run.packed_source = (contradictions.source_in(text) or b"").decode()
+    return run
+
+
+def contradictions_of(lines: list[str], final: dict[str, Any]) -> list[str]:
+    """What the lines of our run say against its final line; [] of a published log."""
+    if not final:
+        return []
+    table = "\n".join(contradictions.last_table(lines))
+    return [
+        *contradictions.in_figures(lines, final),
+        *contradictions.in_scores(lines, final),
+        *contradictions.in_seconds(read_phase_table(table), read_budget_totals(table), final),
+    ]
 
 
 def run_of_lines(path: Path, lines: list[str]) -> Run:
@@ -502,6 +525,7 @@ def run_of_lines(path: Path, lines: list[str]) -> Run:
         digest=hashlib.sha256(text.encode()).hexdigest(),
         left_by_deadline=deadline_notes(lines, final),
         warnings=[] if final else warnings_of(path, lines, settings, scores, points),
+        contradictions=contradictions_of(lines, final),
     )
 
 
