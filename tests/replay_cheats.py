@@ -371,10 +371,22 @@ def edit_consistently(log: Path, documents_path: Path) -> None:
     np.savez(documents_path, **documents)
     text = log.read_text()
     found = commitment.totals(documents)
-    final = runlog.read_final(text) | {"documents_sha256": commitment.root(documents)}
-    final |= {"val_bpb": found.bpb, "val_loss": found.loss}
-    line = f"final {json.dumps(final, sort_keys=True)}"
-    log.write_text(re.sub(r"^final .*$", lambda _: line, text, flags=re.MULTILINE))
+    final = runlog.read_final(text)
+    names = [name for name, value in final.items() if value == final["val_bpb"]]
+    names += [name for name, value in final.items() if value == final["val_loss"]]
+    final |= {name: found.bpb if name.endswith("_bpb") else found.loss for name in names}
+    final["documents_sha256"] = commitment.root(documents)
+    label = next(name for name in names if name != "val_bpb").removesuffix("_bpb")
+    lines = {
+        r"^final .*$": f"final {json.dumps(final, sort_keys=True)}",
+        r"^score +\S+ bits": f"score     {found.bpb:.4f} bits",
+        rf"^((?:diagnostic )?{label}) val_loss:\S+ val_bpb:\S+": (
+            rf"\1 val_loss:{found.loss:.8f} val_bpb:{found.bpb:.8f}"
+        ),
+    }
+    for pattern, line in lines.items():
+        text = re.sub(pattern, line, text, flags=re.MULTILINE)
+    log.write_text(text)
 
 
 def faults_of_claim(name: str, run: Path, folder: Path) -> list[str]:

@@ -40,7 +40,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import canonical
 import caseops
+import claims
 import code_changes
 import commitment
 import enclosure
@@ -533,13 +535,17 @@ def replay(
     entropy: int,
     beside: Path | None = None,
 ) -> Verdict:
-    """Scores drawn documents again and compares. beside and errors: as in known_too_well."""
-    faults = list(faults_of_commitment(claim, script))
+    """Scores drawn documents again and compares. beside and errors: as in known_too_well.
+
+    Nothing is scored where something speaks against the claim already.
+    """
+    faults = faults_without_scoring(claim, script)
     memorised = known_too_well(claim, beside)
     draw = draw_documents(claim.held, count, entropy, not claim.crosses_documents)
-    if claim.is_partial or not (claim.has_its_artifact and claim.has_its_documents):
+    if faults:
         facts = facts_of(claim, script, draw, Evaluations({}))
-        return Verdict(facts, [], faults, ["nothing was scored: there is no such claim"])
+        reason = "there is no such claim" if claim.is_partial else "this is seen without it"
+        return Verdict(facts, [], faults, [f"nothing was scored: {reason}"])
     found = evaluate(claim, script, reference, draw)
     faults += found.faults
     comparisons = []
@@ -592,6 +598,26 @@ def faults_of_commitment(claim: Claim, script: Path) -> list[str]:
     ):
         faults.append("val_bytes is not the number of bytes in the shards' text")
     return faults
+
+
+def faults_of_log(claim: Claim) -> list[str]:
+    """What `audit.py --log` has against the log: contradictions in it, and a wrong denominator."""
+    faults = []
+    for run in runlog.read_runs(claim.log):
+        faults += claims.score_problems(run)
+    if claim.final.get("val_tokens") == canonical.WITHDRAWN_TARGETS:
+        faults.append("that validation split was withdrawn")
+    return faults
+
+
+def faults_without_scoring(claim: Claim, script: Path) -> list[str]:
+    """All that speaks against the claim before any document is scored again."""
+    faults = faults_of_commitment(claim, script)
+    if claim.is_partial:
+        return faults
+    # The log's own check of the documents says the same, and where the file lies.
+    told = tuple(faults)
+    return faults + [fault for fault in faults_of_log(claim) if not fault.startswith(told)]
 
 
 CLOCK_FACTOR = 3.0  # by which the same work may differ between equal machines
