@@ -109,7 +109,9 @@ def test_an_honest_claim_agrees_with_every_evaluation(honest, scored, cached, tm
     assert kept["passed"] and kept["facts"]["drawn"] == 5 and kept["facts"]["decoys"] == 7
     for ending in ("md", "html"):
         page = (tmp_path / f"page.{ending}").read_text()
-        assert "Nothing speaks against the claim" in page and "Not tested" in page
+        assert "The replayed score agrees; 8 of 9 conditions were not tested" in page
+        assert page.count("no audit.json of this artifact") == 8 and "Not tested" in page
+        assert page.count("To test it: python tools/audit.py ") == 8
         assert "the released file" in page
         assert "viewport" in page or ending == "md"
 
@@ -140,6 +142,30 @@ def test_a_gain_on_every_document_below_the_rounding_of_one_is_found_by_its_mean
         assert one.agrees == agrees
 
 
+@pytest.mark.parametrize(
+    "pattern,replacement,words",
+    [
+        (r'"artifact_bytes": \d', '"artifact_bytes": 9', "artifact_bytes is 9"),
+        (r"^NUM_BANDS = 64", "NUM_BANDS = 63", "the source text in the log"),
+        (r"^(all of eval +)\d", r"\g<1>900", "all of eval: 900"),
+        (r"^  qk_gain_init: \S+ \(default\)", "  qk_gain_init: 7.0 (default)", "qk_gain_init is 7"),
+        (r'"val_bytes": (\d)', r'"val_bytes": 1\1', "val_bytes is 1"),
+    ],
+)
+def test_an_edit_that_the_log_shows_ends_the_command_before_anything_is_scored(
+    honest, tmp_path, capsys, monkeypatch, pattern, replacement, words
+):
+    monkeypatch.setattr(replay, "evaluate", None)
+    shutil.copytree(honest, tmp_path / "copy")
+    log = tmp_path / "copy" / "logs" / "a.txt"
+    text, number = re.subn(pattern, replacement, log.read_text(), flags=re.MULTILINE)
+    assert number == 1
+    log.write_text(text)
+    assert command(tmp_path / "copy") == 1
+    said = capsys.readouterr().out
+    assert f"VIOLATION: {words}" in said and "nothing was scored" in said
+
+
 def test_one_document_that_an_evaluation_scores_otherwise_is_found(honest, cached):
     claim = read(honest)
     draw = replay.draw_documents(claim.held, 5, int(ENTROPY, 16), True)
@@ -162,7 +188,10 @@ def test_a_run_in_bf16_may_differ_from_fp32_as_the_trusted_script_does(honest, c
     settings = {**claim.settings, "compute_dtype": "bf16"}
     rounded = claim.documents["doc_nats"] + 1e-3 * claim.documents["doc_tokens"]
     documents = {**claim.documents, "doc_nats": rounded}
-    claim = claim._replace(settings=settings, documents=documents)
+    found = commitment.totals(documents)
+    final = {**claim.final, "val_loss": found.loss, "val_bpb": found.bpb}
+    final["documents_sha256"] = commitment.root(documents)
+    claim = claim._replace(settings=settings, documents=documents, final=final)
     cached["fp32"] = cached["submitted"]._replace(nats=cached["submitted"].nats.copy())
     for shift, agrees in ((1e-3, True), (0.4e-3, False)):
         cached["submitted"] = cached["fp32"]._replace(nats=cached["fp32"].nats + shift)
@@ -303,6 +332,21 @@ def test_a_packed_file_is_the_code_that_it_was_packed_from(honest, tmp_path):
     assert len(code_changes.changes(other)) == len(code_changes.RESTS_ON)
     (tmp_path / "train_gpt_readable.py").write_bytes(b"x  =  1  # one\n")
     assert code_changes.readable_code(other) == b"x  =  1  # one\n"
+
+
+def test_a_headline_says_how_much_was_tested():
+    def row(mark: str) -> verdict_page.Row:
+        return verdict_page.Row(f"is {mark}", mark, "", "")
+
+    agreed = replay.Verdict({}, [], [], [])
+    for marks, words in (
+        (["yes", "yes"], "all conditions were tested"),
+        (["yes", "not shown", "yes"], "agrees; 1 of 3 conditions were not tested"),
+        (["yes", "no", "not shown"], "speaks against: is no"),
+    ):
+        assert verdict_page.headline(agreed, list(map(row, marks))).endswith(words)
+    false = replay.Verdict({}, [], ["a fault"], [])
+    assert verdict_page.headline(false, [row("no")]) == "The claim is false"
 
 
 def test_a_page_names_the_judge_that_ran():

@@ -29,6 +29,7 @@ MORE_CONDITIONS = [
         ("Provenance", "Log, code, artifact and scores belong together.", "provenance"),
     )
 ]
+NO_AUDIT = "no audit.json of this artifact"
 NOT_TESTED = (
     "Memorised documents that cost only a little less than others: weights may know them.",
     "Training: replay scores the artifact and does not make it again.",
@@ -63,8 +64,10 @@ def audited_properties(artifact: Path) -> dict[str, Any]:
     return properties if audited == file_sha256(artifact) else {}
 
 
-def condition_rows(verdict: replay.Verdict, properties: dict[str, Any]) -> list[Row]:
-    """A row per condition, the replay itself first."""
+def condition_rows(
+    verdict: replay.Verdict, properties: dict[str, Any], artifact: Path
+) -> list[Row]:
+    """A row per condition, the replay itself first. properties: those of the artifact's audit."""
     figures = replay.as_text(verdict)
     sentence = replay.bound_in_words(verdict.facts)
     if verdict.faults:
@@ -76,11 +79,25 @@ def condition_rows(verdict: replay.Verdict, properties: dict[str, Any]) -> list[
         held = [properties.get(key, {}) for key in shown_by]
         passed = [one.get("passed") for one in held]
         verdict_of_all = False if False in passed else (None if None in passed else True)
-        evidence = "; ".join(
-            str(one.get("evidence", "no audit.json of this artifact")) for one in held
-        )
-        rows.append(Row(name, marks[verdict_of_all], asks, evidence))
+        # Two properties may have one reason.
+        evidence = dict.fromkeys(str(one.get("evidence", NO_AUDIT)) for one in held)
+        if verdict_of_all is None:
+            asks = f"{asks} To test it: python tools/audit.py {artifact}"
+        rows.append(Row(name, marks[verdict_of_all], asks, "; ".join(evidence)))
     return rows
+
+
+def headline(verdict: replay.Verdict, rows: list[Row]) -> str:
+    """The title, which says how much was tested. rows: those of `condition_rows`."""
+    if not verdict.passed:
+        return "The claim is false"
+    broken = [row.name for row in rows if row.mark == "no"]
+    if broken:
+        return f"The replayed score agrees, but the audit speaks against: {', '.join(broken)}"
+    untested = sum(row.mark == "not shown" for row in rows)
+    if untested:
+        return f"The replayed score agrees; {untested} of {len(rows)} conditions were not tested"
+    return "Nothing speaks against the claim: all conditions were tested"
 
 
 def head_lines(verdict: replay.Verdict, script: Path) -> list[tuple[str, str]]:
@@ -117,8 +134,8 @@ class Page(NamedTuple):
     @classmethod
     def of(cls, verdict: replay.Verdict, artifact: Path, script: Path) -> Page:
         """The page of a verdict."""
-        title = "Nothing speaks against the claim" if verdict.passed else "The claim is false"
-        rows = condition_rows(verdict, audited_properties(artifact))
+        rows = condition_rows(verdict, audited_properties(artifact), artifact)
+        title = headline(verdict, rows)
         return cls(title, head_lines(verdict, script), rows, sentences_of_limits(verdict))
 
 
