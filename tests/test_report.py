@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 
 pytest.importorskip("rich")
@@ -298,13 +299,19 @@ FIGURES = {
         "score quantized_ttt_lora": 3.0,
     },
 }
-TABLE = """phase seconds counts against
-train                                  50.0  train
-pack                                    1.0  train
-score quantized                         2.0  eval
-score quantized_ttt_lora                3.0  eval
-all of train                           51.0  of 60
-all of eval                             5.0  of 600"""
+
+
+def table_of(seconds: dict[str, float]) -> str:
+    """The phase table of some phases, as a run prints it."""
+    rows = [
+        (name, spent, "eval" if "score" in name else "train") for name, spent in seconds.items()
+    ]
+    lines = [f"{'phase':<34}{'seconds':>9}  counts against"]
+    lines += [f"{name:<34}{spent:>9.1f}  {budget}" for name, spent, budget in rows]
+    for budget, limit in (("train", 60), ("eval", 600)):
+        spent = sum(row[1] for row in rows if row[2] == budget)
+        lines.append(f"{'all of ' + budget:<34}{spent:>9.1f}  of {limit}")
+    return "\n".join(lines)
 
 
 def nats(bpb: float, tokens: int = 1000, size: int = 2500) -> float:
@@ -357,7 +364,7 @@ def ours(folder: Path, *runs: dict, name: str = "run") -> list[str]:
             line("diagnostic pre-quantization post-ema", "pre_quantization"),
             line("diagnostic quantized", "quantized"),
             line("quantized_ttt_lora", "quantized_ttt_lora"),
-            TABLE,
+            table_of(figures["seconds"]),
             "final " + json.dumps(figures, sort_keys=True),
         ]
         paths.append(folder / f"{name}{i}.txt")
@@ -786,6 +793,29 @@ def test_unfinished_logs_are_left_out_by_name_but_of_no_submission(tmp_path, cap
     assert "0 final lines" in refusal(
         capsys, *logs, "--submission", str(tmp_path / "s.json"), "--name", "n"
     )
+
+
+def test_a_file_that_does_not_exist_is_named_with_the_place_of_logs(tmp_path, capsys) -> None:
+    said = refusal(capsys, str(tmp_path / "nosuch.txt"))
+    assert "nosuch.txt: does not exist" in said and "logs/<RUN_ID>.txt" in said
+    assert "Errno" not in said
+
+
+def test_a_checkpoint_is_called_one_and_its_log_is_wanted(tmp_path, capsys) -> None:
+    path = tmp_path / "final_model.pt"
+    torch.save({"weights": torch.zeros(3)}, path)
+    said = refusal(capsys, str(path))
+    assert "is a checkpoint" in said and "logs/<RUN_ID>.txt" in said and "unpack" not in said
+
+
+def test_runs_of_different_knobs_have_no_mean_as_if_they_were_seeds(tmp_path, capsys) -> None:
+    runs = [{"config": {"matrix_lr": lr}, "seed": 0} for lr in ("0.03", "0.04")]
+    new = ours(tmp_path, *runs)
+    statements = figures_of(capsys, *new, "--mixed")["statements"]
+    assert statements == ["no mean of all runs: they differ in matrix_lr"]
+    old = ours(tmp_path, {}, {}, name="old")
+    compared = figures_of(capsys, *new, "--baseline", *old, "--mixed")["statements"]
+    assert any(line.startswith("mean of runs that differ in matrix_lr: ") for line in compared)
 
 
 def test_a_file_without_a_score_is_refused(tmp_path, capsys) -> None:

@@ -59,6 +59,9 @@ UNPACKERS: dict[bytes, Callable[[bytes], bytes]] = {
     b"\x28\xb5\x2f\xfd": unpack_zstd,
 }
 
+# The first entry of the ZIP archive that torch.save writes.
+CHECKPOINT_ENTRY = b"/data.pkl"
+
 # First bytes of what is not unpacked here -> its name.
 OTHER_FORMATS = {
     b"PK\x03\x04": "a ZIP archive: unpack it",
@@ -95,6 +98,8 @@ def decode(content: bytes) -> str:
                 raise
             except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error) as error:
                 raise LogError(f"is compressed and cut short or damaged ({error})") from error
+    if content.startswith(b"PK") and CHECKPOINT_ENTRY in content[:256]:
+        raise LogError("is a checkpoint, no log: give the log of its run, logs/<RUN_ID>.txt")
     for start, name in OTHER_FORMATS.items():
         if content.startswith(start):
             raise LogError(f"is {name}")

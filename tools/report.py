@@ -137,9 +137,21 @@ class Report:
             return {}
         return {name: summarise([r for r in self.runs if r.group == name]) for name in names}
 
+    def mean_of_all(self) -> str:
+        """The mean of the runs, which is none where they are no seeds of one configuration.
+
+        A comparison with a baseline is one of means, so there it stands all the same.
+        """
+        if not self.mixed:
+            return mean_sentence("mean", self.summary)
+        names = ", ".join(self.mixed)
+        if self.comparison:
+            return mean_sentence(f"mean of runs that differ in {names}", self.summary)
+        return f"no mean of all runs: they differ in {names}"
+
     def statements(self) -> list[str]:
         """What the runs say, one sentence a line."""
-        sentences = [] if self.history else [mean_sentence("mean", self.summary)]
+        sentences = [] if self.history else [self.mean_of_all()]
         for name, summary in self.groups().items():
             sentences.append(mean_sentence(f"mean of {name}", summary))
         visible = visible_sentence(self.summary)
@@ -433,6 +445,8 @@ def score_card(report: Report) -> dict[str, str]:
     """The score of the page in large letters, and what stands below it."""
     summary = report.summary
     runs = "one run" if summary["runs"] == 1 else f"mean of {summary['runs']} runs"
+    if report.mixed:
+        runs += f" that differ in {', '.join(report.mixed)}"
     words = [f"val_bpb, {runs}, lower is better"]
     if summary["nats"]:
         words.append(f"{spread_text(summary['nats'])} nats per token")
@@ -664,13 +678,23 @@ def compare_systems(args: argparse.Namespace) -> int:
     return 1 if any(score_problems(run) for run in runs) else 0
 
 
+def require_log(path: Path) -> None:
+    """Raises UsageError or OSError unless there is a file that can be a log."""
+    try:
+        open_regular(path, MAX_LOG_BYTES).close()
+    except FileNotFoundError as error:
+        if path.is_symlink():
+            raise
+        raise UsageError(f"{path}: does not exist; a run's log is logs/<RUN_ID>.txt") from error
+
+
 def main(argv: list[str]) -> int:
     """Runs the command line and returns its exit status."""
     args = parse(argv)
     try:
         for path in (*args.logs, *args.baseline):
             # What is no file, or an endless one, is named before it is read.
-            open_regular(path, MAX_LOG_BYTES).close()
+            require_log(path)
         if args.date is not None and not submission.is_day(args.date):
             raise UsageError(f"--date {args.date}: must be a day, YYYY-MM-DD")
         return compare_systems(args) if args.compare else report_runs(args)
