@@ -135,6 +135,8 @@ def test_a_run_is_judged_once_and_what_speaks_against_it_ends_the_command(
             found = {"artifact_sha256": evidence.file_sha256(artifact)}
             Path(words[words.index("--json") + 1]).write_text(json.dumps(found))
         elif not statuses[kind]:
+            # The page takes from it what was tested.
+            assert artifact.with_name("audit.json").exists()
             words[words.index("--page") + 1].with_suffix(".html").write_text("page")
         return statuses[kind]
 

@@ -24,6 +24,7 @@ import datetime
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -175,8 +176,11 @@ def judge(run: PlannedRun, log: Path, folder: Path) -> None:
     page.with_suffix(".html").unlink(missing_ok=True)
     # The audit finds the run's log beside runs/.
     environ = {**os.environ, **run.knobs}
-    if status := run_tool(environ, "audit.py", artifact, "--json", audit):
+    # The page takes what the audit has shown from the file beside the artifact.
+    beside = artifact.with_name("audit.json")
+    if status := run_tool(environ, "audit.py", artifact, "--json", beside):
         raise UsageError(f"{run_id}: its audit ended with status {status}")
+    shutil.copyfile(beside, audit)
     words = ("replay", log, artifact, "--documents", REPLAYED_DOCUMENTS, "--page", page)
     if status := run_tool(environ, "audit.py", *words):
         raise UsageError(f"{run_id}: its replay ended with status {status}")

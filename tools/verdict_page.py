@@ -9,6 +9,7 @@ at is taken from the audit.json beside the artifact, where there is one.
 from __future__ import annotations
 
 import html
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -82,7 +83,7 @@ def condition_rows(
         # Two properties may have one reason.
         evidence = dict.fromkeys(str(one.get("evidence", NO_AUDIT)) for one in held)
         if verdict_of_all is None:
-            asks = f"{asks} To test it: python tools/audit.py {artifact}"
+            asks = f"{asks} To test it: python tools/audit.py {os.path.relpath(artifact)}"
         rows.append(Row(name, marks[verdict_of_all], asks, "; ".join(evidence)))
     return rows
 
