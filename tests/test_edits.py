@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import re
 import sys
@@ -98,7 +99,7 @@ def save(folder: Path, text: str) -> Path:
     path = folder / "logs" / "a.txt"
     path.parent.mkdir()
     path.write_text(text)
-    (folder / "runs" / "a").mkdir(parents=True)
+    (folder / "runs" / "a").mkdir(parents=True, exist_ok=True)
     np.savez(folder / "runs" / "a" / "documents.npz", **documents())
     return path
 
@@ -206,3 +207,21 @@ def test_a_score_that_is_not_that_of_the_committed_documents_is_invalid(tmp_path
 def test_documents_to_which_the_log_does_not_commit_prove_nothing(tmp_path) -> None:
     changes = {"documents_sha256": "0" * 64}
     assert problems(tmp_path, log_text(**changes)) == []
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_a_size_that_is_not_that_of_the_artifact_it_names_is_invalid(tmp_path, more) -> None:
+    content = b"P" * (1594341 + more)
+    text = log_text(artifact_sha256=hashlib.sha256(content).hexdigest())
+    artifact = tmp_path / "runs" / "a" / "final_model.int6.ptz"
+    artifact.parent.mkdir(parents=True)
+    artifact.write_bytes(content)
+    found = claims.score_problems(runlog.read_run(save(tmp_path, text)))
+    told = f"model_bytes is 1594341 in the log, but {artifact}, which it names, has 1594342 bytes"
+    assert found == [told] * more
+
+
+def test_another_artifact_than_the_logs_says_nothing_about_its_size(tmp_path) -> None:
+    path = save(tmp_path, log_text(artifact_sha256="0" * 64))
+    (tmp_path / "runs" / "a" / "final_model.int6.ptz").write_bytes(b"another")
+    assert claims.score_problems(runlog.read_run(path)) == []

@@ -384,3 +384,12 @@ def test_a_closed_pipe_ends_a_program_quietly(tmp_path, monkeypatch, capfd) -> N
         monkeypatch.setattr(sys, "stdout", stream)
         assert terminal.run(report.main) == 0
     assert capfd.readouterr().err == ""
+
+
+def test_ctrl_c_ends_a_tool_in_one_line(monkeypatch, capsys):
+    def interrupted(argv: list[str]) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["tools/audit.py"])
+    assert terminal.run(interrupted) == 130
+    assert capsys.readouterr().err == "audit.py: stopped before its end\n"

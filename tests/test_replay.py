@@ -116,6 +116,23 @@ def test_an_honest_claim_agrees_with_every_evaluation(honest, scored, cached, tm
         assert "viewport" in page or ending == "md"
 
 
+def test_the_plain_evaluator_follows_windows_that_cross_documents_and_slide(tiny_data, tmp_path):
+    """Without adaptation, rows are windows of the stream; an honest claim of them was accused."""
+    rows = {"DATA_LOADER": "rows", "TTT_ENABLED": "0", "SLIDING_WINDOW_ENABLED": "1"}
+    settings = {**TINY, **rows, "EVAL_STRIDE": "24", "DATA_DIR": str(tiny_data), "RUN_ID": "a"}
+    done = run_script(settings, tmp_path)
+    assert done.returncode == 0, done.stderr
+    claim = replay.read_claim(
+        tmp_path / "logs/a.txt",
+        tmp_path / "runs/a/final_model.int6.ptz",
+        {"DATA_DIR": str(tiny_data)},
+    )
+    assert claim.goes_along_stream and claim.stride == 24
+    found = replay.score_plainly(claim, claim.held.tokens, np.arange(3)).nats
+    claimed = claim.documents["doc_nats"] / claim.documents["doc_tokens"]
+    assert abs(found - claimed).max() < 1e-5
+
+
 def test_a_log_that_was_edited_consistently_is_found(honest, cached, tmp_path, capsys):
     shutil.copytree(honest, tmp_path / "copy")
     run = tmp_path / "copy"

@@ -10,8 +10,9 @@ import functools
 from collections.abc import Iterator
 
 import commitment
+from digests import file_sha256
 from packed_code import same_program
-from run_documents import losses_in, run_folder
+from run_documents import ARTIFACT, losses_in, run_folder
 from runlog import Run
 
 from train_gpt import (
@@ -33,6 +34,7 @@ def edits_of_run(run: Run) -> list[str]:
         *other_program(run),
         *other_values(run),
         *other_documents(run),
+        *other_artifact(run),
     ]
 
 
@@ -83,6 +85,23 @@ def other_values(run: Run) -> Iterator[str]:
                 f"{name} is {value} ({origin}) in the log, "
                 f"but {wanted} ({true_origin}) with PRESET={preset}"
             )
+
+
+def other_artifact(run: Run) -> Iterator[str]:
+    """That the artifact which the run left, and whose hash the log has, is of another size."""
+    folder = run_folder(run)
+    claimed = run.final.get("model_bytes")
+    if folder is None or claimed is None:
+        return
+    path = folder / ARTIFACT
+    try:
+        size = path.stat().st_size
+        # The size is looked at first: it costs nothing, and most logs are honest.
+        if size == claimed or file_sha256(path) != run.final.get("artifact_sha256"):
+            return
+    except OSError:
+        return
+    yield f"model_bytes is {claimed} in the log, but {path}, which it names, has {size} bytes"
 
 
 def other_documents(run: Run) -> Iterator[str]:

@@ -199,7 +199,23 @@ class Claim(NamedTuple):
         if self.adapts:
             crosses = any(self.settings[name] not in ("0", "False") for name in CROSSING)
             return crosses or self.adapts_by_chunks
-        return self.settings["data_loader"] != "documents" or self.settings["tilt_order"] != "0"
+        return self.reads_stream or self.settings["tilt_order"] != "0"
+
+    @property
+    def reads_stream(self) -> bool:
+        """Whether windows without adaptation lie in the stream, wherever documents begin."""
+        return self.settings["data_loader"] != "documents"
+
+    @property
+    def goes_along_stream(self) -> bool:
+        """Whether all of the stream is scored at once, not document by document."""
+        return self.adapts_by_chunks if self.adapts else self.reads_stream
+
+    @property
+    def stride(self) -> int:
+        """Targets between windows without adaptation; 0: as many as a window has."""
+        slides = self.settings["sliding_window_enabled"] not in ("0", "False")
+        return int(self.settings["eval_stride"]) if slides else 0
 
 
 class Scores(NamedTuple):
@@ -283,15 +299,21 @@ def score_plainly(claim: Claim, tokens: np.ndarray, numbers: np.ndarray) -> Scor
     start_time = time.monotonic()
     model = Model(claim.artifact.read_bytes(), claim.settings)
     nats = np.full(len(claim.held.counts), np.nan)
-    if claim.adapts_by_chunks:
-        token_nats = model.chunks(tokens, int(claim.final.get("world_size", 1)))
+    if claim.goes_along_stream:
+        if claim.adapts:
+            token_nats = model.chunks(tokens, int(claim.final.get("world_size", 1)))
+        else:
+            token_nats = model.plain(tokens.astype(np.int64), claim.stride)
         ends = np.append(0, token_nats.astype(np.float64).cumsum())
         sums = ends[claim.held.starts + claim.held.counts] - ends[claim.held.starts]
         return Scores(sums / claim.held.counts, time.monotonic() - start_time)
     for number in numbers.tolist():
         start, count = claim.held.starts[number], claim.held.counts[number]
         ids = tokens[start : start + count + 1].astype(np.int64)
-        found = model.adapted(ids, int(start)) if claim.adapts else model.plain(ids)
+        if claim.adapts:
+            found = model.adapted(ids, int(start))
+        else:
+            found = model.plain(ids, claim.stride)
         nats[number] = found.astype(np.float64).mean()
     return Scores(nats, time.monotonic() - start_time)
 
@@ -302,7 +324,7 @@ def measure_floor(claim: Claim, draw: Draw, single: np.ndarray) -> float:
     The plain evaluator scores a few documents of middling length in fp64, too. single: its scores
     (docs,) in fp32.
     """
-    if claim.adapts_by_chunks:
+    if claim.goes_along_stream:
         return EXACT_NATS
     by_length = draw.drawn[np.argsort(claim.held.counts[draw.drawn], kind="stable")]
     first = max(0, (len(by_length) - FLOOR_DOCUMENTS) // 2)

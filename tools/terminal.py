@@ -1,11 +1,13 @@
-"""How a program of tools/ ends: without a traceback for a closed pipe or a plain terminal."""
+"""How a program of tools/ ends: no traceback for Ctrl-C, a closed pipe or a plain terminal."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 
@@ -22,6 +24,7 @@ def run(main: Callable[[list[str]], int]) -> int:
 
     Signs that the output's encoding lacks become question marks. Where the reader of the output has
     gone, as after `| head`, the program ends quietly with status 0: it was not asked for more.
+    Ctrl-C ends it in one line, with the status that a shell gives it.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -33,6 +36,9 @@ def run(main: Callable[[list[str]], int]) -> int:
         # The interpreter flushes once more at its end; nobody may hear of that either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except KeyboardInterrupt:
+        print(f"{Path(sys.argv[0]).name}: stopped before its end", file=sys.stderr)
+        return 128 + signal.SIGINT
     return status
 
 
