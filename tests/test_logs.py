@@ -191,7 +191,7 @@ def test_a_log_that_only_fits_itself_proves_nothing(tmp_path, capsys) -> None:
     path = ours(tmp_path, {})[0]
     assert audit.main(["--log", path]) == 0
     said = capsys.readouterr().out
-    assert said.startswith("no proof  ") and "the text is no known set: see its run" in said
+    assert said.startswith("no proof  ") and "the text is no known set: audit.py replay" in said
 
 
 def test_what_the_deadline_left_is_read_from_the_line_of_the_score(tmp_path) -> None:

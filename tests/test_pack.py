@@ -708,7 +708,7 @@ def test_size_counts_the_packed_code_to_the_byte(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("damage", "expected"),
     [
-        (lambda root: (root / "logs/s1.txt").unlink(), "--log must name it"),
+        (lambda root: (root / "logs/s1.txt").unlink(), "of make) must name it"),
         (lambda root: (root / "logs/s1.txt").write_text("step:1\n"), "s1.txt: has 0 final lines"),
         (lambda root: (root / "runs/s1" / ARTIFACT).unlink(), "holds no artifact"),
         (

@@ -843,7 +843,7 @@ def implied_bytes(path: Path) -> Finding:
     passed = verdict.passed
     evidence = f"run {run.part}: {verdict.evidence}" if run.part else verdict.evidence
     if passed and not verdict.is_known_text:
-        evidence += "; the log fits itself, and the text is no known set: see its run"
+        evidence += "; the log fits itself, and the text is no known set: audit.py replay tests it"
     for note in run.left_by_deadline:
         evidence += f"; {note}"
     if passed and run.sizes.get("val_tokens") == canonical.WITHDRAWN_TARGETS:
