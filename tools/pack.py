@@ -158,7 +158,7 @@ def find_logs(run_dir: Path, given: list[Path]) -> list[ReadLog]:
     paths = list(given)
     if own.is_file() and own.resolve() not in [path.resolve() for path in given]:
         paths.insert(0, own)
-    if not run_dir.is_dir():
+    if not paths and not run_dir.is_dir():
         raise UsageError(f"{run_dir}: there is no such folder of a run")
     if not paths:
         raise UsageError(f"{run_dir}: its log is not {own}; --log (LOGS= of make) must name it")
