@@ -478,8 +478,10 @@ def committed_logs() -> list[str]:
 
 def test_the_committed_claim_is_that_of_the_committed_logs(tmp_path) -> None:
     claim = json.loads((ROOT / "submission.json").read_text())
-    options = ["--name", claim["name"], "--date", claim["date"]]
+    audits = sorted(map(str, (ROOT / "logs/verdicts").glob("*.json")))
+    options = ["--name", claim["name"], "--date", claim["date"], "--audit", *audits]
     path = tmp_path / "claim.json"
+    assert len(audits) == len(committed_logs())
     assert report.main([*committed_logs(), "--submission", str(path), *options]) == 0
     assert json.loads(path.read_text()) == claim
 
