@@ -13,7 +13,6 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-SETTINGS_LINE = "\nHyperparameters:\n"
 TABLE_HEAD = re.compile(r"^phase +seconds  counts against$")
 DIGEST = re.compile(r"[0-9a-f]{64}$")
 
@@ -150,28 +149,18 @@ def in_seconds(
             )
 
 
-def source_in(text: str) -> bytes | None:
-    """The source at the head of our log, None where the log holds none.
-
-    An editor or a version control may have changed how lines end.
-    """
-    source, mark, _ = text.replace("\r\n", "\n").partition(SETTINGS_LINE)
-    return source.encode(errors="replace") if mark and source.strip() else None
-
-
 def is_packed(final: Mapping[str, Any]) -> bool:
     """Whether the run's file was a packed one: its log then opens with what the file unpacked."""
     return final.get("file_sha256", final.get("code_sha256")) != final.get("code_sha256")
 
 
-def in_source(text: str, final: Mapping[str, Any]) -> Iterator[str]:
+def in_source(source: bytes, final: Mapping[str, Any]) -> Iterator[str]:
     """That the source in the log is not the one whose hash the log states.
 
     That of a packed file is not the readable one, and has no hash in the log.
     """
     stated = str(final.get("code_sha256", ""))
-    source = source_in(text)
-    if source is None or is_packed(final) or not DIGEST.match(stated):
+    if is_packed(final) or not DIGEST.match(stated):
         return
     found = hashlib.sha256(source).hexdigest()
     if found != stated:

@@ -13,6 +13,8 @@ import numpy as np
 
 UNIT = 2**16  # fixed-point one of sizes and scales
 MAX_BAND = 63
+NUM_SYMBOLS = 2048
+ZERO_SYMBOL = 1024  # of code 0
 
 
 def fixed_point(octaves: np.ndarray) -> np.ndarray:
@@ -51,9 +53,10 @@ class AnsStream:
         """The data are: length of the tables, the tables, the first states, the words."""
         start = 4 + int.from_bytes(data[:4], "little")
         tables = np.frombuffer(unpack("lzma", data[4:start], 0), "<u2")
-        self.frequencies = tables.astype(np.int64).reshape(256, 2048)
+        self.frequencies = tables.astype(np.int64).reshape(-1, NUM_SYMBOLS)
         # The symbol that every slot of a context names: (contexts, 2^14).
-        self.symbols = np.stack([np.repeat(np.arange(2048), row) for row in self.frequencies])
+        symbols = np.arange(NUM_SYMBOLS)
+        self.symbols = np.stack([np.repeat(symbols, row) for row in self.frequencies])
         self.starts = self.frequencies.cumsum(1) - self.frequencies
         widest = max(columns for _, _, columns in shapes)
         num_codes = sum(math.prod(shape) for shape in shapes)
@@ -140,5 +143,6 @@ def decode_group(
             history.refresh(row)
         level = levels[:, row, None].astype(np.int64)
         symbols = stream.next_symbols(history.contexts(level))
-        codes[:, row] = (symbols - 1024).reshape(history.sign.shape) * history.sign
+        along_signs = symbols.reshape(history.sign.shape) - ZERO_SYMBOL
+        codes[:, row] = along_signs * history.sign
         history.add(codes[:, row], level)

@@ -479,9 +479,13 @@ def run_of_text(path: Path, text: str) -> Run:
 
 def with_source(run: Run, text: str) -> Run:
     """The run, after the source at the head of its log was held against the log's own hash."""
-    run.contradictions += contradictions.in_source(text, run.final)
-    if run.final and contradictions.is_packed(run.final):
-        run.packed_source = (contradictions.source_in(text) or b"").decode()
+    # An editor or a version control may have changed how lines end.
+    log = text.replace("\r\n", "\n").encode(errors="replace")
+    source = source_at_head(log) or b""
+    if source.strip():
+        run.contradictions += contradictions.in_source(source, run.final)
+        if run.final and contradictions.is_packed(run.final):
+            run.packed_source = source.decode()
     return run
 
 
