@@ -117,10 +117,14 @@ def test_an_honest_log_contradicts_nothing(tmp_path) -> None:
     assert problems(tmp_path, log_text()) == []
 
 
-def test_an_honest_log_with_other_line_ends_contradicts_nothing(tmp_path) -> None:
+def test_other_line_ends_are_no_edit_and_hide_none(tmp_path) -> None:
     path = save(tmp_path, "")
     path.write_bytes(log_text().replace("\n", "\r\n").encode())
     assert claims.score_problems(runlog.read_run(path)) == []
+    edited = log_text(tg.TEXT.replace("NUM_BANDS = 64", "NUM_BANDS = 63"))
+    path.write_bytes(edited.replace("\n", "\r\n").encode())
+    (found,) = claims.score_problems(runlog.read_run(path))
+    assert found.startswith("the source text in the log has the SHA-256")
 
 
 def test_the_committed_logs_contradict_nothing() -> None:
